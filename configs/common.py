@@ -1,0 +1,164 @@
+"""Every field of a training run, with what it means.
+
+configs/sft.py, configs/dpo.py and configs/demo.py start from `training()` and
+change what their recipe needs. Any field can be changed on the command line:
+`--config.loss.beta=0.2`.
+"""
+
+from ml_collections import config_dict
+
+# The projections of a GPT-NeoX block, by their Hugging Face names.
+PROJECTIONS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+
+
+def training() -> config_dict.ConfigDict:
+  """All fields of a training run."""
+  c = config_dict.ConfigDict()
+  # "sft": fine-tune on chosen responses. "dpo": train on pairs.
+  c.objective = "sft"
+  # Decides data order, LoRA's initial values and dropout.
+  c.seed = 0
+  # Directory with tokenizer.json, or the id of a model on the hub.
+  c.tokenizer = "EleutherAI/pythia-2.8b"
+  c.model = model()
+  c.lora = lora()
+  c.data = data()
+  c.loss = loss()
+  c.optimizer = optimizer()
+  c.mesh = mesh()
+  # Pairs (SFT: examples) of one update, over all devices.
+  c.batch_size = 64
+  # Into how many parts a batch is split, one after another on the device:
+  # gradient accumulation. It changes memory, never the numbers.
+  c.microbatches = 1
+  c.epochs = 1
+  # Stop after so many updates; 0: after all epochs.
+  c.max_steps = 0
+  # Updates between evaluations on the held-out rows; there is always one
+  # before the first update and one after the last. 0: only those.
+  c.eval_every = 100
+  # Pairs (SFT: examples) of one evaluation batch.
+  c.eval_batch_size = 64
+  # Updates between checkpoints; there is always one at the end. 0: only that.
+  c.checkpoint_every = 300
+  # How many of the newest checkpoints are kept to resume from; 0: all.
+  c.keep_checkpoints = 2
+  # Write a PEFT adapter directory at every checkpoint, to sample from. These
+  # are never deleted. Needs LoRA.
+  c.export_adapters = False
+  return c
+
+
+def model() -> config_dict.ConfigDict:
+  c = config_dict.ConfigDict()
+  # Directory in Hugging Face form (safetensors), or the id of a hub model.
+  c.path = "EleutherAI/pythia-2.8b"
+  # What the blocks compute in: "float32" or "bfloat16". Norms, softmax,
+  # log-probs and losses are float32 whatever it says.
+  c.dtype = "bfloat16"
+  # What base weights are stored in. Full fine-tuning needs float32.
+  c.param_dtype = "float32"
+  # "full" keeps one activation a layer and recomputes the rest in the backward
+  # pass; "none" keeps all.
+  c.remat = "full"
+  return c
+
+
+def lora() -> config_dict.ConfigDict:
+  c = config_dict.ConfigDict()
+  # 0 trains all weights instead of adapters.
+  c.rank = 0
+  # The branch is scaled by alpha / rank.
+  c.alpha = 32.0
+  # Share of the branch's inputs that is dropped in training.
+  c.dropout = 0.1
+  # Which projections carry adapters.
+  c.targets = PROJECTIONS
+  return c
+
+
+def data() -> config_dict.ConfigDict:
+  c = config_dict.ConfigDict()
+  # A .jsonl or .jsonl.gz file; a directory in the dataset's own layout,
+  # <subset>/<split>.jsonl.gz; or the id of a dataset on the hub.
+  c.train_path = "Anthropic/hh-rlhf"
+  # Split of a directory or hub dataset; a file is one split.
+  c.train_split = "train"
+  c.eval_path = "Anthropic/hh-rlhf"
+  c.eval_split = "test"
+  # Subsets of a directory or hub dataset; () for a file.
+  c.subsets = (
+    "harmless-base",
+    "helpful-base",
+    "helpful-online",
+    "helpful-rejection-sampled",
+  )
+  # How many malformed rows may be left out, each counted, before it is an
+  # error.
+  c.skip_bad = 0
+  # Keep only prompts with one human turn.
+  c.single_turn = False
+  # Keep the first so many rows; 0 keeps all.
+  c.max_train = 0
+  c.max_eval = 256
+  # Whether held-out prompts may also be trained on; HH has a few.
+  c.allow_leakage = True
+  # Tokens of a prompt with its response, EOS included.
+  c.max_length = 512
+  # Tokens that a prompt keeps, its last ones, where the two are too long.
+  c.max_prompt_length = 256
+  # SFT only. "chosen", or "both": each answer of a pair is an example, which
+  # is plain language modelling on the mixed text.
+  c.responses = "chosen"
+  # SFT only: learn to predict the prompt too.
+  c.loss_on_prompt = False
+  # "padded": a sequence a row. "packed": several sequences a row. "shared"
+  # (pairs only): one copy of the prompt for both responses, several pairs a
+  # row. It changes speed, never the numbers.
+  c.layout = "packed"
+  # Tokens of a row. Twice max_length always holds a pair.
+  c.row_length = 1024
+  return c
+
+
+def loss() -> config_dict.ConfigDict:
+  c = config_dict.ConfigDict()
+  # DPO only. "sigmoid" is DPO; "ipo_sum" is IPO on summed log-probs, as in the
+  # official code; "ipo_mean" on their means over tokens, as in TRL; "hinge".
+  c.kind = "sigmoid"
+  # Strength of the KL penalty towards the reference.
+  c.beta = 0.1
+  # Assumed rate of swapped labels (conservative DPO); sigmoid only.
+  c.label_smoothing = 0.0
+  return c
+
+
+def optimizer() -> config_dict.ConfigDict:
+  c = config_dict.ConfigDict()
+  # "adamw" or "rmsprop", both with torch's rules.
+  c.name = "rmsprop"
+  c.learning_rate = 5e-7
+  # After the warm-up: "constant", or "cosine" down to zero at the last update.
+  c.schedule = "constant"
+  # Updates of linear warm-up; the first one already has lr / warmup_steps.
+  c.warmup_steps = 150
+  # AdamW only; biases and layer norms are spared.
+  c.weight_decay = 0.0
+  # AdamW's decay rates of both moments; for rmsprop, b2 is torch's alpha.
+  c.b1 = 0.9
+  c.b2 = 0.99
+  c.eps = 1e-8
+  # Gradients whose global norm is greater are scaled down to it.
+  c.clip_norm = 10.0
+  return c
+
+
+def mesh() -> config_dict.ConfigDict:
+  c = config_dict.ConfigDict()
+  # Devices along each axis; -1, once, takes what the others leave. `data`
+  # splits the batch, `fsdp` the batch and the weights, `tensor` heads, MLP and
+  # vocabulary.
+  c.data = -1
+  c.fsdp = 1
+  c.tensor = 1
+  return c

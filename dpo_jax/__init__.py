@@ -1,0 +1,1 @@
+"""Direct Preference Optimization in JAX, from pairs to win rates."""

@@ -1,0 +1,73 @@
+"""One JSON line a step: what happened, and how fast.
+
+The file holds each step once. A resumed run drops the lines after the step it
+goes on from, since those updates were lost with the process that made them.
+"""
+
+import json
+import math
+import os
+import pathlib
+import time
+from typing import Any
+
+FILE = "metrics.jsonl"
+
+
+def read(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """The rows of a metrics file; an interrupted last line is left out."""
+  data = pathlib.Path(path).read_bytes()
+  return [json.loads(line) for line in data.split(b"\n")[:-1]]
+
+
+class Writer:
+  """Appends rows to a run's metrics.jsonl."""
+
+  def __init__(self, directory: pathlib.Path, start_step: int):
+    """Opens the file, keeping rows up to and including `start_step`."""
+    path = directory / FILE
+    kept = []
+    if path.exists():
+      kept = [row for row in read(path) if row["step"] <= start_step]
+    text = "".join(_line(row) for row in kept)
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+    self.rows = kept
+    self._file = path.open("a", encoding="utf-8")
+
+  def write(self, row: dict[str, Any]) -> None:
+    self.rows.append(row)
+    self._file.write(_line(row))
+    self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()
+
+
+class Throughput:
+  """Tokens and pairs per second between two calls."""
+
+  def __init__(self):
+    self._then = time.perf_counter()
+
+  def __call__(self, tokens: int, items: int) -> dict[str, float]:
+    """Rates since the last call, for real tokens, padding not counted."""
+    now = time.perf_counter()
+    seconds, self._then = max(now - self._then, 1e-9), now
+    return {
+      "tokens_per_second": tokens / seconds,
+      "pairs_per_second": items / seconds,
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+  rounded = {key: _plain(value) for key, value in row.items()}
+  return json.dumps(rounded, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+  """JSON has no NaN: a non-finite number is written as its name."""
+  if isinstance(value, float) and not math.isfinite(value):
+    return str(value)
+  return value

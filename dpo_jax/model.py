@@ -1,0 +1,348 @@
+"""GPT-NeoX, the architecture of every Pythia, with LoRA beside its kernels.
+
+Flax NNX defines the layers of one block; outside `apply` there are only plain
+nested dicts of arrays, `base` and `lora`, and `jax.*` transforms. The base path
+of a weight is the same with and without LoRA, so that the reference of DPO is
+the same base with `lora=None`: no second copy of the weights. Layers are
+stacked on a leading axis and run by `lax.scan`. This is the only file that
+imports flax.
+
+Einsum letters: B batch, T query tokens, S key tokens or cache slots, D width,
+N heads, H head dim, F mlp, V vocab, L layers, R rank, C the three of q, k, v.
+
+References:
+  Black et al., GPT-NeoX-20B, 2022 (arXiv 2204.06745);
+  Biderman et al., Pythia, 2023 (arXiv 2304.01373);
+  Hu et al., LoRA, 2021 (arXiv 2106.09685), Eq. 3.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dpo_jax import partitioning
+
+Tree = dict[str, Any]
+TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Adapters y += dropout(x) A B * alpha / rank on the `targets` kernels."""
+
+  rank: int
+  alpha: float
+  dropout: float
+  targets: tuple[str, ...]
+
+  def __post_init__(self):
+    if self.rank < 1:
+      raise ValueError(f"lora.rank={self.rank} must be at least 1")
+    if self.alpha <= 0:
+      raise ValueError(f"lora.alpha={self.alpha} must be positive")
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f"lora.dropout={self.dropout} must be in [0, 1)")
+    unknown = [name for name in self.targets if name not in TARGETS]
+    if unknown or not self.targets:
+      raise ValueError(f"lora.targets={self.targets} must be some of {TARGETS}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Shape and numerics of a GPT-NeoX; hashable, so static under jit.
+
+  `dtype` is what the blocks compute in; layer norms, the softmax of attention
+  and the logits are float32 whatever it says.
+  """
+
+  vocab_size: int
+  width: int
+  layers: int
+  heads: int
+  mlp_width: int
+  rotary_fraction: float
+  rotary_base: float
+  norm_eps: float
+  max_positions: int
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  remat: Literal["none", "full"] = "none"
+  lora: LoraConfig | None = None
+
+  def __post_init__(self):
+    if self.width % self.heads:
+      raise ValueError(
+        f"width={self.width} must be a multiple of heads={self.heads}"
+      )
+    if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+      raise ValueError(
+        f"rotary_fraction={self.rotary_fraction} of head dim {self.head_dim}"
+        f" gives {self.rotary_dim} rotated dimensions; it must be even"
+      )
+
+  @property
+  def head_dim(self) -> int:
+    return self.width // self.heads
+
+  @property
+  def rotary_dim(self) -> int:
+    return int(self.head_dim * self.rotary_fraction)
+
+
+class _LayerNorm(nnx.Module):
+  def __init__(self, width: int, eps: float):
+    self.eps = eps
+    self.scale = nnx.Param(jnp.ones((width,)))
+    self.bias = nnx.Param(jnp.zeros((width,)))
+
+  def __call__(self, x):
+    return _layer_norm(x, self.scale[...], self.bias[...], self.eps)
+
+
+class _Projection(nnx.Module):
+  """einsum(equation, x, kernel) + bias, and the low-rank branch beside it."""
+
+  def __init__(self, equation, in_shape, out_shape, *, lora, rngs):
+    self.equation, self.lora, self.out_shape = equation, lora, out_shape
+    fan_in, fan_out = math.prod(in_shape), math.prod(out_shape)
+    shape = (*in_shape, *out_shape)
+    self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
+    self.bias = nnx.Param(jnp.zeros(out_shape))
+    if lora is not None:
+      # PEFT's start: A uniform in +-1/sqrt(fan_in), B zero.
+      bound = 1 / math.sqrt(fan_in)
+      self.lora_a = nnx.LoRAParam(
+        jax.random.uniform(
+          rngs.params(), (fan_in, lora.rank), minval=-bound, maxval=bound
+        )
+      )
+      self.lora_b = nnx.LoRAParam(jnp.zeros((lora.rank, fan_out)))
+
+  def __call__(self, x, dropout_key):
+    y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
+    y += jnp.expand_dims(self.bias[...].astype(x.dtype), (0, 1))
+    if self.lora is None:
+      return y
+    flat = x.reshape(*x.shape[:2], -1)
+    if dropout_key is not None and self.lora.dropout:
+      keep = 1 - self.lora.dropout
+      kept = jax.random.bernoulli(dropout_key, keep, flat.shape)
+      flat = jnp.where(kept, flat / jnp.asarray(keep, flat.dtype), 0)
+    low = flat @ self.lora_a[...].astype(x.dtype)
+    delta = low @ self.lora_b[...].astype(x.dtype)
+    scale = jnp.asarray(self.lora.alpha / self.lora.rank, x.dtype)
+    return y + (delta * scale).reshape(y.shape)
+
+
+class _Block(nnx.Module):
+  """Attention and MLP read the same residual stream (parallel residual)."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    D, N, H, F = config.width, config.heads, config.head_dim, config.mlp_width
+    self.config = config
+
+    def projection(name, equation, in_shape, out_shape):
+      lora = (
+        config.lora if config.lora and name in config.lora.targets else None
+      )
+      return _Projection(equation, in_shape, out_shape, lora=lora, rngs=rngs)
+
+    self.attention_norm = _LayerNorm(D, config.norm_eps)
+    self.mlp_norm = _LayerNorm(D, config.norm_eps)
+    self.query_key_value = projection(
+      "query_key_value", "BTD,DNCH->BTNCH", (D,), (N, 3, H)
+    )
+    self.dense = projection("dense", "BTNH,NHD->BTD", (N, H), (D,))
+    self.dense_h_to_4h = projection("dense_h_to_4h", "BTD,DF->BTF", (D,), (F,))
+    self.dense_4h_to_h = projection("dense_4h_to_h", "BTF,FD->BTD", (F,), (D,))
+
+  def __call__(self, x, rotation, mask, cache, index, dropout_key):
+    keys = [None] * 4
+    if dropout_key is not None:
+      keys = [jax.random.fold_in(dropout_key, i) for i in range(4)]
+    qkv = self.query_key_value(self.attention_norm(x), keys[0])
+    qkv = partitioning.constrain(qkv, "batch", None, "heads", None, None)
+    q, k, v = jnp.unstack(qkv, axis=3)
+    q, k = _rotate(q, rotation), _rotate(k, rotation)
+    if cache is not None:
+      start = (0, index, 0, 0)
+      k = jax.lax.dynamic_update_slice(cache["k"], k, start)
+      v = jax.lax.dynamic_update_slice(cache["v"], v, start)
+      cache = {"k": k, "v": v}
+    attended = self.dense(_attend(q, k, v, mask), keys[1])
+    hidden = self.dense_h_to_4h(self.mlp_norm(x), keys[2])
+    hidden = partitioning.constrain(hidden, "batch", None, "mlp")
+    hidden = jax.nn.gelu(hidden, approximate=False)
+    x = x + attended + self.dense_4h_to_h(hidden, keys[3])
+    return partitioning.constrain(x, "batch", None, None), cache
+
+
+def init(
+  config: ModelConfig, key: jax.Array, param_dtype: Any = jnp.float32
+) -> Tree:
+  """Random base weights: normal(0.02) kernels, zero biases, unit norms."""
+  embed_key, unembed_key, blocks_key = jax.random.split(key, 3)
+  shape = (config.vocab_size, config.width)
+  base = {
+    "embed": {"kernel": 0.02 * jax.random.normal(embed_key, shape)},
+    "blocks": _init_blocks(dataclasses.replace(config, lora=None), blocks_key)[
+      0
+    ],
+    "final_norm": {
+      "scale": jnp.ones((config.width,)),
+      "bias": jnp.zeros((config.width,)),
+    },
+    "unembed": {"kernel": 0.02 * jax.random.normal(unembed_key, shape[::-1])},
+  }
+  return jax.tree.map(lambda x: x.astype(param_dtype), base)
+
+
+def init_lora(config: ModelConfig, key: jax.Array) -> Tree:
+  """Fresh float32 adapters, under which the model still equals its base.
+
+  Raises:
+    ValueError: the config has no LoRA.
+  """
+  if config.lora is None:
+    raise ValueError("config.lora is None: there are no adapters to make")
+  return {"blocks": _init_blocks(config, key)[1]}
+
+
+def init_cache(config: ModelConfig, batch: int, slots: int) -> Tree:
+  """An empty key/value cache, {"k", "v"} of [L, B, S, N, H] in `dtype`."""
+  shape = (config.layers, batch, slots, config.heads, config.head_dim)
+  return {name: jnp.zeros(shape, config.dtype) for name in ("k", "v")}
+
+
+def apply(
+  config: ModelConfig,
+  base: Tree,
+  lora: Tree | None,
+  tokens: jax.Array,
+  positions: jax.Array,
+  mask: jax.Array,
+  *,
+  dropout_key: jax.Array | None = None,
+  cache: Tree | None = None,
+  index: jax.Array | int | None = None,
+) -> tuple[jax.Array, Tree | None]:
+  """Hidden states after the final norm.
+
+  Args:
+    config: the model's shape; `config.lora` describes `lora`.
+    base: base weights as `init` gives them.
+    lora: adapters as `init_lora` gives them; None switches them off, which
+      gives exactly the base: the reference of DPO.
+    tokens: token ids, [B, T].
+    positions: position of each token in its own sequence, [B, T].
+    mask: which keys a query sees, bool [B, T, S]; S is T without a cache.
+    dropout_key: key of LoRA's dropout; None in evaluation and sampling.
+    cache: keys and values of earlier tokens, see `init_cache`.
+    index: the slot, in [0, S), where this call's first token is written.
+
+  Returns:
+    Hidden states [B, T, D] in `config.dtype`, and the updated cache.
+  """
+  lora_config = config.lora if lora is not None else None
+  config = dataclasses.replace(config, lora=lora_config)
+  graph, _ = _blocks_graph(config)
+  adapters = lora["blocks"] if lora is not None else {}
+  x = base["embed"]["kernel"][tokens].astype(config.dtype)
+  x = partitioning.constrain(x, "batch", None, None)
+  rotation = _rotation(config, positions)
+
+  def block(x, layer):
+    params, adapters, layer_cache, layer_index = layer
+    key = dropout_key
+    if key is not None:
+      key = jax.random.fold_in(key, layer_index)
+    states = (params, adapters) if adapters else (params,)
+    return nnx.merge(graph, *states)(x, rotation, mask, layer_cache, index, key)
+
+  if config.remat == "full" and cache is None:
+    block = jax.checkpoint(block, prevent_cse=False)
+  layers = (base["blocks"], adapters, cache, jnp.arange(config.layers))
+  x, cache = jax.lax.scan(block, x, layers)
+  norm = base["final_norm"]
+  return _layer_norm(x, norm["scale"], norm["bias"], config.norm_eps), cache
+
+
+def unembed(base: Tree, hidden: jax.Array) -> jax.Array:
+  """Logits in float32, [..., V], of hidden states [..., D]."""
+  kernel = base["unembed"]["kernel"].astype(hidden.dtype)
+  return jnp.einsum(
+    "...D,DV->...V", hidden, kernel, preferred_element_type=jnp.float32
+  )
+
+
+@functools.lru_cache
+def _blocks_graph(config: ModelConfig):
+  """The static part of a block and its abstract state."""
+  config = dataclasses.replace(config, dtype="float32", remat="none")
+  block = nnx.eval_shape(lambda: _Block(config, rngs=nnx.Rngs(0)))
+  return nnx.split(block)
+
+
+def _init_blocks(config: ModelConfig, key: jax.Array) -> tuple[Tree, Tree]:
+  """Base and LoRA weights of all blocks, stacked on axis 0."""
+
+  def one(key):
+    block = _Block(config, rngs=nnx.Rngs(key))
+    _, lora, base = nnx.split(block, nnx.LoRAParam, ...)
+    return _to_dict(base), _to_dict(lora)
+
+  return jax.vmap(one)(jax.random.split(key, config.layers))
+
+
+def _to_dict(state) -> Tree:
+  flat = nnx.traversals.flatten_mapping(nnx.as_pure(state))
+  return nnx.traversals.unflatten_mapping(flat)
+
+
+def _layer_norm(x, scale, bias, eps):
+  y = x.astype(jnp.float32)
+  y = y - jnp.mean(y, axis=-1, keepdims=True)
+  y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+  lead = tuple(range(x.ndim - 1))
+  scale, bias = (
+    jnp.expand_dims(w.astype(jnp.float32), lead) for w in (scale, bias)
+  )
+  return (y * scale + bias).astype(x.dtype)
+
+
+def _rotation(config: ModelConfig, positions: jax.Array) -> tuple:
+  """Cosine and sine of the rotary angles, each float32 [B, T, 1, H_rot/2]."""
+  half = jnp.arange(0, config.rotary_dim, 2, dtype=jnp.float32)
+  frequency = config.rotary_base ** (-half / config.rotary_dim)
+  angle = positions[:, :, None, None].astype(jnp.float32) * frequency.reshape(
+    1, 1, 1, -1
+  )
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def _rotate(x: jax.Array, rotation: tuple) -> jax.Array:
+  """Rotary embedding on the first dimensions of the head, in two halves."""
+  cosine, sine = rotation
+  size = cosine.shape[-1]
+  first, second, rest = jnp.split(x, [size, 2 * size], axis=-1)
+  a, b = first.astype(jnp.float32), second.astype(jnp.float32)
+  turned = jnp.concatenate(
+    [a * cosine - b * sine, b * cosine + a * sine], axis=-1
+  )
+  return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
+
+
+def _attend(q, k, v, mask):
+  """Softmax attention, [B, T, N, H]; scores and softmax in float32."""
+  scores = jnp.einsum(
+    "BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32
+  )
+  scores = scores / math.sqrt(q.shape[-1])
+  # A finite floor: a row that sees nothing (padding) stays free of NaN.
+  scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  return jnp.einsum("BNTS,BSNH->BTNH", weights, v)

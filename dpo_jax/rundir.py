@@ -1,0 +1,36 @@
+"""A run's directory belongs to one config.
+
+Whoever begins a run writes config.json; whoever goes on with it must bring the
+same values, or is told which differ.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+from dpo_jax import records, settings
+
+
+def claim(workdir: pathlib.Path, values: dict[str, Any]) -> None:
+  """Writes `values` as config.json, or checks that they are those there.
+
+  Raises:
+    ValueError: the directory was begun with other values, all of them named,
+      or holds a config.json that is none.
+  """
+  path = workdir / "config.json"
+  values = json.loads(json.dumps(values))
+  if not path.exists():
+    records.write_atomic(path, json.dumps(values, indent=2) + "\n")
+    return
+  try:
+    begun = json.loads(path.read_text("utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON: {error}") from error
+  changed = settings.differing(begun, values)
+  if changed:
+    raise ValueError(
+      f"{workdir} was begun with another config:\n  "
+      + "\n  ".join(changed)
+      + "\nuse another --workdir, or the values that it was begun with"
+    )

@@ -1,0 +1,241 @@
+"""Training and evaluation steps: pure functions of state and batch, under jit.
+
+Gradients are taken of the trainable subtree alone: the adapters, or in full
+fine-tuning the base. The reference of DPO is the same base with the adapters
+off, or in full fine-tuning a tree of its own. Gradient accumulation is a scan
+over the batch's micro-batches, with one as its shortest case, so that there is
+one compiled body.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dpo_jax import batches, logps, losses, model
+
+Tree = dict[str, Any]
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """Everything that a step changes, and the frozen weights beside it.
+
+  `step` counts finished updates; `params` is {"base": ..., "lora": ...}, with
+  an empty `lora` in full fine-tuning.
+  """
+
+  step: jax.Array
+  params: Tree
+  opt_state: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """What a step minimises.
+
+  Attributes:
+    kind: "sft", the mean negative log-prob of a batch's completion tokens, or
+      "dpo", the mean preference loss of its pairs.
+    loss: the preference loss; unused by "sft".
+    items: pairs or examples in one micro-batch.
+  """
+
+  kind: Literal["sft", "dpo"]
+  loss: losses.LossSettings | None
+  items: int
+
+
+def trainable(config: model.ModelConfig) -> str:
+  """Which subtree of the params is trained."""
+  return "lora" if config.lora is not None else "base"
+
+
+def init_state(
+  base: Tree, lora: Tree, tx: optax.GradientTransformation
+) -> TrainState:
+  params = {"base": base, "lora": lora}
+  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def sequence_logps(
+  config: model.ModelConfig,
+  base: Tree,
+  lora: Tree | None,
+  batch: batches.Batch,
+  sequences: int,
+  dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Summed log-probs and lengths of one micro-batch's sequences.
+
+  Args:
+    config: the model.
+    base: base weights.
+    lora: adapters, or None for the base alone.
+    batch: one micro-batch, leaves [B, ...].
+    sequences: how many sequences the micro-batch owns.
+    dropout_key: key of LoRA's dropout, or None.
+
+  Returns:
+    Sums in nats and token counts, float32 [sequences].
+  """
+  per_token = token_logps(config, base, lora, batch, dropout_key)
+  return logps.sequence_sums(per_token, batch.owner, sequences)
+
+
+def token_logps(
+  config: model.ModelConfig,
+  base: Tree,
+  lora: Tree | None,
+  batch: batches.Batch,
+  dropout_key: jax.Array | None = None,
+) -> jax.Array:
+  """Log-prob of every completion token of a micro-batch, float32 [B, C]."""
+  mask = batches.attention_mask(batch.pieces, batch.parts)
+  hidden, _ = model.apply(
+    config,
+    base,
+    lora,
+    batch.tokens,
+    batch.positions,
+    mask,
+    dropout_key=dropout_key,
+  )
+  kernel = base["unembed"]["kernel"]
+  return logps.token_logps(hidden, kernel, batch.source, batch.target)
+
+
+def make_train_step(
+  config: model.ModelConfig,
+  objective: Objective,
+  tx: optax.GradientTransformation,
+  seed: int,
+) -> Callable[[TrainState, Tree | None, batches.Batch], tuple]:
+  """The update: (state, reference, batch) -> (state, metrics).
+
+  `reference` is None with LoRA, whose reference is the base, and for SFT;
+  otherwise a base tree. An update whose loss or gradient norm is not finite
+  leaves weights and optimizer as they were; the metrics tell.
+  """
+  name = trainable(config)
+  with_lora = config.lora is not None
+
+  def train_step(state, reference, batch):
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    frozen = state.params["base"]
+    scale = _loss_scale(objective, batch)
+
+    def loss(params, micro, index):
+      base, lora = (frozen, params) if with_lora else (params, None)
+      dropout_key = jax.random.fold_in(key, index) if with_lora else None
+      policy = sequence_logps(
+        config, base, lora, micro, _sequences(objective), dropout_key
+      )
+      reference_logps = None
+      if objective.kind == "dpo":
+        other = frozen if with_lora else reference
+        reference_logps = jax.lax.stop_gradient(
+          sequence_logps(config, other, None, micro, _sequences(objective))
+        )
+      sums, _ = _objective_sums(objective, policy, reference_logps)
+      return sums["loss"] * scale, sums
+
+    def accumulate(grads, item):
+      micro, index = item
+      grad, sums = jax.grad(loss, has_aux=True)(
+        state.params[name], micro, index
+      )
+      return jax.tree.map(jnp.add, grads, grad), sums
+
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, jnp.float32), state.params[name]
+    )
+    count = batch.tokens.shape[0]
+    grads, sums = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(count)))
+    metrics = {key: jnp.sum(value) * scale for key, value in sums.items()}
+    metrics["grad_norm"] = optax.global_norm(grads)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    updates, opt_state = tx.update(
+      {"base": None, "lora": None} | {name: grads},
+      state.opt_state,
+      state.params,
+    )
+    updated = optax.apply_updates(state.params[name], updates[name])
+    params, opt_state = _where(
+      finite, (updated, opt_state), (state.params[name], state.opt_state)
+    )
+    state = TrainState(state.step + 1, state.params | {name: params}, opt_state)
+    return state, metrics
+
+  return train_step
+
+
+def make_eval_step(
+  config: model.ModelConfig, objective: Objective
+) -> Callable[[Tree, Tree | None, batches.Batch], Metrics]:
+  """(params, reference, batch) -> sums of the metrics, and their "weight".
+
+  The weight is the number of pairs, or for SFT of completion tokens; the host
+  divides sums of many batches by the sum of their weights. A batch may hold
+  fewer items than the objective says: what owns no token does not count.
+  """
+  with_lora = config.lora is not None
+
+  def eval_step(params, reference, batch):
+    micro = jax.tree.map(lambda x: x[0], batch)
+    lora = params["lora"] if with_lora else None
+    policy = sequence_logps(
+      config, params["base"], lora, micro, _sequences(objective)
+    )
+    reference_logps = None
+    if objective.kind == "dpo":
+      other = params["base"] if with_lora else reference
+      reference_logps = sequence_logps(
+        config, other, None, micro, _sequences(objective)
+      )
+    sums, weight = _objective_sums(objective, policy, reference_logps)
+    return sums | {"weight": weight}
+
+  return eval_step
+
+
+def _sequences(objective: Objective) -> int:
+  return objective.items * (2 if objective.kind == "dpo" else 1)
+
+
+def _loss_scale(objective: Objective, batch: batches.Batch) -> jax.Array:
+  """One over what the sums of all micro-batches are divided by."""
+  if objective.kind == "dpo":
+    return jnp.float32(1 / (objective.items * batch.tokens.shape[0]))
+  return 1 / jnp.sum(batch.owner >= 0).astype(jnp.float32)
+
+
+def _objective_sums(objective, policy, reference):
+  """Sums over a micro-batch of the loss and metrics, and their weight."""
+  if objective.kind == "sft":
+    sums, lengths = policy
+    return {"loss": -jnp.sum(sums)}, jnp.sum(lengths)
+  policy, reference = _pairs(policy), _pairs(reference)
+  there = (policy.chosen_length > 0).astype(jnp.float32)
+  values = losses.reward_metrics(
+    policy, reference, beta=objective.loss.beta
+  ) | {"loss": losses.preference_loss(objective.loss, policy, reference)}
+  sums = {key: jnp.sum(value * there) for key, value in values.items()}
+  return sums, jnp.sum(there)
+
+
+def _pairs(sums_and_lengths) -> losses.PairLogps:
+  """Sequences 2i and 2i + 1 as chosen and rejected of pair i."""
+  (chosen, rejected), (chosen_length, rejected_length) = (
+    x.reshape(-1, 2).T for x in sums_and_lengths
+  )
+  return losses.PairLogps(chosen, rejected, chosen_length, rejected_length)
+
+
+def _where(condition, new, old):
+  return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)

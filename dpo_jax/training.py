@@ -1,0 +1,427 @@
+"""The training loop of SFT and DPO: one run, one directory, resumable.
+
+Running the same command again goes on from the newest checkpoint; running it
+with another config in the same directory is refused. Metrics are read from the
+device one step late, so that the device never waits for the host, and nothing
+else crosses between the two inside the loop.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import shutil
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from dpo_jax import (
+  batches,
+  checkpoint,
+  data,
+  hf,
+  lora,
+  losses,
+  metrics,
+  model,
+  optim,
+  partitioning,
+  records,
+  rundir,
+  settings,
+  steps,
+)
+from dpo_jax import tokenizer as tokenizer_lib
+
+# How far the loss of an untrained policy may be from its known value. In
+# bfloat16 the compiler rounds policy and reference at different places.
+START_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+  path: str
+  dtype: Literal["float32", "bfloat16"]
+  param_dtype: Literal["float32", "bfloat16"]
+  remat: Literal["none", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSettings:
+  """Adapters; `rank` 0 trains all weights instead."""
+
+  rank: int
+  alpha: float
+  dropout: float
+  targets: tuple[str, ...]
+
+  def config(self) -> model.LoraConfig | None:
+    if not self.rank:
+      return None
+    return model.LoraConfig(self.rank, self.alpha, self.dropout, self.targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+  data: int
+  fsdp: int
+  tensor: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+  """One training run; every field is explained in configs/common.py."""
+
+  objective: Literal["sft", "dpo"]
+  seed: int
+  tokenizer: str
+  model: ModelSettings
+  lora: LoraSettings
+  data: data.DataSettings
+  loss: losses.LossSettings
+  optimizer: optim.OptimizerSettings
+  mesh: MeshSettings
+  batch_size: int
+  microbatches: int
+  epochs: int
+  max_steps: int
+  eval_every: int
+  eval_batch_size: int
+  checkpoint_every: int
+  keep_checkpoints: int
+  export_adapters: bool
+
+  def __post_init__(self):
+    self.lora.config()
+    for name in ("batch_size", "microbatches", "epochs", "eval_batch_size"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+    for name in ("seed", "max_steps", "eval_every", "checkpoint_every"):
+      if getattr(self, name) < 0:
+        raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+    if self.batch_size % self.microbatches:
+      raise ValueError(
+        f"batch_size={self.batch_size} must be a multiple of"
+        f" microbatches={self.microbatches}"
+      )
+    if self.model.param_dtype != "float32" and not self.lora.rank:
+      raise ValueError(
+        f"model.param_dtype={self.model.param_dtype!r} with lora.rank=0: all"
+        " weights are trained, and updates need float32 weights"
+      )
+    if self.export_adapters and not self.lora.rank:
+      raise ValueError(
+        "export_adapters=True needs adapters, but lora.rank=0; set it to False"
+      )
+
+
+class TrainingError(RuntimeError):
+  """The run had to stop; what it had saved before is whole."""
+
+
+def run(config: TrainSettings, workdir: pathlib.Path) -> pathlib.Path:
+  """Trains, or goes on training, in `workdir`.
+
+  Returns:
+    The directory of the exported model, adapters merged, in Hugging Face form.
+
+  Raises:
+    ValueError: settings or input are wrong; nothing was compiled.
+    TrainingError: the loss at step 0 is not what theory says, or a loss or
+      gradient is not finite.
+  """
+  workdir.mkdir(parents=True, exist_ok=True)
+  with records.Lock(workdir / "lock"):
+    rundir.claim(workdir, settings.to_dict(config))
+    export = workdir / "export"
+    if (workdir / "finished.json").exists():
+      return export
+    _Run(config, workdir).train()
+    return export
+
+
+class _Run:
+  """What lives through one run: data, compiled steps, state, files."""
+
+  def __init__(self, config: TrainSettings, workdir: pathlib.Path):
+    self.config, self.workdir = config, workdir
+    self.mesh = partitioning.make_mesh(**dataclasses.asdict(config.mesh))
+    self.tokenizer = tokenizer_lib.load(config.tokenizer)
+    self.items = data.prepare(config.data, config.objective, self.tokenizer)
+    self.steps = self._step_count()
+    self._load_model()
+    self.objective = steps.Objective(
+      config.objective,
+      config.loss if config.objective == "dpo" else None,
+      config.batch_size // config.microbatches,
+    )
+    self.checkpoints = checkpoint.Checkpoints(
+      workdir / "checkpoints", config.keep_checkpoints
+    )
+    self._make_state()
+    self._write_manifest()
+
+  def _step_count(self) -> int:
+    config = self.config
+    per_epoch = len(self.items.train) // config.batch_size
+    if not per_epoch:
+      raise ValueError(
+        f"batch_size={config.batch_size} is more than the"
+        f" {len(self.items.train)} items of {config.data.train_path}"
+      )
+    total = per_epoch * config.epochs
+    return min(total, config.max_steps) if config.max_steps else total
+
+  def _load_model(self) -> None:
+    config = self.config
+    self.model, self.base = hf.load(
+      config.model.path,
+      dtype=config.model.dtype,
+      remat=config.model.remat,
+      lora=config.lora.config(),
+      param_dtype=config.model.param_dtype,
+      mesh=self.mesh,
+    )
+    if self.tokenizer.vocab_size > self.model.vocab_size:
+      raise ValueError(
+        f"tokenizer {config.tokenizer} has {self.tokenizer.vocab_size} tokens,"
+        f" but model {config.model.path} only {self.model.vocab_size}"
+      )
+    if config.data.max_length > self.model.max_positions:
+      raise ValueError(
+        f"data.max_length={config.data.max_length} is more than the"
+        f" {self.model.max_positions} positions of {config.model.path}"
+      )
+    self.name = steps.trainable(self.model)
+    self.fingerprint = hf.fingerprint(self.base)
+
+  def _make_state(self) -> None:
+    """The state on the mesh, restored if there is a checkpoint."""
+    config = self.config
+    self.tx = optim.make(config.optimizer, self.steps, self.name)
+    rates = optim.schedule(config.optimizer, self.steps)
+    self.rates = np.asarray(jax.vmap(rates)(jnp.arange(self.steps)))
+
+    def make(base, key):
+      adapters = model.init_lora(self.model, key) if self.model.lora else {}
+      return steps.init_state(base, adapters, self.tx)
+
+    # Another stream than the one of dropout, which folds steps into the seed.
+    key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
+    shapes = jax.eval_shape(make, self.base, key)
+    lying = partitioning.shardings(shapes, self.mesh)
+    self.state = jax.jit(make, out_shardings=lying)(self.base, key)
+    full = self.name == "base" and config.objective == "dpo"
+    # Full fine-tuning moves the base, so that the reference is a second tree.
+    self.reference = self.base if full else None
+    del self.base
+    if self.checkpoints.latest() is not None:
+      self.state, meta = self.checkpoints.restore(self.state, self.name)
+      self._check_meta(meta)
+    self.start = int(jax.device_get(self.state.step))
+    here = partitioning.replicated(self.mesh)
+    self.train_step = jax.jit(
+      steps.make_train_step(self.model, self.objective, self.tx, config.seed),
+      donate_argnums=0,
+      out_shardings=(lying, here),
+    )
+    evaluated = dataclasses.replace(
+      self.objective, items=config.eval_batch_size
+    )
+    self.eval_step = jax.jit(
+      steps.make_eval_step(self.model, evaluated), out_shardings=here
+    )
+
+  def _meta(self) -> dict[str, Any]:
+    """What a checkpoint must have in common with the run that reads it."""
+    return {
+      "train_data": self.items.report["train"]["fingerprint"],
+      "held_out_data": self.items.report["held_out"]["fingerprint"],
+      "model": self.fingerprint,
+    }
+
+  def _check_meta(self, meta: dict[str, Any]) -> None:
+    for key, value in self._meta().items():
+      if meta[key] != value:
+        raise ValueError(
+          f"{self.workdir}: the checkpoint was made with {key}={meta[key]}, but"
+          f" it is now {value}; restore the data, or use another workdir"
+        )
+
+  def _packing(self, microbatches: int) -> batches.Packing:
+    config = self.config.data
+    return batches.Packing(
+      layout=config.layout,
+      row_length=config.row_length,
+      row_multiple=partitioning.data_shards(self.mesh),
+      microbatches=microbatches,
+      loss_on_prompt=config.loss_on_prompt,
+      pad_id=self.tokenizer.pad_id,
+    )
+
+  def _put(self, batch: batches.Batch) -> batches.Batch:
+    """Lays a batch on the mesh; each process places the rows it owns."""
+    sharding = partitioning.batch_sharding(self.mesh, leading=1)
+    with jax.transfer_guard("allow"):
+      return jax.tree.map(
+        lambda x: jax.make_array_from_callback(
+          x.shape, sharding, lambda index: x[index]
+        ),
+        batch,
+      )
+
+  def train(self) -> None:
+    config = self.config
+    stream = batches.stream(
+      self.items.train,
+      self._packing(config.microbatches),
+      batch_size=config.batch_size,
+      seed=config.seed,
+      epochs=config.epochs,
+      start_step=self.start,
+    )
+    self.writer = metrics.Writer(self.workdir, self.start)
+    self.clock = metrics.Throughput()
+    self.bar = tqdm.tqdm(
+      total=self.steps,
+      initial=self.start,
+      desc=f"{config.objective} {self.workdir.name}",
+      unit="step",
+    )
+    try:
+      with jax.set_mesh(self.mesh), jax.transfer_guard("disallow"):
+        self._loop(stream)
+      self._export()
+    finally:
+      self.bar.close()
+      self.writer.close()
+      self.checkpoints.close()
+    records.write_atomic(
+      self.workdir / "finished.json", json.dumps({"step": self.steps}) + "\n"
+    )
+
+  def _loop(self, stream) -> None:
+    config = self.config
+    if self.start == 0:
+      self._evaluate(0)
+    waiting = None
+    for done in range(self.start + 1, self.steps + 1):
+      batch, counts = next(stream)
+      self.state, values = self.train_step(
+        self.state, self.reference, self._put(batch)
+      )
+      if waiting:
+        self._record(*waiting)
+      waiting = (done, values, counts)
+      last = done == self.steps
+      evaluate = last or (config.eval_every and done % config.eval_every == 0)
+      save = last or (
+        config.checkpoint_every and done % config.checkpoint_every == 0
+      )
+      if evaluate or save or done == 1:
+        self._record(*waiting)
+        waiting = None
+      if evaluate:
+        self._evaluate(done)
+      if save:
+        self._save(done)
+
+  def _record(self, done: int, values: Any, counts: batches.Counts) -> None:
+    """Checks and writes one step's metrics."""
+    row = {key: float(value) for key, value in jax.device_get(values).items()}
+    rates = self.clock(counts.tokens, len(counts.ids))
+    rate = {"learning_rate": float(self.rates[done - 1])}
+    bad = [k for k in ("loss", "grad_norm") if not math.isfinite(row[k])]
+    self.writer.write({"step": done} | row | rate | rates)
+    if bad:
+      raise TrainingError(
+        f"step {done}: {bad[0]} is {row[bad[0]]}; the update was not made. Its"
+        f" items: {', '.join(counts.ids)}"
+      )
+    if done == 1 and self.config.objective == "dpo":
+      self._check_start(row["loss"])
+    self.bar.update()
+    self.bar.set_postfix(
+      loss=f"{row['loss']:.4f}",
+      tokens_s=f"{rates['tokens_per_second']:.0f}",
+      refresh=False,
+    )
+
+  def _check_start(self, loss: float) -> None:
+    """An untrained policy equals its reference, so its loss is known."""
+    wanted = losses.loss_at_start(self.config.loss)
+    tolerance = START_TOLERANCE[self.config.model.dtype] * max(wanted, 1)
+    if abs(loss - wanted) > tolerance:
+      raise TrainingError(
+        f"the loss of step 0 is {loss:.8f}, not {wanted:.8f}: policy and"
+        " reference differ before training, so their rewards mean nothing"
+      )
+
+  def _evaluate(self, done: int) -> None:
+    """Means over all held-out items, written as eval_* metrics."""
+    totals: dict[str, float] = {}
+    size = self.config.eval_batch_size
+    for batch, _ in batches.in_order(
+      self.items.held_out, self._packing(1), batch_size=size
+    ):
+      sums = self.eval_step(self.state.params, self.reference, self._put(batch))
+      for key, value in jax.device_get(sums).items():
+        totals[key] = totals.get(key, 0.0) + float(value)
+    weight = totals.pop("weight")
+    row = {f"eval_{key}": value / weight for key, value in totals.items()}
+    count = {"eval_items": len(self.items.held_out)}
+    self.writer.write({"step": done} | row | count)
+    self.clock = metrics.Throughput()
+
+  def _save(self, done: int) -> None:
+    with jax.transfer_guard("allow"):
+      self._write_checkpoint(done)
+
+  def _write_checkpoint(self, done: int) -> None:
+    if self.config.export_adapters:
+      hf.export_adapter(
+        self.workdir / "adapters" / f"step-{done:06d}",
+        self.model,
+        self.state.params["lora"],
+        self.config.model.path,
+        self.state.params["base"],
+      )
+    self.checkpoints.save(self.state, self.name, self._meta())
+
+  def _export(self) -> None:
+    """Writes the final model, adapters merged, as a Hugging Face directory."""
+    params = self.state.params
+    base = params["base"]
+    if self.model.lora is not None:
+      base = lora.merge(self.model, base, params["lora"])
+    target = self.workdir / "export"
+    if target.exists():
+      shutil.rmtree(target)
+    hf.export(target, self.model, base, self.tokenizer)
+
+  def _write_manifest(self) -> None:
+    counts = {
+      key: lora.count(self.state.params[key]) for key in ("base", "lora")
+    }
+    manifest = {
+      "objective": self.config.objective,
+      "steps": self.steps,
+      "devices": [str(device) for device in self.mesh.devices.flat],
+      "mesh": dict(self.mesh.shape),
+      "parameters": counts | {"trained": counts[self.name]},
+      "versions": {"jax": jax.__version__},
+      "data": self.items.report,
+    }
+    records.write_atomic(
+      self.workdir / "manifest.json", json.dumps(manifest, indent=2) + "\n"
+    )
+    print(
+      f"{self.workdir.name}: {counts[self.name]:,} of {sum(counts.values()):,}"
+      f" parameters train on {self.mesh.size} {jax.default_backend()}"
+      f" device(s), mesh {dict(self.mesh.shape)}, {self.steps} steps of"
+      f" {self.config.batch_size}"
+    )

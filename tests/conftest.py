@@ -1,0 +1,30 @@
+"""Eight CPU devices, a compilation cache shared by all tests, real data."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update(
+  "jax_compilation_cache_dir",
+  str(pathlib.Path.home() / ".cache" / "dpo_jax" / "xla"),
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+  """The folder of real rows, real tokenizer and real judged results."""
+  path = ROOT.parent / "shared"
+  if not (path / "data").is_dir():
+    pytest.fail(f"{path} is missing: the tests on real data need it")
+  return path

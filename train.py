@@ -1,0 +1,15 @@
+"""SFT or DPO: python train.py --config=configs/dpo.py:pythia-2.8b."""
+
+import pathlib
+from typing import Any
+
+from dpo_jax import cli, settings, training
+
+
+def main(config: dict[str, Any], workdir: pathlib.Path) -> int:
+  training.run(settings.build(training.TrainSettings, config), workdir)
+  return 0
+
+
+if __name__ == "__main__":
+  cli.run(main, default_workdir="runs/train")
