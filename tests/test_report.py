@@ -1,0 +1,473 @@
+"""The report is made of the rows, and shows any text without obeying it."""
+
+import csv
+import dataclasses
+import html.parser
+import itertools
+import json
+
+import matplotlib
+import numpy as np
+import PIL.Image
+import pytest
+
+from dpo_jax import figures, markdown, records, report, winrates
+
+SETTINGS = report.ReportSettings(
+  title="A small run",
+  runs=("sft", "dpo"),
+  seed=0,
+  resamples=500,
+  confidence=0.95,
+  examples=2,
+)
+COLUMNS = ("model", "step", "temperature", "n", "win_rate", "low", "high")
+PROMPT = "\n\nHuman: How do I whisk eggs?\n\nAssistant:"
+
+# Each tries to leave its cell, to add markup, or to hide something.
+HOSTILE = [
+  "a | b | c",
+  "first\nsecond\r\nthird\rfourth",
+  "<script>alert(1)</script> <img src=x onerror=alert(1)>",
+  "</td></table><h1>Out</h1> <!-- comment",
+  "`code` ``` fence ~~~",
+  "[link](javascript:alert(1)) ![image](http://evil.example/x.png)",
+  "[ref]: http://evil.example\n# Heading\n> quote\n- item\n1. item\n---",
+  "https://evil.example/path www.evil.example mail@evil.example @someone",
+  "**bold** _it_ ~~no~~ $x^2$ \\| &lt; &#124; {#id}",
+  "line\u2028separator\u2029paragraph\u0085next\x0bvertical\x00nul\x1besc",
+  "right\u202eto left\u2066 \u200bzero\ufeff",
+  "日本語 🙂‍↔️ \u05e9\u05dc\u05d5\u05dd",
+  "",
+]
+
+
+def response(model, step, temperature, prompt_id, text=" Beat them."):
+  return records.Response(
+    prompt_id=prompt_id,
+    prompt=PROMPT,
+    response=text,
+    chosen=" Use a fork.",
+    model=model,
+    step=step,
+    temperature=temperature,
+    top_k=0,
+    top_p=1.0,
+    max_new_tokens=32,
+    seed=0,
+    sample_id=0,
+    token_count=7,
+    finish_reason="eos",
+  )
+
+
+def verdict(row, order, outcome, **changes):
+  call = records.Verdict(
+    key=records.content_hash(repr(row), order),
+    prompt_id=row.prompt_id,
+    model=row.model,
+    step=row.step,
+    temperature=row.temperature,
+    sample_id=row.sample_id,
+    order=order,
+    verdict=outcome,
+    judge="oracle",
+    judge_returned="oracle",
+    template_hash="t1",
+    response_chars=len(row.response),
+    chosen_chars=len(row.chosen),
+    raw="",
+    error="",
+  )
+  return dataclasses.replace(call, **changes)
+
+
+def cells():
+  """(model, step, temperature, prompts won of 40) of the run below."""
+  wins = {"base": 4, "sft": 16, "dpo": 34}
+  finals = [(m, None, t, wins[m]) for m in wins for t in (0.25, 0.75, 1.0)]
+  return [*finals, ("dpo", 50, 1.0, 18), ("dpo", 100, 1.0, 30)]
+
+
+def write_rows(path, rows):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with records.Store(path, type(rows[0])) as store:
+    store.append_many(rows)
+
+
+def write_metrics(path, rows):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_run(workdir, text=" Beat them.", missing=0):
+  """A finished run: 40 prompts, both orders, base < SFT < DPO."""
+  calls = []
+  for model, step, temperature, won in cells():
+    rows = [
+      response(model, step, temperature, f"p{i:02d}", text) for i in range(40)
+    ]
+    name = f"{model}-{step}-{temperature}.jsonl"
+    write_rows(workdir / "responses" / name, rows)
+    calls += [
+      verdict(row, order, "model" if index < won else "chosen")
+      for index, row in enumerate(rows)
+      for order in ("model_first", "chosen_first")
+    ]
+  for index in range(missing):
+    calls[index] = dataclasses.replace(
+      calls[index], verdict="missing", error="timeout | after 30 s"
+    )
+  write_rows(workdir / "verdicts" / "all.jsonl", calls)
+  sft = [{"step": step, "loss": 2 / step} for step in range(1, 60)]
+  write_metrics(workdir / "sft" / "metrics.jsonl", sft)
+  dpo = [
+    {"step": s, "loss": 0.7, "rewards/margins": s, "rewards/accuracies": 0.6}
+    for s in range(1, 60)
+  ]
+  dpo[9] |= {"loss": "nan"}
+  held_out = [
+    {"step": 0, "eval_loss": 0.69, "eval_rewards/accuracies": 0.5},
+    {"step": 59, "eval_loss": 0.5, "eval_rewards/accuracies": 0.725},
+  ]
+  held_out[1] |= {"eval_items": 200, "eval_rewards/margins": 1.5}
+  metrics = [*held_out[:1], *dpo, *held_out[1:]]
+  write_metrics(workdir / "dpo" / "metrics.jsonl", metrics)
+  manifest = {"data": {"train": {"kept": 990, "quarantined: empty | row": 3}}}
+  (workdir / "dpo" / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("run")
+  make_run(workdir)
+  return report.write(SETTINGS, workdir)
+
+
+def read(path):
+  return path.read_bytes().decode()
+
+
+def tables(text):
+  """Cells of all table rows, split as GitHub does: at every bare pipe."""
+  lines = [line for line in text.split("\n") if line.startswith("|")]
+  return [line.strip("|").split("|") for line in lines]
+
+
+def test_the_csv_has_the_rates_of_the_rows(finished):
+  with open(finished.parent / "win_rates.csv", newline="") as file:
+    header, *rows = csv.reader(file)
+  assert header == list(COLUMNS)
+  assert [row[:3] for row in rows] == [
+    [model, "" if step is None else str(step), str(temperature)]
+    for model, step, temperature, _ in cells()
+  ]
+  for row, (_, _, _, won) in zip(rows, cells(), strict=True):
+    assert row[3] == "40"
+    rate, low, high = map(float, row[4:])
+    assert rate == pytest.approx(won / 40)
+    assert 0 <= low < rate < high <= 1
+
+
+def test_the_report_says_what_was_judged_and_found(finished):
+  text = read(finished)
+  assert text.startswith("# A small run\n")
+  assert "Judge oracle, template t1: 880 calls on 440 comparisons" in text
+  assert "over 40 prompts" in text
+  assert "95% intervals: percentile bootstrap over prompts (500" in text
+  assert "**Yes**" in text
+  assert "(0.75, 1.0), base < SFT < DPO" in text
+  assert "INCOMPLETE" not in text
+  assert "INCONSISTENT" not in text
+  # 0.725 of 200 pairs: the Wilson interval by SciPy is [0.6593, 0.7823].
+  assert "72.5% of 200 pairs, 95% interval [65.9, 78.2] (step 59)" in text
+  rows = tables(text)
+  stripped = [[cell.strip() for cell in row] for row in rows]
+  (dpo,) = [r for r in stripped if r[:3] == ["DPO", "1.0", "40"]]
+  assert dpo[3].startswith("85.0 [")
+  assert dpo[4:] == ["0", "0", "50.0"]
+  assert ["same verdict in both orders, %", "100.0"] in stripped
+  assert ["DPO", "train, kept", "990"] in stripped
+  assert ["DPO", "train, quarantined: empty &#124; row", "3"] in stripped
+  answers = ["DPO", "100", "1.0", "40", "7.0", "11", "12"]
+  assert [*answers, "100.0", "0.0", "0.0", "0"] in stripped
+
+
+def test_figures_are_linked_relatively_and_decode(finished):
+  text = read(finished)
+  grey, blue, orange = (0x73, 0x73, 0x73), (0, 0x72, 0xB2), (0xD5, 0x5E, 0)
+  for name, width, colors in [
+    ("win_rate_temperature.png", 1050, (grey, blue, orange)),
+    ("win_rate_step.png", 1050, (blue,)),
+    ("training_curves.png", 2160, (blue, orange)),
+  ]:
+    assert f"]({name})" in text
+    with PIL.Image.open(finished.parent / name) as image:
+      assert image.size[0] == width
+      assert width / 3 < image.size[1] < width
+      assert image.info["dpi"][0] == pytest.approx(300, abs=1)
+      pixels = np.asarray(image.convert("RGB"))
+    # Every line is there: a marker alone fills hundreds of pixels.
+    for color in colors:
+      assert (pixels == color).all(axis=-1).sum() > 500
+
+
+def test_the_same_rows_give_the_same_bytes(finished):
+  before = {p.name: p.read_bytes() for p in finished.parent.iterdir()}
+  report.write(SETTINGS, finished.parent.parent)
+  after = {p.name: p.read_bytes() for p in finished.parent.iterdir()}
+  assert before == after
+  assert sorted(before) == [
+    "report.md",
+    "training_curves.png",
+    "win_rate_step.png",
+    "win_rate_temperature.png",
+    "win_rates.csv",
+  ]
+
+
+def test_missing_verdicts_are_visible(tmp_path):
+  make_run(tmp_path, missing=3)
+  text = read(report.write(SETTINGS, tmp_path))
+  assert "> **INCOMPLETE**: 3 of 880 judge calls gave no verdict" in text
+  stripped = [[cell.strip() for cell in row] for row in tables(text)]
+  assert ["timeout &#124; after 30 s", "3"] in stripped
+  (bounds,) = [row for row in stripped if "6.2 to 10.0" in row]
+  # 4 prompts of 40 won; both calls on the first and one on the second are
+  # missing, so 3 of 39 are left, and 2.5 to 4 of 40 are possible.
+  assert bounds == ["base", "", "0.25", "7.7", "6.2 to 10.0", "3", "0"]
+
+
+def test_answers_without_a_call_are_visible(tmp_path):
+  make_run(tmp_path)
+  path = tmp_path / "verdicts" / "all.jsonl"
+  lines = path.read_bytes().split(b"\n")
+  path.write_bytes(b"\n".join(lines[5:]))
+  text = read(report.write(SETTINGS, tmp_path))
+  assert "> **INCOMPLETE**: 5 judge calls were never made" in text
+
+
+def test_an_empty_reference_needs_no_verdict(tmp_path):
+  make_run(tmp_path)
+  row = dataclasses.replace(response("dpo", None, 1.0, "p99"), chosen=" ")
+  write_rows(tmp_path / "responses" / "more.jsonl", [row])
+  assert "INCOMPLETE" not in read(report.write(SETTINGS, tmp_path))
+
+
+def test_verdicts_about_unknown_answers_are_visible(tmp_path):
+  make_run(tmp_path)
+  (tmp_path / "responses" / "dpo-100-1.0.jsonl").unlink()
+  text = read(report.write(SETTINGS, tmp_path))
+  assert "> **INCONSISTENT**: 80 judge calls" in text
+
+
+def test_overlap_is_said_to_be_overlap(tmp_path):
+  finals = [("base", 12), ("sft", 20), ("dpo", 18)]
+  rows = [
+    (response(model, None, 0.75, f"p{i:02d}"), i < won)
+    for model, won in finals
+    for i in range(40)
+  ]
+  write_rows(tmp_path / "responses" / "r.jsonl", [row for row, _ in rows])
+  calls = [
+    verdict(row, "model_first", "model" if won else "chosen")
+    for row, won in rows
+  ]
+  write_rows(tmp_path / "verdicts" / "v.jsonl", calls)
+  settings = dataclasses.replace(SETTINGS, runs=())
+  # An earlier report's figure of checkpoints that are gone.
+  (tmp_path / "report").mkdir()
+  (tmp_path / "report" / "win_rate_step.png").touch()
+  path = report.write(settings, tmp_path)
+  text = read(path)
+  assert "**No**" in text
+  assert "**Yes**" not in text
+  # Wilson, n = 40, by SciPy: 12 [18.1, 45.4], 20 [35.2, 64.8].
+  overlap = "SFT 50.0 [35.2, 64.8] is above base 30.0 [18.1, 45.4]"
+  assert f"- T = 0.75: {overlap}, but the intervals overlap." in text
+  assert "DPO 45.0 [30.7, 60.2] is not above SFT 50.0 [35.2, 64.8]." in text
+  assert "No run has evaluated it." in text
+  assert not (path.parent / "win_rate_step.png").exists()
+  assert not (path.parent / "training_curves.png").exists()
+
+
+def test_three_stages_below_0_7_leave_the_question_open(tmp_path):
+  rows = [response(model, None, 0.5, "p0") for model in ("base", "sft", "dpo")]
+  write_rows(tmp_path / "responses" / "r.jsonl", rows)
+  calls = [verdict(row, "model_first", "refusal") for row in rows]
+  write_rows(tmp_path / "verdicts" / "v.jsonl", calls)
+  settings = dataclasses.replace(SETTINGS, runs=())
+  path = report.write(settings, tmp_path)
+  assert "It cannot be told" in read(path)
+  lines = read(path.parent / "win_rates.csv").split("\n")
+  # Nothing was read: no rate, the whole interval, and no crash.
+  assert lines[1] == "base,,0.5,0,nan,0.000000,1.000000"
+
+
+class Shown(html.parser.HTMLParser):
+  """What a browser would show of a cell, and the tags it would obey."""
+
+  def __init__(self, text):
+    super().__init__(convert_charrefs=True)
+    self.text, self.tags = "", []
+    self.feed(text)
+    self.close()
+
+  def handle_starttag(self, tag, attributes):
+    self.tags.append(tag)
+    self.text += "\n" if tag == "br" else ""
+
+  def handle_endtag(self, tag):
+    self.tags.append(tag)
+
+  def handle_data(self, data):
+    self.text += data
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_is_shown_and_not_obeyed(text):
+  cell = markdown.literal(text)
+  assert not set(cell) & set("|`*_[]\\~$\n\r\u2028\u2029\u0085\x0b\x00\u202e")
+  shown = Shown(cell)
+  assert set(shown.tags) <= {"br"}
+  # Nothing is left for GitHub to link: the parts of an address stand apart.
+  visible = cell.replace("<br>", "").split("<!-- -->")
+  assert not any("://" in part or "www." in part for part in visible)
+  assert not any(part[1:].count("@") for part in visible)
+  expected = text.replace("\r\n", "\n").replace("\r", "\n")
+  for character in "\u2028\u2029\u0085\x0b\x00\x1b\u202e\u2066\u200b\ufeff":
+    expected = expected.replace(character, f"(U+{ord(character):04X})")
+  assert shown.text == expected
+
+
+def test_hostile_answers_leave_the_tables_whole(tmp_path):
+  make_run(tmp_path, text=" " + "\n".join(HOSTILE[:-1]))
+  path = report.write(SETTINGS, tmp_path)
+  text = read(path)
+  images = [line for line in text.split("\n") if line.startswith("![")]
+  assert len(images) == 3
+  lines = text.split("\n")
+  for above, line in itertools.pairwise(lines):
+    if above.startswith("|") and line.startswith("|"):
+      assert above.count("|") == line.count("|")
+  assert "<script" not in text
+  assert "<h1" not in text
+  assert "](java" not in text
+  headings = [line for line in lines if line.startswith("#")]
+  assert len(headings) == 9
+  (answer,) = [line for line in lines if line.startswith("| answer")][:1]
+  assert "Use a fork." in answer
+  assert "U+2028" in answer or "characters)" in answer
+
+
+def test_long_texts_are_cut_where_it_matters_least(tmp_path):
+  make_run(tmp_path, text=" start " + "x" * 5000 + " finish")
+  text = read(report.write(SETTINGS, tmp_path))
+  assert "start xxx" in text
+  assert "finish" not in text
+  assert "… (4413 characters)" in text
+
+
+def test_examples_are_answers_to_one_prompt_side_by_side(finished):
+  rows = [[cell.strip() for cell in row] for row in tables(read(finished))]
+  heads = [row for row in rows if row[:2] == ["", "chosen"]]
+  assert heads == [["", "chosen", "base", "SFT", "DPO"]] * 2
+  answers = [row for row in rows if row[0] == "answer"]
+  assert answers == [["answer", "Use a fork.", *["Beat them."] * 3]] * 2
+  verdicts = [row[2:] for row in rows if row[0] == "verdict"]
+  assert len(verdicts) == 2
+  for model_verdicts in verdicts:
+    for cell in model_verdicts:
+      first, second = cell.split("<br>")
+      assert first in ("won when shown first", "lost when shown first")
+      assert second == first.replace("first", "second")
+
+
+def test_nothing_to_report_is_refused(tmp_path):
+  with pytest.raises(ValueError, match=r"verdicts has no verdict rows.*judge"):
+    report.write(SETTINGS, tmp_path)
+  (tmp_path / "verdicts").mkdir()
+  (tmp_path / "verdicts" / "empty.jsonl").touch()
+  with pytest.raises(ValueError, match=r"verdicts has no verdict rows.*judge"):
+    report.write(SETTINGS, tmp_path)
+  make_run(tmp_path)
+  (tmp_path / "sft" / "metrics.jsonl").unlink()
+  with pytest.raises(ValueError, match=r"metrics\.jsonl is missing"):
+    report.write(SETTINGS, tmp_path)
+  assert not (tmp_path / "report").exists()
+
+
+def test_rows_that_do_not_belong_together_are_refused(tmp_path):
+  make_run(tmp_path)
+  row = response("dpo", None, 1.0, "p99")
+  extra = tmp_path / "verdicts" / "extra.jsonl"
+  write_rows(extra, [verdict(row, "model_first", "model", judge="gpt")])
+  with pytest.raises(ValueError, match="gpt, oracle"):
+    report.write(SETTINGS, tmp_path)
+  extra.unlink()
+  again = tmp_path / "responses" / "again.jsonl"
+  write_rows(again, [response("dpo", None, 1.0, "p00")])
+  with pytest.raises(ValueError, match=r"stand more than once.*p00"):
+    report.write(SETTINGS, tmp_path)
+
+
+def test_a_malformed_row_is_named(tmp_path):
+  make_run(tmp_path)
+  path = tmp_path / "verdicts" / "all.jsonl"
+  path.write_bytes(path.read_bytes() + b'{"key": "cut')
+  with pytest.raises(ValueError, match=r"all\.jsonl:881"):
+    report.write(SETTINGS, tmp_path)
+
+
+def test_a_malformed_metric_is_named(tmp_path):
+  make_run(tmp_path)
+  path = tmp_path / "dpo" / "metrics.jsonl"
+  path.write_text('{"step": 1, "loss": 1}\n{"loss": 2}\n')
+  with pytest.raises(ValueError, match=r"metrics\.jsonl:2"):
+    report.write(SETTINGS, tmp_path)
+
+
+@pytest.mark.parametrize(
+  "run", ["../../x", "/etc", "a/b", "a\0b", "x" * 300, "", ".."]
+)
+def test_run_names_stay_inside_the_working_directory(run):
+  with pytest.raises(ValueError, match="must be the name of a directory"):
+    dataclasses.replace(SETTINGS, runs=(run,))
+
+
+@pytest.mark.parametrize(
+  "changes", [{"examples": -1}, {"seed": -1}, {"runs": ("dpo", "dpo")}]
+)
+def test_settings_out_of_range_are_refused(changes):
+  with pytest.raises(ValueError, match=next(iter(changes))):
+    dataclasses.replace(SETTINGS, **changes)
+
+
+def rate(model, step, temperature, n=40):
+  calls = [
+    verdict(response(model, step, temperature, f"p{i}"), "model_first", "model")
+    for i in range(n)
+  ]
+  (found,) = winrates.win_rates(calls, seed=0)
+  return found
+
+
+@pytest.mark.parametrize("count", [0, 1, 9])
+def test_figures_of_any_number_of_lines(tmp_path, count):
+  finals = [rate(f"model {i} $x$", None, 1.0) for i in range(count)]
+  steps = [rate("dpo", 100 * i, 1.0) for i in range(count)]
+  for draw, rates in (
+    (figures.win_rate_by_temperature, finals),
+    (figures.win_rate_by_step, steps),
+  ):
+    path = draw(rates, tmp_path / "figure.png")
+    with PIL.Image.open(path) as image:
+      assert image.size == (1050, 780)
+
+
+def test_figures_leave_the_settings_of_matplotlib_alone(tmp_path):
+  with matplotlib.rc_context({"font.size": 23.0}):
+    figures.training_curves({"sft": []}, tmp_path / "curves.png")
+    assert matplotlib.rcParams["font.size"] == 23.0
+  with PIL.Image.open(tmp_path / "curves.png") as image:
+    assert np.asarray(image.convert("L")).min() < 100
