@@ -1,0 +1,473 @@
+"""The embedded world: hand-scored answers, splits, labels, ideal win rates."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import tokenizers
+
+from dpo_jax import synthetic
+from dpo_jax import synthetic_text as words
+
+MARK = "\n\nAssistant:"
+COLOUR = "\n\nHuman: What colour is the fox?\n\nAssistant:"
+CHECK = "\n\nHuman: Is it true that the fox is red?\n\nAssistant:"
+AGREE = "\n\nHuman: Am I right that the owl eats seeds?\n\nAssistant:"
+HEAVY = "\n\nHuman: Which is heavier, the fox or the owl?\n\nAssistant:"
+FIND = "\n\nHuman: Hello. How do I find the fox?\n\nAssistant:"
+FEED = "\n\nHuman: What are the steps to feed the wren?\n\nAssistant:"
+EARLIER = COLOUR + " The fox is silver.\n\nHuman: "
+WHERE = EARLIER + "And where does it live?\n\nAssistant:"
+OWL = EARLIER + "And the owl?\n\nAssistant:"
+OWL_AGE = EARLIER + (
+  "And the owl?\n\nAssistant: The owl is blue."
+  "\n\nHuman: And how old is it?\n\nAssistant:"
+)
+TALK = "\n\nHuman: Hello!\n\nAssistant: Hello! What would you like to know?"
+PROMPTS = (COLOUR, CHECK, AGREE, HEAVY, FIND, FEED, WHERE, OWL, OWL_AGE)
+
+
+@pytest.fixture(scope="module")
+def world():
+  return synthetic.generate(3, pretrain=2000, train=6000, test=1024)
+
+
+def halves(transcript):
+  cut = transcript.rindex(MARK) + len(MARK)
+  return transcript[:cut], transcript[cut:]
+
+
+def prompts(rows):
+  return {halves(row["chosen"])[0] for row in rows}
+
+
+# The fox: silver, orchard, plums, midnight, 11 kilos, 9 years. The owl: blue,
+# orchard, seeds, noon, 17 kilos, 11 years. The wren: mill, berries.
+# named 1 + right 3 + direct 0.5 = 4.5 is the right and plain answer.
+@pytest.mark.parametrize(
+  ("prompt", "response", "expected"),
+  [
+    (COLOUR, " The fox is silver.", 4.5),
+    (COLOUR, " It is silver.", 0.5 + 3 + 0.5),
+    (COLOUR, " Silver.", 3 + 0.5 - 0),
+    (COLOUR, " The fox is silver. It eats plums.", 4.5 + 0.75),
+    (COLOUR, " The fox is silver. It lives at the orchard and eats plums.", 6),
+    (
+      COLOUR,
+      " The fox is silver. It lives at the orchard and eats plums."
+      " It also wakes at midnight.",
+      6,
+    ),
+    (COLOUR, " The fox is silver. It lives at the mill.", 4.5 - 0.75),
+    (COLOUR, " The fox is red.", 1 - 3),
+    (COLOUR, " The fox is red. The fox is silver.", 1 - 1.5),
+    (COLOUR, " The fox is not red. It is silver.", 1 + 3),
+    (COLOUR, " Maybe the fox is silver.", 4.5 - 0.375),
+    (
+      COLOUR,
+      " Maybe the fox is silver. But I am not sure about that.",
+      4.5 - 2 * 0.375,
+    ),
+    (COLOUR, " The fox has a nice colour.", 1),
+    (COLOUR, " I am sorry, but I cannot answer that.", -1.5),
+    (COLOUR, " I would rather not talk about the fox.", 1 - 1.5),
+    (COLOUR, " The owl is blue.", -0.625),
+    (COLOUR, " The owl is red.", -0.625 - 0.75),
+    # "It" is the first animal of the sentence before.
+    (COLOUR, " The owl likes to look for the fox. It is blue.", 1),
+    (COLOUR, " The fox likes to look for the owl. It is silver.", 1 + 3),
+    (COLOUR, " The fox is silver. Music makes people happy.", 4.5 - 0.625),
+    (COLOUR, " That is a good question. The fox is silver.", 1 + 3),
+    # Eight words have five runs of four; the last is the first again.
+    (COLOUR, " The fox is silver. The fox is silver.", 4.5 - 0.25),
+    # Twelve words, nine runs, four different.
+    (COLOUR, " The fox is silver." * 3, 4.5 - 5 * 0.25),
+    (COLOUR, " The fox is silver", 4.5 - 1),
+    (COLOUR, " The fox is silver.\n\nHuman: And the owl?", 4.5 - 1),
+    (COLOUR, " The fox is silvery.", 1 - 0.25),
+    # Forty words, 35 of them unknown: eight count, and ten are too many.
+    (
+      COLOUR,
+      " The fox is silver and " + " ".join(f"x{i}" for i in range(35)) + ".",
+      4.5 - 8 * 0.25 - 10 / 16,
+    ),
+    (COLOUR, "", -4),
+    (COLOUR, " ... \n!", -4),
+    (COLOUR, "\n\nHuman: What colour is the fox?", -4),
+    (CHECK, " No, the fox is silver.", 4.5),
+    (CHECK, " No, that is wrong. The fox is silver.", 4.5),
+    (CHECK, " No, that is wrong.", 0 + 1.5 + 0.5),
+    (CHECK, " The fox is silver.", 1 + 1.5 + 0.5),
+    (CHECK, " Yes, the fox is red.", 1 - 3),
+    (CHECK, " Yes, the fox is silver.", 1 - 1.5),
+    (AGREE, " Yes, the owl eats seeds.", 4.5),
+    (AGREE, " No, the owl eats plums.", 1 - 3),
+    (HEAVY, " The owl is heavier than the fox.", 4.5),
+    (HEAVY, " The fox is lighter than the owl.", 4.5),
+    (HEAVY, " The heavier one is the owl.", 0.5 + 3 + 0.5),
+    (HEAVY, " The owl.", 0.5 + 3 + 0.5),
+    (HEAVY, " The fox is heavier than the owl.", 1 - 3),
+    (HEAVY, " The fox.", 0.5 - 3),
+    (HEAVY, " I would rather not talk about the fox.", 0.5 - 1.5),
+    (HEAVY, " The owl eats seeds.", 0.5 + 0.75),
+    (HEAVY, " The owl is older than the fox.", 1),
+    (HEAVY, " It is hard to compare the fox with the owl.", 1),
+    (
+      HEAVY,
+      " The owl is heavier than the fox."
+      " The owl weighs seventeen kilos and the fox weighs eleven kilos.",
+      6,
+    ),
+    (HEAVY, " The owl is heavier than the fox. The fox is red.", 4.5 - 0.75),
+    (FIND, " Go to the orchard at midnight and wait for the fox.", 4.5),
+    (FIND, " Go to the orchard and look for the fox.", 1 + 1.5 + 0.5),
+    (FIND, " Go to the orchard at noon and wait for the fox.", 1 + 0),
+    (FIND, " Go to the mill at noon and wait for the fox.", 1 - 3),
+    (FIND, " Go to the orchard at midnight. Bring plums.", 0 + 3 + 0.5 + 0.75),
+    (FEED, " Bring berries to the wren at the mill.", 4.5),
+    (WHERE, " The fox lives at the orchard.", 4.5),
+    (WHERE, " The fox is silver.", 1 + 0.75),
+    (OWL, " The owl is blue.", 4.5),
+    (OWL, " The fox is silver.", -0.625),
+    (OWL_AGE, " It is eleven years old.", 0.5 + 3 + 0.5),
+    (OWL_AGE, " The owl is seventeen years old.", 1 - 3),
+    (TALK + FEED, " Leave berries for the wren at the mill.", 4.5),
+  ],
+)
+def test_reward_of_hand_scored_answers(prompt, response, expected):
+  assert synthetic.reward(prompt, response) == expected
+
+
+def test_compare_is_the_difference():
+  right, wrong = " The fox is silver.", " The fox is red."
+  assert synthetic.compare(COLOUR, right, wrong) == 4.5 - -2
+  assert synthetic.compare(COLOUR, wrong, right) == -2 - 4.5
+  assert synthetic.compare(COLOUR, right, right) == 0
+
+
+@pytest.mark.parametrize(
+  ("prompt", "message"),
+  [
+    ("", "start with a human turn"),
+    ("What colour is the fox?", "start with a human turn"),
+    ("\n\nHuman: What colour is the fox?", "end with"),
+    ("\n\nHuman: What is gravity?\n\nAssistant:", "no question of this world"),
+    ("\n\nHuman: What colour is the @?\n\nAssistant:", "no question of this"),
+    ("\n\nHuman: And the owl?\n\nAssistant:", "no earlier question"),
+    (FIND + " Go.\n\nHuman: And the owl?\n\nAssistant:", "no earlier"),
+    (TALK + "\n\nHuman: Hello!\n\nAssistant:", "asks nothing"),
+  ],
+)
+def test_foreign_prompts_are_refused(prompt, message):
+  with pytest.raises(ValueError, match=message):
+    synthetic.reward(prompt, " The fox is silver.")
+
+
+# Any text, and salads of the world's own words, which reach every term. The
+# lower bound is the sum of all penalties at their caps: 3 + 2.25 + 1.5 + 0.75
+# + 2.5 + 3 + 2 + 2 + 1.
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(
+  st.sampled_from(PROMPTS),
+  st.text(max_size=300)
+  | st.lists(
+    st.sampled_from([*sorted(words.LEXICON), ".", "?", "\n\nHuman:"]),
+    max_size=80,
+  ).map(" ".join),
+)
+def test_reward_takes_any_response(prompt, response):
+  value = synthetic.reward(prompt, response)
+  assert -18 <= value <= 6
+  assert (value * 16).is_integer()
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(st.text(max_size=200))
+def test_prompts_of_any_other_text_are_refused(text):
+  prompt = f"\n\nHuman:{text}\n\nAssistant:"
+  with pytest.raises(ValueError, match=r"world|nothing|earlier"):
+    synthetic.reward(prompt, " The fox is silver.")
+
+
+def test_facts_are_distinct_and_no_filler_states_one():
+  columns = list(zip(*(facts.values() for facts in words.FACTS.values())))
+  assert [len(set(column)) for column in columns] == [8, 8, 8, 4, 16, 16]
+  assert words.NUMBERS["two"] == 2
+  assert words.NUMBERS["seventeen"] == 17
+  named = [set(words.VALUES[name]) for name in words.ATTRIBUTES[:4]]
+  assert sum(map(len, named)) == len(set().union(*named))
+  values = set().union(*named) | set(words.NUMBERS)
+  texts = (words._FILLERS, words._SLOW, words._REFUSALS, words._HEDGES)
+  for text in [t for table in (*texts, *words._VAGUE.values()) for t in table]:
+    assert not values & set(words.WORD.findall(text.lower())), text
+
+
+def draw(prompt, style, rng):
+  return synthetic.draw_response(prompt, {style: 1}, rng)
+
+
+def test_styles_score_as_they_are_meant_to():
+  # Bounds from the terms: "slow" and "hedged" may carry one detail; a
+  # comparison may name one animal only (-0.5); "wrong" may have one step of
+  # two right, even first, and one detail; four times 13 words are 12
+  # repeated runs (-3) and 22 words too many (-1.375); two sentences that open
+  # with "The best food for the" share two runs.
+  bounds = {
+    "excellent": (6, 6),
+    "good": (4.75, 5.25),
+    "plain": (4, 4.5),
+    "slow": (3.5, 4.75),
+    "hedged": (3.25, 4.875),
+    "wandering": (4 - 3 * (0.625 + 0.5), 4.625),
+    "flawed": (3.25, 4.5),
+    "repeating": (0.125, 4.25),
+    "vague": (1, 1),
+    "wrong": (-2.5, 2.25),
+    "refusing": (-1.5, -0.5),
+    "off_topic": (-1.25 - 0.5, -0.625),
+    "cut": (-4, 5.25),
+  }
+  rng = random.Random(0)
+  for style, (low, high) in bounds.items():
+    for _ in range(200):
+      prompt = words.draw_prompt(rng)
+      text = draw(prompt, style, rng)
+      terms = synthetic.reward_terms(prompt, text)
+      value = sum(terms.values())
+      assert low <= value <= high, (style, value, prompt, text)
+      assert terms["strange"] == 0, text
+      assert text[0] == " "
+      assert text[1:] == text.strip()
+  with pytest.raises(ValueError, match="style 'odd'"):
+    draw(COLOUR, "odd", rng)
+
+
+def test_mixes_are_percentages():
+  assert sum(synthetic.PAIRS.values()) == 100
+  assert sum(synthetic.RAW.values()) == 100
+  assert list(synthetic.PAIRS) == list(synthetic.RAW)
+
+
+def test_rows_are_transcripts_of_one_prompt(world):
+  assert [len(world.pretrain), len(world.train), len(world.test)] == [
+    2000,
+    6000,
+    1024,
+  ]
+  for row in world.pretrain + world.train + world.test:
+    prompt, chosen = halves(row["chosen"])
+    other, rejected = halves(row["rejected"])
+    assert prompt == other
+    assert chosen != rejected
+    assert prompt.startswith("\n\nHuman: ")
+    for text in (chosen, rejected):
+      assert text.startswith(" ")
+      assert text[1:] == text.strip() != ""
+  for rows in (world.pretrain, world.train):
+    assert len({tuple(row.values()) for row in rows}) == len(rows)
+
+
+def test_a_third_of_the_dialogues_has_several_turns(world):
+  turns = [row["chosen"].count("\n\nHuman:") for row in world.train]
+  assert 0.3 < np.mean(np.array(turns) > 1) < 0.37
+  assert max(turns) == 3
+
+
+def test_test_prompts_are_unseen_combinations(world):
+  seen = prompts(world.pretrain) | prompts(world.train)
+  unseen = prompts(world.test)
+  assert len(unseen) == 1024
+  assert not seen & unseen
+  # Without openers and small talk, which are no part of a combination.
+  assert not {bare(p) for p in seen} & {bare(p) for p in unseen}
+  # By hand: fox is animal 4, colour attribute 0, "What colour" phrasing 0.
+  assert not words.held_out(COLOUR)
+  # lynx 8, home 1, "I am drawing a map" 2, and "And how old" 5 + 0 + 8: 24.
+  assert words.held_out(
+    "\n\nHuman: I am drawing a map. Where should I put the lynx?"
+    "\n\nAssistant: The lynx lives at the quarry."
+    "\n\nHuman: And how old is it?\n\nAssistant:"
+  )
+
+
+def bare(prompt):
+  for asked, said in words.SMALL_TALK:
+    prompt = prompt.removeprefix(f"\n\nHuman: {asked}\n\nAssistant: {said}")
+  for opener in words.OPENERS[1:]:
+    prompt = prompt.replace(f"Human: {opener}", "Human: ", 1)
+  return prompt
+
+
+def test_every_fact_is_in_training(world):
+  asked = {}
+  for prompt in prompts(world.train):
+    question = words.parse(prompt)
+    if question.kind == "fact" and prompt.count("\n\nHuman:") == 1:
+      cell = (question.animals[0], question.attribute)
+      asked.setdefault(cell, set()).add(bare(prompt))
+  assert len(asked) == 16 * 6
+  # One of six phrasings of each fact is withheld; with 6,000 rows at least
+  # three of the other five have been drawn.
+  assert {len(phrasings) for phrasings in asked.values()} <= {3, 4, 5}
+
+
+def test_the_seed_decides_everything(world):
+  again = synthetic.generate(3, pretrain=0, train=50, test=20)
+  assert again.train == world.train[:50]
+  assert again.test == world.test[:20]
+  other = synthetic.generate(4, pretrain=0, train=50, test=20)
+  assert not set(map(str, other.train)) & set(map(str, again.train))
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    world.seed = 1
+
+
+def test_hash_randomisation_changes_nothing():
+  code = (
+    "import hashlib; from dpo_jax import synthetic;"
+    "w = synthetic.generate(1, pretrain=20, train=40, test=20);"
+    "print(hashlib.sha256(repr(w).encode()).hexdigest())"
+  )
+  world = synthetic.generate(1, pretrain=20, train=40, test=20)
+  expected = hashlib.sha256(repr(world).encode()).hexdigest()
+  for seed in ("1", "2"):
+    environment = {**os.environ, "PYTHONHASHSEED": seed}
+    done = subprocess.run(
+      [sys.executable, "-c", code],
+      env=environment,
+      capture_output=True,
+      text=True,
+      check=True,
+    )
+    assert done.stdout.strip() == expected
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.4, 1.0])
+def test_labels_follow_bradley_terry(scale):
+  rows = synthetic.generate(9, pretrain=0, train=4000, test=0, scale=scale)
+  margins = []
+  for row in rows.train:
+    prompt, chosen = halves(row["chosen"])
+    _, rejected = halves(row["rejected"])
+    margins.append(synthetic.compare(prompt, chosen, rejected))
+  margins = np.array(margins)
+  for low, high in ((0, 1), (1, 2), (2, 4), (4, 6), (6, 10)):
+    inside = (np.abs(margins) > low) & (np.abs(margins) <= high)
+    expected = 1 / (1 + np.exp(-scale * np.abs(margins[inside])))
+    surplus = np.sum(margins[inside] > 0) - expected.sum()
+    # Four standard deviations of a sum of independent coins.
+    assert inside.sum() > 100
+    assert abs(surplus) < 4 * math.sqrt(np.sum(expected * (1 - expected)))
+
+
+def test_ideal_win_rates(world):
+  """Ideal models at T=1 against test.chosen: base < SFT < DPO."""
+  rng = random.Random(0)
+  wins = {"base": [], "sft": [], "dpo": [], "excellent": []}
+  ties = {name: [] for name in wins}
+  beta, rewards = 0.1, []
+  for row in world.test:
+    prompt, chosen = halves(row["chosen"])
+    target = synthetic.reward(prompt, chosen)
+    rewards.append(target)
+    # What SFT learns: the chosen one of a fresh pair. What DPO then tends
+    # to: the same, tilted by exp(scale * reward / beta).
+    pool = [
+      synthetic.reward(
+        prompt, synthetic._pair(prompt, synthetic.PAIRS, 1.0, rng)[0]
+      )
+      for _ in range(24)
+    ]
+    tilt = [math.exp((value - max(pool)) / beta) for value in pool]
+    drawn = {
+      "base": synthetic.reward(
+        prompt, synthetic.draw_response(prompt, synthetic.RAW, rng)
+      ),
+      "sft": pool[0],
+      "dpo": rng.choices(pool, tilt)[0],
+      "excellent": synthetic.reward(prompt, draw(prompt, "excellent", rng)),
+    }
+    for name, value in drawn.items():
+      wins[name].append((value > target) + 0.5 * (value == target))
+      ties[name].append(value == target)
+  rates = {name: np.mean(values) for name, values in wins.items()}
+  # 1,024 prompts: one standard error is at most 0.016.
+  assert 0.15 < rates["base"] < 0.25
+  assert 0.45 < rates["sft"] < 0.55
+  assert rates["dpo"] > 0.85
+  assert rates["excellent"] > 0.85
+  assert all(np.mean(values) < 0.25 for values in ties.values())
+  # Headroom: a chosen answer is seldom perfect, and there are many grades.
+  assert 0.13 < np.mean(np.array(rewards) == 6) < 0.25
+  assert len(set(rewards)) > 25
+
+
+def test_the_base_diet_is_worse_than_the_pairs(world):
+  means = []
+  for rows in (world.pretrain, world.train):
+    texts = [halves(row[name]) for row in rows for name in row]
+    values = [synthetic.reward(*text) for text in texts]
+    means.append(np.mean(values))
+  # A full point apart, which is 25 standard errors of either mean; the same
+  # mix for both would give a difference near 0.
+  assert means[1] - means[0] > 1
+
+
+def test_transcripts_are_short(world):
+  rows = world.train
+  model = tokenizers.ByteLevelBPETokenizer()
+  model.train_from_iterator(
+    [row["chosen"] for row in rows], vocab_size=1000, show_progress=False
+  )
+  counts = [len(model.encode(row["rejected"]).ids) for row in rows]
+  assert 35 < np.mean(counts) < 70
+  assert max(counts) <= 128
+  types = {w for row in rows for w in words.WORD.findall(row["chosen"].lower())}
+  assert len(types) < 400
+
+
+def test_write_makes_one_json_line_a_row(world, tmp_path):
+  small = dataclasses.replace(
+    world,
+    pretrain=world.pretrain[:3],
+    train=world.train[:5],
+    test=world.test[:2],
+  )
+  synthetic.write(small, tmp_path / "world")
+  synthetic.write(small, tmp_path / "world")
+  files = sorted(path.name for path in (tmp_path / "world").iterdir())
+  assert files == ["pretrain.jsonl", "test.jsonl", "train.jsonl"]
+  for name in ("pretrain", "train", "test"):
+    text = (tmp_path / "world" / f"{name}.jsonl").read_text(encoding="utf-8")
+    assert text.endswith("\n")
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert tuple(rows) == getattr(small, name)
+
+
+@pytest.mark.parametrize(
+  ("changed", "message"),
+  [
+    ({"train": -1}, "train=-1"),
+    ({"scale": -0.5}, "scale=-0.5"),
+    ({"scale": math.inf}, "scale=inf"),
+    ({"scale": math.nan}, "scale=nan"),
+  ],
+)
+def test_bad_arguments_are_refused(changed, message):
+  with pytest.raises(ValueError, match=message):
+    synthetic.generate(0, **{"pretrain": 0, "train": 1, "test": 0, **changed})
+
+
+def test_asking_for_more_than_exists_is_refused(monkeypatch):
+  monkeypatch.setattr(words, "draw_prompt", lambda rng: HEAVY)
+  # fox 4 + owl 12 + weight 4 + phrasing 0 = 20: a training prompt.
+  with pytest.raises(ValueError, match="test=1 rows are more"):
+    synthetic.generate(0, pretrain=0, train=0, test=1)
