@@ -1,0 +1,133 @@
+"""From responses to questions: what is asked, and what needs no asking.
+
+A case is one verdict to be written. Cases of the same key (same judge, prompt,
+texts and order) are one question, whose answer is written for each of them.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+from dpo_jax import judging, records
+
+ORDERS: tuple[records.Order, records.Order] = ("model_first", "chosen_first")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One verdict to be written: a response in an order, and where it goes."""
+
+  store: records.Store[records.Verdict]
+  response: records.Response
+  order: records.Order
+
+  @property
+  def unit(self) -> tuple:
+    return (*self.response.unit, self.order)
+
+
+@dataclasses.dataclass
+class Plan:
+  """Questions by key with the cases they answer, and rows that need none."""
+
+  questions: dict[str, list[Case]]
+  rows: list[tuple[Case, records.Verdict]]
+  outcomes: dict[tuple, records.Outcome]
+  identical: int
+
+
+def plan(
+  judge: judging.Judge,
+  cases: Iterable[Case],
+  stores: Iterable[records.Store[records.Verdict]],
+) -> Plan:
+  """Sorts the cases into answered, answerable without a call, and open."""
+  current: dict[tuple, records.Verdict] = {}
+  answered: dict[str, records.Verdict] = {}
+  for store in stores:
+    for row in store.rows:
+      current[row.unit] = row
+      if row.verdict != "missing":
+        answered[row.key] = row
+  result = Plan(questions={}, rows=[], outcomes={}, identical=0)
+  for case in cases:
+    response = case.response
+    key = _key(judge, case)
+    same = response.response.strip() == response.chosen.strip()
+    result.identical += same
+    row = current.get(case.unit)
+    if row and row.key == key and row.verdict != "missing":
+      result.outcomes[case.unit] = row.verdict
+    elif same:
+      reply = judging.Reply("tie", "", "", "")
+      result.rows.append((case, verdict(judge, key, case, reply)))
+    elif key in answered:
+      result.rows.append((case, _about(case, answered[key])))
+    else:
+      result.questions.setdefault(key, []).append(case)
+  return result
+
+
+def question(case: Case) -> judging.Question:
+  """The two texts in the order in which they are shown."""
+  response = case.response
+  texts = (response.response, response.chosen)
+  if case.order == "chosen_first":
+    texts = texts[::-1]
+  return judging.Question(response.prompt, *texts)
+
+
+def _key(judge: judging.Judge, case: Case) -> str:
+  response = case.response
+  return records.content_hash(
+    judge.name,
+    judge.parameters,
+    judge.template_hash,
+    case.order,
+    response.prompt,
+    response.response,
+    response.chosen,
+  )
+
+
+def verdict(
+  judge: judging.Judge, key: str, case: Case, reply: judging.Reply
+) -> records.Verdict:
+  """The row that a reply makes."""
+  outcome: records.Outcome
+  if reply.choice in ("first", "second"):
+    shown_first = case.order == "model_first"
+    model_wins = shown_first == (reply.choice == "first")
+    outcome = "model" if model_wins else "chosen"
+  else:
+    outcome = reply.choice
+  response = case.response
+  return records.Verdict(
+    key=key,
+    prompt_id=response.prompt_id,
+    model=response.model,
+    step=response.step,
+    temperature=response.temperature,
+    sample_id=response.sample_id,
+    order=case.order,
+    verdict=outcome,
+    judge=judge.name,
+    judge_returned=reply.model,
+    template_hash=judge.template_hash,
+    response_chars=len(response.response),
+    chosen_chars=len(response.chosen),
+    raw=reply.text,
+    error=reply.error,
+  )
+
+
+def _about(case: Case, row: records.Verdict) -> records.Verdict:
+  """The answer to the same question, about another response of equal text."""
+  response = case.response
+  return dataclasses.replace(
+    row,
+    prompt_id=response.prompt_id,
+    model=response.model,
+    step=response.step,
+    temperature=response.temperature,
+    sample_id=response.sample_id,
+  )

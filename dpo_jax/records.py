@@ -1,0 +1,438 @@
+"""The rows that the stages hand to each other, one JSON object a line.
+
+A row is committed when its line, newline included, is on disk. So an
+interrupted append can only leave a last line without its newline, and
+everything before that line is whole: this is what makes every stage
+resumable. Lines are split on the byte 0x0a alone, because texts hold other
+line separators (U+2028, U+0085, a carriage return) that belong to them.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import pathlib
+import socket
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any, Generic, Literal, TypeVar
+
+from dpo_jax import errors
+
+_log = logging.getLogger(__name__)
+
+Order = Literal["model_first", "chosen_first"]
+Outcome = Literal["model", "chosen", "tie", "missing", "refusal"]
+FinishReason = Literal["eos", "turn", "length"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+  """One sampled response beside the dataset's chosen one.
+
+  Texts are kept as generated and as read, leading space included.
+  `step` is None for a final model; `top_k` 0 and `top_p` 1.0 are off;
+  `token_count` counts generated tokens.
+  """
+
+  prompt_id: str
+  prompt: str
+  response: str
+  chosen: str
+  model: str
+  step: int | None
+  temperature: float
+  top_k: int
+  top_p: float
+  max_new_tokens: int
+  seed: int
+  sample_id: int
+  token_count: int
+  finish_reason: FinishReason
+
+  @property
+  def unit(self) -> tuple:
+    """What the row is about: one sample of one model on one prompt."""
+    return (
+      self.prompt_id,
+      self.model,
+      self.step,
+      self.temperature,
+      self.sample_id,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """One judge call: which of two texts won, in which order they were shown.
+
+  `key` is the hash of everything that the answer depends on. `judge` is the
+  judge as asked for, `judge_returned` what the server said it was. `raw` is
+  the judge's own text; `error` the cause of a missing verdict, else empty.
+  """
+
+  key: str
+  prompt_id: str
+  model: str
+  step: int | None
+  temperature: float
+  sample_id: int
+  order: Order
+  verdict: Outcome
+  judge: str
+  judge_returned: str
+  template_hash: str
+  response_chars: int
+  chosen_chars: int
+  raw: str
+  error: str
+
+  @property
+  def unit(self) -> tuple:
+    """What the row is about: one response, shown in one order."""
+    return (
+      self.prompt_id,
+      self.model,
+      self.step,
+      self.temperature,
+      self.sample_id,
+      self.order,
+    )
+
+
+Row = TypeVar("Row", Response, Verdict)
+
+
+def content_hash(*parts: str) -> str:
+  """SHA-256 of the parts, hex. Length prefixes keep parts from running over."""
+  digest = hashlib.sha256()
+  for part in parts:
+    data = part.encode()
+    digest.update(b"%d:" % len(data))
+    digest.update(data)
+  return digest.hexdigest()
+
+
+def write_atomic(path: str | os.PathLike, text: str) -> None:
+  """Writes the whole file or nothing: a reader never sees half of it."""
+  path = pathlib.Path(path)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  data = text.encode()
+  try:
+    with _naming(path, data), open(temporary, "wb") as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
+  _sync_directory(path.parent)
+
+
+def encode(row: Response | Verdict) -> bytes:
+  """The row's line, newline included.
+
+  Raises:
+    ValueError: a field has a wrong type, is not finite, or holds half of a
+      surrogate pair, which UTF-8 cannot carry.
+  """
+  values = {f.name: getattr(row, f.name) for f in dataclasses.fields(row)}
+  values = _checked(type(row), values)
+  return json.dumps(values, ensure_ascii=False).encode() + b"\n"
+
+
+def decode(line: bytes, cls: type[Row]) -> Row:
+  """The row that a line holds; ValueError names the field that is wrong."""
+  try:
+    values = json.loads(line.decode(), object_pairs_hook=_unique)
+  except RecursionError:
+    raise ValueError("nested too deeply to be a row") from None
+  if not isinstance(values, dict):
+    raise ValueError(f"expected a JSON object, got {type(values).__name__}")
+  return cls(**_checked(cls, values))
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+  """The last row of each unit: it replaces those before it.
+
+  A judge that is asked again (after a missing verdict, an edited text, another
+  template) appends a row and leaves the earlier one as it was.
+  """
+  last: dict[tuple, Row] = {}
+  for row in rows:
+    last.pop(row.unit, None)
+    last[row.unit] = row
+  return list(last.values())
+
+
+def read(path: str | os.PathLike, cls: type[Row]) -> list[Row]:
+  """The rows of a file; of verdicts, the `latest` of each unit.
+
+  Raises:
+    ValueError: a line is malformed, naming file, line and field. A last line
+      that was cut is an error here; `Store` mends it.
+  """
+  lines, rest = _split(pathlib.Path(path).read_bytes())
+  rows = _decode_all(path, [*lines, rest] if rest else lines, cls)
+  return latest(rows) if cls is Verdict else rows
+
+
+class Held(errors.Stopped):
+  """Another process works on the same file or directory."""
+
+
+class Lock:
+  """Holds `path` for one process; a context manager.
+
+  The operating system drops the lock when its holder dies, so a file left by
+  a killed process on this host is stale and is taken over. A file left by
+  another host cannot be told apart from a live holder and is refused.
+
+  Raises:
+    Held: on entering, when somebody else holds it, naming pid and
+      host.
+  """
+
+  def __init__(self, path: str | os.PathLike):
+    self.path = pathlib.Path(path)
+    self._fd = -1
+
+  def __enter__(self) -> "Lock":
+    while True:
+      fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+      try:
+        if self._take(fd):
+          self._fd = fd
+          return self
+      except BaseException:
+        os.close(fd)
+        raise
+      os.close(fd)
+
+  def _take(self, fd: int) -> bool:
+    """False when the file was removed by its last holder meanwhile."""
+    try:
+      fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise Held(
+        f"{self.path} is held by {_holder(fd)}: wait for it to end, or use"
+        " another directory"
+      ) from None
+    try:
+      if os.fstat(fd).st_ino != os.stat(self.path).st_ino:
+        return False
+    except FileNotFoundError:
+      return False
+    if os.fstat(fd).st_size:
+      holder = _holder(fd)
+      if not holder.endswith(f" on {socket.gethostname()}"):
+        raise Held(
+          f"{self.path} was left by {holder}, another host: if that process"
+          " has ended, delete this file"
+        )
+      _log.warning("%s: taking over a stale lock of %s", self.path, holder)
+    os.ftruncate(fd, 0)
+    mark = {"pid": os.getpid(), "host": socket.gethostname()}
+    data = json.dumps(mark).encode()
+    with _naming(self.path, data):
+      os.pwrite(fd, data, 0)
+    return True
+
+  def __exit__(self, *exc_info) -> None:
+    self.path.unlink(missing_ok=True)
+    os.close(self._fd)
+    self._fd = -1
+
+
+class Store(Generic[Row]):
+  """An append-only file of rows held by one process; a context manager.
+
+  On entering, the lock `<path>.lock` is taken and `rows` is read, every row of
+  the file: verdicts that were replaced since are among them. A last line
+  cut by an interrupted append is removed, which is logged and counted in
+  `cut_bytes`; a last line that is whole but for its newline is kept.
+  """
+
+  def __init__(self, path: str | os.PathLike, cls: type[Row]):
+    self.path = pathlib.Path(path)
+    self.cls = cls
+    self.rows: list[Row] = []
+    self.cut_bytes = 0
+    self._lock = Lock(self.path.with_name(self.path.name + ".lock"))
+    self._fd = -1
+    self._size = 0
+
+  def __enter__(self) -> "Store[Row]":
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    self._lock.__enter__()
+    try:
+      self._open()
+    except BaseException:
+      self.__exit__()
+      raise
+    return self
+
+  def _open(self) -> None:
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+    self._fd = os.open(self.path, flags, 0o644)
+    _sync_directory(self.path.parent)
+    lines, rest = _split(self.path.read_bytes())
+    # Every whole line is checked before anything is changed.
+    self.rows = _decode_all(self.path, lines, self.cls)
+    self._size = sum(map(len, lines)) + len(lines)
+    if not rest:
+      return
+    try:
+      row = decode(rest, self.cls)
+    except ValueError:
+      self.cut_bytes = len(rest)
+      os.ftruncate(self._fd, self._size)
+      os.fsync(self._fd)
+      _log.warning(
+        "%s: removed %d bytes of a line cut by an interrupted append",
+        self.path,
+        len(rest),
+      )
+    else:
+      self._size += len(rest)
+      self._write(b"\n")
+      self.rows.append(row)
+
+  def __exit__(self, *exc_info) -> None:
+    if self._fd >= 0:
+      os.close(self._fd)
+      self._fd = -1
+    self._lock.__exit__()
+
+  def append(self, row: Row) -> None:
+    """Commits one row: on disk when this returns."""
+    self._write(encode(row))
+
+  def append_many(self, rows: Iterable[Row]) -> None:
+    """Commits rows with one flush to disk, for rows that are cheap to redo.
+
+    An interruption loses a tail of these rows at most, never a part of one.
+    """
+    self._write(b"".join(map(encode, rows)))
+
+  def _write(self, data: bytes) -> None:
+    try:
+      with _naming(self.path, data):
+        view = memoryview(data)
+        while view:
+          view = view[os.write(self._fd, view) :]
+        os.fsync(self._fd)
+    except BaseException:
+      # A full disk takes a part of the line: what was committed stays whole.
+      os.ftruncate(self._fd, self._size)
+      raise
+    self._size += len(data)
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path, data: bytes):
+  """Gives the errors of a write, which name no file, the path and size."""
+  try:
+    yield
+  except OSError as error:
+    message = f"{error.strerror} (writing {len(data)} bytes)"
+    code = error.errno or errno.EIO
+    raise OSError(code, message, str(path)) from error
+
+
+def _split(data: bytes) -> tuple[list[bytes], bytes]:
+  """Whole lines without their newlines, and what follows the last one."""
+  *lines, rest = data.split(b"\n")
+  return lines, rest
+
+
+def _decode_all(path, lines: list[bytes], cls: type[Row]) -> list[Row]:
+  rows = []
+  for number, line in enumerate(lines, start=1):
+    try:
+      rows.append(decode(line, cls))
+    except ValueError as error:
+      raise ValueError(f"{path}:{number}: {error}") from error
+  return rows
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  values = dict(pairs)
+  if len(values) != len(pairs):
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    raise ValueError(f"field {', '.join(twice)} stands more than once")
+  return values
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+  return typing.get_type_hints(cls)
+
+
+def _checked(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+  """The values in field order with their declared types, or ValueError."""
+  hints = _hints(cls)
+  missing = sorted(hints.keys() - values.keys())
+  unknown = sorted(values.keys() - hints.keys())
+  if missing or unknown:
+    raise ValueError(
+      f"not a {cls.__name__} row: missing fields {missing}, unknown {unknown}"
+    )
+  return {name: _typed(name, values[name], hints[name]) for name in hints}
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+  if typing.get_origin(hint) is Literal:
+    if value not in typing.get_args(hint):
+      allowed = ", ".join(typing.get_args(hint))
+      raise ValueError(f"field {name} is {value!r}, must be one of {allowed}")
+    return value
+  if isinstance(hint, types.UnionType):
+    if value is None:
+      return None
+    (hint,) = (h for h in typing.get_args(hint) if h is not types.NoneType)
+  if hint is float and type(value) is int:
+    value = float(value)
+  # `type` and not isinstance: True is an int, and np.float64 is a float.
+  if type(value) is not hint:
+    raise ValueError(
+      f"field {name} is {value!r:.80}, a {type(value).__name__}; must be"
+      f" {hint.__name__}"
+    )
+  if hint is float and not math.isfinite(value):
+    raise ValueError(f"field {name} is {value}, must be finite")
+  if hint is str:
+    try:
+      value.encode()
+    except UnicodeEncodeError as error:
+      raise ValueError(
+        f"field {name} holds half of a surrogate pair at character"
+        f" {error.start}, which UTF-8 cannot carry"
+      ) from None
+  return value
+
+
+def _holder(fd: int) -> str:
+  try:
+    mark = json.loads(os.pread(fd, 4096, 0))
+    return f"pid {mark['pid']} on {mark['host']}"
+  except (ValueError, KeyError, TypeError):
+    return "an unnamed process"
+
+
+def _sync_directory(path: pathlib.Path) -> None:
+  """Makes a new or renamed entry of the directory survive a power cut."""
+  fd = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(fd)
+  finally:
+    os.close(fd)

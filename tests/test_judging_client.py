@@ -1,0 +1,322 @@
+import asyncio
+import collections
+import dataclasses
+import email.utils
+import socket
+import time
+
+import judge_server
+import pytest
+
+from dpo_jax import judging
+from dpo_jax.judging import client, prompts
+
+KEY = "sk-planted-0123456789"
+QUESTION = judging.Question("\n\nHuman: hi\n\nAssistant:", " longer", " no")
+
+
+def settings(url, **changes) -> client.ServerSettings:
+  values = {
+    "base_url": url,
+    "api_key_env": "",
+    "model": "judge-as-asked",
+    "temperature": 0.0,
+    "max_tokens": 64,
+    "timeout_s": 20.0,
+    "max_retries": 2,
+    "retry_wait_s": 0.001,
+    "max_wait_s": 5.0,
+    "template": "",
+  }
+  return client.ServerSettings(**(values | changes))
+
+
+def ask(server_settings, questions=(QUESTION,)) -> list[judging.Reply]:
+  async def go():
+    async with client.connect(server_settings) as judge:
+      return await asyncio.gather(*map(judge.ask, questions))
+
+  return asyncio.run(go())
+
+
+def script(*answers):
+  """Answers in turn, then the last for ever."""
+  return lambda request, n: answers[min(n, len(answers) - 1)]
+
+
+GOOD = judge_server.says("Comparison: x.\nMore helpful: B")
+
+
+def test_a_request_carries_the_prompt_and_the_settings(monkeypatch):
+  monkeypatch.setenv("MY_JUDGE_KEY", KEY + "\n")
+  with judge_server.Server(judge_server.prefer_longer) as server:
+    used = settings(server.url, api_key_env="MY_JUDGE_KEY", temperature=0.5)
+    (reply,) = ask(used)
+  (request,) = server.requests
+  assert request.headers["authorization"] == f"Bearer {KEY}"
+  assert request.body == {
+    "model": "judge-as-asked",
+    "messages": [
+      {
+        "role": "user",
+        "content": prompts.fill(prompts.load(""), QUESTION),
+      }
+    ],
+    "temperature": 0.5,
+    "max_tokens": 64,
+  }
+  assert reply == judging.Reply(
+    choice="first",
+    text="Comparison: one is longer.\nMore helpful: A",
+    model="judge-as-served",
+    error="",
+  )
+
+
+@pytest.mark.parametrize(
+  "text", ["\u2028 👩‍👩‍👧 שלום \x00 \x1b \ufeff", '\r\n\t"\\', "<<<\n>>>"]
+)
+def test_texts_arrive_exactly(text):
+  with judge_server.Server(judge_server.prefer_longer) as server:
+    ask(settings(server.url), [judging.Question(text, text + "1", text + "2")])
+  assert server.requests[0].texts == (text, text + "1", text + "2")
+
+
+def test_the_environment_of_the_sdk_is_not_used(monkeypatch):
+  monkeypatch.setenv("OPENAI_API_KEY", KEY)
+  monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+  with judge_server.Server(judge_server.prefer_longer) as server:
+    (reply,) = ask(settings(server.url))
+  assert reply.choice == "first"
+  assert KEY not in str(server.requests[0].headers)
+
+
+@pytest.mark.parametrize(
+  "trouble",
+  [
+    judge_server.fails(500),
+    judge_server.fails(503, "overloaded"),
+    judge_server.fails(429, "slow down"),
+    judge_server.fails(408),
+    dataclasses.replace(GOOD, cut=True),
+    judge_server.Answer(body=b"<html>gateway</html>", content_type="text/html"),
+    judge_server.Answer(body=b'{"id": "1", "choi'),
+    judge_server.Answer(status=502, body=b"<html>", content_type="text/html"),
+  ],
+  ids=lambda answer: f"{answer.status}-{answer.content_type[-4:]}",
+)
+def test_a_server_in_trouble_is_asked_again(trouble):
+  with judge_server.Server(script(trouble, trouble, GOOD)) as server:
+    (reply,) = ask(settings(server.url))
+  assert reply.choice == "second"
+  assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize(
+  ("trouble", "error"),
+  [
+    (judge_server.fails(500, "broken"), "HTTP 500: broken"),
+    (dataclasses.replace(GOOD, cut=True), "connection failed"),
+    (
+      judge_server.Answer(body=b"<html/>", content_type="text/html"),
+      "not a chat completion",
+    ),
+    (judge_server.Answer(body=b'{"id": "1", "choi'), "unreadable reply"),
+  ],
+)
+def test_lasting_trouble_is_missing_with_its_cause(trouble, error):
+  with judge_server.Server(script(trouble)) as server:
+    (reply,) = ask(settings(server.url))
+  assert reply.choice == "missing"
+  assert error in reply.error
+  assert len(server.requests) == 3
+
+
+def test_a_bad_request_is_missing_at_once():
+  answer = judge_server.fails(400, "too long")
+  with judge_server.Server(script(answer)) as server:
+    (reply,) = ask(settings(server.url))
+  assert (reply.choice, reply.error) == ("missing", "HTTP 400: too long")
+  assert len(server.requests) == 1
+
+
+def test_no_server_and_no_answer_in_time():
+  with socket.socket() as unused:
+    unused.bind(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
+    (reply,) = ask(settings(url))
+  assert reply.choice == "missing"
+  assert "connection failed" in reply.error
+  slow = dataclasses.replace(GOOD, hold_s=30.0)
+  with judge_server.Server(script(slow)) as server:
+    (reply,) = ask(settings(server.url, timeout_s=0.1, max_retries=0))
+  assert (reply.choice, reply.error) == ("missing", "no reply within 0.1 s")
+
+
+@pytest.mark.parametrize(
+  "headers",
+  [
+    {"retry_after": "0.3"},
+    {"retry_after_ms": "300", "retry_after": "9"},
+    {"retry_after": "date"},
+  ],
+)
+def test_retry_after_is_waited_for_by_every_question(headers):
+  if headers["retry_after"] == "date":
+    # Dates have whole seconds: this one is 0 to 1 s ahead when it is read.
+    date = email.utils.formatdate(time.time() + 1.0, usegmt=True)
+    headers = {"retry_after": date}
+  asked_at = []
+
+  def rule(request, number):
+    asked_at.append(time.monotonic())
+    return judge_server.fails(429, **headers) if number == 0 else GOOD
+
+  async def go(server):
+    async with client.connect(settings(server.url)) as judge:
+      first = asyncio.create_task(judge.ask(QUESTION))
+      while not server.requests:
+        await asyncio.sleep(0.005)
+      # Asked later, and held back by the answer that the first one got.
+      await asyncio.sleep(0.03)
+      return await asyncio.gather(first, judge.ask(QUESTION))
+
+  with judge_server.Server(rule) as server:
+    replies = asyncio.run(go(server))
+  assert [reply.choice for reply in replies] == ["second", "second"]
+  assert len(asked_at) == 3
+  if "GMT" not in headers["retry_after"]:
+    assert min(asked_at[1:]) - asked_at[0] >= 0.29
+
+
+def test_waits_are_capped():
+  answer = judge_server.fails(429, "slow", retry_after="3600")
+  with judge_server.Server(script(answer)) as server:
+    (reply,) = ask(settings(server.url))
+  assert reply.choice == "missing"
+  assert "HTTP 429: slow" in reply.error
+  assert "max_wait_s=5" in reply.error
+  assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+  ("answer", "mend"),
+  [
+    (judge_server.fails(401, f"wrong key {KEY}"), "check the key in JKEY"),
+    (judge_server.fails(403, f"{KEY} may not"), "check the key in JKEY"),
+    (judge_server.fails(404, "no model"), "model='judge-as-asked'"),
+    (
+      judge_server.fails(429, "spent", code="insufficient_quota"),
+      "quota is spent",
+    ),
+  ],
+)
+def test_a_hopeless_run_stops_at_once_without_the_key(
+  monkeypatch, answer, mend
+):
+  monkeypatch.setenv("JKEY", KEY)
+  with (
+    judge_server.Server(script(answer)) as server,
+    pytest.raises(judging.Stop, match=mend) as caught,
+  ):
+    ask(settings(server.url, api_key_env="JKEY"))
+  assert len(server.requests) == 1
+  error = caught.value
+  while error is not None:
+    assert KEY not in repr(error)
+    error = error.__cause__ or error.__context__
+
+
+def test_a_key_that_a_server_echoes_is_taken_out(monkeypatch):
+  monkeypatch.setenv("JKEY", KEY)
+  echo = judge_server.says(f"You sent {KEY}.\nMore helpful: A")
+  with judge_server.Server(script(echo)) as server:
+    (reply,) = ask(settings(server.url, api_key_env="JKEY"))
+  assert reply.text == "You sent [key].\nMore helpful: A"
+  assert KEY not in repr(settings(server.url, api_key_env="JKEY"))
+
+
+UNREADABLE = [
+  judge_server.says("Both are fine."),
+  judge_server.says(""),
+  judge_server.says(None),
+  judge_server.says("More helpful: A or B"),
+  judge_server.says("More helpful: A\nMore hel", finish_reason="length"),
+  judge_server.Answer(
+    body=GOOD.body.replace(b'"choices": [', b'"choices": [], "rest": [')
+  ),
+]
+
+
+@pytest.mark.parametrize("answer", UNREADABLE)
+def test_an_unreadable_reply_is_asked_for_once_more(answer):
+  with judge_server.Server(script(answer, GOOD)) as server:
+    (reply,) = ask(settings(server.url))
+    assert reply.choice == "second"
+    assert len(server.requests) == 2
+  with judge_server.Server(script(answer)) as server:
+    (reply,) = ask(settings(server.url))
+    assert reply.choice == "missing"
+    assert reply.error
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+  "answer",
+  [
+    judge_server.says("I'm sorry, but I can't assist with that."),
+    judge_server.says(None, refusal="I will not compare these."),
+    judge_server.says("", finish_reason="content_filter"),
+  ],
+)
+def test_a_refusal_is_its_own_class(answer):
+  with judge_server.Server(script(answer)) as server:
+    (reply,) = ask(settings(server.url))
+  assert (reply.choice, reply.error) == ("refusal", "")
+  assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"base_url": "localhost:8000"}, "http://"),
+    ({"model": ""}, "model"),
+    ({"max_tokens": 0}, "max_tokens=0"),
+    ({"temperature": float("nan")}, "temperature=nan"),
+    ({"timeout_s": float("nan")}, "timeout_s=nan"),
+    ({"max_retries": -1}, "max_retries=-1"),
+  ],
+)
+def test_settings_that_make_no_sense(changes, message):
+  with pytest.raises(ValueError, match=message):
+    settings("http://127.0.0.1/v1", **changes)
+
+
+@pytest.mark.parametrize("value", [None, "", " \n", "clé", "a\nb"])
+def test_a_key_that_is_none(monkeypatch, value):
+  monkeypatch.delenv("JKEY", raising=False)
+  if value is not None:
+    monkeypatch.setenv("JKEY", value)
+  with pytest.raises(ValueError, match="environment variable JKEY") as caught:
+    ask(settings("http://127.0.0.1:9/v1", api_key_env="JKEY"))
+  assert not (value or "").strip() or value not in str(caught.value)
+
+
+def test_the_parameters_of_a_judge_tell_judges_apart():
+  async def identity(used):
+    async with client.connect(used) as judge:
+      return judge.name, judge.parameters, judge.template_hash
+
+  url = "http://127.0.0.1:9/v1"
+  variants = [
+    settings(url),
+    settings(url, model="other"),
+    settings(url, temperature=0.5),
+    settings(url, max_tokens=65),
+    # Where and how patiently a judge is asked does not change its answer.
+    settings("http://127.0.0.1:10/v1", timeout_s=1.0, max_retries=0),
+  ]
+  found = [asyncio.run(identity(used)) for used in variants]
+  assert len(set(found)) == 4
+  assert found[0] == found[-1]
+  assert collections.Counter(found).most_common(1)[0][0] == found[0]
