@@ -1,0 +1,273 @@
+"""Models and adapters to and from the files of Hugging Face.
+
+The merged model of an export is what transformers loads, an exported adapter
+what peft loads; reading either gives back our trees bit for bit. What a config
+asks for and we do not compute is refused before any weight is read.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax import (
+  hf_layout,
+  hf_weights,
+  model,
+  partitioning,
+  peft_layout,
+  safetensors_files,
+)
+
+Tree = dict[str, Any]
+
+_FINGERPRINT = "dpo_jax_base_fingerprint"
+
+
+def read_config(path: str | os.PathLike) -> model.ModelConfig:
+  """The shape of the model at a local directory or hub id.
+
+  Raises:
+    ValueError: there is no model, or one that we do not compute.
+  """
+  return _read_config(_resolve(path))
+
+
+def load(
+  path: str | os.PathLike,
+  *,
+  dtype: Literal["float32", "bfloat16"],
+  remat: Literal["none", "full"],
+  lora: model.LoraConfig | None,
+  param_dtype: Literal["float32", "bfloat16"],
+  mesh: jax.sharding.Mesh | None = None,
+) -> tuple[model.ModelConfig, Tree]:
+  """A GPT-NeoX model and its base weights.
+
+  Args:
+    path: a directory with config.json and safetensors, or a hub id.
+    dtype: what the model computes in.
+    remat: "full" recomputes each block in the backward pass.
+    lora: adapters that the config is to describe; their weights come from
+      `model.init_lora` or `load_adapter`.
+    param_dtype: what the weights are kept in.
+    mesh: where the weights lie, by the rules of `partitioning`; None leaves
+      them on the default device.
+
+  Raises:
+    ValueError: the model is not one that we compute, or a tensor is missing,
+      superfluous, of another shape, or not finite; all of them are named.
+  """
+  if param_dtype not in ("float32", "bfloat16"):
+    raise ValueError(
+      f"param_dtype={param_dtype!r} must be 'float32' or 'bfloat16'"
+    )
+  directory = _resolve(path)
+  config = dataclasses.replace(
+    _read_config(directory), dtype=dtype, remat=remat, lora=lora
+  )
+  tensors = safetensors_files.find(directory, "model")
+  if "lm_head.weight" in tensors and "embed_out.weight" not in tensors:
+    # transformers 5 has a new name for it, and can be asked to save that one.
+    tensors["embed_out.weight"] = tensors.pop("lm_head.weight")
+  if config.layers > len(tensors):
+    raise ValueError(
+      f"{directory}: num_hidden_layers={config.layers}, but the files hold"
+      f" {len(tensors)} tensors; fetch the files again"
+    )
+  base = hf_weights.read(
+    directory, hf_layout.WEIGHTS, _shapes(config), tensors, param_dtype, mesh
+  )
+  return config, base
+
+
+def export(
+  directory: str | os.PathLike,
+  config: model.ModelConfig,
+  base: Tree,
+  tokenizer: Any = None,
+) -> None:
+  """Writes a model that transformers' Auto classes load.
+
+  The weights keep their dtype. Fold adapters in first, with `lora.merge`.
+
+  Args:
+    directory: is made, or replaced if it is an earlier export.
+    config: the model's shape.
+    base: its weights.
+    tokenizer: a tokenizer.Tokenizer to lie beside them.
+
+  Raises:
+    ValueError: the directory holds other files, the tokenizer has ids beyond
+      the vocabulary, or a weight is not finite.
+  """
+  bos_id = eos_id = None
+  if tokenizer is not None:
+    bos_id, eos_id = tokenizer.backend.bos_token_id, tokenizer.eos_id
+    if tokenizer.vocab_size > config.vocab_size:
+      raise ValueError(
+        f"the tokenizer has {tokenizer.vocab_size} tokens, but the model has"
+        f" vocab_size={config.vocab_size}; give the model's own tokenizer"
+      )
+  dtype = base["embed"]["kernel"].dtype.name
+  text = hf_layout.config_json(config, dtype, bos_id, eos_id)
+  with hf_weights.complete(directory) as staged:
+    hf_weights.write(staged / "model.safetensors", hf_layout.WEIGHTS, base, {})
+    if tokenizer is not None:
+      tokenizer.save(staged)
+      _name_tokenizer_class(staged / "tokenizer_config.json")
+    (staged / "config.json").write_text(text, encoding="utf-8")
+
+
+def load_adapter(
+  directory: str | os.PathLike,
+  config: model.ModelConfig,
+  base: Tree | None = None,
+) -> tuple[model.LoraConfig, Tree]:
+  """A PEFT adapter as float32 adapters of ours.
+
+  Args:
+    directory: with adapter_config.json and safetensors, or a hub id.
+    config: the model that the adapter is for.
+    base: that model's weights. An adapter that we wrote knows which base it
+      was trained on, and is refused for another; PEFT's own do not, and only
+      shapes are compared.
+
+  Returns:
+    The LoraConfig, to be put into the model's config, and the lora tree.
+
+  Raises:
+    ValueError: the adapter has settings that we do not compute, or was made
+      for a model of another shape or for other weights.
+  """
+  directory = _resolve(directory)
+  origin = directory / "adapter_config.json"
+  lora = model.LoraConfig(
+    **peft_layout.fields(safetensors_files.read_json(origin), str(origin))
+  )
+  tensors = safetensors_files.find(directory, "adapter_model")
+  shapes = jax.eval_shape(
+    lambda: model.init_lora(
+      dataclasses.replace(config, lora=lora), jax.random.key(0)
+    )
+  )
+  weights = peft_layout.weights(lora.targets)
+  tree = hf_weights.read(directory, weights, shapes, tensors, "float32", None)
+  file = directory / "adapter_model.safetensors"
+  if base is not None and file.is_file():
+    made_for = safetensors_files.header(file)[1].get(_FINGERPRINT)
+    if made_for and made_for != fingerprint(base):
+      raise ValueError(
+        f"{directory} was trained on other base weights ({made_for}) than these"
+        f" ({fingerprint(base)}); give the model that it was trained on"
+      )
+  return lora, tree
+
+
+def export_adapter(
+  directory: str | os.PathLike,
+  config: model.ModelConfig,
+  lora: Tree,
+  base_name: str,
+  base: Tree | None = None,
+) -> None:
+  """Writes adapters as a directory that peft loads.
+
+  Args:
+    directory: is made, or replaced if it is an earlier export.
+    config: the model's shape; `config.lora` describes the adapters.
+    lora: the adapters.
+    base_name: directory or hub id of the base model, for peft.
+    base: the base weights; with them the adapter knows its base again.
+
+  Raises:
+    ValueError: the config has no LoRA, the directory holds other files, or a
+      weight is not finite.
+  """
+  if config.lora is None:
+    raise ValueError("config.lora is None: there is no adapter to export")
+  text = peft_layout.config_json(config.lora, base_name)
+  metadata = {} if base is None else {_FINGERPRINT: fingerprint(base)}
+  weights = peft_layout.weights(config.lora.targets)
+  with hf_weights.complete(directory) as staged:
+    hf_weights.write(
+      staged / "adapter_model.safetensors", weights, lora, metadata
+    )
+    (staged / "adapter_config.json").write_text(text, encoding="utf-8")
+
+
+def fingerprint(base: Tree) -> str:
+  """Sixteen hex digits that tell one model's weights from another's.
+
+  It covers the first input row of every kernel and every norm and bias, in
+  bfloat16: cheap at any size, and the same whatever dtype and mesh the weights
+  are kept in.
+  """
+
+  def first_rows(base):
+    def one(path, leaf):
+      name = partitioning.path_name(path)
+      if name.endswith("kernel"):
+        leaf = leaf[:, :1] if name.startswith("blocks/") else leaf[:1]
+      return leaf.astype(jnp.bfloat16)
+
+    return jax.tree.map_with_path(one, base)
+
+  digest = hashlib.sha256()
+  for row in jax.tree.leaves(jax.device_get(jax.jit(first_rows)(base))):
+    digest.update(repr(row.shape).encode() + row.tobytes())
+  return digest.hexdigest()[:16]
+
+
+def _name_tokenizer_class(path: pathlib.Path) -> None:
+  """The name of a fast tokenizer's class that transformers 4 knows too."""
+  config = safetensors_files.read_json(path)
+  for key in ("backend", "is_local", "local_files_only"):
+    config.pop(key, None)
+  config["tokenizer_class"] = "PreTrainedTokenizerFast"
+  path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _resolve(path: str | os.PathLike) -> pathlib.Path:
+  """A local directory, fetched from the hub unless it exists."""
+  name = os.fspath(path)
+  if pathlib.Path(name).is_dir():
+    return pathlib.Path(name)
+  if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+    raise ValueError(
+      f"{name!r} is neither a directory nor a hub id (user/name)"
+    )
+  import huggingface_hub
+
+  try:
+    return pathlib.Path(
+      huggingface_hub.snapshot_download(
+        name, allow_patterns=["*.safetensors", "*.json"]
+      )
+    )
+  except (OSError, ValueError) as error:
+    raise ValueError(
+      f"{name!r} is not a local directory, and was not fetched from the hub"
+      f" ({type(error).__name__}); check the name and the network"
+    ) from error
+
+
+def _read_config(directory: pathlib.Path) -> model.ModelConfig:
+  origin = directory / "config.json"
+  fields = hf_layout.model_fields(
+    safetensors_files.read_json(origin), str(origin)
+  )
+  try:
+    return model.ModelConfig(**fields)
+  except ValueError as error:
+    raise ValueError(f"{origin}: {error}") from error
+
+
+def _shapes(config: model.ModelConfig) -> Tree:
+  return jax.eval_shape(lambda: model.init(config, jax.random.key(0)))

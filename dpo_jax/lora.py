@@ -1,0 +1,75 @@
+"""LoRA on plain trees: adapters folded into their kernels, and counts.
+
+The low-rank branch adds x A B * alpha / rank to a kernel's output, which is the
+kernel kernel + A B * alpha / rank; A and B are two-dimensional, so the product
+is reshaped to the kernel's own axes.
+
+Letters: L layers, I and O the flattened inputs and outputs of a kernel, R rank.
+
+References:
+  Hu et al., LoRA, 2021 (arXiv 2106.09685), Section 4.1.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Tree = dict[str, Any]
+
+
+def merge(config: Any, base: Tree, lora: Tree) -> Tree:
+  """The base whose kernels hold what the adapters add.
+
+  The sum is made in float32 and rounded once to the kernel's own dtype.
+  Weights without an adapter are shared with `base`, not copied.
+
+  Args:
+    config: a ModelConfig; its `lora` has the alpha and rank of `lora`.
+    base: base weights.
+    lora: adapters, {"blocks": {target: {"lora_a", "lora_b"}}}.
+
+  Raises:
+    ValueError: the config has no LoRA, or an adapter does not fit its kernel.
+  """
+  if config.lora is None:
+    raise ValueError("config.lora is None: it cannot say alpha of the adapters")
+  scale = config.lora.alpha / config.lora.rank
+  blocks = dict(base["blocks"])
+  for target, adapter in lora["blocks"].items():
+    if target not in blocks:
+      raise ValueError(f"the base has no blocks/{target} to merge into")
+    kernel = blocks[target]["kernel"]
+    a, b = adapter["lora_a"], adapter["lora_b"]
+    sizes = a.shape[0] * a.shape[1] * b.shape[2]
+    if a.shape[2] != b.shape[1] or sizes != math.prod(kernel.shape):
+      raise ValueError(
+        f"blocks/{target}: lora_a {a.shape} and lora_b {b.shape} do not fit the"
+        f" kernel {kernel.shape}"
+      )
+    # Merged kernels lie on the mesh like the old ones.
+    add = jax.jit(_add, static_argnums=3, out_shardings=kernel.sharding)
+    blocks[target] = {**blocks[target], "kernel": add(kernel, a, b, scale)}
+  return {**base, "blocks": blocks}
+
+
+def count(tree: Tree) -> int:
+  """How many numbers a tree of weights holds."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _add(kernel, a, b, scale):
+  def one(layer):
+    kernel, a, b = layer
+    product = jnp.einsum(
+      "IR,RO->IO",
+      a.astype(jnp.float32),
+      b.astype(jnp.float32),
+      precision=jax.lax.Precision.HIGHEST,
+    )
+    delta = (product * scale).reshape(kernel.shape)
+    return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+
+  # A layer at a time: the float32 sum of a whole stack would be a second copy.
+  return jax.lax.map(one, (kernel, a, b))

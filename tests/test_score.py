@@ -1,0 +1,266 @@
+"""Scores of real rows, against transformers, peft and torch."""
+
+import json
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+from dpo_jax import comparisons, score, tokenizer
+
+LAYERS, WIDTH, VOCABULARY = 2, 64, 50304
+# peft asks transformers by a name that transformers 5 has deprecated.
+PEFT_WARNS = pytest.mark.filterwarnings(
+  "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)
+
+
+def network(seed):
+  """A random GPTNeoX whose next-token distributions are far from flat."""
+  config = transformers.GPTNeoXConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=WIDTH,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    intermediate_size=128,
+    max_position_embeddings=512,
+  )
+  made = transformers.GPTNeoXForCausalLM(config).eval()
+  randomise(made, seed)
+  return made
+
+
+def randomise(module, seed, only=""):
+  generator = torch.Generator().manual_seed(seed)
+  with torch.no_grad():
+    for name, weight in module.named_parameters():
+      if only in name:
+        noise = torch.randn(weight.shape, generator=generator)
+        if weight.ndim == 1:
+          weight.copy_(0.3 * noise + ("norm.weight" in name))
+        else:
+          fan_in = 1 if "embed_in" in name else weight.shape[1]
+          weight.copy_(noise * 1.5 / fan_in**0.5)
+
+
+def torch_logps(module, prompt, response):
+  """log p of each response token, one plain forward pass a sequence."""
+  with torch.no_grad():
+    logits = module(torch.tensor([prompt + response])).logits[0, :-1]
+  logps = torch.log_softmax(logits.double(), dim=-1)
+  targets = torch.tensor(prompt + response)[1:]
+  picked = logps[torch.arange(len(targets)), targets]
+  return picked[len(prompt) - 1 :].numpy()
+
+
+@pytest.fixture(scope="module")
+def models(shared, tmp_path_factory):
+  """Policy and reference: directories, and torch's own copies."""
+  root = tmp_path_factory.mktemp("models")
+  found = {}
+  for seed, name in enumerate(("policy", "reference")):
+    module = network(seed)
+    module.save_pretrained(root / name)
+    tokenizer.load(shared / "tokenizer" / "pythia").save(root / name)
+    found[name] = (str(root / name), module)
+  return found
+
+
+@pytest.fixture(scope="module")
+def rows(shared):
+  """Real pairs in file order, short ones to spare torch the time."""
+  path = shared / "data" / "hh-rlhf" / "harmless-base" / "test.jsonl.gz"
+  found = comparisons.load(path, split="test").rows
+  short = [row for row in found if len(row.prompt + row.chosen) < 300]
+  return [row for row in short if len(row.rejected) < 200][:8]
+
+
+@pytest.fixture
+def pairs(rows, tmp_path):
+  """Those rows as a file: every other one in HH's own form of transcripts."""
+  path = tmp_path / "pairs.jsonl"
+  with path.open("w", encoding="utf-8") as file:
+    for i, row in enumerate(rows):
+      value = {"chosen": row.chosen, "rejected": row.rejected}
+      if i % 2:
+        value = {key: row.prompt + text for key, text in value.items()}
+      else:
+        value["prompt"] = row.prompt
+      file.write(json.dumps(value) + "\n")
+  return path
+
+
+def scored(tmp_path, pairs, *flags):
+  """The output file's rows of a command line."""
+  output = tmp_path / "out.jsonl"
+  score.run(
+    score.parse(
+      [f"--pairs={pairs}", f"--output={output}", "--batch_size=3", *flags]
+    )
+  )
+  return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_scores_equal_torch_on_real_rows(models, rows, pairs, tmp_path):
+  directory, policy = models["policy"]
+  reference_directory, reference = models["reference"]
+  out = scored(
+    tmp_path,
+    pairs,
+    f"--model={directory}",
+    f"--reference={reference_directory}",
+    "--beta=0.3",
+  )
+  theirs = transformers.AutoTokenizer.from_pretrained(directory)
+  assert [row["id"] for row in out] == [row.id for row in rows]
+  for row, given in zip(out, rows, strict=True):
+    prompt = theirs(given.prompt)["input_ids"]
+    assert row["prompt_token_count"] == len(prompt)
+    assert row["cut"] is False
+    rewards = {}
+    for side in ("chosen", "rejected"):
+      response = [*theirs(getattr(given, side))["input_ids"], 0]
+      expected = torch_logps(policy, prompt, response)
+      assert row[f"{side}_token_count"] == len(response)
+      np.testing.assert_allclose(
+        row[f"{side}_token_logps"], expected, rtol=0, atol=1e-3
+      )
+      assert row[f"{side}_logps"] == pytest.approx(expected.sum(), abs=1e-3)
+      other = torch_logps(reference, prompt, response)
+      rewards[side] = 0.3 * (expected.sum() - other.sum())
+      assert row[f"{side}_reward"] == pytest.approx(rewards[side], abs=1e-3)
+    margin = rewards["chosen"] - rewards["rejected"]
+    assert row["margin"] == pytest.approx(margin, abs=1e-3)
+    assert abs(margin) > 0.1
+
+
+@PEFT_WARNS
+def test_an_adapter_is_scored_against_the_model_without_it(
+  models, rows, pairs, tmp_path
+):
+  directory, _ = models["policy"]
+  adapted = peft.get_peft_model(
+    transformers.AutoModelForCausalLM.from_pretrained(directory),
+    peft.LoraConfig(
+      r=2, lora_alpha=4, target_modules=["query_key_value", "dense_4h_to_h"]
+    ),
+  ).eval()
+  randomise(adapted, 5, only="lora_")
+  adapted.save_pretrained(tmp_path / "adapter")
+  out = scored(
+    tmp_path,
+    pairs,
+    f"--model={directory}",
+    f"--adapter={tmp_path / 'adapter'}",
+  )
+  theirs = transformers.AutoTokenizer.from_pretrained(directory)
+  for row, given in list(zip(out, rows, strict=True))[:3]:
+    prompt = theirs(given.prompt)["input_ids"]
+    response = [*theirs(given.chosen)["input_ids"], 0]
+    expected = torch_logps(adapted, prompt, response).sum()
+    with adapted.disable_adapter():
+      other = torch_logps(adapted, prompt, response).sum()
+    assert abs(expected - other) > 1
+    assert row["chosen_logps"] == pytest.approx(expected, abs=1e-3)
+    reward = 0.1 * (expected - other)
+    assert row["chosen_reward"] == pytest.approx(reward, abs=1e-3)
+
+
+def test_without_reference_there_are_no_rewards(models, pairs, tmp_path):
+  directory, _ = models["policy"]
+  out = scored(tmp_path, pairs, f"--model={directory}")
+  assert not any(key.endswith("reward") or key == "margin" for key in out[0])
+  one = scored(tmp_path, pairs, f"--model={directory}", "--batch_size=1")
+  for row, alone in zip(out, one, strict=True):
+    # Other rows in the batch change the order of float32 sums at most.
+    assert row["chosen_logps"] == pytest.approx(alone["chosen_logps"], abs=1e-3)
+
+
+def test_what_is_too_long_is_cut_as_in_training(models, rows, pairs, tmp_path):
+  directory, policy = models["policy"]
+  out = scored(
+    tmp_path,
+    pairs,
+    f"--model={directory}",
+    "--max_length=60",
+    "--max_prompt_length=40",
+  )
+  theirs = transformers.AutoTokenizer.from_pretrained(directory)
+  cut = [row["cut"] for row in out]
+  assert any(cut)
+  for row, given in zip(out, rows, strict=True):
+    prompt = theirs(given.prompt)["input_ids"]
+    chosen, rejected = (
+      [*theirs(text)["input_ids"], 0] for text in (given.chosen, given.rejected)
+    )
+    room = 60 - max(len(chosen), len(rejected))
+    assert row["cut"] == (len(prompt) > room)
+    prompt = prompt if len(prompt) <= room else prompt[-40:]
+    if len(prompt) > room:
+      chosen = chosen[:20]
+    expected = torch_logps(policy, prompt, chosen)
+    np.testing.assert_allclose(
+      row["chosen_token_logps"], expected, rtol=0, atol=1e-3
+    )
+
+
+def test_bad_rows_are_named_before_the_model_is_read(models, pairs, tmp_path):
+  directory, _ = models["policy"]
+  lines = pairs.read_text().splitlines()
+  lines[2] = lines[2][:-5]
+  lines[4] = json.dumps(
+    {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " a"}
+  )
+  lines[5] = json.dumps({"prompt": "a", "chosen": " b", "rejected": 7})
+  lines[7] = json.dumps(
+    {"prompt": "a", "chosen": " b<|endoftext|>", "rejected": " c"}
+  )
+  pairs.write_text("\n".join(lines) + "\n")
+  # Weights that would be refused: they have not been looked at.
+  empty = tmp_path / "model"
+  tokenizer.load(directory).save(empty)
+  with pytest.raises(ValueError, match="4 lines") as error:
+    scored(tmp_path, pairs, f"--model={empty}")
+  text = str(error.value)
+  for number, cause in (
+    (3, ""),
+    (5, "'rejected' is missing"),
+    (6, "'rejected' is not a string"),
+    (8, "chosen holds the special token '<|endoftext|>'"),
+  ):
+    assert f"{pairs}:{number}: " in text
+    assert cause in text
+  assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_settings_that_cannot_be_met_are_refused(
+  models, pairs, tmp_path, capsys, monkeypatch
+):
+  directory, _ = models["policy"]
+  model = f"--model={directory}"
+
+  def refused(message, *flags):
+    with pytest.raises(ValueError, match=message):
+      scored(tmp_path, pairs, model, *flags)
+
+  refused("max_length=513 is more than the model's 512", "--max_length=513")
+  refused("beta=0", "--beta=0")
+  refused("batch_size=0", "--batch_size=0")
+  refused("directory cannot be written", f"--output={tmp_path}/no/out.jsonl")
+  refused("other than the pairs", f"--output={pairs}")
+  refused("cannot be read", f"--pairs={tmp_path / 'none.jsonl'}")
+  small = tmp_path / "small"
+  tokenizer.train(["a b"], 260, small)
+  config = json.loads((tmp_path / directory / "config.json").read_text())
+  (small / "config.json").write_text(json.dumps(config))
+  refused("has another tokenizer", f"--reference={small}")
+  (small / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+  (small / "tokenizer.json").unlink()
+  refused("50277 tokens.*vocab_size=300", f"--reference={small}")
+  # As a command, a refusal is one line and exit code 2.
+  command = ["score", model, f"--pairs={pairs}", f"--output={pairs}"]
+  monkeypatch.setattr("sys.argv", command)
+  assert score.main() == 2
+  assert capsys.readouterr().err.startswith("error: output=")
