@@ -160,7 +160,8 @@ class _Block(nnx.Module):
     self.dense_h_to_4h = projection("dense_h_to_4h", "BTD,DF->BTF", (D,), (F,))
     self.dense_4h_to_h = projection("dense_4h_to_h", "BTF,FD->BTD", (F,), (D,))
 
-  def __call__(self, x, rotation, mask, cache, index, dropout_key):
+  def __call__(self, x, rotation, mask, memory, dropout_key):
+    """The block's output, and the cache after `memory` took keys and values."""
     keys = [None] * 4
     if dropout_key is not None:
       keys = [jax.random.fold_in(dropout_key, i) for i in range(4)]
@@ -168,11 +169,7 @@ class _Block(nnx.Module):
     qkv = partitioning.constrain(qkv, "batch", None, "heads", None, None)
     q, k, v = jnp.unstack(qkv, axis=3)
     q, k = _rotate(q, rotation), _rotate(k, rotation)
-    if cache is not None:
-      start = (0, index, 0, 0)
-      k = jax.lax.dynamic_update_slice(cache["k"], k, start)
-      v = jax.lax.dynamic_update_slice(cache["v"], v, start)
-      cache = {"k": k, "v": v}
+    k, v, cache = memory(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
     attended = self.dense(_attend(q, k, v, mask), keys[1])
     hidden = self.dense_h_to_4h(self.mlp_norm(x), keys[2])
     hidden = partitioning.constrain(hidden, "batch", None, "mlp")
@@ -213,8 +210,8 @@ def init_lora(config: ModelConfig, key: jax.Array) -> Tree:
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int) -> Tree:
-  """An empty key/value cache, {"k", "v"} of [L, B, S, N, H] in `dtype`."""
-  shape = (config.layers, batch, slots, config.heads, config.head_dim)
+  """An empty key/value cache, {"k", "v"} of [L, B, N, S, H] in `dtype`."""
+  shape = (config.layers, batch, config.heads, slots, config.head_dim)
   return {name: jnp.zeros(shape, config.dtype) for name in ("k", "v")}
 
 
@@ -255,18 +252,20 @@ def apply(
   x = partitioning.constrain(x, "batch", None, None)
   rotation = _rotation(config, positions)
 
-  def block(x, layer):
-    params, adapters, layer_cache, layer_index = layer
+  def block(carry, layer):
+    x, cache = carry
+    params, adapters, number = layer
     key = dropout_key
     if key is not None:
-      key = jax.random.fold_in(key, layer_index)
+      key = jax.random.fold_in(key, number)
     states = (params, adapters) if adapters else (params,)
-    return nnx.merge(graph, *states)(x, rotation, mask, layer_cache, index, key)
+    memory = functools.partial(_remember, cache, number, index)
+    return nnx.merge(graph, *states)(x, rotation, mask, memory, key), None
 
   if config.remat == "full" and cache is None:
     block = jax.checkpoint(block, prevent_cse=False)
-  layers = (base["blocks"], adapters, cache, jnp.arange(config.layers))
-  x, cache = jax.lax.scan(block, x, layers)
+  layers = (base["blocks"], adapters, jnp.arange(config.layers))
+  (x, cache), _ = jax.lax.scan(block, (x, cache), layers)
   norm = base["final_norm"]
   return _layer_norm(x, norm["scale"], norm["bias"], config.norm_eps), cache
 
@@ -336,13 +335,37 @@ def _rotate(x: jax.Array, rotation: tuple) -> jax.Array:
   return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
 
 
+def _remember(cache, layer, index, k, v):
+  """Writes keys and values [B, N, T, H] at a slot; gives all of the layer's.
+
+  The cache is carried through the layers and written in place: as a scanned
+  input and output it would be copied whole for every token.
+  """
+  if cache is None:
+    return k, v, None
+  start = (layer, 0, 0, index, 0)
+  cache = {
+    name: jax.lax.dynamic_update_slice(cache[name], new[None], start)
+    for name, new in (("k", k), ("v", v))
+  }
+  k, v = (
+    jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False)
+    for name in ("k", "v")
+  )
+  return k, v, cache
+
+
 def _attend(q, k, v, mask):
-  """Softmax attention, [B, T, N, H]; scores and softmax in float32."""
+  """Softmax attention, [B, T, N, H]; scores and softmax in float32.
+
+  Queries are [B, T, N, H]; keys and values [B, N, S, H], the order in which
+  decoding reads them for each new token.
+  """
   scores = jnp.einsum(
-    "BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32
+    "BTNH,BNSH->BNTS", q, k, preferred_element_type=jnp.float32
   )
   scores = scores / math.sqrt(q.shape[-1])
   # A finite floor: a row that sees nothing (padding) stays free of NaN.
   scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  return jnp.einsum("BNTS,BSNH->BTNH", weights, v)
+  return jnp.einsum("BNTS,BNSH->BTNH", weights, v)
