@@ -4,10 +4,11 @@ Command:
   python train.py --config=configs/dpo.py:pythia-2.8b --workdir=runs/dpo \\
     --config.model.path=runs/sft/export
 
-Variants: `pythia-SIZE` is the recipe of the paper's official code (all weights,
-RMSprop at 5e-7, beta 0.1, batches of 64 pairs for one epoch); `pythia-SIZE-lora`
-is the one of the dpo-replication system (LoRA on all four projections, AdamW,
-cosine, beta 0.2, batches of 16). SIZE is a key of configs/models.py.
+Variants: `pythia-SIZE` is the recipe of the paper's official code (all
+weights, RMSprop at 5e-7, beta 0.1, batches of 64 pairs for one epoch);
+`pythia-SIZE-lora` is the one of the dpo-replication system (LoRA on all four
+projections, AdamW, cosine, beta 0.2, batches of 16). SIZE is a key of
+configs/models.py.
 
 Made for: 2.8B with all weights needs about 56 GB for policy, reference,
 gradients and RMSprop state in float32, so two 40 GB devices with
@@ -15,8 +16,9 @@ gradients and RMSprop state in float32, so two 40 GB devices with
 adapters off, and one device will do. Hours here: not measured. The paper's
 authors report 2.75 hours on four A100-80GB.
 Expect: a win rate against chosen of about 0.60 at T = 0.7 and 0.63 at T = 1.0
-with all four subsets (Rafailov et al., 2023, Figure 3); 0.42 to 0.46 at T = 0.75
-to 1.0 for the LoRA recipe on harmless-base (its own verdicts, recounted).
+with all four subsets (Rafailov et al., 2023, Figure 3); 0.42 to 0.46 at
+T = 0.75 to 1.0 for the LoRA recipe on harmless-base (that system's own
+verdicts, recounted).
 """
 
 from configs import common, sft

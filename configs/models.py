@@ -1,8 +1,8 @@
 """The shapes of every Pythia, for random initialisation and for planning.
 
-Source: the config.json of each EleutherAI/pythia-* model; Biderman et al., 2023
-(arXiv 2304.01373), Table 1, for 70m and up. Vocabulary rows are padded to 50,304 (6.9b: 50,432; 12b:
-50,688); the tokenizer has 50,277 tokens.
+Source: the config.json of each EleutherAI/pythia-* model; for 70m and up also
+Biderman et al., 2023 (arXiv 2304.01373), Table 1. Vocabulary rows are padded to
+50,304 (6.9b: 50,432; 12b: 50,688); the tokenizer has 50,277 tokens.
 """
 
 from ml_collections import config_dict

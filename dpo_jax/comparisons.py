@@ -13,11 +13,16 @@ import hashlib
 import json
 import os
 import pathlib
+import re
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
+
+# A missing file's name must not be asked for on the hub.
+_FILES = (".jsonl", ".json", ".gz")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,17 +193,17 @@ def _split(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def _rows(path, split, subsets) -> Iterator[tuple[str, Any]]:
-  local = pathlib.Path(path)
+  local, name = pathlib.Path(path), str(path)
   if local.is_file():
     yield from _file_rows(local)
-  elif local.is_dir():
+  elif name and local.is_dir():
     for file in _layout(local, split, subsets):
       yield from _file_rows(file)
-  elif str(path).count("/") == 1 and not str(path).startswith((".", "/")):
-    yield from _hub_rows(str(path), split, subsets)
+  elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not name.endswith(_FILES):
+    yield from _hub_rows(name, split, subsets)
   else:
     raise ValueError(
-      f"{path!s} is neither a file, a directory nor a hub id (user/name)"
+      f"{name!r} is neither a file, a directory nor a hub id (user/name)"
     )
 
 
@@ -227,7 +232,7 @@ def _file_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
       for number, line in enumerate(file, 1):
         if line.strip():
           yield f"{path}:{number}", _decode(line)
-  except (EOFError, gzip.BadGzipFile) as error:
+  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
     raise ValueError(
       f"{path}: broken gzip after line {number} ({error})"
     ) from error
@@ -236,11 +241,23 @@ def _file_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
 def _decode(line: bytes) -> Any:
   """The JSON value of a line; `parse` names what could not be decoded."""
   try:
-    return json.loads(line.decode("utf-8-sig"))
+    return json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique)
   except UnicodeDecodeError:
     return _BadLine("not UTF-8")
-  except (json.JSONDecodeError, RecursionError):
+  except Malformed as error:
+    return _BadLine(error.reason)
+  except (ValueError, RecursionError):
     return _BadLine("not JSON")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """An object's fields; one that stands twice has no value to go by."""
+  fields = dict(pairs)
+  if len(fields) < len(pairs):
+    names = [name for name, _ in pairs]
+    twice = next(name for name in names if names.count(name) > 1)
+    raise Malformed(f"field {twice!r} stands more than once")
+  return fields
 
 
 class _BadLine(str):
@@ -251,7 +268,13 @@ def _hub_rows(name, split, subsets) -> Iterator[tuple[str, Any]]:
   import datasets
 
   for subset in subsets or (None,):
-    rows = datasets.load_dataset(name, data_dir=subset, split=split)
+    try:
+      rows = datasets.load_dataset(name, data_dir=subset, split=split)
+    except (OSError, ValueError) as error:
+      raise ValueError(
+        f"{name!r} is not a local path, and subset {subset!r}, split {split!r}"
+        f" of it was not read from the hub ({type(error).__name__}: {error})"
+      ) from error
     for number, row in enumerate(rows, 1):
       yield f"{name}/{subset or ''}:{split}:{number}", row
 

@@ -7,7 +7,6 @@ asks for and we do not compute is refused before any weight is read.
 
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 import re
@@ -121,7 +120,6 @@ def export(
     hf_weights.write(staged / "model.safetensors", hf_layout.WEIGHTS, base, {})
     if tokenizer is not None:
       tokenizer.save(staged)
-      _name_tokenizer_class(staged / "tokenizer_config.json")
     (staged / "config.json").write_text(text, encoding="utf-8")
 
 
@@ -223,15 +221,6 @@ def fingerprint(base: Tree) -> str:
   for row in jax.tree.leaves(jax.device_get(jax.jit(first_rows)(base))):
     digest.update(repr(row.shape).encode() + row.tobytes())
   return digest.hexdigest()[:16]
-
-
-def _name_tokenizer_class(path: pathlib.Path) -> None:
-  """The name of a fast tokenizer's class that transformers 4 knows too."""
-  config = safetensors_files.read_json(path)
-  for key in ("backend", "is_local", "local_files_only"):
-    config.pop(key, None)
-  config["tokenizer_class"] = "PreTrainedTokenizerFast"
-  path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _resolve(path: str | os.PathLike) -> pathlib.Path:

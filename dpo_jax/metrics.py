@@ -24,10 +24,13 @@ class Writer:
   """Appends rows to a run's metrics.jsonl."""
 
   def __init__(self, directory: pathlib.Path, start_step: int):
-    """Opens the file, keeping rows up to and including `start_step`."""
+    """Opens the file, keeping rows up to and including `start_step`.
+
+    A run that starts at step 0 starts over: its step 0 is evaluated again.
+    """
     path = directory / FILE
     kept = []
-    if path.exists():
+    if start_step and path.exists():
       kept = [row for row in read(path) if row["step"] <= start_step]
     text = "".join(_line(row) for row in kept)
     scratch = path.with_suffix(".tmp")

@@ -34,10 +34,10 @@ class OptimizerSettings:
       value = getattr(self, name)
       if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"optimizer.{name}={value} must be positive")
-    if self.warmup_steps < 0 or self.weight_decay < 0:
+    if self.warmup_steps < 0 or not 0 <= self.weight_decay < math.inf:
       raise ValueError(
         f"optimizer.warmup_steps={self.warmup_steps} and"
-        f" weight_decay={self.weight_decay} must not be negative"
+        f" weight_decay={self.weight_decay} must be finite and not negative"
       )
     for name in ("b1", "b2"):
       if not 0 <= getattr(self, name) < 1:

@@ -32,7 +32,7 @@ def build(cls, values: Mapping[str, Any], name: str = "config"):
   fields = [field.name for field in dataclasses.fields(cls)]
   for key in values:
     if key not in fields:
-      near = difflib.get_close_matches(key, fields, n=1)
+      near = difflib.get_close_matches(str(key), fields, n=1)
       hint = f"did you mean {near[0]!r}?" if near else f"known: {fields}"
       raise ValueError(f"{name} has no field {key!r}; {hint}")
   for field in fields:

@@ -158,7 +158,7 @@ def make_train_step(
     count = batch.tokens.shape[0]
     grads, sums = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(count)))
     metrics = {key: jnp.sum(value) * scale for key, value in sums.items()}
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     updates, opt_state = tx.update(
       {"base": None, "lora": None} | {name: grads},

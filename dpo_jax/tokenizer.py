@@ -5,6 +5,8 @@ a model that is trained to stop must be able to tell the two apart.
 """
 
 import dataclasses
+import functools
+import json
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -28,6 +30,9 @@ class Tokenizer:
   def encode(self, text: str) -> list[int]:
     """Token ids of a text; nothing is added in front or behind.
 
+    A tokenizer may have a normal form of its own (Pythia's is Unicode's NFC);
+    `decode` gives that form of the text back.
+
     Raises:
       ValueError: the text holds a special token, which would become control.
     """
@@ -44,8 +49,17 @@ class Tokenizer:
 
   def special_in(self, text: str) -> str | None:
     """The first special token that stands in the text, if any."""
-    specials = self.backend.all_special_tokens
-    return next((token for token in specials if token in text), None)
+    return next((token for token in self.specials if token in text), None)
+
+  @functools.cached_property
+  def specials(self) -> tuple[str, ...]:
+    """Texts that are read as control tokens.
+
+    Not `all_special_tokens`, which are those that have a role in the config:
+    Pythia's own config gives `<|padding|>` none.
+    """
+    added = self.backend.added_tokens_decoder.values()
+    return tuple(str(token) for token in added if token.special)
 
   def decode(self, ids: Iterable[int]) -> str:
     """The exact text of the ids, special tokens included."""
@@ -54,8 +68,18 @@ class Tokenizer:
     )
 
   def save(self, directory: str | os.PathLike) -> None:
-    """Writes tokenizer.json and tokenizer_config.json."""
+    """Writes tokenizer.json and tokenizer_config.json.
+
+    transformers 5 names a class that transformers 4 does not know, and keeps
+    where it had loaded from; both are mended.
+    """
     self.backend.save_pretrained(os.fspath(directory))
+    path = pathlib.Path(directory, "tokenizer_config.json")
+    config = json.loads(path.read_text("utf-8"))
+    for key in ("backend", "is_local", "local_files_only"):
+      config.pop(key, None)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
@@ -77,11 +101,14 @@ def load(path: str | os.PathLike) -> Tokenizer:
   ):
     raise ValueError(f"{name} holds no tokenizer.json")
   try:
-    backend = transformers.AutoTokenizer.from_pretrained(name, use_fast=True)
-  except (OSError, ValueError) as error:
+    # Left unsaid, trust_remote_code asks at the terminal.
+    backend = transformers.AutoTokenizer.from_pretrained(
+      name, use_fast=True, trust_remote_code=False
+    )
+  except Exception as error:  # The tokenizers library raises nothing narrower.
     raise ValueError(
       f"no tokenizer at {name!r}: give a directory with tokenizer.json, or the"
-      f" id of a model on the hub ({type(error).__name__})"
+      f" id of a model on the hub ({type(error).__name__}: {error})"
     ) from error
   return _wrap(backend, name)
 

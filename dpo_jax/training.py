@@ -7,11 +7,9 @@ else crosses between the two inside the loop.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import pathlib
-import shutil
 from typing import Any, Literal
 
 import jax
@@ -23,6 +21,7 @@ from dpo_jax import (
   batches,
   checkpoint,
   data,
+  errors,
   hf,
   lora,
   losses,
@@ -119,7 +118,7 @@ class TrainSettings:
       )
 
 
-class TrainingError(RuntimeError):
+class TrainingError(errors.Stopped):
   """The run had to stop; what it had saved before is whole."""
 
 
@@ -136,11 +135,15 @@ def run(config: TrainSettings, workdir: pathlib.Path) -> pathlib.Path:
   """
   workdir.mkdir(parents=True, exist_ok=True)
   with records.Lock(workdir / "lock"):
-    rundir.claim(workdir, settings.to_dict(config))
+    values = settings.to_dict(config)
+    rundir.check(workdir, values)
     export = workdir / "export"
     if (workdir / "finished.json").exists():
       return export
-    _Run(config, workdir).train()
+    prepared = _Run(config, workdir)
+    # Not before: settings that were refused must not bind the directory.
+    rundir.claim(workdir, values)
+    prepared.train()
     return export
 
 
@@ -239,8 +242,8 @@ class _Run:
   def _meta(self) -> dict[str, Any]:
     """What a checkpoint must have in common with the run that reads it."""
     return {
-      "train_data": self.items.report["train"]["fingerprint"],
-      "held_out_data": self.items.report["held_out"]["fingerprint"],
+      "train_data": self.items.report["train"]["tokens"],
+      "held_out_data": self.items.report["held_out"]["tokens"],
       "model": self.fingerprint,
     }
 
@@ -249,7 +252,7 @@ class _Run:
       if meta[key] != value:
         raise ValueError(
           f"{self.workdir}: the checkpoint was made with {key}={meta[key]}, but"
-          f" it is now {value}; restore the data, or use another workdir"
+          f" it is now {value}; restore the files, or use another workdir"
         )
 
   def _packing(self, microbatches: int) -> batches.Packing:
@@ -398,10 +401,7 @@ class _Run:
     base = params["base"]
     if self.model.lora is not None:
       base = lora.merge(self.model, base, params["lora"])
-    target = self.workdir / "export"
-    if target.exists():
-      shutil.rmtree(target)
-    hf.export(target, self.model, base, self.tokenizer)
+    hf.export(self.workdir / "export", self.model, base, self.tokenizer)
 
   def _write_manifest(self) -> None:
     counts = {

@@ -1,0 +1,145 @@
+"""Answers of base, SFT and DPO to HH test prompts, at several temperatures.
+
+Commands:
+  python sample.py --config=configs/sample.py:paper --workdir=runs/paper
+  python sample.py --config=configs/sample.py:seed --workdir=runs/seed \\
+    --config.policies.dpo.adapter=runs/dpo/adapters/step-000300
+
+Variants: `paper` draws at plain temperature and answers the single-turn test
+prompts of all four subsets, as in Figure 3 of Rafailov et al., 2023; `seed` is
+the recipe of the dpo-replication system: top_p 0.9, top_k 50, 256 new tokens,
+the first 150 rows of harmless-base.
+
+Both expect the exports of train.py in runs/sft and runs/dpo: runs/sft/export is
+a model directory, runs/dpo/adapters/step-000300 and its like hold adapters for
+it. `paper` takes the DPO model merged, runs/dpo/export; `seed` takes the SFT
+model with a DPO adapter beside it. Checkpoints are sampled with
+`checkpoints(...)`, as both variants do.
+
+Made for: one accelerator of 40 GB or more: Pythia-2.8B in bfloat16 is 5.6 GB,
+and the cache of 64 rows of 512 tokens is 11 GB. Hours: not measured.
+Expect: a row for every prompt, temperature and model. The win rates to expect
+of them are in configs/dpo.py.
+"""
+
+from ml_collections import config_dict
+
+from configs import common
+
+HH = (
+  "harmless-base",
+  "helpful-base",
+  "helpful-online",
+  "helpful-rejection-sampled",
+)
+FINAL = (0.25, 0.5, 0.75, 1.0)
+CHECKPOINTS = (0.7, 1.0)
+
+
+def get_config(variant: str = "paper"):
+  c = sampling()
+  base, sft = "EleutherAI/pythia-2.8b", "runs/sft/export"
+  c.tokenizer = base
+  c.policies.base = policy("base", base, FINAL)
+  c.policies.sft = policy("sft", sft, FINAL)
+  c.policies.checkpoints = checkpoints(
+    "dpo", sft, "runs/dpo/adapters", CHECKPOINTS
+  )
+  if variant == "paper":
+    c.policies.dpo = policy("dpo", "runs/dpo/export", FINAL)
+    c.data.subsets = HH
+    c.data.single_turn = True
+  elif variant == "seed":
+    c.policies.dpo = policy("dpo", sft, FINAL)
+    c.policies.dpo.adapter = "runs/dpo/adapters/step-000300"
+    c.top_k, c.top_p, c.max_new_tokens = 50, 0.9, 256
+    c.max_prompt_tokens = 358
+    c.data.subsets = ("harmless-base",)
+    c.data.limit = 150
+  else:
+    raise ValueError(f"variant {variant!r} must be 'paper' or 'seed'")
+  return c
+
+
+def sampling() -> config_dict.ConfigDict:
+  """All fields of a sampling run; `policies` is to be filled."""
+  c = config_dict.ConfigDict()
+  # The models to sample from: see `policy`. The keys are only handles.
+  c.policies = config_dict.ConfigDict()
+  c.data = prompts()
+  # Directory with tokenizer.json, or the id of a model on the hub.
+  c.tokenizer = "EleutherAI/pythia-2.8b"
+  # Draw among the k likeliest tokens; 0 is off.
+  c.top_k = 0
+  # Draw among the likeliest tokens that together reach this probability; 1.0
+  # is off. Applied after temperature and top_k.
+  c.top_p = 1.0
+  # Tokens of an answer at most, EOS included.
+  c.max_new_tokens = 256
+  # A longer prompt keeps its last so many tokens.
+  c.max_prompt_tokens = 256
+  # Answers to each prompt at each temperature, by sample ids 0, 1, ...
+  c.samples_per_prompt = 1
+  # With the prompt's id and the sample id, decides all noise.
+  c.seed = 0
+  # Answers decoded at once. More is faster until memory ends; it changes no
+  # answer (but for ties within rounding).
+  c.batch_size = 64
+  # Prompts are padded to a multiple of so many tokens; each length that occurs
+  # is compiled once, so more means fewer compilations and more padding.
+  c.length_multiple = 64
+  # Fold adapters into a copy of the base before sampling. Faster, and models
+  # with and without adapters share their programs; but bfloat16 rounds away a
+  # part of what an adapter adds. False keeps them beside the base.
+  c.merge_adapters = False
+  # What weights are kept in and blocks compute in: "float32" or "bfloat16".
+  c.dtype = "bfloat16"
+  c.mesh = common.mesh()
+  return c
+
+
+def prompts() -> config_dict.ConfigDict:
+  c = config_dict.ConfigDict()
+  # A .jsonl or .jsonl.gz file; a directory in the dataset's own layout,
+  # <subset>/<split>.jsonl.gz; or the id of a dataset on the hub.
+  c.path = "Anthropic/hh-rlhf"
+  # Split of a directory or hub dataset; a file is one split.
+  c.split = "test"
+  # Subsets of a directory or hub dataset; () for a file.
+  c.subsets = ()
+  # How many malformed rows may be left out, each counted, before it is an
+  # error.
+  c.skip_bad = 0
+  # Keep only prompts with one human turn.
+  c.single_turn = False
+  # Keep the first so many rows; 0 keeps all.
+  c.limit = 0
+  return c
+
+
+def policy(
+  name: str, path: str, temperatures: tuple[float, ...]
+) -> config_dict.ConfigDict:
+  """A model; 0 among its temperatures is greedy."""
+  c = config_dict.ConfigDict()
+  # What its rows and its file, responses/NAME.jsonl, are called. The report
+  # knows base, sft and dpo.
+  c.name = name
+  # A model directory in Hugging Face form, or a hub id.
+  c.path = path
+  # A PEFT adapter directory for that model; "" for none.
+  c.adapter = ""
+  # A directory of adapter directories step-000050, ...: each is sampled into
+  # responses/NAME-step-000050.jsonl; "" for none.
+  c.steps_of = ""
+  c.temperatures = temperatures
+  return c
+
+
+def checkpoints(
+  name: str, path: str, steps_of: str, temperatures: tuple[float, ...]
+) -> config_dict.ConfigDict:
+  """Every checkpoint of a LoRA run, as policies of their steps."""
+  c = policy(name, path, temperatures)
+  c.steps_of = steps_of
+  return c

@@ -1,0 +1,122 @@
+"""What keeps a file of answers honest across interruptions and new settings.
+
+A row says which prompt, temperature, sample and parameters it belongs to. What
+it does not say (which weights, which tokenizer) stands in a small JSON file
+beside it, as hashes of the files' contents. Going on with a file is refused as
+soon as either differs.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from dpo_jax import records
+from dpo_jax import settings as settings_lib
+
+# What of a row is the answer, and not the question.
+_ANSWER = ("response", "token_count", "finish_reason")
+
+
+def match(
+  path: pathlib.Path,
+  rows: Sequence[records.Response],
+  wanted: Sequence[records.Response],
+) -> dict[int, records.Response]:
+  """Rows on disk by the index of the wanted row that they answer.
+
+  Args:
+    path: the file, for error messages.
+    rows: what it holds, in any order.
+    wanted: every row that it is to hold, without its answer.
+
+  Raises:
+    ValueError: a row is not wanted, or was made with other parameters.
+  """
+  places = {_key(row): index for index, row in enumerate(wanted)}
+  done = {}
+  for row in rows:
+    index = places.get(_key(row))
+    if index is None:
+      raise ValueError(
+        f"{path} holds an answer to prompt {row.prompt_id} at temperature"
+        f" {row.temperature}, sample {row.sample_id}, which these settings do"
+        " not ask for: use another --workdir, or move the file away"
+      )
+    for field in dataclasses.fields(row):
+      want = getattr(wanted[index], field.name)
+      have = getattr(row, field.name)
+      if field.name not in _ANSWER and have != want:
+        raise ValueError(
+          f"{path} was written with {field.name}={have!r}, not {want!r}: use"
+          " another --workdir, or move the file away"
+        )
+    done[index] = row
+  return done
+
+
+def claim(path: pathlib.Path, origin: dict[str, Any], begun: bool) -> None:
+  """Writes down what a file's answers come from, or checks it.
+
+  Args:
+    path: the file of answers; `origin` is kept beside it, ending in .json.
+    origin: what the answers depend on and do not say themselves.
+    begun: whether the file holds answers.
+
+  Raises:
+    ValueError: the file was begun from something else, or nobody knows what
+      from.
+  """
+  manifest = path.with_suffix(".json")
+  if not begun:
+    records.write_atomic(manifest, json.dumps(origin, indent=2) + "\n")
+    return
+  try:
+    before = json.loads(manifest.read_text("utf-8"))
+  except (FileNotFoundError, ValueError) as error:
+    raise ValueError(
+      f"{path} holds answers, but {manifest.name}, which says what they come"
+      f" from, cannot be read ({error}): move the file away"
+    ) from error
+  changed = settings_lib.differing(before, origin, path.stem)
+  if changed:
+    raise ValueError(
+      f"{path} was begun from something else:\n  "
+      + "\n  ".join(changed)
+      + "\nuse another --workdir, or move the file away"
+    )
+
+
+def weights(path: str) -> str:
+  """Hash of a directory's weights and their config; a hub id is itself."""
+  return _digest(path, ("*.safetensors", "config.json", "adapter_config.json"))
+
+
+def tokenizer(path: str) -> str:
+  """Hash of a directory's tokenizer; a hub id is itself."""
+  return _digest(path, ("tokenizer.json",))
+
+
+def _digest(path: str, patterns: tuple[str, ...]) -> str:
+  directory = pathlib.Path(path)
+  if not directory.is_dir():
+    return path
+  files = sorted(
+    {file for pattern in patterns for file in directory.glob(pattern)}
+  )
+  digests = (_file_digest(file, file.stat().st_mtime_ns) for file in files)
+  return records.content_hash(*digests)
+
+
+@functools.cache
+def _file_digest(path: pathlib.Path, changed_ns: int) -> str:
+  """SHA-256; one base that serves many adapters is read once."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _key(row: records.Response) -> tuple[str, float, int]:
+  return row.prompt_id, row.temperature, row.sample_id

@@ -1,0 +1,214 @@
+"""The whole line with one command: pairs, SFT, DPO, answers, verdicts, report.
+
+  python -m dpo_jax.replicate --config=configs/demo.py
+
+Each stage reads files and writes files beneath one working directory and skips
+what is already there, so that the same command is also the way to go on after
+an interruption.
+"""
+
+import dataclasses
+import pathlib
+import shutil
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from dpo_jax import (
+  answers,
+  cli,
+  comparisons,
+  hf,
+  model,
+  records,
+  report,
+  rundir,
+  settings,
+  synthetic,
+  training,
+)
+from dpo_jax import tokenizer as tokenizer_lib
+from dpo_jax.judging import runner
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldSettings:
+  """Sizes of the synthetic world; see `synthetic.generate`."""
+
+  seed: int
+  pretrain: int
+  train: int
+  test: int
+  scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class VocabularySettings:
+  """A tokenizer to be trained on the texts of a comparisons file."""
+
+  texts: str
+  size: int
+  directory: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+  """A GPT-NeoX's shape; see configs/models.py."""
+
+  vocab_size: int
+  width: int
+  layers: int
+  heads: int
+  mlp_width: int
+  rotary_fraction: float
+  rotary_base: float
+  norm_eps: float
+  max_positions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class InitSettings:
+  """A model of random weights, written in Hugging Face form."""
+
+  architecture: Architecture
+  seed: int
+  tokenizer: str
+  directory: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplicateSettings:
+  """A whole replication; a stage that is None is left out.
+
+  `paths` names what several stages read. In every string of the config,
+  {workdir} and {NAME}, for a name in `paths`, stand for those directories.
+  """
+
+  paths: dict[str, str]
+  world: WorldSettings | None
+  vocabulary: VocabularySettings | None
+  init: InitSettings | None
+  pretrain: training.TrainSettings | None
+  sft: training.TrainSettings
+  dpo: training.TrainSettings
+  sample: answers.AnswerSettings
+  judge: runner.JudgeSettings
+  report: report.ReportSettings
+
+
+def run(config: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
+  """Runs, or goes on with, a replication in `workdir`.
+
+  Args:
+    config: the values of a ReplicateSettings, placeholders not yet filled.
+    workdir: where everything is written.
+
+  Returns:
+    The report.
+
+  Raises:
+    ValueError: a value or an input is wrong; nothing is lost.
+  """
+  started = time.perf_counter()
+  here = {"workdir": str(workdir)}
+  paths = here | _filled(config["paths"], here)
+  built = settings.build(ReplicateSettings, _filled(config, paths))
+  workdir.mkdir(parents=True, exist_ok=True)
+  with records.Lock(workdir / "lock"):
+    # How texts are judged and shown may change without anything being redone.
+    claimed = {k: v for k, v in config.items() if k not in ("judge", "report")}
+    rundir.claim(workdir, claimed)
+    stages = [
+      (name, stage)
+      for name, stage in _stages(built, workdir).items()
+      if getattr(built, name) is not None
+    ]
+    for number, (name, stage) in enumerate(stages, 1):
+      print(f"[{number}/{len(stages)}] {name}", flush=True)
+      stage()
+  minutes = (time.perf_counter() - started) / 60
+  path = workdir / "report" / "report.md"
+  print(f"{path} after {minutes:.1f} minutes")
+  return path
+
+
+def _stages(
+  built: ReplicateSettings, workdir: pathlib.Path
+) -> dict[str, Callable[[], Any]]:
+  """What each stage calls, in order."""
+  return {
+    "world": lambda: _world(built.world, workdir / "world"),
+    "vocabulary": lambda: _vocabulary(built.vocabulary),
+    "init": lambda: _init(built.init),
+    "pretrain": lambda: training.run(built.pretrain, workdir / "pretrain"),
+    "sft": lambda: training.run(built.sft, workdir / "sft"),
+    "dpo": lambda: training.run(built.dpo, workdir / "dpo"),
+    "sample": lambda: answers.run(built.sample, workdir),
+    "judge": lambda: print(runner.run(built.judge, workdir)),
+    "report": lambda: report.write(built.report, workdir),
+  }
+
+
+def _world(config: WorldSettings, directory: pathlib.Path) -> None:
+  def write(staged):
+    world = synthetic.generate(**dataclasses.asdict(config))
+    synthetic.write(world, staged)
+
+  _once(directory, write)
+
+
+def _vocabulary(config: VocabularySettings) -> None:
+  def write(staged):
+    rows = comparisons.load(config.texts, split="").rows
+    texts = (
+      text for row in rows for text in (row.prompt, row.chosen, row.rejected)
+    )
+    tokenizer_lib.train(texts, config.size, staged)
+
+  _once(pathlib.Path(config.directory), write)
+
+
+def _init(config: InitSettings) -> None:
+  if pathlib.Path(config.directory).exists():
+    return
+  shape = model.ModelConfig(**dataclasses.asdict(config.architecture))
+  make = jax.jit(model.init, static_argnums=0)
+  base = make(shape, jax.random.key(config.seed))
+  tokenizer = tokenizer_lib.load(config.tokenizer)
+  hf.export(config.directory, shape, base, tokenizer)
+
+
+def _once(
+  directory: pathlib.Path, write: Callable[[pathlib.Path], None]
+) -> None:
+  """Makes a directory whole or not at all; one that is there is kept."""
+  if directory.exists():
+    return
+  staged = directory.with_name(directory.name + ".part")
+  shutil.rmtree(staged, ignore_errors=True)
+  staged.mkdir(parents=True)
+  write(staged)
+  staged.rename(directory)
+
+
+def _filled(values: Any, paths: dict[str, str]) -> Any:
+  """`values` with {name} replaced in every string, for every path's name."""
+  if isinstance(values, dict):
+    return {key: _filled(value, paths) for key, value in values.items()}
+  if isinstance(values, list | tuple):
+    return tuple(_filled(value, paths) for value in values)
+  if isinstance(values, str):
+    for name, path in paths.items():
+      values = values.replace("{" + name + "}", path)
+  return values
+
+
+def main(config: dict[str, Any], workdir: pathlib.Path) -> int:
+  run(config, workdir)
+  return 0
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,23 @@
+"""Answers of models to test prompts, into WORKDIR/responses/.
+
+  python sample.py --config=configs/sample.py:paper --workdir=runs/paper
+
+The same command goes on after an interruption: answers that are there are
+kept.
+"""
+
+import pathlib
+from typing import Any
+
+from dpo_jax import answers, cli, settings
+
+
+def main(config: dict[str, Any], workdir: pathlib.Path) -> int:
+  built = settings.build(answers.AnswerSettings, config)
+  for path in answers.run(built, workdir):
+    print(path)
+  return 0
+
+
+if __name__ == "__main__":
+  cli.run(main)
