@@ -1,0 +1,414 @@
+"""Files of answers: made, interrupted, gone on with, and refused."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+import scripted
+import tiny
+
+from configs import sample as sample_config
+from dpo_jax import (
+  answers,
+  comparisons,
+  decoding,
+  hf,
+  model,
+  records,
+  sampling,
+  settings,
+  tokenizer,
+)
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+LORA = model.LoraConfig(2, 4.0, 0.0, ("query_key_value", "dense"))
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+  """Where the files of the tests lie, and the values of a config on them."""
+
+  root: pathlib.Path
+  values: dict
+  rows: tuple
+
+  def build(self, **changes):
+    return settings.build(answers.AnswerSettings, self.values | changes)
+
+  def policy(self, name="sft", temperatures=(0.0, 1.0), **changes):
+    values = sample_config.policy(
+      name, str(self.root / "model"), temperatures
+    ).to_dict()
+    return values | changes
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+  root = tmp_path_factory.mktemp("world")
+  tok = scripted.small_tokenizer(root / "tokenizer")
+  config, base = scripted.noisy(tok.vocab_size + 8)
+  hf.export(root / "model", config, base, tok)
+  adapted = dataclasses.replace(config, lora=LORA)
+  for step in (100, 20):
+    lora = tiny.adapters(adapted, seed=step)
+    directory = root / "adapters" / f"step-{step:06d}"
+    directory.parent.mkdir(exist_ok=True)
+    hf.export_adapter(directory, adapted, lora, "model", base)
+  lines = [
+    {
+      "prompt": f"\n\nHuman: {text}\n\nAssistant:",
+      "chosen": c,
+      "rejected": " ?",
+    }
+    for text, c in (
+      ("Hi!", " Hello."),
+      ("Can you name a bird?", " A heron."),
+      ("Which river is the longest?", " The Nile."),
+      ("Bye!", " Fare\u2028well."),
+      ("Name a bird!", " Heron."),
+      ("Hi Nile!", " Hi!"),
+    )
+  ]
+  # A pair that comes twice, and one whose prompt would be control to a model.
+  lines.append(lines[0])
+  lines.append(lines[1] | {"prompt": "\n\nHuman: <|endoftext|>\n\nAssistant:"})
+  text = "".join(json.dumps(line) + "\n" for line in lines)
+  (root / "test.jsonl").write_text(text)
+  rows = comparisons.load(root / "test.jsonl", split="").rows[:6]
+  values = sample_config.sampling().to_dict() | {
+    "policies": {},
+    "tokenizer": str(root / "tokenizer"),
+    "max_new_tokens": 12,
+    "max_prompt_tokens": 32,
+    "batch_size": 8,
+    "length_multiple": 16,
+    "dtype": "float32",
+  }
+  values["data"] |= {"path": str(root / "test.jsonl")}
+  world = World(root, values, rows)
+  return dataclasses.replace(
+    world, values=values | {"policies": {"sft": world.policy()}}
+  )
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+  """The file of a run that nothing interrupts."""
+  workdir = tmp_path_factory.mktemp("whole")
+  (path,) = answers.run(world.build(), workdir)
+  assert path == workdir / "responses" / "sft.jsonl"
+  return path
+
+
+def test_writes_a_row_for_every_prompt_and_temperature(world, whole):
+  rows = records.read(whole, records.Response)
+  assert [(r.prompt_id, r.temperature) for r in rows] == [
+    (c.id, t) for c in world.rows for t in (0.0, 1.0)
+  ]
+  texts = {row.id: row for row in world.rows}
+  for row in rows:
+    assert row.prompt == texts[row.prompt_id].prompt
+    assert row.chosen == texts[row.prompt_id].chosen
+    assert 1 <= row.token_count <= 12
+    assert row.finish_reason != "length" or row.token_count == 12
+    same = (row.model, row.step, row.seed, row.sample_id, row.max_new_tokens)
+    assert same == ("sft", None, 0, 0, 12)
+  assert len({row.response for row in rows}) > 6
+
+
+def test_a_finished_file_is_left_alone(world, whole, monkeypatch):
+  before = whole.stat().st_mtime_ns
+  monkeypatch.setattr(hf, "load", lambda *_, **__: pytest.fail("loaded"))
+  answers.run(world.build(), whole.parent.parent)
+  assert whole.stat().st_mtime_ns == before
+
+
+CHILD = """
+import json, os, pathlib, signal, sys
+from dpo_jax import answers, records, settings
+
+append, calls = records.Store.append_many, []
+
+def dies_in_its_second_append(store, rows):
+  calls.append(1)
+  if len(calls) < 2:
+    return append(store, rows)
+  rows = list(rows)
+  append(store, rows[:1])
+  os.write(store._fd, records.encode(rows[1])[:-9])
+  os.kill(os.getpid(), signal.SIGKILL)
+
+records.Store.append_many = dies_in_its_second_append
+values = json.loads(sys.argv[1])
+answers.run(
+  settings.build(answers.AnswerSettings, values), pathlib.Path(sys.argv[2])
+)
+"""
+
+
+def test_going_on_after_sigkill_gives_the_same_file(
+  world, whole, tmp_path, monkeypatch
+):
+  child = subprocess.run(
+    [sys.executable, "-c", CHILD, json.dumps(world.values), str(tmp_path)],
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+  assert child.returncode == -signal.SIGKILL, child.stderr
+  path = tmp_path / "responses" / "sft.jsonl"
+  left = path.read_bytes()
+  # The batch of the three long prompts, one more row, and a part of another.
+  assert left.count(b"\n") == 7
+  assert not left.endswith(b"\n")
+  prefills = []
+  prefill = decoding.prefill
+  monkeypatch.setattr(
+    decoding, "prefill", lambda *args: prefills.append(1) or prefill(*args)
+  )
+  answers.run(world.build(), tmp_path)
+  assert path.read_bytes() == whole.read_bytes()
+  # The batch that was whole is not run again.
+  assert len(prefills) == 1
+
+
+def test_rows_that_are_there_are_not_generated_again(world, whole, tmp_path):
+  path = tmp_path / "responses" / "sft.jsonl"
+  path.parent.mkdir()
+  path.with_suffix(".json").write_bytes(whole.with_suffix(".json").read_bytes())
+  lines = whole.read_bytes().splitlines(keepends=True)
+  kept = [json.loads(line) for line in lines[1::2]]
+  kept[0]["response"] = "kept"
+  mixed = [json.dumps(row).encode() + b"\n" for row in kept[::-1]]
+  path.write_bytes(b"".join(mixed))
+  answers.run(world.build(), tmp_path)
+  made = records.read(path, records.Response)
+  told = records.read(whole, records.Response)
+  assert made[1].response == "kept"
+  assert made[:1] + made[2:] == told[:1] + told[2:]
+
+
+def test_steps_of_a_run_are_policies_of_their_own(world, whole, tmp_path):
+  policy = world.policy("dpo", (0.0,), steps_of=str(world.root / "adapters"))
+  one = world.policy(
+    "last", (0.0,), adapter=str(world.root / "adapters" / "step-000100")
+  )
+  beside = answers.run(
+    world.build(policies={"steps": policy, "one": one}), tmp_path / "beside"
+  )
+  assert [path.name for path in beside] == [
+    "dpo-step-000020.jsonl",
+    "dpo-step-000100.jsonl",
+    "last.jsonl",
+  ]
+  rows = [records.read(path, records.Response) for path in beside]
+  assert [{(r.model, r.step) for r in file} for file in rows] == [
+    {("dpo", 20)},
+    {("dpo", 100)},
+    {("last", None)},
+  ]
+  texts = [[row.response for row in file] for file in rows]
+  base = [
+    row.response
+    for row in records.read(whole, records.Response)
+    if row.temperature == 0
+  ]
+  assert texts[0] != texts[1]
+  assert texts[1] == texts[2] != base
+  merged = answers.run(
+    world.build(policies={"steps": policy, "one": one}, merge_adapters=True),
+    tmp_path / "merged",
+  )
+  assert [path.read_bytes() for path in merged] == [
+    path.read_bytes() for path in beside
+  ]
+
+
+def test_samples_of_a_prompt_differ(world, tmp_path):
+  policies = {"sft": world.policy(temperatures=(1.0,))}
+  (path,) = answers.run(
+    world.build(policies=policies, samples_per_prompt=2), tmp_path
+  )
+  rows = records.read(path, records.Response)
+  assert [row.sample_id for row in rows] == [0, 1] * 6
+  assert all(a.response != b.response for a, b in zip(rows[::2], rows[1::2]))
+
+
+def test_empty_answers_and_turns_are_kept(world, tmp_path):
+  tok = scripted.small_tokenizer(tmp_path / "tokenizer")
+  (colon,) = tok.encode(":")
+  config, base = scripted.scripted(tok, [[colon, tok.eos_id]])
+  hf.export(tmp_path / "model", config, base, tok)
+  policies = {
+    "sft": world.policy(temperatures=(0.0,), path=str(tmp_path / "model"))
+  }
+  (path,) = answers.run(world.build(policies=policies), tmp_path)
+  rows = records.read(path, records.Response)
+  assert [(r.response, r.token_count, r.finish_reason) for r in rows] == [
+    ("", 1, "eos")
+  ] * 6
+
+
+def test_prompts_that_are_too_long_keep_their_end(world, tmp_path, caplog):
+  policies = {"sft": world.policy(temperatures=(0.0,))}
+  changes = {"policies": policies, "max_new_tokens": 12}
+  cut, whole = (
+    answers.run(
+      world.build(**changes, max_prompt_tokens=limit), tmp_path / str(limit)
+    )[0]
+    for limit in (12, 32)
+  )
+  cut, whole = (records.read(p, records.Response) for p in (cut, whole))
+  assert [row.prompt for row in cut] == [row.prompt for row in whole]
+  tok = tokenizer.load(world.root / "tokenizer")
+  config, base = scripted.noisy(tok.vocab_size + 8)
+  for row in cut:
+    end = tuple(tok.encode(row.prompt)[-12:])
+    request = sampling.Request(end, 0, 0, 0.0, 0, 1.0, 12)
+    engine = sampling.Engine(1, 1, 16, 12, 16, 0)
+    ((_, sample),) = next(
+      sampling.generate(config, base, None, tok, [request], engine)
+    )
+    assert row.response == sample.text
+  assert any(a.response != b.response for a, b in zip(cut, whole))
+  assert "prompts cut to their last 12 tokens" in caplog.text
+  assert "1 prompts repeating an earlier pair" in caplog.text
+  assert "1 prompts left out for a special token" in caplog.text
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"seed": 1}, "was written with seed=0, not 1"),
+    ({"top_k": 3}, "was written with top_k=0, not 3"),
+    ({"max_new_tokens": 9}, "was written with max_new_tokens=12, not 9"),
+    ({"max_prompt_tokens": 31}, r"sft\.max_prompt_tokens: 32 -> 31"),
+    ({"dtype": "bfloat16"}, r"sft\.dtype: 'float32' -> 'bfloat16'"),
+    ({"limit": 2}, "which these settings do not ask for"),
+  ],
+)
+def test_refuses_to_mix_settings_in_one_file(world, whole, changes, message):
+  before = whole.read_bytes()
+  if "limit" in changes:
+    changes = {"data": world.values["data"] | changes}
+  with pytest.raises(ValueError, match=message):
+    answers.run(world.build(**changes), whole.parent.parent)
+  assert whole.read_bytes() == before
+
+
+def test_refuses_to_go_on_with_other_weights(world, whole):
+  adapter = str(world.root / "adapters" / "step-000020")
+  policies = {"sft": world.policy(adapter=adapter)}
+  with pytest.raises(ValueError, match=r"sft\.adapter: '' -> "):
+    answers.run(world.build(policies=policies), whole.parent.parent)
+  manifest = whole.with_suffix(".json")
+  text = manifest.read_text()
+  manifest.unlink()
+  try:
+    with pytest.raises(ValueError, match="says what they come from"):
+      answers.run(world.build(), whole.parent.parent)
+  finally:
+    manifest.write_text(text)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"temperatures": (-1.0,)}, "temperature=-1.0 must be finite"),
+    ({"temperatures": (float("nan"),)}, "temperature=nan must be finite"),
+    ({"temperatures": ()}, "has no temperatures"),
+    ({"temperatures": (1.0, 1.0)}, "repeats a temperature"),
+    ({"name": "../../x"}, "names a file"),
+    ({"name": ""}, "names a file"),
+    ({"adapter": "a", "steps_of": "b"}, "both adapter and steps_of"),
+    ({"steps_of": "nowhere"}, "holds no directory like step-000050"),
+    ({"path": "./nowhere"}, "nowhere"),
+  ],
+)
+def test_refuses_policies(world, tmp_path, changes, message):
+  policies = {"sft": world.policy() | changes}
+  with pytest.raises(ValueError, match=message):
+    answers.run(world.build(policies=policies), tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"policies": {}}, "policies is empty"),
+    ({"top_p": 0.0}, r"top_p=0.0 must be in \(0, 1\]"),
+    ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+    ({"batch_size": 12}, "batch_size=12 must be a multiple"),
+    ({"samples_per_prompt": 0}, "samples_per_prompt=0 must be at least 1"),
+    ({"max_prompt_tokens": 250}, "lower max_prompt_tokens or max_new_tokens"),
+    ({"tokenizer": "./nowhere"}, "no tokenizer at './nowhere'"),
+    ({"seed": -1}, "seed=-1 must be at least 0"),
+  ],
+)
+def test_refuses_settings(world, tmp_path, changes, message):
+  with pytest.raises(ValueError, match=message):
+    answers.run(world.build(**changes), tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
+def test_refuses_two_policies_of_one_file(world, tmp_path):
+  policies = {"one": world.policy(), "two": world.policy()}
+  with pytest.raises(ValueError, match=r"would write \['sft'\]"):
+    answers.run(world.build(policies=policies), tmp_path)
+
+
+@pytest.mark.parametrize("variant", ["paper", "seed"])
+def test_configs_are_complete(variant):
+  values = sample_config.get_config(variant).to_dict()
+  built = settings.build(answers.AnswerSettings, values)
+  assert {p.name for p in built.policies.values()} == {"base", "sft", "dpo"}
+  assert built.policies["dpo"].temperatures == (0.25, 0.5, 0.75, 1.0)
+  assert built.policies["checkpoints"].temperatures == (0.7, 1.0)
+  with pytest.raises(ValueError, match="'paper' or 'seed'"):
+    sample_config.get_config("papers")
+
+
+def test_the_script_samples_on_real_prompts(world, shared, tmp_path):
+  """sample.py itself, in its own process, on rows of harmless-base."""
+  (data,) = sorted((shared / "data").rglob("harmless-base/test.jsonl*"))
+  flags = {
+    "policies": repr({"base": world.policy("base", (0.5,))}),
+    "data.path": data,
+    "data.subsets": "()",
+    "data.limit": 3,
+    "tokenizer": world.root / "tokenizer",
+    "dtype": "float32",
+    "batch_size": 8,
+    "max_new_tokens": 4,
+    "max_prompt_tokens": 64,
+  }
+  done = subprocess.run(
+    [
+      sys.executable,
+      "sample.py",
+      "--config=configs/sample.py:paper",
+      f"--workdir={tmp_path}",
+      *(f"--config.{name}={value}" for name, value in flags.items()),
+    ],
+    cwd=ROOT,
+    env=os.environ,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  rows = records.read(tmp_path / "responses" / "base.jsonl", records.Response)
+  assert len(rows) == 3
+  assert all(row.prompt.endswith("\n\nAssistant:") for row in rows)
+  assert "tokens/s" in done.stderr
