@@ -51,9 +51,9 @@ def world() -> config_dict.ConfigDict:
   # Pairs of mixed answers; the base model learns both texts of each.
   c.pretrain = 4400
   # Preference pairs for SFT (chosen) and DPO.
-  c.train = 3072
+  c.train = 4096
   # Pairs whose prompts are unseen in the two others.
-  c.test = 512
+  c.test = 768
   # Labels are drawn with P(chosen) = sigmoid(scale * difference in reward).
   c.scale = 1.0
   return c
@@ -104,7 +104,7 @@ def training(stage: str, model: str) -> config_dict.ConfigDict:
   c.data.train_path = f"{{world}}/{stage}.jsonl"
   c.data.eval_path = "{world}/test.jsonl"
   c.data.subsets = ()
-  c.data.max_eval = 0
+  c.data.max_eval = 256
   c.data.allow_leakage = False
   c.data.max_length = 128
   c.data.max_prompt_length = 96
@@ -123,21 +123,21 @@ def pretrain() -> config_dict.ConfigDict:
   c = training("pretrain", "{workdir}/init")
   c.data.responses = "both"
   c.data.loss_on_prompt = True
-  c.optimizer.learning_rate = 3e-3
+  c.optimizer.learning_rate = 1e-3
   c.optimizer.warmup_steps = 20
   c.optimizer.weight_decay = 0.1
-  c.batch_size = 32
-  c.eval_every = 100
-  c.checkpoint_every = 100
+  c.batch_size = 8
+  c.eval_every = 275
+  c.checkpoint_every = 550
   return c
 
 
 def sft() -> config_dict.ConfigDict:
   c = training("train", "{workdir}/pretrain/export")
-  c.optimizer.learning_rate = 5e-4
-  c.optimizer.warmup_steps = 5
-  c.batch_size = 32
-  c.eval_every = 32
+  c.optimizer.learning_rate = 1e-3
+  c.optimizer.warmup_steps = 10
+  c.batch_size = 16
+  c.eval_every = 128
   return c
 
 
@@ -146,15 +146,15 @@ def dpo() -> config_dict.ConfigDict:
   c.objective = "dpo"
   c.lora.rank = 16
   c.lora.alpha = 32.0
-  c.lora.dropout = 0.05
+  c.lora.dropout = 0.0
   c.data.layout = "shared"
-  c.data.row_length = 256
-  c.loss.beta = 0.1
-  c.optimizer.learning_rate = 1e-3
+  c.data.row_length = 192
+  c.loss.beta = 0.2
+  c.optimizer.learning_rate = 5e-4
   c.optimizer.warmup_steps = 10
   c.batch_size = 32
-  c.eval_every = 24
-  c.checkpoint_every = 24
+  c.eval_every = 43
+  c.checkpoint_every = 43
   c.export_adapters = True
   return c
 
@@ -175,8 +175,10 @@ def answers() -> config_dict.ConfigDict:
   c.max_new_tokens = 64
   c.max_prompt_tokens = 96
   c.batch_size = 256
-  c.length_multiple = 96
+  c.length_multiple = 48
   c.dtype = "float32"
+  # One program for all models.
+  c.merge_adapters = True
   return c
 
 

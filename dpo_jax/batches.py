@@ -24,8 +24,10 @@ from dpo_jax import tokenizer as tokenizer_lib
 Layout = Literal["padded", "packed", "shared"]
 PROMPT, CHOSEN, REJECTED = 0, 1, 2
 
-# Row counts grow by about a fifth, so that a run compiles only a few shapes.
+# Beyond the settled shape, row counts grow by about a fifth: few compilations.
 _GROWTH = 1.2
+# Random batches from which `settled` takes the shape of a run.
+_TRIALS = 48
 
 
 @jax.tree_util.register_dataclass
@@ -88,6 +90,8 @@ class Packing:
     microbatches: M; the batch size is a multiple of it.
     loss_on_prompt: predict the prompt's tokens too (examples only).
     pad_id: the token of padding.
+    rows: a batch has at least so many rows; see `settled`.
+    width: and room for at least so many completion tokens a row.
   """
 
   layout: Layout
@@ -96,6 +100,8 @@ class Packing:
   microbatches: int
   loss_on_prompt: bool
   pad_id: int
+  rows: int = 0
+  width: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,16 +148,17 @@ def pack(items: Sequence[Item], how: Packing) -> tuple[Batch, Counts]:
   groups = [
     _rows(items[i : i + share], how) for i in range(0, len(items), share)
   ]
-  rows = max(len(group) for group in groups)
-  # Padded rows are as many as the sequences; packed ones vary with the batch.
-  growth = 1.0 if how.layout == "padded" else _GROWTH
-  rows = _rounded(rows, how.row_multiple, growth)
+  rows = max(how.rows, *(len(group) for group in groups))
+  if rows > how.rows:
+    # Padded rows are as many as the sequences; packed ones vary.
+    growth = 1.0 if how.layout == "padded" else _GROWTH
+    rows = _rounded(rows, how.row_multiple, growth)
   width = max(
     sum(len(piece.target) for piece in row) for group in groups for row in group
   )
-  # Completion positions come in quarters of a row: at most four shapes.
-  quarter = -(-how.row_length // 4)
-  width = -(-width // quarter) * quarter
+  # Completion positions come in eighths of a row: at most eight shapes.
+  eighth = -(-how.row_length // 8)
+  width = max(how.width, -(-width // eighth) * eighth)
   batch = _empty((how.microbatches, rows), how.row_length, width, how.pad_id)
   for m, group in enumerate(groups):
     for r, row in enumerate(group):
@@ -161,6 +168,25 @@ def pack(items: Sequence[Item], how: Packing) -> tuple[Batch, Counts]:
     tokens=int((batch.pieces > 0).sum()),
     completion_tokens=int((batch.owner >= 0).sum()),
   )
+
+
+def settled(
+  items: Sequence[Item], how: Packing, *, batch_size: int, seed: int
+) -> Packing:
+  """`how` with the shape that nearly every batch of these items fits in.
+
+  A few dozen random batches are laid out; the largest shape met is what every
+  batch is then given at least, so that a run mostly compiles one.
+  """
+  rng = np.random.default_rng((seed, len(items), batch_size))
+  size = min(batch_size, len(items))
+  trials = [
+    pack([items[i] for i in rng.permutation(len(items))[:size]], how)[0]
+    for _ in range(_TRIALS)
+  ]
+  rows = max(trial.tokens.shape[1] for trial in trials)
+  width = max(trial.target.shape[2] for trial in trials)
+  return dataclasses.replace(how, rows=rows, width=width)
 
 
 def longest_piece(items: Sequence[Item], layout: Layout) -> int:

@@ -5,6 +5,7 @@ the counts go into the run's manifest and from there into the report.
 """
 
 import dataclasses
+import hashlib
 from typing import Any, Literal
 
 from dpo_jax import batches, comparisons
@@ -99,7 +100,11 @@ def prepare(
     )
     items[name] = _items(pairs, objective, settings.responses)
     counts["held-out prompts also trained on"] = leaks
-    report[name] = {"counts": counts, "fingerprint": rows.fingerprint}
+    report[name] = {
+      "counts": counts,
+      "fingerprint": rows.fingerprint,
+      "tokens": _fingerprint(items[name]),
+    }
     if not items[name]:
       raise ValueError(f"{name}: nothing is left after tokenisation: {counts}")
     longest = batches.longest_piece(items[name], settings.layout)
@@ -121,6 +126,14 @@ def _load(settings: DataSettings, name: str) -> comparisons.Loaded:
     single_turn=settings.single_turn,
     limit=getattr(settings, f"max_{name}"),
   )
+
+
+def _fingerprint(items: list[batches.Item]) -> str:
+  """A hash of what is trained on: rows, tokenizer and cut rule together."""
+  digest = hashlib.sha256()
+  for item in items:
+    digest.update(repr(item).encode())
+  return digest.hexdigest()[:16]
 
 
 def _items(pairs, objective, responses) -> list[batches.Item]:

@@ -15,19 +15,29 @@ def claim(workdir: pathlib.Path, values: dict[str, Any]) -> None:
   """Writes `values` as config.json, or checks that they are those there.
 
   Raises:
+    ValueError: see `check`.
+  """
+  check(workdir, values)
+  path = workdir / "config.json"
+  if not path.exists():
+    records.write_atomic(path, json.dumps(values, indent=2) + "\n")
+
+
+def check(workdir: pathlib.Path, values: dict[str, Any]) -> None:
+  """Checks that a directory, if it was begun, was begun with `values`.
+
+  Raises:
     ValueError: the directory was begun with other values, all of them named,
       or holds a config.json that is none.
   """
   path = workdir / "config.json"
-  values = json.loads(json.dumps(values))
   if not path.exists():
-    records.write_atomic(path, json.dumps(values, indent=2) + "\n")
     return
   try:
     begun = json.loads(path.read_text("utf-8"))
   except ValueError as error:
     raise ValueError(f"{path} is not JSON: {error}") from error
-  changed = settings.differing(begun, values)
+  changed = settings.differing(begun, json.loads(json.dumps(values)))
   if changed:
     raise ValueError(
       f"{workdir} was begun with another config:\n  "

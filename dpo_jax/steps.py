@@ -20,6 +20,12 @@ from dpo_jax import batches, logps, losses, model
 Tree = dict[str, Any]
 Metrics = dict[str, jax.Array]
 
+# Options for jax.jit of both steps. Where a program says bfloat16, XLA may keep
+# float32 between two operations, and does so in the policy, whose values are
+# kept for the gradient, elsewhere than in the reference: rewards of several
+# hundredths of a nat before any training.
+COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
