@@ -29,7 +29,8 @@ def training() -> config_dict.ConfigDict:
   # Pairs (SFT: examples) of one update, over all devices.
   c.batch_size = 64
   # Into how many parts a batch is split, one after another on the device:
-  # gradient accumulation. It changes memory, never the numbers.
+  # gradient accumulation. It changes memory, not the numbers (but for LoRA's
+  # dropout, which is drawn by row).
   c.microbatches = 1
   c.epochs = 1
   # Stop after so many updates; 0: after all epochs.
@@ -114,7 +115,7 @@ def data() -> config_dict.ConfigDict:
   c.loss_on_prompt = False
   # "padded": a sequence a row. "packed": several sequences a row. "shared"
   # (pairs only): one copy of the prompt for both responses, several pairs a
-  # row. It changes speed, never the numbers.
+  # row. It changes speed, not the numbers (but for LoRA's dropout).
   c.layout = "packed"
   # Tokens of a row. Twice max_length always holds a pair.
   c.row_length = 1024
@@ -138,7 +139,8 @@ def optimizer() -> config_dict.ConfigDict:
   # "adamw" or "rmsprop", both with torch's rules.
   c.name = "rmsprop"
   c.learning_rate = 5e-7
-  # After the warm-up: "constant", or "cosine" down to zero at the last update.
+  # After the warm-up: "constant", or "cosine", which would be zero one update
+  # after the last.
   c.schedule = "constant"
   # Updates of linear warm-up; the first one already has lr / warmup_steps.
   c.warmup_steps = 150

@@ -29,7 +29,7 @@ _FILES = (".jsonl", ".json", ".gz")
 class Comparison:
   """A prompt and two answers, of which people preferred `chosen`.
 
-  `prompt` ends with "\\n\\nAssistant:"; the answers keep their leading space.
+  A prompt of HH ends with "\\n\\nAssistant:"; answers keep their leading space.
   `id` is a hash of the three texts: the same row has it in any file.
   """
 

@@ -8,6 +8,7 @@ an interruption.
 """
 
 import dataclasses
+import json
 import pathlib
 import shutil
 import time
@@ -31,6 +32,11 @@ from dpo_jax import (
 )
 from dpo_jax import tokenizer as tokenizer_lib
 from dpo_jax.judging import runner
+
+# Stages whose settings may change without anything being redone: what they
+# made is looked up by content, or made again. Those of any other stage are
+# fixed once it is done.
+_REPEATABLE = ("judge", "report")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +123,8 @@ def run(config: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
   built = settings.build(ReplicateSettings, _filled(config, paths))
   workdir.mkdir(parents=True, exist_ok=True)
   with records.Lock(workdir / "lock"):
-    # How texts are judged and shown may change without anything being redone.
-    claimed = {k: v for k, v in config.items() if k not in ("judge", "report")}
-    rundir.claim(workdir, claimed)
+    done = rundir.begun(workdir)
+    rundir.check(workdir, {name: config.get(name) for name in done})
     stages = [
       (name, stage)
       for name, stage in _stages(built, workdir).items()
@@ -128,6 +133,10 @@ def run(config: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
     for number, (name, stage) in enumerate(stages, 1):
       print(f"[{number}/{len(stages)}] {name}", flush=True)
       stage()
+      if name not in _REPEATABLE:
+        done[name] = config[name]
+        text = json.dumps(done, indent=2)
+        records.write_atomic(workdir / "config.json", text + "\n")
   minutes = (time.perf_counter() - started) / 60
   path = workdir / "report" / "report.md"
   print(f"{path} after {minutes:.1f} minutes")

@@ -30,17 +30,27 @@ def check(workdir: pathlib.Path, values: dict[str, Any]) -> None:
     ValueError: the directory was begun with other values, all of them named,
       or holds a config.json that is none.
   """
-  path = workdir / "config.json"
-  if not path.exists():
+  if not (workdir / "config.json").exists():
     return
-  try:
-    begun = json.loads(path.read_text("utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON: {error}") from error
-  changed = settings.differing(begun, json.loads(json.dumps(values)))
+  changed = settings.differing(begun(workdir), json.loads(json.dumps(values)))
   if changed:
     raise ValueError(
       f"{workdir} was begun with another config:\n  "
       + "\n  ".join(changed)
       + "\nuse another --workdir, or the values that it was begun with"
     )
+
+
+def begun(workdir: pathlib.Path) -> dict[str, Any]:
+  """The values that a directory was begun with; {} for a new one.
+
+  Raises:
+    ValueError: its config.json is not JSON.
+  """
+  path = workdir / "config.json"
+  if not path.exists():
+    return {}
+  try:
+    return json.loads(path.read_text("utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON: {error}") from error

@@ -1,0 +1,192 @@
+"""Who may import whom, and which library stays in which file, from the AST.
+
+A file imports only from lower levels. A new module must be put into the table
+below: the test fails until it is.
+"""
+
+import ast
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "dpo_jax"
+
+LEVELS = {
+  "": 0,
+  "comparisons": 0,
+  "errors": 0,
+  "hf_layout": 0,
+  "logps": 0,
+  "lora": 0,
+  "losses": 0,
+  "markdown": 0,
+  "metrics": 0,
+  "partitioning": 0,
+  "safetensors_files": 0,
+  "settings": 0,
+  "synthetic_text": 0,
+  "winrates": 0,
+  "figures": 1,
+  "hf_weights": 1,
+  "judging": 1,
+  "judging.verdicts": 1,
+  "model": 1,
+  "optim": 1,
+  "peft_layout": 1,
+  "records": 1,
+  "synthetic": 1,
+  "tokenizer": 1,
+  "answer_files": 2,
+  "batches": 2,
+  "decoding": 2,
+  "hf": 2,
+  "judging.oracle": 2,
+  "judging.prompts": 2,
+  "judging.questions": 2,
+  "rundir": 2,
+  "sections": 2,
+  "data": 3,
+  "judging.client": 3,
+  "report": 3,
+  "sampling": 3,
+  "steps": 3,
+  "answers": 4,
+  "checkpoint": 4,
+  "judging.runner": 4,
+  "cli": 5,
+  "score": 5,
+  "training": 5,
+  "replicate": 6,
+}
+
+# The only modules that may import a library; everything else stays plain JAX
+# and NumPy.
+CONFINED = {
+  "absl": {"cli"},
+  "datasets": {"comparisons"},
+  "flax": {"model"},
+  "grain": {"batches"},
+  "huggingface_hub": {"hf"},
+  "matplotlib": {"figures"},
+  "ml_collections": {"cli"},
+  "openai": {"judging.client"},
+  "orbax": {"checkpoint"},
+  "safetensors": {"safetensors_files"},
+  "scipy": {"winrates"},
+  "tokenizers": {"tokenizer"},
+  "transformers": {"tokenizer"},
+}
+# Imported nowhere: only tests compare with torch, and nothing is unpickled.
+NEVER = {"peft", "pickle", "tensorflow", "torch"}
+# Free to all.
+COMMON = {"dpo_jax", "jax", "numpy", "optax", "tqdm"}
+# Imported inside the function that needs them: missing or slow to import.
+LAZY = {
+  "datasets",
+  "grain",
+  "huggingface_hub",
+  "openai",
+  "tokenizers",
+  "transformers",
+}
+
+
+def module_of(path):
+  parts = path.relative_to(PACKAGE).with_suffix("").parts
+  return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_of(path): path for path in PACKAGE.rglob("*.py")}
+SCRIPTS = {
+  path.name: path for path in ROOT.glob("*.py") if path.stem != "setup"
+}
+
+
+def imports(path):
+  """(dotted module, where it stands: "top" or "function") of a file."""
+  tree = ast.parse(path.read_text("utf-8"))
+  found = []
+
+  def visit(node, where):
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+      where = "function"
+    if isinstance(node, ast.Import):
+      found.extend((alias.name, where) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f"{path}:{node.lineno}: relative import"
+      found.extend((f"{node.module}:{a.name}", where) for a in node.names)
+    for child in ast.iter_child_nodes(node):
+      visit(child, where)
+
+  visit(tree, "top")
+  return found
+
+
+def ours(path):
+  """The modules of the package that a file imports, by their short names."""
+  found = set()
+  for name, _ in imports(path):
+    module, _, attribute = name.partition(":")
+    if module.split(".")[0] != "dpo_jax":
+      continue
+    short = module.removeprefix("dpo_jax").removeprefix(".")
+    if attribute:
+      short = f"{short}.{attribute}".removeprefix(".")
+      assert short in FILES, f"{path} imports a name, not a module: {name}"
+    found.add(short)
+  return found
+
+
+def test_the_table_lists_just_the_modules():
+  assert set(LEVELS) == set(FILES)
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_a_module_imports_only_from_lower_levels(module):
+  level = LEVELS[module]
+  for other in ours(FILES[module]):
+    assert LEVELS[other] < level, (
+      f"{module} (level {level}) imports {other} (level {LEVELS[other]})"
+    )
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_libraries_stay_where_they_belong(module):
+  for name, where in imports(FILES[module]):
+    library = name.split(":")[0].split(".")[0]
+    assert library not in NEVER, f"{module} imports {library}"
+    if library in CONFINED:
+      assert module in CONFINED[library], f"{module} imports {library}"
+    else:
+      assert library in COMMON | sys.stdlib_module_names, (
+        f"{module} imports {library}, which no table of this test names"
+      )
+    if library in LAZY:
+      assert where == "function", f"{module} imports {library} at its top"
+
+
+def test_every_confined_library_is_used():
+  used = {
+    (name.split(":")[0].split(".")[0], module)
+    for module, path in FILES.items()
+    for name, _ in imports(path)
+  }
+  for library, modules in CONFINED.items():
+    assert {(library, module) for module in modules} <= used
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+def test_scripts_are_thin(script):
+  path = SCRIPTS[script]
+  assert len(path.read_text("utf-8").splitlines()) <= 40
+  libraries = {name.split(":")[0].split(".")[0] for name, _ in imports(path)}
+  assert libraries <= {"dpo_jax"} | sys.stdlib_module_names
+  assert ours(path) <= set(FILES)
+
+
+def test_configs_are_only_values():
+  for path in (ROOT / "configs").glob("*.py"):
+    libraries = {name.split(":")[0].split(".")[0] for name, _ in imports(path)}
+    assert libraries <= {"configs", "ml_collections"}, path.name

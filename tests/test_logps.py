@@ -1,0 +1,108 @@
+"""Token log-probs against torch's log-softmax over all positions."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from dpo_jax import logps
+
+
+def case(rows, length, completions, width=8, vocab=23, seed=0):
+  rng = np.random.default_rng(seed)
+  return (
+    rng.normal(0, 1, (rows, length, width)).astype(np.float32),
+    rng.normal(0, 1, (width, vocab)).astype(np.float32),
+    rng.integers(0, length, (rows, completions)),
+    rng.integers(0, vocab, (rows, completions)),
+  )
+
+
+def torch_logps(hidden, kernel, source, target):
+  """All positions' log-softmax, then the gather: what we must not build."""
+  logps = torch.log_softmax(hidden @ kernel, dim=-1)
+  rows = torch.arange(len(source))[:, None]
+  return logps[rows, torch.as_tensor(source), torch.as_tensor(target)]
+
+
+def random_weights(shape):
+  return np.random.default_rng(9).normal(size=shape).astype(np.float32)
+
+
+# Fewer than a chunk, just one, one more, several with an incomplete last one.
+@pytest.mark.parametrize("completions", [5, 128, 129, 300])
+def test_values_and_gradients_equal_torch(completions):
+  hidden, kernel, source, target = case(2, 40, completions)
+  weights = random_weights(source.shape)
+
+  @jax.jit
+  @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+  def ours(hidden, kernel):
+    values = logps.token_logps(hidden, kernel, source, target)
+    return jnp.sum(values * weights), values
+
+  (_, values), grads = ours(hidden, kernel)
+  theirs = [torch.tensor(x, requires_grad=True) for x in (hidden, kernel)]
+  wanted = torch_logps(*theirs, source, target)
+  (wanted * torch.tensor(weights)).sum().backward()
+  assert values.dtype == jnp.float32
+  # Sums of 23 exponentials, gradients of up to 600 terms, in float32.
+  np.testing.assert_allclose(values, wanted.detach(), rtol=1e-5, atol=1e-5)
+  for grad, leaf in zip(grads, theirs, strict=True):
+    np.testing.assert_allclose(grad, leaf.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_chunks_change_nothing(monkeypatch):
+  hidden, kernel, source, target = case(3, 30, 21)
+  weights = random_weights(source.shape)
+
+  def run(chunk):
+    monkeypatch.setattr(logps, "CHUNK", chunk)
+
+    def total(hidden, kernel):
+      values = logps.token_logps(hidden, kernel, source, target)
+      return jnp.sum(values * weights), values
+
+    both = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
+    return jax.jit(both)(hidden, kernel)
+
+  (_, plain), plain_grads = run(64)
+  # 21 tokens: six chunks, of which the last is one token; three whole chunks.
+  for chunk in (4, 7):
+    (_, values), grads = run(chunk)
+    np.testing.assert_allclose(values, plain, rtol=1e-6, atol=1e-6)
+    for a, b in zip(grads, plain_grads, strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_hidden_states_give_a_float32_softmax():
+  hidden, kernel, source, target = case(2, 16, 9, vocab=4096)
+  half = jnp.asarray(hidden, jnp.bfloat16), jnp.asarray(kernel, jnp.bfloat16)
+  found = logps.token_logps(half[0], half[1], source, target)
+  exact = [torch.tensor(np.asarray(x.astype(jnp.float32))) for x in half]
+  wanted = torch_logps(*exact, source, target)
+  assert found.dtype == jnp.float32
+  # Products of bfloat16 numbers are exact in float32; only sums are rounded. A
+  # softmax in bfloat16 would be off by 1e-2.
+  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_large_logits_stay_finite():
+  hidden = jnp.full((1, 1, 1), 100.0)
+  kernel = jnp.array([[100.0, -100.0]])
+  index = jnp.zeros((1, 2), int)
+  found = logps.token_logps(hidden, kernel, index, jnp.array([[0, 1]]))
+  # Logits 1e4 and -1e4.
+  assert found.tolist() == [[0.0, -20000.0]]
+
+
+def test_sums_by_owner():
+  # Two rows; sequence 1 is spread over both, 2 owns nothing.
+  values = jnp.array([[-1.0, -2.0, -4.0, -8.0], [-16.0, -32.0, -64.0, -128.0]])
+  owner = jnp.array([[0, 0, 1, -1], [3, -1, 1, 3]])
+  sums, lengths = logps.sequence_sums(values, owner, 4)
+  assert sums.tolist() == [-3.0, -68.0, 0.0, -144.0]
+  assert lengths.tolist() == [2.0, 2.0, 0.0, 2.0]

@@ -1,0 +1,119 @@
+"""The whole line in real processes: the embedded world and real HH rows."""
+
+import csv
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import judge_server
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def replicate(*flags):
+  """Runs the command as a user would, from the source tree."""
+  cache = pathlib.Path.home() / ".cache" / "dpo_jax" / "xla"
+  return subprocess.run(
+    [sys.executable, "-m", "dpo_jax.replicate", *flags],
+    cwd=ROOT,
+    env=os.environ
+    | {
+      "JAX_NUM_CPU_DEVICES": "1",
+      "JAX_COMPILATION_CACHE_DIR": str(cache),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    },
+    capture_output=True,
+    text=True,
+    timeout=400,
+    check=False,
+  )
+
+
+def rates(workdir):
+  with (workdir / "report" / "win_rates.csv").open(newline="") as file:
+    return list(csv.DictReader(file))
+
+
+def lines(path):
+  return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_the_embedded_default_runs_whole_and_again_does_nothing(tmp_path):
+  flags = ("--config=configs/demo.py:tiny", f"--workdir={tmp_path}")
+  done = replicate(*flags)
+  assert done.returncode == 0, done.stderr
+  table = rates(tmp_path)
+  final = {(r["model"], r["temperature"]) for r in table if r["step"] == ""}
+  assert final == {
+    (model, temperature)
+    for model in ("base", "sft", "dpo")
+    for temperature in ("0.25", "0.5", "0.75", "1.0")
+  }
+  steps = {(r["step"], r["temperature"]) for r in table if r["step"]}
+  assert steps == {(s, t) for s in ("2", "3") for t in ("0.7", "1.0")}
+  assert all(r["n"] == "12" for r in table)
+  first = [r for r in lines(tmp_path / "dpo" / "metrics.jsonl") if "loss" in r]
+  assert abs(first[0]["loss"] - 0.6931471805599453) < 1e-6
+
+  def stamps():
+    return {
+      path: path.stat().st_mtime_ns
+      for folder in ("world", "tokenizer", "init", "pretrain", "sft", "dpo")
+      for path in (tmp_path / folder).rglob("*")
+      if path.is_file() and path.name != "lock"
+    }
+
+  before, answers = (
+    stamps(),
+    (tmp_path / "responses" / "dpo.jsonl").read_bytes(),
+  )
+  again = replicate(*flags)
+  assert again.returncode == 0, again.stderr
+  assert "0 questions asked" in again.stdout
+  assert stamps() == before
+  assert (tmp_path / "responses" / "dpo.jsonl").read_bytes() == answers
+  other = replicate(*flags, "--config.dpo.loss.beta=0.3")
+  assert other.returncode == 2
+  assert "config.dpo.loss.beta: 0.2 -> 0.3" in other.stderr
+
+
+def test_real_rows_and_tokenizer_go_through_the_whole_line(shared, tmp_path):
+  with judge_server.Server(judge_server.prefer_longer) as server:
+    done = replicate(
+      "--config=configs/hh.py:smoke",
+      f"--workdir={tmp_path}",
+      f"--config.paths.data={shared / 'data' / 'hh-rlhf'}",
+      f"--config.paths.tokenizer={shared / 'tokenizer' / 'pythia'}",
+      f"--config.judge.server.base_url={server.url}",
+      "--config.sft.data.max_train=0",
+    )
+  assert done.returncode == 0, done.stderr
+  counts = json.loads((tmp_path / "sft" / "manifest.json").read_text())["data"]
+  # Counted by hand in the file: see the facts of HH in README.
+  train = counts["train"]["counts"]
+  assert train["read"] == 1556
+  assert train["quarantined: empty chosen response"] == 4
+  assert train["quarantined: rejected does not share chosen's prompt"] == 1
+  assert train["kept"] == 1551
+  dpo = [r for r in lines(tmp_path / "dpo" / "metrics.jsonl") if "loss" in r]
+  assert [row["step"] for row in dpo] == [1, 2, 3, 4]
+  assert abs(dpo[0]["loss"] - 0.6931471805599453) < 1e-6
+  # Six prompts; each answer is shown in both orders by a judge that takes the
+  # longer text whatever its slot, so both orders agree.
+  verdicts = lines(tmp_path / "verdicts" / "sft.jsonl")
+  assert len(verdicts) == 12
+  by_prompt = {}
+  for row in verdicts:
+    longer = row["response_chars"] > row["chosen_chars"]
+    assert row["verdict"] == ("model" if longer else "chosen")
+    assert row["judge_returned"] == "judge-as-served"
+    by_prompt.setdefault(row["prompt_id"], set()).add(row["order"])
+  assert all(len(orders) == 2 for orders in by_prompt.values())
+  table = {
+    (r["model"], r["step"]): float(r["win_rate"]) for r in rates(tmp_path)
+  }
+  wins = sum(row["verdict"] == "model" for row in verdicts)
+  # The table has six significant digits.
+  assert abs(table["sft", ""] - wins / len(verdicts)) < 1e-5

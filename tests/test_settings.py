@@ -1,0 +1,118 @@
+"""Dicts into dataclasses: every wrong field is named before anything runs."""
+
+import dataclasses
+import json
+import re
+from typing import Literal
+
+import pytest
+
+from dpo_jax import settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+  rate: float
+  names: tuple[str, ...]
+
+  def __post_init__(self):
+    if self.rate < 0:
+      raise ValueError(f"inner.rate={self.rate} is negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+  kind: Literal["a", "b"]
+  count: int
+  on: bool
+  inner: Inner
+  other: Inner | None
+  limit: int | None
+  paths: dict[str, str]
+
+
+GOOD = {
+  "kind": "a",
+  "count": 3,
+  "on": True,
+  "inner": {"rate": 0.5, "names": ("x", "y")},
+  "other": None,
+  "limit": None,
+  "paths": {"p": "q"},
+}
+
+
+def test_builds_nested_values_and_reads_its_own_dict_back():
+  built = settings.build(Outer, GOOD)
+  assert built == Outer(
+    "a", 3, True, Inner(0.5, ("x", "y")), None, None, {"p": "q"}
+  )
+  assert settings.build(Outer, settings.to_dict(built)) == built
+  # Through JSON, where tuples become lists, as config.json stores them.
+  through = json.loads(json.dumps(settings.to_dict(built)))
+  assert settings.build(Outer, through) == built
+
+
+def test_optional_values_are_built_when_they_are_there():
+  values = GOOD | {"other": {"rate": 1, "names": []}, "limit": 4}
+  built = settings.build(Outer, values)
+  assert built.other == Inner(1.0, ())
+  assert type(built.other.rate) is float
+  assert built.limit == 4
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  [
+    ({"kount": 1}, ["config", "'kount'", "did you mean 'count'"]),
+    ({"zzz": 1}, ["'zzz'", "known", "kind"]),
+    ({3: 1}, ["config", "3"]),
+    ({"count": "3"}, ["config.count", "'3'", "int", "str"]),
+    ({"count": 3.0}, ["config.count", "3.0", "int", "float"]),
+    # A bool is an int in Python, and still not a count.
+    ({"count": True}, ["config.count", "True", "int", "bool"]),
+    ({"on": 1}, ["config.on", "1", "bool"]),
+    ({"kind": "c"}, ["config.kind", "'c'", "'a'", "'b'"]),
+    ({"kind": ["a"]}, ["config.kind"]),
+    ({"inner": 3}, ["config.inner", "3"]),
+    ({"inner": None}, ["config.inner", "None"]),
+    ({"inner": {"rate": 1.0}}, ["config.inner", "lacks", "'names'"]),
+    ({"inner": {"rate": "1", "names": ()}}, ["config.inner.rate", "'1'"]),
+    ({"inner": {"rate": 1.0, "names": "xy"}}, ["config.inner.names", "tuple"]),
+    ({"inner": {"rate": 1.0, "names": ("x", 2)}}, ["config.inner.names[1]"]),
+    ({"inner": {"rate": -1.0, "names": ()}}, ["inner.rate=-1.0"]),
+    ({"other": {"rate": 1.0, "nmes": ()}}, ["config.other", "'nmes'"]),
+    ({"limit": "4"}, ["config.limit", "'4'"]),
+    ({"paths": {"p": 1}}, ["config.paths.p", "1"]),
+    ({"paths": "p"}, ["config.paths", "dict"]),
+  ],
+)
+def test_what_is_wrong_is_named(change, words):
+  with pytest.raises(ValueError, match=re.escape(words[0])) as error:
+    settings.build(Outer, GOOD | change)
+  for word in words[1:]:
+    assert word in str(error.value)
+
+
+def test_a_missing_field_is_named():
+  values = {key: value for key, value in GOOD.items() if key != "count"}
+  with pytest.raises(ValueError, match="config lacks the field 'count'"):
+    settings.build(Outer, values)
+
+
+def test_something_that_is_no_dict_is_refused():
+  with pytest.raises(ValueError, match="config must be a dict"):
+    settings.build(Outer, [("kind", "a")])
+
+
+def test_every_difference_is_a_line():
+  left = {"a": {"b": 1, "c": (1, 2)}, "d": "x", "gone": 1}
+  right = {"a": {"b": 2, "c": [1, 2]}, "d": "x"}
+  assert settings.differing(left, right) == [
+    "config.a.b: 1 -> 2",
+    "config.gone: 1 -> None",
+  ]
+  assert settings.differing(left, left) == []
+  assert settings.differing({"a": [1, 2]}, {"a": [1, 3]}) == [
+    "config.a: [1, 2] -> [1, 3]"
+  ]

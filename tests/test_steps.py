@@ -1,0 +1,330 @@
+"""Updates: accumulation, meshes, the guard against NaN, evaluation."""
+
+import contextlib
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from dpo_jax import batches, losses, model, optim, partitioning, steps
+
+LORA = dataclasses.replace(
+  tiny.CONFIG, lora=model.LoraConfig(2, 4.0, 0.0, model.TARGETS)
+)
+LOSS = losses.LossSettings("sigmoid", 0.5, 0.0)
+OPTIMIZER = optim.OptimizerSettings(
+  "adamw", 0.01, "constant", 0, 0.1, 0.9, 0.99, 1e-8, 1.0
+)
+PAIRS = 8
+
+
+def packing(microbatches, layout="shared", rows=2, **values):
+  return batches.Packing(
+    **(
+      {
+        "layout": layout,
+        "row_length": 40,
+        "row_multiple": rows,
+        "microbatches": microbatches,
+        "loss_on_prompt": False,
+        "pad_id": 1,
+      }
+      | values
+    )
+  )
+
+
+def pack(items, microbatches, **values):
+  """A batch whose completions are padded to one width: fewer compilations."""
+  batch, _ = batches.pack(items, packing(microbatches, **values))
+  missing = 40 - batch.owner.shape[-1]
+  padding = ((0, 0), (0, 0), (0, missing))
+  return dataclasses.replace(
+    batch,
+    source=np.pad(batch.source, padding),
+    target=np.pad(batch.target, padding),
+    owner=np.pad(batch.owner, padding, constant_values=-1),
+  )
+
+
+def objective(kind="dpo", items=PAIRS):
+  return steps.Objective(kind, LOSS if kind == "dpo" else None, items)
+
+
+@functools.cache
+def trainer(config, kind, items, seed=0):
+  """A jitted step; one compilation for each shape of batch."""
+  tx = optim.make(OPTIMIZER, 9, steps.trainable(config))
+  step = steps.make_train_step(config, objective(kind, items), tx, seed)
+  return jax.jit(step), tx
+
+
+@pytest.fixture(scope="module")
+def weights():
+  return tiny.weights(LORA), tiny.adapters(LORA)
+
+
+def leaves(tree):
+  return {
+    partitioning.path_name(path): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+  }
+
+
+def assert_close(a, b, rtol, atol):
+  a, b = leaves(a), leaves(b)
+  assert a.keys() == b.keys()
+  for name in a:
+    np.testing.assert_allclose(a[name], b[name], rtol, atol, err_msg=name)
+
+
+# --- accumulation and meshes
+
+
+def two_updates(microbatches, mesh=None):
+  """Two updates of all weights; on a mesh, as the training loop does it."""
+  base, reference = tiny.weights(tiny.CONFIG), tiny.weights(tiny.CONFIG, 7)
+  step, tx = trainer(tiny.CONFIG, "dpo", PAIRS // microbatches)
+  state = steps.init_state(base, {}, tx)
+  split, context = None, contextlib.nullcontext()
+  if mesh is not None:
+    lying = partitioning.shardings(jax.eval_shape(lambda: state), mesh)
+    state = jax.device_put(state, lying)
+    reference = jax.device_put(
+      reference, partitioning.shardings(reference, mesh)
+    )
+    step = jax.jit(step, out_shardings=(lying, partitioning.replicated(mesh)))
+    split = partitioning.batch_sharding(mesh, leading=1)
+    context = jax.set_mesh(mesh)
+  history = []
+  with context:
+    for seed in (1, 2):
+      # Eight rows whatever the mesh, so that only the mesh differs.
+      batch = pack(tiny.pairs(PAIRS, seed), microbatches, rows=8)
+      batch = jax.device_put(batch, split)
+      state, metrics = step(state, reference, batch)
+      history.append(jax.device_get(metrics))
+  return state, history
+
+
+@pytest.fixture(scope="module")
+def single():
+  """Two micro-batches a step, on one device."""
+  return two_updates(2)
+
+
+def assert_trained_alike(found, wanted):
+  """The same metrics, and weights that went to the same place."""
+  # Float32 sums in another order.
+  assert_close(found[1], wanted[1], rtol=2e-5, atol=2e-6)
+  weights, trained = (
+    leaves(state.params["base"]) for state, _ in (found, wanted)
+  )
+  before = leaves(tiny.weights(tiny.CONFIG))
+  for name, leaf in trained.items():
+    assert np.abs(leaf - before[name]).max() > 5e-3
+    if name == "blocks/query_key_value/bias":
+      # A key's bias shifts all scores of a query alike where rotation does
+      # not touch it: its gradient is rounding, which Adam turns into steps.
+      continue
+    # Adam divides by the gradient's own size, which magnifies the rounding of
+    # small ones: a hundredth of a step of 0.01.
+    np.testing.assert_allclose(weights[name], leaf, 0, 1e-4, err_msg=name)
+
+
+def test_micro_batches_change_nothing(single):
+  whole = two_updates(1)
+  assert int(whole[0].step) == int(single[0].step) == 2
+  assert_trained_alike(whole, single)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_meshes_give_the_numbers_of_one_device(single, sizes):
+  mesh = partitioning.make_mesh(*sizes)
+  found = two_updates(2, mesh)
+  assert_trained_alike(found, single)
+  state, _ = found
+  # Weights and moments are split, not copied.
+  kernel = state.params["base"]["blocks"]["dense_h_to_4h"]["kernel"]
+  shard = kernel.addressable_shards[0].data
+  assert shard.size * mesh.shape["fsdp"] * mesh.shape["tensor"] == kernel.size
+  moments = [
+    leaf
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
+    if partitioning.path_name(path).endswith("blocks/dense_h_to_4h/kernel")
+  ]
+  assert [moment.sharding for moment in moments] == [kernel.sharding] * 2
+
+
+def test_a_loss_that_is_not_finite_changes_nothing():
+  base = tiny.weights(tiny.CONFIG)
+  step, tx = trainer(tiny.CONFIG, "dpo", PAIRS // 2)
+  items = tiny.pairs(PAIRS, 1)
+  batch = pack(items, 2, rows=8)
+  state, _ = step(steps.init_state(base, {}, tx), base, batch)
+  token = items[5].chosen[0]
+  embed = {"kernel": base["embed"]["kernel"].at[token].set(jnp.inf)}
+  after, metrics = step(state, base | {"embed": embed}, batch)
+  assert not np.isfinite(metrics["loss"])
+  # Not a bit: neither weights nor moments nor their counters.
+  assert_close(after.params, state.params, 0, 0)
+  assert_close(after.opt_state, state.opt_state, 0, 0)
+  # Without the poison the same state goes on.
+  after, metrics = step(state, base, batch)
+  assert np.isfinite(metrics["loss"])
+  kernels = (
+    leaves(s.params)["base/blocks/dense/kernel"] for s in (after, state)
+  )
+  assert not np.array_equal(*kernels)
+
+
+# --- evaluation
+
+
+def test_evaluation_sums_what_is_there(weights):
+  base, adapters = weights
+  params = {"base": base, "lora": adapters}
+  evaluate = jax.jit(steps.make_eval_step(LORA, objective()))
+  items = tiny.pairs(PAIRS + 3, 4)
+  parts = [
+    evaluate(params, None, pack(items[:PAIRS], 1, rows=6)),
+    # Fewer than the objective says: what is missing counts for nothing.
+    evaluate(params, None, pack(items[PAIRS:], 1, rows=6)),
+  ]
+  assert [float(part["weight"]) for part in parts] == [8.0, 3.0]
+  # Each pair alone, in a batch of its own.
+  alone = [evaluate(params, None, pack([item], 1, rows=6)) for item in items]
+  for key in parts[0]:
+    total = sum(float(part[key]) for part in parts)
+    wanted = sum(float(part[key]) for part in alone)
+    # Eleven float32 terms.
+    assert total == pytest.approx(wanted, rel=1e-5, abs=1e-5), key
+  # Exactly the rewards of exactly equal models.
+  fresh = {"base": base, "lora": jax.tree.map(jnp.zeros_like, adapters)}
+  none = evaluate(fresh, None, pack(items[:PAIRS], 1, rows=6))
+  assert float(none["rewards/margins"]) == pytest.approx(0, abs=1e-5)
+  assert float(none["loss"]) == pytest.approx(8 * np.log(2), rel=1e-6)
+  assert (
+    parts[0].keys()
+    == none.keys()
+    >= {
+      "loss",
+      "weight",
+      "rewards/accuracies",
+      "logps/chosen",
+    }
+  )
+
+
+def test_evaluation_of_sft_sums_over_tokens():
+  base = tiny.weights(tiny.CONFIG)
+  items = [
+    batches.Example(pair.id, pair.prompt, pair.chosen)
+    for pair in tiny.pairs(3, 3)
+  ]
+  evaluate = jax.jit(steps.make_eval_step(tiny.CONFIG, objective("sft", 4)))
+  found = evaluate({"base": base}, None, pack(items, 1, layout="packed"))
+  assert float(found["weight"]) == sum(len(item.response) for item in items)
+  wanted = sum(nll(tiny.CONFIG, base, item) for item in items)
+  assert float(found["loss"]) == pytest.approx(wanted, rel=1e-5)
+
+
+# --- supervised fine-tuning
+
+
+def nll(config, base, item):
+  """Summed -log p of an example's response, from all logits of one row."""
+  tokens = np.zeros((1, 16), np.int32)
+  whole = item.prompt + item.response
+  tokens[0, : len(whole)] = whole
+  logits = np.asarray(plain_logits(config, base, tokens), np.float64)[0]
+  logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  at = np.arange(len(item.prompt) - 1, len(whole) - 1)
+  return -logps[at, list(item.response)].sum()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def plain_logits(config, base, tokens):
+  size = tokens.shape[1]
+  mask = jnp.tril(jnp.ones((1, size, size), bool))
+  hidden, _ = model.apply(
+    config, base, None, tokens, jnp.arange(size)[None], mask
+  )
+  return model.unembed(base, hidden)
+
+
+def test_sft_minimises_the_mean_over_tokens():
+  base = tiny.weights(tiny.CONFIG)
+  items = [
+    batches.Example(pair.id, pair.prompt, pair.chosen)
+    for pair in tiny.pairs(6, 3)
+  ]
+  step, tx = trainer(tiny.CONFIG, "sft", 3)
+  state = steps.init_state(base, {}, tx)
+  batch = pack(items, 2, layout="packed", rows=2)
+  # The two micro-batches have different numbers of tokens, which a mean of
+  # their means would weigh alike.
+  tokens = [sum(len(i.response) for i in items[a : a + 3]) for a in (0, 3)]
+  assert tokens[0] != tokens[1]
+  state, metrics = step(state, None, batch)
+  wanted = sum(nll(tiny.CONFIG, base, item) for item in items) / sum(tokens)
+  assert float(metrics["loss"]) == pytest.approx(wanted, rel=1e-5)
+  assert metrics.keys() == {"loss", "grad_norm"}
+  for _ in range(3):
+    state, metrics = step(state, None, batch)
+  assert float(metrics["loss"]) < wanted - 0.05
+
+
+# --- dropout
+
+
+def test_dropout_is_drawn_for_each_step_and_micro_batch(weights):
+  base, adapters = weights
+  config = dataclasses.replace(
+    LORA, lora=dataclasses.replace(LORA.lora, dropout=0.5)
+  )
+  tx = optim.make(OPTIMIZER, 9, "lora")
+  step = jax.jit(steps.make_train_step(config, objective(items=1), tx, seed=3))
+  (pair,) = tiny.pairs(1)
+  state = steps.init_state(base, adapters, tx)
+
+  def loss(state):
+    batch = pack([pair] * 2, 2, rows=1)
+    return step(state, None, batch)[1]
+
+  first, again = loss(state), loss(state)
+  assert float(first["loss"]) == float(again["loss"])
+  later = loss(dataclasses.replace(state, step=jnp.int32(1)))
+  assert float(later["loss"]) != float(first["loss"])
+  # Both micro-batches hold the same pair. Were they dropped alike, the mean of
+  # their margins would be one's own, and the loss that of the mean.
+  apart = -np.log(1 / (1 + np.exp(-float(first["rewards/margins"]))))
+  assert float(first["loss"]) > apart + 1e-4
+
+
+# --- bfloat16
+
+
+def test_in_bfloat16_policy_and_reference_start_equal():
+  # Rows so long, and a beta so large, that without the options of the compiler
+  # the loss is 0.3 away from ln 2.
+  config = dataclasses.replace(
+    LORA, dtype="bfloat16", heads=4, mlp_width=64, vocab_size=512
+  )
+  pairs = tiny.pairs(4, 0, (32, 64), (32, 64), config)
+  batch, _ = batches.pack(pairs, packing(1, row_length=256, rows=4))
+  loss = losses.LossSettings("sigmoid", 5.0, 0.0)
+  tx = optim.make(OPTIMIZER, 9, "lora")
+  step = jax.jit(
+    steps.make_train_step(config, steps.Objective("dpo", loss, 4), tx, 0),
+    compiler_options=steps.COMPILER_OPTIONS,
+  )
+  adapters = model.init_lora(config, jax.random.key(1))
+  state = steps.init_state(tiny.weights(config), adapters, tx)
+  _, metrics = step(state, None, batch)
+  assert float(metrics["loss"]) == pytest.approx(np.log(2), abs=1e-6)
+  assert float(metrics["rewards/accuracies"]) == 0.5

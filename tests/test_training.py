@@ -1,0 +1,579 @@
+"""Whole runs of a tiny model: resuming, refusing, guarding.
+
+Nearly all runs of this file share their shapes, so that few programs are
+compiled.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny
+
+from configs import common
+from dpo_jax import (
+  comparisons,
+  data,
+  hf,
+  metrics,
+  model,
+  records,
+  settings,
+  tokenizer,
+  training,
+)
+
+SHAPE = model.ModelConfig(
+  vocab_size=320,
+  width=16,
+  layers=2,
+  heads=2,
+  mlp_width=32,
+  rotary_fraction=0.5,
+  rotary_base=10000.0,
+  norm_eps=1e-5,
+  max_positions=64,
+)
+WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+STEPS = 7
+# Of a row of metrics, what depends on the clock.
+SPEED = {"tokens_per_second", "pairs_per_second"}
+
+
+def rows(count, seed):
+  """Pairs whose prompts are 18 or 19 tokens and whose answers are at most 3."""
+  rng = np.random.default_rng(seed)
+  for i in range(count):
+    words = " ".join(rng.choice(WORDS, 8))
+    prompt = f"\n\nHuman: {words} {seed} {i:02d}\n\nAssistant:"
+    chosen, rejected = rng.choice(WORDS, 2, replace=False)
+    yield {"chosen": f"{prompt} {chosen}", "rejected": f"{prompt} {rejected}"}
+
+
+def write(path, values):
+  path.write_text("".join(json.dumps(row) + "\n" for row in values), "utf-8")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  """A directory with tokenizer, model and data."""
+  directory = tmp_path_factory.mktemp("files")
+  train, held_out = list(rows(30, 1)), list(rows(6, 2))
+  texts = [text for row in train + held_out for text in row.values()]
+  words = tokenizer.train(texts * 3, 320, directory / "tokenizer")
+  hf.export(directory / "model", SHAPE, tiny.weights(SHAPE), words)
+  write(directory / "train.jsonl", train)
+  write(directory / "test.jsonl", held_out)
+  return directory
+
+
+def changed(values, changes):
+  """`values` with {"a.b": 1} set; a name that is not there is an error."""
+  values = json.loads(json.dumps(values))
+  for path, value in changes.items():
+    *parents, last = path.split(".")
+    inner = values
+    for parent in parents:
+      inner = inner[parent]
+    assert last in inner, path
+    inner[last] = value
+  return values
+
+
+@pytest.fixture(scope="module")
+def config(files):
+  """config(**{"loss.beta": 1.0}) -> TrainSettings of a LoRA DPO run."""
+  values = changed(
+    common.training().to_dict(),
+    {
+      "objective": "dpo",
+      "seed": 5,
+      "tokenizer": str(files / "tokenizer"),
+      "model.path": str(files / "model"),
+      "model.dtype": "float32",
+      "model.remat": "none",
+      "lora.rank": 2,
+      "lora.alpha": 4.0,
+      "lora.dropout": 0.2,
+      "data.train_path": str(files / "train.jsonl"),
+      "data.eval_path": str(files / "test.jsonl"),
+      "data.subsets": [],
+      "data.max_eval": 0,
+      "data.allow_leakage": False,
+      "data.max_length": 32,
+      "data.max_prompt_length": 28,
+      "data.layout": "shared",
+      # An eighth of it holds all completions of a row: one shape for all runs.
+      "data.row_length": 128,
+      "loss.beta": 0.5,
+      "optimizer.name": "adamw",
+      "optimizer.learning_rate": 0.01,
+      "optimizer.schedule": "cosine",
+      "optimizer.warmup_steps": 2,
+      "optimizer.weight_decay": 0.01,
+      "optimizer.clip_norm": 1.0,
+      "batch_size": 4,
+      "microbatches": 2,
+      "eval_every": 3,
+      "eval_batch_size": 4,
+      "checkpoint_every": 2,
+      "export_adapters": True,
+    },
+  )
+
+  def build(**changes):
+    return settings.build(training.TrainSettings, changed(values, changes))
+
+  return build
+
+
+def read(workdir):
+  """The run's metrics without the speed, which differs from run to run."""
+  return [
+    {key: value for key, value in row.items() if key not in SPEED}
+    for row in metrics.read(workdir / metrics.FILE)
+  ]
+
+
+def weights(workdir):
+  """The bytes of every exported weight, by path."""
+  files = workdir.rglob("*.safetensors")
+  return {str(file.relative_to(workdir)): file.read_bytes() for file in files}
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+  """An uninterrupted run."""
+  workdir = tmp_path_factory.mktemp("whole") / "run"
+  training.run(config(), workdir)
+  return workdir
+
+
+def test_a_run_writes_each_step_once(whole, config):
+  found = read(whole)
+  train = [row["step"] for row in found if "loss" in row]
+  held_out = [row["step"] for row in found if "eval_loss" in row]
+  assert train == list(range(1, STEPS + 1))
+  assert held_out == [0, 3, 6, 7]
+  assert {row["eval_items"] for row in found if "eval_loss" in row} == {6}
+  first = next(row for row in found if "loss" in row)
+  assert first["loss"] == pytest.approx(np.log(2), abs=1e-6)
+  assert first.keys() == {
+    "step",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+  }
+  assert found[0]["eval_loss"] == pytest.approx(np.log(2), abs=1e-6)
+  assert found[0]["eval_rewards/accuracies"] == 0.5
+  # Two updates of warm-up, then a half cosine over the other five.
+  rates = [row["learning_rate"] for row in found if "loss" in row]
+  cosine = [np.cos(np.pi * i / 10) ** 2 for i in range(5)]
+  assert rates == pytest.approx([0.005, 0.01, *(0.01 * c for c in cosine)])
+
+
+def test_a_run_leaves_what_the_next_stages_read(whole, config):
+  assert json.loads((whole / "config.json").read_text()) == json.loads(
+    json.dumps(settings.to_dict(config()))
+  )
+  assert json.loads((whole / "finished.json").read_text()) == {"step": STEPS}
+  manifest = json.loads((whole / "manifest.json").read_text())
+  assert manifest["steps"] == STEPS
+  assert manifest["data"]["train"]["counts"]["kept"] == 30
+  assert manifest["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
+  # A and B of four kernels, two layers, rank 2: inputs and outputs.
+  trained = 2 * 2 * ((16 + 48) + (16 + 16) + (16 + 32) + (32 + 16))
+  assert manifest["parameters"]["lora"] == trained
+  assert manifest["parameters"]["trained"] == trained
+  adapters = sorted(path.name for path in (whole / "adapters").iterdir())
+  assert adapters == [f"step-{i:06d}" for i in (2, 4, 6, 7)]
+  # Retention: two of the four checkpoints.
+  kept = {path.name for path in (whole / "checkpoints").iterdir()}
+  assert kept == {"6", "7"}
+  assert not (whole / "lock").exists()
+
+
+def test_the_export_is_the_base_with_its_adapters(whole, files):
+  options = {"dtype": "float32", "remat": "none", "param_dtype": "float32"}
+  shape, base = hf.load(files / "model", lora=None, **options)
+  _, merged = hf.load(whole / "export", lora=None, **options)
+  lora, adapters = hf.load_adapter(whole / "adapters" / "step-000007", shape)
+  for target, adapter in adapters["blocks"].items():
+    before = np.asarray(base["blocks"][target]["kernel"])
+    delta = np.einsum("lir,lro->lio", adapter["lora_a"], adapter["lora_b"])
+    delta = delta.reshape(before.shape) * lora.alpha / lora.rank
+    after = np.asarray(merged["blocks"][target]["kernel"])
+    np.testing.assert_allclose(after, before + delta, rtol=1e-6, atol=1e-6)
+    assert np.abs(delta).max() > 1e-3
+    bias = [np.asarray(t["blocks"][target]["bias"]) for t in (base, merged)]
+    np.testing.assert_array_equal(*bias)
+  tokenizer.load(whole / "export")
+
+
+def test_a_finished_run_is_not_run_again(whole, config, monkeypatch):
+  monkeypatch.setattr(data, "prepare", pytest.fail)
+  before = (whole / metrics.FILE).stat().st_mtime_ns
+  assert training.run(config(), whole) == whole / "export"
+  assert (whole / metrics.FILE).stat().st_mtime_ns == before
+
+
+# --- interruptions
+
+
+def interrupt_at(monkeypatch, step):
+  """Raises where Ctrl-C might: just when a step's metrics are written."""
+  original = metrics.Writer.write
+
+  def write(self, row):
+    original(self, row)
+    if row["step"] == step and "loss" in row:
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(metrics.Writer, "write", write)
+
+
+def test_interrupted_twice_it_ends_where_it_would_have(
+  whole, config, tmp_path, monkeypatch
+):
+  workdir = tmp_path / "run"
+  # Before the first checkpoint, and between the second and the third.
+  for step, checkpoints in ((1, set()), (5, {"2", "4"})):
+    with monkeypatch.context() as patch:
+      interrupt_at(patch, step)
+      with pytest.raises(KeyboardInterrupt):
+        training.run(config(), workdir)
+    found = {path.name for path in (workdir / "checkpoints").iterdir()}
+    assert found == checkpoints
+    assert not (workdir / "finished.json").exists()
+  training.run(config(), workdir)
+  assert read(workdir) == read(whole)
+  assert weights(workdir) == weights(whole)
+
+
+CHILD = """
+import json, os, pathlib, signal, sys
+from dpo_jax import metrics, settings, training
+
+original = metrics.Writer.write
+
+def write(self, row):
+  original(self, row)
+  if row["step"] == 5 and "loss" in row:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+metrics.Writer.write = write
+values = json.loads(pathlib.Path(sys.argv[1]).read_text())
+config = settings.build(training.TrainSettings, values)
+training.run(config, pathlib.Path(sys.argv[2]))
+"""
+
+
+def test_killed_it_ends_where_it_would_have(whole, config, tmp_path):
+  workdir = tmp_path / "run"
+  file = tmp_path / "config.json"
+  file.write_text(json.dumps(settings.to_dict(config())))
+  cache = str(jax.config.jax_compilation_cache_dir)
+  child = subprocess.run(
+    [sys.executable, "-c", CHILD, str(file), str(workdir)],
+    cwd=pathlib.Path(__file__).parent.parent,
+    env=os.environ
+    | {
+      "JAX_COMPILATION_CACHE_DIR": cache,
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    },
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert child.returncode == -signal.SIGKILL, child.stderr
+  assert (workdir / "lock").exists()
+  assert [row["step"] for row in read(workdir)][-1] == 5
+  training.run(config(), workdir)
+  assert read(workdir) == read(whole)
+  assert weights(workdir) == weights(whole)
+
+
+def test_all_weights_resume_with_their_reference(
+  config, files, tmp_path, monkeypatch
+):
+  changes = config(
+    **{
+      "lora.rank": 0,
+      "export_adapters": False,
+      "optimizer.name": "rmsprop",
+      "optimizer.weight_decay": 0.0,
+      "max_steps": 4,
+    }
+  )
+  training.run(changes, tmp_path / "whole")
+  with monkeypatch.context() as patch:
+    interrupt_at(patch, 3)
+    with pytest.raises(KeyboardInterrupt):
+      training.run(changes, tmp_path / "parts")
+  training.run(changes, tmp_path / "parts")
+  found = read(tmp_path / "parts")
+  # Rewards are against the weights that the run began with: a reference taken
+  # from the checkpoint would put them back to zero.
+  assert found == read(tmp_path / "whole")
+  assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+  (first, *_, last) = [row for row in found if "loss" in row]
+  assert first["loss"] == pytest.approx(np.log(2), abs=1e-6)
+  assert abs(last["rewards/chosen"]) > 1e-3
+  options = {"dtype": "float32", "remat": "none", "param_dtype": "float32"}
+  _, before = hf.load(files / "model", lora=None, **options)
+  _, after = hf.load(tmp_path / "whole" / "export", lora=None, **options)
+  for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after)):
+    assert np.abs(np.asarray(a) - np.asarray(b)).max() > 1e-4
+
+
+# --- what a directory was begun with
+
+
+def test_another_config_is_refused_by_every_key(whole, config):
+  before = weights(whole)
+  other = config(
+    **{
+      "loss.beta": 0.6,
+      "optimizer.learning_rate": 0.02,
+      "lora.rank": 4,
+      "seed": 6,
+      "data.train_path": "elsewhere.jsonl",
+    }
+  )
+  with pytest.raises(ValueError, match="begun with another config") as error:
+    training.run(other, whole)
+  lines = str(error.value).splitlines()[1:-1]
+  assert [line.strip().split(":")[0] for line in lines] == [
+    "config.data.train_path",
+    "config.lora.rank",
+    "config.loss.beta",
+    "config.optimizer.learning_rate",
+    "config.seed",
+  ]
+  assert "config.loss.beta: 0.5 -> 0.6" in str(error.value)
+  assert weights(whole) == before
+
+
+@pytest.fixture
+def begun(whole, tmp_path):
+  """A copy of the run, as it was before its last words."""
+  shutil.copytree(whole, tmp_path / "run")
+  (tmp_path / "run" / "finished.json").unlink()
+  return tmp_path / "run"
+
+
+def test_other_files_under_the_same_names_are_refused(begun, config, files):
+  def swap(name, make):
+    path = files / name
+    kept = path.with_name("kept")
+    path.rename(kept)
+    try:
+      make(path)
+      with pytest.raises(ValueError, match="the checkpoint was made with") as e:
+        training.run(config(), begun)
+    finally:
+      shutil.rmtree(path) if path.is_dir() else path.unlink()
+      kept.rename(path)
+    return str(e.value)
+
+  train = list(rows(30, 1))
+  assert "train_data=" in swap(
+    "train.jsonl", lambda path: write(path, train[::-1])
+  )
+  assert "held_out_data=" in swap(
+    "test.jsonl", lambda path: write(path, rows(6, 3))
+  )
+  # The same texts as other tokens.
+  assert "train_data=" in swap(
+    "tokenizer", lambda path: tokenizer.train(WORDS, 300, path)
+  )
+  words = tokenizer.load(files / "tokenizer")
+  assert "model=" in swap(
+    "model", lambda path: hf.export(path, SHAPE, tiny.weights(SHAPE, 1), words)
+  )
+  before = read(begun)
+  training.run(config(), begun)
+  assert read(begun) == before
+
+
+def test_a_config_json_that_is_none_is_refused(begun, config):
+  (begun / "config.json").write_text("{")
+  with pytest.raises(ValueError, match=r"config.json is not JSON"):
+    training.run(config(), begun)
+
+
+def test_settings_that_were_refused_do_not_bind_the_directory(
+  config, files, tmp_path
+):
+  workdir = tmp_path / "run"
+  for change, words in (
+    ({"data.train_path": str(files / "no.jsonl")}, "no.jsonl"),
+    ({"tokenizer": str(files / "no")}, "no tokenizer at"),
+    ({"model.path": str(files / "no")}, "is neither a directory nor a hub id"),
+  ):
+    with pytest.raises(ValueError, match=words):
+      training.run(config(**change), workdir)
+  assert not (workdir / "config.json").exists()
+
+
+def test_a_second_trainer_is_refused(begun, config):
+  before = read(begun)
+  with (
+    records.Lock(begun / "lock"),
+    pytest.raises(records.Held, match=f"lock is held by pid {os.getpid()}"),
+  ):
+    training.run(config(), begun)
+  assert read(begun) == before
+
+
+# --- refused before the model is read
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"batch_size": 32}, "batch_size=32 is more than the 30 items"),
+    ({"mesh.data": 3}, "mesh .* needs 3 devices, but there are 8"),
+    ({"data.eval_path": "{train}"}, "30 held-out prompts .*allow_leakage"),
+    ({"data.single_turn": True, "data.max_train": 3}, "batch_size=4 is more"),
+  ],
+)
+def test_wrong_input_is_refused_before_the_model_is_read(
+  config, files, tmp_path, changes, words
+):
+  train = str(files / "train.jsonl")
+  changes = {k: train if v == "{train}" else v for k, v in changes.items()}
+  nowhere = {"model.path": str(tmp_path / "no-model")}
+  with pytest.raises(ValueError, match=words):
+    training.run(config(**changes, **nowhere), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"batch_size": 5}, "batch_size=5 must be a multiple of microbatches=2"),
+    ({"batch_size": 0}, "batch_size=0"),
+    ({"epochs": 0}, "epochs=0"),
+    ({"eval_every": -1}, "eval_every=-1"),
+    ({"lora.rank": 0}, "export_adapters=True needs adapters"),
+    ({"lora.rank": -1}, "lora.rank=-1"),
+    ({"lora.dropout": 1.0}, "lora.dropout=1.0"),
+    ({"lora.targets": ["qkv"]}, "lora.targets"),
+    (
+      {
+        "lora.rank": 0,
+        "export_adapters": False,
+        "model.param_dtype": "bfloat16",
+      },
+      "updates need float32 weights",
+    ),
+    ({"model.dtype": "float16"}, "config.model.dtype='float16'"),
+    ({"objective": "ppo"}, "config.objective='ppo'"),
+  ],
+)
+def test_settings_that_make_no_sense_are_refused(config, changes, words):
+  with pytest.raises(ValueError, match=words):
+    config(**changes)
+
+
+def test_a_model_that_does_not_fit_is_refused(config, files, tmp_path):
+  small = dataclasses.replace(SHAPE, vocab_size=256)
+  short = dataclasses.replace(SHAPE, max_positions=24)
+  for shape, words in (
+    (small, "has 320 tokens, but model .* only 256"),
+    (short, "data.max_length=32 is more than the 24 positions"),
+  ):
+    path = tmp_path / f"model-{shape.vocab_size}"
+    hf.export(path, shape, tiny.weights(shape))
+    with pytest.raises(ValueError, match=words):
+      training.run(config(**{"model.path": str(path)}), tmp_path / "run")
+
+
+# --- guards
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(
+  config, files, tmp_path
+):
+  # One pair holds a word whose embedding overflows in a layer norm.
+  words = tokenizer.load(files / "tokenizer")
+  (token,) = words.encode("Z")
+  base = tiny.weights(SHAPE)
+  embed = {"kernel": base["embed"]["kernel"].at[token].set(3e38)}
+  hf.export(tmp_path / "model", SHAPE, base | {"embed": embed}, words)
+  train = list(rows(30, 1))
+  # The order of data depends on the seed alone: this is a pair of step 6.
+  at = np.random.default_rng((5, 0)).permutation(30)[5 * 4 + 1]
+  train[at]["rejected"] = train[at]["rejected"][:-1] + "Z"
+  write(tmp_path / "train.jsonl", train)
+  broken = config(
+    **{
+      "model.path": str(tmp_path / "model"),
+      "data.train_path": str(tmp_path / "train.jsonl"),
+    }
+  )
+  workdir = tmp_path / "run"
+  loaded = comparisons.load(tmp_path / "train.jsonl", split="train")
+  # Running it again stops at the same place and loses nothing.
+  for _ in range(2):
+    with pytest.raises(
+      training.TrainingError, match="step 6: loss is nan"
+    ) as e:
+      training.run(broken, workdir)
+    assert loaded.rows[at].id in str(e.value)
+    assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"2", "4"}
+    found = read(workdir)
+    assert [row["step"] for row in found if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert found[-1]["loss"] == "nan"
+    assert np.isfinite(found[-2]["loss"])
+  assert not (workdir / "export").exists()
+  assert not (workdir / "finished.json").exists()
+  for content in weights(workdir).values():
+    for leaf in safetensors.numpy.load(content).values():
+      assert np.isfinite(leaf).all()
+
+
+def test_a_policy_that_is_not_its_reference_is_not_trained(
+  config, tmp_path, monkeypatch
+):
+  original = model.init_lora
+
+  def moved(*arguments):
+    lora = original(*arguments)
+    return jax.tree.map(lambda leaf: leaf + 0.01, lora)
+
+  monkeypatch.setattr(model, "init_lora", moved)
+  with pytest.raises(
+    training.TrainingError, match=r"step 0 is 0\.\d+, not 0.69"
+  ):
+    training.run(config(), tmp_path / "run")
+  assert not list((tmp_path / "run" / "checkpoints").iterdir())
+  assert not (tmp_path / "run" / "export").exists()
+
+
+def test_bfloat16(config, tmp_path):
+  half = config(**{"model.dtype": "bfloat16", "max_steps": 2})
+  workdir = tmp_path / "run"
+  training.run(half, workdir)
+  losses = [row["loss"] for row in read(workdir) if "loss" in row]
+  assert losses[0] == pytest.approx(np.log(2), abs=1e-6)
+  assert np.isfinite(losses).all()
+  # Adapters stay float32.
+  file = workdir / "adapters/step-000002/adapter_model.safetensors"
+  leaves = safetensors.numpy.load(file.read_bytes()).values()
+  assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
