@@ -3,11 +3,11 @@
 import pathlib
 from typing import Any
 
-from dpo_jax import cli, settings, training
+from dpo_jax import cli, recipe, settings, training
 
 
 def main(config: dict[str, Any], workdir: pathlib.Path) -> int:
-  training.run(settings.build(training.TrainSettings, config), workdir)
+  training.run(settings.build(recipe.TrainSettings, config), workdir)
   return 0
 
 

@@ -85,13 +85,6 @@ class PromptSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshSettings:
-  data: int
-  fsdp: int
-  tensor: int
-
-
-@dataclasses.dataclass(frozen=True)
 class AnswerSettings:
   """A sampling run; every field is explained in configs/sample.py."""
 
@@ -108,7 +101,7 @@ class AnswerSettings:
   length_multiple: int
   merge_adapters: bool
   dtype: Literal["float32", "bfloat16"]
-  mesh: MeshSettings
+  mesh: partitioning.MeshSettings
 
   def __post_init__(self):
     if not self.policies:

@@ -7,6 +7,7 @@ array axis that its mesh axis does not divide is an error, never a silent
 replication.
 """
 
+import dataclasses
 import re
 from typing import Any
 
@@ -38,6 +39,15 @@ PATHS = (
   (r"lora_[ab]$", (None, None)),
   (r"(scale|bias)$", (None,)),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+  """Devices along each axis, the arguments of `make_mesh`."""
+
+  data: int
+  fsdp: int
+  tensor: int
 
 
 def make_mesh(

@@ -23,6 +23,7 @@ from dpo_jax import (
   comparisons,
   hf,
   model,
+  recipe,
   records,
   report,
   rundir,
@@ -96,9 +97,9 @@ class ReplicateSettings:
   world: WorldSettings | None
   vocabulary: VocabularySettings | None
   init: InitSettings | None
-  pretrain: training.TrainSettings | None
-  sft: training.TrainSettings
-  dpo: training.TrainSettings
+  pretrain: recipe.TrainSettings | None
+  sft: recipe.TrainSettings
+  dpo: recipe.TrainSettings
   sample: answers.AnswerSettings
   judge: runner.JudgeSettings
   report: report.ReportSettings

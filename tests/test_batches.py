@@ -462,3 +462,30 @@ def test_evaluation_keeps_order_and_the_last_few():
   assert sum((counts.ids for _, counts in found), ()) == tuple(
     item.id for item in items
   )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_settled_shape_holds_nearly_every_batch(layout):
+  items = tiny.pairs(60, 5)
+  settled = batches.settled(items, how(layout), batch_size=12, seed=0)
+  shapes = []
+  stream = batches.stream(
+    items, settled, batch_size=12, seed=3, epochs=4, start_step=0
+  )
+  for batch, counts in stream:
+    shapes.append((batch.tokens.shape, batch.target.shape))
+    assert batch.tokens.shape[1] >= settled.rows
+    assert batch.target.shape[2] >= settled.width
+    rows = {row.id: row for row in items}
+    assert_definition(batch, [rows[name] for name in counts.ids], 1)
+  assert len(shapes) == 20
+  usual = ((1, settled.rows, 40), (1, settled.rows, settled.width))
+  assert shapes.count(usual) >= 18
+
+
+def test_a_batch_beyond_the_settled_shape_is_still_whole():
+  items = tiny.pairs(12, 5)
+  small = dataclasses.replace(how(), rows=1, width=5)
+  batch, _ = batches.pack(items, small)
+  assert batch.tokens.shape[1] > 1
+  assert_definition(batch, items, 1)

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from configs import common, models
-from dpo_jax import answers, model, replicate, settings, training
+from dpo_jax import answers, model, partitioning, recipe, replicate, settings
 from dpo_jax.judging import runner
 
 SIZES = tuple(models.PYTHIA)
@@ -20,11 +20,11 @@ RECIPES = tuple(
 # Config file: what its get_config is for, and its variants.
 CONFIGS = {
   "demo": (replicate.ReplicateSettings, ("", "tiny")),
-  "dpo": (training.TrainSettings, RECIPES),
+  "dpo": (recipe.TrainSettings, RECIPES),
   "hh": (replicate.ReplicateSettings, (*RECIPES, "smoke")),
   "judge": (runner.JudgeSettings, ("oracle", "openai", "local")),
   "sample": (answers.AnswerSettings, ("paper", "seed")),
-  "sft": (training.TrainSettings, RECIPES),
+  "sft": (recipe.TrainSettings, RECIPES),
 }
 # Files that others are made from.
 PARTS = {"common", "models"}
@@ -136,7 +136,7 @@ def test_the_papers_recipe():
 def test_the_re_implemented_systems_recipe():
   sft, dpo = build("sft", "pythia-2.8b-lora"), build("dpo", "pythia-2.8b-lora")
   for run in (sft, dpo):
-    assert run.lora == training.LoraSettings(16, 32.0, 0.1, model.TARGETS)
+    assert run.lora == recipe.LoraSettings(16, 32.0, 0.1, model.TARGETS)
     assert run.optimizer.name == "adamw"
     assert run.optimizer.schedule == "cosine"
     assert run.optimizer.warmup_steps == 100
@@ -166,5 +166,5 @@ def test_rows_always_hold_a_pair():
 
 
 def test_the_common_fields_are_the_settings():
-  built = settings.build(training.TrainSettings, common.training().to_dict())
-  assert built.mesh == training.MeshSettings(-1, 1, 1)
+  built = settings.build(recipe.TrainSettings, common.training().to_dict())
+  assert built.mesh == partitioning.MeshSettings(-1, 1, 1)

@@ -55,6 +55,7 @@ LEVELS = {
   "answers": 4,
   "checkpoint": 4,
   "judging.runner": 4,
+  "recipe": 4,
   "cli": 5,
   "score": 5,
   "training": 5,

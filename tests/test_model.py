@@ -213,7 +213,7 @@ def test_decoding_by_cache_equals_the_whole_sequence(
   rows, count = tokens.shape
   slots, start = 16, 5
   cache = model.init_cache(config, rows, slots)
-  assert cache["k"].shape == (3, rows, slots, 4, 8)
+  assert cache["k"].shape == (3, rows, 4, slots, 8)
   positions, _ = causal(tokens)
 
   def step(cache, first, last):

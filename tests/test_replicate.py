@@ -42,6 +42,11 @@ def lines(path):
 
 def test_the_embedded_default_runs_whole_and_again_does_nothing(tmp_path):
   flags = ("--config=configs/demo.py:tiny", f"--workdir={tmp_path}")
+  # A setting of a stage that is not done may still be mended.
+  wrong = replicate(*flags, "--config.vocabulary.texts=nowhere.jsonl")
+  assert wrong.returncode == 2
+  assert "nowhere.jsonl" in wrong.stderr
+  assert (tmp_path / "world" / "test.jsonl").is_file()
   done = replicate(*flags)
   assert done.returncode == 0, done.stderr
   table = rates(tmp_path)

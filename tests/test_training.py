@@ -26,6 +26,7 @@ from dpo_jax import (
   hf,
   metrics,
   model,
+  recipe,
   records,
   settings,
   tokenizer,
@@ -131,7 +132,7 @@ def config(files):
   )
 
   def build(**changes):
-    return settings.build(training.TrainSettings, changed(values, changes))
+    return settings.build(recipe.TrainSettings, changed(values, changes))
 
   return build
 
@@ -267,7 +268,7 @@ def test_interrupted_twice_it_ends_where_it_would_have(
 
 CHILD = """
 import json, os, pathlib, signal, sys
-from dpo_jax import metrics, settings, training
+from dpo_jax import metrics, recipe, settings, training
 
 original = metrics.Writer.write
 
@@ -278,7 +279,7 @@ def write(self, row):
 
 metrics.Writer.write = write
 values = json.loads(pathlib.Path(sys.argv[1]).read_text())
-config = settings.build(training.TrainSettings, values)
+config = settings.build(recipe.TrainSettings, values)
 training.run(config, pathlib.Path(sys.argv[2]))
 """
 

@@ -1,0 +1,78 @@
+"""What a training run is: its settings, checked before anything is read."""
+
+import dataclasses
+from typing import Literal
+
+from dpo_jax import data, losses, model, optim, partitioning
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+  """Where the base weights come from, and how they compute."""
+
+  path: str
+  dtype: Literal["float32", "bfloat16"]
+  param_dtype: Literal["float32", "bfloat16"]
+  remat: Literal["none", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSettings:
+  """Adapters; `rank` 0 trains all weights instead."""
+
+  rank: int
+  alpha: float
+  dropout: float
+  targets: tuple[str, ...]
+
+  def config(self) -> model.LoraConfig | None:
+    if not self.rank:
+      return None
+    return model.LoraConfig(self.rank, self.alpha, self.dropout, self.targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+  """One training run; every field is explained in configs/common.py."""
+
+  objective: Literal["sft", "dpo"]
+  seed: int
+  tokenizer: str
+  model: ModelSettings
+  lora: LoraSettings
+  data: data.DataSettings
+  loss: losses.LossSettings
+  optimizer: optim.OptimizerSettings
+  mesh: partitioning.MeshSettings
+  batch_size: int
+  microbatches: int
+  epochs: int
+  max_steps: int
+  eval_every: int
+  eval_batch_size: int
+  checkpoint_every: int
+  keep_checkpoints: int
+  export_adapters: bool
+
+  def __post_init__(self):
+    self.lora.config()
+    for name in ("batch_size", "microbatches", "epochs", "eval_batch_size"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+    for name in ("seed", "max_steps", "eval_every", "checkpoint_every"):
+      if getattr(self, name) < 0:
+        raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+    if self.batch_size % self.microbatches:
+      raise ValueError(
+        f"batch_size={self.batch_size} must be a multiple of"
+        f" microbatches={self.microbatches}"
+      )
+    if self.model.param_dtype != "float32" and not self.lora.rank:
+      raise ValueError(
+        f"model.param_dtype={self.model.param_dtype!r} with lora.rank=0: all"
+        " weights are trained, and updates need float32 weights"
+      )
+    if self.export_adapters and not self.lora.rank:
+      raise ValueError(
+        "export_adapters=True needs adapters, but lora.rank=0; set it to False"
+      )
