@@ -12,6 +12,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+# Nats by which a margin of a thousand float32 log-probs may be off; two models
+# that differ by less prefer nothing over the other.
+ROUNDING = 1e-4
+
 
 @dataclasses.dataclass(frozen=True)
 class LossSettings:
@@ -134,19 +138,22 @@ def reward_metrics(
   """Implicit rewards and log-probs of each pair, under TRL's names; all [B].
 
   The implicit reward is beta * (log pi(y|x) - log pi_ref(y|x)); an accuracy is
-  1 where the chosen one's is greater, a half where they are equal.
+  1 where the chosen one's is greater, a half where they are equal but for
+  rounding.
 
   References:
     Rafailov et al., 2023, Eq. 5 without the partition function, which cancels
     in a pair.
   """
+  margin = policy.margin - reference.margin
+  ahead = jnp.where(jnp.abs(margin) > ROUNDING, jnp.sign(margin), 0)
   chosen = beta * (policy.chosen - reference.chosen)
   rejected = beta * (policy.rejected - reference.rejected)
   return {
     "rewards/chosen": chosen,
     "rewards/rejected": rejected,
     "rewards/margins": chosen - rejected,
-    "rewards/accuracies": (1 + jnp.sign(chosen - rejected)) / 2,
+    "rewards/accuracies": (1 + ahead) / 2,
     "logps/chosen": policy.chosen,
     "logps/rejected": policy.rejected,
   }

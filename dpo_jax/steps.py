@@ -139,16 +139,14 @@ def make_train_step(
     def loss(params, micro, index):
       base, lora = (frozen, params) if with_lora else (params, None)
       dropout_key = jax.random.fold_in(key, index) if with_lora else None
-      policy = sequence_logps(
-        config, base, lora, micro, _sequences(objective), dropout_key
-      )
+      policy = token_logps(config, base, lora, micro, dropout_key)
       reference_logps = None
       if objective.kind == "dpo":
         other = frozen if with_lora else reference
         reference_logps = jax.lax.stop_gradient(
-          sequence_logps(config, other, None, micro, _sequences(objective))
+          token_logps(config, other, None, micro)
         )
-      sums, _ = _objective_sums(objective, policy, reference_logps)
+      sums, _ = _objective_sums(objective, micro, policy, reference_logps)
       return sums["loss"] * scale, sums
 
     def accumulate(grads, item):
@@ -195,23 +193,15 @@ def make_eval_step(
   def eval_step(params, reference, batch):
     micro = jax.tree.map(lambda x: x[0], batch)
     lora = params["lora"] if with_lora else None
-    policy = sequence_logps(
-      config, params["base"], lora, micro, _sequences(objective)
-    )
+    policy = token_logps(config, params["base"], lora, micro)
     reference_logps = None
     if objective.kind == "dpo":
       other = params["base"] if with_lora else reference
-      reference_logps = sequence_logps(
-        config, other, None, micro, _sequences(objective)
-      )
-    sums, weight = _objective_sums(objective, policy, reference_logps)
+      reference_logps = token_logps(config, other, None, micro)
+    sums, weight = _objective_sums(objective, micro, policy, reference_logps)
     return sums | {"weight": weight}
 
   return eval_step
-
-
-def _sequences(objective: Objective) -> int:
-  return objective.items * (2 if objective.kind == "dpo" else 1)
 
 
 def _loss_scale(objective: Objective, batch: batches.Batch) -> jax.Array:
@@ -221,16 +211,31 @@ def _loss_scale(objective: Objective, batch: batches.Batch) -> jax.Array:
   return 1 / jnp.sum(batch.owner >= 0).astype(jnp.float32)
 
 
-def _objective_sums(objective, policy, reference):
-  """Sums over a micro-batch of the loss and metrics, and their weight."""
+def _objective_sums(objective, batch, policy, reference):
+  """Sums over a micro-batch of the loss and metrics, and their weight.
+
+  `policy` and, for DPO, `reference` are log-probs of tokens, [B, C].
+  """
   if objective.kind == "sft":
-    sums, lengths = policy
+    sums, lengths = logps.sequence_sums(policy, batch.owner, objective.items)
     return {"loss": -jnp.sum(sums)}, jnp.sum(lengths)
-  policy, reference = _pairs(policy), _pairs(reference)
+
+  def by_pair(per_token):
+    return _pairs(
+      logps.sequence_sums(per_token, batch.owner, 2 * objective.items)
+    )
+
+  # Subtracted token by token: the difference of two sums of a thousand nats
+  # would keep no more digits than the rounding of those sums.
+  ratios = by_pair(policy - reference)
+  zero = jax.tree.map(jnp.zeros_like, ratios)
+  policy = by_pair(policy)
   there = (policy.chosen_length > 0).astype(jnp.float32)
-  values = losses.reward_metrics(
-    policy, reference, beta=objective.loss.beta
-  ) | {"loss": losses.preference_loss(objective.loss, policy, reference)}
+  values = losses.reward_metrics(ratios, zero, beta=objective.loss.beta) | {
+    "loss": losses.preference_loss(objective.loss, ratios, zero),
+    "logps/chosen": policy.chosen,
+    "logps/rejected": policy.rejected,
+  }
   sums = {key: jnp.sum(value * there) for key, value in values.items()}
   return sums, jnp.sum(there)
 

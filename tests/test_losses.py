@@ -149,6 +149,13 @@ def test_reward_metrics():
   # Before training nothing is told apart: chance, not zero.
   same = losses.reward_metrics(POLICY, POLICY, beta=0.5)
   assert list(same["rewards/accuracies"]) == [0.5, 0.5]
+  # Nor is a margin smaller than what rounding makes of equal log-probs.
+  ratios = losses.PairLogps(
+    jnp.array([5e-5, 2e-4]), jnp.zeros(2), jnp.ones(2), jnp.ones(2)
+  )
+  zero = jax.tree.map(jnp.zeros_like, ratios)
+  near = losses.reward_metrics(ratios, zero, beta=10.0)
+  assert list(near["rewards/accuracies"]) == [0.5, 1.0]
 
 
 @pytest.mark.parametrize(
