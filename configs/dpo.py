@@ -10,8 +10,9 @@ weights, RMSprop at 5e-7, beta 0.1, batches of 64 pairs for one epoch);
 projections, AdamW, cosine, beta 0.2, batches of 16). SIZE is a key of
 configs/models.py.
 
-Made for: 2.8B with all weights needs about 56 GB for policy, reference,
-gradients and RMSprop state in float32, so two 40 GB devices with
+Made for: by arithmetic, 2.8B with all weights needs about 56 GB before
+activations (policy, reference, gradient, its accumulator and RMSprop state at 4
+bytes each; not measured), so two 40 GB devices with
 --config.mesh.fsdp=2 or more; with LoRA the reference is the base with its
 adapters off, and one device will do. Hours here: not measured. The paper's
 authors report 2.75 hours on four A100-80GB.

@@ -8,8 +8,9 @@ RMSprop, batches of 64 for one epoch); `pythia-SIZE-lora` is the one of the
 dpo-replication system (LoRA, AdamW, cosine). SIZE is a key of
 configs/models.py.
 
-Made for: 2.8B with all weights needs about 45 GB for weights, gradients and
-RMSprop state in float32, so two 40 GB devices with --config.mesh.fsdp=2 or
+Made for: by arithmetic, 2.8B with all weights needs about 45 GB before
+activations (weights, gradient, its accumulator and RMSprop state at 4 bytes
+each; not measured), so two 40 GB devices with --config.mesh.fsdp=2 or
 more; with LoRA, one. Hours here: not measured. The paper's authors report 1.5
 hours on four A100-80GB.
 Expect: win rates against chosen of about 0.37 to 0.43 at T = 0.7 to 1.0, read

@@ -96,7 +96,7 @@ def test_real_rows_and_tokenizer_go_through_the_whole_line(shared, tmp_path):
     )
   assert done.returncode == 0, done.stderr
   counts = json.loads((tmp_path / "sft" / "manifest.json").read_text())["data"]
-  # Counted by hand in the file: see the facts of HH in README.
+  # Counted in the file by splitting each transcript at its last answer.
   train = counts["train"]["counts"]
   assert train["read"] == 1556
   assert train["quarantined: empty chosen response"] == 4
