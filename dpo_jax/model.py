@@ -130,7 +130,10 @@ class _Projection(nnx.Module):
     flat = x.reshape(*x.shape[:2], -1)
     if dropout_key is not None and self.lora.dropout:
       keep = 1 - self.lora.dropout
-      kept = jax.random.bernoulli(dropout_key, keep, flat.shape)
+      draw = functools.partial(
+        jax.random.bernoulli, p=keep, shape=flat.shape[2:]
+      )
+      kept = jax.vmap(jax.vmap(draw))(dropout_key)
       flat = jnp.where(kept, flat / jnp.asarray(keep, flat.dtype), 0)
     low = flat @ self.lora_a[...].astype(x.dtype)
     delta = low @ self.lora_b[...].astype(x.dtype)
@@ -164,7 +167,7 @@ class _Block(nnx.Module):
     """The block's output, and the cache after `memory` took keys and values."""
     keys = [None] * 4
     if dropout_key is not None:
-      keys = [jax.random.fold_in(dropout_key, i) for i in range(4)]
+      keys = [_fold_in(dropout_key, i) for i in range(4)]
     qkv = self.query_key_value(self.attention_norm(x), keys[0])
     qkv = partitioning.constrain(qkv, "batch", None, "heads", None, None)
     q, k, v = jnp.unstack(qkv, axis=3)
@@ -237,7 +240,8 @@ def apply(
     tokens: token ids, [B, T].
     positions: position of each token in its own sequence, [B, T].
     mask: which keys a query sees, bool [B, T, S]; S is T without a cache.
-    dropout_key: key of LoRA's dropout; None in evaluation and sampling.
+    dropout_key: a key for each token, [B, T], of LoRA's dropout; None in
+      evaluation and sampling.
     cache: keys and values of earlier tokens, see `init_cache`.
     index: the slot, in [0, S), where this call's first token is written.
 
@@ -257,7 +261,7 @@ def apply(
     params, adapters, number = layer
     key = dropout_key
     if key is not None:
-      key = jax.random.fold_in(key, number)
+      key = _fold_in(key, number)
     states = (params, adapters) if adapters else (params,)
     memory = functools.partial(_remember, cache, number, index)
     return nnx.merge(graph, *states)(x, rotation, mask, memory, key), None
@@ -300,6 +304,12 @@ def _init_blocks(config: ModelConfig, key: jax.Array) -> tuple[Tree, Tree]:
 def _to_dict(state) -> Tree:
   flat = nnx.traversals.flatten_mapping(nnx.as_pure(state))
   return nnx.traversals.unflatten_mapping(flat)
+
+
+def _fold_in(keys: jax.Array, number: jax.Array | int) -> jax.Array:
+  """jax.random.fold_in for the keys of all tokens, [B, T]."""
+  fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
+  return fold(keys, number)
 
 
 def _layer_norm(x, scale, bias, eps):

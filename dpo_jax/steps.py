@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax import batches, logps, losses, model
+from dpo_jax import logps, losses, model, packing
 
 Tree = dict[str, Any]
 Metrics = dict[str, jax.Array]
@@ -73,7 +73,7 @@ def sequence_logps(
   config: model.ModelConfig,
   base: Tree,
   lora: Tree | None,
-  batch: batches.Batch,
+  batch: packing.Batch,
   sequences: int,
   dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -83,7 +83,7 @@ def sequence_logps(
     config: the model.
     base: base weights.
     lora: adapters, or None for the base alone.
-    batch: one micro-batch, leaves [B, ...].
+    batch: one micro-batch, leaves [B, ...] and [S, ...].
     sequences: how many sequences the micro-batch owns.
     dropout_key: key of LoRA's dropout, or None.
 
@@ -98,11 +98,18 @@ def token_logps(
   config: model.ModelConfig,
   base: Tree,
   lora: Tree | None,
-  batch: batches.Batch,
+  batch: packing.Batch,
   dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-  """Log-prob of every completion token of a micro-batch, float32 [B, C]."""
-  mask = batches.attention_mask(batch.pieces, batch.parts)
+  """Log-prob of every completion token of a micro-batch, float32 [S, C].
+
+  Dropout is drawn for each token by its seat, so that it does not depend on
+  how the step's items are laid out, split or sharded.
+  """
+  mask = packing.attention_mask(batch.pieces, batch.parts)
+  if dropout_key is not None:
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))
+    dropout_key = fold(dropout_key, batch.seats)
   hidden, _ = model.apply(
     config,
     base,
@@ -121,12 +128,13 @@ def make_train_step(
   objective: Objective,
   tx: optax.GradientTransformation,
   seed: int,
-) -> Callable[[TrainState, Tree | None, batches.Batch], tuple]:
+) -> Callable[[TrainState, Tree | None, packing.Batch], tuple]:
   """The update: (state, reference, batch) -> (state, metrics).
 
-  `reference` is None with LoRA, whose reference is the base, and for SFT;
-  otherwise a base tree. An update whose loss or gradient norm is not finite
-  leaves weights and optimizer as they were; the metrics tell.
+  `reference` is None with LoRA, whose reference is the base, for SFT, and where
+  the batch carries the reference's log-probs; otherwise a base tree. An update
+  whose loss or gradient norm is not finite leaves weights and optimizer as they
+  were; the metrics tell.
   """
   name = trainable(config)
   with_lora = config.lora is not None
@@ -136,31 +144,24 @@ def make_train_step(
     frozen = state.params["base"]
     scale = _loss_scale(objective, batch)
 
-    def loss(params, micro, index):
+    def loss(params, micro):
       base, lora = (frozen, params) if with_lora else (params, None)
-      dropout_key = jax.random.fold_in(key, index) if with_lora else None
+      dropout_key = key if with_lora else None
       policy = token_logps(config, base, lora, micro, dropout_key)
-      reference_logps = None
-      if objective.kind == "dpo":
-        other = frozen if with_lora else reference
-        reference_logps = jax.lax.stop_gradient(
-          token_logps(config, other, None, micro)
-        )
-      sums, _ = _objective_sums(objective, micro, policy, reference_logps)
+      other = frozen if with_lora else reference
+      sums, _ = _objective_sums(
+        objective, micro, policy, _reference(config, objective, other, micro)
+      )
       return sums["loss"] * scale, sums
 
-    def accumulate(grads, item):
-      micro, index = item
-      grad, sums = jax.grad(loss, has_aux=True)(
-        state.params[name], micro, index
-      )
+    def accumulate(grads, micro):
+      grad, sums = jax.grad(loss, has_aux=True)(state.params[name], micro)
       return jax.tree.map(jnp.add, grads, grad), sums
 
     zeros = jax.tree.map(
       lambda x: jnp.zeros(x.shape, jnp.float32), state.params[name]
     )
-    count = batch.tokens.shape[0]
-    grads, sums = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(count)))
+    grads, sums = jax.lax.scan(accumulate, zeros, batch)
     metrics = {key: jnp.sum(value) * scale for key, value in sums.items()}
     metrics["grad_norm"] = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
@@ -181,7 +182,7 @@ def make_train_step(
 
 def make_eval_step(
   config: model.ModelConfig, objective: Objective
-) -> Callable[[Tree, Tree | None, batches.Batch], Metrics]:
+) -> Callable[[Tree, Tree | None, packing.Batch], Metrics]:
   """(params, reference, batch) -> sums of the metrics, and their "weight".
 
   The weight is the number of pairs, or for SFT of completion tokens; the host
@@ -194,17 +195,25 @@ def make_eval_step(
     micro = jax.tree.map(lambda x: x[0], batch)
     lora = params["lora"] if with_lora else None
     policy = token_logps(config, params["base"], lora, micro)
-    reference_logps = None
-    if objective.kind == "dpo":
-      other = params["base"] if with_lora else reference
-      reference_logps = token_logps(config, other, None, micro)
-    sums, weight = _objective_sums(objective, micro, policy, reference_logps)
+    other = params["base"] if with_lora else reference
+    sums, weight = _objective_sums(
+      objective, micro, policy, _reference(config, objective, other, micro)
+    )
     return sums | {"weight": weight}
 
   return eval_step
 
 
-def _loss_scale(objective: Objective, batch: batches.Batch) -> jax.Array:
+def _reference(config, objective, base, batch) -> jax.Array | None:
+  """The reference's token log-probs: the batch's own, or computed."""
+  if objective.kind == "sft":
+    return None
+  if batch.reference is not None:
+    return batch.reference
+  return jax.lax.stop_gradient(token_logps(config, base, None, batch))
+
+
+def _loss_scale(objective: Objective, batch: packing.Batch) -> jax.Array:
   """One over what the sums of all micro-batches are divided by."""
   if objective.kind == "dpo":
     return jnp.float32(1 / (objective.items * batch.tokens.shape[0]))
@@ -214,7 +223,7 @@ def _loss_scale(objective: Objective, batch: batches.Batch) -> jax.Array:
 def _objective_sums(objective, batch, policy, reference):
   """Sums over a micro-batch of the loss and metrics, and their weight.
 
-  `policy` and, for DPO, `reference` are log-probs of tokens, [B, C].
+  `policy` and, for DPO, `reference` are log-probs of tokens, [S, C].
   """
   if objective.kind == "sft":
     sums, lengths = logps.sequence_sums(policy, batch.owner, objective.items)

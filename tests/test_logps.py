@@ -11,21 +11,23 @@ import torch
 from dpo_jax import logps
 
 
-def case(rows, length, completions, width=8, vocab=23, seed=0):
+def case(shards, length, completions, width=8, vocab=23, seed=0):
+  """Three rows a shard, so that a source says which row it means."""
   rng = np.random.default_rng(seed)
   return (
-    rng.normal(0, 1, (rows, length, width)).astype(np.float32),
+    rng.normal(0, 1, (3 * shards, length, width)).astype(np.float32),
     rng.normal(0, 1, (width, vocab)).astype(np.float32),
-    rng.integers(0, length, (rows, completions)),
-    rng.integers(0, vocab, (rows, completions)),
+    rng.integers(0, 3 * length, (shards, completions)),
+    rng.integers(0, vocab, (shards, completions)),
   )
 
 
 def torch_logps(hidden, kernel, source, target):
   """All positions' log-softmax, then the gather: what we must not build."""
   logps = torch.log_softmax(hidden @ kernel, dim=-1)
-  rows = torch.arange(len(source))[:, None]
-  return logps[rows, torch.as_tensor(source), torch.as_tensor(target)]
+  row, at = np.divmod(source, hidden.shape[1])
+  row = row + 3 * np.arange(len(source))[:, None]
+  return logps[*(torch.as_tensor(x) for x in (row, at, target))]
 
 
 def random_weights(shape):
@@ -34,7 +36,8 @@ def random_weights(shape):
 
 # Fewer than a chunk, just one, one more, several with an incomplete last one.
 @pytest.mark.parametrize("completions", [5, 128, 129, 300])
-def test_values_and_gradients_equal_torch(completions):
+def test_values_and_gradients_equal_torch(completions, monkeypatch):
+  monkeypatch.setattr(logps, "LIVE", 128 * 23)
   hidden, kernel, source, target = case(2, 40, completions)
   weights = random_weights(source.shape)
 
@@ -60,7 +63,7 @@ def test_chunks_change_nothing(monkeypatch):
   weights = random_weights(source.shape)
 
   def run(chunk):
-    monkeypatch.setattr(logps, "CHUNK", chunk)
+    monkeypatch.setattr(logps, "LIVE", chunk * 23)
 
     def total(hidden, kernel):
       values = logps.token_logps(hidden, kernel, source, target)
@@ -70,7 +73,7 @@ def test_chunks_change_nothing(monkeypatch):
     return jax.jit(both)(hidden, kernel)
 
   (_, plain), plain_grads = run(64)
-  # 21 tokens: six chunks, of which the last is one token; three whole chunks.
+  # 21 tokens: six chunks of four with three too many; three whole chunks.
   for chunk in (4, 7):
     (_, values), grads = run(chunk)
     np.testing.assert_allclose(values, plain, rtol=1e-6, atol=1e-6)

@@ -285,7 +285,7 @@ def test_dropout_is_keyed_and_of_the_adapters_only(base, adapters, tokens):
     changed = dataclasses.replace(LORA, dropout=dropout, **changes)
     return dataclasses.replace(CONFIG, lora=changed)
 
-  one, two = jax.random.key(1), jax.random.key(2)
+  one, two = (jax.random.split(jax.random.key(i), (2, 12)) for i in (1, 2))
   off = hidden(config(0.5), base, adapters, tokens)
   np.testing.assert_array_equal(hidden(ADAPTED, base, adapters, tokens), off)
   np.testing.assert_array_equal(
@@ -318,7 +318,8 @@ def test_dropout_keeps_the_expected_branch(base, adapters, tokens):
   @jax.jit
   @jax.vmap
   def draw(key):
-    return hidden(config, base, small, tokens, dropout_key=key) - off
+    keys = jax.random.split(key, tokens.shape)
+    return hidden(config, base, small, tokens, dropout_key=keys) - off
 
   drawn = draw(jax.random.split(jax.random.key(4), 512))
   # A fit of the mean effect on the expected one: 1 if kept inputs are divided

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import model, partitioning, tokenizer
+from dpo_jax import model, partitioning, tables
 
 # Head dim 8, of which 4 are rotated: both kinds of dimension exist. Every axis
 # that a mesh splits is a multiple of eight.
@@ -61,8 +61,6 @@ def pairs(count, seed=0, prompt=(2, 9), response=(1, 7), vocab=CONFIG):
     return tuple(int(i) for i in rng.integers(2, vocab.vocab_size, size))
 
   return [
-    tokenizer.TokenizedPair(
-      f"pair-{i}", text(prompt), text(response), text(response)
-    )
+    tables.Pair(f"pair-{i}", text(prompt), text(response), text(response))
     for i in range(count)
   ]

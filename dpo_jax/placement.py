@@ -1,0 +1,242 @@
+"""Where token items go in the rows of a batch, from their lengths alone.
+
+A piece is what must stand together in a row: one sequence, or a whole pair. A
+plan gives each piece its row and its place; nothing here looks at a token. So
+all batches of a run can be planned before it begins, and the few shapes that
+hold them chosen for the least waste.
+
+Letters: N items of P parts (a prompt and its responses), K pieces, R rows in
+use, B rows of a batch, T tokens of a row, S shards into which the rows are
+split, C completion tokens of a shard.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import numpy as np
+
+from dpo_jax import tables
+
+Layout = Literal["padded", "packed", "shared"]
+
+# Completion tokens of a shard come in multiples of it: few shapes, small waste.
+_WIDTH_MULTIPLE = 128
+# Beyond the settled shapes, row counts grow by about a fifth.
+_GROWTH = 1.2
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Shape:
+  """B and C of a batch."""
+
+  rows: int
+  width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+  """How a batch is laid out; `packing.pack` does it.
+
+  Attributes:
+    layout: "padded" (a sequence a row), "packed" (several sequences a row) or
+      "shared" (pairs with one copy of their prompt, several a row).
+    row_length: T.
+    shards: S; every row count is a multiple of it.
+    microbatches: M; the batch size is a multiple of it.
+    loss_on_prompt: predict the prompt's tokens too (examples only).
+    pad_id: the token of padding.
+    shapes: those that a batch may take, ascending; the first that holds it is
+      taken, and one beyond them only if none does. See `settled`.
+  """
+
+  layout: Layout
+  row_length: int
+  shards: int
+  microbatches: int
+  loss_on_prompt: bool
+  pad_id: int
+  shapes: tuple[Shape, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Where the pieces of one micro-batch go: K pieces in R rows.
+
+  Attributes:
+    item: item of each piece, [K].
+    row: its row, [K].
+    start: the place of its first token in the row, [K].
+    shard: of each row, [R].
+    turn: which of its shard's rows a row is, [R].
+    width: the most completion tokens that a shard has.
+  """
+
+  item: np.ndarray
+  row: np.ndarray
+  start: np.ndarray
+  shard: np.ndarray
+  turn: np.ndarray
+  width: int
+
+
+def settled(
+  table: tables.Table,
+  how: Packing,
+  steps: Iterable[np.ndarray],
+  count: int,
+) -> Packing:
+  """`how` with at most `count` shapes, chosen so that all `steps` fit in.
+
+  Each row count that occurs costs what the next greater chosen one costs; the
+  choice that wastes the fewest rows in sum is found exactly.
+
+  Args:
+    table: the items.
+    how: the layout; its shapes are replaced.
+    steps: the items of each step, as indices into the table.
+    count: how many shapes there may be.
+  """
+  needs = []
+  free = dataclasses.replace(how, shapes=())
+  for indices in steps:
+    shape = shape_of(plans(table.take(indices), how), free, growth=1.0)
+    needs.append((shape.rows, shape.width))
+  rows, widths = np.asarray(needs).T
+  values, numbers = np.unique(rows, return_counts=True)
+  chosen = values[_cuts(values, numbers, count)]
+  taken = chosen[np.searchsorted(chosen, rows)]
+  shapes = tuple(
+    Shape(int(value), int(widths[taken == value].max())) for value in chosen
+  )
+  return dataclasses.replace(how, shapes=shapes)
+
+
+def longest_piece(items: Sequence[tables.Item], layout: Layout) -> int:
+  """Tokens of the longest piece: the least row length that will do."""
+  lengths = tables.from_items(items).lengths
+  return int(_piece_sizes(lengths, layout)[1].max())
+
+
+def plans(table: tables.Table, how: Packing) -> list[Plan]:
+  """One plan a micro-batch; items count from 0 in each."""
+  if len(table) % how.microbatches:
+    raise ValueError(
+      f"{len(table)} items do not divide into {how.microbatches} micro-batches"
+    )
+  item, size = _piece_sizes(table.lengths, how.layout)
+  bare = np.flatnonzero(table.lengths[:, 0] == 0)
+  if len(bare):
+    raise ValueError(
+      f"{table.ids[bare[0]]} has an empty prompt: nothing predicts its first"
+      " token"
+    )
+  if (size > how.row_length).any():
+    worst = int(np.argmax(size))
+    raise ValueError(
+      f"{table.ids[item[worst]]} takes {size[worst]} tokens in layout"
+      f" {how.layout!r}, but row_length={how.row_length}"
+    )
+  predicted = size - table.lengths[item, 0]
+  if how.loss_on_prompt:
+    predicted = size - 1
+  share = len(item) // how.microbatches
+  items = len(table) // how.microbatches
+  return [
+    _plan(item[here] - m * items, size[here], predicted[here], how)
+    for m in range(how.microbatches)
+    for here in (slice(m * share, (m + 1) * share),)
+  ]
+
+
+def _piece_sizes(
+  lengths: np.ndarray, layout: Layout
+) -> tuple[np.ndarray, np.ndarray]:
+  """Item and tokens of every piece, both [K], of parts' lengths [N, P]."""
+  count, parts = lengths.shape
+  if layout == "shared" or parts == 2:
+    return np.arange(count), lengths.sum(1)
+  size = lengths[:, :1] + lengths[:, 1:]
+  return np.repeat(np.arange(count), 2), size.reshape(-1)
+
+
+def _plan(
+  item: np.ndarray, size: np.ndarray, predicted: np.ndarray, how: Packing
+) -> Plan:
+  """First fit, the longest piece first; then rows are dealt to shards."""
+  if how.layout == "padded":
+    row, start = np.arange(len(size)), np.zeros(len(size), np.int64)
+  else:
+    row, start = _first_fit(size, how.row_length)
+  count = int(row.max()) + 1
+  by_row = np.bincount(row, predicted, minlength=count).astype(np.int64)
+  shard, turn = np.zeros(count, np.int64), np.arange(count)
+  if how.shards > 1:
+    # Dealt to and fro, the rows with most to predict first.
+    place = np.arange(count)
+    turn_of, seat = np.divmod(place, how.shards)
+    seat = np.where(turn_of % 2, how.shards - 1 - seat, seat)
+    order = np.argsort(-by_row, kind="stable")
+    shard[order], turn[order] = seat, turn_of
+  width = int(np.bincount(shard, by_row, minlength=how.shards).max())
+  return Plan(item, row, start, shard, turn, width)
+
+
+def _first_fit(size: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+  """Row and place of each piece in rows of `length`, both [K]."""
+  row, start = np.empty_like(size), np.empty_like(size)
+  room = np.full(len(size), length)
+  for piece in np.argsort(-size, kind="stable"):
+    at = int(np.argmax(room >= size[piece]))
+    row[piece], start[piece] = at, length - room[at]
+    room[at] -= size[piece]
+  return row, start
+
+
+def shape_of(
+  plans: Sequence[Plan], how: Packing, growth: float = _GROWTH
+) -> Shape:
+  """The first of `how.shapes` that holds all plans, or one beyond them."""
+  rows = max(len(plan.shard) for plan in plans)
+  width = max(plan.width for plan in plans)
+  for shape in how.shapes:
+    if rows <= shape.rows and width <= shape.width:
+      return shape
+  # Padded rows are as many as the sequences; packed ones vary.
+  growth = 1.0 if how.layout == "padded" else growth
+  return Shape(
+    _rounded(rows, how.shards, growth),
+    -(-width // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE,
+  )
+
+
+def _cuts(values: np.ndarray, numbers: np.ndarray, count: int) -> list[int]:
+  """Which values to keep, the last among them, at the least cost.
+
+  A value costs, as often as `numbers` says, the least kept value that is not
+  below it; at most `count` are kept. All [V], ascending.
+  """
+  total = len(values)
+  many = np.concatenate([[0], np.cumsum(numbers)])
+  # best[i]: least cost of the first i values with value i - 1 kept.
+  best = np.append(0.0, np.full(total, np.inf))
+  kept: list[list[int]] = [[]] * (total + 1)
+  for _ in range(min(count, total)):
+    cost, chosen = best.copy(), list(kept)
+    for end in range(1, total + 1):
+      for start in range(end):
+        new = best[start] + values[end - 1] * (many[end] - many[start])
+        if new < cost[end]:
+          cost[end], chosen[end] = new, [*kept[start], end - 1]
+    best, kept = cost, chosen
+  return kept[total]
+
+
+def _rounded(rows: int, multiple: int, growth: float) -> int:
+  """The least of a short list of row counts that holds `rows`."""
+  count = multiple
+  while count < rows:
+    count = max(count + 1, math.ceil(count * growth))
+    count = -(-count // multiple) * multiple
+  return count

@@ -1,0 +1,125 @@
+"""Shapes of a run: few, sufficient, and the best choice of so many."""
+
+import dataclasses
+import itertools
+
+import hypothesis
+import numpy as np
+import pytest
+import sourcing
+import tiny
+from hypothesis import strategies as st
+
+from dpo_jax import batches, packing, placement, tables
+
+SHARED = placement.Packing("shared", 40, 1, 1, False, 1)
+
+
+def steps_of(count, batch_size, steps, seed=0):
+  rng = np.random.default_rng(seed)
+  return [rng.permutation(count)[:batch_size] for _ in range(steps)]
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+  st.lists(st.integers(1, 30), min_size=1, max_size=8, unique=True),
+  st.data(),
+)
+def test_the_kept_row_counts_are_the_cheapest(values, data):
+  values = np.sort(values)
+  numbers = np.asarray(
+    data.draw(
+      st.lists(st.integers(1, 50), min_size=len(values), max_size=len(values))
+    )
+  )
+  count = data.draw(st.integers(1, 5))
+
+  def cost(kept):
+    chosen = values[kept]
+    return (numbers * chosen[np.searchsorted(chosen, values)]).sum()
+
+  found = placement._cuts(values, numbers, count)
+  assert found == sorted(set(found))
+  assert len(found) <= count
+  # By trial of every choice that keeps the greatest value.
+  last = len(values) - 1
+  wanted = min(
+    cost([*kept, last])
+    for size in range(count)
+    for kept in itertools.combinations(range(last), size)
+  )
+  assert cost(found) == wanted
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+@pytest.mark.parametrize(("shards", "microbatches"), [(1, 1), (4, 2)])
+def test_all_steps_fit_in_the_settled_shapes(layout, shards, microbatches):
+  table = tables.from_items(tiny.pairs(60, 5, prompt=(2, 20)))
+  how = dataclasses.replace(
+    SHARED, layout=layout, shards=shards, microbatches=microbatches
+  )
+  steps = steps_of(60, 16, 40)
+  for count in (1, 3):
+    settled = placement.settled(table, how, steps, count)
+    assert 1 <= len(settled.shapes) <= count
+    assert dataclasses.replace(settled, shapes=()) == how
+    met = set()
+    for indices in steps:
+      batch, counts = packing.pack(table.take(indices), settled)
+      met.add(placement.Shape(batch.tokens.shape[1], batch.owner.shape[2]))
+      assert counts.ids == tuple(table.ids[i] for i in indices)
+    assert met == set(settled.shapes)
+  # Padded rows are always as many; so few over 4 shards may be.
+  if shards == 1:
+    assert (len(settled.shapes) > 1) == (layout != "padded")
+
+
+def test_a_batch_beyond_the_settled_shapes_is_still_whole():
+  table = tables.from_items(tiny.pairs(24, 5, prompt=(10, 20)))
+  settled = placement.settled(table, SHARED, [np.arange(4)], 1)
+  batch, counts = packing.pack(table, settled)
+  assert batch.tokens.shape[1] > settled.shapes[0].rows
+  assert counts.tokens == table.lengths.sum()
+
+
+def test_rows_beyond_come_in_few_sizes():
+  counts = sorted({placement._rounded(n, 8, 1.1) for n in range(1, 400)})
+  assert all(count % 8 == 0 for count in counts)
+  assert len(counts) < 35
+  for n in range(1, 400):
+    # At most a tenth and one multiple of padding rows.
+    assert n <= placement._rounded(n, 8, 1.1) <= 1.1 * n + 8
+
+
+def test_real_rows_fill_nine_tenths(shared):
+  """Lengths of the real rows; the target of rows of 1024 is 92%."""
+  pairs = real_lengths(shared)
+  how = dataclasses.replace(SHARED, row_length=1024)
+  schedule = batches.Schedule((len(pairs),), (1.0,), 64, 0, 10)
+  steps = [schedule.items(step) for step in range(schedule.steps)]
+  settled = placement.settled(pairs, how, steps, 4)
+  assert len(settled.shapes) == 4
+  tokens = slots = 0
+  for indices in steps:
+    taken = pairs.take(indices)
+    shape = placement.shape_of(placement.plans(taken, settled), settled)
+    tokens += int(taken.lengths.sum())
+    slots += shape.rows * 1024
+  assert tokens / slots >= 0.92
+
+
+def real_lengths(shared):
+  from dpo_jax import tokenizer
+
+  rows = sourcing.load(
+    shared / "data" / "hh-rlhf",
+    kind="hh",
+    side="train",
+    subsets=("harmless-base",),
+  ).rows
+  words = tokenizer.load(shared / "tokenizer" / "pythia")
+  columns = [
+    [x[:256] for x in words.encode_all([getattr(row, name) for row in rows])]
+    for name in ("prompt", "chosen", "rejected")
+  ]
+  return tables.from_columns([row.id for row in rows], columns)
