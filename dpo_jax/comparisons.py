@@ -1,28 +1,19 @@
-"""Preference pairs from their files: what each row must hold, and what is bad.
+"""Preference pairs from their rows: what each must hold, and what is bad.
 
 Two row forms are read: HH's two transcripts, {"chosen", "rejected"}, which
 share everything up to the last "\\n\\nAssistant:"; and {"prompt", "chosen",
 "rejected"}. A pair that cannot be trained on is quarantined and counted by its
-reason; a row that is not of either form is an error unless `skip_bad` allows a
-number of them.
+reason; a row that is not of either form is malformed, and an error unless the
+settings of its source allow a number of them. `sources` reads the rows.
 """
 
 import dataclasses
-import gzip
 import hashlib
-import json
-import os
-import pathlib
-import re
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
-
-# A missing file's name must not be asked for on the hub.
-_FILES = (".jsonl", ".json", ".gz")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,63 +39,6 @@ class Loaded:
   fingerprint: str
 
 
-def load(
-  path: str | os.PathLike,
-  *,
-  split: str,
-  subsets: tuple[str, ...] = (),
-  skip_bad: int = 0,
-  single_turn: bool = False,
-  limit: int = 0,
-) -> Loaded:
-  """Reads the comparisons of a file, a directory or a hub dataset.
-
-  Args:
-    path: a .jsonl or .jsonl.gz file; a directory in the dataset's own layout,
-      `<subset>/<split>.jsonl.gz`; or the id of a dataset on the hub.
-    split: "train" or "test", for a directory or a hub id. A file is one split.
-    subsets: HH's subsets, such as "harmless-base", for a directory or hub id.
-    skip_bad: how many malformed rows may be left out, each counted.
-    single_turn: keep only prompts with one human turn.
-    limit: keep the first so many rows, after filters; 0 keeps all.
-
-  Raises:
-    ValueError: nothing is at `path`, more than `skip_bad` rows are malformed
-      (file, line and field are named), or nothing is left.
-  """
-  counts: dict[str, int] = {}
-  kept: list[Comparison] = []
-  bad = 0
-  for origin, row in _rows(path, split, subsets):
-    if limit and len(kept) == limit:
-      break
-    _count(counts, "read")
-    try:
-      parsed = parse(row)
-    except Malformed as error:
-      bad += 1
-      if bad > skip_bad:
-        raise ValueError(
-          f"{origin}: {error}; {bad} malformed rows, skip_bad={skip_bad}"
-        ) from error
-      _count(counts, f"malformed: {error.reason}")
-      continue
-    except Quarantined as error:
-      _count(counts, f"quarantined: {error}")
-      continue
-    if single_turn and parsed.prompt.count(HUMAN) != 1:
-      _count(counts, "filtered: several turns")
-      continue
-    kept.append(parsed)
-  _count(counts, "kept", len(kept))
-  repeated = len(kept) - len({row.id for row in kept})
-  if repeated:
-    _count(counts, "kept, repeating an earlier pair", repeated)
-  if not kept:
-    raise ValueError(f"{path}: no comparison is left of {counts}")
-  return Loaded(tuple(kept), counts, fingerprint(kept))
-
-
 class Malformed(ValueError):
   """A row that is of no known form; `reason` leaves out the row's values."""
 
@@ -125,26 +59,28 @@ def parse(row: Any) -> Comparison:
     Quarantined: the transcripts share no prompt, or an answer is empty, or
       both answers are the same.
   """
-  if isinstance(row, _BadLine):
-    raise Malformed(str(row))
-  if not isinstance(row, dict):
-    raise Malformed("row is not an object", f": {type(row).__name__}")
-  for field in (
-    "chosen",
-    "rejected",
-    *(("prompt",) if "prompt" in row else ()),
-  ):
-    if field not in row:
-      raise Malformed(f"field {field!r} is missing")
-    if not isinstance(row[field], str):
-      kind = type(row[field]).__name__
-      raise Malformed(f"field {field!r} is not a string", f" but {kind}")
-    if not _encodable(row[field]):
-      raise Malformed(f"field {field!r} holds a lone surrogate")
-  if "prompt" in row:
-    prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
-  else:
-    prompt, chosen, rejected = _split(row["chosen"], row["rejected"])
+  return pair(*texts(row))
+
+
+def texts(row: Any) -> tuple[str, str, str]:
+  """Prompt, chosen and rejected of a row of either form, not yet checked.
+
+  Raises:
+    Malformed: a field is missing or not a string.
+    Quarantined: the transcripts share no prompt.
+  """
+  if "prompt" in mapping(row):
+    prompt = text(row, "prompt")
+    return prompt, text(row, "chosen"), text(row, "rejected")
+  return split(text(row, "chosen"), text(row, "rejected"))
+
+
+def pair(prompt: str, chosen: str, rejected: str) -> Comparison:
+  """The comparison of three texts.
+
+  Raises:
+    Quarantined: a text is empty, or both answers are the same.
+  """
   if not prompt.strip():
     raise Quarantined("empty prompt")
   if not chosen.strip():
@@ -156,6 +92,71 @@ def parse(row: Any) -> Comparison:
   return Comparison(
     content_id(prompt, chosen, rejected), prompt, chosen, rejected
   )
+
+
+def split(chosen: str, rejected: str) -> tuple[str, str, str]:
+  """Two transcripts into the prompt that they share and their last answers.
+
+  Raises:
+    Quarantined: there is no such prompt.
+  """
+  at = chosen.rfind(ASSISTANT)
+  if at < 0:
+    raise Quarantined(f"no {ASSISTANT!r} in chosen")
+  end = at + len(ASSISTANT)
+  prompt = chosen[:end]
+  if not rejected.startswith(prompt):
+    raise Quarantined("rejected does not share chosen's prompt")
+  if ASSISTANT in rejected[end:]:
+    raise Quarantined("rejected goes on for more turns than chosen")
+  return prompt, chosen[end:], rejected[end:]
+
+
+def mapping(value: Any, name: str = "row") -> dict[str, Any]:
+  """A JSON object as it is; anything else is malformed."""
+  if not isinstance(value, dict):
+    raise Malformed(f"{name} is not an object", f": {type(value).__name__}")
+  return value
+
+
+def text(row: dict[str, Any], field: str, within: str = "") -> str:
+  """The string that a row holds in a field.
+
+  Args:
+    row: a decoded JSON object.
+    field: its key.
+    within: what stands before the key in messages, such as "info.".
+
+  Raises:
+    Malformed: there is none, or UTF-8 could not hold it.
+  """
+  name = f"field {within + field!r}"
+  if field not in row:
+    raise Malformed(f"{name} is missing")
+  value = row[field]
+  if not isinstance(value, str):
+    raise Malformed(f"{name} is not a string", f" but {type(value).__name__}")
+  try:
+    value.encode()
+  except UnicodeEncodeError:
+    raise Malformed(f"{name} holds a lone surrogate") from None
+  return value
+
+
+def integer(row: dict[str, Any], field: str, within: str = "") -> int:
+  """The integer that a row holds in a field.
+
+  Raises:
+    Malformed: there is none.
+  """
+  if field not in row:
+    raise Malformed(f"field {within + field!r} is missing")
+  value = row[field]
+  if type(value) is not int:
+    raise Malformed(
+      f"field {within + field!r} is not an integer", f" but {value!r:.40}"
+    )
+  return value
 
 
 def content_id(*texts: str) -> str:
@@ -176,116 +177,3 @@ def leaks(train: Iterable[Comparison], held_out: Iterable[Comparison]) -> int:
   """How many held-out rows have a prompt that is trained on."""
   prompts = {row.prompt for row in train}
   return sum(row.prompt in prompts for row in held_out)
-
-
-def _split(chosen: str, rejected: str) -> tuple[str, str, str]:
-  """Two transcripts into the prompt that they share and their last answers."""
-  at = chosen.rfind(ASSISTANT)
-  if at < 0:
-    raise Quarantined(f"no {ASSISTANT!r} in chosen")
-  end = at + len(ASSISTANT)
-  prompt = chosen[:end]
-  if not rejected.startswith(prompt):
-    raise Quarantined("rejected does not share chosen's prompt")
-  if ASSISTANT in rejected[end:]:
-    raise Quarantined("rejected goes on for more turns than chosen")
-  return prompt, chosen[end:], rejected[end:]
-
-
-def _rows(path, split, subsets) -> Iterator[tuple[str, Any]]:
-  local, name = pathlib.Path(path), str(path)
-  if local.is_file():
-    yield from _file_rows(local)
-  elif name and local.is_dir():
-    for file in _layout(local, split, subsets):
-      yield from _file_rows(file)
-  elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not name.endswith(_FILES):
-    yield from _hub_rows(name, split, subsets)
-  else:
-    raise ValueError(
-      f"{name!r} is neither a file, a directory nor a hub id (user/name)"
-    )
-
-
-def _layout(
-  directory: pathlib.Path, split: str, subsets: tuple[str, ...]
-) -> list[pathlib.Path]:
-  if not subsets:
-    raise ValueError(
-      f"{directory} is a directory: name its subsets, such as harmless-base"
-    )
-  files = []
-  for subset in subsets:
-    names = [directory / subset / f"{split}.jsonl{end}" for end in (".gz", "")]
-    found = [name for name in names if name.is_file()]
-    if not found:
-      raise ValueError(f"neither {names[0]} nor {names[1].name} is a file")
-    files.append(found[0])
-  return files
-
-
-def _file_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-  opener = gzip.open if path.suffix == ".gz" else open
-  number = 0
-  try:
-    with opener(path, "rb") as file:
-      for number, line in enumerate(file, 1):
-        if line.strip():
-          yield f"{path}:{number}", _decode(line)
-  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-    raise ValueError(
-      f"{path}: broken gzip after line {number} ({error})"
-    ) from error
-
-
-def _decode(line: bytes) -> Any:
-  """The JSON value of a line; `parse` names what could not be decoded."""
-  try:
-    return json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique)
-  except UnicodeDecodeError:
-    return _BadLine("not UTF-8")
-  except Malformed as error:
-    return _BadLine(error.reason)
-  except (ValueError, RecursionError):
-    return _BadLine("not JSON")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """An object's fields; one that stands twice has no value to go by."""
-  fields = dict(pairs)
-  if len(fields) < len(pairs):
-    names = [name for name, _ in pairs]
-    twice = next(name for name in names if names.count(name) > 1)
-    raise Malformed(f"field {twice!r} stands more than once")
-  return fields
-
-
-class _BadLine(str):
-  """What stands for a line that could not be decoded."""
-
-
-def _hub_rows(name, split, subsets) -> Iterator[tuple[str, Any]]:
-  import datasets
-
-  for subset in subsets or (None,):
-    try:
-      rows = datasets.load_dataset(name, data_dir=subset, split=split)
-    except (OSError, ValueError) as error:
-      raise ValueError(
-        f"{name!r} is not a local path, and subset {subset!r}, split {split!r}"
-        f" of it was not read from the hub ({type(error).__name__}: {error})"
-      ) from error
-    for number, row in enumerate(rows, 1):
-      yield f"{name}/{subset or ''}:{split}:{number}", row
-
-
-def _encodable(text: str) -> bool:
-  try:
-    text.encode()
-  except UnicodeEncodeError:
-    return False
-  return True
-
-
-def _count(counts: dict[str, int], reason: str, number: int = 1) -> None:
-  counts[reason] = counts.get(reason, 0) + number
