@@ -24,6 +24,12 @@ DTYPES = {
   "F16": np.dtype(np.float16),
   "BF16": np.dtype(jnp.bfloat16),
 }
+# What else is kept in this format: never weights.
+INTEGERS = {
+  "I64": np.dtype(np.int64),
+  "I32": np.dtype(np.int32),
+  "U8": np.dtype(np.uint8),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +43,8 @@ class Tensor:
 
   def view(self) -> np.ndarray:
     """The values, read from the file only where they are touched."""
-    return np.memmap(
-      self.file, DTYPES[self.dtype], "r", self.offset, self.shape
-    )
+    dtype = (DTYPES | INTEGERS)[self.dtype]
+    return np.memmap(self.file, dtype, "r", self.offset, self.shape)
 
 
 def find(directory: pathlib.Path, stem: str) -> dict[str, Tensor]:
@@ -140,7 +145,7 @@ def write(
   Raises:
     ValueError: an array is not what its entry says, or holds NaN or infinity.
   """
-  names = {dtype: name for name, dtype in DTYPES.items()}
+  names = {dtype: name for name, dtype in (DTYPES | INTEGERS).items()}
   # "pt" is how torch's own files are marked; transformers 4 insists on it.
   described: dict[str, Any] = {
     "__metadata__": {"format": "pt", **(metadata or {})}
@@ -167,6 +172,15 @@ def write(
       file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     file.flush()
     os.fsync(file.fileno())
+
+
+def sync(directory: pathlib.Path) -> None:
+  """Flushes a directory's names to the disk: what was moved there stays."""
+  handle = os.open(directory, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
 
 
 def _sharded(index: pathlib.Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Text to token ids and back, and the rule that cuts what is too long.
+"""Text to token ids and back.
 
 Padding never uses the end-of-text id: Pythia has `<|padding|>` of its own, and
 a model that is trained to stop must be able to tell the two apart.
@@ -6,13 +6,15 @@ a model that is trained to stop must be able to tell the two apart.
 
 import dataclasses
 import functools
+import hashlib
+import itertools
 import json
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dpo_jax import comparisons
+import numpy as np
 
 END = "<|endoftext|>"
 PADDING = "<|padding|>"
@@ -43,9 +45,17 @@ class Tokenizer:
     for text in texts:
       if special := self.special_in(text):
         raise ValueError(f"text holds the special token {special!r}: {text!r}")
-    if not texts:
-      return []
-    return self.backend(list(texts), add_special_tokens=False)["input_ids"]
+    encodings = self.backend.backend_tokenizer.encode_batch_fast(
+      list(texts), add_special_tokens=False
+    )
+    return [encoding.ids for encoding in encodings]
+
+  def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """`encode_all` end to end: ids, int32, and each text's length, int64."""
+    ids = self.encode_all(texts)
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    chained = itertools.chain.from_iterable(ids)
+    return np.fromiter(chained, np.int32, int(lengths.sum())), lengths
 
   def special_in(self, text: str) -> str | None:
     """The first special token that stands in the text, if any."""
@@ -60,6 +70,24 @@ class Tokenizer:
     """
     added = self.backend.added_tokens_decoder.values()
     return tuple(str(token) for token in added if token.special)
+
+  @functools.cached_property
+  def adds_nothing(self) -> bool:
+    """Whether a text that ends with EOS's text is its own ids and `eos_id`.
+
+    False of a tokenizer that puts tokens around every text when it is not told
+    otherwise, or whose EOS swallows the white space before it.
+    """
+    text = "a b \n"
+    whole = self.backend.backend_tokenizer.encode(text + self.backend.eos_token)
+    return whole.ids == [*self.encode(text), self.eos_id]
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Sixteen hex digits of what makes the ids, wherever it was loaded from."""
+    digest = hashlib.sha256(self.backend.backend_tokenizer.to_str().encode())
+    digest.update(b"%d %d" % (self.eos_id, self.pad_id))
+    return digest.hexdigest()[:16]
 
   def decode(self, ids: Iterable[int]) -> str:
     """The exact text of the ids, special tokens included."""
@@ -149,82 +177,6 @@ def train(
   return wrapped
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenizedPair:
-  """One comparison as token ids; both responses end with EOS unless cut."""
-
-  id: str
-  prompt: tuple[int, ...]
-  chosen: tuple[int, ...]
-  rejected: tuple[int, ...]
-
-
-def tokenize(
-  tokenizer: Tokenizer,
-  rows: Sequence[comparisons.Comparison],
-  *,
-  max_length: int,
-  max_prompt_length: int,
-  counts: dict[str, int],
-) -> list[TokenizedPair]:
-  """Tokenises comparisons by the rule of the official DPO code.
-
-  Prompt and responses are tokenised apart, so that a response's ids do not
-  depend on its prompt, and EOS is appended to both responses. If the prompt
-  and the longer response pass `max_length` tokens, the prompt keeps its last
-  `max_prompt_length`; if that is still too long, both responses keep their
-  first `max_length - max_prompt_length`.
-
-  Args:
-    tokenizer: the model's own.
-    rows: comparisons in order.
-    max_length: tokens of a prompt with a response, EOS included.
-    max_prompt_length: tokens of a prompt that had to be cut.
-    counts: is added to, by reason: pairs dropped for a special token inside
-      their text, prompts and responses cut.
-
-  References:
-    Rafailov et al., 2023 (arXiv 2305.18290), official code, HH tokenisation.
-  """
-  if not 0 < max_prompt_length < max_length:
-    raise ValueError(
-      f"max_prompt_length={max_prompt_length} must be between 1 and"
-      f" max_length - 1 ({max_length - 1})"
-    )
-  kept = []
-  for row in rows:
-    texts = (row.prompt, row.chosen, row.rejected)
-    if any(tokenizer.special_in(text) for text in texts):
-      _count(counts, "holds a special token")
-    else:
-      kept.append(row)
-  fields = ("prompt", "chosen", "rejected")
-  columns = (
-    tokenizer.encode_all([getattr(row, field) for row in kept])
-    for field in fields
-  )
-  pairs = []
-  for row, prompt, chosen, rejected in zip(kept, *columns, strict=True):
-    chosen.append(tokenizer.eos_id)
-    rejected.append(tokenizer.eos_id)
-    longer = max(len(chosen), len(rejected))
-    if len(prompt) + longer > max_length and len(prompt) > max_prompt_length:
-      prompt = prompt[-max_prompt_length:]
-      _count(counts, "prompt cut")
-    if len(prompt) + longer > max_length:
-      room = max_length - max_prompt_length
-      chosen, rejected = chosen[:room], rejected[:room]
-      _count(counts, "response cut")
-    pairs.append(
-      TokenizedPair(row.id, tuple(prompt), tuple(chosen), tuple(rejected))
-    )
-  return pairs
-
-
-def _count(counts: dict[str, int], reason: str) -> None:
-  counts[reason] = counts.get(reason, 0) + 1
-
-
 def _wrap(backend: Any, name: str) -> Tokenizer:
   if not backend.is_fast:
     raise ValueError(f"{name} has no fast tokenizer (tokenizer.json)")
@@ -237,4 +189,7 @@ def _wrap(backend: Any, name: str) -> Tokenizer:
       f"{name}: end of text is id {eos} and padding id {pad}; both must exist"
       " and differ"
     )
+  # A file may ask for both; cutting is for a profile to do, and to count.
+  backend.backend_tokenizer.no_truncation()
+  backend.backend_tokenizer.no_padding()
   return Tokenizer(backend, int(eos), int(pad), len(backend))

@@ -1,14 +1,17 @@
-"""The real tokenizer and a trained one: round trips, refusals, the cut rule."""
+"""The real tokenizer and a trained one: round trips, refusals, fingerprints."""
 
+import dataclasses
 import json
 import shutil
 import unicodedata
 
 import hypothesis
+import numpy as np
 import pytest
+import sourcing
 from hypothesis import strategies as st
 
-from dpo_jax import comparisons, tokenizer
+from dpo_jax import tokenizer
 
 TEXTS = [
   "",
@@ -72,8 +75,11 @@ def test_pythia_composes_accents(pythia):
 
 
 def test_every_real_row_round_trips_and_comes_back_from_batches(pythia, shared):
-  loaded = comparisons.load(
-    shared / "data" / "hh-rlhf", split="test", subsets=("harmless-base",)
+  loaded = sourcing.load(
+    shared / "data" / "hh-rlhf",
+    kind="hh",
+    side="eval",
+    subsets=("harmless-base",),
   )
   texts = [row.prompt + row.chosen for row in loaded.rows]
   ids = pythia.encode_all(texts)
@@ -88,27 +94,13 @@ def test_every_real_row_round_trips_and_comes_back_from_batches(pythia, shared):
 
 
 @pytest.mark.parametrize("special", ["<|endoftext|>", "<|padding|>"])
-def test_special_text_is_refused_and_its_pairs_counted(
-  pythia, trained, special
-):
+def test_special_text_is_refused(pythia, trained, special):
   for words in (pythia, trained[0]):
     assert words.special_in(f"a {special} b") == special
     assert words.special_in("a b") is None
     with pytest.raises(ValueError, match="special token") as error:
       words.encode(f"a{special}")
     assert special in str(error.value)
-  rows = [
-    comparisons.Comparison("0", "p", " a", " b"),
-    comparisons.Comparison("1", f"p{special}", " a", " b"),
-    comparisons.Comparison("2", "p", f" {special}", " b"),
-    comparisons.Comparison("3", "p", " a", f"{special} b"),
-  ]
-  counts = {}
-  kept = tokenizer.tokenize(
-    pythia, rows, max_length=9, max_prompt_length=4, counts=counts
-  )
-  assert [pair.id for pair in kept] == ["0"]
-  assert counts == {"holds a special token": 3}
 
 
 def test_padding_is_special_though_the_config_does_not_name_it(
@@ -221,100 +213,88 @@ def test_saving_changes_nothing(pythia, tmp_path):
     assert again.encode(text) == pythia.encode(text)
 
 
-# --- the cut rule
+def test_the_fingerprint_is_of_the_ids_not_of_the_path(
+  pythia, trained, copy, tmp_path
+):
+  words, directory = trained
+  assert tokenizer.load(copy).fingerprint == pythia.fingerprint
+  assert tokenizer.load(directory).fingerprint == words.fingerprint
+  words.save(tmp_path / "again")
+  assert tokenizer.load(tmp_path / "again").fingerprint == words.fingerprint
+  assert words.fingerprint != pythia.fingerprint
+  assert len(pythia.fingerprint) == 16
+  # Another end of text or padding, though the vocabulary is the same.
+  for change in ({"eos_id": 5}, {"pad_id": 5}):
+    other = dataclasses.replace(pythia, **change)
+    assert other.fingerprint != pythia.fingerprint
 
 
-def cut(trained, lengths, max_length, max_prompt_length):
-  """Tokenises a pair of given lengths, in tokens and without EOS."""
-  # One byte is one token: none of these letters occurs in the training texts.
-  prompt, chosen, rejected = lengths
-  row = comparisons.Comparison(
-    "i",
-    ("QRSTUVWX" * 9)[:prompt],
-    ("YZ" * 30)[:chosen],
-    ("JK" * 30)[:rejected],
+def test_one_merge_less_is_another_fingerprint(copy, pythia, edit):
+  model = json.loads((copy / "tokenizer.json").read_text("utf-8"))["model"]
+  edit("tokenizer.json", {"model": model | {"merges": model["merges"][:-1]}})
+  assert tokenizer.load(copy).fingerprint != pythia.fingerprint
+
+
+def test_a_file_that_asks_for_cutting_and_padding_gets_neither(copy, edit):
+  edit(
+    "tokenizer.json",
+    {
+      "truncation": {
+        "direction": "Right",
+        "max_length": 2,
+        "strategy": "LongestFirst",
+        "stride": 0,
+      },
+      "padding": {
+        "strategy": {"Fixed": 9},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 1,
+        "pad_type_id": 0,
+        "pad_token": "<|padding|>",
+      },
+    },
   )
-  counts = {}
-  (pair,) = tokenizer.tokenize(
-    trained[0],
-    [row],
-    max_length=max_length,
-    max_prompt_length=max_prompt_length,
-    counts=counts,
+  words = tokenizer.load(copy)
+  assert words.decode(words.encode("one two three four")) == (
+    "one two three four"
   )
-  return row, pair, counts
 
 
-# prompt, chosen and rejected in tokens, EOS not counted; max_length 20,
-# max_prompt_length 8; what is left of each, EOS counted.
-@pytest.mark.parametrize(
-  ("lengths", "left", "counts"),
-  [
-    # 12 + 8 = 20: fits.
-    ((12, 7, 3), (12, 8, 4), {}),
-    # One more: the prompt keeps its last 8, which is enough.
-    ((12, 8, 3), (8, 9, 4), {"prompt cut": 1}),
-    ((13, 3, 7), (8, 4, 8), {"prompt cut": 1}),
-    # 8 + 12 = 20 after the cut: fits exactly.
-    ((30, 11, 2), (8, 12, 3), {"prompt cut": 1}),
-    # 8 + 13 > 20: both responses keep their first 12; the shorter is whole.
-    ((30, 12, 2), (8, 12, 3), {"prompt cut": 1, "response cut": 1}),
-    ((30, 40, 50), (8, 12, 12), {"prompt cut": 1, "response cut": 1}),
-    # A short prompt is not cut, and leaves the responses no more room.
-    ((4, 40, 2), (4, 12, 3), {"response cut": 1}),
-    ((8, 12, 2), (8, 12, 3), {"response cut": 1}),
-    # 9 + 12 > 20 and the prompt is over its 8, though by one.
-    ((9, 11, 2), (8, 12, 3), {"prompt cut": 1}),
-  ],
-)
-def test_the_cut_rule_of_the_paper(trained, lengths, left, counts):
-  row, pair, found = cut(trained, lengths, 20, 8)
-  assert (len(pair.prompt), len(pair.chosen), len(pair.rejected)) == left
-  assert found == counts
-  decode = trained[0].decode
-  assert row.prompt.endswith(decode(pair.prompt))
-  assert (row.chosen + "<|endoftext|>").startswith(decode(pair.chosen))
-  assert (row.rejected + "<|endoftext|>").startswith(decode(pair.rejected))
+def test_ids_end_to_end(pythia):
+  texts = ["one two", "", "three \u2028"]
+  ids, lengths = pythia.encode_flat(texts)
+  assert (ids.dtype, lengths.dtype) == (np.int32, np.int64)
+  assert lengths.tolist() == [len(pythia.encode(text)) for text in texts]
+  assert ids.tolist() == [i for text in texts for i in pythia.encode(text)]
+  assert [len(part) for part in pythia.encode_flat([])] == [0, 0]
 
 
-@hypothesis.settings(max_examples=80, deadline=None)
-@hypothesis.given(
-  st.tuples(*[st.integers(1, 60)] * 3), st.integers(2, 50), st.data()
-)
-def test_what_a_cut_may_do(trained, lengths, max_length, data):
-  max_prompt = data.draw(st.integers(1, max_length - 1))
-  row, pair, counts = cut(trained, lengths, max_length, max_prompt)
-  texts = (row.prompt, row.chosen, row.rejected)
-  whole = [trained[0].encode(text) for text in texts]
-  assert list(pair.prompt) == whole[0][-len(pair.prompt) :]
-  sizes = []
-  for ids, encoded in zip((pair.chosen, pair.rejected), whole[1:]):
-    assert list(ids) == [*encoded, 0][: len(ids)]
-    assert len(ids) >= 1
-    sizes.append(len(ids))
-  assert len(pair.prompt) + max(sizes) <= max_length
-  # Nothing is cut without need, and each cut is counted once.
-  needed = lengths[0] + max(lengths[1:]) + 1 > max_length
-  is_cut = len(pair.prompt) < lengths[0]
-  assert is_cut == (needed and lengths[0] > max_prompt)
-  assert counts.get("prompt cut", 0) == is_cut
-  responses_cut = sizes != [lengths[1] + 1, lengths[2] + 1]
-  assert counts.get("response cut", 0) == responses_cut
-  if not needed:
-    assert not counts
-
-
-@pytest.mark.parametrize("prompt", [0, -1, 20, 21])
-def test_lengths_that_leave_no_room_are_refused(trained, prompt):
-  with pytest.raises(ValueError, match=f"max_prompt_length={prompt} must be"):
-    cut(trained, (3, 3, 3), 20, prompt)
-
-
-def test_responses_are_tokenised_apart_from_their_prompt(pythia):
-  row = comparisons.Comparison("i", "Human: go\n\nAssistant:", " Yes.", "  No")
-  (pair,) = tokenizer.tokenize(
-    pythia, [row], max_length=64, max_prompt_length=32, counts={}
+def test_tokens_around_every_text_are_seen(copy, pythia, edit):
+  assert pythia.adds_nothing
+  edit(
+    "tokenizer.json",
+    {
+      "post_processor": {
+        "type": "TemplateProcessing",
+        "single": [
+          {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+          {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [
+          {"Sequence": {"id": "A", "type_id": 0}},
+          {"Sequence": {"id": "B", "type_id": 0}},
+        ],
+        "special_tokens": {
+          "<|endoftext|>": {
+            "id": "<|endoftext|>",
+            "ids": [0],
+            "tokens": ["<|endoftext|>"],
+          }
+        },
+      }
+    },
   )
-  assert list(pair.chosen) == [*pythia.encode(" Yes."), 0]
-  assert list(pair.rejected) == [*pythia.encode("  No"), 0]
-  assert pythia.decode(pair.prompt) == row.prompt
+  # transformers sets its own around Pythia's class, so take the plain one.
+  edit("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+  assert not tokenizer.load(copy).adds_nothing

@@ -1,0 +1,448 @@
+"""The three profiles: ids from TRL itself, the cut rules word by word."""
+
+import hashlib
+import json
+import unicodedata
+
+import hypothesis
+import numpy as np
+import pytest
+import sourcing
+from hypothesis import strategies as st
+
+from dpo_jax import comparisons, profiles, tokenizer
+
+ODD = [
+  "👩🏽‍🚀",
+  "שלום",
+  "\0",
+  "\u2028",
+  "e\u0301",
+  "é",
+  " ",
+  "\n",
+  "a",
+  ")",
+  ":",
+]
+EOS = "<|endoftext|>"
+
+
+@pytest.fixture(scope="module")
+def pythia(shared):
+  return tokenizer.load(shared / "tokenizer" / "pythia")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  # One byte is one token: no letter below occurs in this text.
+  return tokenizer.train(["pen"], 258, tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="module")
+def real(shared):
+  rows = []
+  for split in ("train", "test"):
+    rows += sourcing.load(
+      shared / "data" / "hh-rlhf",
+      kind="hh",
+      side="eval" if split == "test" else "train",
+      subsets=("harmless-base",),
+    ).rows
+  return rows
+
+
+def of(*texts):
+  """Rows of (prompt, chosen, rejected), numbered."""
+  return [comparisons.Comparison(str(i), *row) for i, row in enumerate(texts)]
+
+
+def run(words, rows, profile, max_length, max_prompt_length):
+  return profiles.tokenize(
+    words,
+    rows,
+    profile=profile,
+    max_length=max_length,
+    max_prompt_length=max_prompt_length,
+  )
+
+
+def listed(done):
+  return [
+    (list(pair.prompt), list(pair.chosen), list(pair.rejected))
+    for pair in done.table
+  ]
+
+
+# --- TRL's own ids
+
+# benchmarks/trl_tokens.py prints these hashes of the ids that TRL made of the
+# 1,806 good rows: trl 1.16.0 of "trl", trl 0.24.0 of "seed".
+TRL_HASHES = [
+  ("trl", 512, 0, 1786, "ecebd661f2116c50"),
+  ("trl", 96, 0, 900, "cf3943b5f00f7147"),
+  ("seed", 512, 358, 1804, "7c932521bf077a8f"),
+  ("seed", 96, 48, 1466, "18c90cfc6e1645ef"),
+]
+
+
+@pytest.mark.parametrize(
+  ("profile", "max_length", "max_prompt", "kept", "digest"), TRL_HASHES
+)
+def test_all_real_rows_have_trls_ids(
+  pythia, real, profile, max_length, max_prompt, kept, digest
+):
+  done = run(pythia, real, profile, max_length, max_prompt)
+  lines = [json.dumps(row) + "\n" for row in listed(done)]
+  found = hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+  assert (len(real), len(lines), found) == (1806, kept, digest)
+
+
+HUMAN = "\n\nHuman: Name a colour.\n\nAssistant:"
+# fmt: off
+HUMAN_IDS = [
+  187, 187, 22705, 27, 9424, 247, 10688, 15, 187, 187, 6717, 5567, 27,
+]
+STRANGE = [
+  228, 104, 14931, 226, 123, 325, 224, 14931, 237, 211, 33839, 20770, 12859,
+  240, 40702, 79, 335, 209, 177, 3974, 3974, 0,
+]
+# fmt: on
+SPOKEN = [
+  (HUMAN, " Blue, like the sea.  ", " No"),
+  (HUMAN, "Blue", " 👩🏽‍🚀 שלום\u2028nul \0 é e\u0301"),
+]
+# Prompts whose end merges with a response into other tokens.
+MERGING = [
+  ("Say it:", ")", " yes"),
+  ("Say it ", "word", "thing"),
+  ("line\n", "\n\nnext", "next"),
+  ("tail  ", "  ", "\u2028 end"),
+]
+BLUE = [13, 751, 253, 6150, 15]
+
+
+def test_ids_of_trl(pythia):
+  # Given by trl 1.16.0.
+  done = run(pythia, of(*SPOKEN, *MERGING), "trl", 64, 0)
+  assert listed(done) == [
+    (HUMAN_IDS, [10063, *BLUE, 50276, 0], [1621, 0]),
+    (HUMAN_IDS, [22036, 0], [22692, *STRANGE]),
+    ([27128, 352], [37731, 0], [27, 4754, 0]),
+    ([27128, 352], [3159, 0], [2181, 0]),
+    ([1282], [535, 187, 8384, 0], [187, 8384, 0]),
+    ([14694], [50274, 0], [50276, 40702, 990, 0]),
+  ]
+  assert done.counts == {"prompt's end merges with a response": 4}
+  # Nothing of a text was lost by that.
+  assert not done.cut.any()
+
+
+def test_ids_of_trl_cut_to_14(pythia):
+  # Given by trl 1.16.0: the prompt takes 13.
+  done = run(pythia, of(*SPOKEN), "trl", 14, 0)
+  assert listed(done) == [
+    (HUMAN_IDS, [10063], [1621]),
+    (HUMAN_IDS, [22036], [22692]),
+  ]
+  assert done.counts == {"response cut": 2}
+  # And given by it for 13: nothing is left.
+  none = run(pythia, of(*SPOKEN), "trl", 13, 0)
+  assert none.counts == {"dropped: no room for prompt and response": 2}
+  assert (len(none.table), none.cut.shape) == (0, (0,))
+
+
+def test_ids_of_the_seed(pythia):
+  # Given by trl 0.24.0 of stripped responses.
+  rows = of(*SPOKEN, *MERGING)
+  done = run(pythia, rows, "seed", 64, 40)
+  assert listed(done) == [
+    (HUMAN_IDS, [22036, *BLUE, 0], [2302, 0]),
+    (HUMAN_IDS, [22036, 0], [14931, *STRANGE]),
+    ([27128, 352, 27], [10, 0], [9820, 0]),
+    ([27128, 352, 209], [3418, 0], [1597, 0]),
+    ([1282, 187], [8384, 0], [8384, 0]),
+    ([14694, 50276], [0], [423, 0]),
+  ]
+  assert done.counts == {"responses equal once cut": 1}
+  # The same with 14 and 8: 14 - 7 leaves the prompt 7; 23 leave it nothing.
+  short = run(pythia, rows, "seed", 14, 8)
+  assert listed(short)[0] == (HUMAN_IDS[-7:], [22036, *BLUE, 0], [2302, 0])
+  assert short.counts == {
+    "dropped: no room for prompt and response": 1,
+    "prompt cut": 1,
+    "responses equal once cut": 1,
+  }
+  assert short.cut.tolist() == [True, False, False, False, False]
+
+
+def test_the_seed_strips_both_ends_of_responses_alone(pythia):
+  one = run(pythia, of((" p ", "\n a b \t", "\u2028c \n")), "seed", 64, 40)
+  two = run(pythia, of((" p ", "a b", "c")), "seed", 64, 40)
+  assert listed(one) == listed(two)
+  assert pythia.decode(one.table[0].prompt) == " p "
+
+
+def test_a_prompt_that_merges_whole_is_dropped(pythia):
+  # trl 1.16.0 keeps both with no prompt, whose first token nothing predicts.
+  rows = of(("cafe", "\u0301 yes", "teria"), ("e", "\u0301", "xample"))
+  done = run(pythia, rows, "trl", 64, 0)
+  assert len(done.table) == 0
+  assert done.counts["dropped: the prompt has no token of its own"] == 2
+
+
+def test_a_tokenizer_that_adds_tokens_has_no_trl_profile(
+  shared, tmp_path, pythia
+):
+  pythia.save(tmp_path)
+  path = tmp_path / "tokenizer.json"
+  values = json.loads(path.read_text("utf-8"))
+  for token in values["added_tokens"]:
+    token["lstrip"] = token["content"] == EOS
+  path.write_text(json.dumps(values), "utf-8")
+  words = tokenizer.load(tmp_path)
+  with pytest.raises(ValueError, match="take profile 'paper'"):
+    run(words, of(*SPOKEN), "trl", 64, 0)
+  assert listed(run(words, of(*SPOKEN), "paper", 64, 32))
+
+
+# --- the rules, in plain Python
+
+
+def paper(prompt, chosen, rejected, max_length, max_prompt):
+  """What the rule's words say, on lists; None if the pair is dropped."""
+  longer = max(len(chosen), len(rejected))
+  if len(prompt) + longer > max_length:
+    prompt = prompt[-max_prompt:]
+  if len(prompt) + longer > max_length:
+    chosen = chosen[: max_length - max_prompt]
+    rejected = rejected[: max_length - max_prompt]
+  return prompt, chosen, rejected
+
+
+def trl(prompt, chosen, rejected, max_length, _):
+  if len(prompt) >= max_length:
+    return None
+  both = [(prompt + response)[:max_length] for response in (chosen, rejected)]
+  return prompt, both[0][len(prompt) :], both[1][len(prompt) :]
+
+
+def seed(prompt, chosen, rejected, max_length, max_prompt):
+  prompt = prompt[-max_prompt:]
+  while prompt and len(prompt) + max(len(chosen), len(rejected)) > max_length:
+    prompt = prompt[1:]
+  return (prompt, chosen, rejected) if prompt else None
+
+
+TWINS = {"paper": paper, "trl": trl, "seed": seed}
+
+
+def lettered(sizes):
+  """Texts of these many tokens under `trained`, no two letters alike."""
+  return tuple(
+    "".join(letters[i % len(letters)] for i in range(size))
+    for size, letters in zip(sizes, ("QRSTUVWX", "YZAB", "JKLM"))
+  )
+
+
+@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.given(
+  st.sampled_from(["paper", "trl", "seed"]),
+  st.lists(st.tuples(*[st.integers(1, 40)] * 3), min_size=1, max_size=6),
+  st.integers(2, 50),
+  st.data(),
+)
+def test_cuts_are_where_the_rule_says(
+  trained, profile, sizes, max_length, data
+):
+  max_prompt = (
+    0 if profile == "trl" else data.draw(st.integers(1, max_length - 1))
+  )
+  rows = of(*map(lettered, sizes))
+  done = run(trained, rows, profile, max_length, max_prompt)
+  expected, cut, counts = [], [], dict.fromkeys(["prompt", "response"], 0)
+  for row in rows:
+    prompt = trained.encode(row.prompt)
+    whole = (
+      prompt,
+      *([*trained.encode(x), 0] for x in (row.chosen, row.rejected)),
+    )
+    left = TWINS[profile](*whole, max_length, max_prompt)
+    if left:
+      expected.append((row.id, *left))
+      shorter = [len(a) < len(b) for a, b in zip(left, whole)]
+      counts["prompt"] += shorter[0]
+      counts["response"] += any(shorter[1:])
+      cut.append(any(shorter))
+      assert len(left[0]) + max(map(len, left[1:])) <= max_length
+      assert min(map(len, left)) >= 1
+  assert [
+    (pair.id, *ids) for pair, ids in zip(done.table, listed(done))
+  ] == expected
+  assert done.cut.tolist() == cut
+  assert done.cut.dtype == bool
+  get = done.counts.get
+  assert get("prompt cut", 0) == counts["prompt"]
+  assert get("response cut", 0) == counts["response"]
+  dropped = get("dropped: no room for prompt and response", 0)
+  assert dropped == len(rows) - len(expected)
+  assert 0 not in done.counts.values()
+
+
+# By hand; lengths of prompt, chosen and rejected in tokens, EOS not counted;
+# what is left of each, EOS counted.
+@pytest.mark.parametrize(
+  ("profile", "sizes", "left"),
+  [
+    # 12 + 8 = 20 fits; with one more the prompt keeps its last 8.
+    ("paper", (12, 7, 3), (12, 8, 4)),
+    ("paper", (12, 8, 3), (8, 9, 4)),
+    # 8 + 12 fits after the cut; one more cuts both responses to 20 - 8.
+    ("paper", (30, 11, 2), (8, 12, 3)),
+    ("paper", (30, 40, 50), (8, 12, 12)),
+    # A short prompt is not cut, and leaves the responses no more room.
+    ("paper", (4, 40, 2), (4, 12, 3)),
+    ("paper", (4, 16, 2), (4, 12, 3)),
+    # As long as that the responses may be more than 20 - 8.
+    ("paper", (4, 15, 2), (4, 16, 3)),
+    # Each sequence of TRL's has 20 tokens; the prompt is never cut.
+    ("trl", (12, 7, 3), (12, 8, 4)),
+    ("trl", (12, 8, 3), (12, 8, 4)),
+    ("trl", (19, 8, 3), (19, 1, 1)),
+    # The seed cuts the prompt though there is room, then for the longer one.
+    ("seed", (12, 3, 3), (8, 4, 4)),
+    ("seed", (12, 13, 3), (6, 14, 4)),
+    ("seed", (12, 18, 3), (1, 19, 4)),
+  ],
+)
+def test_lengths_by_hand(trained, profile, sizes, left):
+  done = run(
+    trained, of(lettered(sizes)), profile, 20, 0 if profile == "trl" else 8
+  )
+  assert tuple(map(len, listed(done)[0])) == left
+
+
+@pytest.mark.parametrize(
+  ("profile", "sizes"), [("trl", (20, 3, 3)), ("seed", (12, 3, 19))]
+)
+def test_pairs_without_room_are_dropped(trained, profile, sizes):
+  rows = of(lettered((2, 2, 2)), lettered(sizes))
+  done = run(trained, rows, profile, 20, 0 if profile == "trl" else 8)
+  assert done.table.ids == ("0",)
+  assert done.counts == {"dropped: no room for prompt and response": 1}
+
+
+def test_no_row_falls_between_batches(trained):
+  rows = of(*[lettered((1 + i % 7, 1 + i % 5, 1 + i % 3)) for i in range(2060)])
+  for profile, prompt in (("paper", 3), ("trl", 0), ("seed", 3)):
+    done = run(trained, rows, profile, 8, prompt)
+    ids = done.table.ids
+    assert list(ids) == sorted(ids, key=int)
+    assert len(done.cut) == len(ids) == len(done.table)
+    dropped = done.counts.get("dropped: no room for prompt and response", 0)
+    assert len(ids) + dropped == 2060
+    for i in (0, 1023, 1024, 2059):
+      one = run(trained, rows[i : i + 1], profile, 8, prompt)
+      if one.table:
+        assert done.table[ids.index(str(i))] == one.table[0]
+
+
+def test_no_rows_give_an_empty_table(pythia):
+  done = run(pythia, [], "trl", 8, 0)
+  assert (len(done.table), done.counts, done.cut.tolist()) == (0, {}, [])
+
+
+# --- paper: apart
+
+
+odd = st.lists(st.sampled_from(ODD), min_size=1, max_size=8).map("".join)
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(odd, odd, odd, odd)
+def test_responses_never_depend_on_the_prompt(pythia, one, two, chosen, other):
+  rows = of((one, chosen, other), (two, chosen, other))
+  first, second = run(pythia, rows, "paper", 400, 200).table
+  assert (first.chosen, first.rejected) == (second.chosen, second.rejected)
+  # The text comes back in Unicode's normal form, with EOS behind it.
+  normal = unicodedata.normalize("NFC", chosen)
+  assert pythia.decode(first.chosen) == normal + EOS
+  assert pythia.decode(first.prompt) == unicodedata.normalize("NFC", one)
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(odd, odd, odd)
+def test_prompt_and_response_together_are_the_text(
+  pythia, prompt, chosen, other
+):
+  done = run(pythia, of((prompt, chosen, other)), "trl", 400, 0)
+  for pair in done.table:
+    for response, text in ((pair.chosen, chosen), (pair.rejected, other)):
+      assert pythia.decode(pair.prompt + response) == (
+        unicodedata.normalize("NFC", prompt + text) + EOS
+      )
+  reason = "dropped: the prompt has no token of its own"
+  assert len(done.table) + done.counts.get(reason, 0) == 1
+
+
+def test_eos_ends_a_response_unless_it_was_cut(pythia, real):
+  for profile, prompt in (("paper", 32), ("trl", 0), ("seed", 32)):
+    done = run(pythia, real[:200], profile, 96, prompt)
+    for pair in done.table:
+      for response in (pair.chosen, pair.rejected):
+        assert pythia.eos_id not in response[:-1]
+        if profile == "paper":
+          full = len(response) == 96 - 32
+        else:
+          full = len(pair.prompt) + len(response) == 96
+        assert response[-1] == pythia.eos_id or full
+    assert done.counts["prompt cut" if prompt else "response cut"] > 0
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize("special", [EOS, "<|padding|>"])
+@pytest.mark.parametrize("profile", ["paper", "trl", "seed"])
+def test_special_text_is_dropped_and_counted(pythia, special, profile):
+  rows = of(
+    ("p", " a", " b"),
+    (f"p{special}", " a", " b"),
+    ("p", f" {special}", " b"),
+    ("p", " a", f"{special} b"),
+  )
+  done = run(pythia, rows, profile, 9, 0 if profile == "trl" else 4)
+  assert done.table.ids == ("0",)
+  assert done.counts == {"holds a special token": 3}
+
+
+def test_special_text_across_the_border(pythia):
+  rows = of((EOS[:5], EOS[5:], " b"))
+  assert len(run(pythia, rows, "paper", 20, 8).table) == 1
+  assert run(pythia, rows, "trl", 20, 0).counts == {"holds a special token": 1}
+
+
+@pytest.mark.parametrize(
+  ("profile", "max_length", "max_prompt", "message"),
+  [
+    ("paper", 20, 0, r"max_prompt_length=0 must be between 1 and .*\(19\)"),
+    ("paper", 20, 20, "max_prompt_length=20 must be between"),
+    ("seed", 20, -1, "max_prompt_length=-1 must be between"),
+    ("trl", 20, 8, "max_prompt_length=8 has no meaning .*; set it to 0"),
+    ("trl", 1, 0, "max_length=1 must be at least 2"),
+    ("TRL", 20, 0, "profile='TRL' is none of paper, trl, seed"),
+  ],
+)
+def test_lengths_that_cannot_be_kept_are_refused(
+  pythia, profile, max_length, max_prompt, message
+):
+  with pytest.raises(ValueError, match=message):
+    run(pythia, of(*SPOKEN), profile, max_length, max_prompt)
+
+
+def test_equal_responses_are_counted_and_kept(trained):
+  rows = of(("QQ", "YYYYYY", "YYYYZZ"), ("QQ", "YY", "ZZ"))
+  done = run(trained, rows, "paper", 6, 2)
+  assert done.counts == {"response cut": 1, "responses equal once cut": 1}
+  assert len(done.table) == 2
+  assert np.array_equal(done.cut, [True, False])
