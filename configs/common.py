@@ -7,6 +7,8 @@ change what their recipe needs. Any field can be changed on the command line:
 
 from ml_collections import config_dict
 
+from configs import data as sources
+
 # The projections of a GPT-NeoX block, by their Hugging Face names.
 PROJECTIONS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
@@ -29,8 +31,7 @@ def training() -> config_dict.ConfigDict:
   # Pairs (SFT: examples) of one update, over all devices.
   c.batch_size = 64
   # Into how many parts a batch is split, one after another on the device:
-  # gradient accumulation. It changes memory, not the numbers (but for LoRA's
-  # dropout, which is drawn by row).
+  # gradient accumulation. It changes memory, not the numbers.
   c.microbatches = 1
   c.epochs = 1
   # Stop after so many updates; 0: after all epochs.
@@ -47,6 +48,13 @@ def training() -> config_dict.ConfigDict:
   # Write a PEFT adapter directory at every checkpoint, to sample from. These
   # are never deleted. Needs LoRA.
   c.export_adapters = False
+  # DPO only: compute the reference's log-probs once, before training, and read
+  # them with the pairs. Each epoch is then faster, and full fine-tuning needs
+  # no second copy of the weights; the numbers are the same.
+  c.precompute_reference = False
+  # Directory that they are kept in, to be shared by runs on the same pairs and
+  # the same reference; "" is the run's own.
+  c.reference_cache = ""
   return c
 
 
@@ -80,34 +88,27 @@ def lora() -> config_dict.ConfigDict:
 
 def data() -> config_dict.ConfigDict:
   c = config_dict.ConfigDict()
-  # A .jsonl or .jsonl.gz file; a directory in the dataset's own layout,
-  # <subset>/<split>.jsonl.gz; or the id of a dataset on the hub.
-  c.train_path = "Anthropic/hh-rlhf"
-  # Split of a directory or hub dataset; a file is one split.
-  c.train_split = "train"
-  c.eval_path = "Anthropic/hh-rlhf"
-  c.eval_split = "test"
-  # Subsets of a directory or hub dataset; () for a file.
-  c.subsets = (
-    "harmless-base",
-    "helpful-base",
-    "helpful-online",
-    "helpful-rejection-sampled",
-  )
-  # How many malformed rows may be left out, each counted, before it is an
-  # error.
-  c.skip_bad = 0
-  # Keep only prompts with one human turn.
-  c.single_turn = False
-  # Keep the first so many rows; 0 keeps all.
+  # Which of `sources` are read, by their names; several are mixed.
+  c.use = ("hh",)
+  c.sources = sources.known()
+  c.filters = sources.filters()
+  # Keep the first so many pairs of each source; 0 keeps all.
   c.max_train = 0
   c.max_eval = 256
   # Whether held-out prompts may also be trained on; HH has a few.
   c.allow_leakage = True
+  # How texts become ids, and what is cut. "paper": the official DPO code;
+  # "trl": TRL's DPOTrainer; "seed": the dpo-replication system. See
+  # dpo_jax/profiles.py.
+  c.profile = "paper"
   # Tokens of a prompt with its response, EOS included.
   c.max_length = 512
-  # Tokens that a prompt keeps, its last ones, where the two are too long.
+  # Tokens that a prompt keeps, its last ones: under "paper" where prompt and
+  # response are too long, under "seed" always; "trl" cuts both as one: 0.
   c.max_prompt_length = 256
+  # Where token ids are kept from run to run, by fingerprints of texts,
+  # tokenizer and profile; "" keeps none.
+  c.token_cache = "~/.cache/dpo_jax/tokens"
   # SFT only. "chosen", or "both": each answer of a pair is an example, which
   # is plain language modelling on the mixed text.
   c.responses = "chosen"
@@ -115,10 +116,13 @@ def data() -> config_dict.ConfigDict:
   c.loss_on_prompt = False
   # "padded": a sequence a row. "packed": several sequences a row. "shared"
   # (pairs only): one copy of the prompt for both responses, several pairs a
-  # row. It changes speed, not the numbers (but for LoRA's dropout).
+  # row. It changes speed, not the numbers.
   c.layout = "packed"
   # Tokens of a row. Twice max_length always holds a pair.
   c.row_length = 1024
+  # Row counts, and so compiled steps, that a run may have: more waste less and
+  # compile longer.
+  c.shapes = 4
   return c
 
 

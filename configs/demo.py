@@ -17,7 +17,7 @@ T = 0.75 and 1.0, with 95% intervals that do not overlap; README quotes a run.
 
 from ml_collections import config_dict
 
-from configs import common, judge, sample
+from configs import common, data, judge, sample
 
 _VOCABULARY = 1024
 
@@ -101,13 +101,15 @@ def training(stage: str, model: str) -> config_dict.ConfigDict:
   c.model.path = model
   c.model.dtype = "float32"
   c.model.remat = "none"
-  c.data.train_path = f"{{world}}/{stage}.jsonl"
-  c.data.eval_path = "{world}/test.jsonl"
-  c.data.subsets = ()
+  c.data.use = ("world",)
+  c.data.sources = world_source(f"{{world}}/{stage}.jsonl")
   c.data.max_eval = 256
   c.data.allow_leakage = False
   c.data.max_length = 128
   c.data.max_prompt_length = 96
+  c.data.token_cache = ""
+  # So short a run takes longer to compile than to waste a row.
+  c.data.shapes = 2
   c.data.row_length = 128
   c.optimizer.name = "adamw"
   c.optimizer.schedule = "cosine"
@@ -117,6 +119,13 @@ def training(stage: str, model: str) -> config_dict.ConfigDict:
   c.eval_batch_size = 128
   c.checkpoint_every = 0
   return c
+
+
+def world_source(path: str) -> config_dict.ConfigDict:
+  """The world's pairs as the only source."""
+  return config_dict.ConfigDict(
+    {"world": data.pairs(path, "{world}/test.jsonl")}
+  )
 
 
 def pretrain() -> config_dict.ConfigDict:
@@ -169,8 +178,7 @@ def answers() -> config_dict.ConfigDict:
   c.policies.checkpoints = sample.checkpoints(
     "dpo", "{workdir}/sft/export", "{workdir}/dpo/adapters", sample.CHECKPOINTS
   )
-  c.data.path = "{world}/test.jsonl"
-  c.data.split = ""
+  c.data.source = world_source("{world}/test.jsonl").world
   c.tokenizer = "{tokenizer}"
   c.max_new_tokens = 64
   c.max_prompt_tokens = 96
@@ -196,6 +204,19 @@ def report(title: str, runs: tuple[str, ...]) -> config_dict.ConfigDict:
   c.confidence = 0.95
   # Prompts that are shown with every final model's answer.
   c.examples = 5
+  # Directory of the verdicts; "verdicts-NAME" for a second criterion, whose
+  # report is then report-NAME.
+  c.verdicts = "verdicts"
+  # A text against itself is flagged if a fair judge would leave 50% as far
+  # with this probability or less.
+  c.aa_alpha = 0.01
+  # The first-slot rate is flagged above this and below 1 less it, if its
+  # interval excludes 50%.
+  c.first_slot_limit = 0.65
+  # The prompt's own answer against another prompt's: least share of wins.
+  c.gold_floor = 0.8
+  # A flagged report is written all the same, and the command then fails.
+  c.strict = False
   return c
 
 

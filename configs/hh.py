@@ -61,7 +61,7 @@ def stage(c, model: str):
   """A training recipe that reads from the paths named once."""
   c.model.path = model
   c.tokenizer = "{tokenizer}"
-  c.data.train_path = c.data.eval_path = "{data}"
+  c.data.sources.hh.train_path = c.data.sources.hh.eval_path = "{data}"
   return c
 
 
@@ -74,7 +74,7 @@ def random_model(size: str) -> config_dict.ConfigDict:
 def answers(lora: bool) -> config_dict.ConfigDict:
   c = sample.get_config("seed" if lora else "paper")
   c.tokenizer = "{tokenizer}"
-  c.data.path = "{data}"
+  c.data.source.train_path = c.data.source.eval_path = "{data}"
   c.policies = config_dict.ConfigDict()
   c.policies.base = sample.policy("base", "{model}", sample.FINAL)
   c.policies.sft = sample.policy("sft", "{workdir}/sft/export", sample.FINAL)

@@ -24,14 +24,8 @@ of them are in configs/dpo.py.
 
 from ml_collections import config_dict
 
-from configs import common
+from configs import common, data
 
-HH = (
-  "harmless-base",
-  "helpful-base",
-  "helpful-online",
-  "helpful-rejection-sampled",
-)
 FINAL = (0.25, 0.5, 0.75, 1.0)
 CHECKPOINTS = (0.7, 1.0)
 
@@ -47,14 +41,13 @@ def get_config(variant: str = "paper"):
   )
   if variant == "paper":
     c.policies.dpo = policy("dpo", "runs/dpo/export", FINAL)
-    c.data.subsets = HH
-    c.data.single_turn = True
+    c.data.filters.single_turn = True
   elif variant == "seed":
     c.policies.dpo = policy("dpo", sft, FINAL)
     c.policies.dpo.adapter = "runs/dpo/adapters/step-000300"
     c.top_k, c.top_p, c.max_new_tokens = 50, 0.9, 256
     c.max_prompt_tokens = 358
-    c.data.subsets = ("harmless-base",)
+    c.data.source.subsets = ("harmless-base",)
     c.data.limit = 150
   else:
     raise ValueError(f"variant {variant!r} must be 'paper' or 'seed'")
@@ -100,18 +93,9 @@ def sampling() -> config_dict.ConfigDict:
 
 def prompts() -> config_dict.ConfigDict:
   c = config_dict.ConfigDict()
-  # A .jsonl or .jsonl.gz file; a directory in the dataset's own layout,
-  # <subset>/<split>.jsonl.gz; or the id of a dataset on the hub.
-  c.path = "Anthropic/hh-rlhf"
-  # Split of a directory or hub dataset; a file is one split.
-  c.split = "test"
-  # Subsets of a directory or hub dataset; () for a file.
-  c.subsets = ()
-  # How many malformed rows may be left out, each counted, before it is an
-  # error.
-  c.skip_bad = 0
-  # Keep only prompts with one human turn.
-  c.single_turn = False
+  # Whose held-out side is answered; see configs/data.py.
+  c.source = data.hh()
+  c.filters = data.filters()
   # Keep the first so many rows; 0 keeps all.
   c.limit = 0
   return c

@@ -24,6 +24,7 @@ from dpo_jax import (
   partitioning,
   records,
   sampling,
+  sources,
 )
 from dpo_jax import lora as lora_lib
 from dpo_jax import tokenizer as tokenizer_lib
@@ -76,11 +77,8 @@ class Policy:
 class PromptSettings:
   """Where prompts and their chosen answers come from."""
 
-  path: str
-  split: str
-  subsets: tuple[str, ...]
-  skip_bad: int
-  single_turn: bool
+  source: sources.SourceSettings
+  filters: sources.FilterSettings
   limit: int
 
 
@@ -225,20 +223,16 @@ def _prompts(
   settings: AnswerSettings, tokenizer: tokenizer_lib.Tokenizer
 ) -> list[_Prompt]:
   """Prompts in file order, each id once; long ones keep their end."""
-  loaded = comparisons.load(
-    settings.data.path,
-    split=settings.data.split,
-    subsets=settings.data.subsets,
-    skip_bad=settings.data.skip_bad,
-    single_turn=settings.data.single_turn,
-    limit=settings.data.limit,
+  source = settings.data.source
+  loaded = sources.load(
+    source, "eval", settings.data.filters, settings.data.limit
   )
   rows = list({row.id: row for row in loaded.rows}.values())
   kept = [row for row in rows if not tokenizer.special_in(row.prompt)]
   if not kept:
     raise ValueError(
-      f"{settings.data.path}: every prompt holds a special token of the"
-      " tokenizer"
+      f"{source.eval_path or source.train_path}: every prompt holds a special"
+      " token of the tokenizer"
     )
   encoded = tokenizer.encode_all([row.prompt for row in kept])
   longest = settings.max_prompt_tokens

@@ -7,22 +7,23 @@ because of settings or input, before any of the work began.
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dpo_jax import errors
 
-Main = Callable[[dict[str, Any], pathlib.Path], int]
+Main = Callable[..., int]
 
 
-def run(main: Main) -> None:
+def run(main: Main, **numbers: tuple[int, str]) -> None:
   """Parses --config and --workdir, calls `main`, exits with its code.
 
   Args:
     main: takes the config as a plain dict and the working directory, which is
       runs/NAME for configs/NAME.py unless --workdir says otherwise.
+    **numbers: further flags that `main` takes by their names, each with its
+      default and its help.
   """
   config = config_flags.DEFINE_config_file(
     "config", None, "configs/NAME.py or configs/NAME.py:VARIANT"
@@ -31,6 +32,10 @@ def run(main: Main) -> None:
     "workdir", None, "Where to write; runs/NAME by default."
   )
   flags.mark_flag_as_required("config")
+  options = {
+    name: flags.DEFINE_integer(name, default, text)
+    for name, (default, text) in numbers.items()
+  }
 
   def call(arguments):
     if len(arguments) > 1:
@@ -40,7 +45,8 @@ def run(main: Main) -> None:
     name = pathlib.Path(file.partition(":")[0]).stem
     path = pathlib.Path(workdir.value or f"runs/{name}").absolute()
     try:
-      return main(config.value.to_dict(), path)
+      values = {name: option.value for name, option in options.items()}
+      return main(config.value.to_dict(), path, **values)
     except ValueError as error:
       print(f"error: {error}", file=sys.stderr)
       return 2

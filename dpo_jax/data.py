@@ -1,61 +1,106 @@
-"""From files of comparisons to the token items that a stage trains on.
+"""From sources of comparisons to the token items that a stage trains on.
 
 Everything that is dropped, cut or repeated on the way is counted by its reason;
 the counts go into the run's manifest and from there into the report.
 """
 
+import collections
 import dataclasses
-import hashlib
+import pathlib
 from typing import Any, Literal
 
-from dpo_jax import batches, comparisons
+from dpo_jax import (
+  batches,
+  comparisons,
+  placement,
+  profiles,
+  sources,
+  tables,
+  token_cache,
+)
 from dpo_jax import tokenizer as tokenizer_lib
+
+# Kinds whose prompts are posts, which keep their start where they are cut, as
+# in the official DPO code; a dialogue keeps its end.
+_POSTS = ("shp", "se")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
   """What is read and how it becomes rows; see configs/common.py."""
 
-  train_path: str
-  train_split: str
-  eval_path: str
-  eval_split: str
-  subsets: tuple[str, ...]
-  skip_bad: int
-  single_turn: bool
+  use: tuple[str, ...]
+  sources: dict[str, sources.SourceSettings]
+  filters: sources.FilterSettings
   max_train: int
   max_eval: int
   allow_leakage: bool
+  profile: profiles.Profile
   max_length: int
   max_prompt_length: int
+  token_cache: str
   responses: Literal["chosen", "both"]
   loss_on_prompt: bool
-  layout: Literal["padded", "packed", "shared"]
+  layout: placement.Layout
   row_length: int
+  shapes: int
 
   def __post_init__(self):
-    if not 0 < self.max_prompt_length < self.max_length:
+    unknown = [name for name in self.use if name not in self.sources]
+    if unknown or not self.use or len(set(self.use)) < len(self.use):
       raise ValueError(
-        f"data.max_prompt_length={self.max_prompt_length} must be between 1"
-        f" and data.max_length - 1 ({self.max_length - 1})"
+        f"data.use={self.use} must name one or more of data.sources, each"
+        f" once: {sorted(self.sources)}"
       )
+    profiles.check_lengths(
+      self.profile, self.max_length, self.max_prompt_length
+    )
     if self.row_length < self.max_length:
       raise ValueError(
         f"data.row_length={self.row_length} must be at least"
         f" data.max_length={self.max_length}"
       )
-    for name in ("skip_bad", "max_train", "max_eval"):
+    for name in ("max_train", "max_eval"):
       if getattr(self, name) < 0:
         raise ValueError(f"data.{name}={getattr(self, name)} is negative")
+    if self.shapes < 1:
+      raise ValueError(f"data.shapes={self.shapes} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+  """The training or the held-out items of all sources, in file order.
+
+  Attributes:
+    table: items, those of one source after those of another.
+    sizes: how many each source gave.
+    report: counts by source and reason, and fingerprints, as JSON values.
+  """
+
+  table: tables.Table
+  sizes: tuple[int, ...]
+  report: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """Token items in file order, and what became of every row."""
+  """Items to train on and to evaluate, and the sources' weights."""
 
-  train: list[batches.Item]
-  held_out: list[batches.Item]
-  report: dict[str, Any]
+  train: Side
+  held_out: Side
+  weights: tuple[float, ...]
+
+  @property
+  def report(self) -> dict[str, Any]:
+    return {"train": self.train.report, "held_out": self.held_out.report}
+
+  def schedule(
+    self, *, batch_size: int, seed: int, epochs: int
+  ) -> batches.Schedule:
+    """The order of the training items."""
+    return batches.Schedule(
+      self.train.sizes, self.weights, batch_size, seed, epochs
+    )
 
 
 def prepare(
@@ -78,70 +123,107 @@ def prepare(
       "data.loss_on_prompt=True changes nothing in a preference loss, where"
       " the prompt cancels out; set it to False"
     )
+  if objective == "dpo" and settings.responses != "chosen":
+    raise ValueError(
+      f"data.responses={settings.responses!r} is for SFT: a preference loss"
+      " takes pairs; set it to 'chosen'"
+    )
   loaded = {
-    "train": _load(settings, "train"),
-    "held_out": _load(settings, "eval"),
+    side: load(settings, side, limit)
+    for side, limit in (
+      ("train", settings.max_train),
+      ("eval", settings.max_eval),
+    )
   }
-  leaks = comparisons.leaks(loaded["train"].rows, loaded["held_out"].rows)
+  rows = {
+    side: [row for part in parts.values() for row in part.rows]
+    for side, parts in loaded.items()
+  }
+  leaks = comparisons.leaks(rows["train"], rows["eval"])
   if leaks and not settings.allow_leakage:
     raise ValueError(
-      f"{leaks} held-out prompts of {settings.eval_path} are also trained on;"
-      " mend the split, or set data.allow_leakage=True"
+      f"{leaks} held-out prompts of {', '.join(settings.use)} are also trained"
+      " on; mend the split, or set data.allow_leakage=True"
     )
-  items, report = {}, {}
-  for name, rows in loaded.items():
-    counts = dict(rows.counts)
-    pairs = tokenizer_lib.tokenize(
-      tokenizer,
-      rows.rows,
-      max_length=settings.max_length,
-      max_prompt_length=settings.max_prompt_length,
-      counts=counts,
-    )
-    items[name] = _items(pairs, objective, settings.responses)
-    counts["held-out prompts also trained on"] = leaks
-    report[name] = {
-      "counts": counts,
-      "fingerprint": rows.fingerprint,
-      "tokens": _fingerprint(items[name]),
-    }
-    if not items[name]:
-      raise ValueError(f"{name}: nothing is left after tokenisation: {counts}")
-    longest = batches.longest_piece(items[name], settings.layout)
-    if longest > settings.row_length:
-      raise ValueError(
-        f"{name}: the longest piece takes {longest} tokens in layout"
-        f" {settings.layout!r}; data.row_length={settings.row_length} must"
-        " hold it"
-      )
-  return Prepared(items["train"], items["held_out"], report)
-
-
-def _load(settings: DataSettings, name: str) -> comparisons.Loaded:
-  return comparisons.load(
-    getattr(settings, f"{name}_path"),
-    split=getattr(settings, f"{name}_split"),
-    subsets=settings.subsets,
-    skip_bad=settings.skip_bad,
-    single_turn=settings.single_turn,
-    limit=getattr(settings, f"max_{name}"),
+  sides = {}
+  for side, parts in loaded.items():
+    sides[side] = _side(settings, side, objective, tokenizer, parts)
+    sides[side].report["held-out prompts also trained on"] = leaks
+  return Prepared(
+    sides["train"],
+    sides["eval"],
+    tuple(settings.sources[name].weight for name in settings.use),
   )
 
 
-def _fingerprint(items: list[batches.Item]) -> str:
-  """A hash of what is trained on: rows, tokenizer and cut rule together."""
-  digest = hashlib.sha256()
-  for item in items:
-    digest.update(repr(item).encode())
-  return digest.hexdigest()[:16]
+def load(
+  settings: DataSettings, side: sources.Side, limit: int
+) -> dict[str, comparisons.Loaded]:
+  """The comparisons of every source in use, by its name."""
+  return {
+    name: sources.load(settings.sources[name], side, settings.filters, limit)
+    for name in settings.use
+  }
 
 
-def _items(pairs, objective, responses) -> list[batches.Item]:
-  if objective == "dpo":
-    return pairs
-  items = []
-  for pair in pairs:
-    items.append(batches.Example(pair.id, pair.prompt, pair.chosen))
-    if responses == "both":
-      items.append(batches.Example(pair.id, pair.prompt, pair.rejected))
-  return items
+def tokenised(
+  settings: DataSettings,
+  tokenizer: tokenizer_lib.Tokenizer,
+  name: str,
+  loaded: comparisons.Loaded,
+) -> profiles.Tokenised:
+  """A source's rows as token ids, from the cache if they are there."""
+  directory = settings.token_cache
+  if directory:
+    directory = pathlib.Path(directory).expanduser()
+  return token_cache.tokenize(
+    directory,
+    tokenizer,
+    loaded.rows,
+    profile=settings.profile,
+    max_length=settings.max_length,
+    max_prompt_length=settings.max_prompt_length,
+    prompt_keeps="start" if settings.sources[name].kind in _POSTS else "end",
+  )
+
+
+def _side(
+  settings: DataSettings,
+  side: sources.Side,
+  objective: Literal["sft", "dpo"],
+  tokenizer: tokenizer_lib.Tokenizer,
+  loaded: dict[str, comparisons.Loaded],
+) -> Side:
+  parts, by_source = [], {}
+  for name, rows in loaded.items():
+    found = tokenised(settings, tokenizer, name, rows)
+    table = found.table
+    if objective == "sft" and len(table):
+      table = table.examples(settings.responses)
+    parts.append(table)
+    by_source[name] = {
+      "counts": {**rows.counts, **found.counts},
+      "fingerprint": rows.fingerprint,
+    }
+    if not len(table):
+      raise ValueError(
+        f"{side} of {name}: nothing is left after tokenisation:"
+        f" {by_source[name]['counts']}"
+      )
+  table = tables.join(parts)
+  longest = placement.longest_piece(table, settings.layout)
+  if longest > settings.row_length:
+    raise ValueError(
+      f"{side}: the longest piece takes {longest} tokens in layout"
+      f" {settings.layout!r}; data.row_length={settings.row_length} must hold"
+      " it"
+    )
+  counts: collections.Counter[str] = collections.Counter()
+  for source in by_source.values():
+    counts.update(source["counts"])
+  report = {
+    "counts": dict(counts),
+    "sources": by_source,
+    "tokens": table.fingerprint(),
+  }
+  return Side(table, tuple(map(len, parts)), report)

@@ -53,6 +53,8 @@ class TrainSettings:
   checkpoint_every: int
   keep_checkpoints: int
   export_adapters: bool
+  precompute_reference: bool
+  reference_cache: str
 
   def __post_init__(self):
     self.lora.config()
@@ -71,6 +73,11 @@ class TrainSettings:
       raise ValueError(
         f"model.param_dtype={self.model.param_dtype!r} with lora.rank=0: all"
         " weights are trained, and updates need float32 weights"
+      )
+    if self.precompute_reference and self.objective != "dpo":
+      raise ValueError(
+        f"precompute_reference=True with objective={self.objective!r}: only DPO"
+        " has a reference; set it to False"
       )
     if self.export_adapters and not self.lora.rank:
       raise ValueError(

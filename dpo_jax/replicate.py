@@ -20,7 +20,6 @@ import jax
 from dpo_jax import (
   answers,
   cli,
-  comparisons,
   hf,
   model,
   recipe,
@@ -28,6 +27,7 @@ from dpo_jax import (
   report,
   rundir,
   settings,
+  sources,
   synthetic,
   training,
 )
@@ -171,7 +171,7 @@ def _world(config: WorldSettings, directory: pathlib.Path) -> None:
 
 def _vocabulary(config: VocabularySettings) -> None:
   def write(staged):
-    rows = comparisons.load(config.texts, split="").rows
+    rows = sources.read_file(config.texts).rows
     texts = (
       text for row in rows for text in (row.prompt, row.chosen, row.rejected)
     )

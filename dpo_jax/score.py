@@ -38,14 +38,19 @@ from dpo_jax import (
   comparisons,
   hf,
   partitioning,
+  placement,
+  profiles,
   records,
   steps,
+  tables,
 )
 from dpo_jax import tokenizer as tokenizer_lib
 
 # Rows are a multiple of this many tokens, so that near lengths share a shape.
 _ROW_MULTIPLE = 64
 
+# Shapes that are compiled at most.
+_SHAPES = 2
 # How many bad lines an error lists.
 _LISTED = 20
 
@@ -122,7 +127,7 @@ def run(settings: ScoreSettings) -> list[dict[str, Any]]:
       settings, mesh, config, base, None, pairs, "reference"
     )
   scored = [
-    _row(settings, pair, cut[i], policy[i], reference and reference[i])
+    _row(settings, pair, bool(cut[i]), policy[i], reference and reference[i])
     for i, pair in enumerate(pairs)
   ]
   lines = (json.dumps(row, allow_nan=False) + "\n" for row in scored)
@@ -166,7 +171,7 @@ def read(
 
 
 def _tokenized(settings, tokenizer, rows):
-  """Token pairs in order, and which of them were cut."""
+  """A table of pairs in order, and which of them were cut."""
   sizes = [hf.read_config(settings.model)]
   if settings.reference:
     sizes.append(hf.read_config(settings.reference))
@@ -190,18 +195,21 @@ def _tokenized(settings, tokenizer, rows):
     raise ValueError(
       f"max_length={max_length} is more than the model's {room} positions"
     )
-  tokenize = functools.partial(
-    tokenizer_lib.tokenize,
+  found = profiles.tokenize(
     tokenizer,
+    rows,
+    profile="paper",
     max_length=max_length,
     max_prompt_length=settings.max_prompt_length or max_length // 2,
   )
-  pairs, cut = [], []
-  for row in rows:
-    counts: dict[str, int] = {}
-    pairs += tokenize([row], counts=counts)
-    cut.append(bool(counts))
-  return pairs, cut
+  if len(found.table) < len(rows):
+    kept = set(found.table.ids)
+    lost = [row.id for row in rows if row.id not in kept]
+    raise ValueError(
+      f"pairs={settings.pairs}: {len(lost)} pairs cannot be scored"
+      f" ({found.counts}), the first is {lost[0]}; mend or remove them"
+    )
+  return found.table, found.cut
 
 
 def _load(settings: ScoreSettings, path: str, mesh: Any):
@@ -231,31 +239,32 @@ def _score_policy(settings, mesh, pairs):
 
 
 def _token_logps(
-  settings, mesh, config, base, lora, pairs, name
+  settings, mesh, config, base, lora, pairs: tables.Table, name
 ) -> list[tuple[np.ndarray, np.ndarray]]:
   """Log-probs of the chosen and of the rejected tokens of every pair."""
-  longest = batches.longest_piece(pairs, "shared")
-  how = batches.Packing(
+  longest = placement.longest_piece(pairs, "shared")
+  steps_ = batches.consecutive(len(pairs), settings.batch_size)
+  layout = placement.Packing(
     layout="shared",
     row_length=-(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE,
-    row_multiple=partitioning.data_shards(mesh),
+    shards=partitioning.data_shards(mesh),
     microbatches=1,
     loss_on_prompt=False,
     pad_id=0,
   )
+  how = placement.settled(pairs, layout, steps_, _SHAPES)
   place = partitioning.batch_sharding(mesh)
   score = jax.jit(functools.partial(steps.token_logps, config))
   found = []
   packed = batches.in_order(pairs, how, batch_size=settings.batch_size)
-  total = -(-len(pairs) // settings.batch_size)
   with jax.set_mesh(mesh):
     for batch, counts in tqdm.tqdm(
-      packed, desc=name, total=total, unit="batch"
+      packed, desc=name, total=len(steps_), unit="batch"
     ):
       micro = jax.tree.map(lambda x: x[0], batch)
       logps = jax.device_get(score(base, lora, jax.device_put(micro, place)))
       for i in range(len(counts.ids)):
-        # A sequence lies in one row, its tokens in order.
+        # A sequence lies in one shard, its tokens in order.
         found.append(
           (logps[micro.owner == 2 * i], logps[micro.owner == 2 * i + 1])
         )

@@ -18,10 +18,9 @@ import numpy as np
 import tqdm
 
 from dpo_jax import (
-  batches,
   checkpoint,
-  data,
   errors,
+  feed,
   hf,
   lora,
   losses,
@@ -79,8 +78,8 @@ class _Run:
     self.config, self.workdir = config, workdir
     self.mesh = partitioning.make_mesh(**dataclasses.asdict(config.mesh))
     self.tokenizer = tokenizer_lib.load(config.tokenizer)
-    self.items = data.prepare(config.data, config.objective, self.tokenizer)
-    self.steps = self._step_count()
+    self.feed = feed.make(config, self.tokenizer, self.mesh)
+    self.steps = self.feed.steps
     self._load_model()
     self.objective = steps.Objective(
       config.objective,
@@ -92,17 +91,6 @@ class _Run:
     )
     self._make_state()
     self._write_manifest()
-
-  def _step_count(self) -> int:
-    config = self.config
-    per_epoch = len(self.items.train) // config.batch_size
-    if not per_epoch:
-      raise ValueError(
-        f"batch_size={config.batch_size} is more than the"
-        f" {len(self.items.train)} items of {config.data.train_path}"
-      )
-    total = per_epoch * config.epochs
-    return min(total, config.max_steps) if config.max_steps else total
 
   def _load_model(self) -> None:
     config = self.config
@@ -143,9 +131,7 @@ class _Run:
     shapes = jax.eval_shape(make, self.base, key)
     lying = partitioning.shardings(shapes, self.mesh)
     self.state = jax.jit(make, out_shardings=lying)(self.base, key)
-    full = self.name == "base" and config.objective == "dpo"
-    # Full fine-tuning moves the base, so that the reference is a second tree.
-    self.reference = self.base if full else None
+    self._prepare_reference()
     del self.base
     if self.checkpoints.latest() is not None:
       self.state, meta = self.checkpoints.restore(self.state, self.name)
@@ -167,62 +153,41 @@ class _Run:
       compiler_options=steps.COMPILER_OPTIONS,
     )
 
-  def _meta(self) -> dict[str, Any]:
+  def _prepare_reference(self) -> None:
+    """The reference's weights, or its log-probs where they are asked for."""
+    self.reference = None
+    if self.config.precompute_reference:
+      self.feed = feed.with_reference(
+        self.feed,
+        self.config,
+        self.model,
+        self.base,
+        self.fingerprint,
+        self.workdir,
+      )
+    elif self.name == "base" and self.config.objective == "dpo":
+      # Full fine-tuning moves the base: the reference is a second tree.
+      self.reference = self.base
+
+  def _meta(self, step: int) -> dict[str, Any]:
     """What a checkpoint must have in common with the run that reads it."""
     return {
-      "train_data": self.items.report["train"]["tokens"],
-      "held_out_data": self.items.report["held_out"]["tokens"],
+      "train_data": self.feed.items.report["train"]["tokens"],
+      "held_out_data": self.feed.items.report["held_out"]["tokens"],
       "model": self.fingerprint,
+      "position": self.feed.schedule.state(step),
     }
 
   def _check_meta(self, meta: dict[str, Any]) -> None:
-    for key, value in self._meta().items():
+    for key, value in self._meta(meta["step"]).items():
       if meta[key] != value:
         raise ValueError(
           f"{self.workdir}: the checkpoint was made with {key}={meta[key]}, but"
           f" it is now {value}; restore the files, or use another workdir"
         )
 
-  def _packing(
-    self, items: list[batches.Item], batch_size: int, microbatches: int
-  ) -> batches.Packing:
-    config = self.config.data
-    how = batches.Packing(
-      layout=config.layout,
-      row_length=config.row_length,
-      row_multiple=partitioning.data_shards(self.mesh),
-      microbatches=microbatches,
-      loss_on_prompt=config.loss_on_prompt,
-      pad_id=self.tokenizer.pad_id,
-    )
-    return batches.settled(
-      items, how, batch_size=batch_size, seed=self.config.seed
-    )
-
-  def _put(self, batch: batches.Batch) -> batches.Batch:
-    """Lays a batch on the mesh; each process places the rows it owns."""
-    sharding = partitioning.batch_sharding(self.mesh, leading=1)
-    with jax.transfer_guard("allow"):
-      return jax.tree.map(
-        lambda x: jax.make_array_from_callback(
-          x.shape, sharding, lambda index: x[index]
-        ),
-        batch,
-      )
-
   def train(self) -> None:
     config = self.config
-    stream = batches.stream(
-      self.items.train,
-      self._packing(self.items.train, config.batch_size, config.microbatches),
-      batch_size=config.batch_size,
-      seed=config.seed,
-      epochs=config.epochs,
-      start_step=self.start,
-    )
-    self.eval_packing = self._packing(
-      self.items.held_out, config.eval_batch_size, microbatches=1
-    )
     self.writer = metrics.Writer(self.workdir, self.start)
     self.clock = metrics.Throughput()
     self.bar = tqdm.tqdm(
@@ -233,7 +198,7 @@ class _Run:
     )
     try:
       with jax.set_mesh(self.mesh), jax.transfer_guard("disallow"):
-        self._loop(stream)
+        self._loop()
       self._export()
     finally:
       self.bar.close()
@@ -243,19 +208,22 @@ class _Run:
       self.workdir / "finished.json", json.dumps({"step": self.steps}) + "\n"
     )
 
-  def _loop(self, stream) -> None:
+  def _loop(self) -> None:
     config = self.config
     if self.start == 0:
       self._evaluate(0)
+    fed = self.feed.training(self.start)
+    now = next(fed, None)
     waiting = None
     for done in range(self.start + 1, self.steps + 1):
-      batch, counts = next(stream)
       self.state, values = self.train_step(
-        self.state, self.reference, self._put(batch)
+        self.state, self.reference, now.batch
       )
       if waiting:
         self._record(*waiting)
-      waiting = (done, values, counts)
+      waiting = (done, values, now)
+      # The next batch goes to the device while this step is computed.
+      now = next(fed, None)
       last = done == self.steps
       evaluate = last or (config.eval_every and done % config.eval_every == 0)
       save = last or (
@@ -269,11 +237,16 @@ class _Run:
       if save:
         self._save(done)
 
-  def _record(self, done: int, values: Any, counts: batches.Counts) -> None:
+  def _record(self, done: int, values: Any, fed: feed.Fed) -> None:
     """Checks and writes one step's metrics."""
+    counts = fed.counts
     row = {key: float(value) for key, value in jax.device_get(values).items()}
     rates = self.clock(counts.tokens, len(counts.ids))
-    rate = {"learning_rate": float(self.rates[done - 1])}
+    rate = {
+      "learning_rate": float(self.rates[done - 1]),
+      "row_fill": counts.tokens / counts.slots,
+      "data_wait_seconds": fed.waited_s,
+    }
     bad = [k for k in ("loss", "grad_norm") if not math.isfinite(row[k])]
     self.writer.write({"step": done} | row | rate | rates)
     if bad:
@@ -303,17 +276,13 @@ class _Run:
   def _evaluate(self, done: int) -> None:
     """Means over all held-out items, written as eval_* metrics."""
     totals: dict[str, float] = {}
-    for batch, _ in batches.in_order(
-      self.items.held_out,
-      self.eval_packing,
-      batch_size=self.config.eval_batch_size,
-    ):
-      sums = self.eval_step(self.state.params, self.reference, self._put(batch))
+    for batch in self.feed.evaluation():
+      sums = self.eval_step(self.state.params, self.reference, batch)
       for key, value in jax.device_get(sums).items():
         totals[key] = totals.get(key, 0.0) + float(value)
     weight = totals.pop("weight")
     row = {f"eval_{key}": value / weight for key, value in totals.items()}
-    count = {"eval_items": len(self.items.held_out)}
+    count = {"eval_items": len(self.feed.items.held_out.table)}
     self.writer.write({"step": done} | row | count)
     self.clock = metrics.Throughput()
 
@@ -330,7 +299,7 @@ class _Run:
         self.config.model.path,
         self.state.params["base"],
       )
-    self.checkpoints.save(self.state, self.name, self._meta())
+    self.checkpoints.save(self.state, self.name, self._meta(done))
 
   def _export(self) -> None:
     """Writes the final model, adapters merged, as a Hugging Face directory."""
@@ -351,7 +320,7 @@ class _Run:
       "mesh": dict(self.mesh.shape),
       "parameters": counts | {"trained": counts[self.name]},
       "versions": {"jax": jax.__version__},
-      "data": self.items.report,
+      "data": self.feed.items.report | {"packing": self.feed.report()},
     }
     records.write_atomic(
       self.workdir / "manifest.json", json.dumps(manifest, indent=2) + "\n"

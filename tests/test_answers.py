@@ -12,16 +12,17 @@ import pytest
 import scripted
 import tiny
 
+from configs import data as data_config
 from configs import sample as sample_config
 from dpo_jax import (
   answers,
-  comparisons,
   decoding,
   hf,
   model,
   records,
   sampling,
   settings,
+  sources,
   tokenizer,
 )
 
@@ -79,7 +80,7 @@ def world(tmp_path_factory):
   lines.append(lines[1] | {"prompt": "\n\nHuman: <|endoftext|>\n\nAssistant:"})
   text = "".join(json.dumps(line) + "\n" for line in lines)
   (root / "test.jsonl").write_text(text)
-  rows = comparisons.load(root / "test.jsonl", split="").rows[:6]
+  rows = sources.read_file(str(root / "test.jsonl")).rows[:6]
   values = sample_config.sampling().to_dict() | {
     "policies": {},
     "tokenizer": str(root / "tokenizer"),
@@ -89,7 +90,8 @@ def world(tmp_path_factory):
     "length_multiple": 16,
     "dtype": "float32",
   }
-  values["data"] |= {"path": str(root / "test.jsonl")}
+  path = str(root / "test.jsonl")
+  values["data"]["source"] = data_config.pairs(path, path).to_dict()
   world = World(root, values, rows)
   return dataclasses.replace(
     world, values=values | {"policies": {"sft": world.policy()}}
@@ -383,8 +385,9 @@ def test_the_script_samples_on_real_prompts(world, shared, tmp_path):
   (data,) = sorted((shared / "data").rglob("harmless-base/test.jsonl*"))
   flags = {
     "policies": repr({"base": world.policy("base", (0.5,))}),
-    "data.path": data,
-    "data.subsets": "()",
+    "data.source.kind": "pairs",
+    "data.source.eval_path": data,
+    "data.source.subsets": "()",
     "data.limit": 3,
     "tokenizer": world.root / "tokenizer",
     "dtype": "float32",

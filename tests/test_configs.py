@@ -27,7 +27,7 @@ CONFIGS = {
   "sft": (recipe.TrainSettings, RECIPES),
 }
 # Files that others are made from.
-PARTS = {"common", "models"}
+PARTS = {"data", "common", "models"}
 
 
 def get(name, *variant):
@@ -143,7 +143,7 @@ def test_the_re_implemented_systems_recipe():
     assert run.optimizer.weight_decay == 0.01
     assert (run.optimizer.b1, run.optimizer.b2) == (0.9, 0.999)
     assert (run.data.max_length, run.data.max_prompt_length) == (512, 358)
-    assert run.data.subsets == ("harmless-base",)
+    assert run.data.sources["hh"].subsets == ("harmless-base",)
     assert run.checkpoint_every == 100
     assert run.epochs == 1
   assert sft.optimizer.learning_rate == 2e-5

@@ -5,7 +5,9 @@ import json
 
 import pytest
 
-from dpo_jax import batches, comparisons, data, tokenizer
+from configs import data as data_config
+from dpo_jax import data, placement, sources, tables, tokenizer
+from dpo_jax import settings as settings_lib
 
 PROMPT = "\n\nHuman: {}\n\nAssistant:"
 
@@ -20,6 +22,19 @@ def write(path, rows):
   return path
 
 
+def build(cls, config, **changed):
+  """Settings of a config, with some fields replaced."""
+  return settings_lib.build(cls, config.to_dict() | changed)
+
+
+def files(train, held_out, **changed):
+  config = data_config.pairs(str(train), str(held_out))
+  return build(sources.SourceSettings, config, **changed)
+
+
+FILTERS = build(sources.FilterSettings, data_config.filters())
+
+
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
   texts = [PROMPT.format(f"question {i}") + " yes no" for i in range(40)]
@@ -32,22 +47,21 @@ def settings(tmp_path):
   write(tmp_path / "train.jsonl", [row(i) for i in range(6)])
   write(tmp_path / "test.jsonl", [row(i) for i in range(10, 13)])
   values = data.DataSettings(
-    train_path=str(tmp_path / "train.jsonl"),
-    train_split="train",
-    eval_path=str(tmp_path / "test.jsonl"),
-    eval_split="test",
-    subsets=(),
-    skip_bad=0,
-    single_turn=False,
+    use=("files",),
+    sources={"files": files(tmp_path / "train.jsonl", tmp_path / "test.jsonl")},
+    filters=FILTERS,
     max_train=0,
     max_eval=0,
     allow_leakage=False,
     max_length=48,
     max_prompt_length=32,
+    profile="paper",
+    token_cache="",
     responses="chosen",
     loss_on_prompt=False,
     layout="packed",
     row_length=96,
+    shapes=4,
   )
   return lambda **changed: dataclasses.replace(values, **changed)
 
@@ -59,12 +73,12 @@ def texts(words, items):
 def test_sft_learns_the_chosen_or_both(words, settings):
   prepared = data.prepare(settings(), "sft", words)
   prompts = [PROMPT.format(f"question {i}") for i in range(6)]
-  assert texts(words, prepared.train) == [
+  assert texts(words, prepared.train.table) == [
     f"{prompt} yes<|endoftext|>" for prompt in prompts
   ]
-  assert len(prepared.held_out) == 3
+  assert len(prepared.held_out.table) == 3
   both = data.prepare(settings(responses="both"), "sft", words)
-  assert texts(words, both.train) == [
+  assert texts(words, both.train.table) == [
     f"{prompt} {answer}<|endoftext|>"
     for prompt in prompts
     for answer in ("yes", "no")
@@ -73,22 +87,27 @@ def test_sft_learns_the_chosen_or_both(words, settings):
 
 def test_dpo_learns_pairs(words, settings):
   prepared = data.prepare(settings(layout="shared"), "dpo", words)
-  pair = prepared.train[0]
-  assert isinstance(pair, tokenizer.TokenizedPair)
+  pair = prepared.train.table[0]
+  assert isinstance(pair, tables.Pair)
   assert words.decode(pair.chosen) == " yes<|endoftext|>"
   assert words.decode(pair.rejected) == " no<|endoftext|>"
-  loaded = comparisons.load(settings().train_path, split="train")
-  assert [item.id for item in prepared.train] == [r.id for r in loaded.rows]
+  loaded = sources.load(settings().sources["files"], "train", FILTERS, 0)
+  assert [item.id for item in prepared.train.table] == [
+    r.id for r in loaded.rows
+  ]
   report = prepared.report["train"]
-  assert report["counts"] == {
-    "read": 6,
-    "kept": 6,
-    "held-out prompts also trained on": 0,
+  assert report["counts"] == {"read": 6, "kept": 6}
+  assert report["held-out prompts also trained on"] == 0
+  (source,) = report["sources"].values()
+  assert source == {
+    "counts": report["counts"],
+    "fingerprint": loaded.fingerprint,
   }
-  assert report["fingerprint"] == loaded.fingerprint
   # The rows are the same, but not what is trained on.
   cut = data.prepare(settings(max_length=6, max_prompt_length=3), "dpo", words)
-  assert cut.report["train"]["fingerprint"] == loaded.fingerprint
+  assert cut.report["train"]["sources"]["files"]["fingerprint"] == (
+    loaded.fingerprint
+  )
   assert cut.report["train"]["tokens"] != report["tokens"]
 
 
@@ -101,9 +120,15 @@ def test_limits_and_single_turns(words, settings, tmp_path):
   two["rejected"] = two["chosen"][:-6] + "other"
   write(tmp_path / "train.jsonl", [two, *[row(i) for i in range(6)]])
   prepared = data.prepare(
-    settings(single_turn=True, max_train=4, max_eval=2), "dpo", words
+    settings(
+      filters=dataclasses.replace(FILTERS, single_turn=True),
+      max_train=4,
+      max_eval=2,
+    ),
+    "dpo",
+    words,
   )
-  assert (len(prepared.train), len(prepared.held_out)) == (4, 2)
+  assert (len(prepared.train.table), len(prepared.held_out.table)) == (4, 2)
   assert prepared.report["train"]["counts"]["filtered: several turns"] == 1
 
 
@@ -116,7 +141,8 @@ def test_what_is_dropped_is_counted(words, settings, tmp_path):
     {"chosen": 3},
   ]
   write(tmp_path / "train.jsonl", rows)
-  prepared = data.prepare(settings(skip_bad=1), "dpo", words)
+  lenient = dataclasses.replace(FILTERS, skip_bad=1)
+  prepared = data.prepare(settings(filters=lenient), "dpo", words)
   assert prepared.report["train"]["counts"] == {
     "read": 5,
     "quarantined: empty chosen response": 1,
@@ -124,9 +150,8 @@ def test_what_is_dropped_is_counted(words, settings, tmp_path):
     "kept": 3,
     "holds a special token": 1,
     "response cut": 1,
-    "held-out prompts also trained on": 0,
   }
-  assert len(prepared.train) == 2
+  assert len(prepared.train.table) == 2
 
 
 def test_leakage_is_refused_unless_allowed(words, settings, tmp_path):
@@ -137,8 +162,7 @@ def test_leakage_is_refused_unless_allowed(words, settings, tmp_path):
     data.prepare(settings(), "dpo", words)
   prepared = data.prepare(settings(allow_leakage=True), "dpo", words)
   for name in ("train", "held_out"):
-    counts = prepared.report[name]["counts"]
-    assert counts["held-out prompts also trained on"] == 2
+    assert prepared.report[name]["held-out prompts also trained on"] == 2
 
 
 @pytest.mark.parametrize("side", ["train", "test"])
@@ -151,18 +175,17 @@ def test_nothing_left_after_tokenisation_is_refused(
 
 
 def test_a_missing_file_is_refused(words, settings, tmp_path):
-  for name in ("train_path", "eval_path"):
+  there, nothing = tmp_path / "train.jsonl", tmp_path / "nothing.jsonl"
+  for paths in ((nothing, there), (there, nothing)):
     with pytest.raises(ValueError, match=r"nothing.jsonl"):
-      data.prepare(
-        settings(**{name: str(tmp_path / "nothing.jsonl")}), "sft", words
-      )
+      data.prepare(settings(sources={"files": files(*paths)}), "sft", words)
 
 
 def test_a_row_that_cannot_hold_a_pair_is_refused(words, settings, tmp_path):
   long = row("on and" * 20, chosen=" yes" * 70, rejected=" no" * 70)
   write(tmp_path / "train.jsonl", [long])
   # Cut to 48 tokens a sequence; a pair shares the prompt.
-  pair = data.prepare(settings(), "dpo", words).train[0]
+  pair = data.prepare(settings(), "dpo", words).train.table[0]
   size = len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
   assert len(pair.prompt) + len(pair.chosen) <= 48 < size
   data.prepare(settings(layout="shared", row_length=size), "dpo", words)
@@ -176,15 +199,21 @@ def test_settings_of_the_other_objective_are_refused(words, settings):
     data.prepare(settings(layout="shared"), "sft", words)
   with pytest.raises(ValueError, match=r"data.loss_on_prompt=True"):
     data.prepare(settings(loss_on_prompt=True), "dpo", words)
+  with pytest.raises(ValueError, match=r"data.responses='both' is for SFT"):
+    data.prepare(settings(responses="both"), "dpo", words)
 
 
 @pytest.mark.parametrize(
   ("changed", "words"),
   [
-    ({"max_prompt_length": 48}, "data.max_prompt_length=48"),
-    ({"max_prompt_length": 0}, "data.max_prompt_length=0"),
+    ({"max_prompt_length": 48}, "max_prompt_length=48"),
+    ({"max_prompt_length": 0}, "max_prompt_length=0"),
+    ({"profile": "trl"}, "max_prompt_length=32 has no meaning"),
+    ({"use": ()}, r"data.use=\(\) must name one or more .*\['files'\]"),
+    ({"use": ("hh",)}, r"data.use=\('hh',\) must name"),
+    ({"use": ("files", "files")}, "each once"),
+    ({"shapes": 0}, "data.shapes=0"),
     ({"row_length": 47}, "data.row_length=47 .*max_length=48"),
-    ({"skip_bad": -1}, "data.skip_bad=-1"),
     ({"max_train": -1}, "data.max_train=-1"),
     ({"max_eval": -5}, "data.max_eval=-5"),
   ],
@@ -194,37 +223,131 @@ def test_numbers_that_make_no_sense_are_refused(settings, changed, words):
     settings(**changed)
 
 
+def test_several_sources_are_mixed_and_counted_apart(words, settings, tmp_path):
+  write(tmp_path / "more.jsonl", [row(i) for i in range(20, 24)])
+  write(tmp_path / "more_test.jsonl", [row(40), row(41), {"chosen": 1}])
+  more = files(
+    tmp_path / "more.jsonl", tmp_path / "more_test.jsonl", weight=0.5
+  )
+  both = settings(
+    use=("more", "files"),
+    sources=settings().sources | {"more": more},
+    filters=dataclasses.replace(FILTERS, skip_bad=1),
+    max_train=5,
+  )
+  prepared = data.prepare(both, "dpo", words)
+  # In the order of `use`; the limit is of each source.
+  assert (prepared.train.sizes, prepared.weights) == ((4, 5), (0.5, 1.0))
+  assert prepared.held_out.sizes == (2, 3)
+  firsts = [pair.id for pair in prepared.train.table][:4]
+  alone = sources.load(more, "train", FILTERS, 0)
+  assert firsts == [r.id for r in alone.rows]
+  report = prepared.report["held_out"]
+  assert report["counts"]["read"] == 6
+  assert report["sources"]["more"]["counts"]["read"] == 3
+  assert report["sources"]["files"]["counts"]["read"] == 3
+  plan = prepared.schedule(batch_size=7, seed=0, epochs=2)
+  assert plan.shares == (2, 5)
+
+
+def test_a_leak_between_sources_is_a_leak(words, settings, tmp_path):
+  more = files(tmp_path / "test.jsonl", tmp_path / "train.jsonl")
+  both = settings(
+    use=("files", "more"), sources=settings().sources | {"more": more}
+  )
+  with pytest.raises(ValueError, match="9 held-out prompts of files, more"):
+    data.prepare(both, "dpo", words)
+
+
+@pytest.mark.parametrize("profile", ["paper", "trl", "seed"])
+def test_a_kept_table_is_the_same_table(words, settings, tmp_path, profile):
+  lengths = {
+    "profile": profile,
+    "max_prompt_length": 0 if profile == "trl" else 32,
+  }
+  fresh = data.prepare(settings(**lengths), "dpo", words)
+  kept = [
+    data.prepare(
+      settings(token_cache=str(tmp_path / "cache"), **lengths), "dpo", words
+    )
+    for _ in range(2)
+  ]
+  assert len(list((tmp_path / "cache").iterdir())) == 2
+  for prepared in kept:
+    assert prepared.report == fresh.report
+    assert list(prepared.train.table) == list(fresh.train.table)
+  # As in the seed, responses are stripped: a real difference.
+  first = words.decode(fresh.train.table[0].chosen)
+  assert first.startswith("yes" if profile == "seed" else " yes")
+
+
 def test_real_rows_fit_their_rows(shared):
   directory = str(shared / "data" / "hh-rlhf")
+  hh = data_config.hh(directory)
   real = data.DataSettings(
-    train_path=directory,
-    train_split="train",
-    eval_path=directory,
-    eval_split="test",
-    subsets=("harmless-base",),
-    skip_bad=0,
-    single_turn=False,
+    use=("hh",),
+    sources={
+      "hh": build(sources.SourceSettings, hh, subsets=("harmless-base",))
+    },
+    filters=FILTERS,
     max_train=0,
     max_eval=0,
     allow_leakage=False,
+    profile="paper",
     max_length=512,
     max_prompt_length=256,
+    token_cache="",
     responses="chosen",
     loss_on_prompt=False,
     layout="shared",
     row_length=1024,
+    shapes=4,
   )
   words = tokenizer.load(shared / "tokenizer" / "pythia")
   prepared = data.prepare(real, "dpo", words)
-  assert (len(prepared.train), len(prepared.held_out)) == (1551, 255)
-  for pair in prepared.train:
+  assert prepared.train.sizes == (1551,)
+  assert prepared.held_out.sizes == (255,)
+  for pair in prepared.train.table:
     assert len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= 512
     assert min(len(pair.prompt), len(pair.chosen), len(pair.rejected)) > 0
   # A prompt that starts a text does so with "\n\nHuman:" unless it was cut.
   cut = prepared.report["train"]["counts"].get("prompt cut", 0)
   whole = sum(
     words.decode(pair.prompt).startswith("\n\nHuman:")
-    for pair in prepared.train
+    for pair in prepared.train.table
   )
   assert 1551 - cut <= whole <= 1551
-  assert batches.longest_piece(prepared.train, "shared") <= 1024
+  assert placement.longest_piece(prepared.train.table, "shared") <= 1024
+
+
+def test_a_post_keeps_its_start_and_a_dialogue_its_end(
+  words, settings, tmp_path
+):
+  post = {
+    "history": "first " + "question " * 60 + "last",
+    "human_ref_A": "yes",
+    "human_ref_B": "no",
+    "labels": 1,
+    "score_A": 9,
+    "score_B": 2,
+    "score_ratio": 4.5,
+  }
+  other = post | {"history": "another question"}
+  path = write(tmp_path / "posts.jsonl", [post])
+  held_out = write(tmp_path / "others.jsonl", [other])
+  shp = files(path, held_out, kind="shp")
+  prepared = data.prepare(
+    settings(use=("shp",), sources={"shp": shp}), "dpo", words
+  )
+  prompt = words.decode(prepared.train.table[0].prompt)
+  assert prompt.startswith("\n\nHuman: first")
+  assert len(prepared.train.table[0].prompt) == 32
+  dialogue = "\n\nHuman: first " + "question " * 60 + "last\n\nAssistant:"
+  write(
+    tmp_path / "train.jsonl",
+    [{"prompt": dialogue, "chosen": " yes", "rejected": " no"}],
+  )
+  prepared = data.prepare(settings(), "dpo", words)
+  prompt = words.decode(prepared.train.table[0].prompt)
+  assert prompt.endswith("last\n\nAssistant:")
+  assert len(prepared.train.table[0].prompt) == 32

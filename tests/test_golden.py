@@ -13,17 +13,19 @@ import jax
 import numpy as np
 import peft
 import pytest
+import sourcing
 import tiny
 import torch
 import transformers
 
 from dpo_jax import (
-  batches,
-  comparisons,
   hf,
   losses,
   model,
   optim,
+  packing,
+  placement,
+  profiles,
   steps,
   tokenizer,
 )
@@ -83,17 +85,18 @@ REPORTED = (
 def real(shared):
   """The real tokenizer, and the first real pairs by the rule of the paper."""
   words = tokenizer.load(shared / "tokenizer" / "pythia")
-  rows = comparisons.load(
+  rows = sourcing.load(
     shared / "data" / "hh-rlhf",
-    split="train",
+    kind="hh",
+    side="train",
     subsets=("harmless-base",),
     limit=STEPS * BATCH,
   ).rows
-  pairs = tokenizer.tokenize(
-    words, rows, max_length=48, max_prompt_length=24, counts={}
+  found = profiles.tokenize(
+    words, rows, profile="paper", max_length=48, max_prompt_length=24
   )
-  assert len(pairs) == STEPS * BATCH
-  return words, pairs
+  assert len(found.table) == STEPS * BATCH
+  return words, list(found.table)
 
 
 @pytest.fixture(scope="module")
@@ -119,13 +122,14 @@ def ours(config, base, adapters, pairs, pad_id, settings):
     "dpo", losses.LossSettings("sigmoid", BETA, 0.0), BATCH // 2
   )
   # Room for all that two pairs may hold: one shape for all batches.
-  how = batches.Packing("shared", 384, 1, 2, False, pad_id, width=96)
+  one = (placement.Shape(1, 128),)
+  how = placement.Packing("shared", 384, 1, 2, False, pad_id, one)
   step = jax.jit(steps.make_train_step(config, objective, tx, seed=0))
   state = steps.init_state(base, adapters, tx)
   reference = None if config.lora else base
   history = []
   for group in groups(pairs):
-    batch, _ = batches.pack(group, how)
+    batch, _ = packing.pack(group, how)
     state, metrics = step(state, reference, batch)
     history.append({key: float(value) for key, value in metrics.items()})
   return history

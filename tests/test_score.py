@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from dpo_jax import comparisons, score, tokenizer
+from dpo_jax import score, sources, tokenizer
 
 LAYERS, WIDTH, VOCABULARY = 2, 64, 50304
 # peft asks transformers by a name that transformers 5 has deprecated.
@@ -72,7 +72,7 @@ def models(shared, tmp_path_factory):
 def rows(shared):
   """Real pairs in file order, short ones to spare torch the time."""
   path = shared / "data" / "hh-rlhf" / "harmless-base" / "test.jsonl.gz"
-  found = comparisons.load(path, split="test").rows
+  found = sources.read_file(str(path)).rows
   short = [row for row in found if len(row.prompt + row.chosen) < 300]
   return [row for row in short if len(row.rejected) < 200][:8]
 

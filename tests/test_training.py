@@ -20,8 +20,8 @@ import safetensors.numpy
 import tiny
 
 from configs import common
+from configs import data as data_config
 from dpo_jax import (
-  comparisons,
   data,
   hf,
   metrics,
@@ -29,6 +29,7 @@ from dpo_jax import (
   recipe,
   records,
   settings,
+  sources,
   tokenizer,
   training,
 )
@@ -47,7 +48,7 @@ SHAPE = model.ModelConfig(
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 STEPS = 7
 # Of a row of metrics, what depends on the clock.
-SPEED = {"tokens_per_second", "pairs_per_second"}
+SPEED = {"tokens_per_second", "pairs_per_second", "data_wait_seconds"}
 
 
 def rows(count, seed):
@@ -105,15 +106,18 @@ def config(files):
       "lora.rank": 2,
       "lora.alpha": 4.0,
       "lora.dropout": 0.2,
-      "data.train_path": str(files / "train.jsonl"),
-      "data.eval_path": str(files / "test.jsonl"),
-      "data.subsets": [],
+      "data.use": ["files"],
+      "data.sources": {
+        "files": data_config.pairs(
+          str(files / "train.jsonl"), str(files / "test.jsonl")
+        ).to_dict()
+      },
+      "data.token_cache": "",
       "data.max_eval": 0,
       "data.allow_leakage": False,
       "data.max_length": 32,
       "data.max_prompt_length": 28,
       "data.layout": "shared",
-      # An eighth of it holds all completions of a row: one shape for all runs.
       "data.row_length": 128,
       "loss.beta": 0.5,
       "optimizer.name": "adamw",
@@ -179,7 +183,10 @@ def test_a_run_writes_each_step_once(whole, config):
     "rewards/accuracies",
     "logps/chosen",
     "logps/rejected",
+    "row_fill",
   }
+  # Two rows of 128 tokens hold two pairs, which take 19 to 25 tokens each.
+  assert 2 * 2 * 19 / (8 * 2 * 128) <= first["row_fill"] <= 1
   assert found[0]["eval_loss"] == pytest.approx(np.log(2), abs=1e-6)
   assert found[0]["eval_rewards/accuracies"] == 0.5
   # Two updates of warm-up, then a half cosine over the other five.
@@ -196,6 +203,9 @@ def test_a_run_leaves_what_the_next_stages_read(whole, config):
   manifest = json.loads((whole / "manifest.json").read_text())
   assert manifest["steps"] == STEPS
   assert manifest["data"]["train"]["counts"]["kept"] == 30
+  assert manifest["data"]["packing"]["items of an epoch by source"] == [30]
+  assert manifest["data"]["packing"]["steps of an epoch"] == STEPS
+  assert manifest["data"]["packing"]["items left out of each epoch"] == 2
   assert manifest["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
   # A and B of four kernels, two layers, rank 2: inputs and outputs.
   trained = 2 * 2 * ((16 + 48) + (16 + 16) + (16 + 32) + (32 + 16))
@@ -353,14 +363,14 @@ def test_another_config_is_refused_by_every_key(whole, config):
       "optimizer.learning_rate": 0.02,
       "lora.rank": 4,
       "seed": 6,
-      "data.train_path": "elsewhere.jsonl",
+      "data.sources.files.train_path": "elsewhere.jsonl",
     }
   )
   with pytest.raises(ValueError, match="begun with another config") as error:
     training.run(other, whole)
   lines = str(error.value).splitlines()[1:-1]
   assert [line.strip().split(":")[0] for line in lines] == [
-    "config.data.train_path",
+    "config.data.sources.files.train_path",
     "config.lora.rank",
     "config.loss.beta",
     "config.optimizer.learning_rate",
@@ -423,7 +433,7 @@ def test_settings_that_were_refused_do_not_bind_the_directory(
 ):
   workdir = tmp_path / "run"
   for change, words in (
-    ({"data.train_path": str(files / "no.jsonl")}, "no.jsonl"),
+    ({"data.sources.files.train_path": str(files / "no.jsonl")}, "no.jsonl"),
     ({"tokenizer": str(files / "no")}, "no tokenizer at"),
     ({"model.path": str(files / "no")}, "is neither a directory nor a hub id"),
   ):
@@ -448,10 +458,16 @@ def test_a_second_trainer_is_refused(begun, config):
 @pytest.mark.parametrize(
   ("changes", "words"),
   [
-    ({"batch_size": 32}, "batch_size=32 is more than the 30 items"),
+    ({"batch_size": 32}, "30 items, fewer than batch_size=32"),
     ({"mesh.data": 3}, "mesh .* needs 3 devices, but there are 8"),
-    ({"data.eval_path": "{train}"}, "30 held-out prompts .*allow_leakage"),
-    ({"data.single_turn": True, "data.max_train": 3}, "batch_size=4 is more"),
+    (
+      {"data.sources.files.eval_path": "{train}"},
+      "30 held-out prompts .*allow_leakage",
+    ),
+    (
+      {"data.filters.single_turn": True, "data.max_train": 3},
+      "fewer than batch_size=4",
+    ),
   ],
 )
 def test_wrong_input_is_refused_before_the_model_is_read(
@@ -525,11 +541,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
   broken = config(
     **{
       "model.path": str(tmp_path / "model"),
-      "data.train_path": str(tmp_path / "train.jsonl"),
+      "data.sources.files.train_path": str(tmp_path / "train.jsonl"),
     }
   )
   workdir = tmp_path / "run"
-  loaded = comparisons.load(tmp_path / "train.jsonl", split="train")
+  loaded = sources.read_file(str(tmp_path / "train.jsonl"))
   # Running it again stops at the same place and loses nothing.
   for _ in range(2):
     with pytest.raises(
@@ -565,6 +581,37 @@ def test_a_policy_that_is_not_its_reference_is_not_trained(
     training.run(config(), tmp_path / "run")
   assert not list((tmp_path / "run" / "checkpoints").iterdir())
   assert not (tmp_path / "run" / "export").exists()
+
+
+def test_a_kept_reference_gives_the_same_run(config, whole, tmp_path):
+  cache = {"precompute_reference": True, "reference_cache": str(tmp_path / "r")}
+  training.run(config(**cache), tmp_path / "run")
+  kept = {path.name: path.stat() for path in (tmp_path / "r").iterdir()}
+  assert kept.keys() == {"train.safetensors", "held_out.safetensors"}
+  assert_same_metrics(tmp_path / "run", whole)
+  # Another beta, order and layout read what is there.
+  other = {"loss.beta": 0.1, "seed": 6, "data.layout": "packed"}
+  training.run(config(**cache, **other, max_steps=1), tmp_path / "other")
+  for path in (tmp_path / "r").iterdir():
+    assert path.stat().st_mtime_ns == kept[path.name].st_mtime_ns
+  # Other pairs do not.
+  fewer = config(**cache, **{"data.max_train": 29})
+  with pytest.raises(ValueError, match=r"made with data=.*delete train\.safe"):
+    training.run(fewer, tmp_path / "fewer")
+
+
+def test_a_kept_reference_needs_no_second_tree(config, tmp_path):
+  full = {"lora.rank": 0, "export_adapters": False, "max_steps": 2}
+  training.run(config(**full), tmp_path / "plain")
+  training.run(config(**full, precompute_reference=True), tmp_path / "run")
+  assert (tmp_path / "run" / "reference" / "train.safetensors").exists()
+  assert_same_metrics(tmp_path / "run", tmp_path / "plain")
+
+
+def assert_same_metrics(found, wanted):
+  for a, b in zip(read(found), read(wanted), strict=True):
+    for name in b.keys() - SPEED:
+      assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-4), name
 
 
 def test_bfloat16(config, tmp_path):

@@ -1,0 +1,146 @@
+"""Sources of preference pairs, with what each field means.
+
+A config lists the sources that it knows and names those that it reads, so that
+one flag changes the dataset: `--config.data.use="('shp',)"`. Several are mixed
+by their weights: `--config.data.use="('hh','shp')"
+--config.data.sources.shp.weight=0.5`. Any field can be changed on the command
+line: `--config.data.sources.hh.train_path=DIR`.
+"""
+
+from ml_collections import config_dict
+
+
+def source() -> config_dict.ConfigDict:
+  """All fields of a source, for a file of pairs with its own held-out file."""
+  c = config_dict.ConfigDict()
+  # The form of the rows. "pairs": prompt, chosen, rejected, or HH's two
+  # transcripts, or TRL's lists of messages. "hh", "shp", "se", "tldr": the
+  # datasets of the functions below. "tfds": HH as written by
+  # `python -m dpo_jax.sources.hh_rlhf`.
+  c.kind = "pairs"
+  # A .jsonl or .jsonl.gz file; a directory of <subset>/<split>.jsonl(.gz), of
+  # <split>.jsonl(.gz), or of parquet files; a hub id, user/name or
+  # user/name@revision. For "tfds", the data_dir that was written.
+  c.train_path = "pairs/train.jsonl"
+  # Split of a directory or hub dataset; a file is one split.
+  c.train_split = "train"
+  # As train_path. "" holds out a share of the training side's prompts instead.
+  c.eval_path = "pairs/test.jsonl"
+  c.eval_split = "test"
+  # Share of prompts that is held out where eval_path is ""; otherwise 0. Which
+  # ones follows from a hash of the prompt alone.
+  c.held_out = 0.0
+  # Parts of a directory or hub dataset, read in this order; () reads all of a
+  # hub dataset, and is what a file needs.
+  c.subsets = ()
+  # Passes over this source's pairs in one epoch: 0.5 takes half of them, and
+  # the other half in the next epoch; 2.0 takes each one twice.
+  c.weight = 1.0
+  # Hub ids and parquet only: read row by row, so that a limit reads no more
+  # than it needs, instead of fetching the whole dataset first.
+  c.streaming = False
+  # "shp" only: the votes for chosen must be at least so many times those for
+  # rejected; 1 keeps all.
+  c.min_score_ratio = 1.0
+  # "shp" and "se" only: the first so many pairs of a prompt; 0 keeps all.
+  c.max_pairs_per_prompt = 0
+  return c
+
+
+def filters() -> config_dict.ConfigDict:
+  """Which pairs are left out, of every source; each one is counted."""
+  c = config_dict.ConfigDict()
+  # Keep only prompts with one human turn.
+  c.single_turn = False
+  # Human turns that a prompt may have; 0: any number.
+  c.max_turns = 0
+  # Characters (code points, in any language) of both responses and of the
+  # prompt, white space at the ends not counted; a maximum of 0 is none.
+  c.min_response_chars = 0
+  c.max_response_chars = 0
+  c.max_prompt_chars = 0
+  # Drop a pair whose three texts stood before, instead of only counting it.
+  c.drop_repeats = False
+  # How many malformed rows of a side may be left out, each counted, before it
+  # is an error.
+  c.skip_bad = 0
+  return c
+
+
+def known() -> config_dict.ConfigDict:
+  """The sources that a config starts with; add others under any name."""
+  return config_dict.ConfigDict(
+    {"hh": hh(), "tfds": tfds(), "shp": shp(), "se": se(), "tldr": tldr()}
+  )
+
+
+def pairs(train: str, held_out: str) -> config_dict.ConfigDict:
+  """Any JSONL of prompt, chosen, rejected; of transcripts; of messages."""
+  c = source()
+  c.train_path, c.eval_path = train, held_out
+  return c
+
+
+def hh(path: str = "Anthropic/hh-rlhf") -> config_dict.ConfigDict:
+  """Anthropic's HH, all four subsets, with its own test split."""
+  c = source()
+  c.kind = "hh"
+  c.train_path = c.eval_path = path
+  c.subsets = (
+    "harmless-base",
+    "helpful-base",
+    "helpful-online",
+    "helpful-rejection-sampled",
+  )
+  return c
+
+
+def tfds() -> config_dict.ConfigDict:
+  """HH again, from files with random access that were written once.
+
+  python -m dpo_jax.sources.hh_rlhf --path=Anthropic/hh-rlhf --data_dir=data
+  """
+  c = hh()
+  c.kind = "tfds"
+  c.train_path = c.eval_path = "data"
+  return c
+
+
+def shp() -> config_dict.ConfigDict:
+  """Stanford Human Preferences, with the ratio of DPO's official code."""
+  c = source()
+  c.kind = "shp"
+  c.train_path = c.eval_path = "stanfordnlp/SHP"
+  c.min_score_ratio = 2.0
+  return c
+
+
+def se() -> config_dict.ConfigDict:
+  """StackExchange, which has no test split: 1% of its questions are held out.
+
+  DPO's official code takes 1% too, but by a shuffle. All of it is 22 GB; one
+  site is `subsets=("data/ai.stackexchange.com",)`.
+  """
+  c = source()
+  c.kind = "se"
+  c.train_path = "HuggingFaceH4/stack-exchange-preferences"
+  c.eval_path = ""
+  c.held_out = 0.01
+  c.max_pairs_per_prompt = 10
+  c.streaming = True
+  return c
+
+
+def tldr() -> config_dict.ConfigDict:
+  """Reddit posts and pairs of summaries (Stiennon et al. 2020).
+
+  The dataset is defined by a script, which is never run: this is the hub's own
+  conversion. Its validation split holds news articles too, which are left out.
+  """
+  c = source()
+  c.kind = "tldr"
+  c.train_path = "openai/summarize_from_feedback@refs/convert/parquet"
+  c.eval_path = "openai/summarize_from_feedback@refs/convert/parquet"
+  c.eval_split = "validation"
+  c.subsets = ("comparisons",)
+  return c

@@ -1,0 +1,159 @@
+"""What is said of a run's data before anything is trained."""
+
+import gzip
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tokenizers
+
+from dpo_jax import inspect_data
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def inspect(*flags, env=None):
+  return subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "dpo_jax.inspect_data",
+      "--config=configs/dpo.py:pythia-14m",
+      *flags,
+    ],
+    cwd=ROOT,
+    env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"} | (env or {}),
+    capture_output=True,
+    text=True,
+  )
+
+
+def row_of(text, name):
+  """The cells of a line after its name."""
+  (line,) = re.findall(rf"^\s*{re.escape(name)}\s\s+(.*)$", text, re.MULTILINE)
+  return line.split()
+
+
+@pytest.fixture(scope="module")
+def real(shared):
+  """All of what is printed on the real rows."""
+  directory = shared / "data" / "hh-rlhf"
+  done = inspect(
+    f"--config.data.sources.hh.train_path={directory}",
+    f"--config.data.sources.hh.eval_path={directory}",
+    "--config.data.sources.hh.subsets=('harmless-base',)",
+    f"--config.tokenizer={shared / 'tokenizer' / 'pythia'}",
+    "--config.data.token_cache=",
+    "--config.data.max_eval=0",
+    "--rows=2",
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+def test_rows_are_counted_by_reason(real):
+  assert row_of(real, "read") == ["1556", "256"]
+  assert row_of(real, "quarantined: empty chosen response") == ["4", "0"]
+  assert row_of(
+    real, "quarantined: rejected does not share chosen's prompt"
+  ) == ["1", "1"]
+  assert row_of(real, "kept") == ["1551", "255"]
+  assert real.startswith(
+    "dpo on hh, profile 'paper': 24 steps of 64 in an epoch, 15 items left out"
+  )
+
+
+def test_lengths_and_cuts_are_those_of_the_tokens(real, shared):
+  """Against the tokenizers library and the rule of the paper, by hand."""
+  words = tokenizers.Tokenizer.from_file(
+    str(shared / "tokenizer" / "pythia" / "tokenizer.json")
+  )
+  prompts, chosen, cut = [], [], 0
+  path = shared / "data" / "hh-rlhf" / "harmless-base" / "train.jsonl.gz"
+  for line in gzip.decompress(path.read_bytes()).splitlines():
+    pair = json.loads(line)
+    prompt, _, answer = pair["chosen"].rpartition("\n\nAssistant:")
+    prompt += "\n\nAssistant:"
+    other = pair["rejected"][len(prompt) :]
+    if not pair["rejected"].startswith(prompt) or not answer.strip():
+      continue
+    sizes = [
+      len(words.encode(text, add_special_tokens=False).ids)
+      for text in (prompt, answer, other)
+    ]
+    longer = max(sizes[1:]) + 1
+    room = sizes[0]
+    if sizes[0] + longer > 512 and sizes[0] > 256:
+      room, cut = 256, cut + 1
+    prompts.append(room)
+    chosen.append(
+      min(sizes[1] + 1, 256) if room + longer > 512 else sizes[1] + 1
+    )
+  first = real.index("Tokens\n")
+  train = real[first : real.index("held out", first + 200)]
+  for name, values in (("prompt", prompts), ("chosen", chosen)):
+    cells = row_of(train, name)
+    assert float(cells[-1]) == pytest.approx(np.mean(values), abs=0.05)
+    assert int(cells[-2]) == max(values)
+    middle = sorted(values)[(len(values) - 1) // 2]
+    assert int(cells[1]) == middle
+  assert row_of(train, "prompt cut") == [f"{cut / len(prompts):.1%}"]
+
+
+def test_packing_is_measured(real):
+  places = {}
+  for layout in ("padded", "packed", "shared (in use)"):
+    tokens, slots, fill, speed, *_ = row_of(real, layout)
+    places[layout] = float(slots)
+    assert float(fill.rstrip("%")) == pytest.approx(
+      100 * float(tokens) / float(slots), abs=0.1
+    )
+    assert float(speed.replace(",", "")) > 1000
+  # Two rows of 512 places for each pair.
+  assert places["padded"] == 1024
+  assert places["shared (in use)"] < places["packed"] < 400
+  assert float(row_of(real, "shared (in use)")[2].rstrip("%")) >= 92
+
+
+def test_items_are_shown_with_what_is_learned(real):
+  items = real[real.index("\nItems\n") :]
+  assert items.count("[prompt]") == items.count("[/prompt]") == 2
+  assert items.count("[chosen]") == items.count("[rejected]") == 2
+  # Nothing but responses and their end is inside a response's mark.
+  for text in re.findall(r"\[chosen\](.*?)\[/chosen\]", items, re.DOTALL):
+    assert text.endswith("<|endoftext|>")
+    assert "\n\nHuman:" not in text
+  assert "\x1b" not in real
+
+
+def test_texts_cannot_steer_the_terminal():
+  assert inspect_data.visible("a\x1b[31mb\r\nc\u202e\x00é👍") == (
+    "a\\x1b[31mb\\r\nc\\u202e\\x00é👍"
+  )
+
+
+def test_colours_only_on_a_terminal(monkeypatch):
+  class Terminal:
+    def isatty(self):
+      return True
+
+  monkeypatch.setattr(sys, "stdout", Terminal())
+  monkeypatch.delenv("NO_COLOR", raising=False)
+  assert inspect_data._painter()("chosen", "x") == "\x1b[32mx\x1b[0m"
+  monkeypatch.setenv("NO_COLOR", "1")
+  assert inspect_data._painter()("chosen", "x") == "[chosen]x[/chosen]"
+
+
+def test_bad_input_ends_with_two(tmp_path):
+  done = inspect(
+    f"--config.data.sources.hh.train_path={tmp_path / 'no.jsonl'}",
+    f"--config.tokenizer={tmp_path}",
+  )
+  assert done.returncode == 2
+  assert "holds no tokenizer.json" in done.stderr
+  assert "Traceback" not in done.stderr

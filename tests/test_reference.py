@@ -1,0 +1,178 @@
+"""Kept log-probs of the reference: right, reusable, and never stale."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from dpo_jax import (
+  batches,
+  losses,
+  model,
+  optim,
+  packing,
+  partitioning,
+  placement,
+  reference,
+  steps,
+  tables,
+)
+
+LORA = dataclasses.replace(
+  tiny.CONFIG, lora=model.LoraConfig(2, 4.0, 0.0, model.TARGETS)
+)
+HOW = placement.Packing("shared", 40, 1, 1, False, 1)
+MADE_OF = {"data": "d" * 16, "model": "m" * 16, "dtype": "float32 of float32"}
+
+
+@pytest.fixture(scope="module")
+def pairs():
+  """Pairs whose tokens do not lie in the items' order, some of them twice."""
+  table = tables.from_items(tiny.pairs(11, 3))
+  return table.take([7, 0, 1, 9, 2, 7, 10, 4, 5])
+
+
+@pytest.fixture(scope="module")
+def base():
+  return tiny.weights(tiny.CONFIG)
+
+
+def compute(base, table, how=HOW, mesh=None, batch_size=4):
+  mesh = mesh or partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
+  packed = batches.in_order(table, how, batch_size=batch_size)
+  return reference.compute(tiny.CONFIG, base, packed, mesh)
+
+
+@pytest.fixture(scope="module")
+def logps(base, pairs):
+  return compute(base, pairs)
+
+
+def test_they_are_the_log_probs_of_each_sequence_alone(base, pairs, logps):
+  wanted = []
+  for pair in pairs:
+    for response in (pair.chosen, pair.rejected):
+      whole = np.zeros((1, 24), np.int32)
+      text = pair.prompt + response
+      whole[0, : len(text)] = text
+      logits = np.asarray(plain(base, whole), np.float64)[0]
+      logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+      at = np.arange(len(pair.prompt) - 1, len(text) - 1)
+      wanted += logits[at, list(response)].tolist()
+  assert logps.dtype == np.float32
+  # Float32 against float64 on logits of a few nats.
+  np.testing.assert_allclose(logps, wanted, rtol=0, atol=2e-5)
+
+
+@jax.jit
+def plain(base, tokens):
+  size = tokens.shape[1]
+  mask = jax.numpy.tril(jax.numpy.ones((1, size, size), bool))
+  places = jax.numpy.arange(size)[None]
+  hidden, _ = model.apply(tiny.CONFIG, base, None, tokens, places, mask)
+  return model.unembed(base, hidden)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_layout_mesh_and_batch_change_nothing(base, pairs, logps, layout):
+  mesh = partitioning.make_mesh(4, 2, 1)
+  how = dataclasses.replace(HOW, layout=layout, shards=8)
+  lying = jax.device_put(base, partitioning.shardings(base, mesh))
+  found = compute(lying, pairs, how, mesh, batch_size=3)
+  np.testing.assert_allclose(found, logps, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_lora", [True, False])
+def test_a_step_gives_the_same_with_them(base, pairs, logps, with_lora):
+  config = LORA if with_lora else tiny.CONFIG
+  objective = steps.Objective(
+    "dpo", losses.LossSettings("sigmoid", 0.5, 0.0), 4
+  )
+  tx = optim.make(
+    optim.OptimizerSettings(
+      "adamw", 0.01, "constant", 0, 0.0, 0.9, 0.99, 1e-8, 1.0
+    ),
+    9,
+    steps.trainable(config),
+  )
+  adapters = tiny.adapters(LORA) if with_lora else {}
+  # Somewhere else than the reference, in full fine-tuning too.
+  policy = base if with_lora else tiny.weights(tiny.CONFIG, 5)
+  state = steps.init_state(policy, adapters, tx)
+  step = jax.jit(steps.make_train_step(config, objective, tx, 0))
+  taken = pairs.take([3, 5, 0, 8, 1, 1, 6, 2])
+  how = dataclasses.replace(HOW, microbatches=2)
+  spread = reference.spread(pairs, logps)
+  computed, _ = packing.pack(taken, how)
+  kept, _ = packing.pack(taken, how, spread)
+  other = None if with_lora else base
+  wanted_state, wanted = step(state, other, computed)
+  # Without any reference: what is kept is all that is needed.
+  found_state, found = step(state, None, kept)
+  assert found.keys() == wanted.keys()
+  assert abs(float(wanted["loss"]) - np.log(2)) > 1e-2
+  for name, value in wanted.items():
+    assert float(found[name]) == pytest.approx(float(value), abs=1e-5), name
+  found, wanted = (
+    jax.tree_util.tree_leaves_with_path(s.params[steps.trainable(config)])
+    for s in (found_state, wanted_state)
+  )
+  for (path, a), (_, b) in zip(found, wanted, strict=True):
+    if partitioning.path_name(path).endswith("query_key_value/bias"):
+      # A key's bias has no gradient but rounding, which Adam makes a step.
+      continue
+    # A step is 0.01; Adam magnifies the rounding of small gradients.
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
+
+
+def test_what_is_written_is_read(tmp_path, pairs, logps):
+  path = tmp_path / "deep" / "train.safetensors"
+  reference.save(path, logps, MADE_OF)
+  assert [p.name for p in path.parent.iterdir()] == [path.name]
+  np.testing.assert_array_equal(reference.load(path, pairs, MADE_OF), logps)
+
+
+@pytest.mark.parametrize("name", sorted(MADE_OF))
+def test_those_of_something_else_are_refused(tmp_path, pairs, logps, name):
+  path = tmp_path / "train.safetensors"
+  reference.save(path, logps, MADE_OF)
+  with pytest.raises(
+    ValueError, match=f"made with {name}=.*it is now other; delete train.safe"
+  ):
+    reference.load(path, pairs, MADE_OF | {name: "other"})
+
+
+def test_damage_is_found(tmp_path, pairs, logps):
+  path = tmp_path / "train.safetensors"
+  reference.save(path, logps, MADE_OF)
+  whole = path.read_bytes()
+  for at in (len(whole) - 1, len(whole) - 4 * len(logps)):
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    with pytest.raises(ValueError, match="is damaged; delete"):
+      reference.load(path, pairs, MADE_OF)
+  path.write_bytes(whole[:-3])
+  with pytest.raises(ValueError, match="not a whole safetensors file"):
+    reference.load(path, pairs, MADE_OF)
+  # Of fewer items than there are.
+  reference.save(path, logps[:-1], MADE_OF)
+  with pytest.raises(ValueError, match="is damaged; delete"):
+    reference.load(path, pairs, MADE_OF)
+
+
+def test_another_file_is_refused(tmp_path, pairs):
+  path = tmp_path / "train.safetensors"
+  path.write_text(json.dumps({}))
+  with pytest.raises(ValueError, match="not a whole safetensors file"):
+    reference.load(path, pairs, MADE_OF)
+
+
+def test_log_probs_that_are_not_finite_are_not_kept(tmp_path, logps):
+  path = tmp_path / "train.safetensors"
+  bad = logps.copy()
+  bad[3] = np.nan
+  with pytest.raises(ValueError, match="NaN"):
+    reference.save(path, bad, MADE_OF)
+  assert not list(tmp_path.iterdir())
