@@ -29,6 +29,7 @@ from dpo_jax import errors
 _log = logging.getLogger(__name__)
 
 Order = Literal["model_first", "chosen_first"]
+Control = Literal["", "aa", "gold", "retest"]
 Outcome = Literal["model", "chosen", "tie", "missing", "refusal"]
 FinishReason = Literal["eos", "turn", "length"]
 
@@ -73,9 +74,20 @@ class Response:
 class Verdict:
   """One judge call: which of two texts won, in which order they were shown.
 
-  `key` is the hash of everything that the answer depends on. `judge` is the
-  judge as asked for, `judge_returned` what the server said it was. `raw` is
-  the judge's own text; `error` the cause of a missing verdict, else empty.
+  Attributes:
+    key: hash of everything that the answer depends on.
+    control: "" for an ordinary comparison, the only kind that a win rate
+      counts. "aa" is a chosen text against itself, really asked; "gold" the
+      prompt's chosen answer, in the model's place, against that of another
+      prompt; "retest" an ordinary question asked once more.
+    score: the judge's probability that the model's text wins, from its
+      log-probabilities; None where it gave none.
+    judge: as asked for; `judge_returned` and `judge_fingerprint` are what the
+      server said it was, "" if it said nothing.
+    prompt_tokens: as the server counted them, like `completion_tokens`; 0 if
+      it did not.
+    raw: the judge's own text.
+    error: the cause of a missing verdict, else empty.
   """
 
   key: str
@@ -85,18 +97,23 @@ class Verdict:
   temperature: float
   sample_id: int
   order: Order
+  control: Control
   verdict: Outcome
+  score: float | None
   judge: str
   judge_returned: str
+  judge_fingerprint: str
   template_hash: str
   response_chars: int
   chosen_chars: int
+  prompt_tokens: int
+  completion_tokens: int
   raw: str
   error: str
 
   @property
   def unit(self) -> tuple:
-    """What the row is about: one response, shown in one order."""
+    """What the row is about: one response in one order, for one purpose."""
     return (
       self.prompt_id,
       self.model,
@@ -104,6 +121,7 @@ class Verdict:
       self.temperature,
       self.sample_id,
       self.order,
+      self.control,
     )
 
 

@@ -9,34 +9,51 @@ import judge_server
 import pytest
 
 from dpo_jax import judging
-from dpo_jax.judging import client, prompts
+from dpo_jax.judging import client, prompts, server
 
 KEY = "sk-planted-0123456789"
 QUESTION = judging.Question("\n\nHuman: hi\n\nAssistant:", " longer", " no")
 
 
-def settings(url, **changes) -> client.ServerSettings:
+def settings(url, **changes) -> server.ServerSettings:
   values = {
     "base_url": url,
     "api_key_env": "",
     "model": "judge-as-asked",
     "temperature": 0.0,
     "max_tokens": 64,
+    "max_tokens_name": "max_tokens",
+    "template": "dialogue",
+    "output": "text",
+    "ties": False,
+    "top_logprobs": 0,
+    "mode": "live",
     "timeout_s": 20.0,
     "max_retries": 2,
     "retry_wait_s": 0.001,
     "max_wait_s": 5.0,
-    "template": "",
+    "requests_per_minute": 0.0,
+    "tokens_per_minute": 0.0,
+    "budget_usd": 0.0,
+    "prices": (),
+    "batch_price": 0.5,
+    "batch_size": 1000,
+    "batch_poll_s": 0.01,
+    "expected_reply_tokens": 20,
+    "expected_reply_s": 1.0,
   }
-  return client.ServerSettings(**(values | changes))
+  return server.ServerSettings(**(values | changes))
 
 
-def ask(server_settings, questions=(QUESTION,)) -> list[judging.Reply]:
+def ask(used, questions=(QUESTION,)) -> list[judging.Reply]:
   async def go():
-    async with client.connect(server_settings) as judge:
+    async with client.connect(used, 8) as judge:
       return await asyncio.gather(*map(judge.ask, questions))
 
   return asyncio.run(go())
+
+
+TEMPLATE = prompts.load("dialogue", output="text", ties=False)
 
 
 def script(*answers):
@@ -49,17 +66,17 @@ GOOD = judge_server.says("Comparison: x.\nMore helpful: B")
 
 def test_a_request_carries_the_prompt_and_the_settings(monkeypatch):
   monkeypatch.setenv("MY_JUDGE_KEY", KEY + "\n")
-  with judge_server.Server(judge_server.prefer_longer) as server:
-    used = settings(server.url, api_key_env="MY_JUDGE_KEY", temperature=0.5)
+  with judge_server.Server(judge_server.prefer_longer) as fake:
+    used = settings(fake.url, api_key_env="MY_JUDGE_KEY", temperature=0.5)
     (reply,) = ask(used)
-  (request,) = server.requests
+  (request,) = fake.requests
   assert request.headers["authorization"] == f"Bearer {KEY}"
   assert request.body == {
     "model": "judge-as-asked",
     "messages": [
       {
         "role": "user",
-        "content": prompts.fill(prompts.load(""), QUESTION),
+        "content": prompts.fill(TEMPLATE, QUESTION),
       }
     ],
     "temperature": 0.5,
@@ -67,28 +84,40 @@ def test_a_request_carries_the_prompt_and_the_settings(monkeypatch):
   }
   assert reply == judging.Reply(
     choice="first",
-    text="Comparison: one is longer.\nMore helpful: A",
+    text="Comparison: one is better.\nMore helpful: A",
     model="judge-as-served",
     error="",
+    fingerprint="fp_fake",
+    # A quarter of the bytes, as the server counts; 42 characters of reply.
+    prompt_tokens=-(-len(prompts.fill(TEMPLATE, QUESTION)) // 4),
+    completion_tokens=11,
   )
 
 
+def test_the_cap_has_the_name_that_the_server_wants():
+  with judge_server.Server(judge_server.prefer_longer) as fake:
+    ask(settings(fake.url, max_tokens_name="max_completion_tokens"))
+  (request,) = fake.requests
+  assert request.body["max_completion_tokens"] == 64
+  assert "max_tokens" not in request.body
+
+
 @pytest.mark.parametrize(
-  "text", ["\u2028 👩‍👩‍👧 שלום \x00 \x1b \ufeff", '\r\n\t"\\', "<<<\n>>>"]
+  "text", ["\u2028 👩‍👩‍👧 שלום \x00 \x1b \ufeff", '\r\n\t"\\', "| a\n|  b\n"]
 )
 def test_texts_arrive_exactly(text):
-  with judge_server.Server(judge_server.prefer_longer) as server:
-    ask(settings(server.url), [judging.Question(text, text + "1", text + "2")])
-  assert server.requests[0].texts == (text, text + "1", text + "2")
+  with judge_server.Server(judge_server.prefer_longer) as fake:
+    ask(settings(fake.url), [judging.Question(text, text + "1", text + "2")])
+  assert fake.requests[0].texts == (text, text + "1", text + "2")
 
 
 def test_the_environment_of_the_sdk_is_not_used(monkeypatch):
   monkeypatch.setenv("OPENAI_API_KEY", KEY)
   monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-  with judge_server.Server(judge_server.prefer_longer) as server:
-    (reply,) = ask(settings(server.url))
+  with judge_server.Server(judge_server.prefer_longer) as fake:
+    (reply,) = ask(settings(fake.url))
   assert reply.choice == "first"
-  assert KEY not in str(server.requests[0].headers)
+  assert KEY not in str(fake.requests[0].headers)
 
 
 @pytest.mark.parametrize(
@@ -106,10 +135,10 @@ def test_the_environment_of_the_sdk_is_not_used(monkeypatch):
   ids=lambda answer: f"{answer.status}-{answer.content_type[-4:]}",
 )
 def test_a_server_in_trouble_is_asked_again(trouble):
-  with judge_server.Server(script(trouble, trouble, GOOD)) as server:
-    (reply,) = ask(settings(server.url))
+  with judge_server.Server(script(trouble, trouble, GOOD)) as fake:
+    (reply,) = ask(settings(fake.url))
   assert reply.choice == "second"
-  assert len(server.requests) == 3
+  assert len(fake.requests) == 3
 
 
 @pytest.mark.parametrize(
@@ -121,23 +150,26 @@ def test_a_server_in_trouble_is_asked_again(trouble):
       judge_server.Answer(body=b"<html/>", content_type="text/html"),
       "not a chat completion",
     ),
-    (judge_server.Answer(body=b'{"id": "1", "choi'), "unreadable reply"),
+    (
+      judge_server.Answer(body=b'{"id": "1", "choi'),
+      "not a chat completion",
+    ),
   ],
 )
 def test_lasting_trouble_is_missing_with_its_cause(trouble, error):
-  with judge_server.Server(script(trouble)) as server:
-    (reply,) = ask(settings(server.url))
+  with judge_server.Server(script(trouble)) as fake:
+    (reply,) = ask(settings(fake.url))
   assert reply.choice == "missing"
   assert error in reply.error
-  assert len(server.requests) == 3
+  assert len(fake.requests) == 3
 
 
 def test_a_bad_request_is_missing_at_once():
   answer = judge_server.fails(400, "too long")
-  with judge_server.Server(script(answer)) as server:
-    (reply,) = ask(settings(server.url))
+  with judge_server.Server(script(answer)) as fake:
+    (reply,) = ask(settings(fake.url))
   assert (reply.choice, reply.error) == ("missing", "HTTP 400: too long")
-  assert len(server.requests) == 1
+  assert len(fake.requests) == 1
 
 
 def test_no_server_and_no_answer_in_time():
@@ -148,8 +180,8 @@ def test_no_server_and_no_answer_in_time():
   assert reply.choice == "missing"
   assert "connection failed" in reply.error
   slow = dataclasses.replace(GOOD, hold_s=30.0)
-  with judge_server.Server(script(slow)) as server:
-    (reply,) = ask(settings(server.url, timeout_s=0.1, max_retries=0))
+  with judge_server.Server(script(slow)) as fake:
+    (reply,) = ask(settings(fake.url, timeout_s=0.1, max_retries=0))
   assert (reply.choice, reply.error) == ("missing", "no reply within 0.1 s")
 
 
@@ -172,31 +204,42 @@ def test_retry_after_is_waited_for_by_every_question(headers):
     asked_at.append(time.monotonic())
     return judge_server.fails(429, **headers) if number == 0 else GOOD
 
-  async def go(server):
-    async with client.connect(settings(server.url)) as judge:
+  async def go(fake):
+    async with client.connect(settings(fake.url), 8) as judge:
       first = asyncio.create_task(judge.ask(QUESTION))
-      while not server.requests:
+      while not fake.requests:
         await asyncio.sleep(0.005)
       # Asked later, and held back by the answer that the first one got.
       await asyncio.sleep(0.03)
       return await asyncio.gather(first, judge.ask(QUESTION))
 
-  with judge_server.Server(rule) as server:
-    replies = asyncio.run(go(server))
+  with judge_server.Server(rule) as fake:
+    replies = asyncio.run(go(fake))
   assert [reply.choice for reply in replies] == ["second", "second"]
   assert len(asked_at) == 3
   if "GMT" not in headers["retry_after"]:
     assert min(asked_at[1:]) - asked_at[0] >= 0.29
 
 
-def test_waits_are_capped():
+def test_a_wait_beyond_the_cap_ends_the_run():
   answer = judge_server.fails(429, "slow", retry_after="3600")
-  with judge_server.Server(script(answer)) as server:
-    (reply,) = ask(settings(server.url))
+  with (
+    judge_server.Server(script(answer)) as fake,
+    pytest.raises(judging.Stop, match=r"wait for 3600 s.*max_wait_s=5.*later"),
+  ):
+    ask(settings(fake.url))
+  assert len(fake.requests) == 1
+
+
+def test_all_waits_of_a_request_together_are_capped():
+  answer = judge_server.fails(429, "slow", retry_after_ms="100")
+  with judge_server.Server(script(answer)) as fake:
+    (reply,) = ask(settings(fake.url, max_retries=9, max_wait_s=0.25))
   assert reply.choice == "missing"
-  assert "HTTP 429: slow" in reply.error
-  assert "max_wait_s=5" in reply.error
-  assert len(server.requests) == 1
+  assert "HTTP 429: slow; a wait of" in reply.error
+  assert "max_wait_s=0.25" in reply.error
+  # At 0, 0.1 and 0.2 s; a third wait would make 0.3 s.
+  assert len(fake.requests) == 3
 
 
 @pytest.mark.parametrize(
@@ -216,11 +259,11 @@ def test_a_hopeless_run_stops_at_once_without_the_key(
 ):
   monkeypatch.setenv("JKEY", KEY)
   with (
-    judge_server.Server(script(answer)) as server,
+    judge_server.Server(script(answer)) as fake,
     pytest.raises(judging.Stop, match=mend) as caught,
   ):
-    ask(settings(server.url, api_key_env="JKEY"))
-  assert len(server.requests) == 1
+    ask(settings(fake.url, api_key_env="JKEY"))
+  assert len(fake.requests) == 1
   error = caught.value
   while error is not None:
     assert KEY not in repr(error)
@@ -230,10 +273,10 @@ def test_a_hopeless_run_stops_at_once_without_the_key(
 def test_a_key_that_a_server_echoes_is_taken_out(monkeypatch):
   monkeypatch.setenv("JKEY", KEY)
   echo = judge_server.says(f"You sent {KEY}.\nMore helpful: A")
-  with judge_server.Server(script(echo)) as server:
-    (reply,) = ask(settings(server.url, api_key_env="JKEY"))
+  with judge_server.Server(script(echo)) as fake:
+    (reply,) = ask(settings(fake.url, api_key_env="JKEY"))
   assert reply.text == "You sent [key].\nMore helpful: A"
-  assert KEY not in repr(settings(server.url, api_key_env="JKEY"))
+  assert KEY not in repr(settings(fake.url, api_key_env="JKEY"))
 
 
 UNREADABLE = [
@@ -250,15 +293,15 @@ UNREADABLE = [
 
 @pytest.mark.parametrize("answer", UNREADABLE)
 def test_an_unreadable_reply_is_asked_for_once_more(answer):
-  with judge_server.Server(script(answer, GOOD)) as server:
-    (reply,) = ask(settings(server.url))
+  with judge_server.Server(script(answer, GOOD)) as fake:
+    (reply,) = ask(settings(fake.url))
     assert reply.choice == "second"
-    assert len(server.requests) == 2
-  with judge_server.Server(script(answer)) as server:
-    (reply,) = ask(settings(server.url))
+    assert len(fake.requests) == 2
+  with judge_server.Server(script(answer)) as fake:
+    (reply,) = ask(settings(fake.url))
     assert reply.choice == "missing"
     assert reply.error
-    assert len(server.requests) == 2
+    assert len(fake.requests) == 2
 
 
 @pytest.mark.parametrize(
@@ -270,10 +313,10 @@ def test_an_unreadable_reply_is_asked_for_once_more(answer):
   ],
 )
 def test_a_refusal_is_its_own_class(answer):
-  with judge_server.Server(script(answer)) as server:
-    (reply,) = ask(settings(server.url))
+  with judge_server.Server(script(answer)) as fake:
+    (reply,) = ask(settings(fake.url))
   assert (reply.choice, reply.error) == ("refusal", "")
-  assert len(server.requests) == 1
+  assert len(fake.requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -304,7 +347,8 @@ def test_a_key_that_is_none(monkeypatch, value):
 
 def test_the_parameters_of_a_judge_tell_judges_apart():
   async def identity(used):
-    async with client.connect(used) as judge:
+    async with client.connect(used, 8) as one:
+      judge = one.judge
       return judge.name, judge.parameters, judge.template_hash
 
   url = "http://127.0.0.1:9/v1"

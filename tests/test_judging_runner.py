@@ -1,6 +1,7 @@
 import asyncio
 import collections
 import dataclasses
+import json
 import os
 
 import judge_server
@@ -8,7 +9,7 @@ import pytest
 from test_judging_client import KEY, settings
 
 from dpo_jax import judging, records, synthetic
-from dpo_jax.judging import oracle, questions, runner
+from dpo_jax.judging import controls, oracle, questions, runner
 
 PROMPT = "\n\nHuman: hi\n\nAssistant:"
 
@@ -40,19 +41,33 @@ def write(workdir, rows, name="dpo.jsonl"):
     store.append_many(rows)
 
 
+NO_CONTROLS = controls.ControlSettings(aa=0, gold=0, retests=0)
+
+
 def judge_with(
-  server, *, orders="both", seed=0, concurrency=8, **changes
+  server,
+  *,
+  orders="both",
+  seed=0,
+  concurrency=8,
+  verdicts="verdicts",
+  control=NO_CONTROLS,
+  **changes,
 ) -> runner.JudgeSettings:
   return runner.JudgeSettings(
     kind="server",
     orders=orders,
     seed=seed,
     concurrency=concurrency,
+    verdicts=verdicts,
+    controls=control,
     server=settings(server.url, **changes),
   )
 
 
-ORACLE = runner.JudgeSettings("oracle", "both", 0, 8, None)
+ORACLE = runner.JudgeSettings(
+  "oracle", "both", 0, 8, "verdicts", NO_CONTROLS, None
+)
 
 
 def verdicts(workdir, name="dpo.jsonl") -> list[records.Verdict]:
@@ -83,7 +98,11 @@ def test_both_orders_are_asked_and_read_back(tmp_path):
     ("p1", "chosen_first"): "chosen",
   }
   row = next(r for r in rows if r.unit[0] == "p0" and "model_f" in r.order)
-  assert dataclasses.replace(row, key="", template_hash="") == records.Verdict(
+  assert row.prompt_tokens > 250
+  assert row.completion_tokens == 11
+  assert dataclasses.replace(
+    row, key="", template_hash="", prompt_tokens=0, completion_tokens=0
+  ) == records.Verdict(
     key="",
     prompt_id="p0",
     model="dpo",
@@ -91,13 +110,18 @@ def test_both_orders_are_asked_and_read_back(tmp_path):
     temperature=1.0,
     sample_id=0,
     order="model_first",
+    control="",
     verdict="model",
+    score=None,
     judge="longer",
     judge_returned="judge-as-served",
+    judge_fingerprint="fp_fake",
     template_hash="",
     response_chars=15,
     chosen_chars=6,
-    raw="Comparison: one is longer.\nMore helpful: A",
+    prompt_tokens=0,
+    completion_tokens=0,
+    raw="Comparison: one is better.\nMore helpful: A",
     error="",
   )
 
@@ -392,3 +416,52 @@ def test_the_key_depends_on_all_that_the_answer_depends_on():
   assert len({base, *others}) == 8
   same = response(7, model="sft", step=3, temperature=0.5, sample_id=2, seed=9)
   assert keys(judge, same) == base
+
+
+def test_a_score_is_of_the_models_text_in_either_order(tmp_path):
+  write(tmp_path, [response(0)])
+  with judge_server.Server(judge_server.prefer_longer) as server:
+    runner.run(judge_with(server, top_logprobs=2), tmp_path)
+  # The server gives nine tenths to the longer text, which is the model's.
+  assert [row.score for row in verdicts(tmp_path)] == pytest.approx([0.9, 0.9])
+
+
+def test_judge_json_says_what_the_rows_cannot(tmp_path):
+  write(tmp_path, [response(1), response(0), response(2, chosen=" ")])
+  with judge_server.Server(judge_server.prefer_longer) as server:
+    used = judge_with(server, temperature=0.5)
+    runner.run(used, tmp_path)
+  kept = json.loads((tmp_path / "verdicts" / "judge.json").read_text())
+  rows = verdicts(tmp_path)
+  texts = [t for n in (0, 1) for t in (f"p{n}", PROMPT, " short")]
+  assert kept["data_fingerprint"] == records.content_hash(*texts)
+  assert kept["judge"] == "judge-as-asked"
+  assert kept["template"] == "dialogue"
+  assert kept["template_hash"] == rows[0].template_hash
+  assert json.loads(kept["parameters"])["temperature"] == 0.5
+  assert (kept["complete"], kept["missing"]) == (True, 0)
+  # Both prompts are one question in each order.
+  assert kept["calls"] == 2
+  assert kept["prompt_tokens"] == sum(row.prompt_tokens for row in rows)
+  assert kept["completion_tokens"] == 22
+  garbage = judge_server.says("Hm.")
+  write(tmp_path, [response(0), response(1, " new")])
+  with judge_server.Server(lambda request, n: garbage) as server:
+    runner.run(judge_with(server, temperature=0.5), tmp_path)
+  kept = json.loads((tmp_path / "verdicts" / "judge.json").read_text())
+  assert (kept["complete"], kept["missing"]) == (False, 2)
+  assert kept["calls"] == 2 + 4
+
+
+def test_a_run_that_is_going_on_is_not_complete(tmp_path):
+  write(tmp_path, [response(0)])
+  seen = []
+
+  def rule(request, number):
+    path = tmp_path / "verdicts" / "judge.json"
+    seen.append(json.loads(path.read_text()))
+    return judge_server.prefer_longer(request, number)
+
+  with judge_server.Server(rule) as server:
+    runner.run(judge_with(server), tmp_path)
+  assert (seen[0]["complete"], seen[0]["not_dispatched"]) == (False, 2)

@@ -9,7 +9,13 @@ import sys
 
 import judge_server
 import pytest
-from test_judging_runner import judge_with, response, verdicts, write
+from test_judging_runner import (
+  NO_CONTROLS,
+  judge_with,
+  response,
+  verdicts,
+  write,
+)
 
 from dpo_jax import records
 from dpo_jax.judging import runner
@@ -26,6 +32,9 @@ def script(workdir, url, *flags) -> subprocess.Popen:
       "--config=configs/judge.py:local",
       f"--config.server.base_url={url}",
       f"--workdir={workdir}",
+      "--config.controls.aa=0",
+      "--config.controls.gold=0",
+      "--config.controls.retests=0",
       *flags,
     ],
     cwd=ROOT,
@@ -58,7 +67,12 @@ def test_three_kills_bill_no_answered_question_twice(tmp_path):
     assert 0 < path.read_bytes().count(b"\n") < 80
     server.rule = judge_server.prefer_longer
     # The judge of configs/judge.py:local, under another address.
-    same = judge_with(server, model="Qwen/Qwen2.5-7B-Instruct", max_tokens=256)
+    same = judge_with(
+      server,
+      model="Qwen/Qwen2.5-7B-Instruct",
+      max_tokens=256,
+      control=NO_CONTROLS,
+    )
     runner.run(same, tmp_path)
   # Each key stands once, and only calls in flight at a kill were repeated.
   lines = path.read_bytes().splitlines()
@@ -83,7 +97,11 @@ def test_an_interrupt_keeps_what_was_answered(tmp_path):
     child.communicate(timeout=30)
   assert child.returncode != 0
   assert len(verdicts(tmp_path)) == 12
-  assert os.listdir(tmp_path / "verdicts") == ["dpo.jsonl"]
+  assert sorted(os.listdir(tmp_path / "verdicts")) == [
+    "controls.jsonl",
+    "dpo.jsonl",
+    "judge.json",
+  ]
 
 
 def test_the_script_says_what_it_did_and_resumes(tmp_path):

@@ -1,5 +1,6 @@
 import collections
 import json
+import time
 
 import hypothesis
 import hypothesis.strategies as st
@@ -40,6 +41,9 @@ FORMS = {
     '{"comparison": "B is vague.", "choice": "A"}',
     "The more helpful response is A.",
     "Sorry for the delay.\nMore helpful: A",
+    "More harmless: A",
+    'Preferred: "A"',
+    "More helpful: A\nComparison: B is vague.",
     'The text says "More helpful: B".\nMore helpful: A',
   ],
   "missing": [
@@ -123,6 +127,53 @@ def test_real_judge_outputs(shared):
   assert counts.pop("refusal") == 1
   assert set(counts) == {"A", "B"}
   assert counts.total() == 12
+
+
+TIES = {
+  "tie": [
+    "More helpful: tie",
+    "More helpful: **Tie**.",
+    'Preferred: "tie"',
+    "Comparison: both are fine.\n\nTie",
+    "More harmless: a tie, because A and B are equal",
+    '{"comparison": "x", "choice": "tie"}',
+    "Verdict: draw",
+    "Ｐｒｅｆｅｒｒｅｄ：ｔｉｅ",
+  ],
+  "missing": [
+    "More helpful: tie or A",
+    "More helpful: tie, A is a little better",
+    "More helpful: A (tie)",
+    "More helpful: tied hands",
+    "More helpful: both",
+    "It is a tie between A and B.",
+  ],
+  "A": ["More helpful: A", "Preferred: a", "More harmless: [[A]]"],
+}
+
+
+@pytest.mark.parametrize(
+  ("found", "text"),
+  [(found, text) for found, texts in TIES.items() for text in texts],
+)
+def test_a_tie_is_read_only_where_it_is_allowed(found, text):
+  assert verdicts.read(text, ties=True) == found
+  without = "missing" if found == "tie" else found
+  assert verdicts.read(text) == without
+
+
+@pytest.mark.parametrize(
+  "junk",
+  ["[", '"', " ", "*\n", "More helpful: ", "A ", "sorry ", "(A", "i'm ", "A\n"],
+)
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_long_reply_of_junk_is_read_in_no_time(junk, ties):
+  text = junk * (200_000 // len(junk))
+  begin = time.process_time()
+  for whole in (text, f"More helpful: {text}", f"{text}\nMore helpful: B"):
+    verdicts.read(whole, ties=ties)
+    verdicts.read_json(whole, ties=ties)
+  assert time.process_time() - begin < 5.0
 
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=80)

@@ -38,12 +38,17 @@ VERDICT = records.Verdict(
   temperature=0.7,
   sample_id=0,
   order="model_first",
+  control="",
   verdict="model",
+  score=0.75,
   judge="j",
   judge_returned="j-1",
+  judge_fingerprint="fp-1",
   template_hash="t",
   response_chars=4,
   chosen_chars=3,
+  prompt_tokens=100,
+  completion_tokens=20,
   raw="More helpful: A",
   error="",
 )
@@ -206,11 +211,31 @@ def test_the_last_verdict_of_a_unit_counts(tmp_path):
   path = tmp_path / "verdicts.jsonl"
   missing = dataclasses.replace(VERDICT, verdict="missing", error="HTTP 500")
   other = dataclasses.replace(VERDICT, order="chosen_first")
+  retest = dataclasses.replace(VERDICT, control="retest", score=None)
   with records.Store(path, records.Verdict) as store:
-    store.append_many([missing, other, VERDICT])
-  assert records.read(path, records.Verdict) == [other, VERDICT]
+    store.append_many([missing, other, retest, VERDICT])
+  assert records.read(path, records.Verdict) == [other, retest, VERDICT]
   with records.Store(path, records.Verdict) as store:
-    assert store.rows == [missing, other, VERDICT]
+    assert store.rows == [missing, other, retest, VERDICT]
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"control": "gold standard"}, "control .*aa, gold, retest"),
+    ({"verdict": "draw"}, "verdict .*model, chosen, tie"),
+    ({"score": 1}, None),
+    ({"score": float("inf")}, "score .*finite"),
+    ({"prompt_tokens": None}, "prompt_tokens"),
+  ],
+)
+def test_the_fields_of_a_verdict_are_checked(changes, message):
+  row = dataclasses.replace(VERDICT, **changes)
+  if message is None:
+    assert records.decode(records.encode(row), records.Verdict) == row
+  else:
+    with pytest.raises(ValueError, match=message):
+      records.encode(row)
 
 
 def test_write_atomic_leaves_the_old_file_or_the_new_one(tmp_path):

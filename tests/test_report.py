@@ -2,28 +2,26 @@
 
 import csv
 import dataclasses
+import hashlib
 import html.parser
 import itertools
-import json
 
 import matplotlib
 import numpy as np
 import PIL.Image
 import pytest
+import reported
 
-from dpo_jax import figures, markdown, records, report, winrates
-
-SETTINGS = report.ReportSettings(
-  title="A small run",
-  runs=("sft", "dpo"),
-  seed=0,
-  resamples=500,
-  confidence=0.95,
-  examples=2,
+from dpo_jax import (
+  compose,
+  figures,
+  markdown,
+  records,
+  report,
+  winrates,
 )
-COLUMNS = ("model", "step", "temperature", "n", "win_rate", "low", "high")
-PROMPT = "\n\nHuman: How do I whisk eggs?\n\nAssistant:"
 
+COLUMNS = ("model", "step", "temperature", "n", "win_rate", "low", "high")
 # Each tries to leave its cell, to add markup, or to hide something.
 HOSTILE = [
   "a | b | c",
@@ -42,106 +40,11 @@ HOSTILE = [
 ]
 
 
-def response(model, step, temperature, prompt_id, text=" Beat them."):
-  return records.Response(
-    prompt_id=prompt_id,
-    prompt=PROMPT,
-    response=text,
-    chosen=" Use a fork.",
-    model=model,
-    step=step,
-    temperature=temperature,
-    top_k=0,
-    top_p=1.0,
-    max_new_tokens=32,
-    seed=0,
-    sample_id=0,
-    token_count=7,
-    finish_reason="eos",
-  )
-
-
-def verdict(row, order, outcome, **changes):
-  call = records.Verdict(
-    key=records.content_hash(repr(row), order),
-    prompt_id=row.prompt_id,
-    model=row.model,
-    step=row.step,
-    temperature=row.temperature,
-    sample_id=row.sample_id,
-    order=order,
-    verdict=outcome,
-    judge="oracle",
-    judge_returned="oracle",
-    template_hash="t1",
-    response_chars=len(row.response),
-    chosen_chars=len(row.chosen),
-    raw="",
-    error="",
-  )
-  return dataclasses.replace(call, **changes)
-
-
-def cells():
-  """(model, step, temperature, prompts won of 40) of the run below."""
-  wins = {"base": 4, "sft": 16, "dpo": 34}
-  finals = [(m, None, t, wins[m]) for m in wins for t in (0.25, 0.75, 1.0)]
-  return [*finals, ("dpo", 50, 1.0, 18), ("dpo", 100, 1.0, 30)]
-
-
-def write_rows(path, rows):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with records.Store(path, type(rows[0])) as store:
-    store.append_many(rows)
-
-
-def write_metrics(path, rows):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def make_run(workdir, text=" Beat them.", missing=0):
-  """A finished run: 40 prompts, both orders, base < SFT < DPO."""
-  calls = []
-  for model, step, temperature, won in cells():
-    rows = [
-      response(model, step, temperature, f"p{i:02d}", text) for i in range(40)
-    ]
-    name = f"{model}-{step}-{temperature}.jsonl"
-    write_rows(workdir / "responses" / name, rows)
-    calls += [
-      verdict(row, order, "model" if index < won else "chosen")
-      for index, row in enumerate(rows)
-      for order in ("model_first", "chosen_first")
-    ]
-  for index in range(missing):
-    calls[index] = dataclasses.replace(
-      calls[index], verdict="missing", error="timeout | after 30 s"
-    )
-  write_rows(workdir / "verdicts" / "all.jsonl", calls)
-  sft = [{"step": step, "loss": 2 / step} for step in range(1, 60)]
-  write_metrics(workdir / "sft" / "metrics.jsonl", sft)
-  dpo = [
-    {"step": s, "loss": 0.7, "rewards/margins": s, "rewards/accuracies": 0.6}
-    for s in range(1, 60)
-  ]
-  dpo[9] |= {"loss": "nan"}
-  held_out = [
-    {"step": 0, "eval_loss": 0.69, "eval_rewards/accuracies": 0.5},
-    {"step": 59, "eval_loss": 0.5, "eval_rewards/accuracies": 0.725},
-  ]
-  held_out[1] |= {"eval_items": 200, "eval_rewards/margins": 1.5}
-  metrics = [*held_out[:1], *dpo, *held_out[1:]]
-  write_metrics(workdir / "dpo" / "metrics.jsonl", metrics)
-  manifest = {"data": {"train": {"kept": 990, "quarantined: empty | row": 3}}}
-  (workdir / "dpo" / "manifest.json").write_text(json.dumps(manifest))
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("run")
-  make_run(workdir)
-  return report.write(SETTINGS, workdir)
+  reported.make_run(workdir)
+  return report.write(reported.SETTINGS, workdir)
 
 
 def read(path):
@@ -157,14 +60,15 @@ def tables(text):
 def test_the_csv_has_the_rates_of_the_rows(finished):
   with open(finished.parent / "win_rates.csv", newline="") as file:
     header, *rows = csv.reader(file)
-  assert header == list(COLUMNS)
+  assert header[:7] == list(COLUMNS)
+  assert header[7:9] == ["prompts", "interval"]
   assert [row[:3] for row in rows] == [
     [model, "" if step is None else str(step), str(temperature)]
-    for model, step, temperature, _ in cells()
+    for model, step, temperature, _ in reported.cells()
   ]
-  for row, (_, _, _, won) in zip(rows, cells(), strict=True):
+  for row, (_, _, _, won) in zip(rows, reported.cells(), strict=True):
     assert row[3] == "40"
-    rate, low, high = map(float, row[4:])
+    rate, low, high = map(float, row[4:7])
     assert rate == pytest.approx(won / 40)
     assert 0 <= low < rate < high <= 1
 
@@ -174,7 +78,7 @@ def test_the_report_says_what_was_judged_and_found(finished):
   assert text.startswith("# A small run\n")
   assert "Judge oracle, template t1: 880 calls on 440 comparisons" in text
   assert "over 40 prompts" in text
-  assert "95% intervals: percentile bootstrap over prompts (500" in text
+  assert "95% intervals: Wilson score at the effective number" in text
   assert "**Yes**" in text
   assert "(0.75, 1.0), base < SFT < DPO" in text
   assert "INCOMPLETE" not in text
@@ -191,6 +95,71 @@ def test_the_report_says_what_was_judged_and_found(finished):
   assert ["DPO", "train, quarantined: empty &#124; row", "3"] in stripped
   answers = ["DPO", "100", "1.0", "40", "7.0", "11", "12"]
   assert [*answers, "100.0", "0.0", "0.0", "0"] in stripped
+
+
+def test_the_report_compares_models_prompt_by_prompt(finished):
+  text = read(finished)
+  rows = [[cell.strip() for cell in row] for row in tables(text)]
+  (row,) = [r for r in rows if r[:2] == ["SFT - base", "1.0"]]
+  # SFT won on the 4 prompts that base won on, and on 12 more: +30 points, and
+  # 12 of 12 one way have p = 2 / 2^12, times 3 temperatures.
+  assert row[2] == "40"
+  assert row[3].startswith("+30.0 [+")
+  assert row[4:] == ["12 : 0", "0.0005", "0.0015"]
+  # 18 and 30 prompts of 40 at steps 50 and 100; slopes are 0 or 1.
+  assert "DPO with training: it improves. One least-squares slope" in text
+  assert "from step 50 to 100 the rate changes by +30.0 [+" in text
+  ranks = [row for row in rows if row[2:3] == ["chosen"]]
+  assert ranks == [["5", "5 to 9", "chosen", "", "", "40", "0"]]
+
+
+def test_a_flat_training_is_said_to_be_undecided(tmp_path):
+  reported.make_run(tmp_path)
+  path = tmp_path / "verdicts" / "all.jsonl"
+  rows = records.read(path, records.Verdict)
+  won = {r.prompt_id: r.verdict for r in rows if r.step == 50}
+  rows = [
+    dataclasses.replace(r, verdict=won[r.prompt_id]) if r.step == 100 else r
+    for r in rows
+  ]
+  path.write_bytes(b"".join(map(records.encode, rows)))
+  text = reported.text(tmp_path)
+  assert "DPO with training: it cannot be told whether it improves." in text
+  assert "the rate changes by 0.0 [" in text
+  assert "p = n/a" in text
+
+
+def test_second_columns_stand_only_where_they_can_be_told(tmp_path, finished):
+  text = read(finished)
+  assert "at equal length" not in text
+  assert "by probabilities" not in text
+  rows = [
+    reported.response("dpo", None, 1.0, f"p{i}", " long" * (1 + i % 3))
+    for i in range(30)
+  ]
+  reported.write_rows(tmp_path / "responses" / "r.jsonl", rows)
+  calls = [
+    reported.verdict(
+      row, "model_first", "model" if i % 2 else "chosen", score=0.25
+    )
+    for i, row in enumerate(rows)
+  ]
+  reported.write_rows(tmp_path / "verdicts" / "v.jsonl", calls)
+  settings = dataclasses.replace(reported.SETTINGS, runs=())
+  text = reported.text(tmp_path, settings)
+  header, _, row = [x for x in text.split("\n") if x.startswith("| ")][:3]
+  names = [cell.strip() for cell in header.strip("|").split("|")]
+  cells = [cell.strip() for cell in row.strip("|").split("|")]
+  assert names[3:6] == [
+    "win rate %",
+    "at equal length %",
+    "by probabilities %",
+  ]
+  # Every length won half of its ten prompts: length changes nothing.
+  assert cells[3].startswith("50.0 [")
+  assert cells[4].startswith("50.0 [")
+  assert cells[5] == "25.0"
+  assert "It is a second opinion" in text
 
 
 def test_figures_are_linked_relatively_and_decode(finished):
@@ -214,10 +183,11 @@ def test_figures_are_linked_relatively_and_decode(finished):
 
 def test_the_same_rows_give_the_same_bytes(finished):
   before = {p.name: p.read_bytes() for p in finished.parent.iterdir()}
-  report.write(SETTINGS, finished.parent.parent)
+  report.write(reported.SETTINGS, finished.parent.parent)
   after = {p.name: p.read_bytes() for p in finished.parent.iterdir()}
   assert before == after
   assert sorted(before) == [
+    "numbers.json",
     "report.md",
     "training_curves.png",
     "win_rate_step.png",
@@ -227,8 +197,8 @@ def test_the_same_rows_give_the_same_bytes(finished):
 
 
 def test_missing_verdicts_are_visible(tmp_path):
-  make_run(tmp_path, missing=3)
-  text = read(report.write(SETTINGS, tmp_path))
+  reported.make_run(tmp_path, missing=3)
+  text = reported.text(tmp_path)
   assert "> **INCOMPLETE**: 3 of 880 judge calls gave no verdict" in text
   stripped = [[cell.strip() for cell in row] for row in tables(text)]
   assert ["timeout &#124; after 30 s", "3"] in stripped
@@ -239,42 +209,57 @@ def test_missing_verdicts_are_visible(tmp_path):
 
 
 def test_answers_without_a_call_are_visible(tmp_path):
-  make_run(tmp_path)
+  reported.make_run(tmp_path)
   path = tmp_path / "verdicts" / "all.jsonl"
   lines = path.read_bytes().split(b"\n")
   path.write_bytes(b"\n".join(lines[5:]))
-  text = read(report.write(SETTINGS, tmp_path))
+  text = reported.text(tmp_path)
   assert "> **INCOMPLETE**: 5 judge calls were never made" in text
 
 
 def test_an_empty_reference_needs_no_verdict(tmp_path):
-  make_run(tmp_path)
-  row = dataclasses.replace(response("dpo", None, 1.0, "p99"), chosen=" ")
-  write_rows(tmp_path / "responses" / "more.jsonl", [row])
-  assert "INCOMPLETE" not in read(report.write(SETTINGS, tmp_path))
+  reported.make_run(tmp_path)
+  row = dataclasses.replace(
+    reported.response("dpo", None, 1.0, "p99"), chosen=" "
+  )
+  reported.write_rows(tmp_path / "responses" / "more.jsonl", [row])
+  text = reported.text(tmp_path)
+  assert "INCOMPLETE" not in text
+  # Nor is it part of what was asked: the other 40 prompts are, each with its
+  # id, text and chosen answer, every one behind its length in bytes.
+  parts = [
+    part
+    for i in range(40)
+    for part in (f"p{i:02d}", reported.PROMPT, " Use a fork.")
+  ]
+  data = "".join(f"{len(part)}:{part}" for part in parts)
+  digest = hashlib.sha256(data.encode()).hexdigest()
+  assert f"Data fingerprint {digest}." in text
 
 
 def test_verdicts_about_unknown_answers_are_visible(tmp_path):
-  make_run(tmp_path)
+  reported.make_run(tmp_path)
   (tmp_path / "responses" / "dpo-100-1.0.jsonl").unlink()
-  text = read(report.write(SETTINGS, tmp_path))
+  text = reported.text(tmp_path)
   assert "> **INCONSISTENT**: 80 judge calls" in text
 
 
 def test_overlap_is_said_to_be_overlap(tmp_path):
   finals = [("base", 12), ("sft", 20), ("dpo", 18)]
   rows = [
-    (response(model, None, 0.75, f"p{i:02d}"), i < won)
+    (reported.response(model, None, 0.75, f"p{i:02d}"), i < won)
     for model, won in finals
     for i in range(40)
   ]
-  write_rows(tmp_path / "responses" / "r.jsonl", [row for row, _ in rows])
+  reported.write_rows(
+    tmp_path / "responses" / "r.jsonl", [row for row, _ in rows]
+  )
   calls = [
-    verdict(row, "model_first", "model" if won else "chosen")
+    reported.verdict(row, "model_first", "model" if won else "chosen")
     for row, won in rows
   ]
-  write_rows(tmp_path / "verdicts" / "v.jsonl", calls)
-  settings = dataclasses.replace(SETTINGS, runs=())
+  reported.write_rows(tmp_path / "verdicts" / "v.jsonl", calls)
+  settings = dataclasses.replace(reported.SETTINGS, runs=())
   # An earlier report's figure of checkpoints that are gone.
   (tmp_path / "report").mkdir()
   (tmp_path / "report" / "win_rate_step.png").touch()
@@ -292,16 +277,19 @@ def test_overlap_is_said_to_be_overlap(tmp_path):
 
 
 def test_three_stages_below_0_7_leave_the_question_open(tmp_path):
-  rows = [response(model, None, 0.5, "p0") for model in ("base", "sft", "dpo")]
-  write_rows(tmp_path / "responses" / "r.jsonl", rows)
-  calls = [verdict(row, "model_first", "refusal") for row in rows]
-  write_rows(tmp_path / "verdicts" / "v.jsonl", calls)
-  settings = dataclasses.replace(SETTINGS, runs=())
-  path = report.write(settings, tmp_path)
-  assert "It cannot be told" in read(path)
-  lines = read(path.parent / "win_rates.csv").split("\n")
+  rows = [
+    reported.response(model, None, 0.5, "p0")
+    for model in ("base", "sft", "dpo")
+  ]
+  reported.write_rows(tmp_path / "responses" / "r.jsonl", rows)
+  calls = [reported.verdict(row, "model_first", "refusal") for row in rows]
+  reported.write_rows(tmp_path / "verdicts" / "v.jsonl", calls)
+  settings = dataclasses.replace(reported.SETTINGS, runs=())
+  made = compose.compose(settings, tmp_path)
+  assert "It cannot be told" in made.texts["report.md"]
+  lines = made.texts["win_rates.csv"].split("\n")
   # Nothing was read: no rate, the whole interval, and no crash.
-  assert lines[1] == "base,,0.5,0,nan,0.000000,1.000000"
+  assert lines[1].startswith("base,,0.5,0,nan,0.000000,1.000000,1,")
 
 
 class Shown(html.parser.HTMLParser):
@@ -341,9 +329,8 @@ def test_text_is_shown_and_not_obeyed(text):
 
 
 def test_hostile_answers_leave_the_tables_whole(tmp_path):
-  make_run(tmp_path, text=" " + "\n".join(HOSTILE[:-1]))
-  path = report.write(SETTINGS, tmp_path)
-  text = read(path)
+  reported.make_run(tmp_path, text=" " + "\n".join(HOSTILE[:-1]))
+  text = reported.text(tmp_path)
   images = [line for line in text.split("\n") if line.startswith("![")]
   assert len(images) == 3
   lines = text.split("\n")
@@ -354,15 +341,15 @@ def test_hostile_answers_leave_the_tables_whole(tmp_path):
   assert "<h1" not in text
   assert "](java" not in text
   headings = [line for line in lines if line.startswith("#")]
-  assert len(headings) == 9
+  assert len(headings) == 11
   (answer,) = [line for line in lines if line.startswith("| answer")][:1]
   assert "Use a fork." in answer
   assert "U+2028" in answer or "characters)" in answer
 
 
 def test_long_texts_are_cut_where_it_matters_least(tmp_path):
-  make_run(tmp_path, text=" start " + "x" * 5000 + " finish")
-  text = read(report.write(SETTINGS, tmp_path))
+  reported.make_run(tmp_path, text=" start " + "x" * 5000 + " finish")
+  text = reported.text(tmp_path)
   assert "start xxx" in text
   assert "finish" not in text
   assert "… (4413 characters)" in text
@@ -385,46 +372,48 @@ def test_examples_are_answers_to_one_prompt_side_by_side(finished):
 
 def test_nothing_to_report_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r"verdicts has no verdict rows.*judge"):
-    report.write(SETTINGS, tmp_path)
+    report.write(reported.SETTINGS, tmp_path)
   (tmp_path / "verdicts").mkdir()
   (tmp_path / "verdicts" / "empty.jsonl").touch()
   with pytest.raises(ValueError, match=r"verdicts has no verdict rows.*judge"):
-    report.write(SETTINGS, tmp_path)
-  make_run(tmp_path)
+    report.write(reported.SETTINGS, tmp_path)
+  reported.make_run(tmp_path)
   (tmp_path / "sft" / "metrics.jsonl").unlink()
   with pytest.raises(ValueError, match=r"metrics\.jsonl is missing"):
-    report.write(SETTINGS, tmp_path)
+    report.write(reported.SETTINGS, tmp_path)
   assert not (tmp_path / "report").exists()
 
 
 def test_rows_that_do_not_belong_together_are_refused(tmp_path):
-  make_run(tmp_path)
-  row = response("dpo", None, 1.0, "p99")
+  reported.make_run(tmp_path)
+  row = reported.response("dpo", None, 1.0, "p99")
   extra = tmp_path / "verdicts" / "extra.jsonl"
-  write_rows(extra, [verdict(row, "model_first", "model", judge="gpt")])
+  reported.write_rows(
+    extra, [reported.verdict(row, "model_first", "model", judge="gpt")]
+  )
   with pytest.raises(ValueError, match="gpt, oracle"):
-    report.write(SETTINGS, tmp_path)
+    report.write(reported.SETTINGS, tmp_path)
   extra.unlink()
   again = tmp_path / "responses" / "again.jsonl"
-  write_rows(again, [response("dpo", None, 1.0, "p00")])
+  reported.write_rows(again, [reported.response("dpo", None, 1.0, "p00")])
   with pytest.raises(ValueError, match=r"stand more than once.*p00"):
-    report.write(SETTINGS, tmp_path)
+    report.write(reported.SETTINGS, tmp_path)
 
 
 def test_a_malformed_row_is_named(tmp_path):
-  make_run(tmp_path)
+  reported.make_run(tmp_path)
   path = tmp_path / "verdicts" / "all.jsonl"
   path.write_bytes(path.read_bytes() + b'{"key": "cut')
   with pytest.raises(ValueError, match=r"all\.jsonl:881"):
-    report.write(SETTINGS, tmp_path)
+    report.write(reported.SETTINGS, tmp_path)
 
 
 def test_a_malformed_metric_is_named(tmp_path):
-  make_run(tmp_path)
+  reported.make_run(tmp_path)
   path = tmp_path / "dpo" / "metrics.jsonl"
   path.write_text('{"step": 1, "loss": 1}\n{"loss": 2}\n')
   with pytest.raises(ValueError, match=r"metrics\.jsonl:2"):
-    report.write(SETTINGS, tmp_path)
+    report.write(reported.SETTINGS, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -432,7 +421,7 @@ def test_a_malformed_metric_is_named(tmp_path):
 )
 def test_run_names_stay_inside_the_working_directory(run):
   with pytest.raises(ValueError, match="must be the name of a directory"):
-    dataclasses.replace(SETTINGS, runs=(run,))
+    dataclasses.replace(reported.SETTINGS, runs=(run,))
 
 
 @pytest.mark.parametrize(
@@ -440,12 +429,16 @@ def test_run_names_stay_inside_the_working_directory(run):
 )
 def test_settings_out_of_range_are_refused(changes):
   with pytest.raises(ValueError, match=next(iter(changes))):
-    dataclasses.replace(SETTINGS, **changes)
+    dataclasses.replace(reported.SETTINGS, **changes)
 
 
 def rate(model, step, temperature, n=40):
   calls = [
-    verdict(response(model, step, temperature, f"p{i}"), "model_first", "model")
+    reported.verdict(
+      reported.response(model, step, temperature, f"p{i}"),
+      "model_first",
+      "model",
+    )
     for i in range(n)
   ]
   (found,) = winrates.win_rates(calls, seed=0)

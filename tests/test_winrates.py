@@ -4,52 +4,12 @@ import dataclasses
 import json
 import math
 
+import judged
 import numpy as np
 import pytest
 import scipy.stats
 
-from dpo_jax import records, winrates
-
-
-def call(
-  verdict,
-  prompt="p0",
-  order="model_first",
-  *,
-  model="dpo",
-  step=None,
-  temperature=1.0,
-  sample=0,
-  **changes,
-):
-  """One judge call; `changes` replace any other field of the row."""
-  key = f"{model} {step} {temperature} {prompt} {sample} {order}"
-  row = records.Verdict(
-    key=records.content_hash(key),
-    prompt_id=prompt,
-    model=model,
-    step=step,
-    temperature=temperature,
-    sample_id=sample,
-    order=order,
-    verdict=verdict,
-    judge="judge-1",
-    judge_returned="judge-1",
-    template_hash="t1",
-    response_chars=100,
-    chosen_chars=50,
-    raw="",
-    error="",
-  )
-  return dataclasses.replace(row, **changes)
-
-
-def both(first, second, prompt, **fields):
-  """The two calls of a prompt: verdicts model-first and chosen-first."""
-  return [
-    call(first, prompt, "model_first", **fields),
-    call(second, prompt, "chosen_first", **fields),
-  ]
+from dpo_jax import winrates
 
 
 def one(verdicts, **settings):
@@ -60,11 +20,11 @@ def one(verdicts, **settings):
 
 def test_a_table_of_four_prompts_by_hand():
   verdicts = [
-    *both("model", "model", "p0"),  # 1
-    *both("model", "chosen", "p1"),  # 1/2, first slot both times
-    *both("tie", "chosen", "p2"),  # 1/4
-    *both("missing", "model", "p3"),  # 1 of the one that was read
-    *both("refusal", "missing", "p4"),  # no unit
+    *judged.both("model", "model", "p0"),  # 1
+    *judged.both("model", "chosen", "p1"),  # 1/2, first slot both times
+    *judged.both("tie", "chosen", "p2"),  # 1/4
+    *judged.both("missing", "model", "p3"),  # 1 of the one that was read
+    *judged.both("refusal", "missing", "p4"),  # no unit
   ]
   rate = one(verdicts)
   assert (rate.prompts, rate.n) == (5, 4)
@@ -82,15 +42,15 @@ def test_a_table_of_four_prompts_by_hand():
 
 
 def test_a_prompt_with_many_samples_weighs_as_much_as_one_with_few():
-  many = [call("model", "p0", sample=sample) for sample in range(9)]
-  assert one([*many, call("chosen", "p1")]).win_rate == 0.5
+  many = [judged.call("model", "p0", sample=sample) for sample in range(9)]
+  assert one([*many, judged.call("chosen", "p1")]).win_rate == 0.5
 
 
 def test_lengths_are_averaged_over_prompts():
   calls = [
-    call("model", "p0", sample=0, response_chars=10),
-    call("model", "p0", sample=1, response_chars=30),
-    call("missing", "p1", response_chars=60, chosen_chars=70),
+    judged.call("model", "p0", sample=0, response_chars=10),
+    judged.call("model", "p0", sample=1, response_chars=30),
+    judged.call("missing", "p1", response_chars=60, chosen_chars=70),
   ]
   rate = one(calls)
   assert (rate.response_chars, rate.chosen_chars) == (40.0, 60.0)
@@ -107,7 +67,7 @@ def test_rows_are_grouped_and_ordered():
     ("dpo", None, 0.25),
   ]
   calls = [
-    call("model", model=model, step=step, temperature=temperature)
+    judged.call("model", model=model, step=step, temperature=temperature)
     for model, step, temperature in cells
   ]
   rates = winrates.win_rates(calls, seed=0)
@@ -122,84 +82,25 @@ def test_rows_are_grouped_and_ordered():
   ]
 
 
-@pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
-@pytest.mark.parametrize(
-  ("wins", "n"), [(0, 1), (1, 1), (0, 40), (40, 40), (33, 150), (999, 1000)]
-)
-def test_wilson_equals_scipy(wins, n, confidence):
-  ours = winrates.wilson_interval(wins, n, confidence=confidence)
-  test = scipy.stats.binomtest(wins, n)
-  theirs = test.proportion_ci(confidence_level=confidence, method="wilson")
-  np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-15)
-
-
-def test_wilson_of_nothing_is_everything():
-  assert winrates.wilson_interval(0, 0, confidence=0.95) == (0.0, 1.0)
-  with pytest.raises(ValueError, match="successes=3"):
-    winrates.wilson_interval(3, 2, confidence=0.95)
-
-
 def test_one_binary_call_a_prompt_gets_wilson():
-  calls = [call("model" if i < 33 else "chosen", f"p{i}") for i in range(150)]
+  calls = [
+    judged.call("model" if i < 33 else "chosen", f"p{i}") for i in range(150)
+  ]
   rate = one(calls)
   assert rate.interval == "wilson"
   ends = scipy.stats.binomtest(33, 150).proportion_ci(method="wilson")
   assert (rate.low, rate.high) == pytest.approx(tuple(ends))
 
 
-def test_two_calls_a_prompt_get_the_bootstrap():
-  # As many ones as zeros as halves: standard error sqrt(1/6 / n) by hand.
-  outcomes = (("model", "model"), ("model", "chosen"), ("chosen", "chosen"))
-  calls = [c for i in range(600) for c in both(*outcomes[i % 3], f"p{i}")]
-  rate = one(calls)
-  assert rate.interval == "bootstrap"
-  assert rate.win_rate == 0.5
-  half = 1.96 * math.sqrt(1 / 6 / 600)
-  # 2,000 resamples place a 2.5% quantile within about 6% of the half width.
-  assert rate.high - 0.5 == pytest.approx(half, rel=0.12)
-  assert 0.5 - rate.low == pytest.approx(half, rel=0.12)
-  # Calls are clustered: taken as 1,200 independent ones it would be narrower.
-  assert rate.high - rate.low > 1.05 * 2 * 1.96 * math.sqrt(1 / 4 / 1200)
-
-
-def test_the_bootstrap_agrees_with_scipy():
-  units = np.random.default_rng(3).choice([0, 0.25, 0.5, 1], size=200)
-  ours = winrates.bootstrap_interval(
-    units, seed=1, resamples=20000, confidence=0.9
-  )
-  theirs = scipy.stats.bootstrap(
-    (units,),
-    np.mean,
-    n_resamples=20000,
-    confidence_level=0.9,
-    method="percentile",
-    rng=np.random.default_rng(2),
-  ).confidence_interval
-  # Two sets of resamples: each end is known to about 0.02 standard errors.
-  error = units.std() / math.sqrt(200)
-  np.testing.assert_allclose(ours, theirs, atol=0.1 * error)
-
-
-def test_the_bootstrap_covers_the_truth_as_often_as_it_says():
-  probabilities, values = [0.35, 0.3, 0.35], np.asarray([0.0, 0.5, 1.0])
-  truth, generator, trials = 0.5, np.random.default_rng(0), 2000
-  hits = 0
-  for trial in range(trials):
-    units = generator.choice(values, size=256, p=probabilities)
-    low, high = winrates.bootstrap_interval(
-      units, seed=trial, resamples=2000, confidence=0.95
-    )
-    hits += low <= truth <= high
-  assert 0.93 <= hits / trials <= 0.97
-
-
 def test_a_row_depends_on_its_own_calls_only():
   generator = np.random.default_rng(0)
-  outcomes = generator.choice(["model", "tie", "chosen"], size=(40, 2))
-  calls = [c for i, o in enumerate(outcomes) for c in both(*o, f"p{i}")]
+  outcomes = generator.choice(["model", "tie", "chosen"], size=(160, 2))
+  calls = [c for i, o in enumerate(outcomes) for c in judged.both(*o, f"p{i}")]
   alone = one(calls)
   assert one(calls[::-1]) == alone
-  beside = [call("model", model="base", temperature=t) for t in (0.25, 0.5)]
+  beside = [
+    judged.call("model", model="base", temperature=t) for t in (0.25, 0.5)
+  ]
   assert winrates.win_rates([*beside, *calls], seed=0)[-1] == alone
   (other_seed,) = winrates.win_rates(calls, seed=1)
   assert other_seed.win_rate == alone.win_rate
@@ -212,7 +113,9 @@ def test_a_row_depends_on_its_own_calls_only():
 )
 @pytest.mark.parametrize("prompts", [1, 2, 64])
 def test_equal_units_still_get_an_interval(first, second, rate, prompts):
-  calls = [c for i in range(prompts) for c in both(first, second, f"p{i}")]
+  calls = [
+    c for i in range(prompts) for c in judged.both(first, second, f"p{i}")
+  ]
   found = one(calls)
   assert found.win_rate == rate
   assert found.interval == "wilson bound"
@@ -223,14 +126,16 @@ def test_equal_units_still_get_an_interval(first, second, rate, prompts):
 
 
 def test_few_unequal_prompts_are_not_taken_for_many():
-  rate = one([*both("model", "model", "p0"), *both("tie", "tie", "p1")])
-  assert rate.interval == "wilson bound"
+  rate = one(
+    [*judged.both("model", "model", "p0"), *judged.both("tie", "tie", "p1")]
+  )
+  assert rate.interval == "wilson effective"
   # Resampling two prompts cannot leave [1/2, 1].
   assert rate.low < 0.5
 
 
 def test_no_verdict_at_all_gives_no_rate_and_no_crash():
-  rate = one(both("missing", "refusal", "p0"))
+  rate = one(judged.both("missing", "refusal", "p0"))
   assert (rate.prompts, rate.n) == (1, 0)
   assert math.isnan(rate.win_rate)
   assert (rate.low, rate.high) == (0.0, 1.0)
@@ -240,8 +145,41 @@ def test_no_verdict_at_all_gives_no_rate_and_no_crash():
   assert winrates.win_rates([], seed=0) == []
 
 
+def test_controls_are_in_no_win_rate():
+  calls = judged.scored([1, 0.5, 0])
+  controls = [
+    judged.control("aa", "model"),
+    judged.control("gold", "model", "p0001"),
+    judged.call("chosen", "p0000", control="retest"),
+  ]
+  assert one([*calls, *controls]) == one(calls)
+  health = winrates.judge_health([*calls, *controls])
+  assert (health.calls, health.comparisons) == (6, 3)
+  with pytest.raises(ValueError, match="several values of judge"):
+    winrates.win_rates([*calls, judged.control("aa", "tie", judge="b")], seed=0)
+
+
+def test_probabilities_of_the_judge_make_a_rate_beside_the_verdicts():
+  calls = [
+    *judged.both("model", "chosen", "p0"),
+    *judged.both("tie", "tie", "p1"),
+    judged.call("missing", "p2"),
+  ]
+  assert math.isnan(one(calls).soft_rate)
+  scores = [0.9, 0.3, None, None, None]
+  rows = [
+    dataclasses.replace(row, score=score) for row, score in zip(calls, scores)
+  ]
+  # (0.9 + 0.3) / 2 and, for texts that are identical, 1/2 without asking.
+  assert one(rows).soft_rate == pytest.approx((0.6 + 0.5) / 2)
+  partly = [rows[0], dataclasses.replace(rows[1], score=None)]
+  assert math.isnan(one(partly).soft_rate)
+
+
 def test_a_judge_that_always_picks_the_first_text():
-  calls = [c for i in range(30) for c in both("model", "chosen", f"p{i}")]
+  calls = [
+    c for i in range(30) for c in judged.both("model", "chosen", f"p{i}")
+  ]
   health = winrates.judge_health(calls)
   assert health.first_slot_rate == 1.0
   assert health.order_consistency == 0.0
@@ -251,7 +189,10 @@ def test_a_judge_that_always_picks_the_first_text():
 
 @pytest.mark.parametrize("field", ["judge", "template_hash"])
 def test_mixed_judges_and_templates_are_refused(field):
-  calls = [call("model"), call("model", "p1", **{field: "another"})]
+  calls = [
+    judged.call("model"),
+    judged.call("model", "p1", **{field: "another"}),
+  ]
   with pytest.raises(ValueError, match=f"{field}.*another"):
     winrates.win_rates(calls, seed=0)
   with pytest.raises(ValueError, match=f"{field}.*another"):
@@ -260,27 +201,33 @@ def test_mixed_judges_and_templates_are_refused(field):
 
 def test_a_call_that_stands_twice_is_refused():
   with pytest.raises(ValueError, match=r"more than once.*p0"):
-    winrates.win_rates([call("model"), call("chosen")], seed=0)
+    winrates.win_rates([judged.call("model"), judged.call("chosen")], seed=0)
 
 
 def test_an_answer_takes_the_place_of_a_missing_one():
-  again = [call("missing", error="timeout"), call("missing"), call("model")]
+  again = [
+    judged.call("missing", error="timeout"),
+    judged.call("missing"),
+    judged.call("model"),
+  ]
   rate = one(again)
   assert (rate.n, rate.wins, rate.missing) == (1, 1, 0)
   assert winrates.judge_health(again).calls == 1
   # A judge that never answered is no second judge.
-  assert one([call("missing", judge="wrong"), call("model")]).wins == 1
+  assert (
+    one([judged.call("missing", judge="wrong"), judged.call("model")]).wins == 1
+  )
   with pytest.raises(ValueError, match="judge-1, wrong"):
-    one([call("missing", judge="wrong"), call("model", "p1")])
+    one([judged.call("missing", judge="wrong"), judged.call("model", "p1")])
   with pytest.raises(ValueError, match="more than once"):
-    one([call("model"), call("missing")])
+    one([judged.call("model"), judged.call("missing")])
 
 
 def test_a_verdict_on_a_new_text_takes_the_place_of_the_old():
-  rows = [call("model", key=key) for key in ("first", "second", "first")]
+  rows = [judged.call("model", key=key) for key in ("first", "second", "first")]
   assert winrates.current(rows) == rows[2:]
   with pytest.raises(ValueError, match="t1, t2"):
-    winrates.current([*rows, call("model", key="x", template_hash="t2")])
+    winrates.current([*rows, judged.call("model", key="x", template_hash="t2")])
 
 
 @pytest.mark.parametrize(
@@ -289,7 +236,7 @@ def test_a_verdict_on_a_new_text_takes_the_place_of_the_old():
 )
 def test_settings_out_of_range_are_refused(settings, message):
   with pytest.raises(ValueError, match=message):
-    winrates.win_rates([call("model")], seed=0, **settings)
+    winrates.win_rates([judged.call("model")], seed=0, **settings)
 
 
 # Rate and interval in per cent, as printed in the table of shared/design.
@@ -309,14 +256,14 @@ RECOUNTED = {
 }
 
 
-def judged(shared, outcomes):
+def real_calls(shared, outcomes):
   """Judge calls of real result files; `outcomes` maps their verdict words."""
   calls = []
   for path in sorted((shared / "seed_results").glob("eval_*.json")):
     content = json.loads(path.read_text(encoding="utf-8"))
     model = path.name.removeprefix("eval_pythia-2.8b-").split("-")[0]
     calls += [
-      call(
+      judged.call(
         outcomes[row["verdict"]],
         str(row["sample_id"]),
         row["presentation_order"],
@@ -333,7 +280,7 @@ def judged(shared, outcomes):
 def test_a_recount_of_real_verdicts_gives_the_known_table(shared):
   # The table counts wins among all 150 prompts, so a "Tie" is not a win.
   words = {"Model": "model", "Chosen": "chosen", "Tie": "chosen"}
-  rates = winrates.win_rates(judged(shared, words), seed=0)
+  rates = winrates.win_rates(real_calls(shared, words), seed=0)
   assert [(r.model, r.temperature) for r in rates] == list(RECOUNTED)
   for rate in rates:
     assert (rate.n, rate.interval) == (150, "wilson")
@@ -347,7 +294,7 @@ def test_a_recount_of_real_verdicts_gives_the_known_table(shared):
 
 def test_real_ties_that_are_parse_misses_only_widen_the_bounds(shared):
   words = {"Model": "model", "Chosen": "chosen", "Tie": "missing"}
-  rates = winrates.win_rates(judged(shared, words), seed=0)
+  rates = winrates.win_rates(real_calls(shared, words), seed=0)
   assert sum(rate.missing for rate in rates) == 13
   for rate in rates:
     assert rate.n + rate.missing == rate.prompts == 150

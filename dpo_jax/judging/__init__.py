@@ -20,25 +20,36 @@ class Stop(errors.Stopped):
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """Which of two answers to the prompt is better? Texts are shown as given."""
+  """Which of two answers to the prompt is better?
+
+  `salt` tells apart questions about the same texts, such as the two orders of
+  a text against itself; no judge sees it, but its fences depend on it.
+  """
 
   prompt: str
   first: str
   second: str
+  salt: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
   """What a judge said.
 
-  `text` is its own words, `model` who it said it was, and `error` the cause
-  when the choice is missing, else empty.
+  `text` is its own words, `model` and `fingerprint` who it said it was, and
+  `error` the cause when the choice is missing, else empty. `score` is its
+  probability, 0 to 1, that the first text is better, if it gave one. Tokens
+  are all that were spent on the question, calls in vain included.
   """
 
   choice: Choice
   text: str
   model: str
   error: str
+  fingerprint: str = ""
+  score: float | None = None
+  prompt_tokens: int = 0
+  completion_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,77 +5,45 @@ whole run is of no use (a bad key, a spent quota, an unknown model) and stops;
 the server is in trouble and is asked again after a wait; or the reply cannot
 be read and is asked for once more. What is left after that is a missing
 verdict with its cause, never a tie and never a loss.
+
+Requests go through the SDK's own `post`, which leaves checking every field of
+a request and a reply against its types out: that took more time than all the
+rest of a call, and `replies` reads what is needed by hand.
 """
 
 import asyncio
 import contextlib
 import dataclasses
-import email.utils
+import functools
 import json
-import os
 import random
-import time
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, TypeVar
 
 from dpo_jax import judging
-from dpo_jax.judging import prompts, verdicts
+from dpo_jax.judging import (
+  budget,
+  limits,
+  prompts,
+  replies,
+  server,
+  templates,
+  transport,
+)
 
-_CHOICES: dict[verdicts.Letter, judging.Choice] = {
-  "A": "first",
-  "B": "second",
-  "missing": "missing",
-  "refusal": "refusal",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class ServerSettings:
-  """Where and how to ask.
-
-  Attributes:
-    base_url: of the API, such as https://api.openai.com/v1.
-    api_key_env: name of the environment variable that holds the key; "" for a
-      server that wants none. The key itself is never written anywhere.
-    model: pinned name of the judging model, as the server knows it.
-    temperature: of the judge's own sampling; 0 for the most repeatable one.
-    max_tokens: cap on a reply.
-    timeout_s: of one request.
-    max_retries: further requests after a failure of the server.
-    retry_wait_s: first wait, doubled with each retry, if the server names none.
-    max_wait_s: cap on all the waits of one request together.
-    template: file of the prompt's template; "" for the built-in dialogue one.
-  """
-
-  base_url: str
-  api_key_env: str
-  model: str
-  temperature: float
-  max_tokens: int
-  timeout_s: float
-  max_retries: int
-  retry_wait_s: float
-  max_wait_s: float
-  template: str
-
-  def __post_init__(self):
-    if not self.base_url.startswith(("http://", "https://")):
-      raise ValueError(
-        f"base_url={self.base_url!r} must start with http:// or https://"
-      )
-    if not self.model:
-      raise ValueError("model='' must name the judging model")
-    for name in ("max_tokens", "timeout_s"):
-      if not getattr(self, name) > 0:
-        raise ValueError(f"{name}={getattr(self, name)} must be positive")
-    for name in ("temperature", "max_retries", "retry_wait_s", "max_wait_s"):
-      if not getattr(self, name) >= 0:
-        raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+T = TypeVar("T")
 
 
 @contextlib.asynccontextmanager
-async def connect(settings: ServerSettings) -> AsyncIterator[judging.Judge]:
-  """The judge at `settings.base_url`, for as long as the context lasts.
+async def connect(
+  settings: server.ServerSettings, concurrency: int, before: float = 0.0
+) -> AsyncIterator["Client"]:
+  """A client of the server, for as long as the context lasts.
+
+  Args:
+    settings: where and how.
+    concurrency: most requests in flight at a time.
+    before: dollars that earlier runs spent, for the budget.
 
   Raises:
     ValueError: the key's environment variable is unset or holds no key, or
@@ -86,196 +54,264 @@ async def connect(settings: ServerSettings) -> AsyncIterator[judging.Judge]:
     import openai  # lazily: only a judge over HTTP needs it
   except ImportError as error:
     raise ImportError(
-      "judging over HTTP needs the openai package: pip install openai"
+      "judging over HTTP needs the openai package: pip install 'openai>=3'"
     ) from error
-  template = prompts.load(settings.template)
-  key = _read_key(settings.api_key_env)
+  template = settings.load_template()
+  key = settings.read_key()
   # Without an explicit address the SDK would take one from the environment.
   async with openai.AsyncOpenAI(
     api_key=key or "none",
     base_url=settings.base_url,
     timeout=settings.timeout_s,
     max_retries=0,
-  ) as client:
-    server = _Server(settings, client, key)
-
-    async def ask(question: judging.Question) -> judging.Reply:
-      return await server.ask(prompts.fill(template, question))
-
-    yield judging.Judge(
-      name=settings.model,
-      parameters=json.dumps(
-        {
-          "temperature": settings.temperature,
-          "max_tokens": settings.max_tokens,
-        }
-      ),
-      template_hash=template.hash,
-      ask=ask,
+    http_client=openai.DefaultAsyncHttpxClient(
+      transport=transport.spread(concurrency)
+    ),
+  ) as sdk:
+    limiter = limits.Limiter(
+      concurrency,
+      requests_per_minute=settings.requests_per_minute,
+      tokens_per_minute=settings.tokens_per_minute,
+      max_wait_s=settings.max_wait_s,
     )
+    purse = budget.Budget(settings.price, settings.budget_usd, before)
+    yield Client(settings, template, sdk, key, limiter, purse)
 
 
-def _read_key(variable: str) -> str:
-  if not variable:
-    return ""
-  key = os.environ.get(variable, "").strip()
-  if not key:
-    raise ValueError(
-      f"the environment variable {variable} is not set: export the server's"
-      " key in it, or set api_key_env='' for a server that wants none"
-    )
-  if not (key.isascii() and key.isprintable()):
-    raise ValueError(
-      f"the environment variable {variable} holds characters that cannot be"
-      " part of a key"
-    )
-  return key
-
-
-class _Failure(Exception):
-  """A request that brought no reply; `wait_s` is what the server asked for."""
-
-  def __init__(self, cause: str, *, again: bool, wait_s: float | None = None):
-    super().__init__(cause)
-    self.again = again
-    self.wait_s = wait_s
-
-
-class _Server:
+class Client:
   """Requests to one server, whose calls to wait hold for all questions."""
 
-  def __init__(self, settings: ServerSettings, client: Any, key: str):
-    self._settings = settings
-    self._client = client
+  def __init__(
+    self,
+    settings: server.ServerSettings,
+    template: prompts.Template,
+    sdk: Any,
+    key: str,
+    limiter: limits.Limiter,
+    purse: budget.Budget,
+  ):
+    self.settings = settings
+    self.template = template
+    self.sdk = sdk
+    self.limiter = limiter
+    self.budget = purse
     self._key = key
-    self._open_at = 0.0
+    self.judge = judging.Judge(
+      name=settings.model,
+      parameters=settings.parameters,
+      template_hash=template.hash,
+      ask=self.ask,
+    )
 
-  async def ask(self, text: str) -> judging.Reply:
-    reply = judging.Reply("missing", "", "", "not asked")
-    for _ in range(2):
+  async def ask(self, question: judging.Question) -> judging.Reply:
+    """The reply to a question, after one more ask if it cannot be read.
+
+    Raises:
+      judging.Stop: asking on is of no use.
+      budget.Spent: the budget does not allow for the call.
+    """
+    reply = None
+    for number in range(2):
+      page = prompts.fill(self.template, question, number)
       try:
-        completion = await self._request(text)
-      except _Failure as failure:
-        return dataclasses.replace(reply, error=str(failure))
-      reply = self._reply(completion)
+        completion = await self.persist(functools.partial(self._once, page))
+      except budget.Spent:
+        if reply is None:
+          raise
+        break
+      except transport.Failure as failure:
+        before = reply or judging.Reply("missing", "", "", "")
+        return dataclasses.replace(before, error=str(failure))
+      reply = self.read(completion, reply)
       if reply.choice != "missing":
         break
+    assert reply is not None
     return reply
 
-  def _reply(self, completion: Any) -> judging.Reply:
-    model = self._clean(completion.model or "")
-    if not completion.choices:
-      return judging.Reply("missing", "", model, "the reply has no choices")
-    choice = completion.choices[0]
-    refused = choice.message.refusal or ""
-    text = self._clean(choice.message.content or refused)
-    if refused or choice.finish_reason == "content_filter":
-      return judging.Reply("refusal", text, model, "")
-    if choice.finish_reason == "length":
-      error = "the reply was cut at max_tokens"
-      return judging.Reply("missing", text, model, error)
-    letter = verdicts.read(text)
-    error = "no verdict in the reply" if letter == "missing" else ""
-    return judging.Reply(_CHOICES[letter], text, model, error)
+  def body(self, page: str) -> dict[str, Any]:
+    """The body of a request."""
+    settings = self.settings
+    body: dict[str, Any] = {
+      "model": settings.model,
+      "messages": [{"role": "user", "content": page}],
+      "temperature": settings.temperature,
+      settings.max_tokens_name: settings.max_tokens,
+    }
+    if settings.output == "json_schema":
+      schema = {
+        "name": "verdict",
+        "strict": True,
+        "schema": templates.schema(ties=settings.ties),
+      }
+      body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    if settings.top_logprobs:
+      body["logprobs"] = True
+      body["top_logprobs"] = settings.top_logprobs
+    return body
 
-  async def _request(self, text: str) -> Any:
-    """A completion, after as many retries and waits as are allowed."""
-    settings = self._settings
+  def bound(self, page: str) -> float:
+    """The most that asking with this page can cost, dollars."""
+    return self.budget.bound(len(page.encode()), self.settings.max_tokens)
+
+  def read(
+    self, completion: Any, before: judging.Reply | None = None
+  ) -> judging.Reply:
+    """The reply of a completion, without the key, even if a server echoes it.
+
+    The tokens of a reply `before`, which could not be read, are added.
+    """
+    settings = self.settings
+    reply = replies.read(completion, output=settings.output, ties=settings.ties)
+    spent = (
+      (before.prompt_tokens, before.completion_tokens) if before else (0, 0)
+    )
+    return dataclasses.replace(
+      reply,
+      text=self.clean(reply.text),
+      model=self.clean(reply.model),
+      fingerprint=self.clean(reply.fingerprint),
+      prompt_tokens=reply.prompt_tokens + spent[0],
+      completion_tokens=reply.completion_tokens + spent[1],
+    )
+
+  def clean(self, text: str) -> str:
+    """Text from outside without the key."""
+    return text.replace(self._key, "[key]") if self._key else text
+
+  async def persist(self, call: Callable[[], Awaitable[T]]) -> T:
+    """What the call gives, after as many retries and waits as are allowed.
+
+    Raises:
+      Failure: the last one, once no more are allowed.
+    """
+    settings = self.settings
     waited = 0.0
-    wait = 0.0
     failure = None
     for attempt in range(settings.max_retries + 1):
-      wait = max(wait, self._open_at - time.monotonic())
-      if wait > 0:
-        if waited + wait > settings.max_wait_s:
-          cause = failure or "the server is asking everybody to wait"
-          raise _Failure(
-            f"{cause}; a wait of {wait:.0f} s would pass"
-            f" max_wait_s={settings.max_wait_s:g}",
-            again=False,
-          )
-        await asyncio.sleep(wait)
-        waited += wait
       try:
-        return await self._once(text)
-      except _Failure as error:
+        return await call()
+      except transport.Failure as error:
         failure = error
-      if not failure.again:
+      if not failure.again or attempt == settings.max_retries:
         break
-      wait = 0.0
-      if failure.wait_s is None:
+      wait = failure.wait_s
+      if wait is None:
         # Without jitter, all that failed together would return together.
-        jitter = random.uniform(0.5, 1.0)
-        wait = settings.retry_wait_s * 2**attempt * jitter
-      else:
-        self._open_at = max(self._open_at, time.monotonic() + failure.wait_s)
+        wait = settings.retry_wait_s * 2**attempt * random.uniform(0.5, 1.0)
+      waited += wait
+      # A single wait that is too long is everybody's: the limiter stops them.
+      alone = failure.wait_s is None or wait <= settings.max_wait_s
+      if alone and waited > settings.max_wait_s:
+        raise transport.Failure(
+          f"{failure}; a wait of {wait:.0f} s would pass"
+          f" max_wait_s={settings.max_wait_s:g}",
+          again=False,
+        )
+      if failure.wait_s is None:
+        await asyncio.sleep(wait)
+      # Else the limiter holds this question back with all the others.
     assert failure is not None
     raise failure
 
-  async def _once(self, text: str) -> Any:
+  async def _once(self, page: str) -> Any:
+    """One request, paid for and let through by the limiter."""
+    bound = self.bound(page)
+    tokens = len(page) // 4 + self.settings.expected_reply_tokens
+    await self.budget.reserve(bound)
+    try:
+      ticket = await self.limiter.acquire(tokens)
+    except BaseException:
+      self.budget.give_back(bound)
+      raise
+    complaint, counted, billed = False, 0, True
+    try:
+      headers, completion = await self._post(page)
+      self.limiter.heard(ticket, headers)
+      usage = replies.usage(completion)
+      counted = sum(usage.values())
+      if counted:
+        self.budget.settle(bound, **usage)
+      return completion
+    except transport.Failure as failure:
+      complaint, billed = failure.again, failure.billed
+      self.limiter.heard(ticket, failure.headers)
+      if failure.wait_s is not None:
+        self.limiter.pause(failure.wait_s)
+      raise
+    except judging.Stop:
+      billed = False
+      raise
+    finally:
+      if not counted:
+        end = self.budget.settle_unknown if billed else self.budget.settle_error
+        end(bound)
+      self.limiter.release(ticket, complaint=complaint, tokens=counted)
+
+  async def _post(self, page: str) -> tuple[Mapping[str, str], Any]:
+    """Headers and JSON of the answer to one request for a completion."""
+    import httpx2
+
+    call = self.sdk.post(
+      "/chat/completions", cast_to=httpx2.Response, body=self.body(page)
+    )
+    response = await self.attempt(call)
+    try:
+      return response.headers, json.loads(response.content)
+    except (ValueError, RecursionError):
+      cause = "the reply is not a chat completion"
+      failure = transport.Failure(cause, again=True, billed=True)
+    raise failure
+
+  async def attempt(self, call: Awaitable[T]) -> T:
+    """What one call of the SDK gives.
+
+    Raises:
+      Failure: it brought no answer.
+      judging.Stop: it never will.
+    """
+    import httpx2
     import openai
 
-    settings = self._settings
+    timeout_s = self.settings.timeout_s
     try:
-      completion = await self._client.chat.completions.create(
-        model=settings.model,
-        messages=[{"role": "user", "content": text}],
-        temperature=settings.temperature,
-        max_tokens=settings.max_tokens,
-      )
+      # The SDK's timeout is of every read; this one ends a slow drip too.
+      async with asyncio.timeout(timeout_s):
+        return await call
     except openai.APIStatusError as error:
-      failure = self._failure(error)
-    except openai.APITimeoutError:
-      cause = f"no reply within {settings.timeout_s:g} s"
-      failure = _Failure(cause, again=True)
+      failure = self.failure(error)
+    except (openai.APITimeoutError, TimeoutError):
+      cause = f"no reply within {timeout_s:g} s"
+      failure = transport.Failure(cause, again=True, billed=True)
     except openai.APIConnectionError as error:
-      cause = self._clean(f"connection failed: {error.__cause__ or error}")
-      failure = _Failure(cause, again=True)
+      origin = error.__cause__ or error
+      cause = self.clean(
+        f"connection failed: {origin or type(origin).__name__}"
+      )
+      sent = not isinstance(origin, httpx2.ConnectError | httpx2.ConnectTimeout)
+      failure = transport.Failure(cause, again=True, billed=sent)
     except (openai.APIError, ValueError) as error:
-      cause = self._clean(f"unreadable reply: {error}")
-      failure = _Failure(cause, again=True)
-    else:
-      if isinstance(completion, openai.types.chat.ChatCompletion):
-        return completion
-      # A page of HTML with status 200 comes back as a plain string.
-      failure = _Failure("the reply is not a chat completion", again=True)
+      cause = self.clean(f"unreadable reply: {error}")
+      failure = transport.Failure(cause, again=True, billed=True)
     # Raised here, the server's message is not part of any traceback.
     raise failure
 
-  def _failure(self, error: Any) -> _Failure | judging.Stop:
-    status, code = error.status_code, error.code
-    body = error.body
-    message = body.get("message") if isinstance(body, dict) else body
-    cause = self._clean(f"HTTP {status}: {message or error.message}")
-    cause = " ".join(cause.split())[:300]
+  def failure(self, error: Any) -> transport.Failure | judging.Stop:
+    """What an error status means for this request, or for the whole run."""
+    status = error.status_code
+    body = error.body if isinstance(error.body, dict) else {}
+    message = body.get("message") or error.message
+    cause = " ".join(self.clean(f"HTTP {status}: {message}").split())[:300]
     if status in (401, 403):
-      mend = f"check the key in {self._settings.api_key_env or 'api_key_env'}"
-    elif code == "insufficient_quota":
+      mend = f"check the key in {self.settings.api_key_env or 'api_key_env'}"
+    elif "insufficient_quota" in (error.code, error.type):
       mend = "the account's quota is spent; add credit and run again"
     elif status == 404:
-      mend = f"check base_url and model={self._settings.model!r}"
+      mend = f"check base_url and model={self.settings.model!r}"
     else:
       again = status in (408, 409, 429) or status >= 500
-      return _Failure(cause, again=again, wait_s=_retry_after(error.response))
+      headers = error.response.headers
+      wait_s = transport.retry_after(headers)
+      return transport.Failure(
+        cause, again=again, wait_s=wait_s, headers=headers
+      )
     return judging.Stop(f"{cause} ({mend})")
-
-  def _clean(self, text: str) -> str:
-    """Text from outside without the key, even if a server echoes it."""
-    return text.replace(self._key, "[key]") if self._key else text
-
-
-def _retry_after(response: Any) -> float | None:
-  """Seconds that the server asks to wait, or None if it names no time."""
-  headers = response.headers
-  for name, unit_s in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-    try:
-      wait = float(headers.get(name, ""))
-    except ValueError:
-      continue
-    if wait >= 0:
-      return wait * unit_s
-  try:
-    date = email.utils.parsedate_to_datetime(headers.get("retry-after", ""))
-    return max(0.0, date.timestamp() - time.time())
-  except (TypeError, ValueError):
-    return None

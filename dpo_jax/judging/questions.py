@@ -19,10 +19,11 @@ class Case:
   store: records.Store[records.Verdict]
   response: records.Response
   order: records.Order
+  control: records.Control = ""
 
   @property
   def unit(self) -> tuple:
-    return (*self.response.unit, self.order)
+    return (*self.response.unit, self.order, self.control)
 
 
 @dataclasses.dataclass
@@ -50,14 +51,13 @@ def plan(
         answered[row.key] = row
   result = Plan(questions={}, rows=[], outcomes={}, identical=0)
   for case in cases:
-    response = case.response
     key = _key(judge, case)
-    same = response.response.strip() == response.chosen.strip()
-    result.identical += same
+    tie = not case.control and same(case)
+    result.identical += tie
     row = current.get(case.unit)
     if row and row.key == key and row.verdict != "missing":
       result.outcomes[case.unit] = row.verdict
-    elif same:
+    elif tie:
       reply = judging.Reply("tie", "", "", "")
       result.rows.append((case, verdict(judge, key, case, reply)))
     elif key in answered:
@@ -67,17 +67,43 @@ def plan(
   return result
 
 
+def same(case: Case) -> bool:
+  """Whether both texts are one, which is a tie that nobody need be asked."""
+  return case.response.response.strip() == case.response.chosen.strip()
+
+
+def orders(
+  setting: str, seed: int, response: records.Response
+) -> tuple[records.Order, ...]:
+  """Both orders, or the one that the seed draws for the prompt and sample."""
+  if setting == "both":
+    return ORDERS
+  # All models meet a prompt in the same order, so that they stay comparable.
+  drawn = records.content_hash(
+    "order", str(seed), response.prompt_id, str(response.sample_id)
+  )
+  return (ORDERS[int(drawn, 16) % 2],)
+
+
 def question(case: Case) -> judging.Question:
   """The two texts in the order in which they are shown."""
   response = case.response
   texts = (response.response, response.chosen)
   if case.order == "chosen_first":
     texts = texts[::-1]
-  return judging.Question(response.prompt, *texts)
+  salt = f"{case.control} {case.order}" if case.control else ""
+  return judging.Question(response.prompt, *texts, salt)
+
+
+def fingerprint(responses: Iterable[records.Response]) -> str:
+  """Hash of the sorted (prompt id, prompt, chosen): what was compared with."""
+  rows = {(row.prompt_id, row.prompt, row.chosen) for row in responses}
+  return records.content_hash(*(text for row in sorted(rows) for text in row))
 
 
 def _key(judge: judging.Judge, case: Case) -> str:
   response = case.response
+  control = (case.control,) if case.control else ()
   return records.content_hash(
     judge.name,
     judge.parameters,
@@ -86,7 +112,19 @@ def _key(judge: judging.Judge, case: Case) -> str:
     response.prompt,
     response.response,
     response.chosen,
+    *control,
   )
+
+
+def rows(
+  judge: judging.Judge, key: str, cases: list[Case], reply: judging.Reply
+) -> list[records.Verdict]:
+  """The rows of one question; what it cost stands in the first alone."""
+  free = dataclasses.replace(reply, prompt_tokens=0, completion_tokens=0)
+  return [
+    verdict(judge, key, case, free if number else reply)
+    for number, case in enumerate(cases)
+  ]
 
 
 def verdict(
@@ -94,8 +132,11 @@ def verdict(
 ) -> records.Verdict:
   """The row that a reply makes."""
   outcome: records.Outcome
+  shown_first = case.order == "model_first"
+  score = reply.score
+  if score is not None and not shown_first:
+    score = 1.0 - score
   if reply.choice in ("first", "second"):
-    shown_first = case.order == "model_first"
     model_wins = shown_first == (reply.choice == "first")
     outcome = "model" if model_wins else "chosen"
   else:
@@ -109,12 +150,17 @@ def verdict(
     temperature=response.temperature,
     sample_id=response.sample_id,
     order=case.order,
+    control=case.control,
     verdict=outcome,
+    score=score,
     judge=judge.name,
     judge_returned=reply.model,
+    judge_fingerprint=reply.fingerprint,
     template_hash=judge.template_hash,
     response_chars=len(response.response),
     chosen_chars=len(response.chosen),
+    prompt_tokens=reply.prompt_tokens,
+    completion_tokens=reply.completion_tokens,
     raw=reply.text,
     error=reply.error,
   )
@@ -130,4 +176,7 @@ def _about(case: Case, row: records.Verdict) -> records.Verdict:
     step=response.step,
     temperature=response.temperature,
     sample_id=response.sample_id,
+    # Nothing was asked for this row.
+    prompt_tokens=0,
+    completion_tokens=0,
   )

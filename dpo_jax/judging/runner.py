@@ -12,14 +12,19 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import sys
-from collections.abc import Callable
+import re
 from typing import Literal
 
-import tqdm
-
-from dpo_jax import judging, records
-from dpo_jax.judging import client, oracle, questions
+from dpo_jax import records
+from dpo_jax.judging import (
+  account,
+  asking,
+  client,
+  controls,
+  oracle,
+  questions,
+  server,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +36,11 @@ class JudgeSettings:
       the true reward of the synthetic world.
     orders: "both" asks about every pair twice, each text first once; "random"
       asks once, in an order drawn with `seed` for each prompt and sample.
-    seed: of the random orders.
-    concurrency: questions in flight at a time.
+    seed: of the random orders, and of the samples of controls.
+    concurrency: most questions in flight at a time.
+    verdicts: directory of the verdicts, beside `responses`; another one for
+      each criterion.
+    controls: questions about the judge itself.
     server: how to reach the server; None for the oracle.
   """
 
@@ -40,11 +48,19 @@ class JudgeSettings:
   orders: Literal["both", "random"]
   seed: int
   concurrency: int
-  server: client.ServerSettings | None
+  verdicts: str
+  controls: controls.ControlSettings
+  server: server.ServerSettings | None
 
   def __post_init__(self):
     if self.concurrency < 1:
       raise ValueError(f"concurrency={self.concurrency} must be at least 1")
+    # `responses` itself, a path elsewhere or a hidden file would be a mishap.
+    if not re.fullmatch(r"verdicts(-[A-Za-z0-9_-]{1,60})?", self.verdicts):
+      raise ValueError(
+        f"verdicts={self.verdicts!r} must be 'verdicts' or 'verdicts-NAME',"
+        " with letters, digits, _ and - in NAME"
+      )
     if (self.kind == "server") != (self.server is not None):
       raise ValueError(
         f"kind={self.kind!r} with server={self.server}: a judge of kind"
@@ -52,49 +68,7 @@ class JudgeSettings:
       )
 
 
-@dataclasses.dataclass(frozen=True)
-class Summary:
-  """What a run did, and what the verdict files hold after it.
-
-  Attributes:
-    responses: all responses read.
-    empty_references: responses kept from the judge, as chosen is empty.
-    asked: questions put to the judge in this run.
-    identical: verdicts that are ties without a call, as both texts are equal.
-    outcomes: number of verdicts by outcome, those of earlier runs included.
-  """
-
-  responses: int
-  empty_references: int
-  asked: int
-  identical: int
-  outcomes: dict[str, int]
-
-  @property
-  def missing(self) -> int:
-    return self.outcomes.get("missing", 0)
-
-  def __str__(self) -> str:
-    counts = ", ".join(f"{n} {name}" for name, n in self.outcomes.items())
-    lines = [
-      f"{self.responses} responses, {self.asked} questions asked;"
-      f" verdicts: {counts or 'none'}"
-    ]
-    if self.identical:
-      lines.append(f"{self.identical} ties without a call: the same text twice")
-    if self.empty_references:
-      lines.append(
-        f"{self.empty_references} responses not judged: chosen is empty"
-      )
-    if self.missing:
-      lines.append(
-        f"INCOMPLETE: {self.missing} of {sum(self.outcomes.values())} verdicts"
-        " are missing; the same command asks for them again"
-      )
-    return "\n".join(lines)
-
-
-def run(settings: JudgeSettings, workdir: str | os.PathLike) -> Summary:
+def run(settings: JudgeSettings, workdir: str | os.PathLike) -> account.Summary:
   """Judges `workdir`/responses/*.jsonl into `workdir`/verdicts/*.jsonl.
 
   Not to be called from a running event loop.
@@ -107,46 +81,101 @@ def run(settings: JudgeSettings, workdir: str | os.PathLike) -> Summary:
   return asyncio.run(_run(settings, pathlib.Path(workdir)))
 
 
-async def _run(settings: JudgeSettings, workdir: pathlib.Path) -> Summary:
+async def _run(
+  settings: JudgeSettings, workdir: pathlib.Path
+) -> account.Summary:
   files = read_responses(workdir / "responses")
-  extra = {path.name for path in (workdir / "verdicts").glob("*.jsonl")}
-  extra -= {path.name for path in files}
-  if extra:
-    raise ValueError(
-      f"{workdir / 'verdicts'} holds {sorted(extra)} without responses of that"
-      " name: move these verdicts away, or use another --workdir"
-    )
+  directory = workdir / settings.verdicts
+  _refuse_leftovers(directory, files)
   async with contextlib.AsyncExitStack() as stack:
+    used = None
     if settings.server is None:
       judge = oracle.oracle()
     else:
-      judge = await stack.enter_async_context(client.connect(settings.server))
+      connection = client.connect(settings.server, settings.concurrency)
+      used = await stack.enter_async_context(connection)
+      judge = used.judge
     stores = {
-      path: stack.enter_context(
-        records.Store(workdir / "verdicts" / path.name, records.Verdict)
+      name: stack.enter_context(
+        records.Store(directory / name, records.Verdict)
       )
-      for path in files
+      for name in [*(path.name for path in files), controls.FILE]
     }
-    cases = []
-    for path, responses in files.items():
-      _refuse_strangers(stores[path], responses)
-      cases += [
-        questions.Case(stores[path], response, order)
-        for response in responses
-        if response.chosen.strip()
-        for order in _orders(settings, response)
-      ]
+    cases = _cases(settings, files, stores)
     plan = questions.plan(judge, cases, stores.values())
-    await _ask(judge, plan, settings.concurrency)
-  total = sum(map(len, files.values()))
-  judged = len({case.response.unit for case in cases})
-  return Summary(
-    responses=total,
-    empty_references=total - judged,
-    asked=len(plan.questions),
-    identical=plan.identical,
-    outcomes=dict(collections.Counter(sorted(plan.outcomes.values()))),
+    books = account.Books(
+      directory,
+      settings.server,
+      judge,
+      used.budget if used else None,
+      [row for store in stores.values() for row in store.rows],
+      [case.response for case in cases if not case.control],
+    )
+    try:
+      await asking.ask(settings.concurrency, judge, used, plan, books)
+    finally:
+      summary = account.Summary(
+        responses=sum(map(len, files.values())),
+        judged=len({c.response.unit for c in cases if not c.control}),
+        asked=books.asked,
+        identical=plan.identical,
+        outcomes=_count(plan, control=False),
+        control_outcomes=_count(plan, control=True),
+        not_dispatched=len(cases) - len(plan.outcomes),
+        spending=books.spending,
+      )
+      books.close(summary)
+  return summary
+
+
+def _count(plan: questions.Plan, *, control: bool) -> dict[str, int]:
+  found = (
+    outcome
+    for unit, outcome in plan.outcomes.items()
+    if bool(unit[-1]) == control
   )
+  return dict(collections.Counter(sorted(found)))
+
+
+def _cases(
+  settings: JudgeSettings,
+  files: dict[pathlib.Path, list[records.Response]],
+  stores: dict[str, records.Store[records.Verdict]],
+) -> list[questions.Case]:
+  """All that is to be judged: every response, and then the controls."""
+  ordinary = []
+  for path, responses in files.items():
+    store = stores[path.name]
+    _refuse_strangers(store, responses)
+    ordinary += [
+      questions.Case(store, response, order)
+      for response in responses
+      if response.chosen.strip()
+      for order in questions.orders(settings.orders, settings.seed, response)
+    ]
+  return ordinary + controls.cases(
+    settings.controls,
+    settings.seed,
+    settings.orders,
+    ordinary,
+    stores[controls.FILE],
+  )
+
+
+def _refuse_leftovers(directory: pathlib.Path, files) -> None:
+  names = {path.name for path in files}
+  if controls.FILE in names:
+    raise ValueError(
+      f"responses/{controls.FILE} has the name of the controls' verdicts:"
+      " rename it"
+    )
+  extra = {path.name for path in directory.glob("*.jsonl")} - names
+  extra -= {controls.FILE}
+  if extra:
+    raise ValueError(
+      f"{directory} holds {sorted(extra)} without responses of that name: move"
+      " these verdicts away, or use another --workdir"
+    )
 
 
 def read_responses(
@@ -179,106 +208,10 @@ def _refuse_strangers(
 ) -> None:
   """Verdicts on responses that are gone would be counted as if they stood."""
   known = {response.unit for response in responses}
-  strangers = [row for row in store.rows if row.unit[:-1] not in known]
+  strangers = [row for row in store.rows if row.unit[:5] not in known]
   if strangers:
     raise ValueError(
       f"{store.path} holds {len(strangers)} verdicts on responses that are not"
       f" in the responses file, such as {strangers[0].unit}: move the verdicts"
       " away, or use another --workdir"
     )
-
-
-def _orders(
-  settings: JudgeSettings, response: records.Response
-) -> tuple[records.Order, ...]:
-  if settings.orders == "both":
-    return questions.ORDERS
-  # All models meet a prompt in the same order, so that they stay comparable.
-  drawn = records.content_hash(
-    "order", str(settings.seed), response.prompt_id, str(response.sample_id)
-  )
-  return (questions.ORDERS[int(drawn, 16) % 2],)
-
-
-class _Writer:
-  """Commits rows as they arrive; those that arrive together share a flush."""
-
-  def __init__(self):
-    self._pending = collections.defaultdict(list)
-    self._arrived = asyncio.Event()
-    self._written = asyncio.Event()
-
-  def put(self, case: questions.Case, row: records.Verdict) -> None:
-    self._pending[case.store].append(row)
-
-  async def commit(self) -> None:
-    """Returns when the rows that were put so far are on disk."""
-    self._arrived.set()
-    await self._written.wait()
-
-  async def serve(self) -> None:
-    while True:
-      await self._arrived.wait()
-      self._arrived.clear()
-      self.flush()
-      written, self._written = self._written, asyncio.Event()
-      written.set()
-
-  def flush(self) -> None:
-    while self._pending:
-      store, rows = self._pending.popitem()
-      store.append_many(rows)
-
-
-async def _ask(
-  judge: judging.Judge, plan: questions.Plan, concurrency: int
-) -> None:
-  """Asks the open questions and commits each answer as it arrives."""
-  writer = _Writer()
-  remaining = iter(plan.questions.items())
-  bar = tqdm.tqdm(
-    total=len(plan.questions),
-    desc=f"judge {judge.name}",
-    unit="verdict",
-    mininterval=0.5,
-    disable=not plan.questions,
-    file=sys.stderr,
-  )
-
-  async def work() -> None:
-    for key, cases in remaining:
-      reply = await judge.ask(questions.question(cases[0]))
-      for case in cases:
-        row = questions.verdict(judge, key, case, reply)
-        writer.put(case, row)
-        plan.outcomes[case.unit] = row.verdict
-      # Only then the next question: a kill repeats `concurrency` calls at most.
-      await writer.commit()
-      bar.update()
-
-  with bar:
-    for case, row in plan.rows:
-      writer.put(case, row)
-      plan.outcomes[case.unit] = row.verdict
-    try:
-      await _all(work, min(concurrency, len(plan.questions)), writer.serve)
-    finally:
-      writer.flush()
-
-
-async def _all(work: Callable, count: int, serve: Callable) -> None:
-  """Runs `count` workers beside a server for them.
-
-  The first error ends them all and is raised as it is, out of its group.
-  """
-  try:
-    async with asyncio.TaskGroup() as group:
-      server = group.create_task(serve())
-      workers = [group.create_task(work()) for _ in range(count)]
-      await asyncio.gather(*workers)
-      server.cancel()
-  except ExceptionGroup as errors:
-    error = errors.exceptions[0]
-  else:
-    return
-  raise error

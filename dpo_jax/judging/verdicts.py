@@ -8,22 +8,25 @@ The re-implemented system read `More helpful: "B"` as a tie, because it looked
 for the letter alone.
 """
 
+import json
 import re
 import unicodedata
 from typing import Literal
 
-Letter = Literal["A", "B", "missing", "refusal"]
+Letter = Literal["A", "B", "tie", "missing", "refusal"]
 
 # What may stand around a label or a letter: quotes, emphasis, brackets.
-_DECORATION = r"[\s\"'“”„‘’«»`*_~\[\](){}<>|#]*"
+# Bounded, as a reply of nothing else would be searched for ever.
+_DECORATION = r"[\s\"'“”„‘’«»`*_~\[\](){}<>|#]{0,20}"
 _NOUN = r"(?:(?:the|response|answer|candidate|option|choice|reply)\b)?"
 
 # How a verdict is announced; the letter follows. "More helpful:" may end a
-# line of prose; the other words are too common for that and open their line,
-# or are a key of a JSON object. The last form is read only without the others.
+# line of prose, as may "more harmless:"; the other words are too common for
+# that and open their line, or are a key of a JSON object. The last form is read
+# only without the others.
 _LABELS = (
   re.compile(
-    rf"\b(?:more|most)[ _]helpful{_DECORATION}{_NOUN}{_DECORATION}"
+    rf"\b(?:more|most)[ _](?:helpful|harmless){_DECORATION}{_NOUN}{_DECORATION}"
     rf"(?:is\b)?{_DECORATION}[:=]"
     r"|(?:^|[{,]\s*\")[\s\"'*_#\[({]*(?:final |my )?(?:better|preferred|winner"
     rf"|verdict|choice|decision|answer)\b{_DECORATION}{_NOUN}{_DECORATION}"
@@ -31,7 +34,8 @@ _LABELS = (
     re.IGNORECASE,
   ),
   re.compile(
-    rf"\b(?:more|most) helpful{_DECORATION}{_NOUN}{_DECORATION}is\b",
+    rf"\b(?:more|most) (?:helpful|harmless){_DECORATION}{_NOUN}{_DECORATION}"
+    r"is\b",
     re.IGNORECASE,
   ),
 )
@@ -53,8 +57,15 @@ _UNDECIDED = re.compile(
   r"\b(?:or|either|neither|both|tie|tied|equal|equally)\b", re.IGNORECASE
 )
 
+# A tie in the place of the letter, in plain words only.
+_TIE = re.compile(
+  rf"{_DECORATION}(?:a )?(?:tie|tied|draw)(?![^\W_])"
+  rf"{_DECORATION}(?P<rest>(?:$|[.,;:!(\-–—].*|(?:because|since)\b.*))",
+  re.IGNORECASE | re.DOTALL,
+)
+
 _REFUSAL = re.compile(
-  r"\W*(?:(?:i'?m|i am|my apologies|apologies)?\W*(?:very |so )?sorry\b"
+  r"\W{0,8}(?:(?:i'?m|i am|my apologies|apologies)?\W{0,8}(?:very |so )?sorry\b"
   r"|i apologi[sz]e\b"
   r"|i (?:can't|cannot|can not|could not|won't|will not|must decline)\b"
   r"|(?:i'm|i am) (?:unable|not able)\b"
@@ -63,14 +74,17 @@ _REFUSAL = re.compile(
 )
 
 
-def read(text: str | None) -> Letter:
-  """The letter of the slot that a reply prefers."""
+def read(text: str | None, *, ties: bool = False) -> Letter:
+  """The letter of the slot that a reply prefers.
+
+  A tie is read only where the judge may call one, else it is missing.
+  """
   text = _plain(text or "")
   lines = [line.strip() for line in text.splitlines() if line.strip()]
   if not lines:
     return "missing"
   # A letter alone is a verdict in the last place only.
-  alone = _letter(lines[-1], trailing=False)
+  alone = _letter(lines[-1], ties, trailing=False)
   if alone != "missing":
     return alone
   for form in _LABELS:
@@ -79,7 +93,7 @@ def read(text: str | None) -> Letter:
       if labels:
         ends = [label.start() for label in labels[1:]] + [len(line)]
         found: set[Letter] = {
-          _letter(line[label.end() : end])
+          _letter(line[label.end() : end], ties)
           for label, end in zip(labels, ends, strict=True)
         }
         return found.pop() if len(found) == 1 else "missing"
@@ -92,7 +106,36 @@ def _plain(text: str) -> str:
   return "".join(c for c in text if unicodedata.category(c) != "Cf")
 
 
-def _letter(text: str, *, trailing: bool = True) -> Letter:
+def read_json(text: str | None, *, ties: bool = False) -> Letter:
+  """The choice of a reply that was held to `templates.schema`.
+
+  Nothing else is taken for a verdict: a reply in prose, or cut, or with two
+  choices is missing.
+  """
+  try:
+    value = json.loads(text or "", object_pairs_hook=_unique)
+  except (ValueError, RecursionError):
+    plain = _plain(text or "").strip()
+    return "refusal" if _REFUSAL.match(plain) else "missing"
+  choice = value.get("choice") if isinstance(value, dict) else None
+  if choice == "A" or choice == "B":
+    return choice
+  return "tie" if ties and choice == "tie" else "missing"
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+  names = [name for name, _ in pairs]
+  if len(set(names)) != len(names):
+    raise ValueError("a name stands twice")
+  return dict(pairs)
+
+
+def _letter(text: str, ties: bool, *, trailing: bool = True) -> Letter:
+  tie = _TIE.fullmatch(text) if ties else None
+  if tie:
+    remark = _REASON.split(tie["rest"])[0]
+    spoken = re.search(r"[^\W_]" if not trailing else r"\b[AB]\b", remark)
+    return "missing" if spoken else "tie"
   match = _LETTER.fullmatch(text)
   if not match:
     return "missing"

@@ -1,0 +1,239 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from test_judging_budget import DEAR, ledger, says_using
+from test_judging_client import KEY
+from test_judging_runner import judge_with, response, verdicts, write
+from test_judging_script import ROOT, script
+
+from dpo_jax import judging
+from dpo_jax.judging import fake_answers, fake_server, runner
+
+
+def batches(server, **changes):
+  return judge_with(server, mode="batch", **changes)
+
+
+def files(tmp_path) -> list[str]:
+  return sorted(os.listdir(tmp_path / "verdicts" / "batches"))
+
+
+def test_a_batch_is_uploaded_polled_and_collected(tmp_path):
+  write(tmp_path, [response(n, f" answer {n}") for n in range(5)])
+  with fake_server.Server(fake_answers.prefer_longer) as server:
+    summary = runner.run(batches(server), tmp_path)
+    live = [r.body for r in server.requests]
+    (made,) = server.batches.made
+    # What is asked, and so what is kept, is as in live mode.
+    rows = {row.unit: row for row in verdicts(tmp_path)}
+    (tmp_path / "verdicts" / "dpo.jsonl").unlink()
+    runner.run(judge_with(server), tmp_path)
+  assert summary.outcomes == {"model": 10}
+  assert summary.complete
+  assert made["shown"]["completion_window"] == "24h"
+  assert made["shown"]["endpoint"] == "/v1/chat/completions"
+  by_page = {body["messages"][0]["content"]: body for body in live}
+  assert by_page == {r.prompt: r.body for r in server.requests[10:]}
+  assert rows == {row.unit: row for row in verdicts(tmp_path)}
+  assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+  ("ends", "made"),
+  [
+    ("half completed", 2),
+    ("expired errors completed", 3),
+    ("failed half half completed", 4),
+  ],
+)
+def test_what_expired_or_failed_is_sent_again(tmp_path, ends, made):
+  write(tmp_path, [response(n, f" answer {n}") for n in range(5)])
+  with fake_server.Server(
+    fake_answers.prefer_longer, batch_script=ends
+  ) as server:
+    summary = runner.run(batches(server, max_retries=9), tmp_path)
+    assert len(server.batches.made) == made
+    assert len(server.requests) == 10
+  assert summary.complete
+  assert len(verdicts(tmp_path)) == 10
+
+
+@pytest.mark.parametrize(
+  ("end", "cause"),
+  [
+    ("expired", "came too late"),
+    ("errors", "HTTP 500: no"),
+    ("failed", "batch failed: the batch is refused"),
+  ],
+)
+def test_what_fails_for_ever_is_missing_with_its_cause(tmp_path, end, cause):
+  write(tmp_path, [response(0)])
+  with fake_server.Server(
+    fake_answers.prefer_longer, batch_script=end
+  ) as server:
+    summary = runner.run(batches(server, max_retries=2), tmp_path)
+    assert len(server.batches.made) == 3
+  assert summary.outcomes == {"missing": 2}
+  assert {row.error for row in verdicts(tmp_path)} == {cause}
+
+
+def test_an_unreadable_reply_is_asked_for_once_more(tmp_path):
+  write(tmp_path, [response(0)])
+  # The first ask gives garbage in both orders, the second one of two.
+  rule = fake_answers.read_script("garbage*3 longer")
+  with fake_server.Server(rule) as server:
+    summary = runner.run(batches(server), tmp_path)
+    assert len(server.requests) == 4
+    assert len({r.prompt for r in server.requests}) == 4
+  assert sorted(summary.outcomes) == ["missing", "model"]
+
+
+def test_trouble_with_the_endpoints_is_borne(tmp_path):
+  write(tmp_path, [response(n, f" answer {n}") for n in range(3)])
+  with fake_server.Server(fake_answers.prefer_longer) as server:
+    server.batches.trouble = [
+      fake_answers.fails(500),
+      fake_answers.fails(429, retry_after_ms="5"),
+    ]
+    assert runner.run(batches(server, max_retries=3), tmp_path).complete
+    assert len(server.batches.made) == 1
+    assert len(server.batches.files) == 2
+
+
+def test_a_bad_key_stops_and_names_no_key(tmp_path, monkeypatch):
+  monkeypatch.setenv("JKEY", KEY)
+  write(tmp_path, [response(0)])
+  with fake_server.Server(fake_answers.prefer_longer) as server:
+    server.batches.trouble = [fake_answers.fails(401, f"wrong key {KEY}")]
+    used = batches(server, api_key_env="JKEY")
+    with pytest.raises(judging.Stop, match=r"401.*check the key in JKEY"):
+      runner.run(used, tmp_path)
+    # The intent is on record; the same run goes on with it.
+    assert len(files(tmp_path)) == 1
+    assert runner.run(used, tmp_path).complete
+    assert len(server.batches.made) == 1
+  for path in tmp_path.rglob("*"):
+    assert path.is_dir() or KEY.encode() not in path.read_bytes()
+
+
+def test_the_budget_holds_for_batches(tmp_path):
+  write(tmp_path, [response(n, f" answer {n}") for n in range(10)])
+  rule = lambda request, number: says_using(100, 20)  # noqa: E731
+  with fake_server.Server(rule) as server:
+    used = {"prices": DEAR, "batch_price": 0.5}
+    summary = runner.run(batches(server, budget_usd=1500.0, **used), tmp_path)
+    # Half of 100 + 2 * 20 dollars each.
+    assert ledger(tmp_path)["cost"] == pytest.approx(70 * summary.asked)
+    assert len(server.requests) == summary.asked
+    assert 0 < summary.asked < 20
+    assert 70 * summary.asked <= 1500
+    assert summary.not_dispatched == 20 - summary.asked
+    more = runner.run(batches(server, budget_usd=1e6, **used), tmp_path)
+    assert more.complete
+    assert len(server.requests) == 20
+  assert ledger(tmp_path)["cost"] == pytest.approx(1400)
+
+
+def test_a_killed_run_collects_the_batch_that_it_made(tmp_path):
+  """Killed while it waits: nothing is uploaded, made or paid for again."""
+  write(tmp_path, [response(n, f" answer {n}") for n in range(6)])
+  with fake_server.Server(
+    fake_answers.prefer_longer, batch_script="hang completed"
+  ) as server:
+    for _ in range(3):
+      with script(
+        tmp_path,
+        server.url,
+        "--config.server.mode=batch",
+        "--config.server.batch_poll_s=0.01",
+      ) as child:
+        while not _noted(tmp_path):
+          assert child.poll() is None, child.stderr.read()
+        child.send_signal(signal.SIGKILL)
+    assert len(server.batches.made) == 1
+    assert len(server.batches.files) == 1
+    # The batch ends while nobody looks.
+    made = server.batches.made[0]
+    lines = server.batches.files["file-0"].decode().splitlines()
+    made["final"] = server.batches._final(
+      "completed", [json.loads(line) for line in lines]
+    )
+    summary = runner.run(
+      batches(server, model="Qwen/Qwen2.5-7B-Instruct", max_tokens=256),
+      tmp_path,
+    )
+    assert len(server.batches.made) == 1
+    assert len(server.requests) == 12
+  assert summary.complete
+  assert len(verdicts(tmp_path)) == 12
+  lines = (tmp_path / "verdicts" / "dpo.jsonl").read_bytes().splitlines()
+  assert len(lines) == 12
+
+
+def _noted(tmp_path) -> bool:
+  return any(
+    json.loads(path.read_text())["batch_id"]
+    for path in (tmp_path / "verdicts" / "batches").glob("[!.]*.json")
+  )
+
+
+def test_a_batch_whose_id_was_never_learnt_is_found_again(tmp_path):
+  """Killed between the making and the note, by the answer that makes it."""
+  write(tmp_path, [response(0)])
+  with fake_server.Server(fake_answers.prefer_longer) as server:
+    make = server.batches._make
+
+    def make_and_kill(body):
+      answer = make(body)
+      os.kill(child.pid, signal.SIGKILL)
+      return answer
+
+    server.batches._make = make_and_kill
+    with script(tmp_path, server.url, "--config.server.mode=batch") as child:
+      child.wait(timeout=60)
+    assert not _noted(tmp_path)
+    server.batches._make = make
+    summary = runner.run(
+      batches(server, model="Qwen/Qwen2.5-7B-Instruct", max_tokens=256),
+      tmp_path,
+    )
+    assert len(server.batches.made) == 1
+    assert len(server.requests) == 2
+  assert summary.complete
+
+
+def test_a_batch_of_another_judge_is_not_collected_for_this_one(tmp_path):
+  write(tmp_path, [response(0)])
+  with fake_server.Server(
+    fake_answers.prefer_longer, batch_script="hang"
+  ) as server:
+    server.batches.trouble = [fake_answers.fails(401)]
+    with pytest.raises(judging.Stop):
+      runner.run(batches(server), tmp_path)
+    with pytest.raises(ValueError, match=r"'judge-as-asked' was asked with"):
+      runner.run(batches(server, model="other"), tmp_path)
+    (name,) = files(tmp_path)
+    (tmp_path / "verdicts" / "batches" / name).write_text('{"mark": 1}')
+    with pytest.raises(ValueError, match=rf"{name}: not the record of a batch"):
+      runner.run(batches(server), tmp_path)
+
+
+def test_the_ends_of_batches_are_checked():
+  done = subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "dpo_jax.judging.fake_server",
+      "--batches=sometimes",
+    ],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    check=False,
+  )
+  assert done.returncode == 2
+  assert "batches='sometimes'" in done.stderr

@@ -1,0 +1,218 @@
+import asyncio
+import dataclasses
+import json
+
+import pytest
+from test_judging_client import settings
+from test_judging_runner import judge_with, response, verdicts, write
+
+from dpo_jax.judging import budget, fake_answers, fake_server, runner
+
+# Dollars for a million tokens, so that a token costs 1 and 2 dollars here.
+DEAR = ("judge-as-asked 1e6 2e6",)
+
+
+def says_using(prompt_tokens: int, completion_tokens: int):
+  usage = {
+    "prompt_tokens": prompt_tokens,
+    "completion_tokens": completion_tokens,
+  }
+  return fake_answers.says("Comparison: x.\nMore helpful: A", usage=usage)
+
+
+def ledger(workdir) -> dict:
+  return json.loads((workdir / "verdicts" / "judge.json").read_text())
+
+
+def bound_of(request: fake_answers.Request) -> int:
+  """By hand: a token a byte, 64 for the format, 64 of reply at twice that."""
+  return len(request.prompt.encode()) + 64 + 2 * 64
+
+
+def test_nothing_is_sent_beyond_the_budget_and_a_higher_one_goes_on(tmp_path):
+  write(tmp_path, [response(n, f" answer {n}") for n in range(10)])
+  rule = lambda request, number: says_using(100, 20)  # noqa: E731
+  with fake_server.Server(rule) as server:
+
+    def run(cap, **changes):
+      return runner.run(
+        judge_with(server, budget_usd=cap, prices=DEAR, **changes), tmp_path
+      )
+
+    first = run(3000.0, concurrency=4)
+    # A verdict costs 140. A call is let through while its bound fits.
+    bound = bound_of(server.requests[0])
+    asked = first.asked
+    assert len(server.requests) == asked
+    assert 140 * asked <= 3000
+    # One call of this bound fits after n others, until one does not.
+    assert 140 * (asked - 1) + bound <= 3000 < 140 * asked + bound
+    assert first.not_dispatched == 20 - asked
+    assert f"INCOMPLETE: {20 - asked} of 20 questions were not" in str(first)
+    assert len(verdicts(tmp_path)) == asked
+    kept = ledger(tmp_path)
+    assert (kept["complete"], kept["not_dispatched"]) == (False, 20 - asked)
+    assert kept["cost"] == pytest.approx(140 * asked)
+    # The same budget has no room for another call, now or later.
+    assert run(3000.0).asked == 0
+    assert len(server.requests) == asked
+    assert run(1e6).not_dispatched == 0
+    assert len(server.requests) == 20
+  kept = ledger(tmp_path)
+  assert kept["complete"]
+  assert kept["cost"] == pytest.approx(140 * 20)
+  assert (kept["prompt_tokens"], kept["completion_tokens"]) == (2000, 400)
+  assert kept["calls"] == 20
+  assert kept["unrecorded_cost"] == pytest.approx(0.0)
+
+
+def test_calls_in_flight_are_reserved(tmp_path):
+  """Many at once could each see an unspent budget."""
+  write(tmp_path, [response(n, f" answer {n}") for n in range(20)])
+  slow = dataclasses.replace(says_using(1000, 64), hold_s=0.02)
+  with fake_server.Server(lambda request, number: slow) as server:
+    used = judge_with(server, budget_usd=5000.0, prices=DEAR, concurrency=16)
+    summary = runner.run(used, tmp_path)
+  # 1,128 dollars each, less than the bound: a fifth call would make 5,640.
+  assert bound_of(server.requests[0]) >= 1128
+  assert (
+    len(server.requests)
+    == summary.asked
+    == 4 - (3 * 1128 + bound_of(server.requests[0]) > 5000)
+  )
+  assert ledger(tmp_path)["cost"] <= 5000
+
+
+def test_a_call_without_a_count_costs_its_bound_in_later_runs_too(tmp_path):
+  write(tmp_path, [response(0)])
+  answers = [dataclasses.replace(says_using(1, 1), cut=True), says_using(1, 1)]
+  rule = lambda request, n: answers[min(n, 1)]  # noqa: E731
+  with fake_server.Server(rule) as server:
+    used = judge_with(server, budget_usd=1e6, prices=DEAR, concurrency=1)
+    runner.run(used, tmp_path)
+    bound = bound_of(server.requests[0])
+    assert ledger(tmp_path)["unrecorded_cost"] == pytest.approx(bound)
+    assert ledger(tmp_path)["cost"] == pytest.approx(bound + 2 * 3)
+    write(tmp_path, [response(0), response(1)])
+    # Room for a new call on its own, but not after what was paid before.
+    tight = judge_with(server, budget_usd=bound + 100.0, prices=DEAR)
+    assert runner.run(tight, tmp_path).not_dispatched == 0  # an equal question
+    write(tmp_path, [response(0), response(1), response(2, " else")])
+    assert runner.run(tight, tmp_path).not_dispatched == 2
+
+
+def test_an_error_of_the_server_costs_nothing(tmp_path):
+  write(tmp_path, [response(0)])
+  script = fake_answers.read_script("500*2 429*1 longer")
+  with fake_server.Server(script) as server:
+    used = judge_with(
+      server, budget_usd=1e6, prices=DEAR, concurrency=1, max_retries=3
+    )
+    runner.run(used, tmp_path)
+  row = verdicts(tmp_path)[0]
+  cost = sum(
+    r.prompt_tokens + 2 * r.completion_tokens for r in verdicts(tmp_path)
+  )
+  assert row.prompt_tokens > 0
+  assert ledger(tmp_path)["cost"] == pytest.approx(cost)
+  assert ledger(tmp_path)["calls"] == 5
+
+
+def test_a_shared_answer_is_paid_for_once(tmp_path):
+  write(tmp_path, [response(0), response(0, sample_id=1)])
+  rule = lambda request, number: says_using(100, 20)  # noqa: E731
+  with fake_server.Server(rule) as server:
+    runner.run(judge_with(server, prices=DEAR), tmp_path)
+    write(tmp_path, [response(0, model="sft")], "sft.jsonl")
+    runner.run(judge_with(server, prices=DEAR), tmp_path)
+  assert len(server.requests) == 2
+  assert ledger(tmp_path)["prompt_tokens"] == 200
+  assert ledger(tmp_path)["cost"] == pytest.approx(280.0)
+
+
+def test_a_budget_needs_prices(tmp_path):
+  with pytest.raises(
+    ValueError, match=r"budget_usd=1 cannot.*'judge-as-asked'"
+  ):
+    settings("http://127.0.0.1:9/v1", budget_usd=1.0)
+  write(tmp_path, [response(0)])
+  with fake_server.Server(fake_answers.prefer_longer) as server:
+    summary = runner.run(judge_with(server), tmp_path)
+    assert "dollars" not in str(summary)
+    assert ledger(tmp_path)["cost"] is None
+    write(tmp_path, [response(0, " changed")])
+    other = judge_with(server, model="b", budget_usd=1.0, prices=("b 1 1",))
+    with pytest.raises(ValueError, match="price is unknown"):
+      runner.run(other, tmp_path)
+
+
+@pytest.mark.parametrize(
+  "line", ["m 1", "m 1 2 3", "m one 2", "m -1 2", "m nan 1", "", "m 1 inf"]
+)
+def test_a_price_that_is_none(line):
+  with pytest.raises(ValueError, match=r"prices: .*must be MODEL"):
+    budget.read_prices([line])
+
+
+def test_a_price_that_stands_twice():
+  assert budget.read_prices(["m 1 2"])["m"].of(3, 4) == pytest.approx(11e-6)
+  with pytest.raises(ValueError, match="'m' stands more than once"):
+    budget.read_prices(["m 1 2", "m 1 2"])
+
+
+def test_the_estimate_stands_before_the_first_call(tmp_path, capfd):
+  write(tmp_path, [response(n, f" answer {n}") for n in range(3)])
+  seen = []
+
+  def rule(request, number):
+    seen.append(capfd.readouterr().err if not seen else "")
+    return fake_answers.prefer_longer(request, number)
+
+  with fake_server.Server(rule) as server:
+    used = judge_with(
+      server, prices=DEAR, requests_per_minute=6000.0, expected_reply_s=9.0
+    )
+    runner.run(used, tmp_path)
+  tokens = round(sum(len(r.prompt.encode()) for r in server.requests) / 4)
+  assert f"6 questions: some {tokens:,} + 120 tokens, 0.1 minutes" in seen[0]
+  assert f"{tokens + 240:.4f} dollars" in seen[0]
+
+
+def test_an_estimate_by_hand():
+  purse = budget.Budget(budget.Price(1.0, 4.0), 10.0, before=2.0)
+  made = budget.estimate(
+    purse,
+    [4000] * 1000,
+    reply_tokens=50,
+    reply_s=3.0,
+    concurrency=10,
+    requests_per_minute=50.0,
+    tokens_per_minute=35_000.0,
+  )
+  # 1,000 calls of 1,000 + 50 tokens: 1 + 0.2 dollars; 5 minutes by ten at a
+  # time, 20 by the requests, 30 by the tokens.
+  assert made == budget.Estimate(
+    1000, 1_000_000, 50_000, 30.0, pytest.approx(1.2), 2.0, 10.0
+  )
+  assert "will not do" not in str(made)
+  assert "will not do" in str(dataclasses.replace(made, cap=3.0))
+
+
+def test_whoever_waits_for_room_learns_when_there_is_none():
+  async def go():
+    purse = budget.Budget(budget.Price(1e6, 1e6), 100.0)
+    await purse.reserve(90.0)
+    waiting = [asyncio.create_task(purse.reserve(50.0)) for _ in range(3)]
+    await asyncio.sleep(0)
+    assert not any(task.done() for task in waiting)
+    purse.settle(90.0, 10, 20)
+    # 30 are spent: one of 50 has room, and two wait for what it leaves.
+    await asyncio.sleep(0.01)
+    assert [task.done() for task in waiting].count(True) == 1
+    purse.settle(50.0, 50, 0)
+    done = await asyncio.gather(*waiting, return_exceptions=True)
+    assert sum(isinstance(error, budget.Spent) for error in done) == 2
+    with pytest.raises(budget.Spent):
+      await purse.reserve(1.0)
+
+  asyncio.run(go())
