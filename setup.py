@@ -27,6 +27,7 @@ setuptools.setup(
   packages=setuptools.find_packages(include=["dpo_jax", "dpo_jax.*"]),
   install_requires=[
     "absl-py",
+    "beautifulsoup4",
     "datasets",
     "flax>=0.12",
     "grain>=0.2.16",
@@ -34,7 +35,7 @@ setuptools.setup(
     "matplotlib",
     "ml-collections>=1.1",
     "numpy",
-    "openai",
+    "openai>=3",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12",
     "safetensors",

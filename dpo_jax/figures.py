@@ -6,13 +6,15 @@ and written whole or not at all.
 """
 
 import collections
+import hashlib
 import io
 import itertools
+import json
 import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import matplotlib
 import matplotlib.figure
@@ -60,8 +62,54 @@ _NAMES = {"base": "base", "sft": "SFT", "dpo": "DPO"}
 _GUIDE = {"color": "#444444", "linewidth": 0.8, "linestyle": (0, (4, 3))}
 
 
+class Rate(Protocol):
+  """What is drawn of a win rate; `winrates.WinRate` has it."""
+
+  @property
+  def model(self) -> str: ...
+  @property
+  def step(self) -> int | None: ...
+  @property
+  def temperature(self) -> float: ...
+  @property
+  def n(self) -> int: ...
+  @property
+  def win_rate(self) -> float: ...
+  @property
+  def low(self) -> float: ...
+  @property
+  def high(self) -> float: ...
+
+
+def points(rates: Sequence[Rate]) -> list[tuple]:
+  """What a figure shows of rates, as plain values."""
+  return [
+    (r.model, r.step, r.temperature, r.win_rate, r.low, r.high) for r in rates
+  ]
+
+
+def fingerprint(data: Any) -> str:
+  """Hash of the plain values that a figure shows, to 9 digits.
+
+  It stands in the figure's file, under the PNG keyword Description.
+  """
+  text = json.dumps(_rounded(data), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _rounded(value: Any) -> Any:
+  # Another machine may add in another order.
+  if isinstance(value, float):
+    return f"{value:.9g}"
+  if isinstance(value, Mapping):
+    return {str(key): _rounded(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_rounded(item) for item in value]
+  return value
+
+
 def win_rate_by_temperature(
-  rates: Sequence[winrates.WinRate], path: str | os.PathLike
+  rates: Sequence[Rate], path: str | os.PathLike
 ) -> pathlib.Path:
   """Win rate of the final models against sampling temperature.
 
@@ -88,11 +136,11 @@ def win_rate_by_temperature(
     _pad(axes, xs)
     axes.set_xlabel("sampling temperature")
     _finish(axes, len(labels))
-    return _save(figure, path)
+    return _save(figure, path, points(finals))
 
 
 def win_rate_by_step(
-  rates: Sequence[winrates.WinRate], path: str | os.PathLike
+  rates: Sequence[Rate], path: str | os.PathLike
 ) -> pathlib.Path:
   """Win rate of checkpoints against the training step, a line a temperature.
 
@@ -127,7 +175,7 @@ def win_rate_by_step(
     name = f"{models.pop()} " if len(models) == 1 else ""
     axes.set_xlabel(f"{name}training step")
     _finish(axes, len(labels))
-    return _save(figure, path)
+    return _save(figure, path, points(steps))
 
 
 def training_curves(
@@ -178,7 +226,7 @@ def training_curves(
         loc="outside upper center",
         ncols=len(handles),
       )
-    return _save(figure, path)
+    return _save(figure, path, runs)
 
 
 _TITLES = {
@@ -274,7 +322,7 @@ def _points(
   )
 
 
-def _group(rates, key_of) -> dict[Any, list[winrates.WinRate]]:
+def _group(rates, key_of) -> dict[Any, list[Rate]]:
   """Rows by key, keys in the order of the table's rows."""
   groups = collections.defaultdict(list)
   for rate in rates:
@@ -305,12 +353,13 @@ def _pad(axes, xs: Sequence[float]) -> None:
 
 
 def _save(
-  figure: matplotlib.figure.Figure, path: str | os.PathLike
+  figure: matplotlib.figure.Figure, path: str | os.PathLike, data: Any
 ) -> pathlib.Path:
   """Writes the whole PNG or nothing; the same rows give the same bytes."""
   path = pathlib.Path(path)
   buffer = io.BytesIO()
-  figure.savefig(buffer, format="png", metadata={"Software": None})
+  metadata = {"Software": None, "Description": fingerprint(data)}
+  figure.savefig(buffer, format="png", metadata=metadata)
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
     temporary.write_bytes(buffer.getvalue())

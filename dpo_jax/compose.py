@@ -1,0 +1,232 @@
+"""Reports put together from their material, with nothing written until asked.
+
+A report is a few texts, the numbers in them for machines, and figures. Texts
+and numbers depend on the rows alone, so that making them again and comparing
+is a proof.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dpo_jax import (
+  excerpts,
+  figures,
+  gates,
+  judge_sections,
+  markdown,
+  material,
+  records,
+  sections,
+  winrates,
+)
+
+TEXT = "report.md"
+NUMBERS = "numbers.json"
+TABLE = "win_rates.csv"
+
+FIRST_COLUMNS = (
+  "model",
+  "step",
+  "temperature",
+  "n",
+  "win_rate",
+  "low",
+  "high",
+)
+"""Of the table; what a figure shows of a rate as well."""
+
+_FIGURES = (
+  "win_rate_temperature.png",
+  "win_rate_step.png",
+  "training_curves.png",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+  """A figure that a report shows.
+
+  Attributes:
+    name: of its file.
+    data: what is drawn, from which its fingerprint is made.
+    draw: draws it into a path.
+    caption: Markdown; its first sentence is the figure's title.
+  """
+
+  name: str
+  data: Any
+  draw: Callable[[pathlib.Path], pathlib.Path]
+  caption: str
+
+  @property
+  def fingerprint(self) -> str:
+    return figures.fingerprint(self.data)
+
+  @property
+  def lines(self) -> list[str]:
+    """Markdown that shows the figure."""
+    title = self.caption.partition(".")[0]
+    return [f"![{title}]({self.name})", "", self.caption]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """A report before it is written; texts are by file name."""
+
+  figures: list[Figure]
+  flags: list[gates.Flag]
+  texts: dict[str, str]
+  numbers: dict[str, Any]
+
+
+def compose(
+  settings: material.ReportSettings, workdir: str | os.PathLike
+) -> Report:
+  """The report of `workdir`, with nothing written; errors as `report.write`."""
+  found = material.read(settings, workdir)
+  flags = gates.flags(found)
+  drawn = _figures(found)
+  shown = {figure.name: figure.lines for figure in drawn}
+  parts = [
+    [f"# {markdown.literal(settings.title)}"],
+    sections.flagged(flags),
+    ["## Win rates", "", *sections.judged(found)],
+    sections.final_table(found),
+    shown.get("win_rate_temperature.png", []),
+    ["### Is base < SFT < DPO?", "", *sections.ordering(found)],
+    sections.step_table(found),
+    shown.get("win_rate_step.png", []),
+    sections.differences(found),
+    sections.ranking(found),
+    ["## Judge health", "", *judge_sections.health(found)],
+    ["## Implicit reward on held-out pairs", "", *excerpts.accuracy(found)],
+    ["## Answers", "", *excerpts.answers(found)],
+    excerpts.examples(found),
+    excerpts.training(found, shown.get("training_curves.png", [])),
+  ]
+  text = "\n\n".join("\n".join(lines) for lines in parts if lines)
+  return Report(
+    figures=drawn,
+    flags=flags,
+    texts={TABLE: table(found.rates), TEXT: text + "\n"},
+    numbers=_numbers(found, flags),
+  )
+
+
+def save(made: Report, directory: pathlib.Path) -> pathlib.Path:
+  """Writes a report's files, report.md last, and returns its path.
+
+  A figure that is not drawn now is removed: one of an earlier report would
+  pass for this one's.
+  """
+  drawn = {}
+  for figure in made.figures:
+    path = figure.draw(directory / figure.name)
+    drawn[figure.name] = {"data": figure.fingerprint, "sha256": digest(path)}
+  for name in set(_FIGURES) - drawn.keys():
+    (directory / name).unlink(missing_ok=True)
+  numbers = json.dumps(
+    made.numbers | {"figures": drawn}, indent=1, allow_nan=False
+  )
+  records.write_atomic(directory / NUMBERS, numbers + "\n")
+  for name, text in made.texts.items():
+    records.write_atomic(directory / name, text)
+  return directory / TEXT
+
+
+def digest(path: pathlib.Path) -> str:
+  return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _figures(found: material.Material) -> list[Figure]:
+  """What there is to draw."""
+  level = found.level
+  finals = [rate for rate in found.rates if rate.step is None and rate.n]
+  steps = [rate for rate in found.rates if rate.step is not None and rate.n]
+  bars = f"Bars are {level} intervals, drawn side by side; the dashed line is"
+  drawn = []
+  if finals:
+    drawn.append(
+      Figure(
+        _FIGURES[0],
+        figures.points(finals),
+        lambda path: figures.win_rate_by_temperature(finals, path),
+        "Win rate of the final models against sampling temperature."
+        f" {bars} 50%.",
+      )
+    )
+  if steps:
+    drawn.append(
+      Figure(
+        _FIGURES[1],
+        figures.points(steps),
+        lambda path: figures.win_rate_by_step(steps, path),
+        f"Win rate of checkpoints against the training step. {bars} 50%.",
+      )
+    )
+  if any(found.metrics.values()):
+    drawn.append(
+      Figure(
+        _FIGURES[2],
+        found.metrics,
+        lambda path: figures.training_curves(found.metrics, path),
+        "Training curves. Pale: every step; dark: running mean; points: held"
+        " out.",
+      )
+    )
+  return drawn
+
+
+def _numbers(
+  found: material.Material, flags: list[gates.Flag]
+) -> dict[str, Any]:
+  """What a machine reads of a report: every estimate, to its last digit."""
+  names = ("health", "controls", "rates", "differences", "slopes")
+  return plain(
+    {
+      "settings": dataclasses.asdict(found.settings),
+      "flags": [dataclasses.asdict(flag) for flag in flags],
+      "data_fingerprint": found.data_fingerprint,
+      **{name: getattr(found, name) for name in (*names, "lengths", "ranking")},
+    }
+  )
+
+
+def plain(value: Any) -> Any:
+  """`value` as JSON holds it; a number that is not finite is None."""
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    value = dataclasses.asdict(value)
+  if isinstance(value, dict):
+    return {key: plain(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [plain(item) for item in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
+def table(rates: Sequence[winrates.WinRate]) -> str:
+  """The rates as CSV, a column for each field, `FIRST_COLUMNS` first."""
+  fields = [field.name for field in dataclasses.fields(winrates.WinRate)]
+  columns = sorted(fields, key=lambda name: name not in FIRST_COLUMNS)
+  buffer = io.StringIO()
+  writer = csv.writer(buffer, lineterminator="\n")
+  writer.writerow(columns)
+  for rate in rates:
+    values = {column: getattr(rate, column) for column in columns}
+    # A step of None, a final model, is written as an empty field.
+    writer.writerow(
+      f"{value:.6f}"
+      if isinstance(value, float) and column != "temperature"
+      else value
+      for column, value in values.items()
+    )
+  return buffer.getvalue()

@@ -1,0 +1,315 @@
+"""Recomputes every number of a report, or of result files, from the rows.
+
+  python -m dpo_jax.verify runs/hh
+  python -m dpo_jax.verify results/eval_one.json results/
+
+A path is a working directory or its report/, an eval_*.json file of the
+re-implemented system, a directory of such files, or a report of their recount.
+Every difference is printed with its file and both numbers. Exit codes: 0 all
+numbers agree; 1 some do not; 2 there is nothing that can be verified.
+"""
+
+import argparse
+import collections
+import csv
+import difflib
+import io
+import json
+import math
+import pathlib
+import re
+import struct
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from dpo_jax import (
+  compose,
+  eval_files,
+  material,
+  recount,
+  report,
+  strict_json,
+)
+
+_SHOWN = 20
+_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+
+
+def check_report(directory: pathlib.Path) -> list[str]:
+  """What differs between a report and its rows; empty if nothing does.
+
+  Args:
+    directory: the report's own directory; its rows lie beside it, or where its
+      numbers.json says.
+
+  Raises:
+    ValueError: there is no report, or its rows cannot be read.
+  """
+  numbers = strict_json.read(directory / compose.NUMBERS)
+  if not isinstance(numbers, dict):
+    raise ValueError(f"{directory / compose.NUMBERS} must hold a JSON object")
+  found = []
+  if isinstance(source := numbers.get("source"), str):
+    made = recount.compose_report(directory / source)
+    made.numbers["source"] = source
+  else:
+    settings = report.recorded(directory / compose.NUMBERS)
+    made = compose.compose(settings, directory.parent)
+    found += _odd(settings, directory.parent)
+  figures = numbers.pop("figures", None)
+  expected = json.loads(json.dumps(made.numbers))
+  path = directory / compose.NUMBERS
+  found += [f"{path}: {line}" for line in differing(numbers, expected)]
+  found += _figures(directory, made, figures)
+  path = directory / compose.TABLE
+  found += _table(path, _text(path), made.texts[compose.TABLE])
+  path = directory / compose.TEXT
+  found += _lines(path, _text(path), made.texts[compose.TEXT])
+  return found
+
+
+def check_files(files: Sequence[eval_files.EvalFile]) -> list[str]:
+  """What the headers of result files say and their rows do not."""
+  found = []
+  for file in files:
+    found += [f"{file.path}: {line}" for line in file.differences]
+    found += [
+      f"{file.path}: results[{index}].verdict is {file.rows[index].verdict},"
+      f" its raw text says {file.rows[index].reread}"
+      for index in file.contradicted
+    ]
+  return found
+
+
+def differing(found: Any, expected: Any, name: str = "") -> Iterator[str]:
+  """Lines "a[1].b is 1, the rows give 2" for all in which two values differ."""
+  if isinstance(found, dict) and isinstance(expected, dict):
+    for key in [*expected, *(key for key in found if key not in expected)]:
+      inner = f"{name}.{key}" if name else str(key)
+      if key not in found or key not in expected:
+        where = "missing" if key not in found else "not from the rows"
+        yield f"{inner:.200} is {where}"
+      else:
+        yield from differing(found[key], expected[key], inner)
+  elif isinstance(found, list) and isinstance(expected, list):
+    if len(found) != len(expected):
+      yield f"{name} has {len(found)} rows, the rows give {len(expected)}"
+    for index, (one, other) in enumerate(zip(found, expected)):
+      yield from differing(one, other, f"{name}[{index}]")
+  elif not _same(found, expected):
+    yield f"{name} is {_shown(found)}, the rows give {_shown(expected)}"
+
+
+def _same(found: Any, expected: Any) -> bool:
+  numbers = (int, float)
+  if type(found) in numbers and type(expected) in numbers:
+    # Another machine may add in another order; counts are exact all the same.
+    return math.isclose(found, expected, rel_tol=1e-9, abs_tol=1e-12)
+  return type(found) is type(expected) and found == expected
+
+
+def _shown(value: Any) -> str:
+  text = json.dumps(value)
+  return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def _table(path: pathlib.Path, text: str, expected: str) -> list[str]:
+  """Differences of two CSV texts, cell by cell."""
+  try:
+    rows, right = (list(csv.reader(io.StringIO(t))) for t in (text, expected))
+  except csv.Error as error:
+    raise ValueError(f"{path}: {error}") from error
+  found = []
+  if len(rows) != len(right):
+    found.append(f"{path} has {len(rows)} lines, the rows give {len(right)}")
+  for number, (row, other) in enumerate(zip(rows, right), start=1):
+    if len(row) != len(other):
+      found.append(
+        f"{path}:{number} has {len(row)} cells, the rows give {len(other)}"
+      )
+    found += [
+      f"{path}:{number}: {column} is {cell:.100}, the rows give {made}"
+      for column, cell, made in zip(right[0], row, other)
+      if not _same_cell(cell, made)
+    ]
+  return found
+
+
+def _same_cell(cell: str, made: str) -> bool:
+  if cell == made:
+    return True
+  try:
+    # The sixth digit may be rounded otherwise on another machine.
+    return "." in made and abs(float(cell) - float(made)) < 1.5e-6
+  except ValueError:
+    return False
+
+
+def _lines(path: pathlib.Path, text: str, expected: str) -> list[str]:
+  """Differences of two texts, each with the numbers that differ."""
+  one, other = text.split("\n"), expected.split("\n")
+  if len(one) > 2 * len(other) + 1000:
+    # Not an edit; matching these lines one by one would take very long.
+    return [f"{path} has {len(one)} lines, the rows give {len(other)}"]
+  matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
+  found = []
+  for tag, start, end, begin, stop in matcher.get_opcodes():
+    if tag == "equal":
+      continue
+    for offset in range(max(end - start, stop - begin)):
+      left = one[start + offset] if start + offset < end else None
+      right = other[begin + offset] if begin + offset < stop else None
+      line = start + offset + 1
+      if left is None:
+        found.append(f"{path}:{line}: a line is missing: {right:.100}")
+      elif right is None:
+        found.append(f"{path}:{line}: the rows do not give: {left:.100}")
+      else:
+        found.append(f"{path}:{line}: {_pair(left, right)}")
+  return found
+
+
+def _pair(left: str, right: str) -> str:
+  """The first number in which two lines differ, else their first words."""
+  for one, other in zip(_NUMBER.findall(left), _NUMBER.findall(right)):
+    if one != other:
+      return f"{one} stands there, the rows give {other} ({right:.100})"
+  return f"{left[:100]!r} stands there, the rows give {right[:100]!r}"
+
+
+def _figures(
+  directory: pathlib.Path, made: compose.Report, recorded: Any
+) -> list[str]:
+  """Figures whose data are not the rows', or whose files were changed."""
+  found = []
+  recorded = recorded if isinstance(recorded, dict) else {}
+  for name in sorted(
+    recorded.keys() - {figure.name for figure in made.figures}
+  ):
+    found.append(
+      f"{directory / compose.NUMBERS}: figures.{name:.100} is not from the rows"
+    )
+  for figure in made.figures:
+    path = directory / figure.name
+    if not path.is_file():
+      found.append(f"{path} is missing")
+      continue
+    drawn = description(strict_json.read_bytes(path))
+    entry = recorded.get(figure.name)
+    entry = entry if isinstance(entry, dict) else {}
+    for what, value, expected in (
+      ("its file's sha256", compose.digest(path), entry.get("sha256")),
+      ("the fingerprint of its data", drawn, figure.fingerprint),
+      ("its data in numbers.json", entry.get("data"), figure.fingerprint),
+    ):
+      if value != expected:
+        found.append(
+          f"{path}: {what} is {str(value)[:16]}, not {str(expected)[:16]}"
+        )
+  return found
+
+
+def description(data: bytes) -> str | None:
+  """The text under the keyword Description of a PNG; None if it has none."""
+  if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+    return None
+  at = 8
+  while at + 12 <= len(data):
+    length, kind = struct.unpack(">I4s", data[at : at + 8])
+    body = data[at + 8 : at + 8 + length]
+    check = data[at + 8 + length : at + 12 + length]
+    if struct.pack(">I", zlib.crc32(kind + body)) != check:
+      return None
+    if kind == b"tEXt" and body.startswith(b"Description\0"):
+      return body.partition(b"\0")[2].decode("latin-1")
+    at += 12 + length
+  return None
+
+
+def _odd(settings: material.ReportSettings, workdir: pathlib.Path) -> list[str]:
+  """Verdict rows that are not what their own raw text says."""
+  found = []
+  for path, rows in material.verdict_files(settings, workdir).items():
+    found += [
+      f"{path}: the verdict on {row.unit} is {row.verdict}, its raw text says"
+      f" {' or '.join(sorted(material.reread(row.raw, row.order)))}"
+      for row in material.odd(rows)
+    ]
+  return found
+
+
+def _text(path: pathlib.Path) -> str:
+  try:
+    return strict_json.read_bytes(path).decode("utf-8")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
+def _reports(path: pathlib.Path) -> list[pathlib.Path]:
+  """The directories of the reports that a path stands for."""
+  if (path / compose.NUMBERS).is_file():
+    return [path]
+  return sorted(file.parent for file in path.glob(f"report*/{compose.NUMBERS}"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(
+    prog="python -m dpo_jax.verify",
+    description="Recomputes every number of reports and result files.",
+  )
+  parser.add_argument("path", nargs="+", help="see the module's docstring")
+  flags = parser.parse_args(arguments)
+  found, files = [], []
+  try:
+    for name in flags.path:
+      path = pathlib.Path(name)
+      for directory in (reports := _reports(path)):
+        wrong = check_report(directory)
+        found += wrong
+        state = f"{len(wrong)} differences" if wrong else "all numbers agree"
+        print(f"{directory}: {state} with its rows")
+      if reports:
+        continue
+      if path.is_dir():
+        files += recount.paths(path)
+      elif path.is_file():
+        files.append(path)
+      else:
+        raise ValueError(f"{path}: no such file or directory")
+    if files:
+      read, recounts = eval_files.read_all(files)
+      found += check_files(read)
+      wrong = sum(bool(check_files([file])) for file in read)
+      print("\n".join(recount.lines(read, recounts)))
+      for file in read:
+        if file.missed or file.refusals:
+          print(
+            f"NOTE {file.path}: {len(file.missed)} verdicts missed, in results"
+            f" {file.missed}; {len(file.refusals)} refusals, {file.refusals}"
+          )
+      print(f"{wrong} of {len(read)} files disagree with their own rows.")
+  except (ValueError, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  _show(found)
+  return 1 if found else 0
+
+
+def _show(found: Sequence[str]) -> None:
+  """Prints the differences, `_SHOWN` of each file at most."""
+  counts = collections.Counter()
+  for line in found:
+    # A path may hold a colon; it is the same for every line of its file.
+    name = line.partition(": ")[0].rstrip("0123456789").rstrip(":")
+    counts[name] += 1
+    if counts[name] <= _SHOWN:
+      print(f"DIFFERS {line}")
+  for name, count in counts.items():
+    if count > _SHOWN:
+      print(f"{name}: {count - _SHOWN} differences more")
+
+
+if __name__ == "__main__":
+  sys.exit(main())

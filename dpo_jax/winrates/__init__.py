@@ -1,0 +1,18 @@
+"""Win rates against the dataset's chosen answers, from judge calls.
+
+What stands here is what other modules use; the rest by submodule: `calls`
+which calls count, `intervals`, `rates` a table's rows, `controls` the judge's
+own record, `paired` differences, `lengths` rates at equal length, `ranking`,
+and `planning` sizes beforehand (`python -m dpo_jax.winrates --plan`).
+"""
+
+from dpo_jax.winrates import calls, controls, intervals, rates
+
+MODELS = calls.MODELS
+current = calls.current
+first_slot_rate = rates.first_slot_rate
+judge_health = controls.judge_health
+wilson_interval = intervals.wilson
+win_rates = rates.win_rates
+JudgeHealth = controls.JudgeHealth
+WinRate = rates.WinRate

@@ -1,0 +1,217 @@
+"""Differences on the same prompts: between models, and along a training.
+
+Two models answer the same prompts, and an easy prompt is easy for both. So
+their difference is taken prompt by prompt: its interval is narrower than
+two intervals laid side by side can show.
+"""
+
+import collections
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from scipy import stats
+
+from dpo_jax.winrates import calls, controls, intervals
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+  """Two final models at one temperature on the `n` prompts both answered.
+
+  `difference` is the mean of `upper`'s score less `lower`'s, with its
+  interval. `upper` scored higher on `wins` prompts and lower on `losses`; `p`
+  is the exact two-sided McNemar test of these, `p_holm` the same after Holm's
+  correction for the temperatures at which this pair was compared.
+  """
+
+  lower: str
+  upper: str
+  temperature: float
+  n: int
+  difference: float
+  low: float
+  high: float
+  interval: str
+  wins: int
+  losses: int
+  p: float
+  p_holm: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Slope:
+  """Whether a model's checkpoints improve, in one test over prompts.
+
+  Each of the `n` prompts that were judged at every step and temperature gets
+  the least-squares slope of its score, averaged over temperatures, against
+  the step. `gain` is the mean slope times the span from `first` to `last`, a
+  difference of win rates, with its interval; `p` is the two-sided one-sample
+  t-test of the slopes. `left_out` prompts were not judged everywhere.
+  """
+
+  model: str
+  temperatures: tuple[float, ...]
+  steps: int
+  first: int
+  last: int
+  n: int
+  left_out: int
+  gain: float
+  low: float
+  high: float
+  interval: str
+  p: float
+
+
+def differences(
+  verdicts: Iterable[calls.Call],
+  *,
+  seed: int,
+  resamples: int = 2000,
+  confidence: float = 0.95,
+) -> list[Difference]:
+  """Every pair of final models at every temperature that both have.
+
+  The pair's first model in the table's order is `lower`. Pairs without a
+  common prompt are left out. Errors are those of `rates.win_rates`.
+  """
+  intervals.check(resamples, confidence)
+  tables: dict[str, dict[float, dict[str, float]]] = {}
+  for cell, group in calls.by_cell(calls.ordinary(verdicts)).items():
+    model, step, temperature = cell
+    if step is None:
+      tables.setdefault(model, {})[temperature] = calls.units(group)
+  found = []
+  for lower, upper in itertools.combinations(tables, 2):
+    family = []
+    for temperature in sorted(tables[lower].keys() & tables[upper].keys()):
+      pair = [tables[upper][temperature], tables[lower][temperature]]
+      prompts, scores = calls.shared(pair)
+      if prompts:
+        family.append((temperature, scores[:, 0] - scores[:, 1]))
+    rows = [
+      _difference(lower, upper, temperature, gaps, seed, resamples, confidence)
+      for temperature, gaps in family
+    ]
+    adjusted = holm([row.p for row in rows])
+    found += [
+      dataclasses.replace(row, p_holm=p) for row, p in zip(rows, adjusted)
+    ]
+  return found
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+  """P-values after Holm's step-down correction, in the order given.
+
+  References:
+    Holm, A simple sequentially rejective multiple test procedure,
+    Scandinavian Journal of Statistics 6, 1979.
+  """
+  adjusted, worst = [0.0] * len(ps), 0.0
+  order = sorted(range(len(ps)), key=lambda index: ps[index])
+  for rank, index in enumerate(order):
+    worst = max(worst, min(1.0, (len(ps) - rank) * ps[index]))
+    adjusted[index] = worst
+  return adjusted
+
+
+def slopes(
+  verdicts: Iterable[calls.Call],
+  *,
+  seed: int,
+  resamples: int = 2000,
+  confidence: float = 0.95,
+) -> list[Slope]:
+  """One Slope for each model with checkpoints at two steps or more."""
+  intervals.check(resamples, confidence)
+  tables: dict[str, dict[tuple[int, float], dict[str, float]]] = (
+    collections.defaultdict(dict)
+  )
+  for cell, group in calls.by_cell(calls.ordinary(verdicts)).items():
+    model, step, temperature = cell
+    if step is not None:
+      tables[model][step, temperature] = calls.units(group)
+  found = []
+  for model, table in tables.items():
+    row = _slope(model, table, seed, resamples, confidence)
+    found += [row] if row else []
+  return found
+
+
+def _difference(
+  lower, upper, temperature, gaps, seed, resamples, confidence
+) -> Difference:
+  interval = intervals.of_mean(
+    gaps, bound=1.0, seed=seed, resamples=resamples, confidence=confidence
+  )
+  wins, losses = int((gaps > 0).sum()), int((gaps < 0).sum())
+  p = controls.sign_test(wins, losses)
+  return Difference(
+    lower=lower,
+    upper=upper,
+    temperature=temperature,
+    n=len(gaps),
+    difference=float(gaps.mean()),
+    low=interval.low,
+    high=interval.high,
+    interval=interval.method,
+    wins=wins,
+    losses=losses,
+    p=p,
+    p_holm=p,
+  )
+
+
+def _slope(model, table, seed, resamples, confidence) -> Slope | None:
+  """The test of one model's checkpoints; None if nothing can be said."""
+  # A temperature that only some steps have would tilt the slope.
+  by_temperature = collections.defaultdict(set)
+  for step, temperature in table:
+    by_temperature[temperature].add(step)
+  steps = sorted(set().union(*by_temperature.values()))
+  temperatures = tuple(
+    sorted(t for t, have in by_temperature.items() if len(have) == len(steps))
+  )
+  if len(steps) < 2 or not temperatures:
+    return None
+  cells = [table[step, t] for step in steps for t in temperatures]
+  prompts, scores = calls.shared(cells)
+  if not prompts:
+    return None
+  scores = scores.reshape(len(prompts), len(steps), -1).mean(axis=2)
+  centred = np.asarray(steps, float) - np.mean(steps)
+  weights = centred / (centred**2).sum() * (steps[-1] - steps[0])
+  gains = scores @ weights
+  interval = intervals.of_mean(
+    gains,
+    # No scores in [0, 1] give more: the weights add up to zero.
+    bound=float(weights[weights > 0].sum()),
+    seed=seed,
+    resamples=resamples,
+    confidence=confidence,
+  )
+  judged = set().union(*cells)
+  return Slope(
+    model=model,
+    temperatures=temperatures,
+    steps=len(steps),
+    first=steps[0],
+    last=steps[-1],
+    n=len(prompts),
+    left_out=len(judged) - len(prompts),
+    gain=float(gains.mean()),
+    low=interval.low,
+    high=interval.high,
+    interval=interval.method,
+    p=_t_test(gains),
+  )
+
+
+def _t_test(values: np.ndarray) -> float:
+  """Two-sided p-value that the mean is 0; NaN where nothing varies."""
+  if len(values) < 2 or float(np.ptp(values)) < 1e-12:
+    return math.nan
+  return float(stats.ttest_1samp(values, 0.0).pvalue)

@@ -1,0 +1,126 @@
+"""A small finished run, whose every number is known, for tests of reports."""
+
+import dataclasses
+import json
+
+from dpo_jax import compose, records, report
+
+SETTINGS = report.ReportSettings(
+  title="A small run",
+  runs=("sft", "dpo"),
+  verdicts="verdicts",
+  seed=0,
+  resamples=500,
+  confidence=0.95,
+  examples=2,
+  aa_alpha=0.01,
+  first_slot_limit=0.6,
+  gold_floor=0.8,
+  strict=False,
+)
+PROMPT = "\n\nHuman: How do I whisk eggs?\n\nAssistant:"
+
+
+def response(model, step, temperature, prompt_id, text=" Beat them."):
+  return records.Response(
+    prompt_id=prompt_id,
+    prompt=PROMPT,
+    response=text,
+    chosen=" Use a fork.",
+    model=model,
+    step=step,
+    temperature=temperature,
+    top_k=0,
+    top_p=1.0,
+    max_new_tokens=32,
+    seed=0,
+    sample_id=0,
+    token_count=7,
+    finish_reason="eos",
+  )
+
+
+def verdict(row, order, outcome, **changes):
+  call = records.Verdict(
+    key=records.content_hash(repr(row), order),
+    prompt_id=row.prompt_id,
+    model=row.model,
+    step=row.step,
+    temperature=row.temperature,
+    sample_id=row.sample_id,
+    order=order,
+    control="",
+    verdict=outcome,
+    score=None,
+    judge="oracle",
+    judge_returned="oracle",
+    judge_fingerprint="",
+    template_hash="t1",
+    response_chars=len(row.response),
+    chosen_chars=len(row.chosen),
+    prompt_tokens=10,
+    completion_tokens=1,
+    raw="",
+    error="",
+  )
+  return dataclasses.replace(call, **changes)
+
+
+def cells():
+  """(model, step, temperature, prompts won of 40) of the run below."""
+  wins = {"base": 4, "sft": 16, "dpo": 34}
+  finals = [(m, None, t, wins[m]) for m in wins for t in (0.25, 0.75, 1.0)]
+  return [*finals, ("dpo", 50, 1.0, 18), ("dpo", 100, 1.0, 30)]
+
+
+def write_rows(path, rows):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with records.Store(path, type(rows[0])) as store:
+    store.append_many(rows)
+
+
+def write_metrics(path, rows):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_run(workdir, text=" Beat them.", missing=0):
+  """A finished run: 40 prompts, both orders, base < SFT < DPO."""
+  calls = []
+  for model, step, temperature, won in cells():
+    rows = [
+      response(model, step, temperature, f"p{i:02d}", text) for i in range(40)
+    ]
+    name = f"{model}-{step}-{temperature}.jsonl"
+    write_rows(workdir / "responses" / name, rows)
+    calls += [
+      verdict(row, order, "model" if index < won else "chosen")
+      for index, row in enumerate(rows)
+      for order in ("model_first", "chosen_first")
+    ]
+  for index in range(missing):
+    calls[index] = dataclasses.replace(
+      calls[index], verdict="missing", error="timeout | after 30 s"
+    )
+  write_rows(workdir / "verdicts" / "all.jsonl", calls)
+  sft = [{"step": step, "loss": 2 / step} for step in range(1, 60)]
+  write_metrics(workdir / "sft" / "metrics.jsonl", sft)
+  dpo = [
+    {"step": s, "loss": 0.7, "rewards/margins": s, "rewards/accuracies": 0.6}
+    for s in range(1, 60)
+  ]
+  dpo[9] |= {"loss": "nan"}
+  held_out = [
+    {"step": 0, "eval_loss": 0.69, "eval_rewards/accuracies": 0.5},
+    {"step": 59, "eval_loss": 0.5, "eval_rewards/accuracies": 0.725},
+  ]
+  held_out[1] |= {"eval_items": 200, "eval_rewards/margins": 1.5}
+  metrics = [*held_out[:1], *dpo, *held_out[1:]]
+  write_metrics(workdir / "dpo" / "metrics.jsonl", metrics)
+  manifest = {"data": {"train": {"kept": 990, "quarantined: empty | row": 3}}}
+  (workdir / "dpo" / "manifest.json").write_text(json.dumps(manifest))
+
+
+def text(workdir, settings=SETTINGS):
+  """report.md as it would be written; drawing takes most of the time."""
+  return compose.compose(settings, workdir).texts["report.md"]

@@ -1,0 +1,487 @@
+"""Differences, slopes, controls, lengths, ranking and plans, each by hand."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import judged
+import numpy as np
+import pytest
+import scipy.optimize
+import scipy.special
+import scipy.stats
+
+from dpo_jax.winrates import (
+  __main__,
+  controls,
+  lengths,
+  paired,
+  planning,
+  ranking,
+)
+
+SETTINGS = {"seed": 0, "resamples": 500}
+
+
+def test_a_difference_of_four_prompts_by_hand():
+  calls = [
+    *judged.scored([0, 0, 0.5, 1], model="sft"),
+    *judged.scored([1, 0.5, 0.5, 0.5], model="dpo"),
+    # A prompt that only one of them answered is in no difference.
+    judged.call("model", "p9", model="dpo"),
+    # A temperature that only one of them was sampled at is in none.
+    judged.call("model", "p0000", model="sft", temperature=0.25),
+    # Checkpoints are in none.
+    *judged.scored([0, 0, 0, 0], model="dpo", step=100),
+  ]
+  (row,) = paired.differences(calls, **SETTINGS)
+  assert (row.lower, row.upper, row.temperature, row.n) == (
+    "sft",
+    "dpo",
+    1.0,
+    4,
+  )
+  assert row.difference == pytest.approx((1 + 0.5 + 0 - 0.5) / 4)
+  assert (row.wins, row.losses) == (2, 1)
+  # Two heads of three tosses or as far from even: every outcome is.
+  assert row.p == row.p_holm == 1.0
+  assert -1 <= row.low < row.difference < row.high <= 1
+
+
+def test_models_without_a_common_prompt_have_no_difference():
+  calls = [
+    judged.call("model", "p0", model="sft"),
+    judged.call("model", "p1", model="dpo"),
+    judged.call("missing", "p0", model="dpo"),
+  ]
+  assert paired.differences(calls, **SETTINGS) == []
+
+
+def test_mcnemar_equals_scipy_on_won_or_lost_prompts():
+  generator = np.random.default_rng(0)
+  scores = {m: generator.integers(2, size=80) for m in ("base", "sft")}
+  calls = [
+    judged.call("model" if won else "chosen", f"p{i}", model=model)
+    for model, row in scores.items()
+    for i, won in enumerate(row)
+  ]
+  (row,) = paired.differences(calls, **SETTINGS)
+  b = int(((scores["sft"] == 1) & (scores["base"] == 0)).sum())
+  c = int(((scores["sft"] == 0) & (scores["base"] == 1)).sum())
+  # The exact test by its sum: twice the smaller tail of B(b + c, 1/2).
+  tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1)) / 2 ** (b + c)
+  assert row.p == pytest.approx(min(1.0, 2 * tail))
+  assert row.difference == pytest.approx((b - c) / 80)
+
+
+def test_pairing_narrows_the_interval_of_alike_models():
+  generator = np.random.default_rng(1)
+  easy = generator.random(300)
+  base = (easy > 0.5).astype(float)
+  sft = (easy > 0.42).astype(float)
+  calls = [
+    *judged.scored(base, model="base"),
+    *judged.scored(sft, model="sft"),
+  ]
+  (row,) = paired.differences(calls, **SETTINGS)
+  assert row.interval == "bca"
+  unpaired = 1.96 * math.sqrt((base.var() + sft.var()) / 300)
+  assert row.low > 0
+  assert (row.high - row.low) / 2 < 0.5 * unpaired
+  error = (sft - base).std(ddof=1) / math.sqrt(300)
+  assert (row.high - row.low) / 2 == pytest.approx(1.96 * error, rel=0.15)
+
+
+def test_holm_by_hand():
+  # Sorted .01 .02 .03 .9 times 4 3 2 1, never below the one before.
+  assert paired.holm([0.03, 0.01, 0.9, 0.02]) == pytest.approx(
+    [0.06, 0.04, 0.9, 0.06]
+  )
+  assert paired.holm([0.5, 0.5]) == [1.0, 1.0]
+  assert paired.holm([]) == []
+
+
+def test_holm_is_over_the_temperatures_of_a_pair():
+  calls = []
+  for temperature, won in ((0.25, 9), (1.0, 6)):
+    fields = {"temperature": temperature}
+    calls += judged.scored([0] * 10, model="base", **fields)
+    calls += judged.scored([1] * won + [0] * (10 - won), model="sft", **fields)
+  first, second = paired.differences(calls, **SETTINGS)
+  assert (first.p, second.p) == pytest.approx((2 / 2**9, 2 / 2**6))
+  assert first.p_holm == pytest.approx(2 * 2 / 2**9)
+  assert second.p_holm == pytest.approx(2 / 2**6)
+
+
+def test_a_slope_by_hand():
+  # Scores at steps 0, 10, 30 of two prompts. Deviations from the mean step
+  # 40/3: -40/3, -10/3, 50/3; their squares add up to 4200/9.
+  table = {0: [0, 0.5], 10: [0.5, 0.5], 30: [1, 0]}
+  calls = [
+    row
+    for step, scores in table.items()
+    for row in judged.scored(scores, step=step)
+  ]
+  first = (0 * -40 + 0.5 * -10 + 1 * 50) / 3 / (4200 / 9) * 30
+  second = (0.5 * -40 + 0.5 * -10 + 0 * 50) / 3 / (4200 / 9) * 30
+  calls.append(judged.call("model", "p9", step=0))
+  (row,) = paired.slopes(calls, **SETTINGS)
+  assert (row.n, row.left_out, row.steps) == (2, 1, 3)
+  assert (row.first, row.last, row.temperatures) == (0, 30, (1.0,))
+  assert row.gain == pytest.approx((first + second) / 2)
+  test = scipy.stats.ttest_1samp([first, second], 0)
+  assert row.p == pytest.approx(test.pvalue)
+  assert row.low < row.gain < row.high
+
+
+def test_a_slope_equals_that_of_the_rates_and_averages_temperatures():
+  generator = np.random.default_rng(2)
+  steps, temperatures = [100, 200, 400], [0.7, 1.0]
+  scores = generator.choice([0, 0.5, 1], size=(150, 3, 2))
+  calls = [
+    row
+    for i, step in enumerate(steps)
+    for j, t in enumerate(temperatures)
+    for row in judged.scored(scores[:, i, j], step=step, temperature=t)
+  ]
+  (row,) = paired.slopes(calls, **SETTINGS)
+  rates = scores.mean(axis=(0, 2))
+  slope = np.polyfit(steps, rates, 1)[0]
+  assert row.gain == pytest.approx(slope * 300)
+  assert row.interval == "bca"
+  # A third temperature at one step only would tilt the line: it is left out.
+  more = judged.scored([1] * 150, step=400, temperature=0.1)
+  assert paired.slopes([*calls, *more], **SETTINGS) == [row]
+
+
+def test_one_checkpoint_has_no_slope():
+  assert paired.slopes(judged.scored([1, 0], step=5), **SETTINGS) == []
+  assert paired.slopes(judged.scored([1, 0]), **SETTINGS) == []
+
+
+def test_steps_that_never_change_have_no_p_value():
+  calls = [*judged.scored([1, 0], step=1), *judged.scored([1, 0], step=2)]
+  (row,) = paired.slopes(calls, **SETTINGS)
+  assert row.gain == 0
+  assert math.isnan(row.p)
+  assert row.low < 0 < row.high
+
+
+def test_controls_by_hand():
+  calls = [
+    *judged.scored([1, 0.5, 0, 0.5]),
+    # A text against itself: always the first slot, and once always "model".
+    judged.control("aa", "model", "p0", "model_first"),
+    judged.control("aa", "chosen", "p0", "chosen_first"),
+    judged.control("aa", "model", "p1", "model_first"),
+    judged.control("aa", "model", "p1", "chosen_first"),
+    judged.control("aa", "refusal", "p2"),
+    # The right answer three times of four.
+    *[judged.control("gold", "model", f"p{i}") for i in range(3)],
+    judged.control("gold", "chosen", "p3"),
+    # p0000 as before, p0001 otherwise, p0002 not read, p0003 half as before.
+    judged.call("model", "p0000", control="retest"),
+    judged.call("tie", "p0001", control="retest"),
+    judged.call("missing", "p0002", control="retest"),
+    judged.call("model", "p0003", control="retest"),
+    judged.call("model", "p0003", "chosen_first", control="retest"),
+  ]
+  found = controls.controls(calls, **SETTINGS)
+  assert (found.aa.n, found.aa.rate) == (2, 0.75)
+  assert found.aa_p == 1.0
+  # p0 both times, p1 once of two.
+  assert (found.aa_first_slot.n, found.aa_first_slot.rate) == (2, 0.75)
+  assert (found.gold.n, found.gold.rate) == (4, 0.75)
+  assert (found.retest.n, found.retest.rate) == (3, pytest.approx(1.5 / 3))
+  assert found.unread == 2
+  for share in (found.aa, found.gold, found.retest):
+    assert 0 <= share.low <= share.rate <= share.high <= 1
+
+
+def test_ties_of_a_text_with_itself_are_on_no_side():
+  calls = judged.scored([1])
+  for index in range(13):
+    verdict = "model" if index < 8 else "tie"
+    calls.append(judged.control("aa", verdict, f"p{index}"))
+  # An ordinary call without a verdict is no unread control.
+  calls.append(judged.call("missing", "p9"))
+  found = controls.controls(calls, **SETTINGS)
+  assert found.aa.rate == pytest.approx((8 + 5 / 2) / 13)
+  assert found.aa_p == pytest.approx(2 / 2**8)
+  assert found.unread == 0
+
+
+def test_no_controls_are_no_crash():
+  found = controls.controls(judged.scored([1]), **SETTINGS)
+  assert found.aa.n == found.gold.n == found.retest.n == found.unread == 0
+  assert math.isnan(found.gold.rate)
+  assert (found.gold.low, found.gold.high) == (0.0, 1.0)
+  assert found.aa_p == 1.0
+
+
+def test_the_sign_test_equals_its_sum():
+  # 35 of 35, as the judge of the re-implemented system did.
+  assert controls.sign_test(35, 0) == pytest.approx(2 / 2**35)
+  assert controls.sign_test(5, 5) == 1.0
+  assert controls.sign_test(0, 0) == 1.0
+
+
+def test_the_first_slot_share_is_over_prompts():
+  calls = [
+    *judged.both("model", "chosen", "p0"),  # first slot twice
+    *judged.both("model", "tie", "p1"),  # first slot, and undecided
+    judged.call("chosen", "p2"),  # second slot
+    judged.call("tie", "p3"),  # undecided: left out
+  ]
+  health = controls.judge_health(calls, **SETTINGS)
+  assert health.first_slot_rate == 3 / 4
+  assert (health.first_slot.n, health.first_slot.rate) == (3, 2 / 3)
+  assert health.first_slot.low < 2 / 3 < health.first_slot.high
+
+
+def test_two_lengths_give_the_mean_of_the_log_odds():
+  # The answer is 40 characters longer or shorter; the deviation is 40, so
+  # that tanh is +-tanh(1), and the model fits both groups' odds exactly.
+  calls = [
+    *[length_call(f"l{i}", i < 15, 140) for i in range(20)],
+    *[length_call(f"s{i}", i < 8, 60) for i in range(20)],
+  ]
+  (row,) = lengths.length_controlled(calls)
+  odds = [math.log(15 / 5), math.log(8 / 12)]
+  assert row.scale == pytest.approx(40)
+  assert row.rate == pytest.approx(scipy.special.expit(sum(odds) / 2))
+  assert row.effect == pytest.approx((odds[0] - odds[1]) / 2 / math.tanh(1))
+  assert row.longer_rate == pytest.approx((15 + 12) / 40)
+  # Log-odds of 15:5 and 8:12 have variances 1/15+1/5 and 1/8+1/12; of their
+  # mean a quarter of the sum, times HC1's n / (n - 2).
+  error = math.sqrt((1 / 15 + 1 / 5 + 1 / 8 + 1 / 12) / 4 * 40 / 38)
+  ends = sum(odds) / 2 + 1.959963984540054 * error * np.asarray([-1, 1])
+  assert (row.low, row.high) == pytest.approx(tuple(scipy.special.expit(ends)))
+
+
+def length_call(prompt, won, chars):
+  return judged.call(
+    "model" if won else "chosen",
+    prompt,
+    response_chars=chars,
+    chosen_chars=100,
+  )
+
+
+def test_the_logistic_fit_equals_scipy():
+  generator = np.random.default_rng(5)
+  gaps = generator.normal(0.3, 1, size=150)
+  scores = generator.choice([0, 0.5, 1], size=150)
+  scores[gaps > 1] = 1
+  intercept, slope, error = lengths.fit_logistic(gaps, scores)
+
+  def loss(weights):
+    odds = weights[0] + weights[1] * np.tanh(gaps)
+    return np.sum(np.logaddexp(0, odds) - scores * odds)
+
+  found = scipy.optimize.minimize(
+    loss, [0, 0], method="Nelder-Mead", options={"xatol": 1e-8, "fatol": 1e-12}
+  )
+  assert (intercept, slope) == pytest.approx(tuple(found.x), abs=1e-6)
+  # A sandwich error is near that of 400 refits on resampled prompts.
+  refits = []
+  for _ in range(400):
+    drawn = generator.integers(150, size=150)
+    refits.append(lengths.fit_logistic(gaps[drawn], scores[drawn])[0])
+  assert error == pytest.approx(np.std(refits), rel=0.15)
+
+
+def test_length_says_nothing_where_scores_do_not_determine_it():
+  all_won = [length_call(f"p{i}", True, 90 + i) for i in range(20)]
+  one_length = [length_call(f"p{i}", i % 2, 120) for i in range(20)]
+  apart = [length_call(f"p{i}", i >= 10, 90 + i) for i in range(20)]
+  for calls in (all_won, one_length, apart, all_won[:2]):
+    (row,) = lengths.length_controlled(calls)
+    assert math.isnan(row.rate)
+  (row,) = lengths.length_controlled([judged.call("missing")])
+  assert row.n == 0
+
+
+def test_length_control_takes_the_effect_of_length_away():
+  generator = np.random.default_rng(6)
+  gaps = generator.normal(80, 80, size=2000)
+  truth = scipy.special.expit(-0.4 + 1.5 * np.tanh(gaps / 80))
+  calls = [
+    length_call(f"p{i}", generator.random() < chance, int(500 + gap))
+    for i, (gap, chance) in enumerate(zip(gaps, truth))
+  ]
+  calls = [dataclasses.replace(row, chosen_chars=500) for row in calls]
+  (row,) = lengths.length_controlled(calls)
+  assert sum(c.verdict == "model" for c in calls) / 2000 > 0.55
+  assert row.low < scipy.special.expit(-0.4) < row.high < 0.5
+
+
+def test_the_ranking_maximises_the_bradley_terry_likelihood():
+  scores = {("base", 1.0): [0, 0, 0.5, 0, 1], ("sft", 1.0): [1, 0.5, 1, 0, 1]}
+  calls = [
+    row
+    for (model, t), values in scores.items()
+    for row in judged.scored(values, model=model, temperature=t)
+  ]
+  players = ranking.bradley_terry(calls, **SETTINGS)
+  assert [p.model for p in players] == ["sft", "chosen", "base"]
+  assert [p.rank for p in players] == [1, 2, 3]
+  # Wins of base and sft against chosen, and of chosen, with the drawn one.
+  wins = {"base": (2.0, 4.0), "sft": (4.0, 2.0)}
+
+  def loss(strengths):
+    return -sum(
+      won * math.log(scipy.special.expit(s))
+      + lost * math.log(scipy.special.expit(-s))
+      for (won, lost), s in zip(wins.values(), strengths)
+    )
+
+  found = scipy.optimize.minimize(loss, [0, 0], method="BFGS").x
+  by_name = {player.model: player for player in players}
+  assert by_name["base"].strength == pytest.approx(found[0], abs=1e-4)
+  assert by_name["sft"].strength == pytest.approx(found[1], abs=1e-4)
+  assert by_name["chosen"].strength == 0
+  for player in players:
+    assert player.low <= player.strength <= player.high
+    assert 1 <= player.rank_low <= player.rank <= player.rank_high <= 3
+
+
+def test_ranks_that_are_sure_and_ranks_that_are_not():
+  generator = np.random.default_rng(7)
+  calls = [
+    *judged.scored(generator.choice([0, 0.5], size=120), model="base"),
+    *judged.scored(generator.choice([0.5, 1], size=120), model="dpo"),
+    *judged.scored(generator.choice([0.5, 1], size=120), model="sft"),
+  ]
+  players = ranking.bradley_terry(calls, **SETTINGS)
+  ends = {p.model: (p.rank_low, p.rank_high) for p in players}
+  assert ends["dpo"] == ends["sft"] == (1, 2)
+  assert ends["chosen"] == (3, 3)
+  assert ends["base"] == (4, 4)
+
+
+def test_a_player_that_wins_half_is_as_strong_as_chosen():
+  calls = [*judged.scored([1, 0] * 3), *judged.scored([0] * 6, model="sft")]
+  players = ranking.bradley_terry(calls, **SETTINGS)
+  assert [(p.model, p.rank) for p in players] == [
+    ("dpo", 1),
+    ("chosen", 1),
+    ("sft", 3),
+  ]
+  assert players[0].strength == pytest.approx(0, abs=1e-12)
+
+
+def test_players_that_always_won_or_lost_stay_finite():
+  calls = [
+    *judged.scored([1] * 5, model="a"),
+    *judged.scored([0] * 5, model="b"),
+  ]
+  best, chosen, worst = ranking.bradley_terry(calls, **SETTINGS)
+  assert best.strength == pytest.approx(math.log(5.5 / 0.5))
+  assert worst.strength == pytest.approx(-math.log(5.5 / 0.5))
+  assert chosen.model == "chosen"
+  assert best.low < best.strength <= best.high < math.inf
+  assert ranking.bradley_terry([judged.call("missing")], **SETTINGS) == []
+
+
+def plan(**changes):
+  values = {
+    "confidence": 0.95,
+    "power": 0.8,
+    "rate": 0.5,
+    "split": 0.0,
+    "discordant": 0.4,
+    "tests": 1,
+  }
+  return planning.Plan(**values | changes)
+
+
+def test_plans_by_hand():
+  # 1.96 * sqrt(.25 / 150) and its inverse.
+  assert planning.half_width(plan(), 150) == pytest.approx(0.0800, abs=1e-4)
+  assert planning.prompts_for_width(plan(), 0.08) == 151
+  # A fifth of split verdicts takes .05 off the variance of .25.
+  assert planning.half_width(plan(split=0.2), 150) == pytest.approx(
+    1.959964 * math.sqrt(0.2 / 150), rel=1e-6
+  )
+  # (1.96 * .5 + .8416 * sqrt(.6 * .4))^2 / .1^2 = 193.9.
+  assert planning.prompts_against_half(plan(), 0.1) == 194
+  # (1.96 * sqrt(.4) + .8416 * sqrt(.4 - .01))^2 / .01 = 311.9 (Connor).
+  assert planning.prompts_for_difference(plan(), 0.1) == 312
+  # At the first step of Holm's four tests 2.4977 stands for 1.96: 443.2.
+  assert planning.prompts_for_difference(plan(tests=4), 0.1) == 444
+
+
+def test_what_can_be_detected_is_the_inverse():
+  for n in (50, 150, 1000):
+    effect = planning.detectable_difference(plan(), n)
+    assert planning.prompts_for_difference(plan(), effect) == n
+    effect = planning.detectable_against_half(plan(split=0.1), n)
+    assert planning.prompts_against_half(plan(split=0.1), effect) == n
+  assert math.isnan(planning.detectable_difference(plan(discordant=0.05), 5))
+
+
+def test_the_planned_prompts_have_the_power_that_is_said():
+  n, effect = planning.prompts_against_half(plan(), 0.1), 0.1
+  wins = np.arange(n + 1)
+  low = np.asarray(
+    [scipy.stats.binomtest(int(w), n).pvalue < 0.05 for w in wins]
+  )
+  power = scipy.stats.binom.pmf(wins, n, 0.5 + effect)[low].sum()
+  # The exact test is a little more careful than the formula.
+  assert 0.74 < power < 0.83
+  n = planning.prompts_for_difference(plan(), 0.1)
+  generator = np.random.default_rng(8)
+  table = generator.multinomial(n, [0.25, 0.15, 0.6], size=4000)
+  found = [controls.sign_test(int(b), int(c)) < 0.05 for b, c, _ in table]
+  assert 0.74 < np.mean(found) < 0.83
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"confidence": 1}, "confidence=1"),
+    ({"power": 0.0}, "power=0"),
+    ({"rate": 0.1, "split": 0.3}, r"split=0.3 must be in \[0, 0.2\)"),
+    ({"discordant": 0}, "discordant=0"),
+    ({"tests": 0}, "tests=0"),
+  ],
+)
+def test_plans_out_of_range_are_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    plan(**changes)
+
+
+def test_effects_out_of_range_are_refused():
+  with pytest.raises(ValueError, match="effect=5"):
+    planning.prompts_for_width(plan(), 5)
+  with pytest.raises(ValueError, match=r"at most discordant=0\.4"):
+    planning.prompts_for_difference(plan(), 0.5)
+  with pytest.raises(ValueError, match=r"effect=0\.5 must be below"):
+    planning.prompts_against_half(plan(split=0.1), 0.5)
+  with pytest.raises(ValueError, match="prompts=1"):
+    planning.half_width(plan(), 1)
+
+
+def test_the_planner_prints_its_numbers(capsys):
+  arguments = ["--plan", "--split=0", "--prompts=150", "--effect=0.1"]
+  assert __main__.main(arguments) == 0
+  text = capsys.readouterr().out
+  assert "about +-8.0 points" in text
+  assert "as distance from 50%, 80% power: 194" in text
+  assert "as difference of two models, 80% power: 312" in text
+  assert __main__.main(["--plan", "--effect=2"]) == 2
+  assert "error: effect=2.0 must be in (0, 1)" in capsys.readouterr().err
+
+
+def test_the_planner_is_a_command():
+  done = subprocess.run(
+    [sys.executable, "-m", "dpo_jax.winrates", "--plan", "--tests=4"],
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  assert "Holm over 4" in done.stdout
