@@ -50,7 +50,9 @@ def training() -> config_dict.ConfigDict:
   c.export_adapters = False
   # DPO only: compute the reference's log-probs once, before training, and read
   # them with the pairs. Each epoch is then faster, and full fine-tuning needs
-  # no second copy of the weights; the numbers are the same.
+  # no second copy of the weights. In float32 the numbers are the same; in
+  # bfloat16 a pair's may be off by some tenths of a nat, since they were
+  # computed in other batches.
   c.precompute_reference = False
   # Directory that they are kept in, to be shared by runs on the same pairs and
   # the same reference; "" is the run's own.

@@ -232,6 +232,7 @@ def shrink(c: config_dict.ConfigDict) -> None:
     stage.eval_every = 2
     stage.checkpoint_every = 2
     stage.max_steps = 3
+    stage.data.shapes = 1
     stage.lora.rank = min(stage.lora.rank, 4)
   c.sample.batch_size = 16
   c.sample.max_new_tokens = 8

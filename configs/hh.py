@@ -98,6 +98,7 @@ def shrink(c: config_dict.ConfigDict) -> None:
     stage.data.row_length = 512
     stage.batch_size, stage.microbatches, stage.eval_batch_size = 8, 2, 8
     stage.max_steps = 4
+    stage.data.shapes = 1
     stage.eval_every = stage.checkpoint_every = 2
   c.sample.data.limit = 6
   c.sample.batch_size = 8

@@ -110,8 +110,9 @@ def _taken(
   """Places [start, start + share) of a source's endless run of passes."""
   passes = range(start // size, -(-(start + share) // size))
   orders = [
-    # Apart from the epochs' own orders, whose seeds are two numbers long.
-    np.random.default_rng((seed, number, index)).permutation(size)
+    # Its last number keeps it apart from the epochs' own orders: NumPy fills
+    # shorter seeds up with zeros.
+    np.random.default_rng((seed, number, index, 1)).permutation(size)
     for index in passes
   ]
   if not orders:

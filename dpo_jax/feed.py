@@ -178,9 +178,12 @@ def with_reference(
     made_of = {
       "data": items.report["tokens"],
       "model": fingerprint,
+      "shape": repr(
+        dataclasses.replace(shape, dtype="float32", remat="none", lora=None)
+      ),
       "dtype": f"{config.model.dtype} of {config.model.param_dtype}",
     }
-    if path.exists():
+    if _on_all_hosts(path.exists()):
       logps = reference.load(path, items.table, made_of)
     else:
       how = _in_order(feed.held_out, items, feed.eval_batch_size)
@@ -194,6 +197,15 @@ def with_reference(
         reference.save(path, logps, made_of)
     found[f"{side}_reference"] = reference.spread(items.table, logps)
   return dataclasses.replace(feed, **found)
+
+
+def _on_all_hosts(here: bool) -> bool:
+  """Whether something holds on every host, so that all take the same branch."""
+  if jax.process_count() == 1:
+    return here
+  from jax.experimental import multihost_utils
+
+  return bool(multihost_utils.process_allgather(np.asarray(here)).all())
 
 
 def _in_order(

@@ -156,6 +156,12 @@ def _packing(
       loss_on_prompt=config.data.loss_on_prompt,
       pad_id=tokenizer.pad_id,
     )
+    longest = placement.longest_piece(table, layout)
+    if longest > how.row_length:
+      # Not the layout in use, which `data.prepare` has checked.
+      rows = f"a piece takes {longest} > {how.row_length}"
+      lines.append((layout, "-", "-", "-", "-", rows))
+      continue
     how = placement.settled(table, how, steps, config.data.shapes)
     tokens = slots = 0
     started = time.perf_counter()

@@ -132,6 +132,17 @@ def loss_at_start(settings: LossSettings) -> float:
       return 1.0
 
 
+def slope_at_start(settings: LossSettings) -> float:
+  """How much `loss_at_start` moves with a nat of h."""
+  match settings.kind:
+    case "sigmoid":
+      return settings.beta * (0.5 - settings.label_smoothing)
+    case "ipo_sum" | "ipo_mean":
+      return 1 / settings.beta
+    case "hinge":
+      return settings.beta
+
+
 def reward_metrics(
   policy: PairLogps, reference: PairLogps, *, beta: float
 ) -> dict[str, jax.Array]:

@@ -9,6 +9,7 @@ items moves only those numbers, never the tokens.
 import collections.abc
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -73,8 +74,15 @@ class Table(collections.abc.Sequence):
     )
 
   def take(self, indices: Sequence[int] | np.ndarray) -> "Table":
-    """The items of these indices, in their order; tokens are shared."""
-    indices = np.asarray(indices, np.int64)
+    """The items of these indices, in their order; tokens are shared.
+
+    Raises:
+      ValueError: a mask is given instead of indices.
+    """
+    indices = np.asarray(indices)
+    if indices.dtype == bool:
+      raise ValueError("items are taken by their indices, not by a mask")
+    indices = indices.astype(np.int64)
     return Table(
       tuple(self.ids[i] for i in indices),
       self.tokens,
@@ -162,11 +170,20 @@ def from_columns(
 
 
 def join(tables: Iterable[Table]) -> Table:
-  """The items of all tables, one table after the other."""
+  """The items of all tables, one table after the other.
+
+  Raises:
+    ValueError: pairs and examples are mixed.
+  """
   tables = list(tables)
+  if len({table.parts for table in tables}) > 1:
+    raise ValueError("pairs and examples cannot stand in one table")
+  if len(tables) == 1:
+    # Mapped tokens stay mapped.
+    return tables[0]
   offsets = np.cumsum([0, *(len(table.tokens) for table in tables)])
   return Table(
-    sum((table.ids for table in tables), ()),
+    tuple(itertools.chain.from_iterable(table.ids for table in tables)),
     np.concatenate([table.tokens for table in tables]),
     np.concatenate(
       [table.starts + offset for table, offset in zip(tables, offsets)]

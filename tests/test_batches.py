@@ -2,13 +2,14 @@
 
 import collections
 import json
+import threading
 
 import jax
 import numpy as np
 import pytest
 import tiny
 
-from dpo_jax import batches, placement, tables
+from dpo_jax import batches, packing, placement, tables
 
 HOW = placement.Packing("shared", 40, 1, 1, False, 1)
 LAYOUTS = ("padded", "packed", "shared")
@@ -183,3 +184,62 @@ def test_evaluation_keeps_order_and_the_last_few():
     item.id for item in items
   )
   assert [len(i) for i in batches.consecutive(10, 4)] == [4, 4, 2]
+
+
+def test_halves_differ_by_source_seed_and_pass():
+  def half(seed, number, epoch):
+    plan = schedule((64, 64), (0.5, 0.5), seed=seed, epochs=4)
+    found = taken(plan, epoch)
+    return frozenset(found[found // 64 == number].tolist())
+
+  def places(seed, number, epoch):
+    return frozenset(i % 64 for i in half(seed, number, epoch))
+
+  # The second epoch has the other half; a third one begins a new pass.
+  everything = frozenset(range(64))
+  assert places(3, 0, 0) | places(3, 0, 1) == everything
+  different = {
+    places(3, 0, 0),
+    places(3, 0, 1),
+    places(3, 0, 2),
+    places(3, 1, 0),
+    places(3, 1, 1),
+    places(4, 0, 0),
+    places(4, 1, 0),
+  }
+  assert len(different) == 7
+
+
+def test_no_epoch_is_shuffled_as_a_source_is():
+  # NumPy fills short seeds up with zeros: (5, 1) is (5, 1, 0).
+  for epoch in range(3):
+    plan = schedule((50,), batch_size=1, seed=5, epochs=3)
+    order = batches._epoch(plan, epoch)
+    for number in range(3):
+      source = batches._taken(5, number, 50, 0, 50)
+      assert not np.array_equal(order, source)
+
+
+def test_batches_are_packed_in_another_thread(monkeypatch):
+  pack, threads = packing.pack, set()
+
+  def noted(*arguments):
+    threads.add(threading.get_ident())
+    return pack(*arguments)
+
+  monkeypatch.setattr(packing, "pack", noted)
+  table = tables.from_items(tiny.pairs(13))
+  plan = schedule((13,))
+  found = batches.stream(table, plan, HOW, start_step=0, steps=plan.steps)
+  assert len(list(found)) == plan.steps
+  assert len(threads) == 1
+  assert threading.get_ident() not in threads
+
+
+def test_evaluation_carries_reference_log_probs():
+  table = tables.from_items(tiny.pairs(10))
+  kept = -np.arange(1, len(table.tokens) + 1, dtype=np.float32)
+  for batch, _ in batches.in_order(table, HOW, batch_size=4, reference=kept):
+    there = batch.owner >= 0
+    at = -batch.reference[there].astype(int) - 1
+    np.testing.assert_array_equal(table.tokens[at], batch.target[there])

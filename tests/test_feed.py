@@ -124,6 +124,7 @@ def test_a_run_meets_only_the_shapes_that_were_planned(values):
   assert met == planned
   assert len(planned) <= 4
   assert widths == {(1, 8, s.width) for s in made.train.shapes}
+  assert len(list(made.training(3))) == made.steps - 3
   evaluated = list(made.evaluation())
   assert len({batch.tokens.shape for batch in evaluated}) == 1
   owners = np.concatenate([np.unique(np.asarray(b.owner)) for b in evaluated])
@@ -149,7 +150,8 @@ def test_waiting_for_data_is_measured(values, monkeypatch):
 
   def slowly(*arguments):
     total = 0
-    for i in range(300_000):
+    # Far longer than a batch takes on its way to the devices.
+    for i in range(3_000_000):
       total += i
     return pack(*arguments)
 

@@ -18,6 +18,7 @@ import numpy as np
 import peft
 import pytest
 import safetensors.torch
+import tiny
 import torch
 import transformers
 
@@ -655,3 +656,28 @@ def test_header_reads_back_what_was_written(tmp_path):
   assert tuple(again["b"].shape) == (2, 0)
   with pytest.raises(ValueError, match="a is float32"):
     safetensors_files.write(path, [("a", arrays[1].dtype, (3,))], arrays[:1])
+
+
+# --- what tells weights apart
+
+
+def test_the_content_hash_sees_every_weight():
+  base = tiny.weights(tiny.CONFIG)
+  kernel = base["embed"]["kernel"]
+  swapped = kernel.at[3].set(kernel[4]).at[4].set(kernel[3])
+  others = [
+    base | {"embed": {"kernel": changed}}
+    for changed in (kernel.at[5].mul(2.0), swapped, -kernel)
+  ]
+  rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), base)
+  others += [rounded, jax.tree.map(lambda x: x.astype(jnp.bfloat16), base)]
+  hashes = {hf.content_hash(tree) for tree in (base, *others)}
+  assert len(hashes) == 1 + len(others)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+def test_the_content_hash_does_not_depend_on_the_mesh(sizes):
+  base = tiny.weights(tiny.CONFIG)
+  mesh = partitioning.make_mesh(*sizes)
+  lying = jax.device_put(base, partitioning.shardings(base, mesh))
+  assert hf.content_hash(lying) == hf.content_hash(base)

@@ -120,6 +120,24 @@ def test_packing_is_measured(real):
   assert float(row_of(real, "shared (in use)")[2].rstrip("%")) >= 92
 
 
+def test_layouts_that_the_rows_cannot_hold_are_said_to_be_so(shared):
+  directory = shared / "data" / "hh-rlhf"
+  done = inspect(
+    f"--config.data.sources.hh.train_path={directory}",
+    f"--config.data.sources.hh.eval_path={directory}",
+    "--config.data.sources.hh.subsets=('harmless-base',)",
+    f"--config.tokenizer={shared / 'tokenizer' / 'pythia'}",
+    "--config.data.token_cache=",
+    "--config.data.layout=packed",
+    "--config.data.row_length=512",
+    "--rows=0",
+  )
+  assert done.returncode == 0, done.stderr
+  assert "a piece takes 722 > 512" in done.stdout
+  assert "packed (in use)" in done.stdout
+  assert "\nItems\n" not in done.stdout
+
+
 def test_items_are_shown_with_what_is_learned(real):
   items = real[real.index("\nItems\n") :]
   assert items.count("[prompt]") == items.count("[/prompt]") == 2

@@ -81,6 +81,22 @@ def test_chunks_change_nothing(monkeypatch):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_no_chunk_keeps_its_logits_for_the_gradient(monkeypatch):
+  """What the backward pass reads holds no [.., .., V] of all tokens."""
+  monkeypatch.setattr(logps, "LIVE", 4 * 97)
+  hidden, kernel = jnp.ones((1, 30, 8)), jnp.ones((8, 97))
+  source = target = jnp.zeros((1, 20), int)
+
+  def total(hidden):
+    return jnp.sum(logps.token_logps(hidden, kernel, source, target))
+
+  _, back = jax.vjp(total, hidden)
+  kept = [leaf.shape for leaf in jax.tree.leaves(back)]
+  assert kept
+  # Five chunks of four tokens by 97 words.
+  assert all(np.prod(shape) < 5 * 4 * 97 or shape == (8, 97) for shape in kept)
+
+
 def test_bfloat16_hidden_states_give_a_float32_softmax():
   hidden, kernel, source, target = case(2, 16, 9, vocab=4096)
   half = jnp.asarray(hidden, jnp.bfloat16), jnp.asarray(kernel, jnp.bfloat16)

@@ -357,3 +357,34 @@ def test_wrong_shapes_are_refused():
     dataclasses.replace(CONFIG, rotary_fraction=0.4)
   with pytest.raises(ValueError, match=r"config\.lora is None"):
     model.init_lora(CONFIG, jax.random.key(0))
+
+
+def test_each_layer_projection_and_token_draws_its_own_dropout(
+  base, monkeypatch
+):
+  draw, keys = jax.random.bernoulli, set()
+
+  def noted(key, *arguments, **values):
+    jax.debug.callback(
+      lambda data: keys.add(tuple(np.asarray(data).tolist())),
+      jax.random.key_data(key),
+    )
+    return draw(key, *arguments, **values)
+
+  monkeypatch.setattr(jax.random, "bernoulli", noted)
+  lora = model.LoraConfig(2, 4.0, 0.5, model.TARGETS)
+  config = dataclasses.replace(CONFIG, lora=lora)
+  tokens = jnp.array([[5, 6, 7]])
+  hidden, _ = model.apply(
+    config,
+    base,
+    model.init_lora(config, jax.random.key(1)),
+    tokens,
+    jnp.arange(3)[None],
+    jnp.tril(jnp.ones((1, 3, 3), bool)),
+    dropout_key=jax.random.split(jax.random.key(0), (1, 3)),
+  )
+  jax.block_until_ready(hidden)
+  jax.effects_barrier()
+  # Each layer has four projections.
+  assert len(keys) == config.layers * 4 * 3

@@ -91,6 +91,40 @@ def test_rows_beyond_come_in_few_sizes():
     assert n <= placement._rounded(n, 8, 1.1) <= 1.1 * n + 8
 
 
+def test_shapes_that_were_settled_before_are_forgotten():
+  table = tables.from_items(tiny.pairs(24, 5))
+  taken = [np.arange(4), np.arange(4, 8)]
+  wanted = placement.settled(table, SHARED, taken, 2)
+  # A layout that was settled for greater batches; feed does just that.
+  greater = placement.settled(table, SHARED, [np.arange(24)], 1)
+  assert greater.shapes[0].rows > wanted.shapes[-1].rows
+  assert placement.settled(table, greater, taken, 2) == wanted
+
+
+def test_a_text_s_first_token_needs_no_room():
+  # 128 predicted tokens and not 129, which would be two multiples.
+  item = tables.Example("i", (5,), (6,) * 128)
+  how = placement.Packing("packed", 129, 1, 1, True, 1)
+  batch, counts = packing.pack([item], how)
+  assert counts.completion_tokens == 128
+  assert batch.owner.shape == (1, 1, 128)
+
+
+@pytest.mark.parametrize("count", [7, 13])
+def test_padded_rows_are_as_many_as_sequences(count):
+  how = dataclasses.replace(SHARED, layout="padded")
+  batch, _ = packing.pack(tiny.pairs(count), how)
+  assert batch.tokens.shape[1] == 2 * count
+
+
+def test_rows_beyond_the_settled_shapes_waste_at_most_a_fifth():
+  # Each pair fills its row.
+  items = tiny.pairs(40, 1, prompt=(20, 21), response=(10, 11))
+  for count in range(1, 41):
+    batch, _ = packing.pack(items[:count], SHARED)
+    assert count <= batch.tokens.shape[1] <= 1.2 * count + 1
+
+
 def test_real_rows_fill_nine_tenths(shared):
   """Lengths of the real rows; the target of rows of 1024 is 92%."""
   pairs = real_lengths(shared)

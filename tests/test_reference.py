@@ -17,6 +17,7 @@ from dpo_jax import (
   partitioning,
   placement,
   reference,
+  safetensors_files,
   steps,
   tables,
 )
@@ -176,3 +177,82 @@ def test_log_probs_that_are_not_finite_are_not_kept(tmp_path, logps):
   with pytest.raises(ValueError, match="NaN"):
     reference.save(path, bad, MADE_OF)
   assert not list(tmp_path.iterdir())
+
+
+def two():
+  """Five prompt tokens and six of responses, and their log-probs."""
+  table = tables.from_items(
+    [
+      tables.Pair("a", (5, 6), (7,), (8, 9)),
+      tables.Pair("b", (3, 3, 3), (4,), (2, 1)),
+    ]
+  )
+  return table, -np.arange(1, 7, dtype=np.float32)
+
+
+def test_spread_by_hand():
+  table, values = two()
+  wanted = [0, 0, -1, -2, -3, 0, 0, 0, -4, -5, -6]
+  assert reference.spread(table, values).tolist() == wanted
+  # In the items' order, wherever their tokens lie.
+  wanted = [0, 0, -4, -5, -6, 0, 0, 0, -1, -2, -3]
+  assert reference.spread(table.take([1, 0]), values).tolist() == wanted
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+  table, values = two()
+  path = tmp_path / "train.safetensors"
+  sha256 = {"sha256": reference._hash(values)}
+  for metadata in (sha256, sha256 | {"kind": "other"}):
+    safetensors_files.write(
+      path, [("logps", values.dtype, values.shape)], [values], metadata
+    )
+    with pytest.raises(ValueError, match="holds no reference log-probs"):
+      reference.load(path, table, {})
+  # Of the right kind, but without its hash.
+  safetensors_files.write(
+    path,
+    [("logps", values.dtype, values.shape)],
+    [values],
+    {"kind": reference._FORMAT},
+  )
+  with pytest.raises(ValueError, match="is damaged"):
+    reference.load(path, table, {})
+
+
+def test_a_file_is_replaced_and_not_written_over(tmp_path):
+  table, values = two()
+  path, reader = tmp_path / "train.safetensors", tmp_path / "reader"
+  reference.save(path, values, MADE_OF)
+  # Who has the old file open goes on reading it.
+  reader.hardlink_to(path)
+  reference.save(path, 2 * values, MADE_OF)
+  np.testing.assert_array_equal(
+    reference.load(path, table, MADE_OF), 2 * values
+  )
+  np.testing.assert_array_equal(reference.load(reader, table, MADE_OF), values)
+
+
+def test_in_bfloat16_they_are_those_of_the_step():
+  config = dataclasses.replace(
+    tiny.CONFIG, dtype="bfloat16", heads=4, mlp_width=64, vocab_size=512
+  )
+  lora = dataclasses.replace(
+    config, lora=model.LoraConfig(2, 4.0, 0.0, model.TARGETS)
+  )
+  table = tables.from_items(tiny.pairs(4, 0, (32, 64), (32, 64), config))
+  how = placement.Packing("shared", 256, 1, 1, False, 1)
+  base = tiny.weights(config)
+  mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
+  # The very batch of the step.
+  packed = batches.in_order(table, how, batch_size=4)
+  kept = reference.spread(table, reference.compute(config, base, packed, mesh))
+  batch, _ = packing.pack(table, how, kept)
+  loss = losses.LossSettings("sigmoid", 5.0, 0.0)
+  evaluate = jax.jit(
+    steps.make_eval_step(lora, steps.Objective("dpo", loss, 4)),
+    compiler_options=steps.COMPILER_OPTIONS,
+  )
+  adapters = model.init_lora(lora, jax.random.key(1))
+  found = evaluate({"base": base, "lora": adapters}, None, batch)
+  assert float(found["loss"]) / 4 == pytest.approx(np.log(2), abs=1e-6)

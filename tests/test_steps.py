@@ -351,3 +351,36 @@ def test_in_bfloat16_policy_and_reference_start_equal():
   _, metrics = step(state, None, batch)
   assert float(metrics["loss"]) == pytest.approx(np.log(2), abs=1e-6)
   assert float(metrics["rewards/accuracies"]) == 0.5
+
+
+def test_the_seed_decides_dropout(weights):
+  tx = optim.make(OPTIMIZER, 9, "lora")
+  state = steps.init_state(*weights, tx)
+  batch = pack(tiny.pairs(2), 1, rows=1)
+  found = set()
+  for seed in (3, 4):
+    make = steps.make_train_step(DROPPED, objective(items=2), tx, seed)
+    found.add(float(jax.jit(make)(state, None, batch)[1]["loss"]))
+  assert len(found) == 2
+
+
+# --- sums
+
+
+def test_sums_of_a_pair_by_hand():
+  pair = tables.Pair("i", (2,), (3,) * 1024, (4,) * 1024)
+  batch = pack([pair], 1, rows=1, row_length=2049)
+  micro = jax.tree.map(lambda x: x[0], batch)
+  is_chosen = micro.owner == 0
+  # Tokens of a thousand nats, and a reference that is 2^-10 nats away: a
+  # difference of sums, each a million nats, would keep nothing of it.
+  policy = jnp.where(is_chosen, -1000.0, -2000.0)
+  other = policy - jnp.where(is_chosen, 2.0**-10, 0.0)
+  sums, weight = steps._objective_sums(objective(items=1), micro, policy, other)
+  assert float(weight) == 1
+  # Beta is a half, and a thousand and twenty-four 2^-10 are one nat.
+  assert float(sums["rewards/chosen"]) == 0.5
+  assert float(sums["rewards/rejected"]) == 0
+  assert float(sums["loss"]) == pytest.approx(np.log1p(np.exp(-0.5)))
+  assert float(sums["logps/chosen"]) == -1_024_000
+  assert float(sums["logps/rejected"]) == -2_048_000

@@ -594,10 +594,50 @@ def test_a_kept_reference_gives_the_same_run(config, whole, tmp_path):
   training.run(config(**cache, **other, max_steps=1), tmp_path / "other")
   for path in (tmp_path / "r").iterdir():
     assert path.stat().st_mtime_ns == kept[path.name].st_mtime_ns
-  # Other pairs do not.
+  # Another precision and other pairs do not.
+  half = config(**cache, **{"model.dtype": "bfloat16"})
+  with pytest.raises(ValueError, match=r"made with dtype=.*delete train\.safe"):
+    training.run(half, tmp_path / "half")
   fewer = config(**cache, **{"data.max_train": 29})
   with pytest.raises(ValueError, match=r"made with data=.*delete train\.safe"):
     training.run(fewer, tmp_path / "fewer")
+
+
+def test_a_kept_reference_of_other_weights_is_refused(config, files, tmp_path):
+  cache = {
+    "precompute_reference": True,
+    "reference_cache": str(tmp_path / "r"),
+    "max_steps": 1,
+  }
+  training.run(config(**cache), tmp_path / "run")
+  base = tiny.weights(SHAPE)
+  # One row that no item reads: the weights are others all the same.
+  kernel = base["embed"]["kernel"].at[-1].mul(2.0)
+  words = tokenizer.load(files / "tokenizer")
+  other = base | {"embed": {"kernel": kernel}}
+  hf.export(tmp_path / "other", SHAPE, other, words)
+  stale = config(**cache, **{"model.path": str(tmp_path / "other")})
+  with pytest.raises(ValueError, match="made with model="):
+    training.run(stale, tmp_path / "stale")
+
+
+def test_the_cache_of_the_reference_may_be_at_home(
+  config, tmp_path, monkeypatch
+):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  start = {"precompute_reference": True, "reference_cache": "~/r"}
+  training.run(config(**start, max_steps=1), tmp_path / "run")
+  assert (tmp_path / "r" / "train.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+  ("kind", "beta"), [("ipo_sum", 0.02), ("hinge", 5.0), ("sigmoid", 20.0)]
+)
+def test_a_kept_reference_may_round_otherwise(config, tmp_path, kind, beta):
+  # Of other batches: the guard allows what rounding does to such a loss.
+  changes = {"loss.kind": kind, "loss.beta": beta, "eval_batch_size": 3}
+  start = config(**changes, max_steps=1, precompute_reference=True)
+  training.run(start, tmp_path / "run")
 
 
 def test_a_kept_reference_needs_no_second_tree(config, tmp_path):
