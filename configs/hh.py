@@ -94,12 +94,12 @@ def shrink(c: config_dict.ConfigDict) -> None:
   for stage in (c.sft, c.dpo):
     stage.model.dtype = "float32"
     stage.data.max_train, stage.data.max_eval = 64, 8
-    stage.data.max_length, stage.data.max_prompt_length = 256, 128
-    stage.data.row_length = 512
+    stage.data.max_length, stage.data.max_prompt_length = 128, 64
+    stage.data.row_length = 256
     stage.batch_size, stage.microbatches, stage.eval_batch_size = 8, 2, 8
-    stage.max_steps = 4
+    stage.max_steps = 2
     stage.data.shapes = 1
-    stage.eval_every = stage.checkpoint_every = 2
+    stage.eval_every = stage.checkpoint_every = 1
   c.sample.data.limit = 6
   c.sample.batch_size = 8
   c.sample.max_new_tokens = 8

@@ -121,17 +121,20 @@ def test_the_headers_of_the_server_are_kept_to():
     used.heard(tickets[0], headers)
     begin = time.monotonic()
     used.release(tickets[0], complaint=False, tokens=0)
-    await used.acquire(10)
+    flying = [await used.acquire(10)]
     assert time.monotonic() - begin < 0.1
     used.release(tickets[1], complaint=False, tokens=0)
-    await used.acquire(10)
+    # The other two might be among the three: their answers are waited for.
+    for ticket in (tickets[2], *flying):
+      used.release(ticket, complaint=False, tokens=0)
+    flying = [await used.acquire(10)]
     assert time.monotonic() - begin >= 0.19
     late = {
       "x-ratelimit-remaining-tokens": "0",
       "x-ratelimit-reset-tokens": "1h0m1s",
     }
-    used.heard(tickets[2], late)
-    used.release(tickets[2], complaint=False, tokens=0)
+    used.heard(flying[0], late)
+    used.release(flying[0], complaint=False, tokens=0)
     with pytest.raises(judging.Stop, match=r"wait for 360. s"):
       await used.acquire(10)
 
@@ -212,3 +215,33 @@ def test_a_rate_limit_in_headers_is_met_without_a_complaint():
   # Only those that left before the first headers came can have been too many.
   assert sum(reply.choice == "missing" for reply in replies) == 0
   assert len(fake.requests) == 15
+
+
+def test_answers_that_overtake_each_other_allow_no_more():
+  async def go():
+    used = limiter()
+    tickets = [await used.acquire(10) for _ in range(4)]
+
+    def headers(left):
+      return {
+        "x-ratelimit-remaining-requests": str(left),
+        "x-ratelimit-reset-requests": "1h",
+      }
+
+    # Of six in all, the last to leave was the first that the server counted.
+    used.heard(tickets[3], headers(5))
+    used.release(tickets[3], complaint=False, tokens=0)
+    for _ in range(2):
+      await asyncio.wait_for(used.acquire(10), 1)
+    # Three old ones and two new ones are in flight: no third.
+    third = asyncio.create_task(used.acquire(10))
+    done, _ = await asyncio.wait([third], timeout=0.05)
+    assert not done
+    for left, ticket in zip((4, 3, 2), tickets):
+      used.heard(ticket, headers(left))
+      used.release(ticket, complaint=False, tokens=0)
+    done, _ = await asyncio.wait([third], timeout=0.05)
+    assert not done
+    third.cancel()
+
+  asyncio.run(go())

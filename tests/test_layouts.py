@@ -126,6 +126,7 @@ def test_layouts_agree_on_real_rows(trained, pairs):
     assert_close(found[layout], found["padded"], 1e-4)
 
 
+@pytest.mark.parametrize("trained", ["deeper"], indirect=True)
 def test_neighbours_change_no_token(trained, pairs):
   config, *weights = trained
   other = [
@@ -149,6 +150,7 @@ def test_neighbours_change_no_token(trained, pairs):
   assert np.abs(before[2:] - after[2:]).max() > 1e-2
 
 
+@pytest.mark.parametrize("trained", ["deeper"], indirect=True)
 def test_rejected_tokens_do_not_reach_the_chosen_gradient(trained, pairs):
   config, *weights = trained
   changed = tables.from_items(

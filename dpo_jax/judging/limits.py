@@ -11,6 +11,7 @@ tokens a minute, kept by spacing requests evenly, so that no minute holds more.
 
 import asyncio
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -30,9 +31,8 @@ _UNITS_S = {
 
 @dataclasses.dataclass(frozen=True)
 class Ticket:
-  """A request in flight: its place among all requests and tokens so far."""
+  """A request in flight, and about how many tokens it takes."""
 
-  requests: int
   tokens: int
   pace_s: float
   round: int
@@ -40,9 +40,13 @@ class Ticket:
 
 @dataclasses.dataclass
 class _Allowance:
-  """The last place that the server said it would take before `reset_at`."""
+  """How much more the server takes before `reset_at`.
 
-  last: int = 0
+  Answers overtake each other: whether the server had counted the requests that
+  are in flight is not known, so they are taken off until their own answers say.
+  """
+
+  left: float = math.inf
   reset_at: float = 0.0
 
 
@@ -74,7 +78,7 @@ class Limiter:
     self._request_s = 60 / requests_per_minute if requests_per_minute else 0.0
     self._token_s = 60 / tokens_per_minute if tokens_per_minute else 0.0
     self._next_at = 0.0
-    self._sent = {"requests": 0, "tokens": 0}
+    self._flying_tokens = 0
     self._allowed = {"requests": _Allowance(), "tokens": _Allowance()}
     self._gate = asyncio.Lock()
     self._freed = asyncio.Event()
@@ -91,6 +95,12 @@ class Limiter:
           self._freed.clear()
           await self._freed.wait()
           continue
+        if self.in_flight and self._full(tokens):
+          # The next answer says whether there is room. After a reset one
+          # request leaves alone, to find out how much.
+          self._freed.clear()
+          await self._freed.wait()
+          continue
         wait_s = self._wait_s(tokens)
         if wait_s <= 0:
           break
@@ -98,11 +108,10 @@ class Limiter:
       self.in_flight += 1
       pace_s = self._pace_s(tokens)
       self._next_at = max(time.monotonic(), self._next_at) + pace_s
-      self._sent["requests"] += 1
-      self._sent["tokens"] += tokens
-      return Ticket(
-        self._sent["requests"], self._sent["tokens"], pace_s, self._rounds
-      )
+      self._flying_tokens += tokens
+      for kind, more in (("requests", 1), ("tokens", tokens)):
+        self._allowed[kind].left -= more
+      return Ticket(tokens, pace_s, self._rounds)
 
   def release(self, ticket: Ticket, *, complaint: bool, tokens: int) -> None:
     """Ends a request.
@@ -124,6 +133,7 @@ class Limiter:
       self.window = max(1.0, self.window / 2)
       self._slow_start = False
     self.in_flight -= 1
+    self._flying_tokens -= ticket.tokens
     self._freed.set()
 
   def pause(self, wait_s: float) -> None:
@@ -132,32 +142,38 @@ class Limiter:
 
   def heard(self, ticket: Ticket, headers: Mapping[str, str]) -> None:
     """Takes in the x-ratelimit headers of the answer to `ticket`."""
-    for kind, sent in (
-      ("requests", ticket.requests),
-      ("tokens", ticket.tokens),
+    for kind, others in (
+      ("requests", self.in_flight - 1),
+      ("tokens", self._flying_tokens - ticket.tokens),
     ):
       left = headers.get(f"x-ratelimit-remaining-{kind}", "")
       reset_s = seconds(headers.get(f"x-ratelimit-reset-{kind}", ""))
       if left.isdecimal() and reset_s is not None:
-        last, reset_at = sent + int(left), time.monotonic() + reset_s
-        self._allowed[kind] = _Allowance(last, reset_at)
+        reset_at = time.monotonic() + reset_s
+        self._allowed[kind] = _Allowance(int(left) - others, reset_at)
+      elif self._allowed[kind].reset_at <= time.monotonic():
+        self._allowed[kind] = _Allowance()
 
   def _pace_s(self, tokens: int) -> float:
     return max(self._request_s, self._token_s * tokens)
 
   def _wait_s(self, tokens: int) -> float:
     now = time.monotonic()
-    until = self.open_at
-    for kind, more in (("requests", 1), ("tokens", tokens)):
-      allowance = self._allowed[kind]
-      if self._sent[kind] + more > allowance.last:
-        until = max(until, allowance.reset_at)
+    full = self._full(tokens)
+    until = max(
+      [self.open_at, *(self._allowed[kind].reset_at for kind in full)]
+    )
     if until - now > self._max_wait_s:
       raise judging.Stop(
         f"the server asks everybody to wait for {until - now:.0f} s, more than"
         f" max_wait_s={self._max_wait_s:g}: run the same command again later"
       )
     return max(until, self._next_at) - now
+
+  def _full(self, tokens: int) -> list[str]:
+    """Of what the server takes no more, as far as its answers say."""
+    wanted = {"requests": 1, "tokens": tokens}
+    return [k for k, more in wanted.items() if more > self._allowed[k].left]
 
 
 def seconds(text: str) -> float | None:
