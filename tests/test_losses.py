@@ -95,6 +95,20 @@ def test_losses_at_the_start(kind, wanted):
   assert list(same) == close([math.log(2)] * 2)
 
 
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo_sum", "ipo_mean", "hinge"])
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+def test_slope_at_the_start(kind, beta):
+  """By a difference quotient, one nat on a token of its own."""
+  used = settings(kind, beta=beta)
+  zero = losses.PairLogps(*np.float32([[0.0], [0.0], [1.0], [1.0]]))
+  moved = losses.PairLogps(*np.float32([[1e-3], [0.0], [1.0], [1.0]]))
+  before, after = (
+    float(losses.preference_loss(used, pair, zero)[0]) for pair in (zero, moved)
+  )
+  found = abs(after - before) / 1e-3
+  assert losses.slope_at_start(used) == pytest.approx(found, rel=2e-2)
+
+
 def test_gradient_is_the_papers():
   """Eq. 7's gradient: -beta sigmoid(r_l - r_w) (grad log pi_w - grad log pi_l).
 

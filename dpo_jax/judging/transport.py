@@ -45,8 +45,12 @@ def spread(concurrency: int) -> Any:
 
   class Spread(httpx2.AsyncBaseTransport):
     def __init__(self):
-      count = max(1, concurrency // 8)
-      self._pools = [httpx2.AsyncHTTPTransport() for _ in range(count)]
+      # Reading the system's certificates takes longer than many requests.
+      context = httpx2.create_ssl_context()
+      self._pools = [
+        httpx2.AsyncHTTPTransport(verify=context)
+        for _ in range(max(1, concurrency // 8))
+      ]
       self._turns = itertools.cycle(self._pools)
 
     async def handle_async_request(self, request):
