@@ -6,9 +6,10 @@ the server is in trouble and is asked again after a wait; or the reply cannot
 be read and is asked for once more. What is left after that is a missing
 verdict with its cause, never a tie and never a loss.
 
-Requests go through the SDK's own `post`, which leaves checking every field of
-a request and a reply against its types out: that took more time than all the
-rest of a call, and `replies` reads what is needed by hand.
+The SDK makes the client, its headers and the calls of batch mode. A question's
+one request goes straight through the SDK's HTTP client: checking every field of
+request and reply against its types, and building the options of a call, took
+more time than all the rest of it. `replies` reads what is needed by hand.
 """
 
 import asyncio
@@ -58,15 +59,16 @@ async def connect(
     ) from error
   template = settings.load_template()
   key = settings.read_key()
+  http = openai.DefaultAsyncHttpxClient(
+    transport=transport.spread(concurrency), timeout=settings.timeout_s
+  )
   # Without an explicit address the SDK would take one from the environment.
   async with openai.AsyncOpenAI(
     api_key=key or "none",
     base_url=settings.base_url,
     timeout=settings.timeout_s,
     max_retries=0,
-    http_client=openai.DefaultAsyncHttpxClient(
-      transport=transport.spread(concurrency)
-    ),
+    http_client=http,
   ) as sdk:
     limiter = limits.Limiter(
       concurrency,
@@ -75,7 +77,7 @@ async def connect(
       max_wait_s=settings.max_wait_s,
     )
     purse = budget.Budget(settings.price, settings.budget_usd, before)
-    yield Client(settings, template, sdk, key, limiter, purse)
+    yield Client(settings, template, sdk, http, key, limiter, purse)
 
 
 class Client:
@@ -86,6 +88,7 @@ class Client:
     settings: server.ServerSettings,
     template: prompts.Template,
     sdk: Any,
+    http: Any,
     key: str,
     limiter: limits.Limiter,
     purse: budget.Budget,
@@ -96,6 +99,14 @@ class Client:
     self.limiter = limiter
     self.budget = purse
     self._key = key
+    self._http = http
+    self._url = f"{str(sdk.base_url).rstrip('/')}/chat/completions"
+    # Some values are marks of headers that are left out.
+    self._headers = {
+      name: value
+      for name, value in (sdk.default_headers | sdk.auth_headers).items()
+      if isinstance(value, str)
+    }
     self.judge = judging.Judge(
       name=settings.model,
       parameters=settings.parameters,
@@ -249,12 +260,12 @@ class Client:
 
   async def _post(self, page: str) -> tuple[Mapping[str, str], Any]:
     """Headers and JSON of the answer to one request for a completion."""
-    import httpx2
-
-    call = self.sdk.post(
-      "/chat/completions", cast_to=httpx2.Response, body=self.body(page)
+    content = json.dumps(self.body(page), ensure_ascii=False).encode()
+    response = await self.attempt(
+      self._http.post(self._url, content=content, headers=self._headers)
     )
-    response = await self.attempt(call)
+    if response.is_error:
+      raise self.failure(transport.status_error(response))
     try:
       return response.headers, json.loads(response.content)
     except (ValueError, RecursionError):
@@ -263,7 +274,7 @@ class Client:
     raise failure
 
   async def attempt(self, call: Awaitable[T]) -> T:
-    """What one call of the SDK gives.
+    """What one call of the SDK, or of its HTTP client, gives.
 
     Raises:
       Failure: it brought no answer.
@@ -279,17 +290,18 @@ class Client:
         return await call
     except openai.APIStatusError as error:
       failure = self.failure(error)
-    except (openai.APITimeoutError, TimeoutError):
+    except (openai.APITimeoutError, httpx2.TimeoutException, TimeoutError):
       cause = f"no reply within {timeout_s:g} s"
       failure = transport.Failure(cause, again=True, billed=True)
-    except openai.APIConnectionError as error:
-      origin = error.__cause__ or error
+    except (openai.APIConnectionError, httpx2.TransportError) as error:
+      is_ours = isinstance(error, httpx2.TransportError)
+      origin = error if is_ours else error.__cause__ or error
       cause = self.clean(
         f"connection failed: {origin or type(origin).__name__}"
       )
       sent = not isinstance(origin, httpx2.ConnectError | httpx2.ConnectTimeout)
       failure = transport.Failure(cause, again=True, billed=sent)
-    except (openai.APIError, ValueError) as error:
+    except (openai.APIError, httpx2.HTTPError, ValueError) as error:
       cause = self.clean(f"unreadable reply: {error}")
       failure = transport.Failure(cause, again=True, billed=True)
     # Raised here, the server's message is not part of any traceback.

@@ -1,7 +1,9 @@
 """Below a request: connections, waits that a server asks for, failures."""
 
+import dataclasses
 import email.utils
 import itertools
+import json
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -61,6 +63,38 @@ def spread(concurrency: int) -> Any:
         await pool.aclose()
 
   return Spread()
+
+
+@dataclasses.dataclass(frozen=True)
+class StatusError:
+  """What an answer of an error status says, as the SDK's own errors name it."""
+
+  status_code: int
+  message: str
+  body: Any
+  code: str | None
+  type: str | None
+  response: Any
+
+
+def status_error(response: Any) -> StatusError:
+  """Reads {"error": {"message", "code", "type"}} or whatever stands there."""
+  try:
+    body = json.loads(response.content)
+  except (ValueError, RecursionError):
+    body = None
+  if isinstance(body, dict):
+    body = body.get("error", body)
+  fields = body if isinstance(body, dict) else {}
+  text = response.content[:1000].decode("utf-8", "replace").strip()
+  return StatusError(
+    status_code=response.status_code,
+    message=text or f"Error code: {response.status_code}",
+    body=body,
+    code=fields.get("code"),
+    type=fields.get("type"),
+    response=response,
+  )
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
