@@ -33,6 +33,18 @@ def inspect(*flags, env=None):
   )
 
 
+def flags_of(shared):
+  """Flags that read the real rows, and keep no token ids."""
+  directory = shared / "data" / "hh-rlhf"
+  return (
+    f"--config.data.sources.hh.train_path={directory}",
+    f"--config.data.sources.hh.eval_path={directory}",
+    "--config.data.sources.hh.subsets=('harmless-base',)",
+    f"--config.tokenizer={shared / 'tokenizer' / 'pythia'}",
+    "--config.data.token_cache=",
+  )
+
+
 def row_of(text, name):
   """The cells of a line after its name."""
   (line,) = re.findall(rf"^\s*{re.escape(name)}\s\s+(.*)$", text, re.MULTILINE)
@@ -42,13 +54,8 @@ def row_of(text, name):
 @pytest.fixture(scope="module")
 def real(shared):
   """All of what is printed on the real rows."""
-  directory = shared / "data" / "hh-rlhf"
   done = inspect(
-    f"--config.data.sources.hh.train_path={directory}",
-    f"--config.data.sources.hh.eval_path={directory}",
-    "--config.data.sources.hh.subsets=('harmless-base',)",
-    f"--config.tokenizer={shared / 'tokenizer' / 'pythia'}",
-    "--config.data.token_cache=",
+    *flags_of(shared),
     "--config.data.max_eval=0",
     "--rows=2",
   )
@@ -121,13 +128,8 @@ def test_packing_is_measured(real):
 
 
 def test_layouts_that_the_rows_cannot_hold_are_said_to_be_so(shared):
-  directory = shared / "data" / "hh-rlhf"
   done = inspect(
-    f"--config.data.sources.hh.train_path={directory}",
-    f"--config.data.sources.hh.eval_path={directory}",
-    "--config.data.sources.hh.subsets=('harmless-base',)",
-    f"--config.tokenizer={shared / 'tokenizer' / 'pythia'}",
-    "--config.data.token_cache=",
+    *flags_of(shared),
     "--config.data.layout=packed",
     "--config.data.row_length=512",
     "--rows=0",

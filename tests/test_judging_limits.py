@@ -95,7 +95,7 @@ def test_the_caps_space_requests_evenly(caps, tokens):
       used.release(await used.acquire(tokens), complaint=False, tokens=0)
     return time.monotonic() - begin
 
-  assert 0.09 <= asyncio.run(go()) < 5.0
+  assert 0.09 <= asyncio.run(go()) < 0.5
 
 
 def test_tokens_that_were_counted_mend_the_pace():
@@ -107,7 +107,7 @@ def test_tokens_that_were_counted_mend_the_pace():
     return time.monotonic() - begin
 
   # At the estimate's pace it would have been ten seconds.
-  assert 0.1 <= asyncio.run(go()) < 9.0
+  assert 0.1 <= asyncio.run(go()) < 1.0
 
 
 def test_the_headers_of_the_server_are_kept_to():
@@ -117,19 +117,19 @@ def test_the_headers_of_the_server_are_kept_to():
     # When it took in the first, it would have taken three more.
     headers = {
       "x-ratelimit-remaining-requests": "3",
-      "x-ratelimit-reset-requests": "500ms",
+      "x-ratelimit-reset-requests": "200ms",
     }
     used.heard(tickets[0], headers)
     begin = time.monotonic()
     used.release(tickets[0], complaint=False, tokens=0)
     flying = [await used.acquire(10)]
-    assert time.monotonic() - begin < 0.4
+    assert time.monotonic() - begin < 0.1
     used.release(tickets[1], complaint=False, tokens=0)
     # The other two might be among the three: their answers are waited for.
     for ticket in (tickets[2], *flying):
       used.release(ticket, complaint=False, tokens=0)
     flying = [await used.acquire(10)]
-    assert time.monotonic() - begin >= 0.49
+    assert time.monotonic() - begin >= 0.19
     late = {
       "x-ratelimit-remaining-tokens": "0",
       "x-ratelimit-reset-tokens": "1h0m1s",
@@ -185,7 +185,7 @@ def test_a_server_that_is_overrun_gets_fewer_at_a_time():
   late = collections.Counter(n > 3 for n in in_flight[len(in_flight) // 2 :])
   # Of the second half of the requests few are turned away: at three in
   # flight one more is tried a round, and is answered by a halving.
-  assert late[True] < 0.6 * late.total()
+  assert late[True] < 0.35 * late.total()
 
 
 def test_a_rate_limit_in_headers_is_met_without_a_complaint():
@@ -244,5 +244,26 @@ def test_answers_that_overtake_each_other_allow_no_more():
     done, _ = await asyncio.wait([third], timeout=0.05)
     assert not done
     third.cancel()
+
+  asyncio.run(go())
+
+
+def test_an_earlier_word_that_comes_later_allows_no_more():
+  async def go():
+    used = limiter()
+    tickets = [await used.acquire(10) for _ in range(4)]
+    # Of six in all the server counted four; its answers come the other way.
+    for left, ticket in zip((2, 3, 4, 5), reversed(tickets)):
+      headers = {
+        "x-ratelimit-remaining-requests": str(left),
+        "x-ratelimit-reset-requests": "1h",
+      }
+      used.heard(ticket, headers)
+      used.release(ticket, complaint=False, tokens=0)
+    last = [await asyncio.wait_for(used.acquire(10), 1) for _ in range(2)]
+    for ticket in last:
+      used.release(ticket, complaint=False, tokens=0)
+    with pytest.raises(judging.Stop, match=r"wait for 3[56]\d\d s"):
+      await used.acquire(10)
 
   asyncio.run(go())

@@ -31,8 +31,9 @@ _UNITS_S = {
 
 @dataclasses.dataclass(frozen=True)
 class Ticket:
-  """A request in flight, and about how many tokens it takes."""
+  """A request in flight: its number, and about how many tokens it takes."""
 
+  number: int
   tokens: int
   pace_s: float
   round: int
@@ -40,14 +41,23 @@ class Ticket:
 
 @dataclasses.dataclass
 class _Allowance:
-  """How much more the server takes before `reset_at`.
+  """How much more the server takes before `reset_at`, as far as it has said.
 
-  Answers overtake each other: whether the server had counted the requests that
-  are in flight is not known, so they are taken off until their own answers say.
+  Answers overtake each other. An answer to a request that left after the last
+  word was heard is a later word; of others the least one holds. Whether the
+  server had counted the requests that are in flight is not known: they are
+  taken off `left` until their own answers say, and for good if these say
+  nothing.
+
+  Attributes:
+    left: what the server said.
+    reset_at: when that ends.
+    since: requests that had left when it was heard.
   """
 
   left: float = math.inf
   reset_at: float = 0.0
+  since: int = 0
 
 
 class Limiter:
@@ -78,7 +88,10 @@ class Limiter:
     self._request_s = 60 / requests_per_minute if requests_per_minute else 0.0
     self._token_s = 60 / tokens_per_minute if tokens_per_minute else 0.0
     self._next_at = 0.0
+    self._sent = 0
     self._flying_tokens = 0
+    # Requests in flight whose answers said how much is left.
+    self._told: set[int] = set()
     self._allowed = {"requests": _Allowance(), "tokens": _Allowance()}
     self._gate = asyncio.Lock()
     self._freed = asyncio.Event()
@@ -109,9 +122,8 @@ class Limiter:
       pace_s = self._pace_s(tokens)
       self._next_at = max(time.monotonic(), self._next_at) + pace_s
       self._flying_tokens += tokens
-      for kind, more in (("requests", 1), ("tokens", tokens)):
-        self._allowed[kind].left -= more
-      return Ticket(tokens, pace_s, self._rounds)
+      self._sent += 1
+      return Ticket(self._sent, tokens, pace_s, self._rounds)
 
   def release(self, ticket: Ticket, *, complaint: bool, tokens: int) -> None:
     """Ends a request.
@@ -134,6 +146,10 @@ class Limiter:
       self._slow_start = False
     self.in_flight -= 1
     self._flying_tokens -= ticket.tokens
+    if ticket.number not in self._told:
+      self._allowed["requests"].left -= 1
+      self._allowed["tokens"].left -= ticket.tokens
+    self._told.discard(ticket.number)
     self._freed.set()
 
   def pause(self, wait_s: float) -> None:
@@ -142,16 +158,17 @@ class Limiter:
 
   def heard(self, ticket: Ticket, headers: Mapping[str, str]) -> None:
     """Takes in the x-ratelimit headers of the answer to `ticket`."""
-    for kind, others in (
-      ("requests", self.in_flight - 1),
-      ("tokens", self._flying_tokens - ticket.tokens),
-    ):
+    now = time.monotonic()
+    for kind, old in self._allowed.items():
       left = headers.get(f"x-ratelimit-remaining-{kind}", "")
       reset_s = seconds(headers.get(f"x-ratelimit-reset-{kind}", ""))
+      later = ticket.number > old.since or old.reset_at <= now
       if left.isdecimal() and reset_s is not None:
-        reset_at = time.monotonic() + reset_s
-        self._allowed[kind] = _Allowance(int(left) - others, reset_at)
-      elif self._allowed[kind].reset_at <= time.monotonic():
+        self._told.add(ticket.number)
+        if later or int(left) < old.left:
+          word = _Allowance(int(left), now + reset_s, self._sent)
+          self._allowed[kind] = word
+      elif later:
         self._allowed[kind] = _Allowance()
 
   def _pace_s(self, tokens: int) -> float:
@@ -172,7 +189,10 @@ class Limiter:
 
   def _full(self, tokens: int) -> list[str]:
     """Of what the server takes no more, as far as its answers say."""
-    wanted = {"requests": 1, "tokens": tokens}
+    wanted = {
+      "requests": 1 + self.in_flight,
+      "tokens": tokens + self._flying_tokens,
+    }
     return [k for k, more in wanted.items() if more > self._allowed[k].left]
 
 
