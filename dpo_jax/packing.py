@@ -67,13 +67,14 @@ class Counts:
   """What a batch holds: its items' ids, its real tokens, and all its places.
 
   `slots` counts the tokens that the rows could hold; `tokens / slots` is the
-  fill.
+  fill. `visible` counts the pairs of a query and a key that it sees.
   """
 
   ids: tuple[str, ...]
   tokens: int
   completion_tokens: int
   slots: int
+  visible: int
 
 
 def attention_mask(pieces: jax.Array, parts: jax.Array) -> jax.Array:
@@ -124,6 +125,7 @@ def pack(
     tokens=int(np.count_nonzero(batch.pieces)),
     completion_tokens=int(np.count_nonzero(batch.owner >= 0)),
     slots=batch.pieces.size,
+    visible=placement.visible(table.lengths, how.layout),
   )
 
 

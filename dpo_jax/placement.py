@@ -119,6 +119,25 @@ def longest_piece(items: Sequence[tables.Item], layout: Layout) -> int:
   return int(_piece_sizes(lengths, layout)[1].max())
 
 
+def visible(lengths: np.ndarray, layout: Layout) -> int:
+  """Pairs of a query and a key that it sees, itself included, of all items.
+
+  Args:
+    lengths: tokens of each part of each item, [N, P].
+    layout: how they are laid out; only "shared" has one copy of a prompt.
+  """
+  prompt, *responses = lengths.astype(np.int64).T
+  copies = 1 if layout == "shared" else len(responses)
+  total = copies * _triangle(prompt)
+  for response in responses:
+    total = total + response * prompt + _triangle(response)
+  return int(total.sum())
+
+
+def _triangle(size: np.ndarray) -> np.ndarray:
+  return size * (size + 1) // 2
+
+
 def plans(table: tables.Table, how: Packing) -> list[Plan]:
   """One plan a micro-batch; items count from 0 in each."""
   if len(table) % how.microbatches:

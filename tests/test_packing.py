@@ -141,7 +141,7 @@ def test_a_row_by_hand():
   assert batch.parts.tolist() == [[[0, 0, 1, 1, 1, 2, 2, 0]]]
   assert batch.seats.tolist() == [[[1, 2, 3, 4, 5, 6, 7, 0]]]
   assert batch.reference is None
-  assert counts == packing.Counts(("i",), 7, 5, 8)
+  assert counts == packing.Counts(("i",), 7, 5, 8, 22)
   # The prompt's last token predicts the first one of both responses.
   assert batch.source.tolist() == [[[1, 2, 3, 1, 5, 0]]]
   assert batch.target.tolist() == [[[7, 8, 0, 9, 0, 0]]]
@@ -310,6 +310,10 @@ def test_packing_equals_its_slow_twin(case):
   assert counts.tokens == (batch.pieces > 0).sum()
   assert counts.completion_tokens == (batch.owner >= 0).sum()
   assert counts.slots == batch.tokens.size
+  piece, part = batch.pieces, batch.parts
+  sees = (piece[..., None, :] == piece[..., None]) & (piece > 0)[..., None]
+  sees &= (part[..., None, :] == 0) | (part[..., None, :] == part[..., None])
+  assert counts.visible == np.tril(sees).sum()
   # The shape is the first of those given that holds all, if one does.
   needed = max(len(shard) for shards in micros for shard in shards)
   widest = int((batch.owner >= 0).sum(-1).max())

@@ -1,0 +1,93 @@
+"""What accelerators can do at best, as their makers publish it.
+
+One row for each `device_kind` of jax. Rates are peaks of dense operations,
+never reached in practice: a share of them is a measure (MFU), and a time
+computed with them is a lower bound. A device that is not in the table has no
+row, and whoever asks gets None and says so.
+
+References:
+  TPU: Google Cloud's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e"
+  (docs.cloud.google.com/tpu/docs), tables of key specifications. Interconnect
+  is half of their bidirectional ICI bandwidth of a chip; v4's, for which none
+  is given, is its pod's all-reduce bandwidth over 4,096 chips. Memory is what
+  libtpu's compiler accepts, a little less than the page's number.
+  GPU: NVIDIA's data sheets of A100, H100 and H200: Tensor Core rates without
+  sparsity, which are half of those printed with it, and half of NVLink's
+  bandwidth of both directions.
+"""
+
+import dataclasses
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """The peaks of one device as jax counts devices.
+
+  Attributes:
+    name: what people call it.
+    bf16_flops: dense bfloat16 multiplications and additions a second.
+    hbm_bytes: memory on the device.
+    hbm_bandwidth: bytes a second between memory and compute.
+    link_bandwidth: bytes a second that it can send to the other devices of its
+      slice or node, all links together.
+  """
+
+  name: str
+  bf16_flops: float
+  hbm_bytes: int
+  hbm_bandwidth: float
+  link_bandwidth: float
+
+
+_V4 = Chip("TPU v4", 275e12, int(30.75 * GIB), 1.2e12, 268e9)
+_V5E = Chip("TPU v5e", 197e12, int(15.75 * GIB), 8.19e11, 200e9)
+_V5P = Chip("TPU v5p", 459e12, int(95.73 * GIB), 2.765e12, 300e9)
+_V6E = Chip("TPU v6e", 918e12, int(31.24 * GIB), 1.638e12, 400e9)
+_A100_40 = Chip("A100 40GB", 312e12, 40 * GIB, 1.555e12, 300e9)
+_A100_80 = Chip("A100 80GB", 312e12, 80 * GIB, 2.039e12, 300e9)
+_A100_PCIE = Chip("A100 80GB PCIe", 312e12, 80 * GIB, 1.935e12, 300e9)
+_H100 = Chip("H100 SXM", 989.4e12, 80 * GIB, 3.35e12, 450e9)
+_H100_PCIE = Chip("H100 PCIe", 756e12, 80 * GIB, 2.0e12, 300e9)
+_H200 = Chip("H200 SXM", 989.4e12, 141 * 10**9, 4.8e12, 450e9)
+
+CHIPS = {
+  "TPU v4": _V4,
+  "TPU v5 lite": _V5E,
+  "TPU v5e": _V5E,
+  "TPU v5": _V5P,
+  "TPU v5p": _V5P,
+  "TPU v6 lite": _V6E,
+  "TPU v6e": _V6E,
+  "NVIDIA A100-SXM4-40GB": _A100_40,
+  "NVIDIA A100-SXM4-80GB": _A100_80,
+  "NVIDIA A100 80GB PCIe": _A100_PCIE,
+  "NVIDIA H100 80GB HBM3": _H100,
+  "NVIDIA H100 PCIe": _H100_PCIE,
+  "NVIDIA H200": _H200,
+}
+
+
+def chip(device_kind: str) -> Chip | None:
+  """The row of a `jax.Device.device_kind`; None for a device not listed."""
+  return CHIPS.get(device_kind)
+
+
+def mfu(
+  flops: float, seconds: float, devices: int, peak: Chip | None
+) -> float | None:
+  """Model flops utilisation: the share of the peak rate that was useful.
+
+  Args:
+    flops: useful flops that were done, from `flops`.
+    seconds: how long they took.
+    devices: how many devices did them.
+    peak: their kind; None, where it is not known, gives None.
+
+  References:
+    Chowdhery et al., PaLM, 2022 (arXiv 2204.02311), Appendix B.
+  """
+  if peak is None:
+    return None
+  return flops / (seconds * devices * peak.bf16_flops)

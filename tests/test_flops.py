@@ -1,0 +1,114 @@
+"""Useful flops by hand, and the table of devices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+from jax.extend import core
+
+from configs import models
+from dpo_jax import flops, hardware, model
+
+# One layer of width 2, one head, MLP of 3, vocabulary of 5.
+SMALL = model.ModelConfig(5, 2, 1, 1, 3, 1.0, 10000.0, 1e-5, 8)
+LORA = dataclasses.replace(
+  SMALL, lora=model.LoraConfig(1, 2.0, 0.0, ("dense", "dense_h_to_4h"))
+)
+# Three tokens that see 1, 2 and 3, of which two predict.
+WORK = flops.Work(tokens=3, completion_tokens=2, visible=6)
+
+
+def test_a_forward_pass_by_hand():
+  # q, k, v 2x6, out 2x2, up 2x3, down 3x2: 28 multiplications a token.
+  # Scores and their sums of values: 2 each for a pair. Unembedding: 10.
+  wanted = 2 * (28 * 3 + (2 + 2) * 6 + 10 * 2)
+  assert flops.forward(SMALL, WORK, adapters=False) == wanted == 256
+  assert flops.forward(LORA, WORK, adapters=False) == wanted
+  # dense 2 to 1 to 2, up 2 to 1 to 3: 9 more a token.
+  assert flops.forward(LORA, WORK, adapters=True) == wanted + 2 * 9 * 3
+
+
+def test_a_step_by_hand():
+  forward = 256
+  # All weights: every product has two in the backward pass.
+  assert flops.step(SMALL, WORK, reference=False) == 3 * forward
+  assert flops.step(SMALL, WORK, reference=True) == 4 * forward
+  # Adapters: frozen kernels and the unembedding have one, attention two.
+  frozen, attention, adapters = 2 * (28 * 3 + 10 * 2), 2 * 4 * 6, 2 * 9 * 3
+  wanted = 2 * frozen + 3 * attention + 3 * adapters
+  assert flops.step(LORA, WORK, reference=False) == wanted
+  assert flops.step(LORA, WORK, reference=True) == wanted + forward
+
+
+def test_six_flops_a_weight_and_token():
+  """The rule of thumb, where attention and vocabulary hardly count."""
+  shape = models.pythia("12b")
+  config = model.ModelConfig(**shape.to_dict())
+  work = flops.Work(tokens=1000, completion_tokens=0, visible=0)
+  # 12 width^2 weights a layer.
+  weights = 12 * 5120**2 * 36
+  assert flops.step(config, work, reference=False) == 6 * weights * 1000
+
+
+def test_products_of_a_traced_forward_pass():
+  """Every product of `model.apply` is counted, and nothing else."""
+  config = dataclasses.replace(
+    tiny.CONFIG, lora=model.LoraConfig(2, 4.0, 0.0, model.TARGETS)
+  )
+  rows, size = 3, 8
+
+  def run(base, lora, tokens):
+    place = jnp.broadcast_to(jnp.arange(size), (rows, size))
+    mask = jnp.ones((rows, size, size), bool)
+    hidden, _ = model.apply(config, base, lora, tokens, place, mask)
+    return model.unembed(base, hidden)
+
+  base, lora = tiny.weights(config), tiny.adapters(config)
+  traced = jax.make_jaxpr(run)(base, lora, jnp.zeros((rows, size), int))
+  # Nothing is masked: every query sees all keys of its row.
+  work = flops.Work(rows * size, rows * size, rows * size * size)
+  assert products(traced.jaxpr) == flops.forward(config, work, adapters=True)
+
+
+def products(jaxpr):
+  """Flops of the dot_generals of a jaxpr, bodies of scans many times."""
+  total = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "dot_general":
+      left = equation.invars[0].aval.shape
+      (contracted, _), _ = equation.params["dimension_numbers"]
+      size = 1
+      for axis in contracted:
+        size *= left[axis]
+      for axis in equation.outvars[0].aval.shape:
+        size *= axis
+      total += 2 * size
+    for inner in core.jaxprs_in_params(equation.params):
+      times = equation.params.get("length", 1)
+      total += times * products(inner)
+  return total
+
+
+def test_devices():
+  chip = hardware.chip("TPU v5 lite")
+  assert (chip.name, chip.bf16_flops) == ("TPU v5e", 197e12)
+  assert hardware.chip("NVIDIA H200").bf16_flops == 989.4e12
+  assert hardware.chip("cpu") is None
+  # A page's number is in the right unit if a pod's peak comes out: 256 chips.
+  assert 256 * hardware.chip("TPU v6 lite").bf16_flops == pytest.approx(
+    234.9e15, rel=1e-3
+  )
+  for chip in hardware.CHIPS.values():
+    assert 14 < chip.hbm_bytes / 2**30 < 142
+    assert 1e14 < chip.bf16_flops < 1e15
+    assert 8e11 < chip.hbm_bandwidth < 5e12
+    assert 2e11 <= chip.link_bandwidth < 1e12
+
+
+def test_utilisation():
+  chip = hardware.chip("TPU v5 lite")
+  # Two chips do half of a second's peak in two seconds.
+  assert hardware.mfu(197e12, 2.0, 2, chip) == 0.25
+  assert hardware.mfu(197e12, 2.0, 2, None) is None
