@@ -22,6 +22,7 @@ import tiny
 from configs import common
 from configs import data as data_config
 from dpo_jax import (
+  checks,
   data,
   hf,
   metrics,
@@ -548,9 +549,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
   loaded = sources.read_file(str(tmp_path / "train.jsonl"))
   # Running it again stops at the same place and loses nothing.
   for _ in range(2):
-    with pytest.raises(
-      training.TrainingError, match="step 6: loss is nan"
-    ) as e:
+    with pytest.raises(checks.TrainingError, match="step 6: loss is nan") as e:
       training.run(broken, workdir)
     assert loaded.rows[at].id in str(e.value)
     assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"2", "4"}
@@ -576,9 +575,7 @@ def test_a_policy_that_is_not_its_reference_is_not_trained(
     return jax.tree.map(lambda leaf: leaf + 0.01, lora)
 
   monkeypatch.setattr(model, "init_lora", moved)
-  with pytest.raises(
-    training.TrainingError, match=r"step 0 is 0\.\d+, not 0.69"
-  ):
+  with pytest.raises(checks.TrainingError, match=r"step 0 is 0\.\d+, not 0.69"):
     training.run(config(precompute_reference=kept), tmp_path / "run")
   assert not list((tmp_path / "run" / "checkpoints").iterdir())
   assert not (tmp_path / "run" / "export").exists()

@@ -1,0 +1,233 @@
+"""All that a run needs before its first step, read, checked and compiled.
+
+What can be wrong is found here, cheapest first: settings, data, model, then
+the checkpoint that the run goes on from.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dpo_jax import (
+  checkpoint,
+  feed,
+  hf,
+  lora,
+  model,
+  optim,
+  partitioning,
+  recipe,
+  records,
+  steps,
+)
+from dpo_jax import tokenizer as tokenizer_lib
+
+Tree = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembled:
+  """What stays the same through a run.
+
+  Attributes:
+    mesh: where everything lies.
+    tokenizer: the model's own.
+    feed: the run's items and batches.
+    model: its config, with the adapters' if they are trained.
+    name: the trained subtree, "base" or "lora".
+    fingerprint: of all base weights that the run began with.
+    rates: the learning rate of each update.
+    reference: base weights of the reference, where they are a second tree.
+    train_step: see `steps.make_train_step`.
+    eval_step: see `steps.make_eval_step`.
+  """
+
+  mesh: jax.sharding.Mesh
+  tokenizer: tokenizer_lib.Tokenizer
+  feed: feed.Feed
+  model: model.ModelConfig
+  name: str
+  fingerprint: str
+  rates: np.ndarray
+  reference: Tree | None
+  train_step: Callable
+  eval_step: Callable
+
+  def meta(self, step: int) -> dict[str, Any]:
+    """What a checkpoint must have in common with the run that reads it."""
+    report = self.feed.items.report
+    return {
+      "train_data": report["train"]["tokens"],
+      "held_out_data": report["held_out"]["tokens"],
+      "model": self.fingerprint,
+      "position": self.feed.schedule.state(step),
+    }
+
+
+def assemble(
+  config: recipe.TrainSettings,
+  workdir: pathlib.Path,
+  checkpoints: checkpoint.Checkpoints,
+) -> tuple[Assembled, steps.TrainState]:
+  """Reads data and model and makes, or restores, the state.
+
+  Raises:
+    ValueError: settings or input are wrong, or the checkpoint is of others.
+  """
+  mesh = partitioning.make_mesh(**dataclasses.asdict(config.mesh))
+  tokenizer = tokenizer_lib.load(config.tokenizer)
+  fed = feed.make(config, tokenizer, mesh)
+  shape, base = _load_model(config, tokenizer, mesh)
+  name = steps.trainable(shape)
+  fingerprint = hf.content_hash(base)
+  reference = None
+  if config.precompute_reference:
+    fed = feed.with_reference(fed, config, shape, base, fingerprint, workdir)
+  elif name == "base" and config.objective == "dpo":
+    # Full fine-tuning moves the base: the reference is a second tree.
+    reference = base
+  tx = optim.make(config.optimizer, fed.steps, name)
+  state = _make_state(config, shape, base, tx, mesh, keep=reference is not None)
+  del base
+  rates = optim.schedule(config.optimizer, fed.steps)
+  train_step, eval_step = _jitted(config, shape, tx, state, mesh)
+  assembled = Assembled(
+    mesh=mesh,
+    tokenizer=tokenizer,
+    feed=fed,
+    model=shape,
+    name=name,
+    fingerprint=fingerprint,
+    rates=np.asarray(jax.vmap(rates)(jnp.arange(fed.steps))),
+    reference=reference,
+    train_step=train_step,
+    eval_step=eval_step,
+  )
+  if checkpoints.latest() is not None:
+    state, meta = checkpoints.restore(state, name)
+    _check_meta(workdir, meta, assembled.meta(meta["step"]))
+  return assembled, state
+
+
+def _load_model(config, tokenizer, mesh) -> tuple[model.ModelConfig, Tree]:
+  shape, base = hf.load(
+    config.model.path,
+    dtype=config.model.dtype,
+    remat=config.model.remat,
+    lora=config.lora.config(),
+    param_dtype=config.model.param_dtype,
+    mesh=mesh,
+  )
+  if tokenizer.vocab_size > shape.vocab_size:
+    raise ValueError(
+      f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens,"
+      f" but model {config.model.path} only {shape.vocab_size}"
+    )
+  if config.data.max_length > shape.max_positions:
+    raise ValueError(
+      f"data.max_length={config.data.max_length} is more than the"
+      f" {shape.max_positions} positions of {config.model.path}"
+    )
+  return shape, base
+
+
+def _make_state(
+  config: recipe.TrainSettings,
+  shape: model.ModelConfig,
+  base: Tree,
+  tx: optax.GradientTransformation,
+  mesh: jax.sharding.Mesh,
+  *,
+  keep: bool,
+) -> steps.TrainState:
+  """The state of step 0 on the mesh.
+
+  `base` is given away unless it is to be kept: there are never two of them
+  unless one is the reference.
+  """
+
+  def make(base, key):
+    adapters = model.init_lora(shape, key) if shape.lora else {}
+    return steps.init_state(base, adapters, tx)
+
+  # Another stream than the one of dropout, which folds steps into the seed.
+  key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
+  lying = partitioning.shardings(jax.eval_shape(make, base, key), mesh)
+  given = () if keep else (0,)
+  return jax.jit(make, out_shardings=lying, donate_argnums=given)(base, key)
+
+
+def _jitted(
+  config: recipe.TrainSettings,
+  shape: model.ModelConfig,
+  tx: optax.GradientTransformation,
+  state: steps.TrainState,
+  mesh: jax.sharding.Mesh,
+) -> tuple[Callable, Callable]:
+  """The training and the evaluation step, compiled when first called."""
+  objective = steps.Objective(
+    config.objective,
+    config.loss if config.objective == "dpo" else None,
+    config.batch_size // config.microbatches,
+  )
+  here = partitioning.replicated(mesh)
+  train_step = jax.jit(
+    steps.make_train_step(shape, objective, tx, config.seed),
+    donate_argnums=0,
+    out_shardings=(partitioning.shardings(state, mesh), here),
+    compiler_options=steps.COMPILER_OPTIONS,
+  )
+  evaluated = dataclasses.replace(objective, items=config.eval_batch_size)
+  eval_step = jax.jit(
+    steps.make_eval_step(shape, evaluated),
+    out_shardings=here,
+    compiler_options=steps.COMPILER_OPTIONS,
+  )
+  return train_step, eval_step
+
+
+def _check_meta(
+  workdir: pathlib.Path, meta: dict[str, Any], wanted: dict[str, Any]
+) -> None:
+  for key, value in wanted.items():
+    if meta.get(key) != value:
+      raise ValueError(
+        f"{workdir}: the checkpoint was made with {key}={meta.get(key)},"
+        f" but it is now {value}; restore the files, or use another workdir"
+      )
+
+
+def write_manifest(
+  workdir: pathlib.Path,
+  config: recipe.TrainSettings,
+  made: Assembled,
+  state: steps.TrainState,
+) -> None:
+  """Writes manifest.json, what the run is made of, and prints a line of it."""
+  counts = {key: lora.count(state.params[key]) for key in ("base", "lora")}
+  mesh = made.mesh
+  manifest = {
+    "objective": config.objective,
+    "steps": made.feed.steps,
+    "devices": [str(device) for device in mesh.devices.flat],
+    "mesh": dict(mesh.shape),
+    "parameters": counts | {"trained": counts[made.name]},
+    "versions": {"jax": jax.__version__},
+    "data": made.feed.items.report | {"packing": made.feed.report()},
+  }
+  records.write_atomic(
+    workdir / "manifest.json", json.dumps(manifest, indent=2) + "\n"
+  )
+  print(
+    f"{workdir.name}: {counts[made.name]:,} of {sum(counts.values()):,}"
+    f" parameters train on {mesh.size} {jax.default_backend()}"
+    f" device(s), mesh {dict(mesh.shape)}, {made.feed.steps} steps of"
+    f" {config.batch_size}"
+  )

@@ -1,0 +1,59 @@
+"""What a run's first and every later loss must be, or the run stops."""
+
+import math
+
+from dpo_jax import errors, losses, recipe
+
+# How far the loss of an untrained policy may be from its known value. On CPU
+# both are exact; an accelerator may choose other bfloat16 kernels for the
+# reference than for the policy.
+START_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2}
+
+
+# By how many nats the mean h may be off where the reference's log-probs were
+# computed in other batches, whose shapes round otherwise.
+KEPT_ROUNDING = {"float32": 1e-4, "bfloat16": 0.1}
+
+
+class TrainingError(errors.Stopped):
+  """The run had to stop; what it had saved before is whole."""
+
+
+def start(config: recipe.TrainSettings, loss: float) -> None:
+  """An untrained policy equals its reference, so its loss is known.
+
+  Raises:
+    TrainingError: it is another.
+  """
+  if config.objective != "dpo":
+    return
+  wanted = losses.loss_at_start(config.loss)
+  dtype = config.model.dtype
+  tolerance = START_TOLERANCE[dtype] * max(wanted, 1)
+  if config.precompute_reference:
+    slope = losses.slope_at_start(config.loss)
+    tolerance += slope * KEPT_ROUNDING[dtype]
+  if abs(loss - wanted) > tolerance:
+    raise TrainingError(
+      f"the loss of step 0 is {loss:.8f}, not {wanted:.8f}: policy and"
+      " reference differ before training, so their rewards mean nothing"
+    )
+
+
+def finite(step: int, row: dict[str, float], ids: tuple[str, ...]) -> None:
+  """Stops at a loss or gradient that is not finite.
+
+  Args:
+    step: the update that was not made.
+    row: its metrics.
+    ids: its items.
+
+  Raises:
+    TrainingError: naming what is not finite, and the items.
+  """
+  bad = [k for k in ("loss", "grad_norm") if not math.isfinite(row[k])]
+  if bad:
+    raise TrainingError(
+      f"step {step}: {bad[0]} is {row[bad[0]]}; the update was not made. Its"
+      f" items: {', '.join(ids)}"
+    )
