@@ -179,7 +179,9 @@ def with_reference(
       "data": items.report["tokens"],
       "model": fingerprint,
       "shape": repr(
-        dataclasses.replace(shape, dtype="float32", remat="none", lora=None)
+        dataclasses.replace(
+          shape, dtype="float32", remat="none", attention="dense", lora=None
+        )
       ),
       "dtype": f"{config.model.dtype} of {config.model.param_dtype}",
     }

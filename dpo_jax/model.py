@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dpo_jax import partitioning
+from dpo_jax import attention, partitioning
 
 Tree = dict[str, Any]
 TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
@@ -71,6 +71,7 @@ class ModelConfig:
   max_positions: int
   dtype: Literal["float32", "bfloat16"] = "float32"
   remat: Literal["none", "full"] = "none"
+  attention: Literal["dense"] = "dense"
   lora: LoraConfig | None = None
 
   def __post_init__(self):
@@ -163,7 +164,7 @@ class _Block(nnx.Module):
     self.dense_h_to_4h = projection("dense_h_to_4h", "BTD,DF->BTF", (D,), (F,))
     self.dense_4h_to_h = projection("dense_4h_to_h", "BTF,FD->BTD", (F,), (D,))
 
-  def __call__(self, x, rotation, mask, memory, dropout_key):
+  def __call__(self, x, rotation, attend, memory, dropout_key):
     """The block's output, and the cache after `memory` took keys and values."""
     keys = [None] * 4
     if dropout_key is not None:
@@ -173,7 +174,7 @@ class _Block(nnx.Module):
     q, k, v = jnp.unstack(qkv, axis=3)
     q, k = _rotate(q, rotation), _rotate(k, rotation)
     k, v, cache = memory(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
-    attended = self.dense(_attend(q, k, v, mask), keys[1])
+    attended = self.dense(attend(q, k, v), keys[1])
     hidden = self.dense_h_to_4h(self.mlp_norm(x), keys[2])
     hidden = partitioning.constrain(hidden, "batch", None, "mlp")
     hidden = jax.nn.gelu(hidden, approximate=False)
@@ -224,7 +225,7 @@ def apply(
   lora: Tree | None,
   tokens: jax.Array,
   positions: jax.Array,
-  mask: jax.Array,
+  visible: jax.Array | attention.Segments,
   *,
   dropout_key: jax.Array | None = None,
   cache: Tree | None = None,
@@ -239,7 +240,8 @@ def apply(
       gives exactly the base: the reference of DPO.
     tokens: token ids, [B, T].
     positions: position of each token in its own sequence, [B, T].
-    mask: which keys a query sees, bool [B, T, S]; S is T without a cache.
+    visible: which keys a query sees: the segments of the rows, or a mask, bool
+      [B, T, S]; S is T without a cache.
     dropout_key: a key for each token, [B, T], of LoRA's dropout; None in
       evaluation and sampling.
     cache: keys and values of earlier tokens, see `init_cache`.
@@ -255,6 +257,11 @@ def apply(
   x = base["embed"]["kernel"][tokens].astype(config.dtype)
   x = partitioning.constrain(x, "batch", None, None)
   rotation = _rotation(config, positions)
+  if config.attention == "dense" and isinstance(visible, attention.Segments):
+    visible = visible.mask()
+  attend = functools.partial(
+    attention.attend, config.attention, visible=visible
+  )
 
   def block(carry, layer):
     x, cache = carry
@@ -264,7 +271,7 @@ def apply(
       key = _fold_in(key, number)
     states = (params, adapters) if adapters else (params,)
     memory = functools.partial(_remember, cache, number, index)
-    return nnx.merge(graph, *states)(x, rotation, mask, memory, key), None
+    return nnx.merge(graph, *states)(x, rotation, attend, memory, key), None
 
   if config.remat == "full" and cache is None:
     block = jax.checkpoint(block, prevent_cse=False)
@@ -363,19 +370,3 @@ def _remember(cache, layer, index, k, v):
     for name in ("k", "v")
   )
   return k, v, cache
-
-
-def _attend(q, k, v, mask):
-  """Softmax attention, [B, T, N, H]; scores and softmax in float32.
-
-  Queries are [B, T, N, H]; keys and values [B, N, S, H], the order in which
-  decoding reads them for each new token.
-  """
-  scores = jnp.einsum(
-    "BTNH,BNSH->BNTS", q, k, preferred_element_type=jnp.float32
-  )
-  scores = scores / math.sqrt(q.shape[-1])
-  # A finite floor: a row that sees nothing (padding) stays free of NaN.
-  scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  return jnp.einsum("BNTS,BNSH->BTNH", weights, v)

@@ -4,7 +4,7 @@ A step holds exactly `batch_size` items in data order, however they are laid
 out, so that the layout changes the speed and never the numbers. A piece is
 what must stand together: one sequence (prompt and response), or a whole pair
 `[prompt | chosen | rejected]` whose responses both see the prompt and do not
-see each other. The mask that does this is one line, in `attention_mask`.
+see each other. The mask that does this is one line, in `attention.Segments`.
 
 Where a piece goes is decided in `placement`; tokens are moved here, in a few
 array operations.
@@ -17,12 +17,11 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import placement, tables
+from dpo_jax import attention, placement, tables
 
-PROMPT, CHOSEN, REJECTED = 0, 1, 2
+PROMPT, CHOSEN, REJECTED = attention.PROMPT, 1, 2
 
 
 @jax.tree_util.register_dataclass
@@ -75,21 +74,6 @@ class Counts:
   completion_tokens: int
   slots: int
   visible: int
-
-
-def attention_mask(pieces: jax.Array, parts: jax.Array) -> jax.Array:
-  """Who sees whom, bool [B, T, T]: same piece, causal, prompt or own part.
-
-  Args:
-    pieces: piece of each token, 0 for padding, [B, T].
-    parts: part of each token, [B, T].
-  """
-  size = pieces.shape[-1]
-  causal = jnp.tril(jnp.ones((1, size, size), bool))
-  same_piece = pieces[:, :, None] == pieces[:, None, :]
-  key_part, query_part = parts[:, None, :], parts[:, :, None]
-  visible = (key_part == PROMPT) | (key_part == query_part)
-  return causal & same_piece & visible & (pieces > 0)[:, None, :]
 
 
 def pack(

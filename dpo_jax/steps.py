@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax import logps, losses, model, packing
+from dpo_jax import attention, logps, losses, model, packing
 
 Tree = dict[str, Any]
 Metrics = dict[str, jax.Array]
@@ -106,7 +106,6 @@ def token_logps(
   Dropout is drawn for each token by its seat, so that it does not depend on
   how the step's items are laid out, split or sharded.
   """
-  mask = packing.attention_mask(batch.pieces, batch.parts)
   if dropout_key is not None:
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))
     dropout_key = fold(dropout_key, batch.seats)
@@ -116,7 +115,7 @@ def token_logps(
     lora,
     batch.tokens,
     batch.positions,
-    mask,
+    attention.Segments(batch.pieces, batch.parts),
     dropout_key=dropout_key,
   )
   kernel = base["unembed"]["kernel"]

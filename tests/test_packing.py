@@ -16,7 +16,15 @@ import pytest
 import tiny
 from hypothesis import strategies as st
 
-from dpo_jax import losses, model, packing, placement, steps, tables
+from dpo_jax import (
+  attention,
+  losses,
+  model,
+  packing,
+  placement,
+  steps,
+  tables,
+)
 
 LAYOUTS = ("padded", "packed", "shared")
 PAD = 1
@@ -58,9 +66,9 @@ def sequences_of(items):
 def walk(batch, m, r, at):
   """The sequence that ends at a token, by walking back through what it sees."""
   mask = np.asarray(
-    packing.attention_mask(
+    attention.Segments(
       batch.pieces[m, r : r + 1], batch.parts[m, r : r + 1]
-    )
+    ).mask()
   )[0]
   seen = np.flatnonzero(mask[at])
   return tuple(batch.tokens[m, r, seen]), tuple(batch.positions[m, r, seen])
@@ -146,7 +154,7 @@ def test_a_row_by_hand():
   assert batch.source.tolist() == [[[1, 2, 3, 1, 5, 0]]]
   assert batch.target.tolist() == [[[7, 8, 0, 9, 0, 0]]]
   assert batch.owner.tolist() == [[[0, 0, 0, 1, 1, -1]]]
-  mask = packing.attention_mask(batch.pieces[0], batch.parts[0])[0]
+  mask = attention.Segments(batch.pieces[0], batch.parts[0]).mask()[0]
   assert np.asarray(mask).astype(int).tolist() == [
     [1, 0, 0, 0, 0, 0, 0, 0],
     [1, 1, 0, 0, 0, 0, 0, 0],
