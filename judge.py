@@ -6,14 +6,17 @@ reads <workdir>/responses/*.jsonl and writes <workdir>/verdicts/*.jsonl. The
 same command resumes: only questions without an answer are asked.
 """
 
-from dpo_jax import cli, settings
+import dataclasses
+
+from dpo_jax import cli, console, settings
 from dpo_jax.judging import runner
 
 
 def main(config, workdir) -> int:
-  print(runner.run(settings.build(runner.JudgeSettings, config), workdir))
+  summary = runner.run(settings.build(runner.JudgeSettings, config), workdir)
+  console.result(str(summary), **dataclasses.asdict(summary))
   return 0
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, example="configs/judge.py:openai")

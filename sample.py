@@ -9,15 +9,15 @@ kept.
 import pathlib
 from typing import Any
 
-from dpo_jax import answers, cli, settings
+from dpo_jax import answers, cli, console, settings
 
 
 def main(config: dict[str, Any], workdir: pathlib.Path) -> int:
   built = settings.build(answers.AnswerSettings, config)
   for path in answers.run(built, workdir):
-    print(path)
+    console.result(str(path), path=str(path))
   return 0
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, example="configs/sample.py")

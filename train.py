@@ -12,4 +12,4 @@ def main(config: dict[str, Any], workdir: pathlib.Path) -> int:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, example="configs/dpo.py")

@@ -33,6 +33,7 @@ def training() -> config_dict.ConfigDict:
   # Into how many parts a batch is split, one after another on the device:
   # gradient accumulation. It changes memory, not the numbers.
   c.microbatches = 1
+  # Passes over the training pairs.
   c.epochs = 1
   # Stop after so many updates; 0: after all epochs.
   c.max_steps = 0
@@ -94,8 +95,9 @@ def data() -> config_dict.ConfigDict:
   c.use = ("hh",)
   c.sources = sources.known()
   c.filters = sources.filters()
-  # Keep the first so many pairs of each source; 0 keeps all.
+  # Keep the first so many training pairs of each source; 0 keeps all.
   c.max_train = 0
+  # Keep the first so many held-out pairs; 0 keeps all.
   c.max_eval = 256
   # Whether held-out prompts may also be trained on; HH has a few.
   c.allow_leakage = True
@@ -144,6 +146,7 @@ def optimizer() -> config_dict.ConfigDict:
   c = config_dict.ConfigDict()
   # "adamw" or "rmsprop", both with torch's rules.
   c.name = "rmsprop"
+  # At its highest, after the warm-up.
   c.learning_rate = 5e-7
   # After the warm-up: "constant", or "cosine", which would be zero one update
   # after the last.
@@ -152,9 +155,11 @@ def optimizer() -> config_dict.ConfigDict:
   c.warmup_steps = 150
   # AdamW only; biases and layer norms are spared.
   c.weight_decay = 0.0
-  # AdamW's decay rates of both moments; for rmsprop, b2 is torch's alpha.
+  # AdamW's decay rate of the first moment.
   c.b1 = 0.9
+  # Decay rate of the second moment; for rmsprop, torch's alpha.
   c.b2 = 0.99
+  # Is added to the root of the second moment.
   c.eps = 1e-8
   # Gradients whose global norm is greater are scaled down to it.
   c.clip_norm = 10.0
@@ -163,10 +168,11 @@ def optimizer() -> config_dict.ConfigDict:
 
 def mesh() -> config_dict.ConfigDict:
   c = config_dict.ConfigDict()
-  # Devices along each axis; -1, once, takes what the others leave. `data`
-  # splits the batch, `fsdp` the batch and the weights, `tensor` heads, MLP and
-  # vocabulary.
+  # Devices along each axis; -1, once, takes what the others leave. This one
+  # splits the batch.
   c.data = -1
+  # Splits the batch and the weights.
   c.fsdp = 1
+  # Splits heads, MLP and vocabulary.
   c.tensor = 1
   return c

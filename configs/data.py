@@ -26,6 +26,7 @@ def source() -> config_dict.ConfigDict:
   c.train_split = "train"
   # As train_path. "" holds out a share of the training side's prompts instead.
   c.eval_path = "pairs/test.jsonl"
+  # As train_split, of the held-out side.
   c.eval_split = "test"
   # Share of prompts that is held out where eval_path is ""; otherwise 0. Which
   # ones follows from a hash of the prompt alone.
@@ -54,10 +55,12 @@ def filters() -> config_dict.ConfigDict:
   c.single_turn = False
   # Human turns that a prompt may have; 0: any number.
   c.max_turns = 0
-  # Characters (code points, in any language) of both responses and of the
-  # prompt, white space at the ends not counted; a maximum of 0 is none.
+  # Characters (code points, in any language) that each response has at least,
+  # white space at the ends not counted, here and in the next two.
   c.min_response_chars = 0
+  # Characters of each response at most; 0: any number.
   c.max_response_chars = 0
+  # Characters of a prompt at most; 0: any number.
   c.max_prompt_chars = 0
   # Drop a pair whose three texts stood before, instead of only counting it.
   c.drop_repeats = False

@@ -17,7 +17,7 @@ T = 0.75 and 1.0, with 95% intervals that do not overlap; README quotes a run.
 
 from ml_collections import config_dict
 
-from configs import common, data, judge, sample
+from configs import common, data, judge, models, sample
 
 _VOCABULARY = 1024
 
@@ -29,11 +29,20 @@ def get_config(variant: str = ""):
   # What several stages read: {NAME}, in any string below, stands for it, and
   # {workdir} for the working directory.
   c.paths = config_dict.ConfigDict(
-    {"world": "{workdir}/world", "tokenizer": "{workdir}/tokenizer"}
+    {
+      # Directory of the pairs.
+      "world": "{workdir}/world",
+      # Directory of the tokenizer.
+      "tokenizer": "{workdir}/tokenizer",
+    }
   )
+  # The pairs; None makes none.
   c.world = world()
+  # The tokenizer, likewise.
   c.vocabulary = vocabulary()
+  # The random model that training starts from.
   c.init = init()
+  # The base, if one is to be trained.
   c.pretrain = pretrain()
   c.sft = sft()
   c.dpo = dpo()
@@ -47,6 +56,7 @@ def get_config(variant: str = ""):
 
 def world() -> config_dict.ConfigDict:
   c = config_dict.ConfigDict()
+  # Of all its texts and labels.
   c.seed = 0
   # Pairs of mixed answers; the base model learns both texts of each.
   c.pretrain = 4400
@@ -65,6 +75,7 @@ def vocabulary() -> config_dict.ConfigDict:
   c.texts = "{world}/pretrain.jsonl"
   # Tokens at most; the world's words need fewer.
   c.size = _VOCABULARY
+  # Where it is written.
   c.directory = "{tokenizer}"
   return c
 
@@ -74,22 +85,21 @@ def init() -> config_dict.ConfigDict:
   c.architecture = architecture()
   # Of the random weights.
   c.seed = 0
+  # That lies beside the weights.
   c.tokenizer = "{tokenizer}"
+  # Where both are written.
   c.directory = "{workdir}/init"
   return c
 
 
 def architecture() -> config_dict.ConfigDict:
   """2.9 million weights; fields as in configs/models.py."""
-  c = config_dict.ConfigDict()
+  c = models.pythia("14m")
   c.vocab_size = _VOCABULARY
   c.width = 256
   c.layers = 3
   c.heads = 4
   c.mlp_width = 1024
-  c.rotary_fraction = 0.25
-  c.rotary_base = 10000.0
-  c.norm_eps = 1e-5
   c.max_positions = 256
   return c
 

@@ -37,6 +37,7 @@ def get_config(variant: str = "pythia-2.8b"):
     {
       # The dataset: a directory in its own layout, or its id on the hub.
       "data": "Anthropic/hh-rlhf",
+      # Directory with tokenizer.json, or the id of a model on the hub.
       "tokenizer": hub_model,
       # The base model.
       "model": "{workdir}/init" if smoke else hub_model,
@@ -44,8 +45,11 @@ def get_config(variant: str = "pythia-2.8b"):
   )
   # No world is made, no tokenizer and no base model trained.
   c.world = None
+  # The published tokenizer is taken.
   c.vocabulary = None
+  # A random base, for `smoke` alone.
   c.init = random_model(size) if smoke else None
+  # The published base is taken.
   c.pretrain = None
   c.sft = stage(sft.get_config(recipe), "{model}")
   c.dpo = stage(dpo.get_config(recipe), "{workdir}/sft/export")

@@ -67,10 +67,12 @@ def _server(**values) -> ml_collections.ConfigDict:
   # Caps, evenly spaced; 0 for none. The server's own x-ratelimit headers and
   # Retry-After are kept in any case.
   server.requests_per_minute = 0.0
+  # As requests_per_minute.
   server.tokens_per_minute = 0.0
   # Dollars for this directory of verdicts, earlier runs included; 0 for no
   # cap. Calls in flight are reserved at the most that they could cost.
   server.budget_usd = 0.0
+  # Dollars for a million tokens, "MODEL PROMPT COMPLETION".
   server.prices = PRICES
   # Share of the price that a token costs in batch mode.
   server.batch_price = 0.5
@@ -80,6 +82,7 @@ def _server(**values) -> ml_collections.ConfigDict:
   server.batch_poll_s = 30.0
   # What a reply takes, for the estimate before the first call only.
   server.expected_reply_tokens = 60
+  # Seconds, likewise.
   server.expected_reply_s = 1.6
   return server
 
@@ -98,6 +101,7 @@ def get_config(variant: str = "oracle") -> ml_collections.ConfigDict:
   # Directory beside responses/: another one, verdicts-NAME, for each further
   # criterion, such as verdicts-harmlessness.
   config.verdicts = "verdicts"
+  # Questions about the judge itself.
   config.controls = ml_collections.ConfigDict()
   # Prompts whose chosen text is compared with itself: is a slot preferred?
   config.controls.aa = 50
@@ -107,6 +111,7 @@ def get_config(variant: str = "oracle") -> ml_collections.ConfigDict:
   config.controls.retests = 50
   if variant == "oracle":
     config.concurrency = 64
+    # The oracle has none.
     config.server = None
   elif variant == "openai":
     config.server = _server(

@@ -28,14 +28,22 @@ def pythia(size: str) -> config_dict.ConfigDict:
     raise ValueError(f"no Pythia {size!r}; sizes: {', '.join(PYTHIA)}")
   layers, width, heads, vocab_size = PYTHIA[size]
   c = config_dict.ConfigDict()
+  # Rows of the embedding, at least the tokenizer's tokens.
   c.vocab_size = vocab_size
+  # Of the residual stream.
   c.width = width
+  # Blocks.
   c.layers = layers
+  # Of attention; they share the width.
   c.heads = heads
+  # Of the hidden layer of each MLP.
   c.mlp_width = 4 * width
   # Share of each head's dimensions that rotary embedding turns.
   c.rotary_fraction = 0.25
+  # The slowest rotation has about this wavelength, in tokens, over 2 pi.
   c.rotary_base = 10000.0
+  # Is added to the variance in layer norm.
   c.norm_eps = 1e-5
+  # Tokens of a sequence at most.
   c.max_positions = 2048
   return c

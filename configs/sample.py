@@ -116,6 +116,7 @@ def policy(
   # A directory of adapter directories step-000050, ...: each is sampled into
   # responses/NAME-step-000050.jsonl; "" for none.
   c.steps_of = ""
+  # At each of which every prompt is answered; 0 is greedy.
   c.temperatures = temperatures
   return c
 

@@ -1,57 +1,150 @@
-"""What the scripts share: flags, one call, an exit code.
+"""What the scripts share: flags, help, one call, an exit code.
 
-Exit codes: 0 done; 1 failed on the way, with what was committed kept; 2 refused
-because of settings or input, before any of the work began.
+Exit codes:
+  0  done
+  1  failed on the way; what was committed is kept, and the same command goes on
+  2  refused because of flags, settings or input, before any work began
 """
 
+import difflib
 import pathlib
+import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dpo_jax import errors
+from dpo_jax import config_help, console, errors
 
 Main = Callable[..., int]
 
+_DEFINE = {
+  bool: flags.DEFINE_boolean,
+  int: flags.DEFINE_integer,
+  str: flags.DEFINE_string,
+}
 
-def run(main: Main, **numbers: tuple[int, str]) -> None:
+
+def run(main: Main, example: str = "", **options: tuple[Any, str]) -> None:
   """Parses --config and --workdir, calls `main`, exits with its code.
 
   Args:
     main: takes the config as a plain dict and the working directory, which is
       runs/NAME for configs/NAME.py unless --workdir says otherwise.
-    **numbers: further flags that `main` takes by their names, each with its
-      default and its help.
+    example: the config whose fields --help shows when no --config is given.
+    **options: further flags that `main` takes by their names, each with its
+      default (a bool, int or str) and its help.
   """
+  if _asks_for_help(sys.argv[1:]):
+    _print_help(_config_of(sys.argv[1:]) or example, options)
+    sys.exit(0)
   config = config_flags.DEFINE_config_file(
     "config", None, "configs/NAME.py or configs/NAME.py:VARIANT"
   )
-  workdir = flags.DEFINE_string(
-    "workdir", None, "Where to write; runs/NAME by default."
-  )
+  workdir = flags.DEFINE_string("workdir", None, _FLAGS["workdir=DIR"])
+  flags.DEFINE_enum("log", "auto", console.MODES, _FLAGS["log=MODE"])
   flags.mark_flag_as_required("config")
-  options = {
-    name: flags.DEFINE_integer(name, default, text)
-    for name, (default, text) in numbers.items()
+  found = {
+    name: _DEFINE[type(default)](name, default, text)
+    for name, (default, text) in options.items()
   }
 
   def call(arguments):
-    if len(arguments) > 1:
-      raise app.UsageError(f"unexpected arguments: {arguments[1:]}")
+    console.set_mode(flags.FLAGS.log)
     logging.set_verbosity(logging.WARNING)
+    if len(arguments) > 1:
+      return _refused(f"unexpected arguments: {arguments[1:]}")
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     name = pathlib.Path(file.partition(":")[0]).stem
     path = pathlib.Path(workdir.value or f"runs/{name}").absolute()
     try:
-      values = {name: option.value for name, option in options.items()}
+      values = {name: option.value for name, option in found.items()}
       return main(config.value.to_dict(), path, **values)
     except ValueError as error:
-      print(f"error: {error}", file=sys.stderr)
-      return 2
+      return _refused(str(error))
     except errors.Stopped as error:
-      print(f"error: {error}", file=sys.stderr)
+      console.error(str(error))
       return 1
 
-  app.run(call)
+  app.run(call, flags_parser=_parsed)
+
+
+_FLAGS = {
+  "config=FILE:VARIANT": "A file of configs/, and one of its variants.",
+  "config.FIELD=VALUE": "Changes a field; all of them stand below.",
+  "workdir=DIR": "Where to write; runs/NAME for configs/NAME.py by default.",
+  "log=MODE": "What is shown: auto (bar on a terminal, else plain), bar, plain,"
+  " json (each line an object) or quiet.",
+  "help": "This; with --config, the fields and values of that config.",
+}
+
+
+def _refused(text: str) -> int:
+  console.error(text)
+  return 2
+
+
+def _parsed(arguments: list[str]) -> list[str]:
+  """What is left of the arguments after flags; exits with 2 on wrong ones."""
+  try:
+    file = _config_of(arguments)
+    if not file:
+      raise ValueError("--config is missing: name a file of configs/")
+    # Once more than needed, for messages without a library's traceback.
+    _check_fields(config_help.load(file), arguments[1:])
+    return flags.FLAGS(arguments)
+  except (flags.Error, ValueError, OSError) as error:
+    if "--log=json" in arguments:
+      console.set_mode("json")
+    sys.exit(_refused(str(error)))
+
+
+def _check_fields(config: Any, arguments: list[str]) -> None:
+  """ValueError for a --config.FIELD that does not exist, naming near ones."""
+  names = list(config_help.names(config))
+  for argument in arguments:
+    found = re.match(r"--?(?:no)?(config\.[^=]*)", argument)
+    if not found or found[1] in names:
+      continue
+    parent, _, leaf = found[1].rpartition(".")
+    leaves = {name: name.rpartition(".") for name in names}
+    siblings = [last for up, _, last in leaves.values() if up == parent]
+    near = [name for name, (_, _, last) in leaves.items() if last == leaf]
+    near = (
+      [f"{parent}.{n}" for n in difflib.get_close_matches(leaf, siblings, 1)]
+      or near[:3]
+      or difflib.get_close_matches(found[1], names, 3)
+    )
+    hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
+    raise ValueError(f"--{found[1]}: the config has no such field; {hint}")
+
+
+def _asks_for_help(arguments: list[str]) -> bool:
+  known = ("-h", "--help", "-help", "--helpshort", "--helpfull")
+  return any(argument in known for argument in arguments)
+
+
+def _config_of(arguments: list[str]) -> str:
+  """The value of --config, or ""."""
+  for number, argument in enumerate(arguments):
+    name, equals, value = argument.partition("=")
+    if name in ("--config", "-config"):
+      return value if equals else "".join(arguments[number + 1 : number + 2])
+  return ""
+
+
+def _print_help(config: str, options: dict[str, tuple[Any, str]]) -> None:
+  lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Flags:"]
+  own = {f"{name}={default}": text for name, (default, text) in options.items()}
+  for name, text in (_FLAGS | own).items():
+    lines.append(f"  --{name}\n      {text}")
+  lines += ["", __doc__.partition("\n\n")[2].strip()]
+  if config:
+    try:
+      fields = config_help.fields(lambda: config_help.load(config))
+    except (ValueError, OSError) as error:
+      sys.exit(_refused(f"--config={config}: {error}"))
+    lines += ["", f"Fields of {config}:", config_help.page(fields)]
+  print("\n".join(lines))

@@ -13,10 +13,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 
 from dpo_jax import (
   batches,
+  console,
   data,
   model,
   packing,
@@ -193,7 +193,7 @@ def with_reference(
         items.table, how, batch_size=feed.eval_batch_size
       )
       total = -(-len(items.table) // feed.eval_batch_size)
-      bar = tqdm.tqdm(packed, f"reference of {side}", total, unit="batch")
+      bar = console.track(packed, total, f"reference of {side}", "batch")
       logps = reference.compute(shape, base, bar, feed.mesh)
       if jax.process_index() == 0:
         reference.save(path, logps, made_of)

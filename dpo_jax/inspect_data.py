@@ -24,6 +24,7 @@ import numpy as np
 
 from dpo_jax import (
   cli,
+  console,
   data,
   packing,
   placement,
@@ -252,13 +253,15 @@ def main(
   config: dict[str, Any], workdir: pathlib.Path, rows: int, shards: int
 ) -> int:
   del workdir  # Nothing is written.
-  print(run(settings.build(recipe.TrainSettings, config), rows, shards))
+  built = settings.build(recipe.TrainSettings, config)
+  console.result(run(built, rows, shards))
   return 0
 
 
 if __name__ == "__main__":
   cli.run(
     main,
+    example="configs/dpo.py",
     rows=(3, "items to show"),
     shards=(1, "data shards of the machine that the run is meant for"),
   )

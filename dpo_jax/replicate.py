@@ -20,6 +20,7 @@ import jax
 from dpo_jax import (
   answers,
   cli,
+  console,
   hf,
   model,
   recipe,
@@ -132,7 +133,7 @@ def run(config: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
       if getattr(built, name) is not None
     ]
     for number, (name, stage) in enumerate(stages, 1):
-      print(f"[{number}/{len(stages)}] {name}", flush=True)
+      console.say(f"[{number}/{len(stages)}] {name}", "stage", stage=name)
       stage()
       if name not in _REPEATABLE:
         done[name] = config[name]
@@ -140,7 +141,9 @@ def run(config: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
         records.write_atomic(workdir / "config.json", text + "\n")
   minutes = (time.perf_counter() - started) / 60
   path = workdir / "report" / "report.md"
-  print(f"{path} after {minutes:.1f} minutes")
+  console.result(
+    f"{path} after {minutes:.1f} minutes", path=str(path), minutes=minutes
+  )
   return path
 
 
@@ -156,7 +159,7 @@ def _stages(
     "sft": lambda: training.run(built.sft, workdir / "sft"),
     "dpo": lambda: training.run(built.dpo, workdir / "dpo"),
     "sample": lambda: answers.run(built.sample, workdir),
-    "judge": lambda: print(runner.run(built.judge, workdir)),
+    "judge": lambda: console.result(str(runner.run(built.judge, workdir))),
     "report": lambda: report.write(built.report, workdir),
   }
 
@@ -221,4 +224,4 @@ def main(config: dict[str, Any], workdir: pathlib.Path) -> int:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, example="configs/demo.py")

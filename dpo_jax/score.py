@@ -31,11 +31,11 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import tqdm
 
 from dpo_jax import (
   batches,
   comparisons,
+  console,
   hf,
   partitioning,
   placement,
@@ -258,9 +258,7 @@ def _token_logps(
   found = []
   packed = batches.in_order(pairs, how, batch_size=settings.batch_size)
   with jax.set_mesh(mesh):
-    for batch, counts in tqdm.tqdm(
-      packed, desc=name, total=len(steps_), unit="batch"
-    ):
+    for batch, counts in console.track(packed, len(steps_), name, "batch"):
       micro = jax.tree.map(lambda x: x[0], batch)
       logps = jax.device_get(score(base, lora, jax.device_put(micro, place)))
       for i in range(len(counts.ids)):

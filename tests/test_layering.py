@@ -16,6 +16,8 @@ PACKAGE = ROOT / "dpo_jax"
 LEVELS = {
   "": 0,
   "comparisons": 0,
+  "config_help": 0,
+  "console": 0,
   "errors": 0,
   "hardware": 0,
   "hf_layout": 0,
@@ -127,7 +129,7 @@ CONFINED = {
   "httpx2": {"judging.client", "judging.transport"},
   "huggingface_hub": {"hf"},
   "matplotlib": {"figures"},
-  "ml_collections": {"cli"},
+  "ml_collections": {"cli", "config_help"},
   "openai": {"judging.client"},
   "orbax": {"checkpoint"},
   "safetensors": {"safetensors_files"},

@@ -7,10 +7,9 @@ run what no row can: what was not asked, and what calls cost that left no row.
 import dataclasses
 import json
 import pathlib
-import sys
 from typing import Any
 
-from dpo_jax import judging, records
+from dpo_jax import console, judging, records
 from dpo_jax.judging import budget, prompts, questions, server
 
 FILE = "judge.json"
@@ -161,7 +160,7 @@ class Books:
         requests_per_minute=self._settings.requests_per_minute,
         tokens_per_minute=self._settings.tokens_per_minute,
       )
-      print(estimate, file=sys.stderr)
+      console.say(str(estimate), "estimate", **dataclasses.asdict(estimate))
     open_units = sum(map(len, plan.questions.values()))
     self._write(complete=False, missing=0, not_dispatched=open_units)
 
@@ -182,6 +181,14 @@ class Books:
     if self._purse.price is None or self._before is None:
       return None
     return self._purse.total
+
+  @property
+  def shown(self) -> dict[str, Any]:
+    """Of the cost, what stands beside a bar."""
+    if self._purse is None:
+      return {}
+    dollars = {} if self.cost is None else {"dollars": self.cost}
+    return dollars | {"tokens in": self._tokens[0], "out": self._tokens[1]}
 
   @property
   def spending(self) -> str:

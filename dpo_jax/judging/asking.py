@@ -7,13 +7,10 @@ to the disk.
 import asyncio
 import collections
 import pathlib
-import sys
 import threading
 from collections.abc import Callable
 
-import tqdm
-
-from dpo_jax import judging, records
+from dpo_jax import console, judging, records
 from dpo_jax.judging import account, batch_api, budget, client, questions
 
 
@@ -68,14 +65,7 @@ async def ask(
   """Asks the open questions and commits each answer as it arrives."""
   rows = Writer()
   books.open(plan, concurrency)
-  bar = tqdm.tqdm(
-    total=len(plan.questions),
-    desc=f"judge {judge.name}",
-    unit="verdict",
-    mininterval=0.5,
-    disable=not plan.questions,
-    file=sys.stderr,
-  )
+  bar = console.Bar(len(plan.questions), f"judge {judge.name}", "verdict")
 
   def put(key: str, reply: judging.Reply) -> None:
     books.asked += 1
@@ -88,8 +78,7 @@ async def ask(
       plan.outcomes[case.unit] = row.verdict
 
   def progress(count: int = 1) -> None:
-    bar.set_postfix_str(books.spending, refresh=False)
-    bar.update(count)
+    bar.update(count, books.shown)
 
   with bar:
     for case, row in plan.rows:

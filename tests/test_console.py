@@ -1,0 +1,229 @@
+"""What is shown, in every mode, and what --help and wrong flags say."""
+
+import json
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import test_configs
+from ml_collections import config_dict
+
+from dpo_jax import cli, config_help, console
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def mode():
+  """Sets a mode for one test."""
+  handlers = list(logging.getLogger().handlers)
+  hook = sys.excepthook
+  yield console.set_mode
+  console.set_mode("auto")
+  logging.captureWarnings(False)
+  sys.excepthook = hook
+  logging.getLogger().handlers[:] = handlers
+
+
+def speak(clock=None):
+  console.say("two devices", "devices", count=2)
+  with console.Bar(4, "dpo run", "step", done=1) as bar:
+    for loss in (0.5, 0.25, 0.125):
+      if clock:
+        clock()
+      bar.update(1, {"loss": loss, "tokens/s": 12345.6})
+  console.result("runs/x/export", path="runs/x/export")
+
+
+def test_json_lines_are_objects_whatever_speaks(mode, capsys):
+  mode("json")
+  speak()
+  logging.getLogger("dpo_jax.somewhere").warning("careful: %d", 3)
+  console.error("it broke")
+  try:
+    raise ValueError("boom")
+  except ValueError:
+    sys.excepthook(*sys.exc_info())
+  said = capsys.readouterr()
+  out = [json.loads(line) for line in said.out.splitlines()]
+  err = [json.loads(line) for line in said.err.splitlines()]
+  assert out == [
+    {"event": "result", "path": "runs/x/export", "text": "runs/x/export"}
+  ]
+  events = [line["event"] for line in err]
+  assert events == ["devices", "progress", "log", "error", "error"]
+  assert err[0] == {"event": "devices", "count": 2, "text": "two devices"}
+  progress = err[1]
+  assert (progress["done"], progress["total"], progress["eta_s"]) == (4, 4, 0)
+  assert (progress["loss"], progress["tokens/s"]) == (0.125, 12345.6)
+  assert err[2]["text"] == "careful: 3"
+  assert err[2]["level"] == "warning"
+  assert err[4]["text"] == "ValueError: boom"
+  assert "Traceback" in err[4]["traceback"]
+
+
+def test_plain_lines_have_a_rate_and_what_is_left(mode, capsys, monkeypatch):
+  mode("plain")
+  now = [100.0]
+  monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+
+  def clock():
+    now[0] += 6.0
+
+  speak(clock)
+  # A line at 12 s, when 10 have passed, and one at the end: one step in 6 s.
+  assert capsys.readouterr().err.splitlines() == [
+    "two devices",
+    "dpo run: 3/4 steps, 0.167/s, 0:00:06 left, loss 0.25, tokens/s 12,346",
+    "dpo run: 4/4 steps, 0.167/s, loss 0.125, tokens/s 12,346",
+  ]
+
+
+def test_a_bar_shows_the_values(mode, capsys):
+  mode("bar")
+  speak()
+  said = capsys.readouterr().err
+  assert "4/4" in said
+  assert "tokens/s 12,346" in said
+  assert "two devices" in said
+
+
+def test_quiet_leaves_results_and_errors(mode, capsys):
+  mode("quiet")
+  speak()
+  console.error("it broke")
+  said = capsys.readouterr()
+  assert said.out == "runs/x/export\n"
+  assert said.err == "error: it broke\n"
+
+
+def test_an_unknown_mode_is_refused():
+  with pytest.raises(ValueError, match="log='loud' must be one of"):
+    console.set_mode("loud")
+
+
+# --- help
+
+
+@pytest.mark.parametrize(
+  ("name", "variant"),
+  [
+    (name, variant)
+    for name, (_, variants) in test_configs.CONFIGS.items()
+    for variant in variants
+    if "pythia" not in variant or variant.startswith("pythia-14m")
+  ],
+)
+def test_every_field_of_every_config_has_a_comment(name, variant):
+  def make():
+    return test_configs.get(name, variant)
+
+  found = config_help.fields(make)
+  assert [field.name for field in found if not field.comment] == []
+  # None is left out: names of leaves are those that lead to no group.
+  names = list(config_help.names(make()))
+  leaves = {
+    name for name in names if not any(n.startswith(f"{name}.") for n in names)
+  }
+  assert {field.name for field in found} == leaves
+
+
+def test_a_comment_is_of_the_line_that_first_set_the_field(tmp_path):
+  file = tmp_path / "c.py"
+  file.write_text(
+    "from ml_collections import config_dict\n"
+    "def part():\n"
+    "  c = config_dict.ConfigDict()\n"
+    "  # How strong.\n"
+    "  c.beta = 0.1\n"
+    "  # Two lines\n"
+    "  # of it.\n"
+    "  c.name = 'x'\n"
+    "  c.bare = None\n"
+    "  return c\n"
+    "def get_config(variant=''):\n"
+    "  c = config_dict.ConfigDict()\n"
+    "  c.loss = part()\n"
+    "  # Only this recipe's reason.\n"
+    "  c.loss.beta = 0.5\n"
+    "  c.paths = config_dict.ConfigDict(\n"
+    "    {\n"
+    "      # Where it lies.\n"
+    "      'data': 'd',\n"
+    "    }\n"
+    "  )\n"
+    "  return c\n"
+  )
+  found = config_help.fields(lambda: config_help.load(str(file)))
+  assert [(f.name, f.value, f.comment) for f in found] == [
+    ("config.loss.beta", 0.5, "How strong."),
+    ("config.loss.name", "x", "Two lines of it."),
+    ("config.loss.bare", None, ""),
+    ("config.paths.data", "d", "Where it lies."),
+  ]
+  assert config_help.page(found).splitlines()[:3] == [
+    "  --config.loss.beta=0.5",
+    "      How strong.",
+    "  --config.loss.name='x'",
+  ]
+
+
+def test_noting_leaves_the_library_as_it_was():
+  before = dict(vars(config_dict.ConfigDict))
+  config_help.fields(lambda: test_configs.get("judge"))
+  assert dict(vars(config_dict.ConfigDict)) == before
+
+
+@pytest.mark.parametrize(
+  ("flag", "near"),
+  [
+    ("--config.loss.bta=0.3", "config.loss.beta"),
+    ("--config.beta=0.3", "config.loss.beta"),
+    ("--config.lss.beta=0.3", "config.loss.beta"),
+    ("--noconfig.data.alow_leakage", "config.data.allow_leakage"),
+    (
+      "--config.data.sources.hh.train_pth=x",
+      "config.data.sources.hh.train_path",
+    ),
+  ],
+)
+def test_an_unknown_field_names_the_near_one(flag, near):
+  config = test_configs.get("dpo")
+  with pytest.raises(ValueError, match="no such field") as error:
+    cli._check_fields(config, ["--config=x", flag])
+  assert f"did you mean {near}?" in str(error.value)
+
+
+def test_known_fields_pass():
+  cli._check_fields(
+    test_configs.get("dpo"),
+    ["--config.loss.beta=1", "--config.loss", "--noconfig.data.loss_on_prompt"],
+  )
+
+
+def script(*arguments, name="train.py"):
+  return subprocess.run(
+    [sys.executable, str(ROOT / name), *arguments],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+  )
+
+
+def test_help_of_a_script_shows_its_fields_and_codes():
+  done = script("--help")
+  assert done.returncode == 0, done.stderr
+  assert "--config.loss.beta=0.1\n      Strength of the KL" in done.stdout
+  assert "refused because of flags" in done.stdout
+  assert "--log=MODE" in done.stdout
+
+
+def test_wrong_flags_exit_with_2_and_one_json_line():
+  done = script("--config=configs/dpo.py", "--log=json", "--config.loss.bta=1")
+  assert done.returncode == 2
+  (line,) = done.stderr.splitlines()
+  assert "did you mean config.loss.beta?" in json.loads(line)["text"]
