@@ -46,6 +46,16 @@ def training() -> config_dict.ConfigDict:
   c.checkpoint_every = 300
   # How many of the newest checkpoints are kept to resume from; 0: all.
   c.keep_checkpoints = 2
+  # Also keep those whose step is a multiple of it; 0: no such rule.
+  c.keep_every = 0
+  # Also keep so many with the best `best_metric` of the evaluation at their
+  # step; 0: no such rule.
+  c.keep_best = 0
+  # "eval_loss"; DPO also "eval_rewards/accuracies", "eval_rewards/margins" and
+  # the others that metrics.jsonl has.
+  c.best_metric = "eval_loss"
+  # Which of its ends is the best: "lowest" or "highest".
+  c.best_is = "lowest"
   # Write a PEFT adapter directory at every checkpoint, to sample from. These
   # are never deleted. Needs LoRA.
   c.export_adapters = False

@@ -23,6 +23,7 @@ from dpo_jax import (
   model,
   optim,
   partitioning,
+  provenance,
   recipe,
   records,
   steps,
@@ -60,14 +61,15 @@ class Assembled:
   train_step: Callable
   eval_step: Callable
 
-  def meta(self, step: int) -> dict[str, Any]:
+  def made_of(self, seed: int) -> dict[str, Any]:
     """What a checkpoint must have in common with the run that reads it."""
     report = self.feed.items.report
     return {
       "train_data": report["train"]["tokens"],
       "held_out_data": report["held_out"]["tokens"],
+      "tokenizer": self.tokenizer.fingerprint,
       "model": self.fingerprint,
-      "position": self.feed.schedule.state(step),
+      "randomness": provenance.randomness(seed),
     }
 
 
@@ -111,8 +113,13 @@ def assemble(
     eval_step=eval_step,
   )
   if checkpoints.latest() is not None:
-    state, meta = checkpoints.restore(state, name)
-    _check_meta(workdir, meta, assembled.meta(meta["step"]))
+    state, meta, position = checkpoints.restore(state, name)
+    _check_made_of(
+      workdir,
+      meta["made_of"] | {"position": position},
+      assembled.made_of(config.seed)
+      | {"position": fed.schedule.state(meta["step"])},
+    )
   return assembled, state
 
 
@@ -193,13 +200,13 @@ def _jitted(
   return train_step, eval_step
 
 
-def _check_meta(
-  workdir: pathlib.Path, meta: dict[str, Any], wanted: dict[str, Any]
+def _check_made_of(
+  workdir: pathlib.Path, found: dict[str, Any], wanted: dict[str, Any]
 ) -> None:
   for key, value in wanted.items():
-    if meta.get(key) != value:
+    if found.get(key) != value:
       raise ValueError(
-        f"{workdir}: the checkpoint was made with {key}={meta.get(key)},"
+        f"{workdir}: the checkpoint was made with {key}={found.get(key)},"
         f" but it is now {value}; restore the files, or use another workdir"
       )
 
@@ -219,7 +226,7 @@ def write_manifest(
     "devices": [str(device) for device in mesh.devices.flat],
     "mesh": dict(mesh.shape),
     "parameters": counts | {"trained": counts[made.name]},
-    "versions": {"jax": jax.__version__},
+    "versions": provenance.versions(),
     "data": made.feed.items.report | {"packing": made.feed.report()},
   }
   records.write_atomic(

@@ -3,7 +3,21 @@
 import dataclasses
 from typing import Literal
 
-from dpo_jax import data, losses, model, optim, partitioning
+from dpo_jax import data, losses, model, optim, partitioning, step_files
+
+# The metrics of an evaluation that checkpoints can be ranked by.
+EVALUATED = {
+  "sft": ("eval_loss",),
+  "dpo": (
+    "eval_loss",
+    "eval_rewards/chosen",
+    "eval_rewards/rejected",
+    "eval_rewards/margins",
+    "eval_rewards/accuracies",
+    "eval_logps/chosen",
+    "eval_logps/rejected",
+  ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +66,10 @@ class TrainSettings:
   eval_batch_size: int
   checkpoint_every: int
   keep_checkpoints: int
+  keep_every: int
+  keep_best: int
+  best_metric: str
+  best_is: Literal["lowest", "highest"]
   export_adapters: bool
   precompute_reference: bool
   reference_cache: str
@@ -61,7 +79,15 @@ class TrainSettings:
     for name in ("batch_size", "microbatches", "epochs", "eval_batch_size"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-    for name in ("seed", "max_steps", "eval_every", "checkpoint_every"):
+    for name in (
+      "seed",
+      "max_steps",
+      "eval_every",
+      "checkpoint_every",
+      "keep_checkpoints",
+      "keep_every",
+      "keep_best",
+    ):
       if getattr(self, name) < 0:
         raise ValueError(f"{name}={getattr(self, name)} must not be negative")
     if self.batch_size % self.microbatches:
@@ -79,7 +105,21 @@ class TrainSettings:
         f"precompute_reference=True with objective={self.objective!r}: only DPO"
         " has a reference; set it to False"
       )
+    if self.best_metric not in EVALUATED[self.objective]:
+      raise ValueError(
+        f"best_metric={self.best_metric!r} must be one of"
+        f" {list(EVALUATED[self.objective])} for objective={self.objective!r}"
+      )
     if self.export_adapters and not self.lora.rank:
       raise ValueError(
         "export_adapters=True needs adapters, but lora.rank=0; set it to False"
       )
+
+  def retention(self) -> step_files.Retention:
+    return step_files.Retention(
+      newest=self.keep_checkpoints,
+      every=self.keep_every,
+      best=self.keep_best,
+      metric=self.best_metric,
+      best_is=self.best_is,
+    )

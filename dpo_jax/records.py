@@ -152,7 +152,7 @@ def write_atomic(path: str | os.PathLike, text: str) -> None:
   except BaseException:
     temporary.unlink(missing_ok=True)
     raise
-  _sync_directory(path.parent)
+  sync_directory(path.parent)
 
 
 def encode(row: Response | Verdict) -> bytes:
@@ -301,7 +301,7 @@ class Store(Generic[Row]):
   def _open(self) -> None:
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
     self._fd = os.open(self.path, flags, 0o644)
-    _sync_directory(self.path.parent)
+    sync_directory(self.path.parent)
     lines, rest = _split(self.path.read_bytes())
     # Every whole line is checked before anything is changed.
     self.rows = _decode_all(self.path, lines, self.cls)
@@ -447,7 +447,7 @@ def _holder(fd: int) -> str:
     return "an unnamed process"
 
 
-def _sync_directory(path: pathlib.Path) -> None:
+def sync_directory(path: pathlib.Path) -> None:
   """Makes a new or renamed entry of the directory survive a power cut."""
   fd = os.open(path, os.O_RDONLY)
   try:

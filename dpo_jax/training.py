@@ -21,6 +21,7 @@ from dpo_jax import (
   hf,
   lora,
   metrics,
+  provenance,
   recipe,
   records,
   rundir,
@@ -39,6 +40,7 @@ def run(config: recipe.TrainSettings, workdir: pathlib.Path) -> pathlib.Path:
     ValueError: settings or input are wrong; nothing was compiled.
     checks.TrainingError: the loss at step 0 is not what theory says, or a loss
       or gradient is not finite.
+    checkpoint.SaveError: a checkpoint could not be written.
   """
   workdir.mkdir(parents=True, exist_ok=True)
   with records.Lock(workdir / "lock"):
@@ -48,7 +50,7 @@ def run(config: recipe.TrainSettings, workdir: pathlib.Path) -> pathlib.Path:
     if (workdir / "finished.json").exists():
       return export
     checkpoints = checkpoint.Checkpoints(
-      workdir / "checkpoints", config.keep_checkpoints
+      workdir / "checkpoints", config.retention()
     )
     made, state = assembly.assemble(config, workdir, checkpoints)
     assembly.write_manifest(workdir, config, made, state)
@@ -73,6 +75,8 @@ class _Loop:
     self.made, self.checkpoints, self.state = made, checkpoints, state
     self.steps = made.feed.steps
     self.start = int(jax.device_get(state.step))
+    # The last evaluation, by its step.
+    self.evaluated: dict[int, dict[str, float]] = {}
 
   def train(self) -> None:
     config = self.config
@@ -107,6 +111,7 @@ class _Loop:
       self.state, values = self.made.train_step(
         self.state, self.made.reference, now.batch
       )
+      self.checkpoints.check()
       if waiting:
         self._record(*waiting)
       waiting = (done, values, now)
@@ -158,6 +163,7 @@ class _Loop:
     row = {f"eval_{key}": value / weight for key, value in totals.items()}
     count = {"eval_items": len(made.feed.items.held_out.table)}
     self.writer.write({"step": done} | row | count)
+    self.evaluated = {done: row}
     self.clock = metrics.Throughput()
 
   def _save(self, done: int) -> None:
@@ -173,7 +179,19 @@ class _Loop:
         self.config.model.path,
         self.state.params["base"],
       )
-    self.checkpoints.save(self.state, self.made.name, self.made.meta(done))
+    config, made = self.config, self.made
+    self.checkpoints.save(
+      self.state,
+      made.name,
+      made.feed.schedule.state(done),
+      {
+        "made_of": made.made_of(config.seed),
+        "base": {"source": config.model.path, "hash": made.fingerprint},
+        "config": settings.to_dict(config),
+        "versions": provenance.versions(),
+      },
+      self.evaluated.get(done, {}),
+    )
 
   def _export(self) -> None:
     """Writes the final model, adapters merged, as a Hugging Face directory."""

@@ -16,18 +16,16 @@ import sys
 import jax
 import numpy as np
 import pytest
+import running
 import safetensors.numpy
 import tiny
 
-from configs import common
-from configs import data as data_config
 from dpo_jax import (
   checks,
   data,
   hf,
   metrics,
   model,
-  recipe,
   records,
   settings,
   sources,
@@ -35,125 +33,15 @@ from dpo_jax import (
   training,
 )
 
-SHAPE = model.ModelConfig(
-  vocab_size=320,
-  width=16,
-  layers=2,
-  heads=2,
-  mlp_width=32,
-  rotary_fraction=0.5,
-  rotary_base=10000.0,
-  norm_eps=1e-5,
-  max_positions=64,
-)
-WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-STEPS = 7
-# Of a row of metrics, what depends on the clock.
-SPEED = {"tokens_per_second", "pairs_per_second", "data_wait_seconds"}
-
-
-def rows(count, seed):
-  """Pairs whose prompts are 18 or 19 tokens and whose answers are at most 3."""
-  rng = np.random.default_rng(seed)
-  for i in range(count):
-    words = " ".join(rng.choice(WORDS, 8))
-    prompt = f"\n\nHuman: {words} {seed} {i:02d}\n\nAssistant:"
-    chosen, rejected = rng.choice(WORDS, 2, replace=False)
-    yield {"chosen": f"{prompt} {chosen}", "rejected": f"{prompt} {rejected}"}
-
-
-def write(path, values):
-  path.write_text("".join(json.dumps(row) + "\n" for row in values), "utf-8")
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-  """A directory with tokenizer, model and data."""
-  directory = tmp_path_factory.mktemp("files")
-  train, held_out = list(rows(30, 1)), list(rows(6, 2))
-  texts = [text for row in train + held_out for text in row.values()]
-  words = tokenizer.train(texts * 3, 320, directory / "tokenizer")
-  hf.export(directory / "model", SHAPE, tiny.weights(SHAPE), words)
-  write(directory / "train.jsonl", train)
-  write(directory / "test.jsonl", held_out)
-  return directory
-
-
-def changed(values, changes):
-  """`values` with {"a.b": 1} set; a name that is not there is an error."""
-  values = json.loads(json.dumps(values))
-  for path, value in changes.items():
-    *parents, last = path.split(".")
-    inner = values
-    for parent in parents:
-      inner = inner[parent]
-    assert last in inner, path
-    inner[last] = value
-  return values
+  return running.make_files(tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture(scope="module")
 def config(files):
-  """config(**{"loss.beta": 1.0}) -> TrainSettings of a LoRA DPO run."""
-  values = changed(
-    common.training().to_dict(),
-    {
-      "objective": "dpo",
-      "seed": 5,
-      "tokenizer": str(files / "tokenizer"),
-      "model.path": str(files / "model"),
-      "model.dtype": "float32",
-      "model.remat": "none",
-      "lora.rank": 2,
-      "lora.alpha": 4.0,
-      "lora.dropout": 0.2,
-      "data.use": ["files"],
-      "data.sources": {
-        "files": data_config.pairs(
-          str(files / "train.jsonl"), str(files / "test.jsonl")
-        ).to_dict()
-      },
-      "data.token_cache": "",
-      "data.max_eval": 0,
-      "data.allow_leakage": False,
-      "data.max_length": 32,
-      "data.max_prompt_length": 28,
-      "data.layout": "shared",
-      "data.row_length": 128,
-      "loss.beta": 0.5,
-      "optimizer.name": "adamw",
-      "optimizer.learning_rate": 0.01,
-      "optimizer.schedule": "cosine",
-      "optimizer.warmup_steps": 2,
-      "optimizer.weight_decay": 0.01,
-      "optimizer.clip_norm": 1.0,
-      "batch_size": 4,
-      "microbatches": 2,
-      "eval_every": 3,
-      "eval_batch_size": 4,
-      "checkpoint_every": 2,
-      "export_adapters": True,
-    },
-  )
-
-  def build(**changes):
-    return settings.build(recipe.TrainSettings, changed(values, changes))
-
-  return build
-
-
-def read(workdir):
-  """The run's metrics without the speed, which differs from run to run."""
-  return [
-    {key: value for key, value in row.items() if key not in SPEED}
-    for row in metrics.read(workdir / metrics.FILE)
-  ]
-
-
-def weights(workdir):
-  """The bytes of every exported weight, by path."""
-  files = workdir.rglob("*.safetensors")
-  return {str(file.relative_to(workdir)): file.read_bytes() for file in files}
+  return running.configs(files)
 
 
 @pytest.fixture(scope="module")
@@ -165,10 +53,10 @@ def whole(config, tmp_path_factory):
 
 
 def test_a_run_writes_each_step_once(whole, config):
-  found = read(whole)
+  found = running.read(whole)
   train = [row["step"] for row in found if "loss" in row]
   held_out = [row["step"] for row in found if "eval_loss" in row]
-  assert train == list(range(1, STEPS + 1))
+  assert train == list(range(1, running.STEPS + 1))
   assert held_out == [0, 3, 6, 7]
   assert {row["eval_items"] for row in found if "eval_loss" in row} == {6}
   first = next(row for row in found if "loss" in row)
@@ -200,12 +88,14 @@ def test_a_run_leaves_what_the_next_stages_read(whole, config):
   assert json.loads((whole / "config.json").read_text()) == json.loads(
     json.dumps(settings.to_dict(config()))
   )
-  assert json.loads((whole / "finished.json").read_text()) == {"step": STEPS}
+  assert json.loads((whole / "finished.json").read_text()) == {
+    "step": running.STEPS
+  }
   manifest = json.loads((whole / "manifest.json").read_text())
-  assert manifest["steps"] == STEPS
+  assert manifest["steps"] == running.STEPS
   assert manifest["data"]["train"]["counts"]["kept"] == 30
   assert manifest["data"]["packing"]["items of an epoch by source"] == [30]
-  assert manifest["data"]["packing"]["steps of an epoch"] == STEPS
+  assert manifest["data"]["packing"]["steps of an epoch"] == running.STEPS
   assert manifest["data"]["packing"]["items left out of each epoch"] == 2
   assert manifest["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
   # A and B of four kernels, two layers, rank 2: inputs and outputs.
@@ -273,8 +163,8 @@ def test_interrupted_twice_it_ends_where_it_would_have(
     assert found == checkpoints
     assert not (workdir / "finished.json").exists()
   training.run(config(), workdir)
-  assert read(workdir) == read(whole)
-  assert weights(workdir) == weights(whole)
+  assert running.read(workdir) == running.read(whole)
+  assert running.weights(workdir) == running.weights(whole)
 
 
 CHILD = """
@@ -314,10 +204,10 @@ def test_killed_it_ends_where_it_would_have(whole, config, tmp_path):
   )
   assert child.returncode == -signal.SIGKILL, child.stderr
   assert (workdir / "lock").exists()
-  assert [row["step"] for row in read(workdir)][-1] == 5
+  assert [row["step"] for row in running.read(workdir)][-1] == 5
   training.run(config(), workdir)
-  assert read(workdir) == read(whole)
-  assert weights(workdir) == weights(whole)
+  assert running.read(workdir) == running.read(whole)
+  assert running.weights(workdir) == running.weights(whole)
 
 
 def test_all_weights_resume_with_their_reference(
@@ -338,11 +228,13 @@ def test_all_weights_resume_with_their_reference(
     with pytest.raises(KeyboardInterrupt):
       training.run(changes, tmp_path / "parts")
   training.run(changes, tmp_path / "parts")
-  found = read(tmp_path / "parts")
+  found = running.read(tmp_path / "parts")
   # Rewards are against the weights that the run began with: a reference taken
   # from the checkpoint would put them back to zero.
-  assert found == read(tmp_path / "whole")
-  assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+  assert found == running.read(tmp_path / "whole")
+  assert running.weights(tmp_path / "parts") == running.weights(
+    tmp_path / "whole"
+  )
   (first, *_, last) = [row for row in found if "loss" in row]
   assert first["loss"] == pytest.approx(np.log(2), abs=1e-6)
   assert abs(last["rewards/chosen"]) > 1e-3
@@ -357,7 +249,7 @@ def test_all_weights_resume_with_their_reference(
 
 
 def test_another_config_is_refused_by_every_key(whole, config):
-  before = weights(whole)
+  before = running.weights(whole)
   other = config(
     **{
       "loss.beta": 0.6,
@@ -378,7 +270,7 @@ def test_another_config_is_refused_by_every_key(whole, config):
     "config.seed",
   ]
   assert "config.loss.beta: 0.5 -> 0.6" in str(error.value)
-  assert weights(whole) == before
+  assert running.weights(whole) == before
 
 
 @pytest.fixture
@@ -403,24 +295,27 @@ def test_other_files_under_the_same_names_are_refused(begun, config, files):
       kept.rename(path)
     return str(e.value)
 
-  train = list(rows(30, 1))
+  train = list(running.rows(30, 1))
   assert "train_data=" in swap(
-    "train.jsonl", lambda path: write(path, train[::-1])
+    "train.jsonl", lambda path: running.write(path, train[::-1])
   )
   assert "held_out_data=" in swap(
-    "test.jsonl", lambda path: write(path, rows(6, 3))
+    "test.jsonl", lambda path: running.write(path, running.rows(6, 3))
   )
   # The same texts as other tokens.
   assert "train_data=" in swap(
-    "tokenizer", lambda path: tokenizer.train(WORDS, 300, path)
+    "tokenizer", lambda path: tokenizer.train(running.WORDS, 300, path)
   )
   words = tokenizer.load(files / "tokenizer")
   assert "model=" in swap(
-    "model", lambda path: hf.export(path, SHAPE, tiny.weights(SHAPE, 1), words)
+    "model",
+    lambda path: hf.export(
+      path, running.SHAPE, tiny.weights(running.SHAPE, 1), words
+    ),
   )
-  before = read(begun)
+  before = running.read(begun)
   training.run(config(), begun)
-  assert read(begun) == before
+  assert running.read(begun) == before
 
 
 def test_a_config_json_that_is_none_is_refused(begun, config):
@@ -444,13 +339,13 @@ def test_settings_that_were_refused_do_not_bind_the_directory(
 
 
 def test_a_second_trainer_is_refused(begun, config):
-  before = read(begun)
+  before = running.read(begun)
   with (
     records.Lock(begun / "lock"),
     pytest.raises(records.Held, match=f"lock is held by pid {os.getpid()}"),
   ):
     training.run(config(), begun)
-  assert read(begun) == before
+  assert running.read(begun) == before
 
 
 # --- refused before the model is read
@@ -510,8 +405,8 @@ def test_settings_that_make_no_sense_are_refused(config, changes, words):
 
 
 def test_a_model_that_does_not_fit_is_refused(config, files, tmp_path):
-  small = dataclasses.replace(SHAPE, vocab_size=256)
-  short = dataclasses.replace(SHAPE, max_positions=24)
+  small = dataclasses.replace(running.SHAPE, vocab_size=256)
+  short = dataclasses.replace(running.SHAPE, max_positions=24)
   for shape, words in (
     (small, "has 320 tokens, but model .* only 256"),
     (short, "data.max_length=32 is more than the 24 positions"),
@@ -531,14 +426,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
   # One pair holds a word whose embedding overflows in a layer norm.
   words = tokenizer.load(files / "tokenizer")
   (token,) = words.encode("Z")
-  base = tiny.weights(SHAPE)
+  base = tiny.weights(running.SHAPE)
   embed = {"kernel": base["embed"]["kernel"].at[token].set(3e38)}
-  hf.export(tmp_path / "model", SHAPE, base | {"embed": embed}, words)
-  train = list(rows(30, 1))
+  hf.export(tmp_path / "model", running.SHAPE, base | {"embed": embed}, words)
+  train = list(running.rows(30, 1))
   # The order of data depends on the seed alone: this is a pair of step 6.
   at = np.random.default_rng((5, 0)).permutation(30)[5 * 4 + 1]
   train[at]["rejected"] = train[at]["rejected"][:-1] + "Z"
-  write(tmp_path / "train.jsonl", train)
+  running.write(tmp_path / "train.jsonl", train)
   broken = config(
     **{
       "model.path": str(tmp_path / "model"),
@@ -553,13 +448,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
       training.run(broken, workdir)
     assert loaded.rows[at].id in str(e.value)
     assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"2", "4"}
-    found = read(workdir)
+    found = running.read(workdir)
     assert [row["step"] for row in found if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert found[-1]["loss"] == "nan"
     assert np.isfinite(found[-2]["loss"])
   assert not (workdir / "export").exists()
   assert not (workdir / "finished.json").exists()
-  for content in weights(workdir).values():
+  for content in running.weights(workdir).values():
     for leaf in safetensors.numpy.load(content).values():
       assert np.isfinite(leaf).all()
 
@@ -612,12 +507,12 @@ def test_a_kept_reference_of_other_weights_is_refused(
   }
   training.run(config(**cache), tmp_path / "run")
   assert (tmp_path / "r" / "train.safetensors").exists()
-  base = tiny.weights(SHAPE)
+  base = tiny.weights(running.SHAPE)
   # One row that no item reads: the weights are others all the same.
   kernel = base["embed"]["kernel"].at[-1].mul(2.0)
   words = tokenizer.load(files / "tokenizer")
   other = base | {"embed": {"kernel": kernel}}
-  hf.export(tmp_path / "other", SHAPE, other, words)
+  hf.export(tmp_path / "other", running.SHAPE, other, words)
   stale = config(**cache, **{"model.path": str(tmp_path / "other")})
   with pytest.raises(ValueError, match="made with model="):
     training.run(stale, tmp_path / "stale")
@@ -632,8 +527,8 @@ def test_a_kept_reference_needs_no_second_tree(config, tmp_path):
 
 
 def assert_same_metrics(found, wanted):
-  for a, b in zip(read(found), read(wanted), strict=True):
-    for name in b.keys() - SPEED:
+  for a, b in zip(running.read(found), running.read(wanted), strict=True):
+    for name in b.keys() - running.SPEED:
       assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-4), name
 
 
@@ -641,7 +536,7 @@ def test_bfloat16(config, tmp_path):
   half = config(**{"model.dtype": "bfloat16", "max_steps": 2})
   workdir = tmp_path / "run"
   training.run(half, workdir)
-  losses = [row["loss"] for row in read(workdir) if "loss" in row]
+  losses = [row["loss"] for row in running.read(workdir) if "loss" in row]
   assert losses[0] == pytest.approx(np.log(2), abs=1e-6)
   assert np.isfinite(losses).all()
   # Adapters stay float32.

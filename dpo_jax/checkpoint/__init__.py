@@ -1,0 +1,228 @@
+"""A run's checkpoints: trainable weights, optimizer state and position.
+
+The frozen base is never saved: its source and its hash stand in the metadata.
+Trees are stored as flat dicts by path, so that a checkpoint does not depend on
+the classes of the optimizer that wrote it.
+
+Orbax writes in the background and makes a step visible when it is whole; a
+thread then hashes its files, writes its manifest, and only after that deletes
+the steps that are no longer kept. What goes wrong there is raised by the next
+call of `check`, `save` or `close`.
+"""
+
+import concurrent.futures
+import dataclasses
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from dpo_jax import errors, partitioning, step_files, steps
+
+# Bytes that a save needs beside its arrays.
+_MARGIN = 2**20
+
+
+class SaveError(errors.Stopped):
+  """A checkpoint could not be written; the one before it is whole."""
+
+
+class Checkpoints:
+  """The checkpoints of one run's directory, which the caller has locked."""
+
+  def __init__(self, directory: pathlib.Path, retention: step_files.Retention):
+    """Opens or makes `directory` and finds its newest whole step.
+
+    What is wrong with later steps is printed to stderr, and they are put
+    aside.
+
+    Raises:
+      ValueError: a step was whole once, but none is now; or the directory
+        holds what no run wrote.
+    """
+    self._directory, self._retention = directory.resolve(), retention
+    self._latest = None
+    if jax.process_index() == 0:
+      self._directory.mkdir(parents=True, exist_ok=True)
+      self._latest, problems = step_files.newest(self._directory)
+      for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr)
+      if problems:
+        print(
+          f"warning: going on from step {self._latest or 0}", file=sys.stderr
+        )
+      step_files.tidy(self._directory, self._latest)
+    self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+    self._completer = concurrent.futures.ThreadPoolExecutor(1, "complete")
+    self._completing: concurrent.futures.Future | None = None
+
+  def latest(self) -> int | None:
+    """The newest step that was whole when it was last looked at, or None."""
+    return self._latest
+
+  def save(
+    self,
+    state: steps.TrainState,
+    name: str,
+    position: dict[str, Any],
+    meta: dict[str, Any],
+    metrics: dict[str, float],
+  ) -> None:
+    """Saves a state in the background, under its step.
+
+    Args:
+      state: what to save.
+      name: the trained subtree, "base" or "lora".
+      position: where the data goes on, JSON values.
+      meta: what made the state, JSON values.
+      metrics: of the evaluation at this step; {} if there was none.
+
+    Raises:
+      SaveError: the save before it failed, or the disk has no room.
+    """
+    self._finish()
+    step = int(jax.device_get(state.step))
+    if step == self._latest:
+      return
+    trees = {"trainable": state.params[name], "opt_state": state.opt_state}
+    flat = {key: _flat(tree) for key, tree in trees.items()}
+    self.make_room(flat)
+    try:
+      self._orbax.save(
+        self._directory / str(step),
+        args=ocp.args.Composite(
+          position=ocp.args.JsonSave(position),
+          meta=ocp.args.JsonSave(
+            meta | {"step": step, "arrays": _described(flat)}
+          ),
+          **{key: ocp.args.StandardSave(tree) for key, tree in flat.items()},
+        ),
+      )
+    except Exception as error:
+      raise self._failed(step, error) from error
+    self._latest = step
+    self._completing = self._completer.submit(self._complete, step, metrics)
+
+  def _complete(self, step: int, metrics: dict[str, float]) -> None:
+    try:
+      self._orbax.wait_until_finished()
+      if jax.process_index() == 0:
+        step_files.complete(self._directory, step, metrics)
+        step_files.prune(self._directory, self._retention)
+    except Exception as error:
+      raise self._failed(step, error) from error
+
+  def make_room(self, tree: Any) -> None:
+    """Checks that the disk has room for a tree of arrays.
+
+    Raises:
+      SaveError: it has not.
+    """
+    needed = _MARGIN + sum(x.nbytes for x in jax.tree.leaves(tree))
+    free = shutil.disk_usage(self._directory).free
+    if free < needed:
+      raise SaveError(
+        f"{self._directory}: a checkpoint needs {needed:,} bytes, but the disk"
+        f" has {free:,} free; make room and run the same command again"
+      )
+
+  def _failed(self, step: int, error: Exception) -> SaveError:
+    free = shutil.disk_usage(self._directory).free
+    return SaveError(
+      f"{self._directory / str(step)} could not be saved ({free:,} bytes are"
+      f" free): {type(error).__name__}: {error}"
+    )
+
+  def check(self) -> None:
+    """Raises, without waiting, what went wrong in the last save."""
+    if self._completing is not None and self._completing.done():
+      self._finish()
+
+  def _finish(self) -> None:
+    if self._completing is not None:
+      completing, self._completing = self._completing, None
+      completing.result()
+
+  def restore(
+    self, state: steps.TrainState, name: str
+  ) -> tuple[steps.TrainState, dict[str, Any], dict[str, Any]]:
+    """The newest checkpoint, laid out as `state` is, its meta and position.
+
+    Args:
+      state: a state of the run's shapes and shardings; its trainable weights
+        and optimizer state are replaced.
+      name: the trained subtree.
+
+    Raises:
+      ValueError: the checkpoint's arrays are of other names or shapes.
+    """
+    assert self._latest is not None
+    path = self._directory / str(self._latest)
+    current = {"trainable": state.params[name], "opt_state": state.opt_state}
+    wanted = {
+      key: _flat(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
+      for key, tree in current.items()
+    }
+    jsons = ocp.args.Composite(
+      meta=ocp.args.JsonRestore(), position=ocp.args.JsonRestore()
+    )
+    about = self._orbax.restore(path, args=jsons)
+    _check_arrays(path, about["meta"]["arrays"], _described(wanted))
+    found = self._orbax.restore(
+      path,
+      args=ocp.args.Composite(
+        **{key: ocp.args.StandardRestore(tree) for key, tree in wanted.items()}
+      ),
+    )
+    trained = _unflat(current["trainable"], found["trainable"])
+    restored = dataclasses.replace(
+      state,
+      step=jax.device_put(jax.numpy.int32(self._latest), state.step.sharding),
+      params=state.params | {name: trained},
+      opt_state=_unflat(current["opt_state"], found["opt_state"]),
+    )
+    return restored, about["meta"], about["position"]
+
+  def close(self) -> None:
+    """Waits for the save in progress and raises what went wrong in it."""
+    try:
+      self._finish()
+    finally:
+      self._completer.shutdown()
+      self._orbax.close()
+
+
+def _described(flat: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
+  return {
+    key: {path: f"{x.dtype}{list(x.shape)}" for path, x in tree.items()}
+    for key, tree in flat.items()
+  }
+
+
+def _check_arrays(path, found, wanted) -> None:
+  if found != wanted:
+    differ = [
+      f"{key}/{name}: {found.get(key, {}).get(name)} -> {tree.get(name)}"
+      for key, tree in wanted.items()
+      for name in sorted({*tree, *found.get(key, {})})
+      if found.get(key, {}).get(name) != tree.get(name)
+    ]
+    raise ValueError(
+      f"{path} holds other arrays than this config trains:\n  "
+      + "\n  ".join(differ[:8])
+      + "\nuse the config that it was made with, or another --workdir"
+    )
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {partitioning.path_name(path): leaf for path, leaf in leaves}
+
+
+def _unflat(like: Any, flat: dict[str, Any]) -> Any:
+  return jax.tree.map_with_path(
+    lambda path, _: flat[partitioning.path_name(path)], like
+  )

@@ -1,0 +1,127 @@
+"""A tiny run: its model, tokenizer, pairs and config, and what it left."""
+
+import json
+
+import numpy as np
+import tiny
+
+from configs import common
+from configs import data as data_config
+from dpo_jax import hf, metrics, model, recipe, settings, tokenizer
+
+SHAPE = model.ModelConfig(
+  vocab_size=320,
+  width=16,
+  layers=2,
+  heads=2,
+  mlp_width=32,
+  rotary_fraction=0.5,
+  rotary_base=10000.0,
+  norm_eps=1e-5,
+  max_positions=64,
+)
+WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+STEPS = 7
+# Of a row of metrics, what depends on the clock.
+SPEED = {"tokens_per_second", "pairs_per_second", "data_wait_seconds"}
+
+
+def rows(count, seed):
+  """Pairs whose prompts are 18 or 19 tokens and whose answers are at most 3."""
+  rng = np.random.default_rng(seed)
+  for i in range(count):
+    words = " ".join(rng.choice(WORDS, 8))
+    prompt = f"\n\nHuman: {words} {seed} {i:02d}\n\nAssistant:"
+    chosen, rejected = rng.choice(WORDS, 2, replace=False)
+    yield {"chosen": f"{prompt} {chosen}", "rejected": f"{prompt} {rejected}"}
+
+
+def write(path, values):
+  path.write_text("".join(json.dumps(row) + "\n" for row in values), "utf-8")
+
+
+def make_files(directory):
+  """Fills a directory with tokenizer, model and data."""
+  train, held_out = list(rows(30, 1)), list(rows(6, 2))
+  texts = [text for row in train + held_out for text in row.values()]
+  words = tokenizer.train(texts * 3, 320, directory / "tokenizer")
+  hf.export(directory / "model", SHAPE, tiny.weights(SHAPE), words)
+  write(directory / "train.jsonl", train)
+  write(directory / "test.jsonl", held_out)
+  return directory
+
+
+def changed(values, changes):
+  """`values` with {"a.b": 1} set; a name that is not there is an error."""
+  values = json.loads(json.dumps(values))
+  for path, value in changes.items():
+    *parents, last = path.split(".")
+    inner = values
+    for parent in parents:
+      inner = inner[parent]
+    assert last in inner, path
+    inner[last] = value
+  return values
+
+
+def configs(files):
+  """configs(files)(**{"loss.beta": 1.0}) -> settings of a LoRA DPO run."""
+  values = changed(
+    common.training().to_dict(),
+    {
+      "objective": "dpo",
+      "seed": 5,
+      "tokenizer": str(files / "tokenizer"),
+      "model.path": str(files / "model"),
+      "model.dtype": "float32",
+      "model.remat": "none",
+      "lora.rank": 2,
+      "lora.alpha": 4.0,
+      "lora.dropout": 0.2,
+      "data.use": ["files"],
+      "data.sources": {
+        "files": data_config.pairs(
+          str(files / "train.jsonl"), str(files / "test.jsonl")
+        ).to_dict()
+      },
+      "data.token_cache": "",
+      "data.max_eval": 0,
+      "data.allow_leakage": False,
+      "data.max_length": 32,
+      "data.max_prompt_length": 28,
+      "data.layout": "shared",
+      "data.row_length": 128,
+      "loss.beta": 0.5,
+      "optimizer.name": "adamw",
+      "optimizer.learning_rate": 0.01,
+      "optimizer.schedule": "cosine",
+      "optimizer.warmup_steps": 2,
+      "optimizer.weight_decay": 0.01,
+      "optimizer.clip_norm": 1.0,
+      "batch_size": 4,
+      "microbatches": 2,
+      "eval_every": 3,
+      "eval_batch_size": 4,
+      "checkpoint_every": 2,
+      "export_adapters": True,
+    },
+  )
+
+  def build(**changes):
+    return settings.build(recipe.TrainSettings, changed(values, changes))
+
+  return build
+
+
+def read(workdir):
+  """The run's metrics without the speed, which differs from run to run."""
+  return [
+    {key: value for key, value in row.items() if key not in SPEED}
+    for row in metrics.read(workdir / metrics.FILE)
+  ]
+
+
+def weights(workdir):
+  """The bytes of every exported weight, by path."""
+  files = workdir.rglob("*.safetensors")
+  return {str(file.relative_to(workdir)): file.read_bytes() for file in files}

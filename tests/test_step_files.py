@@ -1,0 +1,196 @@
+"""Which steps are whole, and which are kept: faults made in real files."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from dpo_jax import step_files
+from dpo_jax.checkpoint import __main__ as checkpoint_cli
+
+
+def keep(newest=2, every=0, best=0, metric="eval_loss", best_is="lowest"):
+  return step_files.Retention(newest, every, best, metric, best_is)
+
+
+def make(directory, step, metrics=None, complete=True):
+  path = directory / str(step)
+  (path / "trainable" / "d").mkdir(parents=True)
+  (path / "meta").mkdir()
+  (path / "trainable" / "d" / "array").write_bytes(bytes(range(256)) * step)
+  (path / "meta" / "metadata").write_text("{}")
+  (path / "empty").write_bytes(b"")
+  if complete:
+    step_files.complete(directory, step, metrics or {})
+  return path
+
+
+@pytest.mark.parametrize(
+  ("retention", "kept"),
+  [
+    (keep(newest=0), {1, 2, 3, 4, 5, 6}),
+    (keep(newest=1), {6}),
+    (keep(newest=2), {5, 6}),
+    (keep(newest=9), {1, 2, 3, 4, 5, 6}),
+    (keep(newest=1, every=2), {2, 4, 6}),
+    (keep(newest=1, every=4), {4, 6}),
+    # 0.3 stands at steps 2 and 5: the first of them is the better.
+    (keep(newest=1, best=1), {2, 6}),
+    (keep(newest=1, best=2), {2, 5, 6}),
+    (keep(newest=1, best=9), {1, 2, 3, 5, 6}),
+    (keep(newest=1, best=1, best_is="highest"), {1, 6}),
+    (keep(newest=1, best=1, metric="eval_rewards/accuracies"), {3, 6}),
+    (keep(newest=1, every=4, best=1), {2, 4, 6}),
+  ],
+)
+def test_retention(tmp_path, retention, kept):
+  # Step 4 has no evaluation.
+  losses = {1: 0.9, 2: 0.3, 3: 0.5, 5: 0.3, 6: 0.4}
+  for step in range(1, 7):
+    metrics = {"eval_loss": losses[step]} if step in losses else {}
+    if step == 3:
+      metrics["eval_rewards/accuracies"] = 0.5
+    make(tmp_path, step, metrics)
+  step_files.prune(tmp_path, retention)
+  assert set(step_files.steps(tmp_path)) == kept
+  assert {path.name for path in tmp_path.iterdir()} == set(map(str, kept))
+
+
+def test_a_number_that_is_not_finite_is_never_the_best(tmp_path):
+  for step, loss in ((1, float("nan")), (2, 0.5), (3, float("inf")), (4, 1.0)):
+    make(tmp_path, step, {"eval_loss": loss})
+  step_files.prune(tmp_path, keep(newest=1, best=1))
+  assert step_files.steps(tmp_path) == [2, 4]
+  step_files.note(tmp_path, 4, {"eval_loss": 0.25})
+  assert step_files.metrics(tmp_path, 4) == {"eval_loss": 0.25}
+  assert step_files.problem(tmp_path, 4) == ""
+
+
+def test_steps_that_were_never_completed_are_not_counted(tmp_path):
+  for step in (1, 2):
+    make(tmp_path, step)
+  make(tmp_path, 3, complete=False)
+  step_files.prune(tmp_path, keep(newest=1))
+  assert step_files.steps(tmp_path) == [2, 3]
+
+
+def flip(path, bit=0):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1 << bit
+  path.write_bytes(data)
+
+
+FAULTS = {
+  "a flipped bit": lambda path: flip(path / "trainable/d/array", 3),
+  "a cut file": lambda path: os.truncate(path / "trainable/d/array", 100),
+  "a file grown": lambda path: os.truncate(path / "empty", 1),
+  "a missing file": lambda path: (path / "meta/metadata").unlink(),
+  "a missing empty file": lambda path: (path / "empty").unlink(),
+  "a missing directory": lambda path: shutil.rmtree(path / "trainable"),
+  "a further file": lambda path: (path / "trainable/x").write_text(""),
+  "no manifest": lambda path: (path / "manifest.json").unlink(),
+  "an empty manifest": lambda path: os.truncate(path / "manifest.json", 0),
+  "a cut manifest": lambda path: os.truncate(path / "manifest.json", 80),
+  "an edited manifest": lambda path: flip(path / "manifest.json"),
+  "a manifest of another step": lambda path: shutil.copy(
+    path.parent / "1" / "manifest.json", path / "manifest.json"
+  ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_step_is_not_used(tmp_path, fault):
+  for step in (1, 2, 3):
+    path = make(tmp_path, step)
+    assert step_files.problem(tmp_path, step) == ""
+  assert step_files.newest(tmp_path) == (3, [])
+  FAULTS[fault](path)
+  step, problems = step_files.newest(tmp_path)
+  assert step == 2
+  (problem,) = problems
+  assert problem.startswith(f"{path} is not used: ")
+  step_files.tidy(tmp_path, step)
+  # Nothing is deleted: it may be looked at, but is no step any more.
+  names = {path.name for path in tmp_path.iterdir()}
+  assert names == {"1", "2", "3.rejected"}
+  assert step_files.newest(tmp_path) == (2, [])
+
+
+def test_any_flipped_bit_of_a_manifest_is_found(tmp_path):
+  path = make(tmp_path, 1) / "manifest.json"
+  whole = path.read_bytes()
+  for place in range(len(whole)):
+    data = bytearray(whole)
+    data[place] ^= 1 << (place % 8)
+    path.write_bytes(data)
+    # White space alone says nothing.
+    if step_files.problem(tmp_path, 1) == "":
+      assert json.loads(data) == json.loads(whole)
+
+
+def test_a_first_save_that_was_interrupted_starts_over(tmp_path):
+  make(tmp_path, 2, complete=False)
+  step, (problem,) = step_files.newest(tmp_path)
+  assert step is None
+  assert "its save was interrupted" in problem
+  step_files.tidy(tmp_path, step)
+  assert [path.name for path in tmp_path.iterdir()] == ["2.rejected"]
+
+
+def test_nothing_is_started_over_where_a_step_was_whole(tmp_path):
+  for step in (1, 2):
+    flip(make(tmp_path, step) / "trainable/d/array")
+  make(tmp_path, 3, complete=False)
+  with pytest.raises(ValueError, match="holds no whole checkpoint") as error:
+    step_files.newest(tmp_path)
+  assert str(error.value).count(" is not used: ") == 3
+  assert step_files.steps(tmp_path) == [1, 2, 3]
+
+
+def test_half_written_and_half_deleted_steps_are_removed(tmp_path):
+  make(tmp_path, 2)
+  make(tmp_path, 1).rename(tmp_path / "1.deleting")
+  (tmp_path / "4.orbax-checkpoint-tmp" / "trainable").mkdir(parents=True)
+  step_files.tidy(tmp_path, 2)
+  assert [path.name for path in tmp_path.iterdir()] == ["2"]
+
+
+def test_what_no_run_wrote_is_refused(tmp_path):
+  make(tmp_path, 2)
+  (tmp_path / "notes.txt").write_text("mine")
+  with pytest.raises(ValueError, match=r"notes.txt is no checkpoint"):
+    step_files.tidy(tmp_path, 2)
+  assert (tmp_path / "notes.txt").exists()
+
+
+def test_verify_and_list(tmp_path, capsys):
+  def call(*arguments):
+    code = checkpoint_cli.main(list(arguments))
+    return code, *capsys.readouterr()
+
+  directory = tmp_path / "checkpoints"
+  directory.mkdir()
+  code, _, stderr = call("verify", str(tmp_path))
+  assert (code, "holds no checkpoints" in stderr) == (2, True)
+  make(directory, 1, {"eval_loss": 0.625})
+  path = make(directory, 2)
+  code, stdout, _ = call("list", str(tmp_path))
+  assert code == 0
+  # 256 bytes of the array and 2 of the metadata.
+  assert stdout.splitlines() == [
+    "step 1: 258 bytes, eval_loss 0.625",
+    "step 2: 514 bytes",
+  ]
+  flip(path / "trainable/d/array")
+  code, stdout, _ = call("verify", str(directory))
+  assert code == 1
+  assert stdout.splitlines() == [
+    "step 1: whole",
+    "step 2: trainable/d/array is not what was written",
+  ]
+  command = [sys.executable, "-m", "dpo_jax.checkpoint", "verify", tmp_path]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+  assert (done.returncode, done.stdout) == (1, stdout)
