@@ -3,11 +3,12 @@
 import pathlib
 from typing import Any
 
-from dpo_jax import cli, recipe, settings, training
+from dpo_jax import cli, processes, recipe, settings, training
 
 
 def main(config: dict[str, Any], workdir: pathlib.Path) -> int:
-  training.run(settings.build(recipe.TrainSettings, config), workdir)
+  with processes.joined():
+    training.run(settings.build(recipe.TrainSettings, config), workdir)
   return 0
 
 

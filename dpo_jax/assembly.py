@@ -23,6 +23,7 @@ from dpo_jax import (
   model,
   optim,
   partitioning,
+  processes,
   provenance,
   recipe,
   records,
@@ -83,10 +84,13 @@ def assemble(
   Raises:
     ValueError: settings or input are wrong, or the checkpoint is of others.
   """
-  mesh = partitioning.make_mesh(**dataclasses.asdict(config.mesh))
-  tokenizer = tokenizer_lib.load(config.tokenizer)
-  fed = feed.make(config, tokenizer, mesh)
-  shape, base = _load_model(config, tokenizer, mesh)
+  with processes.together("reading the data"):
+    mesh = partitioning.make_mesh(**dataclasses.asdict(config.mesh))
+    tokenizer = tokenizer_lib.load(config.tokenizer)
+    fed = feed.make(config, tokenizer, mesh)
+  processes.agree("the data", json.dumps(fed.items.report))
+  with processes.together("reading the model"):
+    shape, base = _load_model(config, tokenizer, mesh)
   name = steps.trainable(shape)
   fingerprint = hf.content_hash(base)
   reference = None

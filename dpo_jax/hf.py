@@ -21,6 +21,7 @@ from dpo_jax import (
   model,
   partitioning,
   peft_layout,
+  processes,
   safetensors_files,
 )
 
@@ -118,9 +119,10 @@ def export(
   text = hf_layout.config_json(config, dtype, bos_id, eos_id)
   with hf_weights.complete(directory) as staged:
     hf_weights.write(staged / "model.safetensors", hf_layout.WEIGHTS, base, {})
-    if tokenizer is not None:
-      tokenizer.save(staged)
-    (staged / "config.json").write_text(text, encoding="utf-8")
+    if processes.first():
+      if tokenizer is not None:
+        tokenizer.save(staged)
+      (staged / "config.json").write_text(text, encoding="utf-8")
 
 
 def load_adapter(
@@ -197,7 +199,8 @@ def export_adapter(
     hf_weights.write(
       staged / "adapter_model.safetensors", weights, lora, metadata
     )
-    (staged / "adapter_config.json").write_text(text, encoding="utf-8")
+    if processes.first():
+      (staged / "adapter_config.json").write_text(text, encoding="utf-8")
 
 
 def fingerprint(base: Tree) -> str:
@@ -218,7 +221,7 @@ def fingerprint(base: Tree) -> str:
     return jax.tree.map_with_path(one, base)
 
   digest = hashlib.sha256()
-  for row in jax.tree.leaves(jax.device_get(jax.jit(first_rows)(base))):
+  for row in jax.tree.leaves(processes.fetch(jax.jit(first_rows)(base))):
     digest.update(repr(row.shape).encode() + row.tobytes())
   return digest.hexdigest()[:16]
 
@@ -246,7 +249,7 @@ def content_hash(base: Tree) -> str:
     return jnp.stack(sums)
 
   digest = hashlib.sha256()
-  sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(one, tree))(base))
+  sums = processes.fetch(jax.jit(lambda tree: jax.tree.map(one, tree))(base))
   for leaf, words in zip(jax.tree.leaves(base), jax.tree.leaves(sums)):
     digest.update(f"{leaf.dtype} {leaf.shape}".encode() + words.tobytes())
   return digest.hexdigest()[:16]

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import hf_layout, partitioning, safetensors_files
+from dpo_jax import hf_layout, partitioning, processes, safetensors_files
 
 Tree = dict[str, Any]
 
@@ -142,7 +142,9 @@ def write(
   tree: Tree,
   metadata: dict[str, str],
 ) -> None:
-  """Weights as one file, gathered to this host one at a time.
+  """Weights as one file, gathered to the first process a layer at a time.
+
+  All processes of a run must call it together; the first one writes.
 
   Args:
     path: the file.
@@ -151,27 +153,29 @@ def write(
     metadata: strings kept in the file's header.
 
   Raises:
-    ValueError: a weight is not finite, or lies on another process's devices.
+    ValueError: a weight is not finite.
   """
   entries = []
   for weight in weights:
     leaf = _leaf(tree, weight.path)
-    if not leaf.is_fully_addressable:
-      raise ValueError(
-        f"{weight.path} lies on devices of other processes; restore the"
-        " checkpoint in one process and export there"
-      )
     shape = weight.stored_shape(leaf.shape)
     names = weight.names(leaf.shape)
     entries += [(name, np.dtype(leaf.dtype), shape) for name in names]
 
   def arrays() -> Iterator[np.ndarray]:
     for weight in weights:
-      leaf = jax.device_get(_leaf(tree, weight.path))
-      for layer in leaf if weight.stacked else [leaf]:
-        yield weight.stored(layer)
+      leaf = _leaf(tree, weight.path)
+      if leaf.is_fully_addressable:
+        leaf = jax.device_get(leaf)
+      layers = (leaf[i] for i in range(len(leaf))) if weight.stacked else [leaf]
+      for layer in layers:
+        yield weight.stored(processes.fetch(layer))
 
-  safetensors_files.write(path, entries, arrays(), metadata)
+  if processes.first():
+    safetensors_files.write(path, entries, arrays(), metadata)
+  else:
+    for _ in arrays():
+      pass
 
 
 def _leaf(tree: Tree, path: str) -> Any:
@@ -184,17 +188,22 @@ def _leaf(tree: Tree, path: str) -> Any:
 def complete(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
   """A directory to fill, which takes its final name when the block ends.
 
+  Only the first process makes it; the others get its path, to write nothing.
+
   Raises:
     ValueError: the final name belongs to something that no export wrote.
   """
   final = pathlib.Path(directory)
+  staged = final.with_name(f".{final.name}.partial")
+  if not processes.first():
+    yield staged
+    return
   found = {path.name for path in final.iterdir()} if final.exists() else set()
   if found and not (found <= _EXPORTED and found & _MODELS):
     raise ValueError(
       f"{final} holds {sorted(found)}, which is no earlier export; choose"
       " another directory or empty it"
     )
-  staged = final.with_name(f".{final.name}.partial")
   replaced = final.with_name(f".{final.name}.replaced")
   for left in (staged, replaced):
     shutil.rmtree(left, ignore_errors=True)

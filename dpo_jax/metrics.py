@@ -48,6 +48,19 @@ class Writer:
     self._file.close()
 
 
+class Silent:
+  """What the other processes of a run have in place of a Writer."""
+
+  def __init__(self, directory: pathlib.Path, start_step: int):
+    del directory, start_step
+
+  def write(self, row: dict[str, Any]) -> None:
+    del row
+
+  def close(self) -> None:
+    pass
+
+
 class Throughput:
   """Tokens and pairs per second between two calls."""
 

@@ -21,6 +21,7 @@ from dpo_jax import (
   hf,
   lora,
   metrics,
+  processes,
   provenance,
   recipe,
   records,
@@ -43,9 +44,12 @@ def run(config: recipe.TrainSettings, workdir: pathlib.Path) -> pathlib.Path:
     checkpoint.SaveError: a checkpoint could not be written.
   """
   workdir.mkdir(parents=True, exist_ok=True)
-  with records.Lock(workdir / "lock"):
+  with processes.owned(records.Lock(workdir / "lock")):
     values = settings.to_dict(config)
-    rundir.check(workdir, values)
+    with processes.together("looking at the directory"):
+      processes.shared(workdir / "lock")
+      rundir.check(workdir, values)
+    processes.agree("the config", json.dumps(values))
     export = workdir / "export"
     if (workdir / "finished.json").exists():
       return export
@@ -53,9 +57,10 @@ def run(config: recipe.TrainSettings, workdir: pathlib.Path) -> pathlib.Path:
       workdir / "checkpoints", config.retention()
     )
     made, state = assembly.assemble(config, workdir, checkpoints)
-    assembly.write_manifest(workdir, config, made, state)
-    # Not before: settings that were refused must not bind the directory.
-    rundir.claim(workdir, values)
+    if processes.first():
+      assembly.write_manifest(workdir, config, made, state)
+      # Not before: settings that were refused must not bind the directory.
+      rundir.claim(workdir, values)
     _Loop(config, workdir, made, checkpoints, state).train()
     return export
 
@@ -80,13 +85,15 @@ class _Loop:
 
   def train(self) -> None:
     config = self.config
-    self.writer = metrics.Writer(self.workdir, self.start)
+    make = metrics.Writer if processes.first() else metrics.Silent
+    self.writer = make(self.workdir, self.start)
     self.clock = metrics.Throughput()
     self.bar = tqdm.tqdm(
       total=self.steps,
       initial=self.start,
       desc=f"{config.objective} {self.workdir.name}",
       unit="step",
+      disable=not processes.first(),
     )
     try:
       with jax.set_mesh(self.made.mesh), jax.transfer_guard("disallow"):
@@ -96,9 +103,11 @@ class _Loop:
       self.bar.close()
       self.writer.close()
       self.checkpoints.close()
-    records.write_atomic(
-      self.workdir / "finished.json", json.dumps({"step": self.steps}) + "\n"
-    )
+    if processes.first():
+      records.write_atomic(
+        self.workdir / "finished.json", json.dumps({"step": self.steps}) + "\n"
+      )
+    processes.wait("finished")
 
   def _loop(self) -> None:
     config = self.config
