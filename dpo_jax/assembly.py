@@ -24,6 +24,7 @@ from dpo_jax import (
   optim,
   partitioning,
   processes,
+  programs,
   provenance,
   recipe,
   records,
@@ -96,14 +97,14 @@ def assemble(
   reference = None
   if config.precompute_reference:
     fed = feed.with_reference(fed, config, shape, base, fingerprint, workdir)
-  elif name == "base" and config.objective == "dpo":
+  elif programs.keeps_reference(config):
     # Full fine-tuning moves the base: the reference is a second tree.
     reference = base
   tx = optim.make(config.optimizer, fed.steps, name)
   state = _make_state(config, shape, base, tx, mesh, keep=reference is not None)
   del base
   rates = optim.schedule(config.optimizer, fed.steps)
-  train_step, eval_step = _jitted(config, shape, tx, state, mesh)
+  train_step, eval_step = programs.training(config, shape, tx, state, mesh)
   assembled = Assembled(
     mesh=mesh,
     tokenizer=tokenizer,
@@ -164,44 +165,12 @@ def _make_state(
   unless one is the reference.
   """
 
-  def make(base, key):
-    adapters = model.init_lora(shape, key) if shape.lora else {}
-    return steps.init_state(base, adapters, tx)
-
+  make = programs.initial(shape, tx)
   # Another stream than the one of dropout, which folds steps into the seed.
   key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
   lying = partitioning.shardings(jax.eval_shape(make, base, key), mesh)
   given = () if keep else (0,)
   return jax.jit(make, out_shardings=lying, donate_argnums=given)(base, key)
-
-
-def _jitted(
-  config: recipe.TrainSettings,
-  shape: model.ModelConfig,
-  tx: optax.GradientTransformation,
-  state: steps.TrainState,
-  mesh: jax.sharding.Mesh,
-) -> tuple[Callable, Callable]:
-  """The training and the evaluation step, compiled when first called."""
-  objective = steps.Objective(
-    config.objective,
-    config.loss if config.objective == "dpo" else None,
-    config.batch_size // config.microbatches,
-  )
-  here = partitioning.replicated(mesh)
-  train_step = jax.jit(
-    steps.make_train_step(shape, objective, tx, config.seed),
-    donate_argnums=0,
-    out_shardings=(partitioning.shardings(state, mesh), here),
-    compiler_options=steps.COMPILER_OPTIONS,
-  )
-  evaluated = dataclasses.replace(objective, items=config.eval_batch_size)
-  eval_step = jax.jit(
-    steps.make_eval_step(shape, evaluated),
-    out_shardings=here,
-    compiler_options=steps.COMPILER_OPTIONS,
-  )
-  return train_step, eval_step
 
 
 def _check_made_of(

@@ -111,6 +111,7 @@ LEVELS = {
   "excerpts": 7,
   "feed": 7,
   "inspect_data": 7,
+  "programs": 7,
   "judge_sections": 7,
   "judging.runner": 7,
   "assembly": 8,

@@ -1,0 +1,74 @@
+"""The compiled programs of a training run, for those who run or plan it.
+
+Training calls them with arrays, the planner lowers them with shapes alone: what
+is planned is what is run.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from dpo_jax import model, partitioning, recipe, steps
+
+Tree = dict[str, Any]
+
+
+def initial(
+  shape: model.ModelConfig, tx: optax.GradientTransformation
+) -> Callable[[Tree, jax.Array], steps.TrainState]:
+  """(base, key) -> the state of step 0, with fresh adapters if it has any."""
+
+  def make(base, key):
+    adapters = model.init_lora(shape, key) if shape.lora else {}
+    return steps.init_state(base, adapters, tx)
+
+  return make
+
+
+def keeps_reference(config: recipe.TrainSettings) -> bool:
+  """Whether the reference is a second tree of weights beside the policy."""
+  return (
+    config.objective == "dpo"
+    and not config.lora.rank
+    and not config.precompute_reference
+  )
+
+
+def training(
+  config: recipe.TrainSettings,
+  shape: model.ModelConfig,
+  tx: optax.GradientTransformation,
+  state: steps.TrainState,
+  mesh: jax.sharding.Mesh,
+) -> tuple[Callable, Callable]:
+  """The training and the evaluation step, compiled when first called.
+
+  Args:
+    config: of the run.
+    shape: its model.
+    tx: its optimizer.
+    state: arrays, or their shapes.
+    mesh: where the state lies, by the rules of `partitioning`.
+  """
+  objective = steps.Objective(
+    config.objective,
+    config.loss if config.objective == "dpo" else None,
+    config.batch_size // config.microbatches,
+  )
+  here = partitioning.replicated(mesh)
+  train_step = jax.jit(
+    steps.make_train_step(shape, objective, tx, config.seed),
+    donate_argnums=0,
+    out_shardings=(partitioning.shardings(state, mesh), here),
+    compiler_options=steps.COMPILER_OPTIONS,
+  )
+  evaluated = dataclasses.replace(objective, items=config.eval_batch_size)
+  eval_step = jax.jit(
+    steps.make_eval_step(shape, evaluated),
+    out_shardings=here,
+    compiler_options=steps.COMPILER_OPTIONS,
+  )
+  return train_step, eval_step
