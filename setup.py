@@ -11,6 +11,9 @@ TEST = [
   "peft",
   "pytest",
   "ruff",
+  # Drives Chromium, which the browser tests need (Debian's chromium and
+  # chromium-driver).
+  "selenium",
   # The CPU build that the parity tests were written against; no other module
   # imports torch.
   "torch==2.13.0",
@@ -25,6 +28,7 @@ setuptools.setup(
   license="MIT",
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["dpo_jax", "dpo_jax.*"]),
+  package_data={"dpo_jax.page": ["*.html", "*.css", "*.js"]},
   install_requires=[
     "absl-py",
     "beautifulsoup4",
@@ -32,6 +36,7 @@ setuptools.setup(
     "flax>=0.12",
     "grain>=0.2.16",
     "jax>=0.10",
+    "markdown-it-py>=3",
     "matplotlib",
     "ml-collections>=1.1",
     "numpy",

@@ -23,12 +23,15 @@ from dpo_jax import (
   judge_sections,
   markdown,
   material,
+  page,
   records,
   sections,
   winrates,
 )
+from dpo_jax.page import browse, charts
 
 TEXT = "report.md"
+PAGE = "report.html"
 NUMBERS = "numbers.json"
 TABLE = "win_rates.csv"
 
@@ -116,7 +119,11 @@ def compose(
   return Report(
     figures=drawn,
     flags=flags,
-    texts={TABLE: table(found.rates), TEXT: text + "\n"},
+    texts={
+      TABLE: table(found.rates),
+      PAGE: _page(found, flags, drawn),
+      TEXT: text + "\n",
+    },
     numbers=_numbers(found, flags),
   )
 
@@ -144,6 +151,53 @@ def save(made: Report, directory: pathlib.Path) -> pathlib.Path:
 
 def digest(path: pathlib.Path) -> str:
   return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _page(
+  found: material.Material, flags: list[gates.Flag], drawn: list[Figure]
+) -> str:
+  """The same sections as a page, with the answers to browse."""
+  captions = {figure.name: figure.caption for figure in drawn}
+  names = sections.PLAIN_NAMES
+  return page.render(
+    found.settings.title,
+    sections.flagged(flags),
+    [
+      page.Section(
+        "rates",
+        "Win rates",
+        lead=["### Is base < SFT < DPO?", "", *sections.ordering(found)],
+        charts=[
+          (chart, captions.get(name, ""))
+          for name, chart in (
+            (_FIGURES[0], charts.by_temperature(found.rates, names)),
+            (_FIGURES[1], charts.by_step(found.rates, names)),
+          )
+        ],
+        rest=[
+          *sections.judged(found),
+          "",
+          *sections.final_table(found),
+          "",
+          *sections.step_table(found),
+          "",
+          *sections.differences(found),
+          "",
+          *sections.ranking(found),
+        ],
+      ),
+      page.Section("judge", "Judge health", judge_sections.health(found)),
+      page.Section(
+        "reward",
+        "Implicit reward on held-out pairs",
+        excerpts.accuracy(found),
+      ),
+      page.Section("answers", "Answers", excerpts.answers(found)),
+      page.Section("training", "Training", excerpts.training(found, [])[2:]),
+    ],
+    browse.prompts(found),
+    names,
+  )
 
 
 def _figures(found: material.Material) -> list[Figure]:

@@ -39,8 +39,16 @@ _RUN = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One judged row; `reread` is what its raw text says, by our parser."""
+  """One judged row; `reread` is what its raw text says, by our parser.
 
+  `order` is "model_first" or "chosen_first", `raw` the judge's own text.
+  """
+
+  prompt: str
+  response: str
+  chosen: str
+  order: str
+  raw: str
   verdict: str
   reread: str
   first_won: bool | None
@@ -234,6 +242,11 @@ def _row(item: Any, where: str) -> Row:
   letter = parser.read(raw)
   decided = verdict in ("Model", "Chosen")
   return Row(
+    prompt=texts["prompt"],
+    response=texts["model_response"],
+    chosen=texts["chosen_response"],
+    order=order,
+    raw=raw or "",
     verdict=verdict,
     reread=_SLOTS[order].get(letter, letter),
     first_won=verdict == _SLOTS[order]["A"] if decided else None,

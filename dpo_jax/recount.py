@@ -1,5 +1,6 @@
 """The report of recounted eval_*.json files: a text, a table and a figure."""
 
+import collections
 import csv
 import io
 import math
@@ -14,10 +15,15 @@ from dpo_jax import (
   figures,
   gates,
   markdown,
+  page,
+  records,
   sections,
 )
+from dpo_jax.page import browse, charts
 
 FIGURE = "win_rate_temperature.png"
+_TITLE = "Result files, recounted"
+_OUTCOMES = {"Model": "model", "Chosen": "chosen", "Tie": "tie"}
 
 
 def write(
@@ -68,16 +74,17 @@ def compose_report(source: str | os.PathLike) -> compose.Report:
       )
     )
   flags = _flags(files)
+  method = (
+    f"{len(files)} files, {sum(file.n for file in files)} judged rows. A rate"
+    " is the model's wins among all rows of a file, as the files themselves"
+    " count it, with its 95% Wilson interval. Published is what the file's"
+    " header says. Read again is the rate among the rows whose judge's text"
+    " names a winner."
+  )
   parts = [
-    ["# Result files, recounted"],
+    [f"# {_TITLE}"],
     sections.flagged(flags),
-    [
-      f"{len(files)} files, {sum(file.n for file in files)} judged rows. A rate"
-      " is the model's wins among all rows of a file, as the files themselves"
-      " count it, with its 95% Wilson interval. Published is what the file's"
-      " header says. Read again is the rate among the rows whose judge's text"
-      " names a winner.",
-    ],
+    [method],
     _table(recounts),
     *(figure.lines for figure in pictures),
     ["## Verdicts without a winner", "", *_unread(files)],
@@ -101,7 +108,36 @@ def compose_report(source: str | os.PathLike) -> compose.Report:
   return compose.Report(
     figures=pictures,
     flags=flags,
-    texts={compose.TABLE: _csv(recounts), compose.TEXT: text + "\n"},
+    texts={
+      compose.TABLE: _csv(recounts),
+      compose.PAGE: page.render(
+        _TITLE,
+        sections.flagged(flags),
+        [
+          page.Section(
+            "rates",
+            "Win rates",
+            [method],
+            [
+              (
+                charts.by_temperature(recounts, sections.PLAIN_NAMES),
+                "".join(figure.caption for figure in pictures),
+              )
+            ],
+            _table(recounts),
+          ),
+          page.Section(
+            "judge",
+            "Judge health",
+            ["### Verdicts without a winner", "", *_unread(files)],
+            rest=["### Habits of the judge", "", *_habits(files)],
+          ),
+        ],
+        _prompts(files, recounts),
+        sections.PLAIN_NAMES,
+      ),
+      compose.TEXT: text + "\n",
+    },
     numbers=numbers,
   )
 
@@ -158,6 +194,43 @@ def longer_wins(rows: Sequence[eval_files.Row]) -> tuple[int, int]:
     for row in unequal
   )
   return won, len(unequal)
+
+
+def _prompts(
+  files: Sequence[eval_files.EvalFile], recounts: Sequence[eval_files.Recount]
+) -> list[browse.Prompt]:
+  """What the files' rows say, by prompt; one prompt may stand there twice."""
+  answers = collections.defaultdict(list)
+  for file, rate in zip(files, recounts, strict=True):
+    cell, seen = (rate.model, None, rate.temperature), collections.Counter()
+    for row in file.rows:
+      pair = (row.prompt, row.chosen)
+      answers[pair].append(_answer(row, cell, seen[pair]))
+      seen[pair] += 1
+  return [
+    browse.Prompt(
+      records.content_hash(prompt, chosen), prompt, chosen, tuple(found)
+    )
+    for (prompt, chosen), found in answers.items()
+  ]
+
+
+def _answer(row: eval_files.Row, cell: tuple, sample: int) -> browse.Answer:
+  verdict = _OUTCOMES.get(row.verdict, "missing")
+  flags = browse.flagged(row.response, row.chosen, [verdict])
+  if row.reread == "refusal":
+    flags += ("the judge refused",)
+  elif row.reread in _OUTCOMES and row.reread != row.verdict:
+    flags += (f"the judge's text says {row.reread}",)
+  return browse.Answer(
+    cell=cell,
+    sample=sample,
+    text=row.response,
+    tokens=None,
+    finish="",
+    flags=flags,
+    calls=(browse.Call(row.order, verdict, None, row.raw, ""),),
+  )
 
 
 def _flags(files: Sequence[eval_files.EvalFile]) -> list[gates.Flag]:

@@ -8,7 +8,9 @@ import math
 
 from dpo_jax import gates, markdown, material, winrates
 
-_NAMES = {"base": "base", "sft": "SFT", "dpo": "DPO", "chosen": "chosen"}
+PLAIN_NAMES = {"base": "base", "sft": "SFT", "dpo": "DPO", "chosen": "chosen"}
+"""How known models are called; see `name`."""
+
 _METHODS = {
   "wilson": "Wilson score, one call a prompt",
   "wilson bound": "Wilson score of the summed scores, which assumes the widest"
@@ -244,7 +246,7 @@ def ranking(found: material.Material) -> list[str]:
 
 def name(model: str) -> str:
   """How a model or run is called in a report, as Markdown."""
-  return _NAMES.get(model) or markdown.literal(model)
+  return PLAIN_NAMES.get(model) or markdown.literal(model)
 
 
 def step(step: int | None) -> str:

@@ -65,8 +65,9 @@ def check_report(directory: pathlib.Path) -> list[str]:
   found += _figures(directory, made, figures)
   path = directory / compose.TABLE
   found += _table(path, _text(path), made.texts[compose.TABLE])
-  path = directory / compose.TEXT
-  found += _lines(path, _text(path), made.texts[compose.TEXT])
+  for name in (compose.TEXT, compose.PAGE):
+    path = directory / name
+    found += _lines(path, _text(path), made.texts[name])
   return found
 
 
@@ -149,6 +150,8 @@ def _same_cell(cell: str, made: str) -> bool:
 
 def _lines(path: pathlib.Path, text: str, expected: str) -> list[str]:
   """Differences of two texts, each with the numbers that differ."""
+  if text == expected:
+    return []
   one, other = text.split("\n"), expected.split("\n")
   if len(one) > 2 * len(other) + 1000:
     # Not an edit; matching these lines one by one would take very long.

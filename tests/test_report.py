@@ -188,6 +188,7 @@ def test_the_same_rows_give_the_same_bytes(finished):
   assert before == after
   assert sorted(before) == [
     "numbers.json",
+    "report.html",
     "report.md",
     "training_curves.png",
     "win_rate_step.png",

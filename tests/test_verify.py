@@ -94,6 +94,14 @@ def test_a_report_agrees_with_its_rows(run, capsys):
       "991 stands there, the rows give 990",
     ),
     ("report.md", "**Yes**", "**No**", "'**No**: at every"),
+    (
+      "report.html",
+      '<td class="number">85.0 [',
+      '<td class="number">95.0 [',
+      "95.0 stands there, the rows give 85.0",
+    ),
+    ("report.html", "T = 1: 85.0%", "T = 1: 95.0%", "report.html:"),
+    ("report.html", '"model_first", "model"', '"model_first", "tie"', "there"),
     ("report.md", "> **INCOMPLETE**", "> **COMPLETE**", "COMPLETE"),
     (
       "numbers.json",

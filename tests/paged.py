@@ -1,0 +1,75 @@
+"""Pages for tests, and what a parser finds in one."""
+
+import html.parser
+import json
+
+from dpo_jax import page
+from dpo_jax.page import browse
+
+# Each tries to leave its element, to run, to load, or to hide something.
+HOSTILE = (
+  "</script><script>window.hit = 1</script>",
+  "<!-- <script> --> ]]> </style></title>",
+  "<img src=x onerror=window.hit=1><svg onload=window.hit=1>",
+  "&lt;b&gt; &amp; &#60;script&#62; {{data}} {{script}} ${window.hit = 1}",
+  "javascript:window.hit=1 \\u003cscript\\u003e \\",
+  "line\u2028separator\u2029paragraph\u0085next\x0bvertical\x00nul\x1besc",
+  "right\u202eto left\u2066 \u200bzero\ufeff",
+  "日本語 🙂‍↔️ \u05e9\u05dc\u05d5\u05dd '\" onmouseover=window.hit=1 x='",
+)
+NAMES = {"base": "base", "sft": "SFT", "dpo": "DPO"}
+
+
+def answer(cell, text, verdicts, chosen="four", judge="A is better.", **fields):
+  """An answer with one call for each verdict, the answer shown first first."""
+  orders = ("model_first", "chosen_first")
+  given = {
+    "sample": 0,
+    "tokens": 3,
+    "finish": "eos",
+    "flags": browse.flagged(text, chosen, verdicts),
+    "calls": tuple(
+      browse.Call(order, verdict, None, judge, "")
+      for order, verdict in zip(orders, verdicts)
+    ),
+  }
+  return browse.Answer(cell=cell, text=text, **given | fields)
+
+
+def render(prompts, title="A page", flags=(), sections=()):
+  return page.render(title, flags, sections, prompts, NAMES)
+
+
+def data(text):
+  """The JSON that a page holds."""
+  (found,) = [s for a, s in Parsed(text).scripts if a.get("id") == "data"]
+  return json.loads(found)
+
+
+class Parsed(html.parser.HTMLParser):
+  """The elements of a page as a browser finds them: (tag, attributes)."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.elements, self.scripts, self.styles = [], [], []
+    self._open = None
+    self.feed(text)
+    self.close()
+
+  def handle_starttag(self, tag, attributes):
+    self.elements.append((tag, dict(attributes)))
+    self._open = tag
+    if tag == "script":
+      self.scripts.append((dict(attributes), ""))
+    if tag == "style":
+      self.styles.append("")
+
+  def handle_endtag(self, tag):
+    self._open = None
+
+  def handle_data(self, data):
+    if self._open == "script":
+      attributes, text = self.scripts[-1]
+      self.scripts[-1] = (attributes, text + data)
+    elif self._open == "style":
+      self.styles[-1] += data

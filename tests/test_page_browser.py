@@ -1,0 +1,415 @@
+"""report.html in headless Chromium: filters, keys, hostile texts, speed."""
+
+import shutil
+
+import paged
+import pytest
+import reported
+
+from dpo_jax import compose
+from dpo_jax.page import browse
+
+pytestmark = pytest.mark.browser
+
+FLAGS = (
+  "--headless",
+  "--no-sandbox",
+  "--disable-gpu",
+  "--disable-quic",
+  "--no-first-run",
+  "--disable-background-networking",
+  "--disable-component-update",
+  "--disable-sync",
+)
+MANY = 5000
+BASE, SFT, DPO = ((model, None, 1.0) for model in ("base", "sft", "dpo"))
+STEP = ("dpo", 50, 0.75)
+
+
+def made(tmp_path, phone=False):
+  # Not at the top: who runs no browser tests need not have it.
+  from selenium import webdriver
+  from selenium.webdriver.chrome import service
+
+  paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
+  if None in paths:
+    pytest.fail("install Debian's chromium and chromium-driver")
+  options = webdriver.ChromeOptions()
+  options.binary_location = paths[0]
+  for flag in (*FLAGS, f"--user-data-dir={tmp_path}", "--window-size=1280,900"):
+    options.add_argument(flag)
+  options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+  if phone:
+    metrics = {"width": 360, "height": 740, "pixelRatio": 2.0}
+    options.add_experimental_option(
+      "mobileEmulation", {"deviceMetrics": metrics}
+    )
+  return webdriver.Chrome(options, service.Service(paths[1]))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+  driver = made(tmp_path_factory.mktemp("profile"))
+  yield driver
+  driver.quit()
+
+
+@pytest.fixture(scope="module")
+def phone(tmp_path_factory):
+  driver = made(tmp_path_factory.mktemp("phone"), phone=True)
+  yield driver
+  driver.quit()
+
+
+@pytest.fixture
+def shown(browser, tmp_path):
+  """Opens a page's text; the console must be empty in the end."""
+
+  def show(text):
+    path = tmp_path / "report.html"
+    path.write_text(text, encoding="utf-8")
+    browser.get(path.as_uri())
+    return browser
+
+  yield show
+  assert browser.get_log("browser") == []
+
+
+def prompt(name, turns=1, answers=(), chosen="four"):
+  text = f"\n\nHuman: {name}\n\nAssistant: so" * turns
+  return browse.Prompt(name, text.removesuffix(" so"), chosen, tuple(answers))
+
+
+def small():
+  """Prompts of which each filter finds other ones."""
+  won, lost = ["model", "model"], ["chosen", "chosen"]
+  return [
+    prompt(
+      "alpha",
+      answers=[
+        paged.answer(BASE, "no", lost),
+        paged.answer(SFT, "four", won),
+        paged.answer(DPO, "much more of the same", won),
+        paged.answer(STEP, "four", lost),
+      ],
+    ),
+    prompt("beta", 2, [paged.answer(DPO, "five", ["model", "chosen"])]),
+    prompt("gamma", answers=[paged.answer(DPO, "fore", ["tie", "tie"])]),
+    prompt("delta", 3, [paged.answer(SFT, "", ["missing", "missing"])]),
+  ]
+
+
+def ids(driver):
+  return driver.execute_script("return state.found.map((prompt) => prompt[0])")
+
+
+def choose(driver, name, value):
+  driver.execute_script(
+    "const c = document.getElementById(arguments[0]); c.value = arguments[1];"
+    "if (c.value !== arguments[1]) throw new Error('no such choice');"
+    "c.dispatchEvent(new Event('change'))",
+    name,
+    value,
+  )
+
+
+def press(driver, key, target="body"):
+  driver.find_element("css selector", target).send_keys(key)
+
+
+def current(driver):
+  return driver.execute_script("return state.found[state.current]?.[0]")
+
+
+def test_filters_find_what_they_say(shown):
+  driver = shown(paged.render(small()))
+  everything = ["alpha", "beta", "gamma", "delta"]
+  assert ids(driver) == everything
+  assert "4 of 4 prompts, 7 answers" in driver.page_source
+  for name, value, expected in (
+    ("outcome", "won", ["alpha"]),
+    ("outcome", "lost", ["alpha"]),
+    ("outcome", "split", ["beta"]),
+    ("outcome", "tie", ["gamma"]),
+    ("outcome", "none", ["delta"]),
+    ("model", "base", ["alpha"]),
+    ("model", "SFT", ["alpha", "delta"]),
+    ("model", "DPO", ["alpha", "beta", "gamma"]),
+    ("step", "50", ["alpha"]),
+    ("temperature", "0.75", ["alpha"]),
+    ("length", "shorter", ["alpha", "delta"]),
+    ("length", "alike", ["alpha", "beta", "gamma"]),
+    ("length", "twice", ["alpha"]),
+    ("subset", "one turn", ["alpha", "gamma"]),
+    ("subset", "several turns", ["beta", "delta"]),
+  ):
+    choose(driver, name, value)
+    assert ids(driver) == expected, (name, value)
+    choose(driver, name, "")
+  assert ids(driver) == everything
+  # All must hold of one answer: base won nowhere, though others did on alpha.
+  choose(driver, "outcome", "won")
+  choose(driver, "model", "base")
+  assert ids(driver) == []
+  assert "No prompt has such an answer" in driver.page_source
+  driver.find_element("id", "clear").click()
+  assert ids(driver) == everything
+  driver.find_element("id", "flagged").click()
+  assert ids(driver) == ["alpha", "beta", "delta"]
+
+
+def test_search_finds_words_of_prompts_answers_and_the_judge(shown):
+  driver = shown(paged.render(small()))
+  field = driver.find_element("id", "search")
+  for words, expected in (
+    ("BETA", ["beta"]),
+    ("same much", ["alpha"]),
+    ("better", ["alpha", "beta", "gamma", "delta"]),
+    ("nowhere", []),
+  ):
+    field.clear()
+    field.send_keys(words)
+    driver.execute_async_script("setTimeout(arguments[0], 200)")
+    assert ids(driver) == expected, words
+
+
+def test_an_answer_stands_with_its_verdicts(shown):
+  driver = shown(paged.render(small()))
+  press(driver, "j")
+  (card,) = driver.find_elements("css selector", "#detail .cards .card")
+  assert card.text.split("\n") == [
+    "DPO",
+    "orders disagree",
+    "five",
+    "4 characters · 3 tokens · ended itself",
+    "⚑ orders disagree",
+    "the answer wins · answer shown first",
+    "A is better.",
+    "chosen wins · answer shown second",
+    "A is better.",
+  ]
+  turns = driver.find_elements("css selector", "#detail .turn")
+  assert [turn.text.split("\n") for turn in turns] == [
+    ["Human", "beta"],
+    ["Assistant", "so"],
+    ["Human", "beta"],
+  ]
+  headings = driver.find_elements("css selector", "#detail h5")
+  assert [heading.text for heading in headings] == ["T = 1"]
+
+
+def test_models_stand_side_by_side(shown):
+  driver = shown(paged.render(small()))
+  cards = driver.find_elements("css selector", "#detail .cards .card")
+  places = [card.rect for card in cards]
+  assert len({place["y"] for place in places[:3]}) == 1
+  assert places[0]["x"] < places[1]["x"] < places[2]["x"]
+  headings = driver.find_elements("css selector", "#detail h5")
+  assert [heading.text for heading in headings] == [
+    "T = 1",
+    "T = 0.75, over training",
+  ]
+
+
+def test_keys_do_what_their_help_says(shown):
+  driver = shown(paged.render(small()))
+  for key, expected in (
+    ("j", "beta"),
+    ("j", "gamma"),
+    ("k", "beta"),
+    ("G", "delta"),
+    ("j", "delta"),
+    ("g", "alpha"),
+    ("k", "alpha"),
+  ):
+    press(driver, key)
+    assert current(driver) == expected
+  press(driver, "\ue015", "#list")  # the key Down
+  assert current(driver) == "beta"
+  press(driver, "f")
+  assert ids(driver) == ["alpha", "beta", "delta"]
+  # The same prompt stays where it is still there.
+  assert current(driver) == "beta"
+  press(driver, "x")
+  press(driver, "m")
+  assert ids(driver) == ["alpha"]
+  press(driver, "x")
+  press(driver, "/")
+  assert driver.switch_to.active_element.get_attribute("id") == "search"
+  driver.switch_to.active_element.send_keys("j\ue00c")  # j, then Escape
+  assert driver.switch_to.active_element.get_attribute("id") == "list"
+  press(driver, "x")
+  press(driver, "?")
+  assert driver.find_element("id", "help").is_displayed()
+  keys = driver.execute_script("return KEYS.map(([keys, text]) => text)")
+  terms = driver.find_elements("css selector", "#help dd")
+  assert [term.text for term in terms] == keys
+  assert len(keys) == 13
+  press(driver, "\ue00c", "#help button")
+  assert not driver.find_element("id", "help").is_displayed()
+  assert driver.find_element("css selector", ".hint").is_displayed()
+
+
+def test_a_prompt_has_an_address(shown):
+  driver = shown(paged.render(small()))
+  address = driver.current_url
+  driver.get("about:blank")
+  driver.get(f"{address}#prompt=gamma")
+  assert current(driver) == "gamma"
+
+
+def test_light_and_dark(shown):
+  driver = shown(paged.render(small()))
+
+  def paper():
+    return driver.execute_script(
+      "return getComputedStyle(document.body).backgroundColor"
+    )
+
+  def prefer(value):
+    feature = {"name": "prefers-color-scheme", "value": value}
+    driver.execute_cdp_cmd(
+      "Emulation.setEmulatedMedia", {"features": [feature]}
+    )
+
+  prefer("light")
+  light = paper()
+  prefer("dark")
+  dark = paper()
+  assert light != dark
+  press(driver, "t")
+  assert paper() == light
+  driver.find_element("id", "theme").click()
+  assert paper() == dark
+  prefer("light")
+
+
+def test_hostile_texts_are_inert_and_visible(shown):
+  prompts = [
+    browse.Prompt(
+      text,
+      f"\n\nHuman: {text}\n\nAssistant:",
+      text,
+      (paged.answer(DPO, text, ["model"], judge=text),),
+    )
+    for text in paged.HOSTILE
+  ]
+  driver = shown(paged.render(prompts, title=paged.HOSTILE[0]))
+  assert driver.title == paged.HOSTILE[0]
+  for text in paged.HOSTILE:
+    expected = text
+    for character in "\u2028\u2029\u0085\x0b\x00\x1b\u202e\u2066\u200b\ufeff":
+      expected = expected.replace(character, f"U+{ord(character):04X}")
+    boxes = driver.find_elements("css selector", "#detail .text")
+    contents = [box.get_attribute("textContent") for box in boxes]
+    assert contents == [expected] * 4
+    assert not driver.find_elements("css selector", "#panes img, #panes script")
+    press(driver, "j")
+  assert driver.execute_script("return window.hit") is None
+
+
+def test_a_direction_mark_stays_in_its_text(shown):
+  rtl = "\u05e9\u05dc\u05d5\u05dd \u05e2\u05d5\u05dc\u05dd"
+  answers = [paged.answer(DPO, rtl, ["model"]), paged.answer(SFT, "a", [])]
+  driver = shown(paged.render([prompt("x", answers=answers)]))
+  directions = driver.execute_script(
+    "return [...document.querySelectorAll('#detail .cards .answer')].map("
+    "(e) => getComputedStyle(e).direction)"
+  )
+  assert directions == ["rtl", "ltr"]
+
+
+def test_the_page_obeys_no_other_script(browser, tmp_path):
+  text = paged.render(small())
+  text = text.replace("</main>", "<script>window.hit = 1</script></main>")
+  path = tmp_path / "changed.html"
+  path.write_text(text, encoding="utf-8")
+  browser.get(path.as_uri())
+  assert browser.execute_script("return window.hit") is None
+  (entry,) = browser.get_log("browser")
+  assert "Content Security Policy" in entry["message"]
+
+
+def test_five_thousand_prompts_stay_responsive(shown):
+  words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
+  cells = [(m, None, t) for t in (0.25, 1.0) for m in ("base", "sft", "dpo")]
+  outcomes = (["model", "model"], ["chosen", "chosen"], ["model", "chosen"])
+
+  def answers(number):
+    for place, cell in enumerate(cells):
+      kind = outcomes[(number + place) % 3]
+      text = " ".join(words[(number * 7 + i * place) % 9] for i in range(60))
+      yield paged.answer(cell, text, kind, judge=f"A is better. {text[:120]}")
+
+  prompts = [
+    prompt(f"number {number}", 1 + number % 3, answers(number))
+    for number in range(MANY)
+  ]
+  driver = shown(paged.render(prompts))
+  assert len(ids(driver)) == MANY
+  times = driver.execute_script(
+    """
+    const timed = (work) => {
+      const begun = performance.now();
+      work();
+      document.body.offsetHeight;  // lays out what was drawn
+      return performance.now() - begun;
+    };
+    const set = (name, value) => () => {
+      controls[name].value = value;
+      refresh();
+    };
+    return {
+      load: performance.timing.domContentLoadedEventEnd
+        - performance.timing.responseEnd,
+      outcome: timed(set("outcome", "split")),
+      length: timed(set("length", "longer")),
+      first_search: timed(set("search", "lazy 4999")),
+      search: timed(set("search", "fox 49")),
+      reset: timed(reset),
+      last: timed(() => go(4999)),
+      scroll: timed(() => { list.scrollTop = 100000; paint(); }),
+    };
+    """
+  )
+  print(times)
+  # Under these a person sees no delay on a busy machine too; at rest they
+  # take a third of it or less.
+  limits = dict.fromkeys(times, 300) | {"load": 3000, "first_search": 1000}
+  assert all(times[name] < limits[name] for name in times), times
+  drawn = driver.find_elements("css selector", "#rows .row")
+  assert 8 <= len(drawn) <= 40
+
+
+def test_a_phone_needs_no_sideways_scroll(phone, tmp_path):
+  reported.make_run(tmp_path, text=" " + "long" * 300)
+  made = compose.compose(reported.SETTINGS, tmp_path)
+  path = tmp_path / "report.html"
+  path.write_text(made.texts["report.html"], encoding="utf-8")
+  phone.get(path.as_uri())
+  width, inner = phone.execute_script(
+    "return [document.documentElement.scrollWidth, innerWidth]"
+  )
+  assert (width, inner) == (360, 360)
+  # What is tapped brings its answers into sight.
+  phone.execute_script(
+    "document.documentElement.style.scrollBehavior = 'auto';"
+    "list.scrollIntoView()"
+  )
+  phone.find_element("id", "row-2").click()
+  phone.execute_async_script("setTimeout(arguments[0], 1000)")
+  top = phone.execute_script(
+    "return document.getElementById('detail').getBoundingClientRect().top"
+  )
+  assert 0 <= top < 200
+  assert phone.get_log("browser") == []
+
+
+def test_charts_follow_the_theme(shown, tmp_path):
+  reported.make_run(tmp_path)
+  made = compose.compose(reported.SETTINGS, tmp_path)
+  driver = shown(made.texts["report.html"])
+  labels = driver.find_elements("css selector", "svg.chart text.label")
+  assert [label.text for label in labels] == ["base", "SFT", "DPO", "T = 1"]
+  colors = [label.value_of_css_property("fill") for label in labels[:3]]
+  assert colors == ["rgb(115, 115, 115)", "rgb(0, 114, 178)", "rgb(213, 94, 0)"]
