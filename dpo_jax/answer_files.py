@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_jax import records
+from dpo_jax import records, strict_json
 from dpo_jax import settings as settings_lib
 
 # What of a row is the answer, and not the question.
@@ -75,8 +75,8 @@ def claim(path: pathlib.Path, origin: dict[str, Any], begun: bool) -> None:
     records.write_atomic(manifest, json.dumps(origin, indent=2) + "\n")
     return
   try:
-    before = json.loads(manifest.read_text("utf-8"))
-  except (FileNotFoundError, ValueError) as error:
+    before = strict_json.read_object(manifest)
+  except ValueError as error:
     raise ValueError(
       f"{path} holds answers, but {manifest.name}, which says what they come"
       f" from, cannot be read ({error}): move the file away"

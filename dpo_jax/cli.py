@@ -16,7 +16,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dpo_jax import config_help, console, errors
+from dpo_jax import config_help, console, errors, redaction
 
 Main = Callable[..., int]
 
@@ -37,6 +37,7 @@ def run(main: Main, example: str = "", **options: tuple[Any, str]) -> None:
     **options: further flags that `main` takes by their names, each with its
       default (a bool, int or str) and its help.
   """
+  redaction.install()
   if _asks_for_help(sys.argv[1:]):
     _print_help(_config_of(sys.argv[1:]) or example, options)
     sys.exit(0)
@@ -61,7 +62,9 @@ def run(main: Main, example: str = "", **options: tuple[Any, str]) -> None:
     path = pathlib.Path(workdir.value or f"runs/{name}").absolute()
     try:
       values = {name: option.value for name, option in found.items()}
-      return main(config.value.to_dict(), path, **values)
+      settings = config.value.to_dict()
+      redaction.refuse(settings)
+      return main(settings, path, **values)
     except ValueError as error:
       return _refused(str(error))
     except errors.Stopped as error:

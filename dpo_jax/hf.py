@@ -23,6 +23,7 @@ from dpo_jax import (
   peft_layout,
   processes,
   safetensors_files,
+  strict_json,
 )
 
 Tree = dict[str, Any]
@@ -149,7 +150,7 @@ def load_adapter(
   directory = _resolve(directory)
   origin = directory / "adapter_config.json"
   lora = model.LoraConfig(
-    **peft_layout.fields(safetensors_files.read_json(origin), str(origin))
+    **peft_layout.fields(strict_json.read_object(origin), str(origin))
   )
   tensors = safetensors_files.find(directory, "adapter_model")
   shapes = jax.eval_shape(
@@ -281,9 +282,7 @@ def _resolve(path: str | os.PathLike) -> pathlib.Path:
 
 def _read_config(directory: pathlib.Path) -> model.ModelConfig:
   origin = directory / "config.json"
-  fields = hf_layout.model_fields(
-    safetensors_files.read_json(origin), str(origin)
-  )
+  fields = hf_layout.model_fields(strict_json.read_object(origin), str(origin))
   try:
     return model.ModelConfig(**fields)
   except ValueError as error:

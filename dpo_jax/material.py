@@ -6,7 +6,6 @@ not a number of the report, and nothing else is a source of one.
 
 import collections
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -263,34 +262,18 @@ def _judge_run(directory: pathlib.Path) -> dict[str, Any]:
   path = directory / "judge.json"
   if not path.is_file():
     return {}
-  found = strict_json.read(path)
-  if not isinstance(found, dict):
-    raise ValueError(f"{path} must hold a JSON object")
-  return found
+  return strict_json.read_object(path)
 
 
 def _metrics(run: pathlib.Path) -> list[dict]:
   path = run / metrics.FILE
   if not path.is_file():
     raise ValueError(f"{path} is missing: train {run.name} or leave it out")
-  try:
-    rows = metrics.read(path)
-  except ValueError as error:
-    raise ValueError(f"{path} holds a line that is not JSON: {error}") from None
-  for number, row in enumerate(rows, start=1):
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
-      raise ValueError(f"{path}:{number} is not a row of metrics with a step")
-  return rows
+  return metrics.read(path)
 
 
 def _manifest(run: pathlib.Path) -> dict:
   path = run / "manifest.json"
   if not path.is_file():
     return {}
-  try:
-    manifest = json.loads(path.read_bytes())
-  except ValueError as error:
-    raise ValueError(f"{path}: {error}") from error
-  if not isinstance(manifest, dict):
-    raise ValueError(f"{path} must hold a JSON object")
-  return manifest
+  return strict_json.read_object(path)

@@ -11,13 +11,30 @@ import pathlib
 import time
 from typing import Any
 
+from dpo_jax import strict_json
+
 FILE = "metrics.jsonl"
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """The rows of a metrics file; an interrupted last line is left out."""
-  data = pathlib.Path(path).read_bytes()
-  return [json.loads(line) for line in data.split(b"\n")[:-1]]
+  """The rows of a metrics file; an interrupted last line is left out.
+
+  Raises:
+    ValueError: naming file and line, if one is no object with a whole number
+      as its step.
+  """
+  rows = []
+  for number, line in strict_json.lines(path):
+    if not line.endswith(b"\n") and len(line) <= strict_json.MAX_LINE_BYTES:
+      break
+    try:
+      row = strict_json.parse_line(line)
+    except ValueError as error:
+      raise ValueError(f"{path}:{number}: {error}") from error
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+      raise ValueError(f"{path}:{number} is not a row of metrics with a step")
+    rows.append(row)
+  return rows
 
 
 class Writer:

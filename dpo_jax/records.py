@@ -24,7 +24,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Generic, Literal, TypeVar
 
-from dpo_jax import errors
+from dpo_jax import errors, strict_json
 
 _log = logging.getLogger(__name__)
 
@@ -160,19 +160,23 @@ def encode(row: Response | Verdict) -> bytes:
 
   Raises:
     ValueError: a field has a wrong type, is not finite, or holds half of a
-      surrogate pair, which UTF-8 cannot carry.
+      surrogate pair, which UTF-8 cannot carry; or the line would be longer
+      than what is read again.
   """
   values = {f.name: getattr(row, f.name) for f in dataclasses.fields(row)}
   values = _checked(type(row), values)
-  return json.dumps(values, ensure_ascii=False).encode() + b"\n"
+  line = json.dumps(values, ensure_ascii=False).encode() + b"\n"
+  if len(line) > strict_json.MAX_LINE_BYTES:
+    raise ValueError(
+      f"the row has {len(line)} bytes, more than the"
+      f" {strict_json.MAX_LINE_BYTES} of a line; shorten its texts"
+    )
+  return line
 
 
 def decode(line: bytes, cls: type[Row]) -> Row:
   """The row that a line holds; ValueError names the field that is wrong."""
-  try:
-    values = json.loads(line.decode(), object_pairs_hook=_unique)
-  except RecursionError:
-    raise ValueError("nested too deeply to be a row") from None
+  values = strict_json.parse_line(line)
   if not isinstance(values, dict):
     raise ValueError(f"expected a JSON object, got {type(values).__name__}")
   return cls(**_checked(cls, values))
@@ -198,8 +202,9 @@ def read(path: str | os.PathLike, cls: type[Row]) -> list[Row]:
     ValueError: a line is malformed, naming file, line and field. A last line
       that was cut is an error here; `Store` mends it.
   """
-  lines, rest = _split(pathlib.Path(path).read_bytes())
-  rows = _decode_all(path, [*lines, rest] if rest else lines, cls)
+  rows, rest, _ = _read(path, cls)
+  if rest:
+    rows.append(_decode_at(path, len(rows) + 1, rest, cls))
   return latest(rows) if cls is Verdict else rows
 
 
@@ -302,10 +307,8 @@ class Store(Generic[Row]):
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
     self._fd = os.open(self.path, flags, 0o644)
     sync_directory(self.path.parent)
-    lines, rest = _split(self.path.read_bytes())
     # Every whole line is checked before anything is changed.
-    self.rows = _decode_all(self.path, lines, self.cls)
-    self._size = sum(map(len, lines)) + len(lines)
+    self.rows, rest, self._size = _read(self.path, self.cls)
     if not rest:
       return
     try:
@@ -366,29 +369,23 @@ def _naming(path: pathlib.Path, data: bytes):
     raise OSError(code, message, str(path)) from error
 
 
-def _split(data: bytes) -> tuple[list[bytes], bytes]:
-  """Whole lines without their newlines, and what follows the last one."""
-  *lines, rest = data.split(b"\n")
-  return lines, rest
+def _read(path, cls: type[Row]) -> tuple[list[Row], bytes, int]:
+  """The rows of whole lines, what follows the last one, their bytes."""
+  rows, size = [], 0
+  for number, line in strict_json.lines(path):
+    # No append was ever that long: an interrupted one cannot have left it.
+    if not line.endswith(b"\n") and len(line) <= strict_json.MAX_LINE_BYTES:
+      return rows, line, size
+    rows.append(_decode_at(path, number, line, cls))
+    size += len(line)
+  return rows, b"", size
 
 
-def _decode_all(path, lines: list[bytes], cls: type[Row]) -> list[Row]:
-  rows = []
-  for number, line in enumerate(lines, start=1):
-    try:
-      rows.append(decode(line, cls))
-    except ValueError as error:
-      raise ValueError(f"{path}:{number}: {error}") from error
-  return rows
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  values = dict(pairs)
-  if len(values) != len(pairs):
-    names = [name for name, _ in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    raise ValueError(f"field {', '.join(twice)} stands more than once")
-  return values
+def _decode_at(path, number: int, line: bytes, cls: type[Row]) -> Row:
+  try:
+    return decode(line, cls)
+  except ValueError as error:
+    raise ValueError(f"{path}:{number}: {error}") from error
 
 
 @functools.cache
@@ -403,7 +400,8 @@ def _checked(cls: type, values: dict[str, Any]) -> dict[str, Any]:
   unknown = sorted(values.keys() - hints.keys())
   if missing or unknown:
     raise ValueError(
-      f"not a {cls.__name__} row: missing fields {missing}, unknown {unknown}"
+      f"not a {cls.__name__} row: missing fields {missing}, unknown"
+      f" {unknown!s:.200}"
     )
   return {name: _typed(name, values[name], hints[name]) for name in hints}
 
@@ -412,7 +410,9 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
   if typing.get_origin(hint) is Literal:
     if value not in typing.get_args(hint):
       allowed = ", ".join(typing.get_args(hint))
-      raise ValueError(f"field {name} is {value!r}, must be one of {allowed}")
+      raise ValueError(
+        f"field {name} is {value!r:.80}, must be one of {allowed}"
+      )
     return value
   if isinstance(hint, types.UnionType):
     if value is None:

@@ -8,7 +8,7 @@ import json
 import pathlib
 from typing import Any
 
-from dpo_jax import records, settings
+from dpo_jax import records, settings, strict_json
 
 
 def claim(workdir: pathlib.Path, values: dict[str, Any]) -> None:
@@ -45,12 +45,7 @@ def begun(workdir: pathlib.Path) -> dict[str, Any]:
   """The values that a directory was begun with; {} for a new one.
 
   Raises:
-    ValueError: its config.json is not JSON.
+    ValueError: its config.json is not an object in JSON.
   """
   path = workdir / "config.json"
-  if not path.exists():
-    return {}
-  try:
-    return json.loads(path.read_text("utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON: {error}") from error
+  return strict_json.read_object(path) if path.exists() else {}

@@ -18,6 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
+from dpo_jax import strict_json
+
+# Of a header; Pythia 12B's has 60 kB, and the library would take 100 MB.
+MAX_HEADER_BYTES = 16 * 2**20
+
 # The value types that weights come in, by their names in a header.
 DTYPES = {
   "F32": np.dtype(np.float32),
@@ -85,8 +90,17 @@ def header(
   """The tensors of one file by name, and its metadata.
 
   Raises:
-    ValueError: the file is cut, or its header does not describe it.
+    ValueError: the file is cut, its header does not describe it or is larger
+      than `MAX_HEADER_BYTES`, or it is a pointer of git-LFS.
   """
+  strict_json.refuse_pointer(path)
+  with open(path, "rb") as file:
+    length = int.from_bytes(file.read(8), "little")
+  if MAX_HEADER_BYTES < length < path.stat().st_size:
+    raise ValueError(
+      f"{path} has a header of {length} bytes, more than {MAX_HEADER_BYTES}:"
+      " no model that is computed here needs one"
+    )
   try:
     # The library compares the header's length, every offset, shape and type
     # with the file's size, and allocates nothing for the tensors.
@@ -98,8 +112,8 @@ def header(
       " again"
     ) from error
   with open(path, "rb") as file:
-    length = int.from_bytes(file.read(8), "little")
-    entries = json.loads(file.read(length))
+    file.seek(8)
+    entries = strict_json.parse(file.read(length))
   entries.pop("__metadata__", None)
   tensors = {
     name: Tensor(
@@ -111,21 +125,6 @@ def header(
     for name, entry in entries.items()
   }
   return tensors, metadata
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """A JSON object.
-
-  Raises:
-    ValueError: the file is missing or holds something else.
-  """
-  try:
-    value = json.loads(path.read_bytes())
-  except (OSError, ValueError, RecursionError) as error:
-    raise ValueError(f"{path} is not a readable JSON file: {error}") from error
-  if not isinstance(value, dict):
-    raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
-  return value
 
 
 def write(
@@ -184,7 +183,7 @@ def sync(directory: pathlib.Path) -> None:
 
 
 def _sharded(index: pathlib.Path) -> dict[str, Tensor]:
-  names = read_json(index).get("weight_map")
+  names = strict_json.read_object(index).get("weight_map")
   if not isinstance(names, dict) or not names:
     raise ValueError(f"{index} has no weight_map")
   tensors: dict[str, Tensor] = {}

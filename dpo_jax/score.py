@@ -45,6 +45,7 @@ from dpo_jax import (
   tables,
 )
 from dpo_jax import tokenizer as tokenizer_lib
+from dpo_jax.sources import files
 
 # Rows are a multiple of this many tokens, so that near lengths share a shape.
 _ROW_MULTIPLE = 64
@@ -143,22 +144,18 @@ def read(
   Raises:
     ValueError: lines that cannot be scored, each with file, number and cause.
   """
-  try:
-    lines = pathlib.Path(path).read_bytes().split(b"\n")
-  except OSError as error:
-    raise ValueError(f"pairs={path} cannot be read: {error}") from error
   rows, bad = [], []
-  for number, line in enumerate(lines, 1):
-    if not line.strip():
-      continue
+  for where, raw in _lines(path):
     try:
-      row = comparisons.parse(json.loads(line))
+      if isinstance(raw, ValueError):
+        raise raw
+      row = comparisons.parse(raw)
       for name in ("prompt", "chosen", "rejected"):
         if special := tokenizer.special_in(getattr(row, name)):
           raise ValueError(f"{name} holds the special token {special!r}")
       rows.append(row)
-    except (ValueError, RecursionError) as error:
-      bad.append(f"\n  {path}:{number}: {error}")
+    except ValueError as error:
+      bad.append(f"\n  {where}: {error}")
   if bad:
     more = len(bad) - _LISTED
     listed = "".join(bad[:_LISTED]) + (f"\n  and {more} more" * (more > 0))
@@ -168,6 +165,13 @@ def read(
   if not rows:
     raise ValueError(f"pairs={path} holds no row")
   return rows
+
+
+def _lines(path: str):
+  try:
+    yield from files.rows(pathlib.Path(path), {})
+  except OSError as error:
+    raise ValueError(f"pairs={path} cannot be read: {error}") from error
 
 
 def _tokenized(settings, tokenizer, rows):

@@ -1,21 +1,59 @@
-"""JSON of unknown origin, read with every doubt resolved against it."""
+"""JSON of unknown origin, read with every doubt resolved against it.
 
+All readers of files that this program did not write in the same run go through
+here: whole files (`read`), files of lines (`lines`, then `parse` of each), and
+the first look at anything (`refuse_pointer`). What is read is bounded before it
+is held, so that a hostile file costs a bounded amount of memory.
+"""
+
+import collections
+import gzip
 import json
+import math
 import os
 import pathlib
+import zlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-MAX_BYTES = 64 * 2**20
+# Of a file that is one JSON value. Published result files have 0.2 MiB, an
+# index of shards 0.1 MiB, the record of a batch of 50,000 questions 8 MiB; the
+# values of 32 MiB of "[],[],..." take about 1 GiB.
+MAX_BYTES = 32 * 2**20
+# Of one line. HH's longest row has 30 kB, a question of StackExchange with all
+# its answers some MB.
+MAX_LINE_BYTES = 16 * 2**20
+# Our deepest file, a replication's config, has 6 levels, a row of messages 3.
 MAX_DEPTH = 32
+# How many bytes one byte of gzip may become. HH's rows give 4.4, text that
+# repeats itself some 20, a bomb 1,000.
+MAX_GZIP_RATIO = 200
+# What a gzip may become in any case: too little to do harm.
+FREE_GZIP_BYTES = 64 * 2**20
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_IS_POINTER = (
+  "is a pointer of git-LFS and holds nothing of the file itself: fetch it with"
+  " `git lfs pull`"
+)
+_GZIP = b"\x1f\x8b"
+
+
+class Refused(ValueError):
+  """Bytes that are not taken; `reason` leaves out what is special to them."""
+
+  def __init__(self, reason: str, detail: str = ""):
+    super().__init__(reason + detail)
+    self.reason = reason
+    self.detail = detail
 
 
 def read(path: str | os.PathLike) -> Any:
   """The value in a JSON file.
 
   Raises:
-    ValueError: naming the file, if it is larger than `MAX_BYTES`, is not
-      UTF-8, not JSON, nested deeper than `MAX_DEPTH`, holds a number that is
-      not finite, or a name twice in one object.
+    ValueError: naming the file, if it cannot be opened, is larger than
+      `MAX_BYTES`, a pointer of git-LFS, or refused by `parse`.
   """
   try:
     return parse(read_bytes(path))
@@ -23,53 +61,178 @@ def read(path: str | os.PathLike) -> Any:
     raise ValueError(f"{path}: {error}") from error
 
 
+def read_object(path: str | os.PathLike) -> dict[str, Any]:
+  """As `read`, of a file that must hold an object."""
+  value = read(path)
+  if not isinstance(value, dict):
+    raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
+  return value
+
+
 def read_bytes(path: str | os.PathLike) -> bytes:
   """The bytes of a file of at most `MAX_BYTES`; ValueError if it has more."""
-  # One byte more than is allowed: a file may grow, or be a device.
-  with pathlib.Path(path).open("rb") as file:
-    data = file.read(MAX_BYTES + 1)
+  # Piece by piece: the file may grow, be a device, or be small.
+  data = bytearray()
+  try:
+    with pathlib.Path(path).open("rb") as file:
+      while len(data) <= MAX_BYTES and (piece := file.read(2**18)):
+        data += piece
+  except OSError as error:
+    raise ValueError(f"cannot be read ({error.strerror})") from error
   if len(data) > MAX_BYTES:
     raise ValueError(f"more than {MAX_BYTES >> 20} MiB: too large to be read")
-  return data
+  if data.startswith(_POINTER):
+    raise ValueError(f"it {_IS_POINTER}")
+  return bytes(data)
+
+
+def refuse_pointer(path: str | os.PathLike) -> None:
+  """Raises ValueError if a file is what git-LFS leaves in a file's place."""
+  with open(path, "rb") as file:
+    if file.read(len(_POINTER)) == _POINTER:
+      raise ValueError(f"{path} {_IS_POINTER}")
+
+
+def lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
+  """(number, line with its end) of a file of lines, gzip if named `.gz`.
+
+  Lines end with the byte 0x0a alone. Of one that is too long only so much is
+  given as makes `parse_line` refuse it; its rest is passed over.
+
+  Raises:
+    ValueError: the file is a pointer of git-LFS, a gzip of another name, or a
+      gzip that is broken or becomes too large for its size.
+  """
+  path = pathlib.Path(path)
+  zipped = path.suffix == ".gz"
+  refuse_pointer(path)
+  number = 0
+  with path.open("rb") as raw:
+    if not zipped:
+      if raw.read(len(_GZIP)) == _GZIP:
+        raise ValueError(f"{path} is a gzip file: name it {path.name}.gz")
+      raw.seek(0)
+    file = gzip.GzipFile(fileobj=raw) if zipped else raw
+    try:
+      for number, line in _bounded(path, raw, file):
+        yield number, line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+      raise ValueError(
+        f"{path}: broken gzip after line {number} ({error}); fetch it again"
+      ) from error
+
+
+def _bounded(path, raw, file) -> Iterator[tuple[int, bytes]]:
+  """The lines of `file`, which reads `raw`; both are open."""
+  number, total, allowed = 0, 0, FREE_GZIP_BYTES
+  starts = True
+  while line := file.readline(MAX_LINE_BYTES + 1):
+    total += len(line)
+    if file is not raw and total > allowed:
+      allowed = FREE_GZIP_BYTES + MAX_GZIP_RATIO * raw.tell()
+      if total > allowed:
+        raise ValueError(
+          f"{path} becomes more than {MAX_GZIP_RATIO} times its size when it"
+          " is unpacked: that is no file of texts"
+        )
+    if starts:
+      number += 1
+      yield number, line
+    # What follows is the rest of a line that is refused already.
+    starts = line.endswith(b"\n")
+
+
+def parse_line(line: bytes) -> Any:
+  """As `parse`, of a line of at most `MAX_LINE_BYTES`."""
+  if len(line) > MAX_LINE_BYTES:
+    raise Refused(f"longer than {MAX_LINE_BYTES >> 20} MiB")
+  return parse(line.removesuffix(b"\n"))
 
 
 def parse(data: bytes) -> Any:
-  """As `read`, of bytes, whose errors name no file."""
+  """The value of some JSON text in UTF-8; a byte order mark may precede it.
+
+  Raises:
+    Refused: it is not UTF-8, not JSON, nested deeper than `MAX_DEPTH`, or
+      holds a number that is not finite, half of a surrogate pair, which UTF-8
+      cannot carry, or a name twice in one object.
+  """
   try:
-    text = data.decode("utf-8")
+    text = data.decode("utf-8-sig")
   except UnicodeDecodeError as error:
-    raise ValueError(f"not UTF-8 at byte {error.start}") from None
+    raise Refused("not UTF-8", f" at byte {error.start}") from None
   try:
     value = json.loads(
-      text, object_pairs_hook=_unique, parse_constant=_refuse_constant
+      text,
+      object_pairs_hook=_unique,
+      parse_constant=_refuse_constant,
+      parse_float=_finite,
     )
   except RecursionError:
-    raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
+    raise Refused(f"nested deeper than {MAX_DEPTH} levels") from None
+  except Refused:
+    raise
+  except ValueError as error:
+    raise Refused("not JSON", f": {error}") from None
   _check_depth(value)
+  # Halves of surrogate pairs can only be written as escapes.
+  if b"\\ud" in data or b"\\uD" in data:
+    _check_halves(value)
   return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   values = dict(pairs)
   if len(values) != len(pairs):
-    names = [name for name, _ in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    raise ValueError(f"field {twice[0]!r:.80} stands more than once")
+    counts = collections.Counter(name for name, _ in pairs)
+    twice = min(name for name, count in counts.items() if count > 1)
+    raise Refused(f"field {twice!r:.80} stands more than once")
   return values
 
 
 def _refuse_constant(name: str) -> Any:
-  raise ValueError(f"{name} is not a JSON number")
+  raise Refused(f"{name} is not a JSON number")
+
+
+def _finite(digits: str) -> float:
+  value = float(digits)
+  if not math.isfinite(value):
+    raise Refused("a number is too large to be finite", f": {digits:.40}")
+  return value
 
 
 def _check_depth(value: Any) -> None:
+  """Walks level by level, since a value may be deeper than calls may be."""
   level = [value]
   for _ in range(MAX_DEPTH):
     level = [
       child
       for item in level
-      if isinstance(item, dict | list)
-      for child in (item.values() if isinstance(item, dict) else item)
+      for _, child in _children("", item)
+      if isinstance(child, dict | list)
     ]
-  if any(isinstance(item, dict | list) for item in level):
-    raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+    if not level:
+      return
+  raise Refused(f"nested deeper than {MAX_DEPTH} levels")
+
+
+def _check_halves(value: Any) -> None:
+  waiting = [("", value)]
+  while waiting:
+    name, item = waiting.pop()
+    for text in (name, item):
+      if isinstance(text, str):
+        try:
+          text.encode()
+        except UnicodeEncodeError:
+          raise Refused(f"field {name!r:.80} holds a lone surrogate") from None
+    waiting.extend(_children(name, item))
+
+
+def _children(name: str, item: Any) -> Iterable[tuple[str, Any]]:
+  """The members of a value, an item of a list under the list's own name."""
+  if isinstance(item, dict):
+    return item.items()
+  if isinstance(item, list):
+    return ((name, child) for child in item)
+  return ()

@@ -18,7 +18,13 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from dpo_jax import comparisons, profiles, safetensors_files, tables
+from dpo_jax import (
+  comparisons,
+  profiles,
+  safetensors_files,
+  strict_json,
+  tables,
+)
 from dpo_jax import tokenizer as tokenizer_lib
 
 _log = logging.getLogger(__name__)
@@ -156,7 +162,7 @@ def _read(path, key) -> profiles.Tokenised:
   about = metadata.get("about", "")
   if metadata.get("sha256") != _digest(about, arrays):
     raise ValueError("its content is not what was written")
-  about = json.loads(about)
+  about = strict_json.parse(about.encode())
   if about["key"] != key:
     raise ValueError("it belongs to other rows, tokenizer or lengths")
   lengths = arrays["lengths"]

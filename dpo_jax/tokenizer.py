@@ -16,8 +16,23 @@ from typing import Any
 
 import numpy as np
 
+from dpo_jax import strict_json
+
 END = "<|endoftext|>"
 PADDING = "<|padding|>"
+# Of a tokenizer's files. Pythia's has 2 MiB; the largest known vocabularies,
+# of 262,000 tokens, make one of 33 MiB.
+MAX_BYTES = 128 * 2**20
+# What transformers reads of a directory.
+_FILES = (
+  "added_tokens.json",
+  "config.json",
+  "merges.txt",
+  "special_tokens_map.json",
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "vocab.json",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,17 +143,38 @@ def load(path: str | os.PathLike) -> Tokenizer:
     pathlib.Path(name, "tokenizer.json").is_file()
   ):
     raise ValueError(f"{name} holds no tokenizer.json")
+  for file in _FILES:
+    if pathlib.Path(name, file).is_file():
+      _check_size(pathlib.Path(name, file))
   try:
     # Left unsaid, trust_remote_code asks at the terminal.
     backend = transformers.AutoTokenizer.from_pretrained(
       name, use_fast=True, trust_remote_code=False
     )
-  except Exception as error:  # The tokenizers library raises nothing narrower.
+  # The tokenizers library raises nothing narrower, and where it panics an
+  # error that is no Exception.
+  except BaseException as error:
+    if not isinstance(error, Exception) and not _is_panic(error):
+      raise
     raise ValueError(
       f"no tokenizer at {name!r}: give a directory with tokenizer.json, or the"
       f" id of a model on the hub ({type(error).__name__}: {error})"
     ) from error
   return _wrap(backend, name)
+
+
+def _check_size(file: pathlib.Path) -> None:
+  """Refuses what no tokenizer has, before a library reads all of it."""
+  strict_json.refuse_pointer(file)
+  if (size := file.stat().st_size) > MAX_BYTES:
+    raise ValueError(
+      f"{file} has {size} bytes, more than {MAX_BYTES}: that is no file of a"
+      " tokenizer"
+    )
+
+
+def _is_panic(error: BaseException) -> bool:
+  return type(error).__name__ == "PanicException"
 
 
 def train(

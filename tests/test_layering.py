@@ -32,10 +32,12 @@ LEVELS = {
   "page.prose": 0,
   "partitioning": 0,
   "provenance": 0,
+  "redaction": 0,
   "safetensors_files": 0,
   "settings": 0,
   "sources.hub": 0,
-  "strict_json": 0,
+  # Below all, since whoever opens a file may need it.
+  "strict_json": -1,
   "synthetic_text": 0,
   "tables": 0,
   "tokenizer": 0,

@@ -91,7 +91,7 @@ BAD_LINES = {
   "words": (b"hello\n", "not JSON"),
   "raw newline in a string": (b'{"chosen": "a\rb", "rejected": "c"}\n', "JSON"),
   "zeros of a torn write": (b"\0" * 64 + b"\n", "not JSON"),
-  "deep": (b"[" * 100_000 + b"\n", "not JSON"),
+  "deep": (b"[" * 100_000 + b"\n", "nested deeper than 32 levels"),
   "a number of 5,000 digits": (b"9" * 5000 + b"\n", "not JSON"),
   "list": (b"[1, 2]\n", "row is not an object: list"),
   "null": (b"null\n", "row is not an object: NoneType"),
@@ -100,7 +100,8 @@ BAD_LINES = {
   "no chosen": (line({"rejected": "a"}), "field 'chosen' is missing"),
   "no rejected": (line({"chosen": "a"}), "field 'rejected' is missing"),
   "number": (line(GOOD | {"rejected": 3}), "field 'rejected' is not a string"),
-  "nan": (b'{"chosen": NaN, "rejected": "a"}\n', "field 'chosen' is not a"),
+  "nan": (b'{"chosen": NaN, "rejected": "a"}\n', "NaN is not a JSON number"),
+  "infinite": (b'{"chosen": 1e999}\n', "a number is too large to be finite"),
   "null field": (line(GOOD | {"chosen": None}), "field 'chosen' is not"),
   "null prompt": (line(GOOD | {"prompt": None}), "field 'prompt' is not"),
   "turns": (

@@ -320,7 +320,7 @@ def test_other_files_under_the_same_names_are_refused(begun, config, files):
 
 def test_a_config_json_that_is_none_is_refused(begun, config):
   (begun / "config.json").write_text("{")
-  with pytest.raises(ValueError, match=r"config.json is not JSON"):
+  with pytest.raises(ValueError, match=r"config.json: not JSON"):
     training.run(config(), begun)
 
 

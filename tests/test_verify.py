@@ -519,7 +519,10 @@ def test_malformed_files_are_refused_by_field(
     (b'{"a": "\xff"}', "not UTF-8 at byte 7"),
     (b"[" * 100_000 + b"]" * 100_000, "nested deeper"),
     (b"[" * 33 + b"]" * 33, "nested deeper than 32"),
-    (b"\xef\xbb\xbf{}", "BOM"),
+    (b"\xef\xbb\xbf\xef\xbb\xbf{}", "BOM"),
+    (b'{"a": 1e999}', "too large to be finite"),
+    (b'{"a": "\\ud800"}', "'a' holds a lone surrogate"),
+    (b'{"\\uDFFF": 1}', "holds a lone surrogate"),
     (b"9" * 5000, "digits"),
   ],
 )

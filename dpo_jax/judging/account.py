@@ -7,9 +7,10 @@ run what no row can: what was not asked, and what calls cost that left no row.
 import dataclasses
 import json
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
-from dpo_jax import console, judging, records
+from dpo_jax import console, judging, records, strict_json
+from dpo_jax import settings as settings_lib
 from dpo_jax.judging import budget, prompts, questions, server
 
 FILE = "judge.json"
@@ -88,6 +89,19 @@ def _listed(counts: dict[str, int]) -> str:
   return ", ".join(f"{n} {name}" for name, n in counts.items()) or "none"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Before:
+  """What an earlier judge.json says that no verdict does."""
+
+  calls: int
+  unrecorded_cost: float
+  modes: tuple[Literal["live", "batch"], ...]
+
+  def __post_init__(self):
+    if self.calls < 0 or self.unrecorded_cost < 0:
+      raise ValueError(f"{self} has negative numbers")
+
+
 class Books:
   """Keeps count while a run goes on, and judge.json up to date.
 
@@ -121,10 +135,9 @@ class Books:
       sum(row.completion_tokens for row in rows),
     ]
     old = self._read()
-    self._calls = old.get("calls", 0)
-    self._unrecorded = old.get("unrecorded_cost", 0.0)
+    self._calls, self._unrecorded = old.calls, old.unrecorded_cost
     self._recorded = 0.0
-    self._modes = set(old.get("modes", []))
+    self._modes = set(old.modes)
     self._before: float | None = 0.0
     if settings is not None and purse is not None:
       # A row does not say how it was asked for: without knowing better, the
@@ -229,15 +242,17 @@ class Books:
     text = json.dumps(values, indent=2) + "\n"
     records.write_atomic(self.directory / FILE, text)
 
-  def _read(self) -> dict[str, Any]:
+  def _read(self) -> _Before:
     path = self.directory / FILE
+    if not path.exists():
+      return _Before(0, 0.0, ())
     try:
-      values = json.loads(path.read_bytes())
-      return values if isinstance(values, dict) else {}
-    except FileNotFoundError:
-      return {}
+      values = strict_json.read_object(path)
+      names = [field.name for field in dataclasses.fields(_Before)]
+      found = {name: values[name] for name in names if name in values}
+      return settings_lib.build(_Before, found, str(path))
     except ValueError as error:
       raise ValueError(
-        f"{path} is not JSON ({error}): delete it; what calls without a verdict"
-        " cost is then forgotten"
+        f"{error}; delete {path.name}: what calls without a verdict cost is"
+        " then forgotten"
       ) from None

@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from dpo_jax import judging, records
+from dpo_jax import judging, records, settings, strict_json
 from dpo_jax.judging import client, prompts, questions, replies, transport
 
 _ENDED = ("completed", "failed", "expired", "cancelled")
@@ -36,6 +36,10 @@ class Item:
   failures: int = 0
   bound: float = 0.0
 
+  def __post_init__(self):
+    if min(self.ask, self.failures, self.bound) < 0:
+      raise ValueError(f"{self} has negative numbers")
+
 
 @dataclasses.dataclass
 class Batch:
@@ -45,7 +49,7 @@ class Batch:
   judge: str
   parameters: str
   template_hash: str
-  items: list[Item]
+  items: tuple[Item, ...]
   file_id: str = ""
   batch_id: str = ""
 
@@ -139,7 +143,7 @@ class Batches:
         judge.name,
         judge.parameters,
         judge.template_hash,
-        items,
+        tuple(items),
       )
       self._save(batch)
       self.waiting.append(batch)
@@ -280,10 +284,11 @@ class Batches:
 
   def _load(self, path: pathlib.Path) -> Batch:
     try:
-      values = json.loads(path.read_bytes())
-      values["items"] = [Item(**item) for item in values["items"]]
-      batch = Batch(**values)
-    except (ValueError, TypeError, KeyError) as error:
+      batch = settings.build(Batch, strict_json.read(path), "batch")
+      # The mark names the file that is written and, in the end, deleted.
+      if batch.mark != path.stem:
+        raise ValueError(f"it has the mark {batch.mark!r:.80}")
+    except ValueError as error:
       raise ValueError(f"{path}: not the record of a batch: {error}") from None
     judge = self._client.judge
     found = (batch.judge, batch.parameters, batch.template_hash)

@@ -21,7 +21,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
-from dpo_jax import judging
+from dpo_jax import judging, redaction
 from dpo_jax.judging import (
   budget,
   limits,
@@ -186,8 +186,10 @@ class Client:
     )
 
   def clean(self, text: str) -> str:
-    """Text from outside without the key."""
-    return text.replace(self._key, "[key]") if self._key else text
+    """Text from outside without this key or another of the environment."""
+    if self._key:
+      text = text.replace(self._key, "[key]")
+    return redaction.clean(text)
 
   async def persist(self, call: Callable[[], Awaitable[T]]) -> T:
     """What the call gives, after as many retries and waits as are allowed.

@@ -5,19 +5,14 @@ so that whoever counts rows decides whether it is one too many. A broken file
 is an error at once.
 """
 
-import gzip
-import json
 import pathlib
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_jax import comparisons
+from dpo_jax import comparisons, strict_json
 
 _ENDINGS = (".jsonl", ".jsonl.gz", ".json")
 _BOM = b"\xef\xbb\xbf"
-_GZIP = b"\x1f\x8b"
-_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def rows(path: pathlib.Path, counts: dict[str, int]) -> Iterator:
@@ -29,26 +24,17 @@ def rows(path: pathlib.Path, counts: dict[str, int]) -> Iterator:
       marks, and lines that end as on Windows.
 
   Raises:
-    ValueError: a broken gzip, a gzip of another name, or a pointer of git-LFS
-      in the place of the rows.
+    ValueError: as `strict_json.lines`: a broken gzip, one that becomes too
+      large, a gzip of another name, or a pointer of git-LFS.
   """
-  zipped = path.suffix == ".gz"
-  _check_start(path, zipped)
-  number = 0
-  try:
-    with (gzip.open if zipped else open)(path, "rb") as file:
-      for number, line in enumerate(file, 1):
-        if not line.strip():
-          continue
-        if line.startswith(_BOM):
-          _count(counts, "accepted: byte order mark")
-        if line.endswith(b"\r\n"):
-          _count(counts, "accepted: CRLF at the end of a line")
-        yield f"{path}:{number}", _decode(line)
-  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-    raise ValueError(
-      f"{path}: broken gzip after line {number} ({error}); fetch it again"
-    ) from error
+  for number, line in strict_json.lines(path):
+    if not line.strip():
+      continue
+    if line.startswith(_BOM):
+      _count(counts, "accepted: byte order mark")
+    if line.endswith(b"\r\n"):
+      _count(counts, "accepted: CRLF at the end of a line")
+    yield f"{path}:{number}", _decode(line)
 
 
 def layout(
@@ -94,38 +80,11 @@ def _of_any_split(folder: pathlib.Path) -> list[pathlib.Path]:
   return [p for p in folder.iterdir() if p.name.endswith(_ENDINGS)]
 
 
-def _check_start(path: pathlib.Path, zipped: bool) -> None:
-  """Refuses what is known by its first bytes to be no file of rows."""
-  with path.open("rb") as file:
-    start = file.read(len(_POINTER))
-  if start == _POINTER:
-    raise ValueError(
-      f"{path} is a pointer of git-LFS and holds no rows: fetch the file"
-      " itself with `git lfs pull`"
-    )
-  if start.startswith(_GZIP) and not zipped:
-    raise ValueError(f"{path} is a gzip file: name it {path.name}.gz")
-
-
 def _decode(line: bytes) -> Any:
   try:
-    return json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique)
-  except UnicodeDecodeError:
-    return comparisons.Malformed("not UTF-8")
-  except comparisons.Malformed as error:
-    return error
-  except (ValueError, RecursionError):
-    return comparisons.Malformed("not JSON")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """An object's fields; one that stands twice has no value to go by."""
-  fields = dict(pairs)
-  if len(fields) < len(pairs):
-    names = [name for name, _ in pairs]
-    twice = next(name for name in names if names.count(name) > 1)
-    raise comparisons.Malformed(f"field {twice!r} stands more than once")
-  return fields
+    return strict_json.parse_line(line)
+  except strict_json.Refused as error:
+    return comparisons.Malformed(error.reason, error.detail)
 
 
 def _count(counts: dict[str, int], reason: str) -> None:

@@ -1,0 +1,298 @@
+"""Hostile and half-fetched files: what a reader may cost, and what it says.
+
+Every bound is met with a real file that passes it. Memory is what Python
+allocates, traced; the readers' own buffers are all Python's.
+"""
+
+import contextlib
+import dataclasses
+import gzip
+import json
+import shutil
+import tracemalloc
+
+import pytest
+import sourcing
+import tiny
+from test_records import RESPONSE, line
+
+from dpo_jax import (
+  eval_files,
+  hf,
+  metrics,
+  model,
+  records,
+  reference,
+  safetensors_files,
+  strict_json,
+  tokenizer,
+)
+
+NUMERICS = {
+  "dtype": "float32",
+  "remat": "none",
+  "lora": None,
+  "param_dtype": "float32",
+}
+POINTER = (
+  b"version https://git-lfs.github.com/spec/v1\n"
+  b"oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393"
+  b"\nsize 12345\n"
+)
+MIB = 2**20
+
+
+@contextlib.contextmanager
+def at_most(mib):
+  """Checks the peak of what is allocated inside."""
+  tracemalloc.start()
+  try:
+    yield
+    peak = tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()
+  assert peak < mib * MIB, f"{peak / MIB:.0f} MiB"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+  """A model with its tokenizer, and an adapter of it."""
+  directory = tmp_path_factory.mktemp("exported")
+  words = ["the pen is blue", "a pen is a tool"] * 4
+  trained = tokenizer.train(words, 300, directory / "trained")
+  config = dataclasses.replace(
+    tiny.CONFIG,
+    vocab_size=304,
+    lora=model.LoraConfig(2, 4.0, 0.0, model.TARGETS),
+  )
+  base = tiny.weights(config)
+  hf.export(directory / "model", config, base, trained)
+  hf.export_adapter(
+    directory / "adapter", config, tiny.adapters(config), "base", base
+  )
+  return directory
+
+
+@pytest.fixture
+def files(exported, tmp_path):
+  """The same files again, to be replaced."""
+  shutil.copytree(exported, tmp_path / "files")
+  return tmp_path / "files"
+
+
+# --- pointers of git-LFS
+
+
+def load_model(files):
+  return hf.load(files / "model", **NUMERICS)
+
+
+def load_adapter(files):
+  config, base = load_model(files)
+  return hf.load_adapter(files / "adapter", config, base)
+
+
+@pytest.mark.parametrize(
+  ("name", "read"),
+  [
+    ("model/model.safetensors", load_model),
+    ("model/config.json", load_model),
+    ("model/tokenizer.json", lambda f: tokenizer.load(f / "model")),
+    ("model/tokenizer_config.json", lambda f: tokenizer.load(f / "model")),
+    ("adapter/adapter_model.safetensors", load_adapter),
+    ("adapter/adapter_config.json", load_adapter),
+    ("eval_x.json", lambda f: eval_files.read(f / "eval_x.json")),
+    ("rows.jsonl", lambda f: sourcing.load(f / "rows.jsonl")),
+    ("rows.jsonl.gz", lambda f: sourcing.load(f / "rows.jsonl.gz")),
+    ("dpo.jsonl", lambda f: records.read(f / "dpo.jsonl", records.Response)),
+    ("metrics.jsonl", lambda f: metrics.read(f / "metrics.jsonl")),
+    ("x.safetensors", lambda f: reference.load(f / "x.safetensors", None, {})),
+  ],
+)
+def test_a_pointer_of_git_lfs_is_named_with_the_mend(files, name, read):
+  (files / name).write_bytes(POINTER)
+  with pytest.raises(ValueError, match=r"is a pointer of git-LFS") as error:
+    read(files)
+  assert str(files / name) in str(error.value)
+  assert "git lfs pull" in str(error.value)
+
+
+def test_a_pointer_in_the_place_of_a_shard_is_named(files):
+  directory = files / "model"
+  weights = directory / "model.safetensors"
+  names = list(safetensors_files.header(weights)[0])
+  weights.rename(directory / "model-00001-of-00001.safetensors")
+  index = {
+    "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")
+  }
+  (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+  load_model(files)
+  (directory / "model-00001-of-00001.safetensors").write_bytes(POINTER)
+  with pytest.raises(ValueError, match=r"00001\.safetensors is a pointer of"):
+    load_model(files)
+
+
+# --- sizes
+
+
+def test_a_line_that_is_too_long_is_one_bad_row(tmp_path):
+  path = tmp_path / "rows.jsonl"
+  good = sourcing.line(sourcing.GOOD)
+  # Of exactly the longest length, and of three times that.
+  room = strict_json.MAX_LINE_BYTES - len(good)
+  longest = sourcing.line(sourcing.GOOD | {"note": ""})
+  longest = longest.replace(
+    b'""', b'"' + b"x" * (room + len(good) - len(longest)) + b'"'
+  )
+  assert len(longest) == strict_json.MAX_LINE_BYTES
+  path.write_bytes(longest + b"x" * (3 * room) + b"\n" + good)
+  with pytest.raises(ValueError, match=r"rows\.jsonl:2: longer than 16 MiB"):
+    sourcing.load(path)
+  with at_most(100):
+    loaded = sourcing.load(path, filtered={"skip_bad": 1})
+  assert loaded.counts["read"] == 3
+  assert loaded.counts["malformed: longer than 16 MiB"] == 1
+  assert len(loaded.rows) == 2
+
+
+@pytest.mark.parametrize("piece", [b"x", b"\n", b" \n", b"{}\n"])
+def test_a_gzip_bomb_is_refused(tmp_path, piece):
+  """100 MiB in 100 kB: one line, no line, blank lines, or many rows."""
+  path = tmp_path / "rows.jsonl.gz"
+  path.write_bytes(gzip.compress(piece * (100 * MIB // len(piece)), 1))
+  assert path.stat().st_size < MIB
+  # A row that is none ends the reading before the size does.
+  limit = {"skip_bad": 10**9}
+  if piece == b"{}\n":
+    limit = {"skip_bad": 5}
+  with (
+    at_most(100),
+    pytest.raises(ValueError, match=r"200 times its size|5 malformed|6 malf"),
+  ):
+    sourcing.load(path, filtered=limit)
+
+
+def test_real_rows_stay_far_below_the_bounds(shared):
+  """The bounds are generous: what is real needs a tenth of them."""
+  for path in (shared / "data").rglob("*.jsonl.gz"):
+    longest = max(len(text) for _, text in strict_json.lines(path))
+    assert longest < strict_json.MAX_LINE_BYTES / 10
+    whole = gzip.decompress(path.read_bytes())
+    assert len(whole) / path.stat().st_size < strict_json.MAX_GZIP_RATIO / 10
+  for path in (shared / "seed_results").glob("*.json"):
+    assert path.stat().st_size < strict_json.MAX_BYTES / 10
+  found = (shared / "tokenizer" / "pythia" / "tokenizer.json").stat().st_size
+  assert found < tokenizer.MAX_BYTES / 10
+
+
+@pytest.mark.parametrize(
+  ("name", "size", "read", "message"),
+  [
+    ("model/config.json", 33, load_model, r"config\.json: more than 32 MiB"),
+    (
+      "model/tokenizer.json",
+      129,
+      lambda f: tokenizer.load(f / "model"),
+      r"tokenizer\.json has 135266304 bytes",
+    ),
+    (
+      "adapter/adapter_config.json",
+      33,
+      load_adapter,
+      r"adapter_config\.json: more than 32 MiB",
+    ),
+    (
+      "eval_x.json",
+      33,
+      lambda f: eval_files.read(f / "eval_x.json"),
+      r"eval_x\.json: more than 32 MiB",
+    ),
+  ],
+)
+def test_files_beyond_their_bound_are_not_held(
+  files, name, size, read, message
+):
+  with (files / name).open("wb") as file:
+    # Spaces, then a hole: nothing of it needs to be written.
+    file.write(b" ")
+    file.truncate(size * MIB)
+  with at_most(80), pytest.raises(ValueError, match=message):
+    read(files)
+
+
+def test_a_header_beyond_its_bound_is_not_parsed(files):
+  path = files / "model" / "model.safetensors"
+  entries = {
+    f"tensor {i}": {"dtype": "F32", "shape": [], "data_offsets": [0, 0]}
+    for i in range(3)
+  }
+  text = json.dumps(entries).encode().ljust(17 * MIB)
+  path.write_bytes(len(text).to_bytes(8, "little") + text)
+  with (
+    at_most(2),
+    pytest.raises(ValueError, match=r"a header of 17825792 bytes"),
+  ):
+    load_model(files)
+
+
+def test_many_names_of_which_one_stands_twice_are_refused_in_little_time():
+  pairs = [f'"{i}":0' for i in range(200_000)] + ['"7":1']
+  # Counting each name in turn would take 4e10 comparisons.
+  with pytest.raises(strict_json.Refused, match="'7' stands more than once"):
+    strict_json.parse(("{" + ",".join(pairs) + "}").encode())
+
+
+@pytest.mark.parametrize("value", ["[]", "{}", '{"":[]}', "[[]]", "0.5"])
+def test_a_file_of_many_small_values_costs_what_is_said(tmp_path, value):
+  """The densest JSON that the bound lets in, at an eighth of its size."""
+  path = tmp_path / "x.json"
+  size = strict_json.MAX_BYTES // 8
+  text = "[" + ",".join([value] * (size // (len(value) + 1))) + "]"
+  path.write_text(text)
+  # About 1 GiB in all, as the bound's comment says.
+  with at_most(1.5 * 1024 / 8):
+    strict_json.read(path)
+
+
+# --- our own rows
+
+
+def test_a_row_that_could_not_be_read_again_is_not_written(tmp_path):
+  path = tmp_path / "rows.jsonl"
+  row = dataclasses.replace(RESPONSE, response="x" * strict_json.MAX_LINE_BYTES)
+  with (
+    records.Store(path, records.Response) as store,
+    pytest.raises(ValueError, match="more than the 16777216 of a line"),
+  ):
+    store.append_many([RESPONSE, row])
+  assert path.read_bytes() == b""
+
+
+def test_a_long_last_line_is_no_interrupted_append(tmp_path):
+  """No append was ever so long: nothing is cut off from such a file."""
+  path = tmp_path / "rows.jsonl"
+  path.write_bytes(line() + b"x" * (strict_json.MAX_LINE_BYTES + 2))
+  before = path.stat().st_size
+  with (
+    pytest.raises(ValueError, match=r"rows\.jsonl:2: longer than 16 MiB"),
+    records.Store(path, records.Response),
+  ):
+    pass
+  assert path.stat().st_size == before
+
+
+@pytest.mark.parametrize(
+  ("data", "message"),
+  [
+    (b'{"step": 1}\n{"step": "2"}\n', r":2 is not a row of metrics"),
+    (b'{"step": 1}\n[]\n', r":2 is not a row of metrics"),
+    (b'{"step": 1, "loss": NaN}\n', r":1: NaN is not a JSON number"),
+    (b'{"step": 1, "step": 2}\n', r":1: .*'step' stands more than once"),
+    (b"\xff\n", r":1: not UTF-8"),
+  ],
+)
+def test_metrics_that_are_none_are_named_by_line(tmp_path, data, message):
+  path = tmp_path / "metrics.jsonl"
+  path.write_bytes(data)
+  with pytest.raises(ValueError, match=rf"metrics\.jsonl{message}"):
+    metrics.read(path)
