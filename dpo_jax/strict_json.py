@@ -29,7 +29,7 @@ MAX_DEPTH = 32
 # repeats itself some 20, a bomb 1,000.
 MAX_GZIP_RATIO = 200
 # What a gzip may become in any case: too little to do harm.
-FREE_GZIP_BYTES = 64 * 2**20
+FREE_GZIP_BYTES = 16 * 2**20
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _IS_POINTER = (

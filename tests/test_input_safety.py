@@ -155,21 +155,14 @@ def test_a_line_that_is_too_long_is_one_bad_row(tmp_path):
   assert len(loaded.rows) == 2
 
 
-@pytest.mark.parametrize("piece", [b"x", b"\n", b" \n", b"{}\n"])
+@pytest.mark.parametrize("piece", [b"x", b" " * 9999 + b"\n"])
 def test_a_gzip_bomb_is_refused(tmp_path, piece):
-  """100 MiB in 100 kB: one line, no line, blank lines, or many rows."""
+  """100 MiB in 100 kB: one line without an end, and blank lines."""
   path = tmp_path / "rows.jsonl.gz"
-  path.write_bytes(gzip.compress(piece * (100 * MIB // len(piece)), 1))
-  assert path.stat().st_size < MIB
-  # A row that is none ends the reading before the size does.
-  limit = {"skip_bad": 10**9}
-  if piece == b"{}\n":
-    limit = {"skip_bad": 5}
-  with (
-    at_most(100),
-    pytest.raises(ValueError, match=r"200 times its size|5 malformed|6 malf"),
-  ):
-    sourcing.load(path, filtered=limit)
+  path.write_bytes(gzip.compress(piece * (100 * MIB // len(piece)), 6))
+  assert path.stat().st_size < MIB / 4
+  with at_most(60), pytest.raises(ValueError, match=r"200 times its size"):
+    sourcing.load(path, filtered={"skip_bad": 9})
 
 
 def test_real_rows_stay_far_below_the_bounds(shared):
@@ -242,15 +235,15 @@ def test_many_names_of_which_one_stands_twice_are_refused_in_little_time():
     strict_json.parse(("{" + ",".join(pairs) + "}").encode())
 
 
-@pytest.mark.parametrize("value", ["[]", "{}", '{"":[]}', "[[]]", "0.5"])
+@pytest.mark.parametrize("value", ["[]", '{"":[]}', "0.5"])
 def test_a_file_of_many_small_values_costs_what_is_said(tmp_path, value):
-  """The densest JSON that the bound lets in, at an eighth of its size."""
+  """The densest JSON that the bound lets in, at a 64th of its size."""
   path = tmp_path / "x.json"
-  size = strict_json.MAX_BYTES // 8
+  size = strict_json.MAX_BYTES // 64
   text = "[" + ",".join([value] * (size // (len(value) + 1))) + "]"
   path.write_text(text)
   # About 1 GiB in all, as the bound's comment says.
-  with at_most(1.5 * 1024 / 8):
+  with at_most(1.5 * 1024 / 64):
     strict_json.read(path)
 
 
