@@ -68,6 +68,14 @@ def training() -> config_dict.ConfigDict:
   # Directory that they are kept in, to be shared by runs on the same pairs and
   # the same reference; "" is the run's own.
   c.reference_cache = ""
+  # Seconds after SIGTERM or SIGINT in which a run saves and stops by itself;
+  # then it is ended. What was committed is whole either way.
+  c.grace_s = 30.0
+  # What may differ from what the directory was begun with as a run goes on:
+  # fields, ("loss.beta",), or inputs of the same name with other content:
+  # "train_data", "held_out_data", "tokenizer", "base", "position" (the order
+  # of items), "randomness". Each change is recorded in manifest.json.
+  c.allow_changes = ()
   return c
 
 

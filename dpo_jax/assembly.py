@@ -5,6 +5,7 @@ the checkpoint that the run goes on from.
 """
 
 import dataclasses
+import datetime
 import json
 import pathlib
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from dpo_jax import (
   recipe,
   records,
   steps,
+  strict_json,
 )
 from dpo_jax import tokenizer as tokenizer_lib
 
@@ -70,7 +72,7 @@ class Assembled:
       "train_data": report["train"]["tokens"],
       "held_out_data": report["held_out"]["tokens"],
       "tokenizer": self.tokenizer.fingerprint,
-      "model": self.fingerprint,
+      "base": self.fingerprint,
       "randomness": provenance.randomness(seed),
     }
 
@@ -79,8 +81,12 @@ def assemble(
   config: recipe.TrainSettings,
   workdir: pathlib.Path,
   checkpoints: checkpoint.Checkpoints,
-) -> tuple[Assembled, steps.TrainState]:
+) -> tuple[Assembled, steps.TrainState, list[str]]:
   """Reads data and model and makes, or restores, the state.
+
+  Returns:
+    What stays, the state, and in which inputs, of those that the config allows
+    to differ, it is not what the checkpoint was made of.
 
   Raises:
     ValueError: settings or input are wrong, or the checkpoint is of others.
@@ -117,15 +123,17 @@ def assemble(
     train_step=train_step,
     eval_step=eval_step,
   )
+  changed: list[str] = []
   if checkpoints.latest() is not None:
     state, meta, position = checkpoints.restore(state, name)
-    _check_made_of(
+    changed = _changed(
       workdir,
       meta["made_of"] | {"position": position},
       assembled.made_of(config.seed)
       | {"position": fed.schedule.state(meta["step"])},
+      config.allow_changes,
     )
-  return assembled, state
+  return assembled, state, changed
 
 
 def _load_model(config, tokenizer, mesh) -> tuple[model.ModelConfig, Tree]:
@@ -173,15 +181,26 @@ def _make_state(
   return jax.jit(make, out_shardings=lying, donate_argnums=given)(base, key)
 
 
-def _check_made_of(
-  workdir: pathlib.Path, found: dict[str, Any], wanted: dict[str, Any]
-) -> None:
-  for key, value in wanted.items():
-    if found.get(key) != value:
-      raise ValueError(
-        f"{workdir}: the checkpoint was made with {key}={found.get(key)},"
-        f" but it is now {value}; restore the files, or use another workdir"
-      )
+def _changed(
+  workdir: pathlib.Path,
+  found: dict[str, Any],
+  wanted: dict[str, Any],
+  allowed: tuple[str, ...],
+) -> list[str]:
+  """Lines "tokenizer: a -> b" of inputs that changed and may."""
+  lines = [
+    f"{key}: {found.get(key)} -> {value}"
+    for key, value in wanted.items()
+    if found.get(key) != value
+  ]
+  refused = [line for line in lines if line.split(":")[0] not in allowed]
+  if refused:
+    raise ValueError(
+      f"{workdir}: the checkpoint was made with other inputs:\n  "
+      + "\n  ".join(refused)
+      + "\nrestore them, use another --workdir, or name them in allow_changes"
+    )
+  return lines
 
 
 def write_manifest(
@@ -189,22 +208,38 @@ def write_manifest(
   config: recipe.TrainSettings,
   made: Assembled,
   state: steps.TrainState,
+  changed: list[str],
 ) -> None:
-  """Writes manifest.json, what the run is made of, and prints a line of it."""
+  """Writes manifest.json, what the run is made of, and says a line of it.
+
+  Each start of the run adds an entry to "starts": when, on what, and what of
+  config or inputs changed since the one before.
+  """
+  path = workdir / "manifest.json"
+  starts = strict_json.read(path).get("starts", []) if path.exists() else []
   counts = {key: lora.count(state.params[key]) for key in ("base", "lora")}
   mesh = made.mesh
+  start = {
+    "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "step": int(jax.device_get(state.step)),
+    "devices": [str(device) for device in mesh.devices.flat],
+    "processes": jax.process_count(),
+    "mesh": dict(mesh.shape),
+    "versions": provenance.versions(),
+    "changed": changed,
+  }
   manifest = {
     "objective": config.objective,
     "steps": made.feed.steps,
-    "devices": [str(device) for device in mesh.devices.flat],
-    "mesh": dict(mesh.shape),
+    "devices": start["devices"],
+    "mesh": start["mesh"],
     "parameters": counts | {"trained": counts[made.name]},
-    "versions": provenance.versions(),
+    "base": {"source": config.model.path, "hash": made.fingerprint},
+    "versions": start["versions"],
     "data": made.feed.items.report | {"packing": made.feed.report()},
+    "starts": [*starts, start],
   }
-  records.write_atomic(
-    workdir / "manifest.json", json.dumps(manifest, indent=2) + "\n"
-  )
+  records.write_atomic(path, json.dumps(manifest, indent=2) + "\n")
   print(
     f"{workdir.name}: {counts[made.name]:,} of {sum(counts.values()):,}"
     f" parameters train on {mesh.size} {jax.default_backend()}"

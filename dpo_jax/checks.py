@@ -57,3 +57,23 @@ def finite(step: int, row: dict[str, float], ids: tuple[str, ...]) -> None:
       f"step {step}: {bad[0]} is {row[bad[0]]}; the update was not made. Its"
       f" items: {', '.join(ids)}"
     )
+
+
+def out_of_memory(
+  config: recipe.TrainSettings, error: Exception
+) -> TrainingError:
+  """The error that names what decides a step's memory."""
+  mesh = config.mesh
+  return TrainingError(
+    f"out of memory: {str(error).splitlines()[0]:.300}\n"
+    "What a step needs is decided by: the rows of a micro-batch (raise"
+    f" microbatches={config.microbatches}, or lower"
+    f" batch_size={config.batch_size} or"
+    f" eval_batch_size={config.eval_batch_size}), their length"
+    f" (data.row_length={config.data.row_length},"
+    f" data.max_length={config.data.max_length}), what is kept for the backward"
+    f" pass (model.remat={config.model.remat!r}; 'full' keeps least), what is"
+    f" trained (lora.rank={config.lora.rank}; 0 is all weights), and the mesh"
+    f" (mesh.fsdp={mesh.fsdp} and mesh.tensor={mesh.tensor} split the weights)."
+    "\npython -m dpo_jax.plan with the same --config tells how much that is"
+  )

@@ -4,6 +4,7 @@ Exit codes:
   0  done
   1  failed on the way; what was committed is kept, and the same command goes on
   2  refused because of flags, settings or input, before any work began
+  130, 143  stopped by SIGINT, by SIGTERM; the same command goes on
 """
 
 import difflib
@@ -69,7 +70,7 @@ def run(main: Main, example: str = "", **options: tuple[Any, str]) -> None:
       return _refused(str(error))
     except errors.Stopped as error:
       console.error(str(error))
-      return 1
+      return error.code
 
   app.run(call, flags_parser=_parsed)
 

@@ -51,7 +51,10 @@ class Writer:
       kept = [row for row in read(path) if row["step"] <= start_step]
     text = "".join(_line(row) for row in kept)
     scratch = path.with_suffix(".tmp")
-    scratch.write_text(text, encoding="utf-8")
+    with scratch.open("w", encoding="utf-8") as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
     os.replace(scratch, path)
     self.rows = kept
     self._file = path.open("a", encoding="utf-8")
@@ -60,6 +63,14 @@ class Writer:
     self.rows.append(row)
     self._file.write(_line(row))
     self._file.flush()
+
+  def at(self, step: int) -> list[dict[str, Any]]:
+    """The rows of a step."""
+    return [row for row in self.rows if row["step"] == step]
+
+  def sync(self) -> None:
+    """Puts all rows on disk, where a power cut leaves them."""
+    os.fsync(self._file.fileno())
 
   def close(self) -> None:
     self._file.close()
@@ -73,6 +84,13 @@ class Silent:
 
   def write(self, row: dict[str, Any]) -> None:
     del row
+
+  def at(self, step: int) -> list[dict[str, Any]]:
+    del step
+    return []
+
+  def sync(self) -> None:
+    pass
 
   def close(self) -> None:
     pass

@@ -51,7 +51,9 @@ def joined() -> Iterator[None]:
     if jax.process_count() > 1:
       # Of all handlers the last to be registered, so the first to run: after
       # the error was printed, before jax waits for the others.
-      atexit.register(_leave, 2 if isinstance(error, ValueError) else 1)
+      refused = isinstance(error, ValueError)
+      code = 2 if refused else getattr(error, "code", 1)
+      atexit.register(_leave, code)
     raise
 
 

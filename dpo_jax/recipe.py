@@ -5,6 +5,19 @@ from typing import Literal
 
 from dpo_jax import data, losses, model, optim, partitioning, step_files
 
+# What a checkpoint has in common with the run that goes on from it, beside its
+# config.
+MADE_OF = (
+  "train_data",
+  "held_out_data",
+  "tokenizer",
+  "base",
+  "randomness",
+  "position",
+)
+# Fields that change nothing of what a run makes, and may change as it goes on.
+FREE = ("grace_s", "allow_changes")
+
 # The metrics of an evaluation that checkpoints can be ranked by.
 EVALUATED = {
   "sft": ("eval_loss",),
@@ -73,6 +86,8 @@ class TrainSettings:
   export_adapters: bool
   precompute_reference: bool
   reference_cache: str
+  grace_s: float
+  allow_changes: tuple[str, ...]
 
   def __post_init__(self):
     self.lora.config()
@@ -105,6 +120,14 @@ class TrainSettings:
         f"precompute_reference=True with objective={self.objective!r}: only DPO"
         " has a reference; set it to False"
       )
+    if not 0 < self.grace_s < float("inf"):
+      raise ValueError(f"grace_s={self.grace_s} must be positive")
+    for name in self.allow_changes:
+      if name not in MADE_OF and name.split(".")[0] not in self.__dict__:
+        raise ValueError(
+          f"allow_changes holds {name!r}: name fields of the config, such as"
+          f" 'loss.beta', or any of {list(MADE_OF)}"
+        )
     if self.best_metric not in EVALUATED[self.objective]:
       raise ValueError(
         f"best_metric={self.best_metric!r} must be one of"

@@ -19,6 +19,7 @@ from dpo_jax import (
   checks,
   feed,
   hf,
+  interruption,
   lora,
   metrics,
   processes,
@@ -42,27 +43,44 @@ def run(config: recipe.TrainSettings, workdir: pathlib.Path) -> pathlib.Path:
     checks.TrainingError: the loss at step 0 is not what theory says, or a loss
       or gradient is not finite.
     checkpoint.SaveError: a checkpoint could not be written.
+    interruption.Interrupted: a signal asked for it.
   """
-  workdir.mkdir(parents=True, exist_ok=True)
-  with processes.owned(records.Lock(workdir / "lock")):
-    values = settings.to_dict(config)
-    with processes.together("looking at the directory"):
-      processes.shared(workdir / "lock")
-      rundir.check(workdir, values)
-    processes.agree("the config", json.dumps(values))
-    export = workdir / "export"
-    if (workdir / "finished.json").exists():
-      return export
-    checkpoints = checkpoint.Checkpoints(
-      workdir / "checkpoints", config.retention()
-    )
-    made, state = assembly.assemble(config, workdir, checkpoints)
-    if processes.first():
-      assembly.write_manifest(workdir, config, made, state)
-      # Not before: settings that were refused must not bind the directory.
-      rundir.claim(workdir, values)
-    _Loop(config, workdir, made, checkpoints, state).train()
+  with interruption.Watch(config.grace_s) as watch:
+    with processes.together("preparing the directory"):
+      if processes.first():
+        rundir.prepare(workdir, "checkpoints")
+    with processes.owned(records.Lock(workdir / "lock")):
+      try:
+        return _run(config, workdir, watch)
+      except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+          raise checks.out_of_memory(config, error) from error
+        raise
+
+
+def _run(
+  config: recipe.TrainSettings, workdir: pathlib.Path, watch: interruption.Watch
+) -> pathlib.Path:
+  values = settings.to_dict(config)
+  allowed = (*config.allow_changes, *recipe.FREE)
+  with processes.together("looking at the directory"):
+    processes.shared(workdir / "lock")
+    rundir.refuse_foreign(workdir)
+    changed = rundir.check(workdir, values, allowed)
+  processes.agree("the config", json.dumps(values))
+  export = workdir / "export"
+  if (workdir / "finished.json").exists():
     return export
+  checkpoints = checkpoint.Checkpoints(
+    workdir / "checkpoints", config.retention()
+  )
+  made, state, inputs = assembly.assemble(config, workdir, checkpoints)
+  if processes.first():
+    assembly.write_manifest(workdir, config, made, state, changed + inputs)
+    # Not before: settings that were refused must not bind the directory.
+    rundir.claim(workdir, values, allowed)
+  _Loop(config, workdir, made, checkpoints, state, watch).train()
+  return export
 
 
 class _Loop:
@@ -75,7 +93,9 @@ class _Loop:
     made: assembly.Assembled,
     checkpoints: checkpoint.Checkpoints,
     state: steps.TrainState,
+    watch: interruption.Watch,
   ):
+    self.watch = watch
     self.config, self.workdir = config, workdir
     self.made, self.checkpoints, self.state = made, checkpoints, state
     self.steps = made.feed.steps
@@ -96,23 +116,31 @@ class _Loop:
       disable=not processes.first(),
     )
     try:
-      with jax.set_mesh(self.made.mesh), jax.transfer_guard("disallow"):
-        self._loop()
-      self._export()
-    finally:
-      self.bar.close()
-      self.writer.close()
-      self.checkpoints.close()
+      self._guarded()
+    except interruption.Interrupted:
+      # All stop at the same step: none leaves while another still writes.
+      processes.wait("interrupted")
+      raise
+    self._export()
     if processes.first():
       records.write_atomic(
         self.workdir / "finished.json", json.dumps({"step": self.steps}) + "\n"
       )
     processes.wait("finished")
 
+  def _guarded(self) -> None:
+    """The loop, with its files closed after it however it ends."""
+    with self.watch.deferred():
+      try:
+        with jax.set_mesh(self.made.mesh), jax.transfer_guard("disallow"):
+          self._loop()
+      finally:
+        self.bar.close()
+        self.writer.close()
+        self.checkpoints.close()
+
   def _loop(self) -> None:
-    config = self.config
-    if self.start == 0:
-      self._evaluate(0)
+    self._catch_up()
     fed = self.made.feed.training(self.start)
     now = next(fed, None)
     waiting = None
@@ -126,18 +154,35 @@ class _Loop:
       waiting = (done, values, now)
       # The next batch goes to the device while this step is computed.
       now = next(fed, None)
-      last = done == self.steps
-      evaluate = last or (config.eval_every and done % config.eval_every == 0)
-      save = last or (
-        config.checkpoint_every and done % config.checkpoint_every == 0
-      )
-      if evaluate or save or done == 1:
+      stop = self.watch.requested()
+      evaluate = self._due(done, self.config.eval_every)
+      save = self._due(done, self.config.checkpoint_every)
+      if evaluate or save or stop or done == 1:
         self._record(*waiting)
         waiting = None
-      if evaluate:
-        self._evaluate(done)
-      if save:
-        self._save(done)
+      if evaluate and not stop:
+        stop = not self._evaluate(done)
+      if save or stop:
+        self._save(done, adapters=save and self.config.export_adapters)
+      if stop:
+        raise self.watch.interrupted(f"after step {done}, which is saved")
+
+  def _due(self, done: int, every: int) -> bool:
+    return done == self.steps or bool(every and done % every == 0)
+
+  def _catch_up(self) -> None:
+    """The evaluation before the first step, or one that was interrupted."""
+    start = self.start
+    if start and not self._due(start, self.config.eval_every):
+      return
+    there = any("eval_items" in row for row in self.writer.at(start))
+    # The first process has the file, and decides.
+    if processes.everywhere(there)[0]:
+      return
+    if not self._evaluate(start):
+      raise self.watch.interrupted(f"in the evaluation at step {start}")
+    if start:
+      self.checkpoints.note(self.evaluated[start])
 
   def _record(self, done: int, values: Any, fed: feed.Fed) -> None:
     """Checks and writes one step's metrics."""
@@ -160,27 +205,33 @@ class _Loop:
       refresh=False,
     )
 
-  def _evaluate(self, done: int) -> None:
-    """Means over all held-out items, written as eval_* metrics."""
+  def _evaluate(self, done: int) -> bool:
+    """Means over all held-out items, written as eval_* metrics.
+
+    False if it was abandoned because the run is to stop.
+    """
     made = self.made
     totals: dict[str, float] = {}
     for batch in made.feed.evaluation():
       sums = made.eval_step(self.state.params, made.reference, batch)
       for key, value in jax.device_get(sums).items():
         totals[key] = totals.get(key, 0.0) + float(value)
+      if self.watch.requested():
+        return False
     weight = totals.pop("weight")
     row = {f"eval_{key}": value / weight for key, value in totals.items()}
     count = {"eval_items": len(made.feed.items.held_out.table)}
     self.writer.write({"step": done} | row | count)
     self.evaluated = {done: row}
     self.clock = metrics.Throughput()
+    return True
 
-  def _save(self, done: int) -> None:
+  def _save(self, done: int, *, adapters: bool) -> None:
     with jax.transfer_guard("allow"):
-      self._write_checkpoint(done)
+      self._write_checkpoint(done, adapters)
 
-  def _write_checkpoint(self, done: int) -> None:
-    if self.config.export_adapters:
+  def _write_checkpoint(self, done: int, adapters: bool) -> None:
+    if adapters:
       hf.export_adapter(
         self.workdir / "adapters" / f"step-{done:06d}",
         self.made.model,
@@ -189,6 +240,8 @@ class _Loop:
         self.state.params["base"],
       )
     config, made = self.config, self.made
+    # A checkpoint must not outlive the rows of its steps.
+    self.writer.sync()
     self.checkpoints.save(
       self.state,
       made.name,

@@ -46,6 +46,7 @@ LEVELS = {
   "winrates.planning": 0,
   "attention": 1,
   "cli": 1,
+  "interruption": 1,
   "judging": 1,
   "optim": 1,
   "peft_layout": 1,

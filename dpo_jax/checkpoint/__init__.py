@@ -12,15 +12,17 @@ call of `check`, `save` or `close`.
 
 import concurrent.futures
 import dataclasses
+import logging
 import pathlib
 import shutil
-import sys
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from dpo_jax import errors, partitioning, step_files, steps
+from dpo_jax import errors, partitioning, processes, step_files, steps
+
+_log = logging.getLogger(__name__)
 
 # Bytes that a save needs beside its arrays.
 _MARGIN = 2**20
@@ -36,25 +38,26 @@ class Checkpoints:
   def __init__(self, directory: pathlib.Path, retention: step_files.Retention):
     """Opens or makes `directory` and finds its newest whole step.
 
-    What is wrong with later steps is printed to stderr, and they are put
-    aside.
+    What is wrong with later steps is told on stderr, and they are put aside.
 
     Raises:
       ValueError: a step was whole once, but none is now; or the directory
         holds what no run wrote.
     """
     self._directory, self._retention = directory.resolve(), retention
-    self._latest = None
-    if jax.process_index() == 0:
-      self._directory.mkdir(parents=True, exist_ok=True)
-      self._latest, problems = step_files.newest(self._directory)
-      for problem in problems:
-        print(f"warning: {problem}", file=sys.stderr)
-      if problems:
-        print(
-          f"warning: going on from step {self._latest or 0}", file=sys.stderr
-        )
-      step_files.tidy(self._directory, self._latest)
+    latest = None
+    with processes.together("looking at the checkpoints"):
+      if processes.first():
+        self._directory.mkdir(parents=True, exist_ok=True)
+        latest, problems = step_files.newest(self._directory)
+        for problem in problems:
+          _log.warning("%s", problem)
+        if problems:
+          _log.warning("going on from step %d", latest or 0)
+        step_files.tidy(self._directory, latest)
+    # The others must not look for themselves: a disk may show them less.
+    found = int(processes.everywhere(-1 if latest is None else latest)[0])
+    self._latest = None if found < 0 else found
     self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
     self._completer = concurrent.futures.ThreadPoolExecutor(1, "complete")
     self._completing: concurrent.futures.Future | None = None
@@ -109,11 +112,17 @@ class Checkpoints:
   def _complete(self, step: int, metrics: dict[str, float]) -> None:
     try:
       self._orbax.wait_until_finished()
-      if jax.process_index() == 0:
+      if processes.first():
         step_files.complete(self._directory, step, metrics)
         step_files.prune(self._directory, self._retention)
     except Exception as error:
       raise self._failed(step, error) from error
+
+  def note(self, metrics: dict[str, float]) -> None:
+    """Puts the evaluation of the newest step into its manifest, if whole."""
+    self._finish()
+    if processes.first() and self._latest is not None:
+      step_files.note(self._directory, self._latest, metrics)
 
   def make_room(self, tree: Any) -> None:
     """Checks that the disk has room for a tree of arrays.
