@@ -28,7 +28,10 @@ setuptools.setup(
   license="MIT",
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["dpo_jax", "dpo_jax.*"]),
-  package_data={"dpo_jax.page": ["*.html", "*.css", "*.js"]},
+  package_data={
+    "dpo_jax.figures": ["*.mplstyle"],
+    "dpo_jax.page": ["*.html", "*.css", "*.js"],
+  },
   install_requires=[
     "absl-py",
     "beautifulsoup4",

@@ -49,7 +49,10 @@ FIRST_COLUMNS = (
 _FIGURES = (
   "win_rate_temperature.png",
   "win_rate_step.png",
+  "win_rate_length.png",
   "training_curves.png",
+  "reward_margins.png",
+  "reward_accuracy.png",
 )
 
 
@@ -107,10 +110,13 @@ def compose(
     ["### Is base < SFT < DPO?", "", *sections.ordering(found)],
     sections.step_table(found),
     shown.get("win_rate_step.png", []),
+    shown.get("win_rate_length.png", []),
     sections.differences(found),
     sections.ranking(found),
     ["## Judge health", "", *judge_sections.health(found)],
     ["## Implicit reward on held-out pairs", "", *excerpts.accuracy(found)],
+    shown.get("reward_margins.png", []),
+    shown.get("reward_accuracy.png", []),
     ["## Answers", "", *excerpts.answers(found)],
     excerpts.examples(found),
     excerpts.training(found, shown.get("training_curves.png", [])),
@@ -137,9 +143,14 @@ def save(made: Report, directory: pathlib.Path) -> pathlib.Path:
   drawn = {}
   for figure in made.figures:
     path = figure.draw(directory / figure.name)
-    drawn[figure.name] = {"data": figure.fingerprint, "sha256": digest(path)}
+    drawn[figure.name] = {
+      "data": figure.fingerprint,
+      "sha256": digest(path),
+      "vector_sha256": digest(figures.vector(path)),
+    }
   for name in set(_FIGURES) - drawn.keys():
     (directory / name).unlink(missing_ok=True)
+    figures.vector(directory / name).unlink(missing_ok=True)
   numbers = json.dumps(
     made.numbers | {"figures": drawn}, indent=1, allow_nan=False
   )
@@ -226,17 +237,57 @@ def _figures(found: material.Material) -> list[Figure]:
         f"Win rate of checkpoints against the training step. {bars} 50%.",
       )
     )
-  if any(found.metrics.values()):
+  if len({row.difference for row in found.by_length}) > 1:
     drawn.append(
       Figure(
         _FIGURES[2],
+        figures.length_points(found.by_length),
+        lambda path: figures.win_rate_by_length(found.by_length, path),
+        "Win rate against the difference in length. A point is the mean of one"
+        f" group of prompts, T = {found.by_length[0].temperature}; bars are"
+        f" {level} intervals.",
+      )
+    )
+  if any(found.metrics.values()):
+    drawn.append(
+      Figure(
+        _FIGURES[3],
         found.metrics,
         lambda path: figures.training_curves(found.metrics, path),
         "Training curves. Pale: every step; dark: running mean; points: held"
         " out.",
       )
     )
-  return drawn
+  return [*drawn, *_reward_figures(found)]
+
+
+def _reward_figures(found: material.Material) -> list[Figure]:
+  """Of the last run that has rewards: the one that the others lead to."""
+  runs = [
+    run for run, rows in found.metrics.items() if figures.has_rewards(rows)
+  ]
+  if not runs:
+    return []
+  run, rows = runs[-1], found.metrics[runs[-1]]
+  name, confidence = sections.name(run), found.settings.confidence
+  keys = [f"rewards/{kind}" for kind in ("chosen", "rejected", "margins")]
+  accuracy = figures.shown(rows, ["rewards/accuracies"])
+  return [
+    Figure(
+      _FIGURES[4],
+      figures.shown(rows, keys),
+      lambda path: figures.reward_margins(rows, path),
+      f"Implicit rewards of {name}. Pale: every step; dark: running mean;"
+      " points: held out.",
+    ),
+    Figure(
+      _FIGURES[5],
+      [*accuracy.values(), confidence],
+      lambda path: figures.reward_accuracy(rows, path, confidence=confidence),
+      f"Reward accuracy of {name}. Bars are {found.level} Wilson intervals of"
+      " the held-out pairs.",
+    ),
+  ]
 
 
 def _numbers(
@@ -249,7 +300,10 @@ def _numbers(
       "settings": dataclasses.asdict(found.settings),
       "flags": [dataclasses.asdict(flag) for flag in flags],
       "data_fingerprint": found.data_fingerprint,
-      **{name: getattr(found, name) for name in (*names, "lengths", "ranking")},
+      **{
+        name: getattr(found, name)
+        for name in (*names, "lengths", "by_length", "ranking")
+      },
     }
   )
 

@@ -114,6 +114,7 @@ class Material:
   differences: list[paired.Difference]
   slopes: list[paired.Slope]
   lengths: list[lengths.LengthControlled]
+  by_length: list[lengths.LengthBin]
   ranking: list[ranking.Player]
   odd: list[records.Verdict]
 
@@ -163,6 +164,7 @@ def read(settings: ReportSettings, workdir: str | os.PathLike) -> Material:
     differences=paired.differences(ordinary, **sizes),
     slopes=paired.slopes(ordinary, **sizes),
     lengths=lengths.length_controlled(ordinary, confidence=settings.confidence),
+    by_length=lengths.by_length(ordinary, confidence=settings.confidence),
     ranking=ranking.bradley_terry(ordinary, **sizes),
     odd=odd(every),
   )

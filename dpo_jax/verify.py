@@ -34,6 +34,7 @@ from dpo_jax import (
 )
 
 _SHOWN = 20
+_SUBJECT = re.compile(rb"/Subject \(([0-9a-f]{64})\)")
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
@@ -199,6 +200,10 @@ def _figures(
     if not path.is_file():
       found.append(f"{path} is missing")
       continue
+    vector = path.with_suffix(".pdf")
+    if not vector.is_file():
+      found.append(f"{vector} is missing")
+      continue
     drawn = description(strict_json.read_bytes(path))
     entry = recorded.get(figure.name)
     entry = entry if isinstance(entry, dict) else {}
@@ -210,6 +215,18 @@ def _figures(
       if value != expected:
         found.append(
           f"{path}: {what} is {str(value)[:16]}, not {str(expected)[:16]}"
+        )
+    for what, value, expected in (
+      ("its file's sha256", compose.digest(vector), entry.get("vector_sha256")),
+      (
+        "the fingerprint of its data",
+        subject(strict_json.read_bytes(vector)),
+        figure.fingerprint,
+      ),
+    ):
+      if value != expected:
+        found.append(
+          f"{vector}: {what} is {str(value)[:16]}, not {str(expected)[:16]}"
         )
   return found
 
@@ -229,6 +246,12 @@ def description(data: bytes) -> str | None:
       return body.partition(b"\0")[2].decode("latin-1")
     at += 12 + length
   return None
+
+
+def subject(data: bytes) -> str | None:
+  """The hash under Subject of a PDF that `figures` wrote; None without one."""
+  match = _SUBJECT.search(data) if data.startswith(b"%PDF-") else None
+  return match[1].decode() if match else None
 
 
 def _odd(settings: material.ReportSettings, workdir: pathlib.Path) -> list[str]:

@@ -166,9 +166,12 @@ def test_figures_are_linked_relatively_and_decode(finished):
   text = read(finished)
   grey, blue, orange = (0x73, 0x73, 0x73), (0, 0x72, 0xB2), (0xD5, 0x5E, 0)
   for name, width, colors in [
-    ("win_rate_temperature.png", 1050, (grey, blue, orange)),
-    ("win_rate_step.png", 1050, (blue,)),
-    ("training_curves.png", 2160, (blue, orange)),
+    # A column of 3.25 inches at 300 dots an inch; two and their gap, 6.75.
+    ("win_rate_temperature.png", 975, (grey, blue, orange)),
+    ("win_rate_step.png", 975, (blue,)),
+    ("training_curves.png", 2025, (blue, orange)),
+    ("reward_margins.png", 975, (grey,)),
+    ("reward_accuracy.png", 975, (blue, orange)),
   ]:
     assert f"]({name})" in text
     with PIL.Image.open(finished.parent / name) as image:
@@ -190,8 +193,15 @@ def test_the_same_rows_give_the_same_bytes(finished):
     "numbers.json",
     "report.html",
     "report.md",
+    "reward_accuracy.pdf",
+    "reward_accuracy.png",
+    "reward_margins.pdf",
+    "reward_margins.png",
+    "training_curves.pdf",
     "training_curves.png",
+    "win_rate_step.pdf",
     "win_rate_step.png",
+    "win_rate_temperature.pdf",
     "win_rate_temperature.png",
     "win_rates.csv",
   ]
@@ -333,7 +343,7 @@ def test_hostile_answers_leave_the_tables_whole(tmp_path):
   reported.make_run(tmp_path, text=" " + "\n".join(HOSTILE[:-1]))
   text = reported.text(tmp_path)
   images = [line for line in text.split("\n") if line.startswith("![")]
-  assert len(images) == 3
+  assert len(images) == 5
   lines = text.split("\n")
   for above, line in itertools.pairwise(lines):
     if above.startswith("|") and line.startswith("|"):
@@ -456,7 +466,7 @@ def test_figures_of_any_number_of_lines(tmp_path, count):
   ):
     path = draw(rates, tmp_path / "figure.png")
     with PIL.Image.open(path) as image:
-      assert image.size == (1050, 780)
+      assert image.size == (975, 690)
 
 
 def test_figures_leave_the_settings_of_matplotlib_alone(tmp_path):

@@ -243,6 +243,26 @@ def test_the_fingerprint_in_a_png_is_read_as_pillow_reads_it(run):
   assert verify.description(broken) is None
 
 
+def test_the_vector_figures_are_verified_too(run, capsys):
+  path = run / "report" / "win_rate_step.pdf"
+  other = run / "report" / "win_rate_temperature.pdf"
+  data = path.read_bytes()
+  assert (
+    verify.subject(data)
+    == json.loads((run / "report" / "numbers.json").read_text())["figures"][
+      "win_rate_step.png"
+    ]["data"]
+  )
+  assert verify.subject(data[1:]) is None
+  path.write_bytes(other.read_bytes())
+  code, _, found = check(capsys, run)
+  assert code == 1
+  assert len(found) == 2
+  assert all(line.startswith(f"{path}: ") for line in found)
+  path.unlink()
+  assert check(capsys, run)[2] == [f"{path} is missing"]
+
+
 def test_what_cannot_be_verified(run, tmp_path, capsys):
   cases = {
     "none": "no such file",

@@ -485,3 +485,33 @@ def test_the_planner_is_a_command():
   )
   assert done.returncode == 0, done.stderr
   assert "Holm over 4" in done.stdout
+
+
+def test_rates_by_length_are_those_of_groups_of_prompts():
+  # 40 prompts whose answers are -20 ... 19 characters longer; the longer half
+  # wins. Other temperatures and checkpoints have no part in it.
+  rows = [
+    row
+    for i in range(40)
+    for row in judged.both(
+      *["model" if i >= 20 else "chosen"] * 2,
+      f"p{i:02d}",
+      temperature=0.75,
+      response_chars=80 + i,
+      chosen_chars=100,
+    )
+  ]
+  others = judged.both("model", "model", "p00", temperature=1.0)
+  others += judged.both("model", "model", "p00", temperature=0.7, step=50)
+  bins = lengths.by_length([*rows, *others], confidence=0.95)
+  # Five groups would have 8 prompts each; four have 10.
+  assert [b.n for b in bins] == [10] * 4
+  assert [b.difference for b in bins] == [-15.5, -5.5, 4.5, 14.5]
+  assert [b.win_rate for b in bins] == [0, 0, 1, 1]
+  assert {(b.model, b.temperature) for b in bins} == {("dpo", 0.75)}
+  # Wilson, 0 and 10 of 10, by SciPy's binomtest.
+  for found, wins in zip(bins, (0, 0, 10, 10)):
+    interval = scipy.stats.binomtest(wins, 10).proportion_ci(0.95, "wilson")
+    assert (found.low, found.high) == pytest.approx(interval, abs=1e-12)
+  with pytest.raises(ValueError, match="confidence"):
+    lengths.by_length(rows, confidence=1.0)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 from scipy import special, stats
 
-from dpo_jax.winrates import calls
+from dpo_jax.winrates import calls, intervals
 
 _STEPS = 60
 _LARGE = 15.0  # log-odds; beyond them scores are separated, not fitted
@@ -82,6 +82,65 @@ def length_controlled(
       )
     )
   return found
+
+
+@dataclasses.dataclass(frozen=True)
+class LengthBin:
+  """The rate of a final model on its answers of about one length.
+
+  `difference` is the mean of their `n` prompts, answer less chosen, in
+  characters; [`low`, `high`] an `intervals.effective_wilson`.
+  """
+
+  model: str
+  temperature: float
+  difference: float
+  n: int
+  win_rate: float
+  low: float
+  high: float
+
+
+def by_length(
+  verdicts: Iterable[calls.Call], *, confidence: float, bins: int = 5
+) -> list[LengthBin]:
+  """Rates of final models by length, at the temperature nearest to 0.7.
+
+  A model's prompts, sorted by the difference in length, are cut into `bins` of
+  one size, or into fewer where each would have less than 10.
+
+  Raises:
+    ValueError: confidence is not in (0, 1).
+  """
+  if not 0 < confidence < 1:
+    raise ValueError(f"confidence={confidence} must be in (0, 1)")
+  cells = {
+    cell: group
+    for cell, group in calls.by_cell(calls.ordinary(verdicts)).items()
+    if cell[1] is None
+  }
+  # The paper compares at 0.7.
+  nearest = min({t for _, _, t in cells}, key=_from_paper, default=None)
+  found = []
+  for (model, _, temperature), group in cells.items():
+    if temperature != nearest:
+      continue
+    _, columns = calls.shared([calls.units(group), calls.length_units(group)])
+    columns = columns[np.argsort(columns[:, 1], kind="stable")]
+    for part in np.array_split(columns, min(bins, max(1, len(columns) // 10))):
+      if len(part):
+        low, high = intervals.effective_wilson(
+          part[:, 0], confidence=confidence
+        )
+        rate, difference = map(float, part.mean(axis=0))
+        found.append(
+          LengthBin(model, temperature, difference, len(part), rate, low, high)
+        )
+  return found
+
+
+def _from_paper(temperature: float) -> tuple[float, float]:
+  return abs(temperature - 0.7), temperature
 
 
 def fit_logistic(

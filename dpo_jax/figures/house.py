@@ -1,0 +1,97 @@
+"""What all figures share: the style, sizes, colours, and how they are saved.
+
+The style is a file, house.mplstyle, for other people's figures too. Figures are
+made with the object API, so that nothing global is set and no display is
+needed: a figure is drawn whole, as PNG and as PDF, or not at all.
+"""
+
+import contextlib
+import hashlib
+import importlib.resources
+import io
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib
+import matplotlib.figure
+import matplotlib.ticker
+
+COLUMN_IN = 3.25  # width of a paper's column, inches
+PAGE_IN = 6.75  # of two columns and the gap between them
+HEIGHT_IN = 2.3
+
+# As in the style file; the markers differ as well, for print without colour.
+COLORS = ("#737373", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+NAMES = {"base": "base", "sft": "SFT", "dpo": "DPO"}
+GUIDE: dict[str, Any] = {
+  "color": "#444444",
+  "linewidth": 0.7,
+  "linestyle": (0, (4, 3)),
+}
+
+
+def style() -> contextlib.AbstractContextManager[None]:
+  """Within it, figures are drawn in the house style, whatever a user set."""
+  path = importlib.resources.files(__package__).joinpath("house.mplstyle")
+  return matplotlib.rc_context(fname=os.fspath(path))
+
+
+def new(width: float = COLUMN_IN, height: float = HEIGHT_IN):
+  """An empty figure of so many inches."""
+  return matplotlib.figure.Figure(figsize=(width, height))
+
+
+def whole_numbers(count: int) -> matplotlib.ticker.Locator:
+  return matplotlib.ticker.MaxNLocator(count, integer=True)
+
+
+def vector(path: str | os.PathLike) -> pathlib.Path:
+  """Where the PDF of a PNG is."""
+  return pathlib.Path(path).with_suffix(".pdf")
+
+
+def save(
+  figure: matplotlib.figure.Figure, path: str | os.PathLike, data: Any
+) -> pathlib.Path:
+  """Writes the PNG and, beside it, the PDF, each whole or not at all.
+
+  The same data give the same bytes. Their fingerprint stands in both files,
+  under Description and Subject.
+  """
+  path = pathlib.Path(path)
+  mark = fingerprint(data)
+  unsaid = dict.fromkeys(("Creator", "Producer", "CreationDate"))
+  for target, kind, metadata in (
+    (vector(path), "pdf", unsaid | {"Subject": mark}),
+    (path, "png", {"Software": None, "Description": mark}),
+  ):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, metadata=metadata)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+      temporary.write_bytes(buffer.getvalue())
+      os.replace(temporary, target)
+    finally:
+      temporary.unlink(missing_ok=True)
+  return path
+
+
+def fingerprint(data: Any) -> str:
+  """Hash of the plain values that a figure shows, to 9 digits."""
+  text = json.dumps(_rounded(data), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _rounded(value: Any) -> Any:
+  # Another machine may add in another order.
+  if isinstance(value, float):
+    return f"{value:.9g}"
+  if isinstance(value, Mapping):
+    return {str(key): _rounded(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_rounded(item) for item in value]
+  return value
