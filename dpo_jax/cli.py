@@ -60,8 +60,8 @@ def run(main: Main, example: str = "", **options: tuple[Any, str]) -> None:
       return _refused(f"unexpected arguments: {arguments[1:]}")
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     name = pathlib.Path(file.partition(":")[0]).stem
-    path = pathlib.Path(workdir.value or f"runs/{name}").absolute()
     try:
+      path = _directory(workdir.value or f"runs/{name}")
       values = {name: option.value for name, option in found.items()}
       settings = config.value.to_dict()
       redaction.refuse(settings)
@@ -83,6 +83,18 @@ _FLAGS = {
   " json (each line an object) or quiet.",
   "help": "This; with --config, the fields and values of that config.",
 }
+
+
+def _directory(name: str) -> pathlib.Path:
+  """The path of --workdir; ValueError if no file system could hold it."""
+  path = pathlib.Path(name).absolute()
+  parts = [part.encode("utf-8", "surrogateescape") for part in path.parts]
+  if "\0" in name or max(map(len, parts)) > 255:
+    raise ValueError(
+      f"--workdir={name!r:.80} is no path: a name in it has more than 255"
+      " bytes or a NUL"
+    )
+  return path
 
 
 def _refused(text: str) -> int:

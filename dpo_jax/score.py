@@ -41,6 +41,7 @@ from dpo_jax import (
   placement,
   profiles,
   records,
+  redaction,
   steps,
   tables,
 )
@@ -329,6 +330,7 @@ def parse(arguments: Sequence[str] | None = None) -> ScoreSettings:
 
 
 def main() -> int:
+  redaction.install()
   try:
     settings = parse()
     rows = run(settings)

@@ -9,7 +9,7 @@ import judge_server
 import pytest
 
 from dpo_jax import judging
-from dpo_jax.judging import client, prompts, server
+from dpo_jax.judging import client, prompts, server, transport
 
 KEY = "sk-planted-0123456789"
 QUESTION = judging.Question("\n\nHuman: hi\n\nAssistant:", " longer", " no")
@@ -279,6 +279,15 @@ def test_a_key_that_a_server_echoes_is_taken_out(monkeypatch):
   assert KEY not in repr(settings(fake.url, api_key_env="JKEY"))
 
 
+def test_a_reply_without_an_end_is_not_held(monkeypatch):
+  monkeypatch.setattr(transport, "MAX_REPLY_BYTES", 2**20)
+  endless = judge_server.Answer(body=b" " * 2**20 + b"{}")
+  with judge_server.Server(script(endless)) as fake:
+    (reply,) = ask(settings(fake.url, max_retries=0))
+  assert reply.choice == "missing"
+  assert "unreadable reply: more than 1 MiB" in reply.error
+
+
 UNREADABLE = [
   judge_server.says("Both are fine."),
   judge_server.says(""),
@@ -323,6 +332,8 @@ def test_a_refusal_is_its_own_class(answer):
   ("changes", "message"),
   [
     ({"base_url": "localhost:8000"}, "http://"),
+    ({"base_url": f"https://{KEY}@host/v1"}, "a user or key before its '@'"),
+    ({"api_key_env": KEY}, "must be the name of an environment variable"),
     ({"model": ""}, "model"),
     ({"max_tokens": 0}, "max_tokens=0"),
     ({"temperature": float("nan")}, "temperature=nan"),
@@ -331,8 +342,9 @@ def test_a_refusal_is_its_own_class(answer):
   ],
 )
 def test_settings_that_make_no_sense(changes, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ValueError, match=message) as caught:
     settings("http://127.0.0.1/v1", **changes)
+  assert KEY not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [None, "", " \n", "clé", "a\nb"])

@@ -1,21 +1,23 @@
 """The whole line in real processes: the embedded world and real HH rows."""
 
 import csv
+import dataclasses
 import json
 import os
 import pathlib
-import subprocess
 import sys
 
 import judge_server
+import planted
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+KEY_HEADER = "authorization"
 
 
 def replicate(*flags):
-  """Runs the command as a user would, from the source tree."""
+  """Runs the command as a user would, from the source tree, with keys."""
   cache = pathlib.Path.home() / ".cache" / "dpo_jax" / "xla"
-  return subprocess.run(
+  return planted.run(
     [sys.executable, "-m", "dpo_jax.replicate", *flags],
     cwd=ROOT,
     env=os.environ
@@ -24,11 +26,19 @@ def replicate(*flags):
       "JAX_COMPILATION_CACHE_DIR": str(cache),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     },
-    capture_output=True,
-    text=True,
     timeout=400,
-    check=False,
   )
+
+
+def echoing(request, number):
+  """Prefers the longer text, and repeats the key that it was sent."""
+  answer = judge_server.prefer_longer(request, number)
+  completion = json.loads(answer.body)
+  sent = next(v for k, v in request.headers.items() if k.lower() == KEY_HEADER)
+  completion["system_fingerprint"] = sent
+  message = completion["choices"][0]["message"]
+  message["content"] = f"You sent {sent}.\n{message['content']}"
+  return dataclasses.replace(answer, body=json.dumps(completion).encode())
 
 
 def rates(workdir):
@@ -82,16 +92,18 @@ def test_the_embedded_default_runs_whole_and_again_does_nothing(tmp_path):
   other = replicate(*flags, "--config.dpo.loss.beta=0.3")
   assert other.returncode == 2
   assert "config.dpo.loss.beta: 0.2 -> 0.3" in other.stderr
+  planted.search(tmp_path)
 
 
 def test_real_rows_and_tokenizer_go_through_the_whole_line(shared, tmp_path):
-  with judge_server.Server(judge_server.prefer_longer) as server:
+  with judge_server.Server(echoing) as server:
     done = replicate(
       "--config=configs/hh.py:smoke",
       f"--workdir={tmp_path}",
       f"--config.paths.data={shared / 'data' / 'hh-rlhf'}",
       f"--config.paths.tokenizer={shared / 'tokenizer' / 'pythia'}",
       f"--config.judge.server.base_url={server.url}",
+      "--config.judge.server.api_key_env=OPENAI_API_KEY",
       "--config.sft.data.max_train=0",
     )
   assert done.returncode == 0, done.stderr
@@ -122,3 +134,6 @@ def test_real_rows_and_tokenizer_go_through_the_whole_line(shared, tmp_path):
   wins = sum(row["verdict"] == "model" for row in verdicts)
   # The table has six significant digits.
   assert abs(table["sft", ""] - wins / len(verdicts)) < 1e-5
+  # The judge did repeat the key, and no file holds it.
+  assert all(row["raw"].startswith("You sent Bearer [") for row in verdicts)
+  assert planted.search(tmp_path) > 30

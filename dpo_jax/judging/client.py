@@ -263,13 +263,14 @@ class Client:
   async def _post(self, page: str) -> tuple[Mapping[str, str], Any]:
     """Headers and JSON of the answer to one request for a completion."""
     content = json.dumps(self.body(page), ensure_ascii=False).encode()
-    response = await self.attempt(
-      self._http.post(self._url, content=content, headers=self._headers)
+    request = self._http.build_request(
+      "POST", self._url, content=content, headers=self._headers
     )
+    response, body = await self.attempt(transport.fetch(self._http, request))
     if response.is_error:
-      raise self.failure(transport.status_error(response))
+      raise self.failure(transport.status_error(response, body))
     try:
-      return response.headers, json.loads(response.content)
+      return response.headers, json.loads(body)
     except (ValueError, RecursionError):
       cause = "the reply is not a chat completion"
       failure = transport.Failure(cause, again=True, billed=True)

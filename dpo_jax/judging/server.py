@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import os
+import re
+import urllib.parse
 from typing import Literal
 
 from dpo_jax.judging import budget, prompts, replies
@@ -76,6 +78,17 @@ class ServerSettings:
     if not self.base_url.startswith(("http://", "https://")):
       raise ValueError(
         f"base_url={self.base_url!r} must start with http:// or https://"
+      )
+    if urllib.parse.urlsplit(self.base_url).username is not None:
+      raise ValueError(
+        "base_url holds a user or key before its '@': leave it out, and name"
+        " the environment variable with the key in api_key_env"
+      )
+    # Not shown: whoever gives the key itself should not find it in a log.
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}|", self.api_key_env):
+      raise ValueError(
+        "api_key_env must be the name of an environment variable, in capitals,"
+        " digits and '_', not a key; '' is for a server that wants none"
       )
     if not self.model:
       raise ValueError("model='' must name the judging model")

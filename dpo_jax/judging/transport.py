@@ -10,6 +10,9 @@ from typing import Any
 
 from dpo_jax.judging import limits
 
+# Of one reply: 4,096 tokens with 20 alternatives each have 8 MiB.
+MAX_REPLY_BYTES = 16 * 2**20
+
 
 class Failure(Exception):
   """A request that brought no reply.
@@ -77,16 +80,30 @@ class StatusError:
   response: Any
 
 
-def status_error(response: Any) -> StatusError:
+async def fetch(http: Any, request: Any) -> tuple[Any, bytes]:
+  """A response and its body; ValueError if that passes `MAX_REPLY_BYTES`."""
+  response = await http.send(request, stream=True)
+  try:
+    body = bytearray()
+    async for piece in response.aiter_bytes():
+      body += piece
+      if len(body) > MAX_REPLY_BYTES:
+        raise ValueError(f"more than {MAX_REPLY_BYTES >> 20} MiB")
+  finally:
+    await response.aclose()
+  return response, bytes(body)
+
+
+def status_error(response: Any, content: bytes) -> StatusError:
   """Reads {"error": {"message", "code", "type"}} or whatever stands there."""
   try:
-    body = json.loads(response.content)
+    body = json.loads(content)
   except (ValueError, RecursionError):
     body = None
   if isinstance(body, dict):
     body = body.get("error", body)
   fields = body if isinstance(body, dict) else {}
-  text = response.content[:1000].decode("utf-8", "replace").strip()
+  text = content[:1000].decode("utf-8", "replace").strip()
   return StatusError(
     status_code=response.status_code,
     message=text or f"Error code: {response.status_code}",

@@ -15,6 +15,7 @@ reason why not:
 import dataclasses
 import itertools
 import math
+import pathlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
@@ -25,6 +26,17 @@ from dpo_jax.sources import rows as raw
 
 Kind = Literal["pairs", "hh", "shp", "se", "tldr", "tfds"]
 Side = Literal["train", "eval"]
+
+
+def _stays_inside(name: str) -> bool:
+  """Whether a name, which may have several parts, is one of a directory."""
+  path = pathlib.PurePosixPath(name)
+  return (
+    not path.is_absolute()
+    and ".." not in path.parts
+    and "\0" not in name
+    and len(name.encode("utf-8", "replace")) <= 255
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +74,12 @@ class SourceSettings:
       )
     if not 0 < self.weight < math.inf:
       refuse("weight", "must be positive and finite")
+    for name in (*self.subsets, self.train_split, self.eval_split):
+      if not _stays_inside(name):
+        raise ValueError(
+          f"{name!r:.80} must name a subset or split within its dataset: no"
+          " '..', no path from the root, at most 255 characters"
+        )
     if len(set(self.subsets)) < len(self.subsets):
       refuse("subsets", "names one twice")
     if not 1 <= self.min_score_ratio < math.inf:

@@ -15,11 +15,12 @@ import functools
 import logging
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_jax import comparisons
+from dpo_jax import comparisons, redaction
 from dpo_jax.sources import rows as raw
 
 SUBSETS = (
@@ -57,6 +58,12 @@ def write(
   """
   import tensorflow_datasets as tfds
 
+  for subset in subsets:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", subset):
+      raise ValueError(
+        f"subset {subset!r:.80} must be 1 to 100 letters, digits, '.', '_' or"
+        " '-', and begin with a letter or digit: it names a directory"
+      )
   there = [s for s in subsets if folder(data_dir, s).exists()]
   if there:
     raise ValueError(
@@ -205,6 +212,7 @@ def _transcripts(path: str, split: str, subset: str) -> Iterator[dict]:
 
 
 def main() -> int:
+  redaction.install()
   parser = argparse.ArgumentParser(
     prog="python -m dpo_jax.sources.hh_rlhf",
     description="Writes HH as a TensorFlow dataset of array_record files.",
