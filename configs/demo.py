@@ -111,6 +111,7 @@ def training(stage: str, model: str) -> config_dict.ConfigDict:
   c.model.path = model
   c.model.dtype = "float32"
   c.model.remat = "none"
+  c.model.logit_chunk = 128
   c.data.use = ("world",)
   c.data.sources = world_source(f"{{world}}/{stage}.jsonl")
   c.data.max_eval = 256

@@ -145,6 +145,7 @@ def _load_model(config, tokenizer, mesh) -> tuple[model.ModelConfig, Tree]:
     param_dtype=config.model.param_dtype,
     mesh=mesh,
   )
+  shape = dataclasses.replace(shape, logit_chunk=config.model.logit_chunk)
   if tokenizer.vocab_size > shape.vocab_size:
     raise ValueError(
       f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens,"

@@ -178,11 +178,7 @@ def with_reference(
     made_of = {
       "data": items.report["tokens"],
       "model": fingerprint,
-      "shape": repr(
-        dataclasses.replace(
-          shape, dtype="float32", remat="none", attention="dense", lora=None
-        )
-      ),
+      "shape": repr(shape.shape()),
       "dtype": f"{config.model.dtype} of {config.model.param_dtype}",
     }
     if _on_all_hosts(path.exists()):

@@ -57,7 +57,9 @@ class ModelConfig:
   """Shape and numerics of a GPT-NeoX; hashable, so static under jit.
 
   `dtype` is what the blocks compute in; layer norms, the softmax of attention
-  and the logits are float32 whatever it says.
+  and the logits are float32 whatever it says. `attention` names how segments
+  are attended, see `attention`; `logit_chunk` is how many tokens' logits exist
+  at one time, see `logps`.
   """
 
   vocab_size: int
@@ -72,6 +74,7 @@ class ModelConfig:
   dtype: Literal["float32", "bfloat16"] = "float32"
   remat: Literal["none", "full"] = "none"
   attention: Literal["dense"] = "dense"
+  logit_chunk: int = 1024
   lora: LoraConfig | None = None
 
   def __post_init__(self):
@@ -84,6 +87,8 @@ class ModelConfig:
         f"rotary_fraction={self.rotary_fraction} of head dim {self.head_dim}"
         f" gives {self.rotary_dim} rotated dimensions; it must be even"
       )
+    if self.logit_chunk < 1:
+      raise ValueError(f"logit_chunk={self.logit_chunk} must be at least 1")
 
   @property
   def head_dim(self) -> int:
@@ -92,6 +97,17 @@ class ModelConfig:
   @property
   def rotary_dim(self) -> int:
     return int(self.head_dim * self.rotary_fraction)
+
+  def shape(self) -> "ModelConfig":
+    """The same without adapters, and all that is not shape at its default."""
+    return dataclasses.replace(
+      self,
+      **{
+        field.name: field.default
+        for field in dataclasses.fields(self)
+        if field.default is not dataclasses.MISSING
+      },
+    )
 
 
 class _LayerNorm(nnx.Module):
@@ -292,7 +308,7 @@ def unembed(base: Tree, hidden: jax.Array) -> jax.Array:
 @functools.lru_cache
 def _blocks_graph(config: ModelConfig):
   """The static part of a block and its abstract state."""
-  config = dataclasses.replace(config, dtype="float32", remat="none")
+  config = dataclasses.replace(config.shape(), lora=config.lora)
   block = nnx.eval_shape(lambda: _Block(config, rngs=nnx.Rngs(0)))
   return nnx.split(block)
 

@@ -41,6 +41,13 @@ class ModelSettings:
   dtype: Literal["float32", "bfloat16"]
   param_dtype: Literal["float32", "bfloat16"]
   remat: Literal["none", "full"]
+  logit_chunk: int
+
+  def __post_init__(self):
+    if self.logit_chunk < 1:
+      raise ValueError(
+        f"model.logit_chunk={self.logit_chunk} must be at least 1"
+      )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -101,7 +101,18 @@ def token_logps(
   batch: packing.Batch,
   dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-  """Log-prob of every completion token of a micro-batch, float32 [S, C].
+  """Log-prob of every completion token of a micro-batch, float32 [S, C]."""
+  return token_stats(config, base, lora, batch, dropout_key).logps
+
+
+def token_stats(
+  config: model.ModelConfig,
+  base: Tree,
+  lora: Tree | None,
+  batch: packing.Batch,
+  dropout_key: jax.Array | None = None,
+) -> logps.TokenStats:
+  """Log-prob, entropy and likeliest word at every completion token, [S, C].
 
   Dropout is drawn for each token by its seat, so that it does not depend on
   how the step's items are laid out, split or sharded.
@@ -119,7 +130,9 @@ def token_logps(
     dropout_key=dropout_key,
   )
   kernel = base["unembed"]["kernel"]
-  return logps.token_logps(hidden, kernel, batch.source, batch.target)
+  return logps.token_stats(
+    hidden, kernel, batch.source, batch.target, chunk=config.logit_chunk
+  )
 
 
 def make_train_step(
