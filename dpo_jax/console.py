@@ -19,6 +19,7 @@ import logging
 import sys
 import time
 import traceback
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -85,8 +86,19 @@ def result(text: str, event: str = "result", **fields: Any) -> None:
     tqdm.tqdm.write(text, file=sys.stdout)
 
 
+def visible(text: str) -> str:
+  """Text that cannot steer a terminal: control characters are spelled out."""
+  return "".join(
+    char
+    if char == "\n" or unicodedata.category(char)[0] != "C"
+    else char.encode("unicode_escape").decode()
+    for char in text
+  )
+
+
 def error(text: str) -> None:
   """Why a command ends without its result, on stderr, in every mode."""
+  text = visible(text)
   if mode() == "json":
     _emit(sys.stderr, "error", {"text": text})
   else:

@@ -302,8 +302,9 @@ _KINDS = {dict: "an object", list: "a list", int: "a whole number", str: "text"}
 
 
 def _number(value: Any, name: str, where: str) -> float:
-  _field(value, name, object, where)
-  found = value[name]
+  found = value.get(name)
+  if name not in value:
+    raise ValueError(f"{where}{name} is missing")
   if not isinstance(found, int | float) or isinstance(found, bool):
     raise ValueError(f"{where}{name} is {found!r:.80}, which is not a number")
   # Larger whole numbers than floats there are would raise another error.

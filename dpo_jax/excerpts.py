@@ -32,8 +32,8 @@ def accuracy(found: material.Material) -> list[str]:
       continue
     last = max(held, key=lambda row: row["step"])
     share = f"{sections.percent(last[key])}%"
-    if "eval_items" in last:
-      n = last["eval_items"]
+    n = last.get("eval_items")
+    if isinstance(n, int | float) and n > 0:
       low, high = winrates.wilson_interval(
         last[key] * n, n, confidence=found.settings.confidence
       )

@@ -16,7 +16,6 @@ import os
 import pathlib
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -210,21 +209,11 @@ def _items(
       style = "chosen" if part == "response" else part
       if part == "prompt" and config.data.loss_on_prompt:
         style = "chosen"
-      text = visible(tokenizer.decode(ids))
+      text = console.visible(tokenizer.decode(ids))
       lines.append(f"{part}, {len(ids)} tokens:")
       lines.append(paint(style, text))
     shown.append("\n".join(lines))
   return "Items\n" + "\n\n".join(shown)
-
-
-def visible(text: str) -> str:
-  """Text that cannot steer a terminal: control characters are spelled out."""
-  return "".join(
-    char
-    if char == "\n" or unicodedata.category(char)[0] != "C"
-    else char.encode("unicode_escape").decode()
-    for char in text
-  )
 
 
 def _painter() -> Callable[[str, str], str]:

@@ -33,6 +33,11 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
       raise ValueError(f"{path}:{number}: {error}") from error
     if not isinstance(row, dict) or type(row.get("step")) is not int:
       raise ValueError(f"{path}:{number} is not a row of metrics with a step")
+    for name, value in row.items():
+      if type(value) not in (int, float, str):
+        raise ValueError(
+          f"{path}:{number}: field {name!r:.80} is {value!r:.40}, not a number"
+        )
     rows.append(row)
   return rows
 

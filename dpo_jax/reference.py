@@ -109,6 +109,8 @@ def load(
         f"{path} was made with {name}={metadata.get(name)}, but it is now"
         f" {value}; {mend}"
       )
+  if set(tensors) != {"logps"} or tensors["logps"].dtype != "F32":
+    raise ValueError(f"{path} is damaged; {mend}")
   logps = np.array(tensors["logps"].view())
   count = int(table.lengths[:, 1:].sum())
   if logps.shape != (count,) or metadata.get("sha256") != _hash(logps):

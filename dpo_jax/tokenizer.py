@@ -22,7 +22,9 @@ END = "<|endoftext|>"
 PADDING = "<|padding|>"
 # Of a tokenizer's files. Pythia's has 2 MiB; the largest known vocabularies,
 # of 262,000 tokens, make one of 33 MiB.
-MAX_BYTES = 128 * 2**20
+MAX_BYTES = 64 * 2**20
+# Sixteen times the largest known vocabulary.
+MAX_TOKENS = 2**22
 # What transformers reads of a directory.
 _FILES = (
   "added_tokens.json",
@@ -146,6 +148,8 @@ def load(path: str | os.PathLike) -> Tokenizer:
   for file in _FILES:
     if pathlib.Path(name, file).is_file():
       _check_size(pathlib.Path(name, file))
+  if pathlib.Path(name, "tokenizer.json").is_file():
+    _check_ids(pathlib.Path(name, "tokenizer.json"))
   try:
     # Left unsaid, trust_remote_code asks at the terminal.
     backend = transformers.AutoTokenizer.from_pretrained(
@@ -171,6 +175,26 @@ def _check_size(file: pathlib.Path) -> None:
       f"{file} has {size} bytes, more than {MAX_BYTES}: that is no file of a"
       " tokenizer"
     )
+
+
+def _check_ids(file: pathlib.Path) -> None:
+  """Refuses ids so high that the library would make room for all below."""
+  try:
+    content = strict_json.parse(file.read_bytes())
+  except ValueError as error:
+    raise ValueError(f"{file}: {error}") from None
+  found = content if isinstance(content, dict) else {}
+  model, added = found.get("model"), found.get("added_tokens")
+  vocabulary = model.get("vocab") if isinstance(model, dict) else None
+  ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+  for token in added if isinstance(added, list) else ():
+    ids.append(token.get("id") if isinstance(token, dict) else None)
+  for number in ids:
+    if type(number) is not int or not 0 <= number < MAX_TOKENS:
+      raise ValueError(
+        f"{file}: {number!r:.40} is no id of a token: ids are whole numbers"
+        f" from 0 to {MAX_TOKENS - 1}"
+      )
 
 
 def _is_panic(error: BaseException) -> bool:

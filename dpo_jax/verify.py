@@ -26,6 +26,7 @@ from typing import Any
 
 from dpo_jax import (
   compose,
+  console,
   eval_files,
   material,
   recount,
@@ -295,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wrong = check_report(directory)
         found += wrong
         state = f"{len(wrong)} differences" if wrong else "all numbers agree"
-        print(f"{directory}: {state} with its rows")
+        _print(f"{directory}: {state} with its rows")
       if reports:
         continue
       if path.is_dir():
@@ -308,19 +309,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
       read, recounts = eval_files.read_all(files)
       found += check_files(read)
       wrong = sum(bool(check_files([file])) for file in read)
-      print("\n".join(recount.lines(read, recounts)))
+      _print("\n".join(recount.lines(read, recounts)))
       for file in read:
         if file.missed or file.refusals:
-          print(
+          _print(
             f"NOTE {file.path}: {len(file.missed)} verdicts missed, in results"
             f" {file.missed}; {len(file.refusals)} refusals, {file.refusals}"
           )
       print(f"{wrong} of {len(read)} files disagree with their own rows.")
   except (ValueError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
+    console.error(str(error))
     return 2
   _show(found)
   return 1 if found else 0
+
+
+def _print(text: str) -> None:
+  """Prints what may hold names from files."""
+  print(console.visible(text))
 
 
 def _show(found: Sequence[str]) -> None:
@@ -331,10 +337,10 @@ def _show(found: Sequence[str]) -> None:
     name = line.partition(": ")[0].rstrip("0123456789").rstrip(":")
     counts[name] += 1
     if counts[name] <= _SHOWN:
-      print(f"DIFFERS {line}")
+      _print(f"DIFFERS {line}")
   for name, count in counts.items():
     if count > _SHOWN:
-      print(f"{name}: {count - _SHOWN} differences more")
+      _print(f"{name}: {count - _SHOWN} differences more")
 
 
 if __name__ == "__main__":

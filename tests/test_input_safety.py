@@ -11,7 +11,10 @@ import json
 import shutil
 import tracemalloc
 
+import numpy as np
 import pytest
+import readers
+import reported
 import sourcing
 import tiny
 from test_records import RESPONSE, line
@@ -26,7 +29,9 @@ from dpo_jax import (
   safetensors_files,
   strict_json,
   tokenizer,
+  verify,
 )
+from dpo_jax.judging import replies
 
 NUMERICS = {
   "dtype": "float32",
@@ -184,9 +189,9 @@ def test_real_rows_stay_far_below_the_bounds(shared):
     ("model/config.json", 33, load_model, r"config\.json: more than 32 MiB"),
     (
       "model/tokenizer.json",
-      129,
+      65,
       lambda f: tokenizer.load(f / "model"),
-      r"tokenizer\.json has 135266304 bytes",
+      r"tokenizer\.json has 68157440 bytes",
     ),
     (
       "adapter/adapter_config.json",
@@ -289,3 +294,76 @@ def test_metrics_that_are_none_are_named_by_line(tmp_path, data, message):
   path.write_bytes(data)
   with pytest.raises(ValueError, match=rf"metrics\.jsonl{message}"):
     metrics.read(path)
+
+
+# --- what fuzzing found
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    lambda c: c["model"]["vocab"].update(a=2**31),
+    lambda c: c["model"]["vocab"].update(a=-1),
+    lambda c: c["added_tokens"][0].update(id=2**32 - 1),
+    lambda c: c["added_tokens"][0].update(id="0"),
+  ],
+)
+def test_ids_that_would_take_all_memory_are_refused(files, change):
+  """The tokenizers library walks over all ids up to the highest one."""
+  path = files / "model" / "tokenizer.json"
+  content = json.loads(path.read_text())
+  change(content)
+  path.write_text(json.dumps(content))
+  with pytest.raises(ValueError, match="is no id of a token"):
+    tokenizer.load(files / "model")
+
+
+def test_a_kept_reference_without_its_array_is_damaged(tmp_path):
+  path = tmp_path / "reference.safetensors"
+  for name, dtype in (("other", np.float32), ("logps", np.int32)):
+    values = np.zeros(3, dtype)
+    safetensors_files.write(
+      path,
+      [(name, values.dtype, values.shape)],
+      [values],
+      {"kind": "dpo_jax reference log-probs 1"},
+    )
+    with pytest.raises(ValueError, match="is damaged; delete"):
+      reference.load(path, None, {})
+
+
+@pytest.mark.parametrize("others", [3, "A", {"a": 1}, [None], None])
+def test_alternatives_that_are_no_list_give_no_score(others):
+  token = {"token": "A", "logprob": 0.0, "top_logprobs": others}
+  choice = {
+    "message": {"content": "A"},
+    "logprobs": {"content": [token]},
+    "finish_reason": "stop",
+  }
+  reply = replies.read({"choices": [choice]}, output="text", ties=False)
+  assert (reply.choice, reply.score) == ("first", None)
+
+
+@pytest.mark.parametrize("items", [[200], "nan", 0, -3])
+def test_an_accuracy_of_no_number_of_items_has_no_interval(tmp_path, items):
+  reported.make_run(tmp_path)
+  path = tmp_path / "dpo" / "metrics.jsonl"
+  row = {"step": 9, "eval_rewards/accuracies": 0.5, "eval_items": items}
+  reported.write_metrics(path, [row])
+  if isinstance(items, list):
+    with pytest.raises(ValueError, match=r":1: field 'eval_items' is \[200\]"):
+      metrics.read(path)
+  else:
+    text = reported.text(tmp_path)
+    assert "chosen above rejected in 50.0% (step 9)" in text
+
+
+def test_names_in_result_files_do_not_steer_the_terminal(tmp_path, capsys):
+  content = readers.EVAL | {
+    "metadata": readers.EVAL["metadata"] | {"run_name": "a\x1b[2J\u202eb\x07"}
+  }
+  (tmp_path / "eval_x.json").write_text(json.dumps(content))
+  assert verify.main([str(tmp_path)]) == 0
+  out = capsys.readouterr().out
+  assert r"a\x1b[2J\u202eb\x07" in out
+  assert not set(out) & set("\x1b\u202e\x07")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from dpo_jax import inspect_data
+from dpo_jax import console, inspect_data
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -152,7 +152,7 @@ def test_items_are_shown_with_what_is_learned(real):
 
 
 def test_texts_cannot_steer_the_terminal():
-  assert inspect_data.visible("a\x1b[31mb\r\nc\u202e\x00é👍") == (
+  assert console.visible("a\x1b[31mb\r\nc\u202e\x00é👍") == (
     "a\\x1b[31mb\\r\nc\\u202e\\x00é👍"
   )
 

@@ -506,6 +506,7 @@ def having(new, *path):
     (having(1.5, "win_counts", "Model"), "1.5, which is not a whole number"),
     (having(True, "win_counts", "Model"), "True, which is not a whole number"),
     (having("1", "metadata", "temperature"), "'1', which is not a number"),
+    (having(True, "metadata", "temperature"), "True, which is not a number"),
     (having(10**400, "metadata", "temperature"), "too large"),
     (having(7, "results", 0, "raw_gpt4_response"), "must be text or null"),
     (

@@ -86,7 +86,8 @@ def _score(
   if place is None:
     return None
   shares = {"A": 0.0, "B": 0.0, "tie": 0.0}
-  for entry in content[place].get("top_logprobs") or ():
+  others = content[place].get("top_logprobs")
+  for entry in others if isinstance(others, list) else ():
     if not isinstance(entry, dict):
       return None
     name, logprob = _bare(_text(entry.get("token"))), entry.get("logprob")

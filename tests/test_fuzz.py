@@ -1,0 +1,96 @@
+"""Every reader of foreign bytes, given real files made wrong.
+
+Only a ValueError with a message may come of it, in bounded time and memory.
+The quick test gives each reader some files, always the same ones; the long
+ones, behind the marker, give it many, and let atheris choose them by what parts
+of the code they reach.
+"""
+
+import contextlib
+import pathlib
+import random
+import re
+import resource
+import signal
+
+import hypothesis
+import pytest
+import readers
+from hypothesis import strategies as st
+
+# A reader of a small file that needs more hangs. The machine may be busy.
+DEADLINE_S = 20
+# What a small file may cost beyond what the process has: far less than a lying
+# header asks for.
+ROOM_BYTES = 2 * 2**30
+
+
+@contextlib.contextmanager
+def bounded():
+  """Ends what takes too long and refuses memory beyond the room."""
+
+  def late(*_):
+    raise TimeoutError(f"more than {DEADLINE_S} s")
+
+  found = re.search(
+    r"VmSize:\s+(\d+)", pathlib.Path("/proc/self/status").read_text()
+  )
+  before = resource.getrlimit(resource.RLIMIT_AS)
+  limit = int(found[1]) * 1024 + ROOM_BYTES
+  old = signal.signal(signal.SIGALRM, late)
+  resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+  signal.setitimer(signal.ITIMER_REAL, DEADLINE_S)
+  try:
+    yield
+  finally:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    resource.setrlimit(resource.RLIMIT_AS, before)
+    signal.signal(signal.SIGALRM, old)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, shared):
+  return readers.Files(tmp_path_factory.mktemp("fuzz"), shared)
+
+
+def fuzz(files, name, rng):
+  data = readers.mutant(files, name, rng)
+  try:
+    readers.READERS[name].check(files, data)
+  except BaseException as error:
+    error.add_note(f"{name}: {data[:5000]!r}")
+    raise
+
+
+@pytest.mark.parametrize("name", readers.READERS)
+def test_valid_files_are_read(files, name):
+  """Without this, a reader that refuses everything would pass."""
+  reader = readers.READERS[name]
+  for seed in reader.seeds(files):
+    reader.read(files, seed)
+
+
+@pytest.mark.parametrize("name", readers.READERS)
+def test_some_wrong_files(files, name):
+  rng = random.Random(name)
+  with bounded():
+    for _ in range(4 if readers.READERS[name].slow else 30):
+      fuzz(files, name, rng)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", readers.READERS)
+def test_many_wrong_files(files, name):
+  slow = readers.READERS[name].slow
+
+  @hypothesis.settings(
+    max_examples=300 if slow else 5000,
+    deadline=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+  )
+  @hypothesis.given(st.randoms(use_true_random=False))
+  def check(rng):
+    with bounded():
+      fuzz(files, name, rng)
+
+  check()
