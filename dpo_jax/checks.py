@@ -1,6 +1,8 @@
 """What a run's first and every later loss must be, or the run stops."""
 
 import math
+import pathlib
+import shutil
 
 from dpo_jax import errors, losses, recipe
 
@@ -76,4 +78,13 @@ def out_of_memory(
     f" trained (lora.rank={config.lora.rank}; 0 is all weights), and the mesh"
     f" (mesh.fsdp={mesh.fsdp} and mesh.tensor={mesh.tensor} split the weights)."
     "\npython -m dpo_jax.plan with the same --config tells how much that is"
+  )
+
+
+def disk_full(workdir: pathlib.Path, error: OSError) -> TrainingError:
+  """The error that says how much room there is where a file was written."""
+  free = shutil.disk_usage(workdir).free
+  return TrainingError(
+    f"{error.filename or workdir}: {error.strerror}; {free:,} bytes are free."
+    " What was committed is whole: make room and run the same command again"
   )

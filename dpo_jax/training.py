@@ -6,6 +6,7 @@ device one step late, so that the device never waits for the host, and nothing
 else crosses between the two inside the loop.
 """
 
+import errno
 import json
 import pathlib
 from typing import Any
@@ -55,6 +56,10 @@ def run(config: recipe.TrainSettings, workdir: pathlib.Path) -> pathlib.Path:
       except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
           raise checks.out_of_memory(config, error) from error
+        raise
+      except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+          raise checks.disk_full(workdir, error) from error
         raise
 
 

@@ -1,7 +1,13 @@
 """A tiny run: its model, tokenizer, pairs and config, and what it left."""
 
 import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
 
+import jax
 import numpy as np
 import tiny
 
@@ -9,6 +15,7 @@ from configs import common
 from configs import data as data_config
 from dpo_jax import hf, metrics, model, recipe, settings, tokenizer
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHAPE = model.ModelConfig(
   vocab_size=320,
   width=16,
@@ -111,6 +118,83 @@ def configs(files):
     return settings.build(recipe.TrainSettings, changed(values, changes))
 
   return build
+
+
+CONFIG = """
+import json, pathlib
+from ml_collections import config_dict
+
+def get_config():
+  text = pathlib.Path(__file__).with_suffix(".json").read_text()
+  return config_dict.ConfigDict(json.loads(text))
+"""
+
+
+class Child:
+  """`python train.py` in a process of its own; a context manager.
+
+  It is killed at the end if it still lives.
+  """
+
+  def __init__(self, directory, config, workdir, **environ):
+    """Starts it; `directory` takes its config and what it prints."""
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / "config.py"
+    file.write_text(CONFIG)
+    values = json.dumps(settings.to_dict(config))
+    file.with_suffix(".json").write_text(values)
+    self._printed = (directory / "printed").open("w+b")
+    cache = str(jax.config.jax_compilation_cache_dir)
+    self.process = subprocess.Popen(
+      [sys.executable, "train.py", f"--config={file}", f"--workdir={workdir}"],
+      cwd=ROOT,
+      env=os.environ
+      | {
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "PYTHONPATH": str(ROOT),
+      }
+      | environ,
+      stdout=self._printed,
+      stderr=subprocess.STDOUT,
+    )
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exc_info):
+    if self.process.poll() is None:
+      self.process.kill()
+    self.process.wait()
+    self._printed.close()
+
+  def printed(self):
+    self._printed.seek(0)
+    return self._printed.read().decode()
+
+  def until(self, condition, timeout_s=180):
+    """Waits until something can be seen; fails if the child ends before."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+      if self.process.poll() is not None:
+        raise AssertionError(f"ended too early:\n{self.printed()}")
+      if time.monotonic() > end:
+        raise AssertionError(f"not seen in {timeout_s} s:\n{self.printed()}")
+      # Between two looks; what is waited for is seen, not slept for.
+      time.sleep(0.001)
+
+  def end(self, timeout_s=180):
+    """Its exit code."""
+    return self.process.wait(timeout_s)
+
+
+def reached(workdir, step):
+  """Whether the metrics of a step are written."""
+  try:
+    rows = metrics.read(workdir / metrics.FILE)
+  except (FileNotFoundError, ValueError):
+    return False
+  return any(row["step"] >= step and "loss" in row for row in rows)
 
 
 def read(workdir):

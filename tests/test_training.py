@@ -7,11 +7,7 @@ compiled.
 import dataclasses
 import json
 import os
-import pathlib
 import shutil
-import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -147,67 +143,6 @@ def interrupt_at(monkeypatch, step):
       raise KeyboardInterrupt
 
   monkeypatch.setattr(metrics.Writer, "write", write)
-
-
-def test_interrupted_twice_it_ends_where_it_would_have(
-  whole, config, tmp_path, monkeypatch
-):
-  workdir = tmp_path / "run"
-  # Before the first checkpoint, and between the second and the third.
-  for step, checkpoints in ((1, set()), (5, {"2", "4"})):
-    with monkeypatch.context() as patch:
-      interrupt_at(patch, step)
-      with pytest.raises(KeyboardInterrupt):
-        training.run(config(), workdir)
-    found = {path.name for path in (workdir / "checkpoints").iterdir()}
-    assert found == checkpoints
-    assert not (workdir / "finished.json").exists()
-  training.run(config(), workdir)
-  assert running.read(workdir) == running.read(whole)
-  assert running.weights(workdir) == running.weights(whole)
-
-
-CHILD = """
-import json, os, pathlib, signal, sys
-from dpo_jax import metrics, recipe, settings, training
-
-original = metrics.Writer.write
-
-def write(self, row):
-  original(self, row)
-  if row["step"] == 5 and "loss" in row:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-metrics.Writer.write = write
-values = json.loads(pathlib.Path(sys.argv[1]).read_text())
-config = settings.build(recipe.TrainSettings, values)
-training.run(config, pathlib.Path(sys.argv[2]))
-"""
-
-
-def test_killed_it_ends_where_it_would_have(whole, config, tmp_path):
-  workdir = tmp_path / "run"
-  file = tmp_path / "config.json"
-  file.write_text(json.dumps(settings.to_dict(config())))
-  cache = str(jax.config.jax_compilation_cache_dir)
-  child = subprocess.run(
-    [sys.executable, "-c", CHILD, str(file), str(workdir)],
-    cwd=pathlib.Path(__file__).parent.parent,
-    env=os.environ
-    | {
-      "JAX_COMPILATION_CACHE_DIR": cache,
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-    },
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
-  assert child.returncode == -signal.SIGKILL, child.stderr
-  assert (workdir / "lock").exists()
-  assert [row["step"] for row in running.read(workdir)][-1] == 5
-  training.run(config(), workdir)
-  assert running.read(workdir) == running.read(whole)
-  assert running.weights(workdir) == running.weights(whole)
 
 
 def test_all_weights_resume_with_their_reference(

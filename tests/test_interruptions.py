@@ -1,0 +1,495 @@
+"""Runs that are stopped, killed, starved of disk, and go on: real faults.
+
+Whatever happens, what a run leaves at last is bit for bit what one that was
+never touched leaves.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import running
+
+from dpo_jax import (
+  checkpoint,
+  data,
+  feed,
+  hf,
+  interruption,
+  metrics,
+  partitioning,
+  step_files,
+  training,
+)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  return running.make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="module")
+def config(files):
+  return running.configs(files)
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+  """An uninterrupted run."""
+  workdir = tmp_path_factory.mktemp("whole") / "run"
+  training.run(config(), workdir)
+  return workdir
+
+
+def assert_same(workdir, whole):
+  assert running.read(workdir) == running.read(whole)
+  assert running.weights(workdir) == running.weights(whole)
+  directory = workdir / "checkpoints"
+  for step in step_files.steps(directory):
+    assert step_files.problem(directory, step) == ""
+
+
+# --- signals
+
+
+def signalled(patch, owner, name, number, times=1, when=lambda *_: True):
+  """Sends this process a signal as `owner.name` is called the nth time."""
+  original = getattr(owner, name)
+  left = [times]
+
+  def call(*arguments, **options):
+    if when(*arguments):
+      left[0] -= 1
+      if left[0] == 0:
+        os.kill(os.getpid(), number)
+    return original(*arguments, **options)
+
+  patch.setattr(owner, name, call)
+
+
+def row_of(step):
+  return lambda writer, row: row["step"] == step and "loss" in row
+
+
+PHASES = [
+  # Where the signal comes, and what the run then says of itself.
+  ("data", feed, "make", {}, "before or after training", None),
+  ("model", hf, "load", {}, "before or after training", None),
+  (
+    "first evaluation",
+    feed.Feed,
+    "evaluation",
+    {},
+    "in the evaluation at step 0",
+    None,
+  ),
+  # Step 1 is read at once; one more is on its way when the signal is seen.
+  (
+    "step",
+    metrics.Writer,
+    "write",
+    {"when": row_of(1)},
+    "after step 2, which is saved",
+    2,
+  ),
+  # The evaluation after step 3 is abandoned, and made up for at the next start.
+  (
+    "evaluation",
+    feed.Feed,
+    "evaluation",
+    {},
+    "after step 3, which is saved",
+    3,
+  ),
+  (
+    "save",
+    checkpoint.Checkpoints,
+    "save",
+    {},
+    "after step 5, which is saved",
+    5,
+  ),
+  (
+    "last save",
+    checkpoint.Checkpoints,
+    "close",
+    {},
+    "at the end of training",
+    7,
+  ),
+  ("export", hf, "export", {}, "before or after training", 7),
+]
+
+
+def test_a_signal_in_any_phase_loses_nothing(
+  whole, config, tmp_path, monkeypatch
+):
+  workdir = tmp_path / "run"
+  handlers = [signal.getsignal(number) for number in interruption.SIGNALS]
+  for turn, (phase, owner, name, options, where, saved) in enumerate(PHASES):
+    number = interruption.SIGNALS[turn % 2]
+    with monkeypatch.context() as patch:
+      signalled(patch, owner, name, number, **options)
+      with pytest.raises(interruption.Interrupted) as stopped:
+        training.run(config(), workdir)
+    assert f"{number.name} {where}" in str(stopped.value), phase
+    assert stopped.value.code == {"SIGTERM": 143, "SIGINT": 130}[number.name]
+    found = step_files.steps(workdir / "checkpoints")
+    assert (found[-1] if found else None) == saved, phase
+    assert not (workdir / "finished.json").exists()
+  assert [
+    signal.getsignal(number) for number in interruption.SIGNALS
+  ] == handlers
+  training.run(config(), workdir)
+  assert_same(workdir, whole)
+
+
+STUCK = """
+import hashlib
+from dpo_jax import interruption
+
+with interruption.Watch(0.5) as watch, watch.deferred():
+  print("ready", flush=True)
+  # Minutes of native code, which no handler of Python interrupts.
+  hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+
+
+def test_a_process_stuck_in_native_code_is_ended():
+  child = subprocess.Popen(
+    [sys.executable, "-c", STUCK],
+    cwd=running.ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGTERM)
+    _, stderr = child.communicate(timeout=30)
+  finally:
+    child.kill()
+  assert child.returncode == 143
+  assert "not stopped 0.5 s after SIGTERM" in stderr
+
+
+# --- kill -9
+
+
+def test_killed_in_a_save_it_ends_where_it_would_have(whole, config, tmp_path):
+  workdir = tmp_path / "run"
+  directory = workdir / "checkpoints"
+  with running.Child(tmp_path / "child", config(), workdir) as child:
+    child.until(
+      lambda: list(directory.glob("4.orbax*")) or (directory / "4").exists()
+    )
+    child.process.kill()
+    assert child.end() == -signal.SIGKILL
+  training.run(config(), workdir)
+  assert_same(workdir, whole)
+
+
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def long(config):
+  """A run long enough to be killed anywhere in: 21 steps, eleven saves."""
+  return config(epochs=3)
+
+
+@pytest.fixture(scope="module")
+def long_whole(long, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("long") / "run"
+  training.run(long, workdir)
+  return workdir
+
+
+def moment(rng, workdir):
+  """A condition on what can be seen from outside, and its name."""
+  step = int(rng.integers(1, 21))
+  save = min(step + step % 2, 20)
+  directory = workdir / "checkpoints"
+  return [
+    (f"step {step}", lambda: running.reached(workdir, step)),
+    (
+      f"save of {save} begun",
+      lambda: (
+        any(directory.glob(f"{save}.orbax*"))
+        or (directory / str(save)).exists()
+      ),
+    ),
+    (
+      f"save of {save} committed",
+      lambda: (directory / str(save)).exists(),
+    ),
+    (
+      f"save of {save} completed",
+      lambda: (directory / str(save) / "manifest.json").exists(),
+    ),
+    (
+      f"adapters of {save} begun",
+      lambda: any((workdir / "adapters").glob(f"*step-{save:06d}*")),
+    ),
+    ("begun", lambda: (workdir / "config.json").exists()),
+  ][rng.integers(6)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(KILLS))
+def test_killed_at_random_it_ends_where_it_would_have(
+  long, long_whole, tmp_path, seed
+):
+  rng = np.random.default_rng(seed)
+  workdir = tmp_path / "run"
+  name, seen = moment(rng, workdir)
+  with running.Child(tmp_path / "child", long, workdir) as child:
+    child.until(seen)
+    # A moment more, of up to a step or so.
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      child.process.wait(rng.uniform(0, 0.03))
+    child.process.kill()
+    assert child.end() == -signal.SIGKILL, name
+  with running.Child(tmp_path / "again", long, workdir) as child:
+    assert child.end() == 0, child.printed()
+    print(name, child.printed())
+  assert_same(workdir, long_whole)
+
+
+# --- other devices
+
+
+def test_it_goes_on_with_other_devices(whole, config, tmp_path, monkeypatch):
+  workdir = tmp_path / "run"
+  make = partitioning.make_mesh
+  # Steps done on eight devices, on four, and the rest on one.
+  for count, step in ((8, 2), (4, 4), (1, None)):
+    with monkeypatch.context() as patch:
+      patch.setattr(
+        partitioning,
+        "make_mesh",
+        lambda count=count, **sizes: make(
+          **sizes, devices=jax.devices()[:count]
+        ),
+      )
+      if step is None:
+        training.run(config(), workdir)
+        continue
+      signalled(
+        patch,
+        metrics.Writer,
+        "write",
+        signal.SIGTERM,
+        when=lambda writer, row, step=step: (
+          row["step"] >= step and "loss" in row
+        ),
+      )
+      with pytest.raises(interruption.Interrupted):
+        training.run(config(), workdir)
+  starts = json.loads((workdir / "manifest.json").read_text())["starts"]
+  assert [len(start["devices"]) for start in starts] == [8, 4, 1]
+  assert 0 < starts[1]["step"] < starts[2]["step"] < running.STEPS
+  # The same items in the same steps; only sums are made in another order.
+  for a, b in zip(running.read(workdir), running.read(whole), strict=True):
+    for key in b.keys() - {"row_fill"}:
+      assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
+
+
+# --- disks
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A file system of three megabytes, really mounted."""
+  path = tmp_path / "disk"
+  path.mkdir()
+  mount(path, "size=3m")
+  yield path
+  subprocess.run(["umount", str(path)], check=True)
+
+
+def mount(path, options):
+  done = subprocess.run(
+    ["mount", "-t", "tmpfs", "-o", options, "none", str(path)],
+    capture_output=True,
+    text=True,
+  )
+  if done.returncode:
+    pytest.skip(
+      "NOT TESTED: what happens on a full or read-only disk. Mounting a tmpfs"
+      f" needs root here: {done.stderr.strip()}"
+    )
+
+
+def leave(directory, free):
+  """Fills a disk until so many bytes are free."""
+  usage = os.statvfs(directory)
+  with (directory / "filler").open("wb") as file:
+    file.write(bytes(usage.f_bavail * usage.f_frsize - free))
+
+
+# Orbax leaves its other writes unawaited when one fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_a_full_disk_leaves_the_last_checkpoint(
+  whole, config, small_disk, monkeypatch, foreseen
+):
+  workdir = small_disk / "run"
+  plain = config(export_adapters=False)
+  original = metrics.Writer.write
+
+  def write(self, row):
+    original(self, row)
+    if row["step"] == 3 and "loss" in row:
+      leave(small_disk, 60_000)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(metrics.Writer, "write", write)
+    if not foreseen:
+      # As if the disk had filled after it was looked at.
+      patch.setattr(checkpoint, "_MARGIN", 0)
+    with pytest.raises(checkpoint.SaveError) as error:
+      training.run(plain, workdir)
+  directory = workdir / "checkpoints"
+  assert str(directory) in str(error.value)
+  assert "free" in str(error.value)
+  if foreseen:
+    assert "a checkpoint needs 1,0" in str(error.value)
+  else:
+    assert "4 could not be saved" in str(error.value)
+    # The step after the save's, or the one after that.
+    assert running.read(workdir)[-1]["step"] in (4, 5, 6)
+  assert step_files.newest(directory)[0] == 2
+  (small_disk / "filler").unlink()
+  training.run(plain, workdir)
+  assert running.read(workdir) == running.read(whole)
+  exports = [path / "export" / "model.safetensors" for path in (workdir, whole)]
+  assert exports[0].read_bytes() == exports[1].read_bytes()
+
+
+def test_a_disk_that_cannot_be_written_is_refused_first(
+  config, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(data, "prepare", pytest.fail)
+  (tmp_path / "file").write_text("")
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run" / "checkpoints").write_text("")
+  for workdir in ("file", "file/run", "run"):
+    with pytest.raises(ValueError, match=r"cannot be written: .*--workdir"):
+      training.run(config(), tmp_path / workdir)
+  disk = tmp_path / "disk"
+  disk.mkdir()
+  mount(disk, "size=1m,ro")
+  try:
+    with pytest.raises(ValueError, match="cannot be written: Read-only"):
+      training.run(config(), disk / "run")
+  finally:
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+# --- damaged checkpoints
+
+
+def flip(path: pathlib.Path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+  whole, config, tmp_path, monkeypatch, caplog
+):
+  workdir = tmp_path / "run"
+  with monkeypatch.context() as patch:
+    signalled(patch, checkpoint.Checkpoints, "close", signal.SIGTERM)
+    with pytest.raises(interruption.Interrupted):
+      training.run(config(), workdir)
+  directory = workdir / "checkpoints"
+  assert step_files.steps(directory) == [6, 7]
+  flip(max((directory / "7").rglob("d/*"), key=lambda x: x.stat().st_size))
+  training.run(config(), workdir)
+  assert "7 is not used: " in caplog.text
+  assert "going on from step 6" in caplog.text
+  assert (directory / "7.rejected").is_dir()
+  assert_same(workdir, whole)
+
+
+# --- changes on the way
+
+
+def test_what_may_change_is_recorded(
+  whole, config, files, tmp_path, monkeypatch
+):
+  workdir = tmp_path / "run"
+  with monkeypatch.context() as patch:
+    signalled(patch, metrics.Writer, "write", signal.SIGTERM, when=row_of(4))
+    with pytest.raises(interruption.Interrupted):
+      training.run(config(), workdir)
+  changes = {"loss.beta": 0.6, "optimizer.eps": 1e-7}
+  with pytest.raises(ValueError, match=r"config.optimizer.eps: 1e-08 -> 1e-07"):
+    training.run(config(**changes, allow_changes=["loss"]), workdir)
+  # Other pairs under the same name, too.
+  other = files / "other.jsonl"
+  running.write(other, list(running.rows(30, 4)))
+  source = {"data.sources.files.train_path": str(other)}
+  allowed = ["loss.beta", "optimizer", "data"]
+  with pytest.raises(ValueError, match=r"(?s)train_data: .*allow_changes"):
+    training.run(config(**changes, **source, allow_changes=allowed), workdir)
+  started = config(**changes, **source, allow_changes=[*allowed, "train_data"])
+  training.run(started, workdir)
+  first, last = json.loads((workdir / "manifest.json").read_text())["starts"]
+  assert first["changed"] == []
+  names = [line.split(":")[0] for line in last["changed"]]
+  assert names == [
+    "config.allow_changes",
+    "config.data.sources.files.train_path",
+    "config.loss.beta",
+    "config.optimizer.eps",
+    "train_data",
+  ]
+  assert last["versions"]["jax"] == jax.__version__
+  # From now on this is the run's config; the one it was begun with is another.
+  with pytest.raises(ValueError, match=r"config.loss.beta: 0.6 -> 0.5"):
+    training.run(config(), workdir)
+  rows = running.read(workdir)
+  assert [row["step"] for row in rows if "loss" in row] == list(range(1, 8))
+  assert rows[:6] == running.read(whole)[:6]
+  assert rows[-1] != running.read(whole)[-1]
+
+
+def test_a_directory_that_no_run_began_is_refused(
+  config, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(data, "prepare", pytest.fail)
+  (tmp_path / "thesis.tex").write_text("")
+  with pytest.raises(
+    ValueError, match=r"no run was begun .* holds thesis\.tex"
+  ):
+    training.run(config(), tmp_path)
+  half = tmp_path / "half"
+  (half / "checkpoints" / "4").mkdir(parents=True)
+  (half / "log.txt").write_text("")
+  with pytest.raises(ValueError, match=r"holds checkpoints: name an"):
+    training.run(config(), half)
+
+
+def test_out_of_memory_names_the_knobs(config, tmp_path):
+  # Attention scores of one row: 2 heads x 131072^2 x 4 bytes, 137 GB.
+  large = config(**{"data.row_length": 131072})
+  with pytest.raises(Exception, match="out of memory") as error:
+    training.run(large, tmp_path / "run")
+  for knob in (
+    "microbatches=2",
+    "data.row_length=131072",
+    "remat",
+    "mesh.fsdp",
+  ):
+    assert knob in str(error.value)
+  assert "dpo_jax.plan" in str(error.value)
