@@ -230,9 +230,9 @@ def test_charts_stand_where_their_numbers_do(workdir):
     ).groups()
     rate = rates[name.lower(), None, float(temperature)]
     assert share == f"{100 * rate['win_rate']:.1f}"
-    # The plot is 246 units high and begins at 14.
+    # The plot is 234 units high and begins at 26.
     for place, value in ((y, "win_rate"), (low, "low"), (high, "high")):
-      assert place == pytest.approx(14 + 246 * (1 - rate[value]), abs=0.051)
+      assert place == pytest.approx(26 + 234 * (1 - rate[value]), abs=0.051)
     assert at == x
   # Bars of one temperature stand side by side, in the order of the models.
   for t in ("0.25", "0.75", "1.0"):

@@ -13,7 +13,7 @@ from dpo_jax import winrates
 
 # A chart is half a page wide and as wide as a phone: its units are near pixels.
 _WIDTH, _HEIGHT = 440, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 38, 74, 14, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 38, 74, 26, 40
 _LABEL_GAP = 15
 _LOOKS = 6
 """Colours of the style sheet, `look-0` to `look-5`; 0 is the grey of base."""
@@ -97,6 +97,7 @@ def _chart(
   parts = [
     f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">',
     f"<title>{html.escape(title)}, in percent</title>",
+    f'<text class="axis" x="{_LEFT}" y="12">win rate against chosen, %</text>',
   ]
   for percent in range(0, 101, 25):
     y = _y(percent / 100)
