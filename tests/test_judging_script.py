@@ -104,6 +104,29 @@ def test_an_interrupt_keeps_what_was_answered(tmp_path):
   ]
 
 
+def test_a_second_judge_is_refused(tmp_path):
+  write(tmp_path, [response(n, f" answer {n}") for n in range(4)])
+
+  def rule(request, number):
+    answer = judge_server.prefer_longer(request, number)
+    return dataclasses.replace(answer, hold_s=30.0 if number else 0.0)
+
+  with (
+    judge_server.Server(rule) as server,
+    script(tmp_path, server.url, "--config.concurrency=2") as first,
+  ):
+    server.wait_for(3)
+    with script(tmp_path, server.url) as second:
+      _, err = second.communicate(timeout=60)
+    assert second.returncode == 1
+    assert f"is held by pid {first.pid} on" in err
+    first.kill()
+    first.communicate()
+    # Two were in flight when it was killed; the second judge asked nothing.
+    assert len(server.requests) == 3
+  assert len(verdicts(tmp_path)) == 1
+
+
 def test_the_script_says_what_it_did_and_resumes(tmp_path):
   write(tmp_path, [response(0), response(1, " Same.", " Same.")])
   with judge_server.Server(judge_server.prefer_longer) as server:
