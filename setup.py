@@ -14,9 +14,12 @@ TEST = [
   # Drives Chromium, which the browser tests need (Debian's chromium and
   # chromium-driver).
   "selenium",
+  "tensorboard",
+  "tensorboardX",
   # The CPU build that the parity tests were written against; no other module
   # imports torch.
   "torch==2.13.0",
+  "wandb",
 ]
 
 setuptools.setup(

@@ -76,6 +76,21 @@ def training() -> config_dict.ConfigDict:
   # "train_data", "held_out_data", "tokenizer", "base", "position" (the order
   # of items), "randomness". Each change is recorded in manifest.json.
   c.allow_changes = ()
+  c.trackers = trackers()
+  return c
+
+
+def trackers() -> config_dict.ConfigDict:
+  """Where metrics go beside metrics.jsonl, which is always written."""
+  c = config_dict.ConfigDict()
+  # Any of "csv" (metrics.csv), "tensorboard" (tensorboard/, needs the extra
+  # `tb`) and "wandb" (Weights & Biases, needs the extra `wandb`).
+  c.use = ()
+  # Project of W&B that the run belongs to.
+  c.wandb_project = "dpo_jax"
+  # "online" needs a key in WANDB_API_KEY or W&B's own store; "offline" keeps
+  # the run in wandb/, for `wandb sync`.
+  c.wandb_mode = "online"
   return c
 
 

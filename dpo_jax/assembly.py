@@ -18,6 +18,7 @@ import optax
 
 from dpo_jax import (
   checkpoint,
+  console,
   feed,
   hf,
   lora,
@@ -229,6 +230,14 @@ def write_manifest(
     "versions": provenance.versions(),
     "changed": changed,
   }
+  sizes = {
+    "weights": _bytes(state.params),
+    "optimizer": _bytes(state.opt_state),
+    "a_device": sum(
+      leaf.addressable_shards[0].data.nbytes
+      for leaf in jax.tree.leaves((state, made.reference))
+    ),
+  }
   manifest = {
     "objective": config.objective,
     "steps": made.feed.steps,
@@ -237,13 +246,31 @@ def write_manifest(
     "parameters": counts | {"trained": counts[made.name]},
     "base": {"source": config.model.path, "hash": made.fingerprint},
     "versions": start["versions"],
+    "bytes": sizes,
     "data": made.feed.items.report | {"packing": made.feed.report()},
     "starts": [*starts, start],
   }
   records.write_atomic(path, json.dumps(manifest, indent=2) + "\n")
-  print(
-    f"{workdir.name}: {counts[made.name]:,} of {sum(counts.values()):,}"
-    f" parameters train on {mesh.size} {jax.default_backend()}"
-    f" device(s), mesh {dict(mesh.shape)}, {made.feed.steps} steps of"
-    f" {config.batch_size}"
+  kind = mesh.devices.flat[0].device_kind
+  axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+  total = sum(counts.values())
+  console.say(
+    f"{workdir.name}: {mesh.size} x {kind} in {jax.process_count()}"
+    f" process(es), mesh {axes}; {total:,} parameters, {counts[made.name]:,}"
+    f" train; weights {_mib(sizes['weights'])}, optimizer"
+    f" {_mib(sizes['optimizer'])}, {_mib(sizes['a_device'])} a device before"
+    f" activations; {made.feed.steps:,} steps of {config.batch_size}",
+    "run",
+    **{
+      key: manifest[key]
+      for key in ("devices", "mesh", "parameters", "bytes", "steps")
+    },
   )
+
+
+def _bytes(tree: Any) -> int:
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def _mib(size: int) -> str:
+  return f"{size / 2**20:,.1f} MiB"

@@ -30,6 +30,7 @@ MODES = ("auto", "bar", "plain", "json", "quiet")
 EVERY_S = 10.0
 
 _mode = "auto"
+_muted = False
 
 
 def set_mode(mode: str) -> None:
@@ -63,6 +64,12 @@ def mode() -> str:
   return "bar" if sys.stderr.isatty() else "plain"
 
 
+def mute() -> None:
+  """Leaves all but errors and results to another process of the same run."""
+  global _muted
+  _muted = True
+
+
 def say(text: str, event: str = "note", **fields: Any) -> None:
   """A line for whoever watches the run, on stderr.
 
@@ -71,6 +78,8 @@ def say(text: str, event: str = "note", **fields: Any) -> None:
     event: what kind of line it is, in JSON only.
     **fields: further JSON values that `text` puts into words.
   """
+  if _muted:
+    return
   if mode() == "json":
     _emit(sys.stderr, event, fields | {"text": text})
   elif mode() != "quiet":
@@ -127,7 +136,7 @@ class Bar:
     self._values: dict[str, Any] = {}
     self._began = self._spoken = time.monotonic()
     self._bar = None
-    if mode() == "bar" and total:
+    if mode() == "bar" and total and not _muted:
       self._bar = tqdm.tqdm(
         total=total, initial=done, desc=what, unit=unit, file=sys.stderr
       )
@@ -150,6 +159,8 @@ class Bar:
       self._bar.update(count)
       return
     now = time.monotonic()
+    if _muted:
+      return
     ended = count and self._done >= self._total
     if ended or now - self._spoken >= EVERY_S:
       self._spoken = now

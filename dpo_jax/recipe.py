@@ -3,7 +3,15 @@
 import dataclasses
 from typing import Literal
 
-from dpo_jax import data, losses, model, optim, partitioning, step_files
+from dpo_jax import (
+  data,
+  losses,
+  model,
+  optim,
+  partitioning,
+  step_files,
+  trackers,
+)
 
 # What a checkpoint has in common with the run that goes on from it, beside its
 # config.
@@ -16,7 +24,7 @@ MADE_OF = (
   "position",
 )
 # Fields that change nothing of what a run makes, and may change as it goes on.
-FREE = ("grace_s", "allow_changes")
+FREE = ("grace_s", "allow_changes", "trackers")
 
 # The metrics of an evaluation that checkpoints can be ranked by.
 EVALUATED = {
@@ -95,6 +103,7 @@ class TrainSettings:
   reference_cache: str
   grace_s: float
   allow_changes: tuple[str, ...]
+  trackers: trackers.TrackerSettings
 
   def __post_init__(self):
     self.lora.config()

@@ -12,17 +12,20 @@ import pathlib
 from typing import Any
 
 import jax
-import tqdm
 
 from dpo_jax import (
   assembly,
   checkpoint,
   checks,
+  console,
   feed,
+  flops,
+  hardware,
   hf,
   interruption,
   lora,
   metrics,
+  packing,
   processes,
   provenance,
   recipe,
@@ -30,6 +33,7 @@ from dpo_jax import (
   rundir,
   settings,
   steps,
+  trackers,
 )
 
 
@@ -73,6 +77,7 @@ def _run(
     rundir.refuse_foreign(workdir)
     changed = rundir.check(workdir, values, allowed)
   processes.agree("the config", json.dumps(values))
+  trackers.check(config.trackers)
   export = workdir / "export"
   if (workdir / "finished.json").exists():
     return export
@@ -110,16 +115,14 @@ class _Loop:
 
   def train(self) -> None:
     config = self.config
-    make = metrics.Writer if processes.first() else metrics.Silent
-    self.writer = make(self.workdir, self.start)
+    if processes.first():
+      self.writer = trackers.Writer(config.trackers, self.workdir, self.start)
+    else:
+      self.writer = metrics.Silent(self.workdir, self.start)
+      console.mute()
     self.clock = metrics.Throughput()
-    self.bar = tqdm.tqdm(
-      total=self.steps,
-      initial=self.start,
-      desc=f"{config.objective} {self.workdir.name}",
-      unit="step",
-      disable=not processes.first(),
-    )
+    what = f"{config.objective} {self.workdir.name}"
+    self.bar = console.Bar(self.steps, what, "step", self.start)
     try:
       self._guarded()
     except interruption.Interrupted:
@@ -199,16 +202,33 @@ class _Loop:
       "row_fill": counts.tokens / counts.slots,
       "data_wait_seconds": fed.waited_s,
     }
+    rates |= self._utilisation(counts, rates)
     self.writer.write({"step": done} | row | rate | rates)
     checks.finite(done, row, counts.ids)
     if done == 1:
       checks.start(self.config, row["loss"])
-    self.bar.update()
-    self.bar.set_postfix(
-      loss=f"{row['loss']:.4f}",
-      tokens_s=f"{rates['tokens_per_second']:.0f}",
-      refresh=False,
-    )
+    shown = {
+      "loss": row["loss"],
+      "tokens/s": rates["tokens_per_second"],
+      "pairs/s": rates["pairs_per_second"],
+    }
+    if "mfu" in rates:
+      shown["MFU"] = rates["mfu"]
+    self.bar.update(1, shown)
+
+  def _utilisation(
+    self, counts: packing.Counts, rates: dict[str, float]
+  ) -> dict[str, float]:
+    """The step's MFU; {} on devices whose peak is not known."""
+    made, config = self.made, self.config
+    peak = hardware.chip(made.mesh.devices.flat[0].device_kind)
+    if peak is None:
+      return {}
+    asks = config.objective == "dpo" and not config.precompute_reference
+    work = flops.Work(counts.tokens, counts.completion_tokens, counts.visible)
+    useful = flops.step(made.model, work, reference=asks)
+    seconds = counts.tokens / rates["tokens_per_second"]
+    return {"mfu": hardware.mfu(useful, seconds, made.mesh.size, peak)}
 
   def _evaluate(self, done: int) -> bool:
     """Means over all held-out items, written as eval_* metrics.

@@ -48,6 +48,7 @@ LEVELS = {
   "attention": 1,
   "cli": 1,
   "interruption": 1,
+  "trackers": 1,
   "judging": 1,
   "optim": 1,
   "peft_layout": 1,
@@ -144,7 +145,7 @@ CONFINED = {
   "httpx2": {"judging.client", "judging.transport"},
   "huggingface_hub": {"hf"},
   "markdown_it": {"page.prose"},
-  "matplotlib": {"figures.house"},
+  "matplotlib": {"figures.house", "trackers"},
   "ml_collections": {"cli", "config_help"},
   "openai": {"judging.client"},
   "orbax": {"checkpoint"},
@@ -157,9 +158,11 @@ CONFINED = {
     "winrates.planning",
     "winrates.ranking",
   },
+  "tensorboardX": {"trackers"},
   "tensorflow_datasets": {"sources.hh_rlhf"},
   "tokenizers": {"tokenizer"},
   "transformers": {"tokenizer"},
+  "wandb": {"trackers"},
 }
 # Imported nowhere: only tests compare with torch, and nothing is unpickled.
 NEVER = {"peft", "pickle", "tensorflow", "torch"}
@@ -174,9 +177,11 @@ LAZY = {
   "huggingface_hub",
   "markdown_it",
   "openai",
+  "tensorboardX",
   "tensorflow_datasets",
   "tokenizers",
   "transformers",
+  "wandb",
 }
 
 

@@ -1,0 +1,362 @@
+"""Trackers repeat metrics.jsonl, each step once, and can stop nothing.
+
+What they wrote is read back by TensorBoard's own reader, and from W&B's own
+transaction log.
+"""
+
+import csv
+import importlib.util
+import json
+import logging
+import os
+import pathlib
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import running
+from matplotlib import image
+
+from dpo_jax import data, metrics, trackers, training
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def settings(*use):
+  return trackers.TrackerSettings(use, "dpo_jax", "offline")
+
+
+def rows(first, last):
+  """Rows of steps [first, last], an evaluation after each even one."""
+  for step in range(first, last + 1):
+    if step:
+      yield {"step": step, "loss": 1 / (step + 1), "rewards/margins": step / 4}
+    if step % 2 == 0:
+      yield {"step": step, "eval_loss": 2.0 + step}
+
+
+@pytest.fixture
+def directory(tmp_path):
+  path = tmp_path / "runs" / "dpo"
+  path.mkdir(parents=True)
+  (path / "config.json").write_text('{"seed": 3, "loss": {"beta": 0.5}}')
+  (path / "manifest.json").write_text('{"data": {"tokens": "0123abcd"}}')
+  return path
+
+
+def interrupted_at_5_resumed_from_3(directory, *use):
+  """Two processes' worth of writing: 0 to 5, then on from a checkpoint at 3."""
+  for start, last in ((0, 5), (3, 6)):
+    writer = trackers.Writer(settings(*use), directory, start)
+    for row in rows(start + (start > 0), last):
+      writer.write(row)
+    writer.close()
+    assert writer.trackers.failed == {}
+
+
+def test_csv_has_a_line_a_row_and_a_column_a_metric(directory):
+  interrupted_at_5_resumed_from_3(directory, "csv")
+  with (directory / "metrics.csv").open(newline="") as file:
+    found = list(csv.DictReader(file))
+  wanted = metrics.read(directory / metrics.FILE)
+  assert [row["step"] for row in wanted] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
+  assert [
+    {key: float(value) for key, value in row.items() if value} for row in found
+  ] == wanted
+
+
+def events(directory):
+  """(scalars, texts, images) by tag, read by TensorBoard itself."""
+  from tensorboard.backend.event_processing import event_accumulator
+
+  reader = event_accumulator.EventAccumulator(str(directory / "tensorboard"))
+  reader.Reload()
+  tags = reader.Tags()
+  scalars = {
+    tag: [(event.step, event.value) for event in reader.Scalars(tag)]
+    for tag in tags["scalars"]
+  }
+  texts = {
+    tag: [
+      (event.step, event.tensor_proto.string_val[0].decode())
+      for event in reader.Tensors(tag)
+    ]
+    for tag in tags["tensors"]
+  }
+  images = {tag: reader.Images(tag) for tag in tags["images"]}
+  return scalars, texts, images
+
+
+def figure(directory):
+  path = directory / "figure.png"
+  pixels = np.zeros((3, 5, 3), np.uint8)
+  pixels[1, 2] = (255, 0, 128)
+  image.imsave(path, pixels)
+  return path
+
+
+def test_tensorboard_has_each_step_once(directory):
+  interrupted_at_5_resumed_from_3(directory, "tensorboard")
+  scalars, texts, _ = events(directory)
+  assert scalars.keys() == {"loss", "rewards/margins", "eval_loss"}
+  loss = scalars["loss"]
+  assert [step for step, _ in loss] == [1, 2, 3, 4, 5, 6]
+  np.testing.assert_allclose(
+    [value for _, value in loss], [1 / (i + 1) for i in range(1, 7)], rtol=1e-6
+  )
+  assert scalars["eval_loss"] == [(0, 2), (2, 4), (4, 6), (6, 8)]
+  ((_, config),) = texts["config/text_summary"]
+  assert '"beta": 0.5' in config
+  ((_, manifest),) = texts["manifest/text_summary"]
+  assert "0123abcd" in manifest
+
+
+def test_tensorboard_starts_over_with_a_run_that_does(directory):
+  for last in (4, 2):
+    writer = trackers.Writer(settings("tensorboard"), directory, 0)
+    for row in rows(0, last):
+      writer.write(row)
+    writer.close()
+  assert [step for step, _ in events(directory)[0]["loss"]] == [1, 2]
+
+
+def test_tensorboard_shows_tables_and_figures(directory):
+  writer = trackers.Trackers(settings("tensorboard"), directory, [], 0)
+  cells = [["one | two\n<b>three</b>", 0.5]]
+  writer.table(4, "answers", ["text", "reward"], cells)
+  writer.figure(4, "report/win_rate", figure(directory))
+  writer.close()
+  assert writer.failed == {}
+  _, texts, images = events(directory)
+  ((step, text),) = texts["answers/text_summary"]
+  assert step == 4
+  assert text.splitlines()[2] == "| one \\| two<br>&lt;b>three&lt;/b> | 0.5 |"
+  ((event),) = images["report/win_rate"]
+  assert (event.step, event.height, event.width) == (4, 3, 5)
+
+
+# --- W&B
+
+_BLOCK = 32768
+
+
+def log_records(path):
+  """The records of a .wandb file, which is LevelDB's log after 7 bytes.
+
+  References:
+    https://github.com/google/leveldb/blob/main/doc/log_format.md
+  """
+  data = path.read_bytes()
+  assert data[:4] == b":W&B"
+  place, whole = 7, b""
+  while place + 7 <= len(data):
+    left = _BLOCK - place % _BLOCK
+    if left < 7:
+      place += left
+      continue
+    _, size, kind = struct.unpack("<IHB", data[place : place + 7])
+    whole += data[place + 7 : place + 7 + size]
+    place += 7 + size
+    # 1: all of a record; 2, 3: its first and middle parts; 4: the last.
+    if kind in (1, 4):
+      yield whole
+      whole = b""
+
+
+def offline_runs(directory):
+  """What W&B's offline runs hold: [(id, config, [history row])]."""
+  from wandb.proto import wandb_internal_pb2
+
+  found = []
+  for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
+    run_id, config, history = "", {}, []
+    for data in log_records(path):
+      record = wandb_internal_pb2.Record()
+      record.ParseFromString(data)
+      if record.HasField("run"):
+        run_id = record.run.run_id
+        config |= {
+          item.key: json.loads(item.value_json)
+          for item in record.run.config.update
+        }
+      if record.HasField("history"):
+        history.append(
+          {
+            item.key or "/".join(item.nested_key): json.loads(item.value_json)
+            for item in record.history.item
+          }
+        )
+    found.append((run_id, config, history))
+  return found
+
+
+def test_wandb_offline_has_each_step_once_in_one_run(directory):
+  child = """
+import pathlib, sys
+sys.path[:0] = sys.argv[2:]
+import test_trackers
+path = pathlib.Path(sys.argv[1])
+test_trackers.interrupted_at_5_resumed_from_3(path, "wandb")
+writer = test_trackers.trackers.Trackers(
+  test_trackers.settings("wandb"), path, [], 6)
+writer.table(6, "answers", ["text", "reward"], [["hello", 0.5]])
+writer.figure(6, "win_rate", test_trackers.figure(path))
+writer.close()
+assert writer.failed == {}, writer.failed
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", child, directory, ROOT, ROOT / "tests"],
+    capture_output=True,
+    text=True,
+    env=os.environ | {"WANDB_API_KEY": "0" * 40},
+  )
+  assert done.returncode == 0, done.stderr
+  found = offline_runs(directory)
+  # Three processes, one run: W&B merges what is synced under one id.
+  assert len(found) == 3
+  assert len({run_id for run_id, _, _ in found}) == 1
+  _, config, _ = found[0]
+  assert config["loss"] == {"beta": 0.5}
+  assert config["manifest"] == {"data": {"tokens": "0123abcd"}}
+  history = [row for _, _, rows in found for row in rows if "loss" in row]
+  assert [row["_step"] for row in history] == [1, 2, 3, 4, 5, 6]
+  assert [row["loss"] for row in history] == [1 / (i + 1) for i in range(1, 7)]
+  evaluated = [
+    row for _, _, rows in found for row in rows if "eval_loss" in row
+  ]
+  assert [row["_step"] for row in evaluated] == [0, 2, 4, 6]
+  last = found[-1][2][-1]
+  assert last["answers/_type"] == "table-file"
+  assert last["win_rate/_type"] == "image-file"
+  for file in directory.rglob("*"):
+    if file.is_file():
+      assert b"0" * 40 not in file.read_bytes(), file
+
+
+# --- faults
+
+
+@pytest.mark.parametrize(
+  ("use", "words"),
+  [
+    (("tensorbord",), "'tensorbord' must be one of"),
+    (("csv", "csv"), "twice"),
+  ],
+)
+def test_wrong_names_are_refused(use, words):
+  with pytest.raises(ValueError, match=words):
+    settings(*use)
+
+
+def test_a_wrong_project_is_refused():
+  with pytest.raises(ValueError, match="wandb_project='a/b'"):
+    trackers.TrackerSettings((), "a/b", "offline")
+
+
+def test_a_missing_library_names_its_extra(monkeypatch):
+  # As `import` itself treats a module that is not to be found.
+  monkeypatch.setitem(sys.modules, "wandb", None)
+  monkeypatch.setattr(sys, "path", [])
+  for name, module in list(sys.modules.items()):
+    if name == "tensorboardX" or name.startswith("tensorboardX."):
+      monkeypatch.delitem(sys.modules, name)
+      del module
+  for use, extra in (("wandb", "wandb"), ("tensorboard", "tb")):
+    with pytest.raises(ValueError, match=rf"pip install 'dpo-jax\[{extra}\]'"):
+      trackers.check(settings("csv", use))
+  trackers.check(settings("csv"))
+
+
+def test_a_tracker_that_fails_is_named_once_and_stops_nothing(
+  directory, caplog, capsys, monkeypatch
+):
+  # tensorboard/ cannot be made where a file of that name lies.
+  (directory / "tensorboard").write_text("in the way")
+  with caplog.at_level(logging.WARNING):
+    writer = trackers.Writer(settings("csv", "tensorboard"), directory, 3)
+    for row in rows(4, 6):
+      writer.write(row)
+    # On a full disk.
+    closed = writer.trackers._sinks["csv"]
+    closed._file.close()
+    for row in rows(7, 8):
+      writer.write(row)
+    writer.close()
+  assert [row["step"] for row in metrics.read(directory / metrics.FILE)] == [
+    4,
+    4,
+    5,
+    6,
+    6,
+    7,
+    8,
+    8,
+  ]
+  warned = [record.getMessage() for record in caplog.records]
+  assert len(warned) == 2
+  assert "tracker tensorboard failed" in warned[0]
+  assert "tracker csv failed" in warned[1]
+  said = capsys.readouterr().err
+  assert "tensorboard has nothing after step 3" in said
+  assert "csv has nothing after step 7" in said
+
+
+def test_what_was_missed_is_sent_again(directory, capsys):
+  writer = metrics.Writer(directory, 0)
+  for row in rows(0, 4):
+    writer.write(row)
+  writer.close()
+  arguments = [str(directory), "--use", "csv", "tensorboard"]
+  for _ in range(2):
+    assert trackers.main(arguments) == 0
+    assert [s for s, _ in events(directory)[0]["loss"]] == [1, 2, 3, 4]
+    assert len((directory / "metrics.csv").read_text().splitlines()) == 1 + 7
+  assert trackers.main([str(directory / "none"), "--use", "csv"]) == 2
+  assert "holds no metrics.jsonl" in capsys.readouterr().err
+
+
+# --- a run
+
+
+def test_a_run_that_is_interrupted_goes_on_in_its_trackers(
+  tmp_path, monkeypatch
+):
+  running.make_files(tmp_path)
+  config = running.configs(tmp_path)(**{"trackers.use": ["csv", "tensorboard"]})
+  workdir = tmp_path / "run"
+  write = trackers.Writer.write
+
+  def interrupt(self, row):
+    write(self, row)
+    if row["step"] == 5:
+      raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(trackers.Writer, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+      training.run(config, workdir)
+  training.run(config, workdir)
+  wanted = metrics.read(workdir / metrics.FILE)
+  with (workdir / "metrics.csv").open(newline="") as file:
+    found = [float(r["loss"]) for r in csv.DictReader(file) if r["loss"]]
+  assert found == [row["loss"] for row in wanted if "loss" in row]
+  scalars, texts, _ = events(workdir)
+  assert [step for step, _ in scalars["loss"]] == [1, 2, 3, 4, 5, 6, 7]
+  assert [step for step, _ in scalars["eval_loss"]] == [0, 3, 6, 7]
+  # The fingerprints of the data are attached.
+  manifest = json.loads((workdir / "manifest.json").read_text())
+  ((_, text),) = texts["manifest/text_summary"]
+  assert manifest["data"]["train"]["tokens"] in text
+
+
+def test_a_missing_library_is_refused_before_anything_is_read(
+  tmp_path, monkeypatch
+):
+  running.make_files(tmp_path)
+  config = running.configs(tmp_path)(**{"trackers.use": ["wandb"]})
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  monkeypatch.setattr(data, "prepare", pytest.fail)
+  with pytest.raises(ValueError, match="wandb is not installed"):
+    training.run(config, tmp_path / "run")
