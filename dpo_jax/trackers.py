@@ -165,6 +165,12 @@ class Writer:
     self._metrics.write(row)
     self.trackers.write(row)
 
+  def at(self, step: int) -> list[dict[str, Any]]:
+    return self._metrics.at(step)
+
+  def sync(self) -> None:
+    self._metrics.sync()
+
   def close(self) -> None:
     self._metrics.close()
     self.trackers.close()
@@ -268,16 +274,16 @@ class _Wandb:
 
     del start_step
     self._wandb = wandb
-    # Which run this is, and the last step that it was sent.
-    self._mark = directory / "wandb_run.json"
-    if self._mark.is_file():
-      mark = json.loads(self._mark.read_text("utf-8"))
-    else:
-      mark = {"id": secrets.token_hex(4), "step": -1}
-    self._id, self._sent = mark["id"], mark["step"]
+    # Which run this is, and how many rows up to which step it was sent.
+    self._file = directory / "wandb_run.json"
+    self._mark = {"id": secrets.token_hex(4), "step": -1, "rows": 0}
+    if self._file.is_file():
+      self._mark = json.loads(self._file.read_text("utf-8"))
+    # Rows of that step that come again.
+    self._again = self._mark["rows"]
     self._run = wandb.init(
       project=settings.wandb_project,
-      id=self._id,
+      id=self._mark["id"],
       # Two directories may have one name: dpo in runs/a and in runs/b.
       name="/".join(directory.parts[-2:]),
       dir=str(directory),
@@ -289,28 +295,30 @@ class _Wandb:
       ),
     )
     console.say(f"W&B: {self._run.url or self._run.dir}", "tracker")
-    self._before = self._sent
     for row in rows:
       self.write(row)
 
   def write(self, row) -> None:
     step = row["step"]
-    if step <= self._before:
+    if step < self._mark["step"]:
+      return
+    if step == self._mark["step"] and self._again:
+      self._again -= 1
       return
     values = {key: value for key, value in row.items() if key != "step"}
     self._run.log(values, step=step)
-    if step > self._sent:
-      self._sent = step
-      mark = json.dumps({"id": self._id, "step": step})
-      self._mark.write_text(mark + "\n", encoding="utf-8")
+    new = step > self._mark["step"]
+    rows = 1 if new else self._mark["rows"] + 1
+    self._mark |= {"step": step, "rows": rows}
+    self._file.write_text(json.dumps(self._mark) + "\n", encoding="utf-8")
 
   def table(self, step, name, columns, rows) -> None:
     table = self._wandb.Table(list(columns), [list(row) for row in rows])
-    self._run.log({name: table}, step=max(step, self._sent))
+    self._run.log({name: table}, step=max(step, self._mark["step"]))
 
   def figure(self, step, name, path) -> None:
     image = self._wandb.Image(str(path))
-    self._run.log({name: image}, step=max(step, self._sent))
+    self._run.log({name: image}, step=max(step, self._mark["step"]))
 
   def close(self) -> None:
     self._run.finish()

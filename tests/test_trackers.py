@@ -172,9 +172,9 @@ def offline_runs(directory):
   found = []
   for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
     run_id, config, history = "", {}, []
-    for data in log_records(path):
+    for blob in log_records(path):
       record = wandb_internal_pb2.Record()
-      record.ParseFromString(data)
+      record.ParseFromString(blob)
       if record.HasField("run"):
         run_id = record.run.run_id
         config |= {
