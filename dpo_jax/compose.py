@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,6 +92,13 @@ class Report:
   flags: list[gates.Flag]
   texts: dict[str, str]
   numbers: dict[str, Any]
+
+  @property
+  def sections(self) -> dict[str, str]:
+    """Markdown of each section, by its title, without the figures."""
+    text = re.sub(r"(?m)^!\[.*\)$", "", self.texts[TEXT])
+    parts = text.split("\n## ")[1:]
+    return {part.partition("\n")[0]: f"## {part}" for part in parts}
 
 
 def compose(

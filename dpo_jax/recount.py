@@ -84,7 +84,7 @@ def compose_report(source: str | os.PathLike) -> compose.Report:
   parts = [
     [f"# {_TITLE}"],
     sections.flagged(flags),
-    [method],
+    ["## Win rates", "", method],
     _table(recounts),
     *(figure.lines for figure in pictures),
     ["## Verdicts without a winner", "", *_unread(files)],

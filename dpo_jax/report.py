@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dpo_jax import (
   compose,
   errors,
+  eval_files,
   material,
   recount,
   settings,
@@ -53,6 +54,25 @@ def write(
     names = ", ".join(dict.fromkeys(flag.name for flag in made.flags))
     raise errors.Stopped(f"{path} is flagged: {names}; see its top")
   return path
+
+
+def of(path: str | os.PathLike) -> compose.Report:
+  """The report of a run, or of eval_*.json files, with nothing written.
+
+  Args:
+    path: a working directory, whose report is made with the settings of the
+      one that is there, or with defaults; or a directory of eval_*.json files
+      of the re-implemented system.
+
+  Raises:
+    ValueError: there is nothing to report, or a row is malformed.
+  """
+  path = pathlib.Path(path)
+  if next(path.glob(eval_files.PATTERN), None):
+    return recount.compose_report(path)
+  numbers = path / _DEFAULTS.directory / compose.NUMBERS
+  found = recorded(numbers) if numbers.is_file() else _DEFAULTS
+  return compose.compose(found, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

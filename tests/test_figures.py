@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 
 from dpo_jax import figures
-from dpo_jax.figures import house, runs
+from dpo_jax.figures import house, layout, runs
 from dpo_jax.winrates import lengths
 
 # Machado, Oliveira and Fernandes, A physiologically-based model for simulation
@@ -163,3 +163,38 @@ def test_a_figure_is_png_and_pdf_of_one_size(tmp_path):
     "margins.pdf",
     "margins.png",
   ]
+
+
+def test_a_mask_is_coloured_by_who_sees():
+  # Prompt, chosen, rejected: the responses see the prompt and themselves.
+  mask = np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool)
+  image = layout.mask_image(mask, np.array([0, 1, 2]))
+  expected = {
+    place: matplotlib.colors.to_rgb(house.COLORS[look])
+    for look, places in {
+      0: [(0, 0)],
+      3: [(1, 0), (1, 1)],
+      4: [(2, 0), (2, 2)],
+    }.items()
+    for place in places
+  }
+  for row in range(3):
+    for column in range(3):
+      color = expected.get((row, column), (0.96,) * 3)
+      assert image[row, column] == pytest.approx(color)
+
+
+def test_a_mask_of_another_size_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="must be of 3 tokens"):
+    figures.packing_mask(np.eye(2), np.zeros(2), "abc", tmp_path / "m.png")
+
+
+def test_parts_of_an_array_are_drawn_with_their_devices(monkeypatch):
+  half = {0: slice(None, 2), 1: slice(2, None)}
+  held = {i: (half[i // 2], slice(None)) for i in range(4)}
+  axes = drawn(monkeypatch, figures.sharding, {"kernel": ((4, 6), held)})
+  assert [text.get_text() for text in axes[0].texts] == ["0, 1", "2, 3"]
+  corners = [(bar.get_y(), bar.get_height()) for bar in axes[0].patches]
+  assert corners == [(0, 2), (2, 2)]
+  with pytest.raises(ValueError, match="must have two axes"):
+    drawn(monkeypatch, figures.sharding, {"bias": ((4,), {})})

@@ -96,6 +96,7 @@ LEVELS = {
   "checkpoint": 4,
   "checkpoint.__main__": 3,
   "eval_files": 4,
+  "figures.layout": 4,
   "figures.rates": 4,
   "figures.runs": 4,
   "page.charts": 4,

@@ -467,6 +467,7 @@ def test_hostile_names_do_not_break_the_report(tmp_path):
   assert "<img" not in text
   assert [x for x in text.split("\n") if x.startswith("#")] == [
     "# Result files, recounted",
+    "## Win rates",
     "## Verdicts without a winner",
     "## Habits of the judge",
   ]
