@@ -10,6 +10,7 @@ TEST = [
   "hypothesis",
   "peft",
   "pytest",
+  "pytest-xdist",
   "ruff",
   # Drives Chromium, which the browser tests need (Debian's chromium and
   # chromium-driver).
