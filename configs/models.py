@@ -47,3 +47,8 @@ def pythia(size: str) -> config_dict.ConfigDict:
   # Tokens of a sequence at most.
   c.max_positions = 2048
   return c
+
+
+def get_config(variant: str = "2.8b"):
+  """For `python -m dpo_jax.plan`, which needs a shape and no weights."""
+  return pythia(variant.removeprefix("pythia-"))

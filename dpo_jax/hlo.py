@@ -28,10 +28,21 @@ _COLLECTIVES = (
 )
 # Instructions that move nothing by themselves.
 _FREE = frozenset(
-  (
-    "after-all bitcast call conditional constant get-tuple-element iota"
-    " opt-barrier parameter partition-id replica-id tuple while"
-  ).split()
+  {
+    "after-all",
+    "bitcast",
+    "call",
+    "conditional",
+    "constant",
+    "get-tuple-element",
+    "iota",
+    "opt-barrier",
+    "parameter",
+    "partition-id",
+    "replica-id",
+    "tuple",
+    "while",
+  }
 )
 _ARRAY = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^{}]*\})?")
 _HEAD = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ")
@@ -290,14 +301,14 @@ class _Counter:
       if size and used and all(u.op == "dynamic-slice" for u, _ in used):
         size = min(size, sum(u.arrays[0].bytes for u, _ in used))
       elif used and all(
-        u.op == "dynamic-update-slice" and u.operands[0] == by
-        for u, by in used
+        u.op == "dynamic-update-slice" and u.operands[0] == by for u, by in used
       ):
         size = 0.0
       total += size
     root = next(i for i in body if i.is_root)
-    while root.op in ("bitcast", "copy") and root.operands[0] in (
-      self.by_name[name]
+    while (
+      root.op in ("bitcast", "copy")
+      and root.operands[0] in (self.by_name[name])
     ):
       root = self.by_name[name][root.operands[0]]
     if root.op == "dynamic-update-slice":

@@ -1,0 +1,234 @@
+"""Plans of the run's own programs, from shapes alone."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+
+from configs import dpo, models, sft
+from dpo_jax import (
+  compiling,
+  flops,
+  hardware,
+  hlo,
+  model,
+  partitioning,
+  plan,
+  recipe,
+  settings,
+  topology,
+)
+
+# Big enough for the TPU's tiles, small enough to compile in seconds.
+SMALL = model.ModelConfig(
+  vocab_size=512,
+  width=128,
+  layers=3,
+  heads=4,
+  mlp_width=256,
+  rotary_fraction=0.25,
+  rotary_base=10000.0,
+  norm_eps=1e-5,
+  max_positions=512,
+  remat="none",
+  lora=model.LoraConfig(4, 8.0, 0.0, model.TARGETS),
+  logit_chunk=128,
+)
+
+
+def config(variant="pythia-14m-lora", make=dpo, **changes):
+  c = make.get_config(variant)
+  c.data.row_length, c.data.max_length, c.data.max_prompt_length = 512, 512, 256
+  c.batch_size, c.microbatches = 32, 2
+  with c.unlocked():
+    c.update_from_flattened_dict(changes)
+  return settings.build(recipe.TrainSettings, c.to_dict())
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_flops_of_a_step_by_hand(lora):
+  """What the compiled step does is what the maths needs, with all places full.
+
+  One row a device and micro-batch; each of its 512 tokens sees all others in a
+  dense mask, and 256 predict.
+  """
+  shape = SMALL if lora else dataclasses.replace(SMALL, lora=None)
+  run = config() if lora else config("pythia-14m")
+  mesh = partitioning.make_mesh(*((8, 1) if lora else (1, 8)), 1)
+  (found,) = compiling.compile_steps(run, shape, mesh, 1, ("train",))
+  width = compiling.batch_of(run, mesh, 1, 1).target.shape[-1]
+  work = flops.Work(2 * 512, 2 * width, 2 * 512**2)
+  wanted = flops.step(shape, work, reference=True)
+  if not lora:
+    # The gradient of the unembedding visits the vocabulary once more.
+    wanted += 2 * shape.width * shape.vocab_size * 2 * width
+  assert found.cost.flops == pytest.approx(wanted, rel=1e-6)
+  assert found.cost.open_loops == 0
+
+
+def test_memory_and_text_of_a_plan_for_this_machine():
+  run = config()
+  mesh = partitioning.make_mesh(8, 1, 1)
+  found = compiling.compile_steps(run, SMALL, mesh, 1)
+  train, evaluate = (one.memory for one in found)
+  assert all(not one.refusal for one in found)
+  # The state is given away, so its place is that of the new one.
+  assert train.donated > 0.9 * train.outputs
+  assert evaluate.donated == 0
+  assert train.total >= train.arguments + train.temporary
+  text = plan.describe(run, SMALL, mesh, found, 1)
+  assert "8 x cpu, mesh {'data': 8, 'fsdp': 1, 'tensor': 1}" in text
+  assert "all-reduce" in text
+  assert "no times: 'cpu' is not in dpo_jax/hardware.py" in text
+
+
+def test_full_fine_tuning_is_planned_with_its_reference_and_moments():
+  run = config("pythia-14m")
+  shape = dataclasses.replace(SMALL, lora=None)
+  mesh = partitioning.make_mesh(1, 8, 1)
+  (found,) = compiling.compile_steps(run, shape, mesh, 1, ("train",))
+  width, mlp, layers, words = 128, 256, 3, 512
+  kernels = layers * (4 * width**2 + 2 * width * mlp) + 2 * width * words
+  # Weights, RMSprop's moment and the reference, an eighth of each.
+  assert found.memory.arguments > 3 * 4 * kernels / 8
+  assert found.memory.arguments < 3.5 * 4 * kernels / 8
+
+
+def test_the_estimate_by_hand():
+  work = (hlo.Work(2.0, 394e12, 1.0), hlo.Work(1.0, 0.0, 819e9))
+  sent = (hlo.Collective("all-gather", 5.0, 200e9, (1,), True),)
+  chip = hardware.chip("TPU v5e")
+  found = plan.estimate(hlo.Cost(work, sent, 0), chip)
+  # Twice two seconds of products and one of reading; five of sending.
+  assert (found.compute, found.links) == (5.0, 5.0)
+  assert (found.best, found.worst) == (5.0, 10.0)
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 5, 8])
+@pytest.mark.parametrize("start", [1, 4, 64])
+def test_the_search_finds_the_most_rows(most, start):
+  asked = []
+
+  def fits(rows):
+    asked.append(rows)
+    return rows <= most
+
+  assert compiling.largest_rows(fits, start, 64) == most
+  assert len(asked) == len(set(asked)) <= 8
+
+
+def test_the_search_ends_at_its_limit_and_beyond_eight_at_an_eighth():
+  assert compiling.largest_rows(lambda rows: True, 3, 64) == 64
+  found = compiling.largest_rows(lambda rows: rows <= 53, 3, 512)
+  assert 53 - 53 // 8 <= found <= 53
+
+
+def test_rows_hold_the_items():
+  run = config()
+  # Sixteen pairs of 221 places: 3,538 in rows of 512, of two shards.
+  assert compiling.rows_of(run, 16, 1) == math.ceil(3537.6 / 512) == 7
+  assert compiling.rows_of(run, 16, 2) == 4
+  assert compiling.rows_of(run, 16, 256) == 1
+
+
+@pytest.mark.parametrize("size", ["70m", "2.8b", "12b"])
+def test_the_shape_comes_from_the_name(size, monkeypatch, request):
+  monkeypatch.chdir(request.config.rootpath)
+  run = config(f"pythia-{size}-lora")
+  found = compiling.shape_of(run, "")
+  layers, width, _, words = models.PYTHIA[size]
+  assert (found.layers, found.width, found.vocab_size) == (layers, width, words)
+  assert (found.dtype, found.remat) == (run.model.dtype, run.model.remat)
+  assert found.lora == run.lora.config()
+  assert compiling.shape_of(run, "14m").layers == 6
+
+
+def test_a_shape_that_nothing_names_is_refused():
+  run = dataclasses.replace(config(), tokenizer="mine")
+  with pytest.raises(ValueError, match="say --model=SIZE"):
+    compiling.shape_of(run, "")
+
+
+@pytest.mark.parametrize("name", ["v3:2x2", "v5e", "v5e:", "v5e:2,4", "x:2x2"])
+def test_topologies_that_do_not_exist_are_refused(name):
+  with pytest.raises(ValueError, match="must be a kind of"):
+    topology.devices(name)
+
+
+def test_without_libtpu_it_says_what_to_install(monkeypatch):
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+  with pytest.raises(ValueError, match=r"pip install 'dpo-jax\[tpu\]'"):
+    topology.devices("v5e:2x4")
+
+
+def test_here_means_these_devices():
+  assert topology.devices("") == jax.devices()
+
+
+# --- TPU slices that are not there
+
+
+@pytest.mark.parametrize(
+  ("name", "count"),
+  [
+    ("v5e:2x2", 4),
+    ("v5e:16x16", 256),
+    ("v6e:2x4", 8),
+    ("v6e:16x16", 256),
+    ("v4:2x2x1", 4),
+    ("v4:4x4x16", 256),
+    ("v5p:2x2x1", 4),
+    ("v5p:4x8x8", 256),
+  ],
+)
+def test_slices_of_libtpu(name, count):
+  found = topology.devices(name)
+  assert len(found) == count
+  assert hardware.chip(found[0].device_kind).name.endswith(name.split(":")[0])
+
+
+def test_a_step_for_a_slice():
+  run = config()
+  mesh = partitioning.make_mesh(1, 8, 1, devices=topology.devices("v5e:2x4"))
+  (found,) = compiling.compile_steps(run, SMALL, mesh, 1, ("train",))
+  width = compiling.batch_of(run, mesh, 1, 1).target.shape[-1]
+  work = flops.Work(2 * 512, 2 * width, 2 * 512**2)
+  wanted = flops.step(SMALL, work, reference=True)
+  # The compiler may turn a product of few columns into something else.
+  assert found.cost.flops == pytest.approx(wanted, rel=0.02)
+  assert found.cost.open_loops == 0
+  text = plan.describe(run, SMALL, mesh, [found], 1)
+  assert "8 x TPU v5 lite" in text
+  assert "of 15.75 GiB a device" in text
+  assert "estimate, not measured" in text
+
+
+def test_what_does_not_fit_is_said():
+  run = config("pythia-14m")
+  mesh = partitioning.make_mesh(1, 1, 1, devices=topology.devices("v5e:1x1"))
+  # Its weights alone are 26 GB.
+  wide = dataclasses.replace(SMALL, vocab_size=2**20, width=1024, lora=None)
+  (found,) = compiling.compile_steps(run, wide, mesh, 1, ("train",))
+  assert found.memory is None
+  text = plan.describe(run, wide, mesh, [found], 1)
+  assert "train: DOES NOT FIT" in text
+  assert "15.75G" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v5e:2x4", "v5e:4x4"])
+@pytest.mark.parametrize("variant", ["pythia-2.8b-lora", "pythia-2.8b"])
+@pytest.mark.parametrize("make", [dpo, sft])
+def test_the_real_sizes_fit(name, variant, make, monkeypatch, request):
+  monkeypatch.chdir(request.config.rootpath)
+  c = make.get_config(variant)
+  c.mesh.data, c.mesh.fsdp = 1, -1
+  run = settings.build(recipe.TrainSettings, c.to_dict())
+  shape = compiling.shape_of(run, "")
+  mesh = partitioning.make_mesh(1, -1, 1, devices=topology.devices(name))
+  found = compiling.compile_steps(run, shape, mesh, 1)
+  for one in found:
+    assert not one.refusal
+    assert one.memory.total < hardware.chip("TPU v5e").hbm_bytes
+    assert one.cost.open_loops == 0
