@@ -9,11 +9,11 @@ kept.
 import pathlib
 from typing import Any
 
-from dpo_jax import answers, cli, console, settings
+from dpo_jax import answers, cli, console, grid, settings
 
 
 def main(config: dict[str, Any], workdir: pathlib.Path) -> int:
-  built = settings.build(answers.AnswerSettings, config)
+  built = settings.build(grid.AnswerSettings, config)
   for path in answers.run(built, workdir):
     console.result(str(path), path=str(path))
   return 0

@@ -195,9 +195,8 @@ def answers() -> config_dict.ConfigDict:
   c.max_prompt_tokens = 96
   c.batch_size = 256
   c.length_multiple = 48
+  c.span = 0
   c.dtype = "float32"
-  # One program for all models.
-  c.merge_adapters = True
   return c
 
 

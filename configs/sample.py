@@ -16,6 +16,10 @@ it. `paper` takes the DPO model merged, runs/dpo/export; `seed` takes the SFT
 model with a DPO adapter beside it. Checkpoints are sampled with
 `checkpoints(...)`, as both variants do.
 
+Policies of one base are answered together: its weights are read once a step for
+all of their adapters. Best of N is `--config.samples_per_prompt=N`: N answers
+to each prompt at each temperature share one reading of the prompt.
+
 Made for: one accelerator of 40 GB or more: Pythia-2.8B in bfloat16 is 5.6 GB,
 and the cache of 64 rows of 512 tokens is 11 GB. Hours: not measured.
 Expect: a row for every prompt, temperature and model. The win rates to expect
@@ -75,15 +79,29 @@ def sampling() -> config_dict.ConfigDict:
   c.samples_per_prompt = 1
   # With the prompt's id and the sample id, decides all noise.
   c.seed = 0
-  # Answers decoded at once. More is faster until memory ends; it changes no
-  # answer (but for ties within rounding).
-  c.batch_size = 64
-  # Prompts are padded to a multiple of so many tokens; each length that occurs
-  # is compiled once, so more means fewer compilations and more padding.
+  # Answers decoded at once; 0 takes as many as the cache's memory holds, at
+  # most 512 a device. More is faster until memory ends; it changes no answer
+  # (but for ties within rounding).
+  c.batch_size = 0
+  # Prompts are read in lengths of a multiple of so many tokens; each length
+  # that occurs is compiled once, so more means fewer compilations and more
+  # padding.
   c.length_multiple = 64
-  # Fold adapters into a copy of the base before sampling. Faster, and models
-  # with and without adapters share their programs; but bfloat16 rounds away a
-  # part of what an adapter adds. False keeps them beside the base.
+  # Prompt tokens that are read in one call, about.
+  c.prefill_tokens = 4096
+  # While answers are short only so much of the cache is attended to, and its
+  # multiples, each compiled once. 0 always attends to the whole, so that a row
+  # is computed with the same roundings whoever its neighbours are.
+  c.span = 128
+  # What keys and values are kept in: "model", as dtype says, "float32",
+  # "bfloat16" or "int8". int8 halves bfloat16's memory and adds some rounding.
+  c.cache = "model"
+  # GiB for them on each device, where the device does not tell how much is free
+  # (a CPU does not). Where it does, they take 60% of that.
+  c.cache_gib = 4.0
+  # Fold each adapter into a copy of the base, and answer one after another.
+  # False keeps adapters beside the base and answers those of one base together;
+  # bfloat16 would round away a part of what a merged adapter adds.
   c.merge_adapters = False
   # What weights are kept in and blocks compute in: "float32" or "bfloat16".
   c.dtype = "bfloat16"

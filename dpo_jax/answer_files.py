@@ -18,7 +18,7 @@ from dpo_jax import records, strict_json
 from dpo_jax import settings as settings_lib
 
 # What of a row is the answer, and not the question.
-_ANSWER = ("response", "token_count", "finish_reason")
+_ANSWER = ("response", "token_count", "finish_reason", "mean_logp")
 
 
 def match(
@@ -88,6 +88,34 @@ def claim(path: pathlib.Path, origin: dict[str, Any], begun: bool) -> None:
       + "\n  ".join(changed)
       + "\nuse another --workdir, or move the file away"
     )
+
+
+class Seconds:
+  """How long each answer took, beside the file of answers.
+
+  Times are not reproducible, and the file of answers is, to the byte: so they
+  stand in NAME.seconds, a line {"prompt_id", "temperature", "sample_id",
+  "seconds"} an answer, from entering a slot to leaving it. A line is written
+  before its answer is, and nothing is ever read from it.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self._path = path.with_suffix(".seconds")
+
+  def append(self, rows: Sequence[tuple[int, records.Response, float]]) -> None:
+    """Adds the answers (index, row, seconds)."""
+    lines = []
+    for _, row, seconds in rows:
+      prompt_id, temperature, sample_id = _key(row)
+      line = {
+        "prompt_id": prompt_id,
+        "temperature": temperature,
+        "sample_id": sample_id,
+        "seconds": round(seconds, 3),
+      }
+      lines.append(json.dumps(line) + "\n")
+    with open(self._path, "a", encoding="utf-8") as file:
+      file.write("".join(lines))
 
 
 def weights(path: str) -> str:

@@ -1,12 +1,14 @@
-"""The device half of sampling: a prefill, and a decode loop with a cache.
+"""The device half of sampling: prompts read, rows entered, tokens decoded.
 
-Rows are padded on the left, so that all of them write the same cache slot at
-the same step and its index is a scalar. Each row carries its own parameters as
-data: rows of any temperature, top_k and top_p share one compiled program, and
-the same program serves every adapter and checkpoint of one shape.
+A fixed number of rows is decoded together, each in a slot of the cache from
+position 0, so that a row's arithmetic is the same wherever its neighbours are.
+Rows that end leave their slot to others between two calls. A prompt is read
+once and its keys and values are copied to every row that asks for it. Each row
+carries its own parameters and adapter as data: one compiled program serves
+them all.
 
 Letters: B rows, P prompts, T prompt tokens, S cache slots, M new tokens,
-V vocab, C candidates.
+V vocab, L layers, N heads, H head dim.
 """
 
 import dataclasses
@@ -16,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import model
+from dpo_jax import draw, kv_cache, model, partitioning, stops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,225 +27,310 @@ class Program:
 
   Attributes:
     config: the model's shape.
-    padded: prompt tokens of a row, T.
-    room: new tokens of a row, M.
+    slots: cache slots of a row, S.
+    room: new tokens of a row at most, M.
     eos_id: the token that ends a row.
     vocab_size: tokens at or past it do not exist and are never drawn.
-    candidates: see `draw`.
+    ways: how rows draw.
+    cache: what keys and values are kept in.
   """
 
   config: model.ModelConfig
-  padded: int
+  slots: int
   room: int
   eos_id: int
   vocab_size: int
-  candidates: int
+  ways: draw.Ways
+  cache: kv_cache.Kind
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """What each row was asked for; all [B]."""
+  """What each row was asked for; all [B].
 
-  stream: jax.Array
-  sample_id: jax.Array
-  temperature: jax.Array
-  top_k: jax.Array
-  top_p: jax.Array
-  limit: jax.Array
-  length: jax.Array
+  `limit` is the new tokens that it may have, `length` those of its prompt;
+  `adapter` is an index of the stack, -1 for none.
+  """
+
+  stream: Any
+  sample_id: Any
+  temperature: Any
+  top_k: Any
+  top_p: Any
+  limit: Any
+  length: Any
+  adapter: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+  """Prompts that were read: their cache of T slots, and logits [P, V]."""
+
+  cache: Any
+  logits: jax.Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-  """The loop's carry: tokens [B, M], count and done [B], step, keys [B]."""
+  """All rows between two calls.
 
+  Attributes:
+    rows: what they were asked for.
+    keys: a key for each row, [B].
+    tokens: new tokens, int32 [B, M].
+    logps: log-prob of each under the model at temperature 1, [B, M].
+    count: how many tokens are new, [B].
+    done: whether the row takes no more; empty slots are done, [B].
+    turn: how much of a human turn its text ends with, see `stops`, [B].
+    cache: see `kv_cache`.
+  """
+
+  rows: Rows
+  keys: jax.Array
   tokens: jax.Array
+  logps: jax.Array
   count: jax.Array
   done: jax.Array
-  step: jax.Array
-  keys: jax.Array
+  turn: jax.Array
   cache: Any
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def empty(program: Program, batch: int) -> State:
+  """A state whose slots are all free."""
+  zeros = functools.partial(jnp.zeros, (batch,))
+  rows = Rows(
+    stream=zeros(jnp.uint32),
+    sample_id=zeros(jnp.uint32),
+    temperature=zeros(jnp.float32),
+    top_k=zeros(jnp.int32),
+    top_p=jnp.ones((batch,), jnp.float32),
+    limit=zeros(jnp.int32),
+    length=jnp.ones((batch,), jnp.int32),
+    adapter=jnp.full((batch,), -1, jnp.int32),
+  )
+  state = State(
+    rows=rows,
+    keys=_keys(rows, jnp.uint32(0)),
+    tokens=jnp.zeros((batch, program.room), jnp.int32),
+    logps=jnp.zeros((batch, program.room), jnp.float32),
+    count=zeros(jnp.int32),
+    done=jnp.ones((batch,), bool),
+    turn=zeros(jnp.int32),
+    cache=model.init_cache(program.config, batch, program.slots, program.cache),
+  )
+  return _placed(state)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def prefill(
+def read(
   program: Program,
   base: model.Tree,
   lora: model.Tree | None,
   prompts: jax.Array,
-  rows: Rows,
-  seed: jax.Array,
-) -> State:
-  """Reads every prompt once and draws the first token of its rows.
+  length: jax.Array,
+  adapter: jax.Array,
+) -> Prefix:
+  """Reads prompts, each once, for all the rows that will ask for it.
 
   Args:
     program: static shapes.
     base: base weights.
-    lora: adapters, or None.
-    prompts: token ids, padded on the left, [P, T].
-    rows: parameters of each row; B is a multiple of P, and rows of one prompt
-      stand together.
-    seed: of all noise, uint32.
+    lora: adapters: None, one, or a stack.
+    prompts: token ids, padded on the right, [P, T].
+    length: of each prompt, at least 1, [P].
+    adapter: of each prompt, [P].
   """
-  count = prompts.shape[0]
-  copies = rows.limit.size // count
-  place = jnp.arange(program.padded)[None]
-  start = program.padded - rows.length[::copies, None]
-  causal = place[:, None] <= place[..., None]
+  count, size = prompts.shape
+  place = jnp.arange(size)[None]
+  causal = jnp.broadcast_to(
+    place[:, None] <= place[..., None], (count, size, size)
+  )
   hidden, cache = model.apply(
     program.config,
     base,
     lora,
     prompts,
-    jnp.maximum(place - start, 0),
-    causal & (place >= start)[:, None],
-    cache=model.init_cache(program.config, count, program.padded),
+    jnp.broadcast_to(place, (count, size)),
+    causal,
+    cache=model.init_cache(program.config, count, size, program.cache),
     index=0,
+    adapter=_stacked(lora, adapter),
   )
-  logits = model.unembed(base, hidden[:, -1])
-  root = jax.random.key(seed)
-  keys = jax.vmap(
-    lambda one, two: jax.random.fold_in(jax.random.fold_in(root, one), two)
-  )(rows.stream, rows.sample_id)
-  state = State(
-    tokens=jnp.zeros((rows.limit.size, program.room), jnp.int32),
-    count=jnp.zeros_like(rows.limit),
-    done=rows.limit == 0,
-    step=jnp.int32(0),
-    keys=keys,
-    cache=_spread(program, cache, count, copies),
-  )
-  return _advance(program, state, jnp.repeat(logits, copies, axis=0), rows)
+  last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
+  return Prefix(cache, model.unembed(base, last[:, 0]))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def decode(
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def enter(
   program: Program,
+  state: State,
+  prefix: Prefix,
+  source: jax.Array,
+  rows: Rows,
+  table: jax.Array,
+  seed: jax.Array,
+) -> State:
+  """Puts rows into slots and draws their first tokens.
+
+  Args:
+    program: static shapes.
+    state: is donated.
+    prefix: the prompts that were read.
+    source: which prompt enters a slot, -1 where the slot stays as it is, [B].
+    rows: parameters, read where a row enters.
+    table: see `stops.table`.
+    seed: of all noise, uint32.
+  """
+  enters = source >= 0
+  prompt = jnp.maximum(source, 0)
+
+  def merge(new, old):
+    return jnp.where(enters, new, old)
+
+  def copy(whole, new):
+    # Rows of a cache are its second axis, slots its fourth.
+    old = jax.lax.slice_in_dim(whole, 0, new.shape[3], axis=3)
+    own = jnp.expand_dims(enters, (0, *range(2, new.ndim)))
+    kept = jnp.where(own, jnp.take(new, prompt, axis=1), old)
+    return jax.lax.dynamic_update_slice_in_dim(whole, kept, 0, axis=3)
+
+  rows = jax.tree.map(merge, rows, state.rows)
+  state = State(
+    rows=rows,
+    keys=_keys(rows, seed),
+    tokens=state.tokens,
+    logps=state.logps,
+    count=merge(0, state.count),
+    done=merge(rows.limit == 0, state.done),
+    turn=merge(0, state.turn),
+    cache=jax.tree.map(copy, state.cache, prefix.cache),
+  )
+  logits = jnp.take(prefix.logits, prompt, axis=0)
+  return _placed(_take(program, state, logits, table, enters))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def advance(
+  program: Program,
+  span: int,
   base: model.Tree,
   lora: model.Tree | None,
   state: State,
-  rows: Rows,
-  until: jax.Array,
+  table: jax.Array,
+  steps: jax.Array,
+  quota: jax.Array,
 ) -> State:
-  """Goes on until all rows are done or have `until` tokens.
+  """Decodes until `steps` tokens were added or `quota` slots are done.
 
-  `state` is donated: its cache is written in place.
+  Args:
+    program: static shapes.
+    span: slots that are attended to; no row may pass them in this call.
+    base: base weights.
+    lora: adapters: None, one, or a stack.
+    state: is donated: its cache is written in place.
+    table: see `stops.table`.
+    steps: int32.
+    quota: int32.
   """
-  place = jnp.arange(program.padded + program.room)[None]
-  real = place >= program.padded - rows.length[:, None]
+  place = jnp.arange(span)[None]
 
-  def unfinished(state):
-    return (state.step < until) & ~jnp.all(state.done)
+  def unfinished(carry):
+    step, state = carry
+    return (step < steps) & (jnp.sum(state.done) < quota)
 
-  def step(state):
+  def step(carry):
+    step, state = carry
     # The token drawn last has not been read yet: it is this step's input.
-    last = state.step - 1
-    index = program.padded + last
+    last = jnp.maximum(state.count - 1, 0)
+    index = jnp.minimum(state.rows.length + last, span - 1)
     hidden, cache = model.apply(
       program.config,
       base,
       lora,
-      jax.lax.dynamic_slice_in_dim(state.tokens, last, 1, axis=1),
-      (rows.length + last)[:, None],
-      (real & (place <= index))[:, None],
+      jnp.take_along_axis(state.tokens, last[:, None], axis=1),
+      index[:, None],
+      (place <= index[:, None])[:, None],
       cache=state.cache,
       index=index,
+      adapter=_stacked(lora, state.rows.adapter),
     )
+    logits = model.unembed(base, hidden[:, 0])
     state = dataclasses.replace(state, cache=cache)
-    return _advance(program, state, model.unembed(base, hidden[:, 0]), rows)
+    state = _take(program, state, logits, table, ~state.done)
+    return step + 1, state
 
-  return jax.lax.while_loop(unfinished, step, state)
+  _, state = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))
+  return _placed(state)
 
 
-def draw(
-  logits: jax.Array,
-  keys: jax.Array,
-  temperature: jax.Array,
-  top_k: jax.Array,
-  top_p: jax.Array,
-  *,
-  vocab_size: int,
-  candidates: int,
-) -> jax.Array:
-  """Next token of each row by the Gumbel-max trick, int32 [B].
-
-  Args:
-    logits: float32, [B, V].
-    keys: one typed key a row, [B].
-    temperature: float32, 0 is greedy, [B].
-    top_k: int32, 0 is off, [B].
-    top_p: float32, 1 is off, [B].
-    vocab_size: tokens at or past it do not exist and are never drawn.
-    candidates: how many of the likeliest tokens to rank for top_k and top_p;
-      0 where no row uses them, `vocab_size` where a row has top_p alone.
-      It changes the cost, never the result.
-  """
-  size = logits.shape[-1]
-  exists = jnp.arange(size)[None] < vocab_size
-  logits = jnp.where(exists, logits, -jnp.inf)
-  hot = temperature[:, None] > 0
-  # Relative to the maximum, so that a low temperature cannot overflow.
-  logits = logits - jnp.max(logits, axis=-1, keepdims=True)
-  logits = logits / jnp.where(hot, temperature[:, None], 1)
-  if candidates:
-    cutoff = _cutoff(logits, top_k[:, None], top_p[:, None], candidates)
-    logits = jnp.where(logits >= cutoff, logits, -jnp.inf)
-  noise = jax.vmap(lambda key: jax.random.gumbel(key, (size,), jnp.float32))(
-    keys
-  )
-  return jnp.argmax(logits + jnp.where(hot, noise, 0), axis=-1).astype(
-    jnp.int32
+@functools.partial(jax.jit, donate_argnums=0)
+def resume(state: State, again: jax.Array) -> State:
+  """Lets rows go on that seemed to have begun a turn, bool [B]."""
+  full = state.count >= state.rows.limit
+  return dataclasses.replace(
+    state,
+    done=jnp.where(again, full, state.done),
+    turn=jnp.where(again, 0, state.turn),
   )
 
 
-def _cutoff(logits, top_k, top_p, candidates):
-  """Lowest logit that a row may draw, [B, 1]; ties with it are kept."""
-  values, _ = jax.lax.top_k(logits, candidates)
-  ranked = (jnp.arange(candidates)[None] < top_k) | (top_k == 0)
-  weights = jax.nn.softmax(jnp.where(ranked, values, -jnp.inf), axis=-1)
-  before = jnp.cumsum(weights, axis=-1) - weights
-  kept = ranked & ((before < top_p) | (top_p >= 1))
-  lowest = jnp.min(jnp.where(kept, values, jnp.inf), axis=-1, keepdims=True)
-  return jnp.where((top_k == 0) & (top_p >= 1), -jnp.inf, lowest)
-
-
-def _advance(program, state, logits, rows):
-  """Draws a token for each row and writes it down."""
-  token = draw(
+def _take(program, state, logits, table, active):
+  """Draws a token for each active row and writes it down."""
+  rows = state.rows
+  token, logp = draw.draw(
     logits,
     jax.vmap(jax.random.fold_in)(state.keys, state.count),
     rows.temperature,
     rows.top_k,
     rows.top_p,
     vocab_size=program.vocab_size,
-    candidates=program.candidates,
+    how=program.ways,
   )
-  token = jnp.where(state.done, program.eos_id, token)
-  count = state.count + ~state.done
+  active &= ~state.done
+  here = jnp.arange(program.room)[None] == state.count[:, None]
+  here &= active[:, None]
+  count = state.count + active
+  turn = jnp.where(active, stops.step(table, state.turn, token), state.turn)
+  ended = (
+    (token == program.eos_id) | (count >= rows.limit) | (turn == stops.TURN)
+  )
   return dataclasses.replace(
     state,
-    tokens=jax.lax.dynamic_update_slice(
-      state.tokens, token[:, None], (0, state.step)
-    ),
+    tokens=jnp.where(here, token[:, None], state.tokens),
+    logps=jnp.where(here, logp[:, None], state.logps),
     count=count,
-    done=state.done | (token == program.eos_id) | (count >= rows.limit),
-    step=state.step + 1,
+    done=state.done | (active & ended),
+    turn=turn,
   )
 
 
-def _spread(program, cache, count, copies):
-  """The cache with each row repeated, and room for new tokens."""
-  slots = program.padded + program.room
-  target = jax.eval_shape(
-    lambda: model.init_cache(program.config, count * copies, slots)
+def _stacked(lora, adapter):
+  """The rows' adapters if there is a stack of them to choose from."""
+  if lora is None or jax.tree.leaves(lora)[0].ndim == 3:
+    return None
+  return adapter
+
+
+def _keys(rows, seed):
+  root = jax.random.key(seed)
+  fold = jax.random.fold_in
+  return jax.vmap(lambda one, two: fold(fold(root, one), two))(
+    rows.stream, rows.sample_id
   )
 
-  def one(leaf, target):
-    # Rows are the fourth axis from the end; then only slots differ.
-    leaf = jnp.repeat(leaf, copies, axis=-4)
-    grow = [(0, b - a) for a, b in zip(leaf.shape, target.shape)]
-    return jnp.pad(leaf, grow)
 
-  return jax.tree.map(one, cache, target)
+def _placed(state):
+  """The cache split over rows and heads; what the host reads, everywhere."""
+
+  def one(path, leaf):
+    if path[0].name == "cache":
+      axes = (None, "batch", "heads", *(None,) * (leaf.ndim - 3))
+    else:
+      axes = (None,) * leaf.ndim
+    return partitioning.constrain(leaf, *axes)
+
+  return jax.tree.map_with_path(one, state)

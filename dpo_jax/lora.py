@@ -4,13 +4,15 @@ The low-rank branch adds x A B * alpha / rank to a kernel's output, which is the
 kernel kernel + A B * alpha / rank; A and B are two-dimensional, so the product
 is reshaped to the kernel's own axes.
 
-Letters: L layers, I and O the flattened inputs and outputs of a kernel, R rank.
+Letters: L layers, K adapters, B rows, T tokens, I and O the flattened inputs
+and outputs of a kernel, R rank.
 
 References:
   Hu et al., LoRA, 2021 (arXiv 2106.09685), Section 4.1.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -52,6 +54,46 @@ def merge(config: Any, base: Tree, lora: Tree) -> Tree:
     add = jax.jit(_add, static_argnums=3, out_shardings=kernel.sharding)
     blocks[target] = {**blocks[target], "kernel": add(kernel, a, b, scale)}
   return {**base, "blocks": blocks}
+
+
+def stack(config: Any, trees: Sequence[Tree]) -> Tree:
+  """Adapters of one shape as one tree, K behind L, in what the model computes.
+
+  Args:
+    config: the ModelConfig of all of them.
+    trees: K adapters.
+  """
+  return jax.tree.map(
+    lambda *leaves: jnp.stack(leaves, 1).astype(config.dtype), *trees
+  )
+
+
+def product(
+  x: jax.Array, a: jax.Array, b: jax.Array, adapter: jax.Array
+) -> jax.Array:
+  """x A B with each row's own adapter, [B, T, O]; zero where it is -1.
+
+  For one token a row all K adapters are one adapter of rank K R, and a row's
+  own part of it is kept in the middle: every weight is read once, whatever the
+  number of rows. For more tokens a row's own A and B are gathered instead.
+
+  Args:
+    x: inputs, [B, T, I].
+    a: [K, I, R].
+    b: [K, R, O].
+    adapter: in [-1, K), int32 [B].
+  """
+  if x.shape[1] > 1:
+    one = jnp.maximum(adapter, 0)
+    low = jnp.einsum("BTI,BIR->BTR", x, a[one])
+    low = jnp.where((adapter >= 0)[:, None, None], low, 0)
+    return jnp.einsum("BTR,BRO->BTO", low, b[one])
+  count, rank = a.shape[0], a.shape[2]
+  low = jnp.einsum("BTI,KIR->BTKR", x, a)
+  own = jnp.arange(count)[None] == adapter[:, None]
+  low = jnp.where(own[:, None, :, None], low, 0)
+  low = low.reshape(*x.shape[:2], count * rank)
+  return low @ b.reshape(count * rank, -1)
 
 
 def count(tree: Tree) -> int:

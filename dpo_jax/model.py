@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dpo_jax import attention, partitioning
+from dpo_jax import attention, kv_cache, partitioning
+from dpo_jax import lora as lora_lib
 
 Tree = dict[str, Any]
 TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
@@ -139,7 +140,7 @@ class _Projection(nnx.Module):
       )
       self.lora_b = nnx.LoRAParam(jnp.zeros((lora.rank, fan_out)))
 
-  def __call__(self, x, dropout_key):
+  def __call__(self, x, dropout_key, adapter=None):
     y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
     y += jnp.expand_dims(self.bias[...].astype(x.dtype), (0, 1))
     if self.lora is None:
@@ -152,8 +153,11 @@ class _Projection(nnx.Module):
       )
       kept = jax.vmap(jax.vmap(draw))(dropout_key)
       flat = jnp.where(kept, flat / jnp.asarray(keep, flat.dtype), 0)
-    low = flat @ self.lora_a[...].astype(x.dtype)
-    delta = low @ self.lora_b[...].astype(x.dtype)
+    a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
+    if adapter is None:
+      delta = flat @ a @ b
+    else:
+      delta = lora_lib.product(flat, a, b, adapter)
     scale = jnp.asarray(self.lora.alpha / self.lora.rank, x.dtype)
     return y + (delta * scale).reshape(y.shape)
 
@@ -180,21 +184,21 @@ class _Block(nnx.Module):
     self.dense_h_to_4h = projection("dense_h_to_4h", "BTD,DF->BTF", (D,), (F,))
     self.dense_4h_to_h = projection("dense_4h_to_h", "BTF,FD->BTD", (F,), (D,))
 
-  def __call__(self, x, rotation, attend, memory, dropout_key):
+  def __call__(self, x, rotation, attend, memory, dropout_key, adapter):
     """The block's output, and the cache after `memory` took keys and values."""
     keys = [None] * 4
     if dropout_key is not None:
       keys = [_fold_in(dropout_key, i) for i in range(4)]
-    qkv = self.query_key_value(self.attention_norm(x), keys[0])
+    qkv = self.query_key_value(self.attention_norm(x), keys[0], adapter)
     qkv = partitioning.constrain(qkv, "batch", None, "heads", None, None)
     q, k, v = jnp.unstack(qkv, axis=3)
     q, k = _rotate(q, rotation), _rotate(k, rotation)
     k, v, cache = memory(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
-    attended = self.dense(attend(q, k, v), keys[1])
-    hidden = self.dense_h_to_4h(self.mlp_norm(x), keys[2])
+    attended = self.dense(attend(q, k, v), keys[1], adapter)
+    hidden = self.dense_h_to_4h(self.mlp_norm(x), keys[2], adapter)
     hidden = partitioning.constrain(hidden, "batch", None, "mlp")
     hidden = jax.nn.gelu(hidden, approximate=False)
-    x = x + attended + self.dense_4h_to_h(hidden, keys[3])
+    x = x + attended + self.dense_4h_to_h(hidden, keys[3], adapter)
     return partitioning.constrain(x, "batch", None, None), cache
 
 
@@ -229,10 +233,15 @@ def init_lora(config: ModelConfig, key: jax.Array) -> Tree:
   return {"blocks": _init_blocks(config, key)[1]}
 
 
-def init_cache(config: ModelConfig, batch: int, slots: int) -> Tree:
-  """An empty key/value cache, {"k", "v"} of [L, B, N, S, H] in `dtype`."""
+def init_cache(
+  config: ModelConfig,
+  batch: int,
+  slots: int,
+  kind: kv_cache.Kind | None = None,
+) -> Tree:
+  """An empty `kv_cache` of the model, in `config.dtype` if not told."""
   shape = (config.layers, batch, config.heads, slots, config.head_dim)
-  return {name: jnp.zeros(shape, config.dtype) for name in ("k", "v")}
+  return kv_cache.init(*shape, kind or config.dtype)
 
 
 def apply(
@@ -246,6 +255,7 @@ def apply(
   dropout_key: jax.Array | None = None,
   cache: Tree | None = None,
   index: jax.Array | int | None = None,
+  adapter: jax.Array | None = None,
 ) -> tuple[jax.Array, Tree | None]:
   """Hidden states after the final norm.
 
@@ -260,8 +270,12 @@ def apply(
       [B, T, S]; S is T without a cache.
     dropout_key: a key for each token, [B, T], of LoRA's dropout; None in
       evaluation and sampling.
-    cache: keys and values of earlier tokens, see `init_cache`.
-    index: the slot, in [0, S), where this call's first token is written.
+    cache: keys and values of earlier tokens, see `init_cache`; its first S
+      slots are seen.
+    index: the slot, in [0, S), where this call's first token is written; for
+      one token a row it may be a row's own, [B].
+    adapter: where `lora` is a stack of `lora.stack`, which of them each row
+      takes, int32 [B]; -1 is none of them, exactly the base.
 
   Returns:
     Hidden states [B, T, D] in `config.dtype`, and the updated cache.
@@ -286,8 +300,15 @@ def apply(
     if key is not None:
       key = _fold_in(key, number)
     states = (params, adapters) if adapters else (params,)
-    memory = functools.partial(_remember, cache, number, index)
-    return nnx.merge(graph, *states)(x, rotation, attend, memory, key), None
+    memory = _no_memory
+    if cache is not None:
+      memory = functools.partial(
+        kv_cache.remember, cache, number, index, span=visible.shape[-1]
+      )
+    x, cache = nnx.merge(graph, *states)(
+      x, rotation, attend, memory, key, adapter
+    )
+    return (x, cache), None
 
   if config.remat == "full" and cache is None:
     block = jax.checkpoint(block, prevent_cse=False)
@@ -368,21 +389,5 @@ def _rotate(x: jax.Array, rotation: tuple) -> jax.Array:
   return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
 
 
-def _remember(cache, layer, index, k, v):
-  """Writes keys and values [B, N, T, H] at a slot; gives all of the layer's.
-
-  The cache is carried through the layers and written in place: as a scanned
-  input and output it would be copied whole for every token.
-  """
-  if cache is None:
-    return k, v, None
-  start = (layer, 0, 0, index, 0)
-  cache = {
-    name: jax.lax.dynamic_update_slice(cache[name], new[None], start)
-    for name, new in (("k", k), ("v", v))
-  }
-  k, v = (
-    jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False)
-    for name in ("k", "v")
-  )
-  return k, v, cache
+def _no_memory(k, v):
+  return k, v, None

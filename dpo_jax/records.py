@@ -40,7 +40,10 @@ class Response:
 
   Texts are kept as generated and as read, leading space included.
   `step` is None for a final model; `top_k` 0 and `top_p` 1.0 are off;
-  `token_count` counts generated tokens.
+  `token_count` counts generated tokens. `mean_logp` is the mean log-prob of
+  these under the model itself, in nats, at temperature 1 before top_k and
+  top_p; `cut_prompt_tokens` counts those that the prompt lost at its start.
+  Both are None in files of versions that did not write them.
   """
 
   prompt_id: str
@@ -57,6 +60,8 @@ class Response:
   sample_id: int
   token_count: int
   finish_reason: FinishReason
+  mean_logp: float | None = None
+  cut_prompt_tokens: int | None = None
 
   @property
   def unit(self) -> tuple:
@@ -394,8 +399,17 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _checked(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-  """The values in field order with their declared types, or ValueError."""
+  """The values in field order with their declared types, or ValueError.
+
+  Fields that have a default came later: older files do not have them.
+  """
   hints = _hints(cls)
+  later = {
+    field.name: field.default
+    for field in dataclasses.fields(cls)
+    if field.default is not dataclasses.MISSING
+  }
+  values = later | values
   missing = sorted(hints.keys() - values.keys())
   unknown = sorted(values.keys() - hints.keys())
   if missing or unknown:

@@ -21,6 +21,7 @@ from dpo_jax import (
   answers,
   cli,
   console,
+  grid,
   hf,
   model,
   recipe,
@@ -101,7 +102,7 @@ class ReplicateSettings:
   pretrain: recipe.TrainSettings | None
   sft: recipe.TrainSettings
   dpo: recipe.TrainSettings
-  sample: answers.AnswerSettings
+  sample: grid.AnswerSettings
   judge: runner.JudgeSettings
   report: report.ReportSettings
 

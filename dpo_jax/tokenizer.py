@@ -111,6 +111,12 @@ class Tokenizer:
       list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
 
+  def decode_each(self) -> list[str]:
+    """The text of every token by itself; half a character is U+FFFD."""
+    return self.backend.backend_tokenizer.decode_batch(
+      [[token] for token in range(self.vocab_size)], skip_special_tokens=False
+    )
+
   def save(self, directory: str | os.PathLike) -> None:
     """Writes tokenizer.json and tokenizer_config.json.
 

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from configs import common, models
-from dpo_jax import answers, model, partitioning, recipe, replicate, settings
+from dpo_jax import grid, model, partitioning, recipe, replicate, settings
 from dpo_jax.judging import runner
 
 SIZES = tuple(models.PYTHIA)
@@ -23,7 +23,7 @@ CONFIGS = {
   "dpo": (recipe.TrainSettings, RECIPES),
   "hh": (replicate.ReplicateSettings, (*RECIPES, "smoke")),
   "judge": (runner.JudgeSettings, ("oracle", "openai", "local")),
-  "sample": (answers.AnswerSettings, ("paper", "seed")),
+  "sample": (grid.AnswerSettings, ("paper", "seed")),
   "sft": (recipe.TrainSettings, RECIPES),
 }
 # Files that others are made from.

@@ -1,0 +1,244 @@
+"""Drawing the next token of each row: greedy, temperature, top_k, top_p.
+
+A vocabulary of 50,000 is too long to sort, or to draw a number for each word,
+at every step. Three exact short cuts are taken. The k likeliest tokens lie in
+the k blocks with the largest maxima, so that top_k ranks two short lists. A
+draw from all tokens first draws a block by its total weight and then a token
+of it, both by the Gumbel-max trick: the maximum of a block's perturbed logits
+is itself the block's log-weight with Gumbel noise, so the distribution is that
+of one draw. The set of top_p without top_k is found by bisection on its
+threshold, whose candidates are the positive floats in their own order.
+
+The noise of a token is keyed by the row's key and the token's id, so that it
+depends neither on the batch nor on which other tokens are in question.
+
+Letters: B rows, V vocab, G blocks, C candidates.
+
+References:
+  Maddison, Tarlow and Minka, A* Sampling, 2014 (arXiv 1411.0030), Section 3;
+  Holtzman et al., The Curious Case of Neural Text Degeneration, 2020
+  (arXiv 1904.09751).
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+
+# Tokens of a block: near the root of Pythia's vocabulary.
+BLOCK = 128
+
+# Names how noise is keyed: answers under another name cannot be gone on with.
+SCHEME = "gumbel by token and block of 128"
+
+# Candidates are counted in steps of so many, so that requests of usual top_k
+# rank lists of one length, whatever else is asked for beside them.
+_STEP = 64
+
+# Of the key of a draw among blocks; ids of tokens are smaller.
+_BLOCKS = 2**31
+
+
+@dataclasses.dataclass(frozen=True)
+class Ways:
+  """Which ways of drawing a program holds; static.
+
+  They change what a step costs, never what a row draws.
+
+  Attributes:
+    candidates: how many of the likeliest tokens are ranked; 0 if no row has
+      top_k.
+    whole: whether some row draws from the whole vocabulary.
+    nucleus: whether some of those rows has a top_p.
+  """
+
+  candidates: int
+  whole: bool
+  nucleus: bool
+
+
+def ways(
+  parameters: Iterable[tuple[float, int, float]], vocab_size: int
+) -> Ways:
+  """What rows of these (temperature, top_k, top_p) need."""
+  drawn = {(k, p) for t, k, p in parameters if t > 0}
+  largest = max((k for k, _ in drawn), default=0)
+  return Ways(
+    candidates=min(-(-largest // _STEP) * _STEP, vocab_size),
+    whole=any(k == 0 for k, _ in drawn),
+    nucleus=any(k == 0 and p < 1 for k, p in drawn),
+  )
+
+
+def draw(
+  logits: jax.Array,
+  keys: jax.Array,
+  temperature: jax.Array,
+  top_k: jax.Array,
+  top_p: jax.Array,
+  *,
+  vocab_size: int,
+  how: Ways,
+) -> tuple[jax.Array, jax.Array]:
+  """The next token of each row, int32 [B], and its log-prob, float32 [B].
+
+  top_k keeps the k likeliest tokens, of equals those with the smaller ids;
+  then top_p keeps the likeliest that together reach it, and tokens as likely as
+  the last of them.
+
+  Args:
+    logits: float32, [B, V].
+    keys: one typed key a row, [B].
+    temperature: float32, 0 is greedy, [B].
+    top_k: int32, 0 is off, [B].
+    top_p: float32, 1 is off, [B].
+    vocab_size: tokens at or past it do not exist and are never drawn.
+    how: the ways that some row needs.
+
+  Returns:
+    The tokens, and their log-probs under the model itself: in nats, at
+    temperature 1, over all V, before top_k and top_p.
+  """
+  blocks = _blocks(logits, vocab_size)
+  maxima = jnp.max(blocks, axis=-1)
+  best = jnp.max(maxima, axis=-1)
+  token = _greedy(blocks, maxima, best)
+  cool = jnp.where(temperature > 0, temperature, 1)
+  if how.whole:
+    drawn = _from_all(blocks, best, keys, cool, top_p, how)
+    token = jnp.where((temperature > 0) & (top_k == 0), drawn, token)
+  if how.candidates:
+    drawn = _from_few(blocks, maxima, best, keys, cool, top_k, top_p, how)
+    token = jnp.where((temperature > 0) & (top_k > 0), drawn, token)
+  return token, log_prob(logits, token)
+
+
+def log_prob(logits: jax.Array, token: jax.Array) -> jax.Array:
+  """log p(token), float32 [B], of logits [B, V]."""
+  own = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+  return own - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _blocks(logits, vocab_size):
+  """Logits of existing tokens as [B, G, BLOCK], the others -inf."""
+  size = logits.shape[-1]
+  exists = jnp.arange(size)[None] < vocab_size
+  logits = jnp.where(exists, logits, -jnp.inf)
+  logits = jnp.pad(
+    logits, ((0, 0), (0, -size % BLOCK)), constant_values=-jnp.inf
+  )
+  return logits.reshape(len(logits), -1, BLOCK)
+
+
+def _first(x, value):
+  """The first place of `value` in each row of x, int32 [B].
+
+  Two plain reductions; XLA's argmax is a hundred times slower on CPU.
+  """
+  places = jnp.arange(x.shape[-1], dtype=jnp.int32)[None]
+  found = jnp.where(x == value[:, None], places, x.shape[-1] - 1)
+  return jnp.min(found, axis=-1)
+
+
+def _take_block(blocks, block):
+  return jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+
+
+def _greedy(blocks, maxima, best):
+  block = _first(maxima, best)
+  return block * BLOCK + _first(_take_block(blocks, block), best)
+
+
+def _from_few(blocks, maxima, best, keys, cool, top_k, top_p, how):
+  """A draw among the top_k likeliest tokens, after top_p, int32 [B]."""
+  values, ids = _likeliest(blocks, maxima, how.candidates)
+  # Not values[:, :1]: XLA then sorts the whole list in place of top_k.
+  scores = (values - best[:, None]) / cool[:, None]
+  rank = jnp.arange(values.shape[-1])[None]
+  ranked = (rank < top_k[:, None]) & (scores > -jnp.inf)
+  weights = jnp.where(ranked, jnp.exp(scores), 0)
+  # The running sum as a product: XLA's own is fused into what reads it, and
+  # then computed again for every candidate.
+  earlier = jnp.triu(jnp.ones((how.candidates,) * 2, jnp.float32), 1)
+  before = jnp.matmul(weights, earlier, precision=jax.lax.Precision.HIGHEST)
+  mass = top_p * jnp.sum(weights, axis=-1)
+  inside = (before < mass[:, None]) | (top_p >= 1)[:, None]
+  lowest = jnp.min(
+    jnp.where(ranked & inside, scores, jnp.inf), axis=-1, keepdims=True
+  )
+  kept = ranked & (scores >= lowest)
+  perturbed = jnp.where(kept, scores + _noise(keys, ids), -jnp.inf)
+  choice = jnp.argmax(perturbed, axis=-1)
+  return jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
+
+
+def _likeliest(blocks, maxima, count):
+  """The `count` largest logits in descending order and their ids, [B, C].
+
+  A token among the `count` likeliest lies in a block whose maximum is among
+  the `count` largest maxima: each of these larger maxima is a likelier token.
+  """
+  _, chosen = jax.lax.top_k(maxima, min(count, maxima.shape[-1]))
+  # In the order of ids, so that of equal logits the smaller id comes first.
+  chosen = jnp.sort(chosen, axis=-1)
+  few = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1)
+  values, places = jax.lax.top_k(few.reshape(len(few), -1), count)
+  block = jnp.take_along_axis(chosen, places // BLOCK, axis=1)
+  return values, (block * BLOCK + places % BLOCK).astype(jnp.int32)
+
+
+def _from_all(blocks, best, keys, cool, top_p, how):
+  """A draw among all tokens, after top_p, int32 [B]."""
+  scores = (blocks - best[:, None, None]) / cool[:, None, None]
+  weights = jnp.exp(scores)
+  if how.nucleus:
+    lowest = _nucleus(weights, top_p)
+    kept = weights >= lowest[:, None, None]
+    weights = jnp.where(kept, weights, 0)
+    scores = jnp.where(kept, scores, -jnp.inf)
+  count = blocks.shape[1]
+  noise = jax.vmap(
+    lambda key: jax.random.gumbel(
+      jax.random.fold_in(key, _BLOCKS), (count,), jnp.float32
+    )
+  )(keys)
+  block = jnp.argmax(jnp.log(jnp.sum(weights, axis=-1)) + noise, axis=-1)
+  block = block.astype(jnp.int32)
+  ids = block[:, None] * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)[None]
+  perturbed = _take_block(scores, block) + _noise(keys, ids)
+  return block * BLOCK + jnp.argmax(perturbed, axis=-1).astype(jnp.int32)
+
+
+def _nucleus(weights, top_p):
+  """The smallest weight that top_p keeps, [B]: less than top_p lies above it.
+
+  Positive floats stand in the order of their bits, so that 30 halvings find
+  the threshold exactly; each is one pass over the weights.
+  """
+  bits = jax.lax.bitcast_convert_type(weights, jnp.int32)
+  goal = jnp.where(top_p < 1, top_p, jnp.inf) * jnp.sum(weights, axis=(1, 2))
+
+  def halve(_, bounds):
+    low, high = bounds  # Too much lies above `low`, not so above `high`.
+    middle = low + jnp.maximum((high - low) // 2, 1)
+    heavier = bits > middle[:, None, None]
+    above = jnp.sum(jnp.where(heavier, weights, 0), axis=(1, 2))
+    enough = above < goal
+    return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+  # Nothing is heavier than 1, the weight of the likeliest token; -1 is below
+  # the bits of every weight, zero included.
+  one = jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32)
+  ends = jnp.full_like(goal, -1, jnp.int32), jnp.full_like(goal, one, jnp.int32)
+  _, high = jax.lax.fori_loop(0, 30, halve, ends)
+  return jax.lax.bitcast_convert_type(high, jnp.float32)
+
+
+def _noise(keys, ids):
+  """Standard Gumbel noise of tokens, [B, C], keyed by row and id."""
+
+  def one(key, token):
+    return jax.random.gumbel(jax.random.fold_in(key, token), (), jnp.float32)
+
+  return jax.vmap(jax.vmap(one, (None, 0)))(keys, ids)

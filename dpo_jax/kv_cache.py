@@ -1,0 +1,105 @@
+"""Keys and values of earlier tokens: kept at each row's own slot, and read.
+
+One cache serves all layers. It is carried through them and written in place: as
+a scanned input and output it would be copied whole for every token. In int8
+each key and each value has a scale of its own, its largest magnitude over 127.
+
+Letters: L layers, B rows, N heads, S slots, T tokens of this call, H head dim.
+"""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+Tree = dict[str, Any]
+Kind = Literal["float32", "bfloat16", "int8"]
+
+_NAMES = ("k", "v")
+
+
+def init(
+  layers: int, batch: int, heads: int, slots: int, head_dim: int, kind: Kind
+) -> Tree:
+  """An empty cache: {"k", "v"} of [L, B, N, S, H]; in int8 scales beside them.
+
+  Scales are {"k_scale", "v_scale"} of float32 [L, B, N, S].
+  """
+  shape = (layers, batch, heads, slots, head_dim)
+  cache = {name: jnp.zeros(shape, kind) for name in _NAMES}
+  if kind == "int8":
+    cache |= {
+      f"{name}_scale": jnp.zeros(shape[:-1], jnp.float32) for name in _NAMES
+    }
+  return cache
+
+
+def bytes_of(
+  layers: int, heads: int, slots: int, head_dim: int, kind: Kind
+) -> int:
+  """Bytes that one row takes."""
+  tree = jax.eval_shape(lambda: init(layers, 1, heads, slots, head_dim, kind))
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def remember(
+  cache: Tree,
+  layer: jax.Array,
+  index: jax.Array | int,
+  k: jax.Array,
+  v: jax.Array,
+  span: int,
+) -> tuple[jax.Array, jax.Array, Tree]:
+  """Writes a layer's keys and values and gives back all of its first slots.
+
+  Args:
+    cache: see `init`.
+    layer: which layer's they are.
+    index: the slot of the first token: one for all rows, or, for one token a
+      row, int32 [B].
+    k: keys, [B, N, T, H].
+    v: values, [B, N, T, H].
+    span: how many slots are given back; no row may have written behind them.
+
+  Returns:
+    Keys and values [B, N, span, H] in the dtype of `k`, and the cache.
+  """
+  cache = dict(cache)
+  found = []
+  for name, new in zip(_NAMES, (k, v), strict=True):
+    parts = {name: new.astype(cache[name].dtype)}
+    if f"{name}_scale" in cache:
+      parts = _quantised(name, new)
+    for part, value in parts.items():
+      cache[part] = _write(cache[part], layer, index, value)
+    read = _read(cache[name], layer, span).astype(new.dtype)
+    if f"{name}_scale" in cache:
+      scale = _read(cache[f"{name}_scale"], layer, span)
+      read *= scale[..., None].astype(new.dtype)
+    found.append(read)
+  return found[0], found[1], cache
+
+
+def _quantised(name, x):
+  scale = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1) / 127
+  # A key of zeros has scale 0 and stays zeros.
+  steps = x / jnp.where(scale > 0, scale, 1)[..., None]
+  return {
+    name: jnp.round(steps).astype(jnp.int8),
+    f"{name}_scale": scale,
+  }
+
+
+def _write(leaf, layer, index, new):
+  if jnp.ndim(index) == 0:
+    start = (layer, 0, 0, index, 0)[: leaf.ndim]
+    return jax.lax.dynamic_update_slice(leaf, new[None], start)
+  rows = jnp.arange(leaf.shape[1])
+  return leaf.at[layer, rows, :, index].set(
+    new[:, :, 0], mode="promise_in_bounds", unique_indices=True
+  )
+
+
+def _read(leaf, layer, span):
+  whole = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+  return whole[:, :, :span]

@@ -1,0 +1,316 @@
+"""The host half of sampling: who reads, who enters which slot, who leaves.
+
+Requests wait in a queue, those of one prompt and adapter together, the longest
+prompts first so that a lack of memory shows at once. A batch of prompts of one
+padded length is read in one call; the rows that ask for them enter free slots,
+and what finds none waits beside the prompt's cache. Decoding stops as soon as a
+few rows have ended and others wait. None of this changes an answer.
+
+Letters: B rows, P prompts, T prompt tokens.
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpo_jax import decoding, draw, kv_cache, model, partitioning, stops
+
+# Refilling costs about a step; it waits until this share of the slots is free.
+_FREE = 1 / 8
+
+# Share of a device's free memory that the cache may take: prefill, logits and
+# the copy that a refill makes of a part of it need the rest.
+_CACHE_SHARE = 0.6
+
+# More rows on one shard would gain little and wait long for each other.
+_MOST_ROWS = 512
+
+# Index of a request, its tokens, their log-probs, seconds in a slot.
+Ended = list[tuple[int, list[int], list[float], float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """Prompts that are read in one call.
+
+  Attributes:
+    padded: tokens of each, T.
+    groups: for each prompt, the requests that ask for it.
+    size: prompts of the call, P; those past `groups` are filler.
+  """
+
+  padded: int
+  groups: tuple[tuple[int, ...], ...]
+  size: int
+
+
+def plan(
+  requests: Sequence[Any], engine: Any, shards: int, wanted: Sequence[int]
+) -> list[Reading]:
+  """What is read, in order; each wanted request stands in one group.
+
+  Sizes depend on all requests, not on which of them are wanted.
+  """
+  buckets: dict[int, dict[Any, list[int]]] = {}
+  for index, request in enumerate(requests):
+    multiple = engine.length_multiple
+    padded = -(-len(request.prompt) // multiple) * multiple
+    groups = buckets.setdefault(padded, {})
+    groups.setdefault((request.prompt, request.adapter), []).append(index)
+  left = set(wanted)
+  readings = []
+  for padded, groups in sorted(buckets.items(), reverse=True):
+    most = max(engine.prefill_tokens // padded // shards, 1) * shards
+    size = min(most, -(-len(groups) // shards) * shards)
+    kept = [tuple(i for i in rows if i in left) for rows in groups.values()]
+    kept = [rows for rows in kept if rows]
+    for at in range(0, len(kept), size):
+      readings.append(Reading(padded, tuple(kept[at : at + size]), size))
+  return readings
+
+
+def free_bytes(engine: Any) -> int:
+  """Bytes for the cache on each device: of what is free, or as configured."""
+  device = jax.local_devices()[0]
+  stats = device.memory_stats() or {}
+  if "bytes_limit" in stats:
+    free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return int(free * _CACHE_SHARE)
+  return int(engine.cache_gib * 2**30)
+
+
+def batch_size(
+  config: model.ModelConfig, engine: Any, cache_slots: int, mesh: Any
+) -> int:
+  """Rows decoded at once: as configured, or as many as memory holds.
+
+  Raises:
+    ValueError: the mesh does not divide them, or not one of them fits.
+  """
+  shards = partitioning.data_shards(mesh) if mesh is not None else 1
+  tensor = mesh.shape["tensor"] if mesh is not None else 1
+  if engine.batch_size:
+    if engine.batch_size % shards:
+      raise ValueError(
+        f"batch_size={engine.batch_size} must be a multiple of the data shards"
+        f" of the mesh ({shards})"
+      )
+    return engine.batch_size
+  shape = (config.layers, config.heads // tensor, cache_slots, config.head_dim)
+  each = kv_cache.bytes_of(*shape, engine.cache)
+  fit = free_bytes(engine) // each
+  if not fit:
+    raise ValueError(
+      f"a row's cache of {cache_slots} slots takes {each / 2**30:.2f} GiB of a"
+      f" device, and {free_bytes(engine) / 2**30:.2f} GiB are to be had: raise"
+      " cache_gib, take cache='int8', or split heads over a tensor axis"
+    )
+  # Whole eights: matrix products round alike in all places of such a batch.
+  fit = fit // 8 * 8 if fit >= 8 else fit
+  return min(fit, _MOST_ROWS) * shards
+
+
+class Slots:
+  """One serving of requests: the queue, the slots, and the compiled programs.
+
+  Attributes:
+    program: static shapes.
+    size: slots, B.
+  """
+
+  def __init__(
+    self, config, base, lora, tokenizer, requests, engine, mesh, wanted
+  ):
+    self.requests, self.engine, self.mesh = requests, engine, mesh
+    self.tokenizer, self.weights = tokenizer, (base, lora)
+    shards = partitioning.data_shards(mesh) if mesh is not None else 1
+    self.readings = plan(requests, engine, shards, wanted)
+    self.program = _program(config, tokenizer, requests, engine)
+    self.size = batch_size(config, engine, self.program.slots, mesh)
+    # At most as many as are asked for, in whole eights of each shard.
+    most = -(-len(requests) // (8 * shards)) * 8 * shards
+    if not engine.batch_size:
+      self.size = min(self.size, most)
+    self.slot_of: dict[int, int] = {}
+    self.entered: dict[int, float] = {}
+    self.waiting: list[tuple[int, int]] = []
+    self.prefix: Any = None
+
+  def run(self) -> Iterator[Ended]:
+    """Yields requests as they end."""
+    if not self.readings:
+      return
+    with self._context():
+      self.table = self._put(stops.table(self.tokenizer))
+      self.state = decoding.empty(self.program, self.size)
+    count = np.zeros(self.size, np.int64)
+    while self.slot_of or self.waiting or self.readings:
+      with self._context():
+        self._refill(count)
+        self._advance(count)
+        ended, count = self._leave()
+      if ended:
+        yield ended
+
+  def _context(self):
+    if self.mesh is None:
+      return contextlib.nullcontext()
+    return jax.set_mesh(self.mesh)
+
+  def _put(self, tree):
+    """Arrays that every process has whole, whole on every device."""
+    if self.mesh is None:
+      return jax.device_put(tree)
+    sharding = partitioning.replicated(self.mesh)
+    return jax.tree.map(
+      lambda x: jax.make_array_from_callback(
+        np.shape(x), sharding, lambda index: np.asarray(x)[index]
+      ),
+      tree,
+    )
+
+  def _refill(self, count) -> None:
+    """Puts what waits into free slots, reading prompts where none waits."""
+    taken = set(self.slot_of.values())
+    free = [slot for slot in range(self.size) if slot not in taken]
+    while free and (self.waiting or self.readings):
+      if not self.waiting:
+        self._read(self.readings.pop(0))
+      entering = list(zip(free, self.waiting))
+      free, self.waiting = free[len(entering) :], self.waiting[len(entering) :]
+      self._enter(entering)
+      for slot, (index, _) in entering:
+        self.slot_of[index] = slot
+        self.entered[index] = time.perf_counter()
+        count[slot] = 1
+
+  def _read(self, reading: Reading) -> None:
+    shape = (reading.size, reading.padded)
+    prompts = np.full(shape, self.tokenizer.eos_id, np.int32)
+    length = np.ones(reading.size, np.int32)
+    adapter = np.full(reading.size, -1, np.int32)
+    for at, group in enumerate(reading.groups):
+      request = self.requests[group[0]]
+      length[at] = len(request.prompt)
+      prompts[at, : length[at]] = request.prompt
+      adapter[at] = request.adapter
+      self.waiting += [(index, at) for index in group]
+    inputs = (prompts, length, adapter)
+    if self.mesh is None:
+      inputs = jax.device_put(inputs)
+    else:
+      inputs = partitioning.place(inputs, self.mesh)
+    self.prefix = decoding.read(self.program, *self.weights, *inputs)
+
+  def _enter(self, entering) -> None:
+    size = self.size
+    source = np.full(size, -1, np.int32)
+    rows = decoding.Rows(
+      stream=np.zeros(size, np.uint32),
+      sample_id=np.zeros(size, np.uint32),
+      temperature=np.zeros(size, np.float32),
+      top_k=np.zeros(size, np.int32),
+      top_p=np.ones(size, np.float32),
+      limit=np.zeros(size, np.int32),
+      length=np.ones(size, np.int32),
+      adapter=np.full(size, -1, np.int32),
+    )
+    for slot, (index, prompt) in entering:
+      request = self.requests[index]
+      source[slot] = prompt
+      rows.limit[slot] = request.max_new_tokens
+      rows.length[slot] = len(request.prompt)
+      for name in (
+        "stream",
+        "sample_id",
+        "temperature",
+        "top_k",
+        "top_p",
+        "adapter",
+      ):
+        getattr(rows, name)[slot] = getattr(request, name)
+    source, rows = self._put((source, rows))
+    seed = self._put(np.uint32(self.engine.seed))
+    self.state = decoding.enter(
+      self.program, self.state, self.prefix, source, rows, self.table, seed
+    )
+
+  def _advance(self, count) -> None:
+    """Some steps; fewer if slots are to be had for those who wait."""
+    idle = self.size - len(self.slot_of)
+    quota = self.size
+    if self.waiting or self.readings:
+      quota = min(idle + max(int(self.size * _FREE), 1), self.size)
+    furthest = max(
+      len(self.requests[index].prompt)
+      + min(
+        int(count[slot]) + self.engine.chunk,
+        self.requests[index].max_new_tokens,
+      )
+      for index, slot in self.slot_of.items()
+    )
+    span = self.program.slots
+    if self.engine.span:
+      span = min(-(-furthest // self.engine.span) * self.engine.span, span)
+    steps, quota = self._put((np.int32(self.engine.chunk), np.int32(quota)))
+    self.state = decoding.advance(
+      self.program, span, *self.weights, self.state, self.table, steps, quota
+    )
+
+  def _leave(self) -> tuple[Ended, np.ndarray]:
+    """Those who have ended, and how many tokens every slot has."""
+    state = self.state
+    tokens, logps, count, done, turn = jax.device_get(
+      (state.tokens, state.logps, state.count, state.done, state.turn)
+    )
+    ended, again = [], np.zeros(self.size, bool)
+    now = time.perf_counter()
+    for index, slot in list(self.slot_of.items()):
+      if not done[slot]:
+        continue
+      own = tokens[slot, : count[slot]].tolist()
+      full = count[slot] >= self.requests[index].max_new_tokens
+      if (
+        turn[slot] == stops.TURN
+        and not full
+        and own[-1] != self.tokenizer.eos_id
+        and not stops.turn_end(self.tokenizer, own)
+      ):
+        again[slot] = True
+        continue
+      del self.slot_of[index]
+      ended.append(
+        (
+          index,
+          own,
+          logps[slot, : count[slot]].tolist(),
+          now - self.entered.pop(index),
+        )
+      )
+    if again.any():
+      self.state = decoding.resume(state, self._put(again))
+    return ended, count.astype(np.int64)
+
+
+def _program(config, tokenizer, requests, engine) -> decoding.Program:
+  longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
+  padded = max(len(r.prompt) for r in requests)
+  padded = -(-padded // engine.length_multiple) * engine.length_multiple
+  multiple = engine.span or engine.length_multiple
+  slots = math.ceil(max(longest, padded) / multiple) * multiple
+  parameters = {(r.temperature, r.top_k, r.top_p) for r in requests}
+  return decoding.Program(
+    config=config,
+    slots=slots,
+    room=max(r.max_new_tokens for r in requests),
+    eos_id=tokenizer.eos_id,
+    vocab_size=tokenizer.vocab_size,
+    ways=draw.ways(parameters, tokenizer.vocab_size),
+    cache=engine.cache,
+  )
