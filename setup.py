@@ -8,6 +8,10 @@ README = pathlib.Path(__file__).parent / "README.md"
 
 TEST = [
   "hypothesis",
+  # Notebooks are executed.
+  "ipykernel",
+  "jupytext",
+  "nbclient",
   # The TPU compiler, which the planner's tests run without a TPU.
   "libtpu; platform_system == 'Linux' and platform_machine == 'x86_64'",
   "peft",

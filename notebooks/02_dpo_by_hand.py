@@ -1,0 +1,225 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # DPO by hand, on one pair
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/dpo-jax/dpo_jax/blob/main/notebooks/02_dpo_by_hand.ipynb)
+#
+# One preference pair, a tiny model of random weights with adapters, and every
+# number of the loss by hand: who sees whom in a packed row, the log-probs, the
+# implicit reward, the loss and its gradient.
+
+# %%
+# On Colab: fetch the project. Its own jax and jaxlib are named as they are, so
+# that pip leaves them alone.
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+if (
+  importlib.util.find_spec("dpo_jax") is None
+  and "COLAB_RELEASE_TAG" in os.environ
+):
+  subprocess.run(
+    ["git", "clone", "--depth=1", "https://github.com/dpo-jax/dpo_jax"],
+    check=True,
+  )
+  held = [
+    f"{name}=={importlib.metadata.version(name)}" for name in ("jax", "jaxlib")
+  ]
+  subprocess.run(
+    [sys.executable, "-m", "pip", "install", "-q", "-e", "dpo_jax", *held],
+    check=True,
+  )
+  os.chdir("dpo_jax/notebooks")
+root = (
+  pathlib.Path.cwd().parent
+  if pathlib.Path.cwd().name == "notebooks"
+  else pathlib.Path.cwd()
+)
+sys.path.insert(0, str(root))
+
+# %%
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import Image
+
+from configs import demo
+from dpo_jax import (
+  attention,
+  comparisons,
+  figures,
+  losses,
+  model,
+  packing,
+  placement,
+  profiles,
+  steps,
+  synthetic,
+)
+from dpo_jax import tokenizer as tokenizer_lib
+
+folder = pathlib.Path(tempfile.mkdtemp())
+
+# %% [markdown]
+# ## The pair
+#
+# The embedded world writes dialogues about a valley of animals; the label of a
+# pair is drawn from Bradley-Terry on a true reward.
+
+# %%
+world = synthetic.generate(0, pretrain=64, train=8, test=0)
+pair = comparisons.parse(world.train[0])
+print(pair.prompt, "\n\nCHOSEN  ", pair.chosen, "\n\nREJECTED", pair.rejected)
+print(
+  "\ntrue rewards:",
+  synthetic.reward(pair.prompt, pair.chosen),
+  synthetic.reward(pair.prompt, pair.rejected),
+)
+
+# %% [markdown]
+# ## One row for both answers
+#
+# The prompt stands once. Both answers see it and neither sees the other;
+# positions of the rejected answer start again behind the prompt.
+
+# %%
+tokenizer = tokenizer_lib.train(
+  (row["chosen"] for row in world.pretrain), 512, folder / "tokenizer"
+)
+table = profiles.tokenize(
+  tokenizer, [pair], profile="paper", max_length=128, max_prompt_length=96
+).table
+how = placement.Packing(
+  "shared",
+  row_length=sum(map(int, table.lengths[0])),
+  shards=1,
+  microbatches=1,
+  loss_on_prompt=False,
+  pad_id=tokenizer.pad_id,
+)
+batch, counts = packing.pack(table, how)
+batch = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)  # the one micro-batch
+print(counts)
+
+# %%
+segments = attention.Segments(batch.pieces[:1], batch.parts[:1])
+words = [
+  tokenizer.backend.decode([token]) for token in np.asarray(batch.tokens[0])
+]
+Image(
+  figures.packing_mask(
+    segments.mask()[0], batch.parts[0], words, folder / "mask.png"
+  ),
+  width=620,
+)
+
+# %% [markdown]
+# ## Log-probs
+#
+# The policy is the base with adapters, the reference the same base without.
+# Adapters begin as zero: at first both are one model.
+
+# %%
+shape = demo.architecture()
+shape.update(vocab_size=512, width=64, mlp_width=128, layers=2)
+config = model.ModelConfig(
+  **shape.to_dict(), lora=model.LoraConfig(4, 8.0, 0.0, model.TARGETS)
+)
+base = model.init(config, jax.random.key(0))
+lora = model.init_lora(config, jax.random.key(1))
+reference, lengths = steps.sequence_logps(config, base, None, batch, 2)
+policy, _ = steps.sequence_logps(config, base, lora, batch, 2)
+print("log pi(chosen|x), log pi(rejected|x):", policy, "of", lengths, "tokens")
+assert jnp.array_equal(policy, reference)
+
+# %% [markdown]
+# ## The loss, by hand
+#
+# With $h = (\log\pi_c - \log\pi_r) - (\log\pi^{ref}_c - \log\pi^{ref}_r)$ the loss
+# is $-\log\sigma(\beta h)$: $\ln 2$ at the start. Its gradient in $h$ is
+# $-\beta\,\sigma(-\beta h)$.
+
+# %%
+beta = 0.2
+h = float((policy[0] - policy[1]) - (reference[0] - reference[1]))
+by_hand = np.log1p(np.exp(-beta * h))
+ours = float(
+  losses.dpo_loss(policy[0] - policy[1], reference[0] - reference[1], beta=beta)
+)
+print(
+  f"h = {h:.4f}   by hand {by_hand:.6f}   dpo_loss {ours:.6f}   ln 2 = {np.log(2):.6f}"
+)
+np.testing.assert_allclose(ours, by_hand, rtol=1e-6)
+
+# %%
+margins = jnp.linspace(-20, 20, 201)
+slope = jax.vmap(jax.grad(lambda m: losses.dpo_loss(m, 0.0, beta=beta)))(
+  margins
+)
+np.testing.assert_allclose(
+  slope, -beta / (1 + np.exp(beta * np.asarray(margins))), rtol=1e-5
+)
+plt.style.use("dpo_jax.figures.house")
+figure, (left, right) = plt.subplots(1, 2, figsize=(6.75, 2.2))
+left.plot(margins, losses.dpo_loss(margins, 0.0, beta=beta))
+left.set(xlabel="h (nats)", ylabel="loss")
+right.plot(margins, slope)
+right.set(xlabel="h (nats)", ylabel="gradient in h")
+# %% [markdown]
+# ## A few steps on this one pair
+#
+# Plain gradient descent on the adapters alone; the reference stays. The implicit
+# reward of an answer is $\beta\,(\log\pi - \log\pi^{ref})$.
+
+# %%
+pair_loss = lambda lora: losses.dpo_loss(
+  jnp.subtract(*steps.sequence_logps(config, base, lora, batch, 2)[0]),
+  reference[0] - reference[1],
+  beta=beta,
+)
+step = jax.jit(
+  lambda lora: (
+    jax.value_and_grad(pair_loss)(lora),
+    steps.sequence_logps(config, base, lora, batch, 2)[0],
+  )
+)
+rows = []
+for number in range(30):
+  (loss, gradient), policy = step(lora)
+  chosen, rejected = map(float, beta * (policy - reference))
+  rows.append(
+    {
+      "step": number,
+      "loss": float(loss),
+      "rewards/chosen": chosen,
+      "rewards/rejected": rejected,
+      "rewards/margins": chosen - rejected,
+    }
+  )
+  lora = jax.tree.map(
+    lambda weight, slope: weight - 0.1 * slope, lora, gradient
+  )
+print(
+  f"loss {rows[0]['loss']:.4f} -> {rows[-1]['loss']:.4f}, margin {rows[-1]['rewards/margins']:.3f}"
+)
+assert rows[-1]["loss"] < rows[0]["loss"]
+Image(figures.reward_margins(rows, folder / "margins.png"), width=420)
