@@ -284,7 +284,9 @@ def apply(
   config = dataclasses.replace(config, lora=lora_config)
   graph, _ = _blocks_graph(config)
   adapters = lora["blocks"] if lora is not None else {}
-  x = base["embed"]["kernel"][tokens].astype(config.dtype)
+  # Rows of another split than the batch's would be replicated on their way.
+  words = partitioning.constrain(base["embed"]["kernel"], "vocab", None)
+  x = words[tokens].astype(config.dtype)
   x = partitioning.constrain(x, "batch", None, None)
   rotation = _rotation(config, positions)
   if config.attention == "dense" and isinstance(visible, attention.Segments):
