@@ -12,7 +12,7 @@ import sourcing
 from test_judging_client import settings
 from test_judging_runner import NO_CONTROLS, response, write
 
-from dpo_jax import answers
+from dpo_jax import grid
 from dpo_jax.judging import batch_api, runner
 from dpo_jax.sources import hh_rlhf
 
@@ -21,7 +21,7 @@ OUTSIDE = ["../../x", "/etc/x", "a/../../x", "a\0b", "x" * 300, ".."]
 
 
 def policy(name):
-  return answers.Policy(name, "path", "", "", (1.0,))
+  return grid.Policy(name, "path", "", "", (1.0,))
 
 
 def judge(name):
