@@ -165,6 +165,7 @@ def shape_of(config: recipe.TrainSettings, name: str) -> model.ModelConfig:
     dtype=config.model.dtype,
     remat=config.model.remat,
     lora=config.lora.config(),
+    attention=config.model.attention,
     logit_chunk=config.model.logit_chunk,
   )
 
@@ -185,6 +186,7 @@ def compile_steps(
     rows: rows on one device, in one micro-batch.
     names: which of "train" and "eval".
   """
+  programs.check(config, shape, mesh)
   tx = optim.make(config.optimizer, 1000, steps.trainable(shape))
   key = jax.eval_shape(lambda: jax.random.key(0))
   kept = config.model.param_dtype
