@@ -28,6 +28,7 @@ def training() -> config_dict.ConfigDict:
   c.loss = loss()
   c.optimizer = optimizer()
   c.mesh = mesh()
+  c.guards = guards()
   # Pairs (SFT: examples) of one update, over all devices.
   c.batch_size = 64
   # Into how many parts a batch is split, one after another on the device:
@@ -106,11 +107,6 @@ def model() -> config_dict.ConfigDict:
   # "full" keeps one activation a layer and recomputes the rest in the backward
   # pass; "none" keeps all.
   c.remat = "full"
-  # Which code attends. "dense" runs everywhere and holds scores of row_length x
-  # row_length for each row and head; "cudnn" is NVIDIA's fused kernel, for
-  # bfloat16 on its GPUs, where this project has not run it yet. What the
-  # devices cannot run is refused.
-  c.attention = "dense"
   # Completion tokens of a device whose logits exist at one time, each 8 bytes
   # a word: 0.4 GB for Pythia's vocabulary at 1,024. It changes memory and
   # speed, not the numbers: on a CPU 128 to 512 are quick.
@@ -205,6 +201,24 @@ def optimizer() -> config_dict.ConfigDict:
   c.eps = 1e-8
   # Gradients whose global norm is greater are scaled down to it.
   c.clip_norm = 10.0
+  return c
+
+
+def guards() -> config_dict.ConfigDict:
+  """What is done about an update that would do harm; none is ever made."""
+  c = config_dict.ConfigDict()
+  # Where the loss or the gradient's norm is not finite: "stop" the run, or
+  # "skip" the update and go on. The items are written to incidents.jsonl.
+  c.not_finite = "stop"
+  # The same where the loss is a spike: "off", "stop" or "skip".
+  c.spike = "off"
+  # A spike is a loss above m + spike_factor * max(d, m / 100): m is the median
+  # loss of the last `spike_window` updates, d the median distance from it.
+  c.spike_factor = 10.0
+  # There is no spike before so many updates were made.
+  c.spike_window = 64
+  # Stop after more skipped updates than these, over the whole run.
+  c.max_skipped = 10
   return c
 
 

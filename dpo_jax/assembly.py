@@ -138,7 +138,6 @@ def assemble(
 
 
 def _load_model(config, tokenizer, mesh) -> tuple[model.ModelConfig, Tree]:
-  programs.check(config, hf.read_config(config.model.path), mesh)
   shape, base = hf.load(
     config.model.path,
     dtype=config.model.dtype,
@@ -147,11 +146,7 @@ def _load_model(config, tokenizer, mesh) -> tuple[model.ModelConfig, Tree]:
     param_dtype=config.model.param_dtype,
     mesh=mesh,
   )
-  shape = dataclasses.replace(
-    shape,
-    attention=config.model.attention,
-    logit_chunk=config.model.logit_chunk,
-  )
+  shape = dataclasses.replace(shape, logit_chunk=config.model.logit_chunk)
   if tokenizer.vocab_size > shape.vocab_size:
     raise ValueError(
       f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens,"
@@ -180,7 +175,7 @@ def _make_state(
   unless one is the reference.
   """
 
-  make = programs.initial(shape, tx)
+  make = programs.initial(shape, tx, config.guards)
   # Another stream than the one of dropout, which folds steps into the seed.
   key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
   lying = partitioning.shardings(jax.eval_shape(make, base, key), mesh)

@@ -1,10 +1,15 @@
 """What a run's first and every later loss must be, or the run stops."""
 
+import logging
 import math
 import pathlib
 import shutil
+from collections.abc import Sequence
+from typing import Any
 
-from dpo_jax import errors, losses, recipe
+from dpo_jax import errors, guards, losses, recipe
+
+_log = logging.getLogger(__name__)
 
 # How far the loss of an untrained policy may be from its known value. On CPU
 # both are exact; an accelerator may choose other bfloat16 kernels for the
@@ -42,23 +47,54 @@ def start(config: recipe.TrainSettings, loss: float) -> None:
     )
 
 
-def finite(step: int, row: dict[str, float], ids: tuple[str, ...]) -> None:
-  """Stops at a loss or gradient that is not finite.
+def incident(
+  step: int, row: dict[str, float], told: dict[str, float], ids: Sequence[str]
+) -> dict[str, Any]:
+  """What there is to say of an update that was not made.
 
   Args:
-    step: the update that was not made.
+    step: its number.
     row: its metrics.
+    told: what the guard told; see `guards.told`.
     ids: its items.
-
-  Raises:
-    TrainingError: naming what is not finite, and the items.
   """
   bad = [k for k in ("loss", "grad_norm") if not math.isfinite(row[k])]
   if bad:
-    raise TrainingError(
-      f"step {step}: {bad[0]} is {row[bad[0]]}; the update was not made. Its"
-      f" items: {', '.join(ids)}"
+    cause = f"{bad[0]} is {row[bad[0]]}"
+  else:
+    cause = (
+      f"loss is {row['loss']:.6g}, a spike: it is above {told['limit']:.6g}"
     )
+  return {
+    "step": step,
+    "cause": cause,
+    "not_finite": bool(bad),
+    "loss": row["loss"],
+    "grad_norm": row["grad_norm"],
+    "limit": told["limit"],
+    "skipped": int(told["skipped"]),
+    "items": list(ids),
+  }
+
+
+def stop(settings: guards.GuardSettings, found: dict[str, Any]) -> None:
+  """Ends the run at an incident, or lets it go on.
+
+  Raises:
+    TrainingError: the settings say to stop, or it is one skipped update too
+      many.
+  """
+  policy = settings.not_finite if found["not_finite"] else settings.spike
+  text = f"step {found['step']}: {found['cause']}; the update was not made"
+  if policy == "skip":
+    if found["skipped"] <= settings.max_skipped:
+      _log.warning("%s; it is skipped (%d so far)", text, found["skipped"])
+      return
+    text += (
+      f"; {found['skipped']} were not, more than"
+      f" guards.max_skipped={settings.max_skipped}"
+    )
+  raise TrainingError(f"{text}. Its items: {', '.join(found['items'])}")
 
 
 def out_of_memory(

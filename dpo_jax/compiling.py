@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.compilation_cache import compilation_cache
 
 from dpo_jax import (
   config_help,
@@ -166,7 +165,6 @@ def shape_of(config: recipe.TrainSettings, name: str) -> model.ModelConfig:
     dtype=config.model.dtype,
     remat=config.model.remat,
     lora=config.lora.config(),
-    attention=config.model.attention,
     logit_chunk=config.model.logit_chunk,
   )
 
@@ -187,12 +185,11 @@ def compile_steps(
     rows: rows on one device, in one micro-batch.
     names: which of "train" and "eval".
   """
-  programs.check(config, shape, mesh)
   tx = optim.make(config.optimizer, 1000, steps.trainable(shape))
   key = jax.eval_shape(lambda: jax.random.key(0))
   kept = config.model.param_dtype
   base = jax.eval_shape(lambda key: model.init(shape, key, kept), key)
-  state = jax.eval_shape(programs.initial(shape, tx), base, key)
+  state = jax.eval_shape(programs.initial(shape, tx, config.guards), base, key)
   state = _laid(state, mesh)
   reference = _laid(base, mesh) if programs.keeps_reference(config) else None
   train, evaluate = programs.training(config, shape, tx, state, mesh)
@@ -206,25 +203,20 @@ def compile_steps(
         state.params, reference, batch_of(config, mesh, rows, 1)
       ),
     }
-    with uncached(mesh):
+    with _uncached(mesh):
       return [compile_one(name, lowered[name]) for name in names]
 
 
 @contextlib.contextmanager
-def uncached(mesh: jax.sharding.Mesh) -> Iterator[None]:
+def _uncached(mesh: jax.sharding.Mesh) -> Iterator[None]:
   """Programs for devices that are elsewhere cannot be read from a cache."""
-  if mesh.devices.flat[0].platform in ("cpu", jax.default_backend()):
-    yield
-    return
   before = jax.config.jax_enable_compilation_cache
-  # JAX looks at the setting once a process, unless the cache is reset.
-  jax.config.update("jax_enable_compilation_cache", False)
-  compilation_cache.reset_cache()
+  here = mesh.devices.flat[0].platform in ("cpu", jax.default_backend())
+  jax.config.update("jax_enable_compilation_cache", before and here)
   try:
     yield
   finally:
     jax.config.update("jax_enable_compilation_cache", before)
-    compilation_cache.reset_cache()
 
 
 def batch_of(

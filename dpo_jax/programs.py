@@ -11,41 +11,23 @@ from typing import Any
 import jax
 import optax
 
-from dpo_jax import attention, model, partitioning, recipe, steps
+from dpo_jax import guards, model, partitioning, recipe, steps
 
 Tree = dict[str, Any]
 
 
 def initial(
-  shape: model.ModelConfig, tx: optax.GradientTransformation
+  shape: model.ModelConfig,
+  tx: optax.GradientTransformation,
+  guard: guards.GuardSettings,
 ) -> Callable[[Tree, jax.Array], steps.TrainState]:
   """(base, key) -> the state of step 0, with fresh adapters if it has any."""
 
   def make(base, key):
     adapters = model.init_lora(shape, key) if shape.lora else {}
-    return steps.init_state(base, adapters, tx)
+    return steps.init_state(base, adapters, tx, guard)
 
   return make
-
-
-def check(
-  config: recipe.TrainSettings,
-  shape: model.ModelConfig,
-  mesh: jax.sharding.Mesh,
-) -> None:
-  """Refuses what the mesh's devices cannot run, before anything compiles.
-
-  Raises:
-    ValueError: the implementation of attention is none for these devices, or
-      for the model's shape or dtype.
-  """
-  attention.check(
-    config.model.attention,
-    mesh.devices.flat[0],
-    dtype=config.model.dtype,
-    head_dim=shape.head_dim,
-    row_length=config.data.row_length,
-  )
 
 
 def keeps_reference(config: recipe.TrainSettings) -> bool:
@@ -80,7 +62,7 @@ def training(
   )
   here = partitioning.replicated(mesh)
   train_step = jax.jit(
-    steps.make_train_step(shape, objective, tx, config.seed),
+    steps.make_train_step(shape, objective, tx, config.seed, config.guards),
     donate_argnums=0,
     out_shardings=(partitioning.shardings(state, mesh), here),
     compiler_options=steps.COMPILER_OPTIONS,

@@ -4,8 +4,8 @@ import dataclasses
 from typing import Literal
 
 from dpo_jax import (
-  attention,
   data,
+  guards,
   losses,
   model,
   optim,
@@ -50,7 +50,6 @@ class ModelSettings:
   dtype: Literal["float32", "bfloat16"]
   param_dtype: Literal["float32", "bfloat16"]
   remat: Literal["none", "full"]
-  attention: attention.Name
   logit_chunk: int
 
   def __post_init__(self):
@@ -88,6 +87,7 @@ class TrainSettings:
   loss: losses.LossSettings
   optimizer: optim.OptimizerSettings
   mesh: partitioning.MeshSettings
+  guards: guards.GuardSettings
   batch_size: int
   microbatches: int
   epochs: int

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax import attention, logps, losses, model, packing
+from dpo_jax import attention, guards, logps, losses, model, packing
 
 Tree = dict[str, Any]
 Metrics = dict[str, jax.Array]
@@ -32,13 +32,14 @@ COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 class TrainState:
   """Everything that a step changes, and the frozen weights beside it.
 
-  `step` counts finished updates; `params` is {"base": ..., "lora": ...}, with
-  an empty `lora` in full fine-tuning.
+  `step` counts finished steps, made updates or not; `params` is {"base": ...,
+  "lora": ...}, with an empty `lora` in full fine-tuning.
   """
 
   step: jax.Array
   params: Tree
   opt_state: optax.OptState
+  guard: guards.GuardState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +64,14 @@ def trainable(config: model.ModelConfig) -> str:
 
 
 def init_state(
-  base: Tree, lora: Tree, tx: optax.GradientTransformation
+  base: Tree,
+  lora: Tree,
+  tx: optax.GradientTransformation,
+  guard: guards.GuardSettings = guards.PLAIN,
 ) -> TrainState:
   params = {"base": base, "lora": lora}
-  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+  step = jnp.zeros((), jnp.int32)
+  return TrainState(step, params, tx.init(params), guards.init(guard))
 
 
 def sequence_logps(
@@ -140,13 +145,14 @@ def make_train_step(
   objective: Objective,
   tx: optax.GradientTransformation,
   seed: int,
+  guard: guards.GuardSettings = guards.PLAIN,
 ) -> Callable[[TrainState, Tree | None, packing.Batch], tuple]:
   """The update: (state, reference, batch) -> (state, metrics).
 
   `reference` is None with LoRA, whose reference is the base, for SFT, and where
   the batch carries the reference's log-probs; otherwise a base tree. An update
-  whose loss or gradient norm is not finite leaves weights and optimizer as they
-  were; the metrics tell.
+  that `guards.decide` refuses leaves weights and optimizer as they were; the
+  metrics tell.
   """
   name = trainable(config)
   with_lora = config.lora is not None
@@ -176,7 +182,9 @@ def make_train_step(
     grads, sums = jax.lax.scan(accumulate, zeros, batch)
     metrics = {key: jnp.sum(value) * scale for key, value in sums.items()}
     metrics["grad_norm"] = optax.tree.norm(grads)
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    make, guarded, told = guards.decide(
+      guard, state.guard, metrics["loss"], metrics["grad_norm"]
+    )
     updates, opt_state = tx.update(
       {"base": None, "lora": None} | {name: grads},
       state.opt_state,
@@ -184,10 +192,12 @@ def make_train_step(
     )
     updated = optax.apply_updates(state.params[name], updates[name])
     params, opt_state = _where(
-      finite, (updated, opt_state), (state.params[name], state.opt_state)
+      make, (updated, opt_state), (state.params[name], state.opt_state)
     )
-    state = TrainState(state.step + 1, state.params | {name: params}, opt_state)
-    return state, metrics
+    state = TrainState(
+      state.step + 1, state.params | {name: params}, opt_state, guarded
+    )
+    return state, metrics | told
 
   return train_step
 

@@ -20,8 +20,10 @@ from dpo_jax import (
   console,
   feed,
   flops,
+  guards,
   hardware,
   hf,
+  incidents,
   interruption,
   lora,
   metrics,
@@ -117,6 +119,7 @@ class _Loop:
     config = self.config
     if processes.first():
       self.writer = trackers.Writer(config.trackers, self.workdir, self.start)
+      self.incidents = incidents.Writer(self.workdir, self.start)
     else:
       self.writer = metrics.Silent(self.workdir, self.start)
       console.mute()
@@ -196,16 +199,24 @@ class _Loop:
     """Checks and writes one step's metrics."""
     counts = fed.counts
     row = {key: float(value) for key, value in jax.device_get(values).items()}
+    told = guards.told(row)
+    made = bool(told["made"])
+    # The updates that were made before this step: the optimizer counts those.
+    before = done - int(told["skipped"]) - made
     rates = self.clock(counts.tokens, len(counts.ids))
     rate = {
-      "learning_rate": float(self.made.rates[done - 1]),
+      "learning_rate": float(self.made.rates[before]),
       "row_fill": counts.tokens / counts.slots,
       "data_wait_seconds": fed.waited_s,
     }
     rates |= self._utilisation(counts, rates)
     self.writer.write({"step": done} | row | rate | rates)
-    checks.finite(done, row, counts.ids)
-    if done == 1:
+    if not made:
+      found = checks.incident(done, row, told, counts.ids)
+      if processes.first():
+        self.incidents.write(found)
+      checks.stop(self.config.guards, found)
+    elif before == 0:
       checks.start(self.config, row["loss"])
     shown = {
       "loss": row["loss"],

@@ -25,6 +25,7 @@ from dpo_jax import (
   comparisons,
   compose,
   hf,
+  incidents,
   metrics,
   model,
   records,
@@ -105,6 +106,13 @@ class Files:
     return _tokenize(self)
 
   @functools.cached_property
+  def entry(self):
+    """The cache's entry as it was written: readers leave other ones."""
+    assert len(self.tokenised.table) == 2
+    (path,) = _cached(self)
+    return path.read_bytes()
+
+  @functools.cached_property
   def model(self):
     hf.export(self.directory / "model", self.config, self.base, self.tokenizer)
     return self.directory / "model"
@@ -164,6 +172,16 @@ METRICS = [
     "eval_items": 200,
   },
 ]
+INCIDENT = {
+  "step": 6,
+  "cause": "loss is nan",
+  "not_finite": True,
+  "loss": "nan",
+  "grad_norm": "nan",
+  "limit": 0.7,
+  "skipped": 1,
+  "items": ["044ba5bef89dc888", "e07787d1dfe0fb60"],
+}
 MANIFEST = {
   "objective": "dpo",
   "parameters": {"base": 3, "lora": 1, "trained": 1},
@@ -350,12 +368,6 @@ def _cached(files):
   return (files.directory / "tokens").glob("*.safetensors")
 
 
-def _tokens_file(files):
-  assert len(files.tokenised.table) == 2
-  (path,) = _cached(files)
-  return [path.read_bytes()]
-
-
 def _tokenize(files):
   rows = [
     comparisons.pair(f"{sourcing.HUMAN} {x}{sourcing.ASSISTANT}", " b", " c")
@@ -497,7 +509,7 @@ READERS = {
     "tensors", _file("model", "model.safetensors"), _tensors
   ),
   "kept reference": Reader("tensors", _reference_file, _reference),
-  "kept tokens": Reader("tensors", _tokens_file, _tokens),
+  "kept tokens": Reader("tensors", lambda f: [f.entry], _tokens),
   "weights": Reader(
     "tensors",
     _file("model", "model.safetensors"),
@@ -557,6 +569,11 @@ READERS = {
     "lines",
     _file("run", "dpo/metrics.jsonl"),
     lambda f, data: metrics.read(f.put("metrics.jsonl", data)),
+  ),
+  "incidents": Reader(
+    "lines",
+    lambda f: [_lines(INCIDENT, INCIDENT | {"step": 9})],
+    lambda f, data: incidents.read(f.put("incidents.jsonl", data)),
   ),
   "report of responses": Reader(
     "lines",

@@ -90,8 +90,7 @@ class Checkpoints:
     step = int(jax.device_get(state.step))
     if step == self._latest:
       return
-    trees = {"trainable": state.params[name], "opt_state": state.opt_state}
-    flat = {key: _flat(tree) for key, tree in trees.items()}
+    flat = {key: _flat(tree) for key, tree in _trees(state, name).items()}
     self.make_room(flat)
     try:
       self._orbax.save(
@@ -161,8 +160,8 @@ class Checkpoints:
     """The newest checkpoint, laid out as `state` is, its meta and position.
 
     Args:
-      state: a state of the run's shapes and shardings; its trainable weights
-        and optimizer state are replaced.
+      state: a state of the run's shapes and shardings; all but its frozen
+        weights are replaced.
       name: the trained subtree.
 
     Raises:
@@ -170,7 +169,7 @@ class Checkpoints:
     """
     assert self._latest is not None
     path = self._directory / str(self._latest)
-    current = {"trainable": state.params[name], "opt_state": state.opt_state}
+    current = _trees(state, name)
     wanted = {
       key: _flat(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
       for key, tree in current.items()
@@ -192,6 +191,7 @@ class Checkpoints:
       step=jax.device_put(jax.numpy.int32(self._latest), state.step.sharding),
       params=state.params | {name: trained},
       opt_state=_unflat(current["opt_state"], found["opt_state"]),
+      guard=_unflat(current["guard"], found["guard"]),
     )
     return restored, about["meta"], about["position"]
 
@@ -202,6 +202,15 @@ class Checkpoints:
     finally:
       self._completer.shutdown()
       self._orbax.close()
+
+
+def _trees(state: steps.TrainState, name: str) -> dict[str, Any]:
+  """What a checkpoint holds of a state, an item each."""
+  return {
+    "trainable": state.params[name],
+    "opt_state": state.opt_state,
+    "guard": state.guard,
+  }
 
 
 def _described(flat: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
