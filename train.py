@@ -1,4 +1,7 @@
-"""SFT or DPO: python train.py --config=configs/dpo.py:pythia-2.8b."""
+"""SFT or DPO; the same command goes on where it was stopped.
+
+python train.py --config=configs/dpo.py:pythia-2.8b --workdir=runs/dpo
+"""
 
 import pathlib
 from typing import Any
@@ -6,11 +9,19 @@ from typing import Any
 from dpo_jax import cli, processes, recipe, settings, training
 
 
-def main(config: dict[str, Any], workdir: pathlib.Path) -> int:
+def main(
+  config: dict[str, Any], workdir: pathlib.Path, push_to_hub: str
+) -> int:
+  if push_to_hub:
+    config["push_to_hub"] = push_to_hub
   with processes.joined():
     training.run(settings.build(recipe.TrainSettings, config), workdir)
   return 0
 
 
 if __name__ == "__main__":
-  cli.run(main, example="configs/dpo.py")
+  cli.run(
+    main,
+    example="configs/dpo.py",
+    push_to_hub=("", "user/name on the hub; short for --config.push_to_hub"),
+  )

@@ -78,6 +78,19 @@ def training() -> config_dict.ConfigDict:
   # of items), "randomness". Each change is recorded in manifest.json.
   c.allow_changes = ()
   c.trackers = trackers()
+  # "user/name" on the Hugging Face hub: the model is pushed there at the end,
+  # with a card, and each checkpoint to a branch step-NNNNNN. A push that fails
+  # stops nothing and is tried again at the end. "" pushes nothing.
+  c.push_to_hub = ""
+  # Whether everybody sees a repository that is made.
+  c.push_public = False
+  # Of the pushed weights, such as "apache-2.0"; "" states none.
+  c.push_licence = ""
+  # Push the checkpoints too. Those of a run that trains all weights take as
+  # much disk as the model until they are pushed; two may wait.
+  c.push_checkpoints = True
+  # Only write what would be pushed, to push/ in the run's directory.
+  c.push_dry_run = False
   return c
 
 
@@ -97,7 +110,8 @@ def trackers() -> config_dict.ConfigDict:
 
 def model() -> config_dict.ConfigDict:
   c = config_dict.ConfigDict()
-  # Directory in Hugging Face form (safetensors), or the id of a hub model.
+  # Directory in Hugging Face form (safetensors), or the id of a hub model:
+  # user/name, or user/name@revision.
   c.path = "EleutherAI/pythia-2.8b"
   # What the blocks compute in: "float32" or "bfloat16". Norms, softmax,
   # log-probs and losses are float32 whatever it says.

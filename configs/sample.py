@@ -127,12 +127,14 @@ def policy(
   # What its rows and its file, responses/NAME.jsonl, are called. The report
   # knows base, sft and dpo.
   c.name = name
-  # A model directory in Hugging Face form, or a hub id.
+  # A model directory in Hugging Face form, or a hub id: user/name, or
+  # user/name@revision.
   c.path = path
-  # A PEFT adapter directory for that model; "" for none.
+  # A PEFT adapter directory for that model, or a hub id; "" for none.
   c.adapter = ""
-  # A directory of adapter directories step-000050, ...: each is sampled into
-  # responses/NAME-step-000050.jsonl; "" for none.
+  # A directory of adapter directories step-000050, ..., or a hub id with such
+  # branches: each is sampled into responses/NAME-step-000050.jsonl; "" for
+  # none.
   c.steps_of = ""
   # At each of which every prompt is answered; 0 is greedy.
   c.temperatures = temperatures

@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_jax import records, strict_json
+from dpo_jax import records, remote, strict_json
 from dpo_jax import settings as settings_lib
 
 # What of a row is the answer, and not the question.
@@ -119,19 +119,18 @@ class Seconds:
 
 
 def weights(path: str) -> str:
-  """Hash of a directory's weights and their config; a hub id is itself."""
-  return _digest(path, ("*.safetensors", "config.json", "adapter_config.json"))
+  """Hash of a model's or an adapter's weights and their config."""
+  return _digest(
+    remote.fetch(path), ("*.safetensors", "config.json", "adapter_config.json")
+  )
 
 
 def tokenizer(path: str) -> str:
-  """Hash of a directory's tokenizer; a hub id is itself."""
-  return _digest(path, ("tokenizer.json",))
+  """Hash of a directory's, or a hub id's, tokenizer."""
+  return _digest(remote.fetch(path, weights=False), ("tokenizer.json",))
 
 
-def _digest(path: str, patterns: tuple[str, ...]) -> str:
-  directory = pathlib.Path(path)
-  if not directory.is_dir():
-    return path
+def _digest(directory: pathlib.Path, patterns: tuple[str, ...]) -> str:
   files = sorted(
     {file for pattern in patterns for file in directory.glob(pattern)}
   )

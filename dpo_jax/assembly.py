@@ -8,6 +8,8 @@ import dataclasses
 import datetime
 import json
 import pathlib
+import shlex
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +32,7 @@ from dpo_jax import (
   provenance,
   recipe,
   records,
+  redaction,
   steps,
   strict_json,
 )
@@ -224,6 +227,7 @@ def write_manifest(
   start = {
     "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "step": int(jax.device_get(state.step)),
+    "command": redaction.clean(shlex.join(["python", *sys.orig_argv[1:]])),
     "devices": [str(device) for device in mesh.devices.flat],
     "processes": jax.process_count(),
     "mesh": dict(mesh.shape),

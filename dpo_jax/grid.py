@@ -2,11 +2,17 @@
 
 import dataclasses
 import logging
-import pathlib
 import re
 from typing import Literal
 
-from dpo_jax import comparisons, partitioning, records, sampling, sources
+from dpo_jax import (
+  comparisons,
+  partitioning,
+  records,
+  remote,
+  sampling,
+  sources,
+)
 from dpo_jax import tokenizer as tokenizer_lib
 
 _log = logging.getLogger(__name__)
@@ -22,10 +28,11 @@ class Policy:
 
   Attributes:
     name: what its rows and its file are called, such as "dpo".
-    path: a model directory in Hugging Face form, or a hub id.
-    adapter: a PEFT directory; "" for none.
-    steps_of: a directory of PEFT directories step-000050, ...: each becomes a
-      policy of that step; "" for none.
+    path: a model directory in Hugging Face form, or a hub id (user/name, or
+      user/name@revision).
+    adapter: a PEFT directory or hub id; "" for none.
+    steps_of: a directory of PEFT directories step-000050, ..., or a hub id with
+      such branches: each becomes a policy of that step; "" for none.
     temperatures: 0 is greedy.
   """
 
@@ -155,19 +162,14 @@ def jobs(settings: AnswerSettings) -> list[Job]:
 
 
 def _steps(directory: str) -> list[tuple[int, str]]:
-  """The steps of a directory's step-NNNNNN subdirectories, ascending."""
-  found = []
-  if pathlib.Path(directory).is_dir():
-    for path in pathlib.Path(directory).iterdir():
-      match = re.fullmatch(r"step-(\d+)", path.name)
-      if match and path.is_dir():
-        found.append((int(match[1]), str(path)))
+  """The steps of a directory, or of a hub id's branches, ascending."""
+  found = remote.steps(directory)
   if not found:
     raise ValueError(
       f"steps_of={directory!r} holds no directory like step-000050: train with"
       " export_adapters, or leave this policy out"
     )
-  return sorted(found)
+  return found
 
 
 def prompts(

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-import re
 from typing import Any, Literal
 
 import jax
@@ -22,6 +21,7 @@ from dpo_jax import (
   partitioning,
   peft_layout,
   processes,
+  remote,
   safetensors_files,
   strict_json,
 )
@@ -32,12 +32,12 @@ _FINGERPRINT = "dpo_jax_base_fingerprint"
 
 
 def read_config(path: str | os.PathLike) -> model.ModelConfig:
-  """The shape of the model at a local directory or hub id.
+  """The shape of the model at a local directory or hub id (user/name@revision).
 
   Raises:
     ValueError: there is no model, or one that we do not compute.
   """
-  return _read_config(_resolve(path))
+  return _read_config(remote.fetch(path))
 
 
 def load(
@@ -52,7 +52,8 @@ def load(
   """A GPT-NeoX model and its base weights.
 
   Args:
-    path: a directory with config.json and safetensors, or a hub id.
+    path: a directory with config.json and safetensors, or a hub id, with or
+      without @revision.
     dtype: what the model computes in.
     remat: "full" recomputes each block in the backward pass.
     lora: adapters that the config is to describe; their weights come from
@@ -69,7 +70,7 @@ def load(
     raise ValueError(
       f"param_dtype={param_dtype!r} must be 'float32' or 'bfloat16'"
     )
-  directory = _resolve(path)
+  directory = remote.fetch(path)
   config = dataclasses.replace(
     _read_config(directory), dtype=dtype, remat=remat, lora=lora
   )
@@ -134,7 +135,8 @@ def load_adapter(
   """A PEFT adapter as float32 adapters of ours.
 
   Args:
-    directory: with adapter_config.json and safetensors, or a hub id.
+    directory: with adapter_config.json and safetensors, or a hub id, with or
+      without @revision.
     config: the model that the adapter is for.
     base: that model's weights. An adapter that we wrote knows which base it
       was trained on, and is refused for another; PEFT's own do not, and only
@@ -147,7 +149,7 @@ def load_adapter(
     ValueError: the adapter has settings that we do not compute, or was made
       for a model of another shape or for other weights.
   """
-  directory = _resolve(directory)
+  directory = remote.fetch(directory)
   origin = directory / "adapter_config.json"
   lora = model.LoraConfig(
     **peft_layout.fields(strict_json.read_object(origin), str(origin))
@@ -254,30 +256,6 @@ def content_hash(base: Tree) -> str:
   for leaf, words in zip(jax.tree.leaves(base), jax.tree.leaves(sums)):
     digest.update(f"{leaf.dtype} {leaf.shape}".encode() + words.tobytes())
   return digest.hexdigest()[:16]
-
-
-def _resolve(path: str | os.PathLike) -> pathlib.Path:
-  """A local directory, fetched from the hub unless it exists."""
-  name = os.fspath(path)
-  if pathlib.Path(name).is_dir():
-    return pathlib.Path(name)
-  if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-    raise ValueError(
-      f"{name!r} is neither a directory nor a hub id (user/name)"
-    )
-  import huggingface_hub
-
-  try:
-    return pathlib.Path(
-      huggingface_hub.snapshot_download(
-        name, allow_patterns=["*.safetensors", "*.json"]
-      )
-    )
-  except (OSError, ValueError) as error:
-    raise ValueError(
-      f"{name!r} is not a local directory, and was not fetched from the hub"
-      f" ({type(error).__name__}); check the name and the network"
-    ) from error
 
 
 def _read_config(directory: pathlib.Path) -> model.ModelConfig:

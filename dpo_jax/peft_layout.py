@@ -7,9 +7,10 @@ that a setting of a later PEFT is refused too, not overlooked.
 
 import json
 import math
+import pathlib
 from typing import Any
 
-from dpo_jax import hf_layout
+from dpo_jax import hf_layout, remote
 
 # Settings that say nothing about what the adapters compute.
 _IGNORED = frozenset(
@@ -96,12 +97,19 @@ def fields(config: dict[str, Any], origin: str) -> dict[str, Any]:
 
 
 def config_json(lora: Any, base_name: str) -> str:
-  """The adapter_config.json of a LoraConfig on the model `base_name`."""
+  """The adapter_config.json of a LoraConfig on the model `base_name`.
+
+  A name user/name@revision becomes PEFT's two fields.
+  """
+  repo, revision = base_name, None
+  if not pathlib.Path(base_name).exists() and "@" in base_name:
+    repo, revision = remote.split(base_name)
   alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
   config = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
-    "base_model_name_or_path": base_name,
+    "base_model_name_or_path": repo,
+    "revision": revision,
     "r": lora.rank,
     "lora_alpha": alpha,
     "lora_dropout": lora.dropout,

@@ -6,6 +6,7 @@ from typing import Literal
 from dpo_jax import (
   data,
   guards,
+  hub,
   losses,
   model,
   optim,
@@ -25,7 +26,16 @@ MADE_OF = (
   "position",
 )
 # Fields that change nothing of what a run makes, and may change as it goes on.
-FREE = ("grace_s", "allow_changes", "trackers")
+FREE = (
+  "grace_s",
+  "allow_changes",
+  "trackers",
+  "push_to_hub",
+  "push_public",
+  "push_licence",
+  "push_checkpoints",
+  "push_dry_run",
+)
 
 # The metrics of an evaluation that checkpoints can be ranked by.
 EVALUATED = {
@@ -106,6 +116,11 @@ class TrainSettings:
   grace_s: float
   allow_changes: tuple[str, ...]
   trackers: trackers.TrackerSettings
+  push_to_hub: str
+  push_public: bool
+  push_licence: str
+  push_checkpoints: bool
+  push_dry_run: bool
 
   def __post_init__(self):
     self.lora.config()
@@ -155,6 +170,20 @@ class TrainSettings:
       raise ValueError(
         "export_adapters=True needs adapters, but lora.rank=0; set it to False"
       )
+
+    self.push()
+
+  def push(self) -> hub.PushSettings | None:
+    """Where the run's models are pushed to; None for nowhere."""
+    if not self.push_to_hub:
+      return None
+    return hub.PushSettings(
+      repo=self.push_to_hub,
+      public=self.push_public,
+      licence=self.push_licence,
+      checkpoints=self.push_checkpoints,
+      dry_run=self.push_dry_run,
+    )
 
   def retention(self) -> step_files.Retention:
     return step_files.Retention(

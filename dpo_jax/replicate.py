@@ -23,6 +23,7 @@ from dpo_jax import (
   console,
   grid,
   hf,
+  hub,
   model,
   recipe,
   records,
@@ -40,6 +41,7 @@ from dpo_jax.judging import runner
 # made is looked up by content, or made again. Those of any other stage are
 # fixed once it is done.
 _REPEATABLE = ("judge", "report")
+_TRAININGS = ("pretrain", "sft", "dpo")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +129,8 @@ def run(config: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
   workdir.mkdir(parents=True, exist_ok=True)
   with records.Lock(workdir / "lock"):
     done = rundir.begun(workdir)
-    rundir.check(workdir, {name: config.get(name) for name in done})
+    free = [f"{name}.{field}" for name in _TRAININGS for field in recipe.FREE]
+    rundir.check(workdir, {name: config.get(name) for name in done}, free)
     stages = [
       (name, stage)
       for name, stage in _stages(built, workdir).items()
@@ -135,11 +138,16 @@ def run(config: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
     ]
     for number, (name, stage) in enumerate(stages, 1):
       console.say(f"[{number}/{len(stages)}] {name}", "stage", stage=name)
-      stage()
+      try:
+        stage()
+      except hub.NotPushed as error:
+        # The line goes on; it is tried again at its end.
+        console.say(str(error), "not_pushed", stage=name)
       if name not in _REPEATABLE:
         done[name] = config[name]
         text = json.dumps(done, indent=2)
         records.write_atomic(workdir / "config.json", text + "\n")
+    _push(built, workdir)
   minutes = (time.perf_counter() - started) / 60
   path = workdir / "report" / "report.md"
   console.result(
@@ -163,6 +171,19 @@ def _stages(
     "judge": lambda: console.result(str(runner.run(built.judge, workdir))),
     "report": lambda: report.write(built.report, workdir),
   }
+
+
+def _push(built: ReplicateSettings, workdir: pathlib.Path) -> None:
+  """Pushes what failed, and the cards anew: there are win rates now.
+
+  Raises:
+    hub.NotPushed: something could not be pushed.
+  """
+  for name in _TRAININGS:
+    stage = getattr(built, name)
+    if stage is not None and (push := stage.push()):
+      with hub.Publisher(push, workdir / name) as publisher:
+        publisher.finish()
 
 
 def _world(config: WorldSettings, directory: pathlib.Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax import strict_json
+from dpo_jax import remote, strict_json
 
 END = "<|endoftext|>"
 PADDING = "<|padding|>"
@@ -133,7 +133,7 @@ class Tokenizer:
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
-  """The tokenizer of a local directory or of a hub id.
+  """The tokenizer of a local directory or of a hub id, user/name@revision.
 
   Raises:
     ValueError: there is none, it is a slow one, or it lacks an end-of-text or
@@ -146,19 +146,25 @@ def load(path: str | os.PathLike) -> Tokenizer:
     raise ValueError(
       "the tokenizer's path is empty: name a directory or hub id"
     )
-  if pathlib.Path(name).exists() and not (
-    pathlib.Path(name, "tokenizer.json").is_file()
-  ):
+  directory = pathlib.Path(name)
+  if not directory.exists():
+    try:
+      directory = remote.fetch(name, weights=False)
+    except ValueError as error:
+      raise ValueError(
+        f"no tokenizer at {name!r}: give a directory with tokenizer.json, or"
+        f" the id of a model on the hub ({error})"
+      ) from error
+  if not (directory / "tokenizer.json").is_file():
     raise ValueError(f"{name} holds no tokenizer.json")
   for file in _FILES:
-    if pathlib.Path(name, file).is_file():
-      _check_size(pathlib.Path(name, file))
-  if pathlib.Path(name, "tokenizer.json").is_file():
-    _check_ids(pathlib.Path(name, "tokenizer.json"))
+    if (directory / file).is_file():
+      _check_size(directory / file)
+  _check_ids(directory / "tokenizer.json")
   try:
     # Left unsaid, trust_remote_code asks at the terminal.
     backend = transformers.AutoTokenizer.from_pretrained(
-      name, use_fast=True, trust_remote_code=False
+      str(directory), use_fast=True, trust_remote_code=False
     )
   # The tokenizers library raises nothing narrower, and where it panics an
   # error that is no Exception.

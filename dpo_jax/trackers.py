@@ -28,7 +28,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from dpo_jax import console, metrics
+from dpo_jax import console, markdown, metrics
 
 _log = logging.getLogger(__name__)
 
@@ -254,7 +254,9 @@ class _TensorBoard:
         self._writer.add_scalar(key, value, row["step"])
 
   def table(self, step, name, columns, rows) -> None:
-    self._writer.add_text(name, _markdown(columns, rows), step)
+    cells = [[markdown.literal(str(cell)) for cell in row] for row in rows]
+    text = "\n".join(markdown.table(columns, cells))
+    self._writer.add_text(name, text, step)
 
   def figure(self, step, name, path) -> None:
     import matplotlib.image
@@ -325,22 +327,6 @@ class _Wandb:
 
 
 _OPEN = {"csv": _Csv, "tensorboard": _TensorBoard, "wandb": _Wandb}
-
-
-def _markdown(columns: Sequence[str], rows: Rows) -> str:
-  """A table whose cells may hold anything."""
-
-  def line(cells):
-    texts = (str(cell).replace("\\", "\\\\") for cell in cells)
-    escaped = (
-      text.replace("|", "\\|").replace("<", "&lt;").replace("\n", "<br>")
-      for text in texts
-    )
-    return "| " + " | ".join(escaped) + " |"
-
-  return "\n".join(
-    [line(columns), line("---" for _ in columns)] + [line(row) for row in rows]
-  )
 
 
 def _file_name(name: str) -> str:

@@ -6,6 +6,7 @@ device one step late, so that the device never waits for the host, and nothing
 else crosses between the two inside the loop.
 """
 
+import contextlib
 import errno
 import json
 import pathlib
@@ -24,6 +25,7 @@ from dpo_jax import (
   hardware,
   hf,
   incidents,
+  hub,
   interruption,
   lora,
   metrics,
@@ -51,6 +53,7 @@ def run(config: recipe.TrainSettings, workdir: pathlib.Path) -> pathlib.Path:
       or gradient is not finite.
     checkpoint.SaveError: a checkpoint could not be written.
     interruption.Interrupted: a signal asked for it.
+    hub.NotPushed: all is done, but not all of it is on the hub.
   """
   with interruption.Watch(config.grace_s) as watch:
     with processes.together("preparing the directory"):
@@ -78,11 +81,28 @@ def _run(
     processes.shared(workdir / "lock")
     rundir.refuse_foreign(workdir)
     changed = rundir.check(workdir, values, allowed)
+    if (push := config.push()) and processes.first():
+      hub.check(push)
   processes.agree("the config", json.dumps(values))
   trackers.check(config.trackers)
-  export = workdir / "export"
-  if (workdir / "finished.json").exists():
-    return export
+  with contextlib.ExitStack() as stack:
+    publisher = None
+    if push:
+      publisher = stack.enter_context(hub.Publisher(push, workdir))
+    if not (workdir / "finished.json").exists():
+      _train(config, workdir, watch, changed, publisher)
+    if publisher and processes.first():
+      publisher.finish()
+  return workdir / "export"
+
+
+def _train(
+  config: recipe.TrainSettings,
+  workdir: pathlib.Path,
+  watch: interruption.Watch,
+  changed: list[str],
+  publisher: hub.Publisher | None,
+) -> None:
   checkpoints = checkpoint.Checkpoints(
     workdir / "checkpoints", config.retention()
   )
@@ -90,9 +110,9 @@ def _run(
   if processes.first():
     assembly.write_manifest(workdir, config, made, state, changed + inputs)
     # Not before: settings that were refused must not bind the directory.
-    rundir.claim(workdir, values, allowed)
-  _Loop(config, workdir, made, checkpoints, state, watch).train()
-  return export
+    allowed = (*config.allow_changes, *recipe.FREE)
+    rundir.claim(workdir, settings.to_dict(config), allowed)
+  _Loop(config, workdir, made, checkpoints, state, watch, publisher).train()
 
 
 class _Loop:
@@ -106,8 +126,9 @@ class _Loop:
     checkpoints: checkpoint.Checkpoints,
     state: steps.TrainState,
     watch: interruption.Watch,
+    publisher: hub.Publisher | None,
   ):
-    self.watch = watch
+    self.watch, self.publisher = watch, publisher
     self.config, self.workdir = config, workdir
     self.made, self.checkpoints, self.state = made, checkpoints, state
     self.steps = made.feed.steps
@@ -174,7 +195,7 @@ class _Loop:
       if evaluate and not stop:
         stop = not self._evaluate(done)
       if save or stop:
-        self._save(done, adapters=save and self.config.export_adapters)
+        self._save(done, export=save)
       if stop:
         raise self.watch.interrupted(f"after step {done}, which is saved")
 
@@ -262,19 +283,36 @@ class _Loop:
     self.clock = metrics.Throughput()
     return True
 
-  def _save(self, done: int, *, adapters: bool) -> None:
+  def _save(self, done: int, *, export: bool) -> None:
     with jax.transfer_guard("allow"):
-      self._write_checkpoint(done, adapters)
+      if export:
+        self._export_step(f"step-{done:06d}")
+      self._write_checkpoint(done)
+    if export and self.publisher and processes.first():
+      self.publisher.checkpoint()
 
-  def _write_checkpoint(self, done: int, adapters: bool) -> None:
-    if adapters:
+  def _export_step(self, name: str) -> None:
+    """Adapters, to sample from or to push; or all weights, only to push."""
+    config, made, params = self.config, self.made, self.state.params
+    push = self.publisher is not None and self.publisher.settings.checkpoints
+    if config.export_adapters or (push and config.lora.rank):
       hf.export_adapter(
-        self.workdir / "adapters" / f"step-{done:06d}",
-        self.made.model,
-        self.state.params["lora"],
-        self.config.model.path,
-        self.state.params["base"],
+        self.workdir / "adapters" / name,
+        made.model,
+        params["lora"],
+        config.model.path,
+        params["base"],
       )
+    # The first process sees which of them are still there, and decides.
+    elif push and processes.everywhere(self.publisher.room())[0]:
+      directory = self.workdir / "models" / name
+      hf.export(directory, made.model, params["base"], made.tokenizer)
+    elif push:
+      console.say(
+        f"{name} is not kept for the hub: earlier ones still wait", "push"
+      )
+
+  def _write_checkpoint(self, done: int) -> None:
     config, made = self.config, self.made
     # A checkpoint must not outlive the rows of its steps.
     self.writer.sync()
