@@ -121,6 +121,11 @@ def model() -> config_dict.ConfigDict:
   # "full" keeps one activation a layer and recomputes the rest in the backward
   # pass; "none" keeps all.
   c.remat = "full"
+  # Which code attends. "dense" runs everywhere and holds scores of row_length x
+  # row_length for each row and head; "cudnn" is NVIDIA's fused kernel, for
+  # bfloat16 on its GPUs, where this project has not run it yet. What the
+  # devices cannot run is refused.
+  c.attention = "dense"
   # Completion tokens of a device whose logits exist at one time, each 8 bytes
   # a word: 0.4 GB for Pythia's vocabulary at 1,024. It changes memory and
   # speed, not the numbers: on a CPU 128 to 512 are quick.

@@ -141,6 +141,7 @@ def assemble(
 
 
 def _load_model(config, tokenizer, mesh) -> tuple[model.ModelConfig, Tree]:
+  programs.check(config, hf.read_config(config.model.path), mesh)
   shape, base = hf.load(
     config.model.path,
     dtype=config.model.dtype,
@@ -149,7 +150,11 @@ def _load_model(config, tokenizer, mesh) -> tuple[model.ModelConfig, Tree]:
     param_dtype=config.model.param_dtype,
     mesh=mesh,
   )
-  shape = dataclasses.replace(shape, logit_chunk=config.model.logit_chunk)
+  shape = dataclasses.replace(
+    shape,
+    attention=config.model.attention,
+    logit_chunk=config.model.logit_chunk,
+  )
   if tokenizer.vocab_size > shape.vocab_size:
     raise ValueError(
       f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens,"

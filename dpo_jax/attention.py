@@ -6,21 +6,28 @@ two numbers a token instead of a mask of T x T, so that an implementation may
 leave out what is masked whole. Sampling has a cache and no pieces: it passes
 the mask itself, as booleans, and such a mask is always attended densely.
 
-Implementations, by the name in `model.attention`:
+Implementations, by the name in `model.attention`; which one runs is what the
+config says, and `check` refuses one that the devices cannot run:
   dense: scores of all T x T in float32. Runs everywhere.
+  cudnn: the fused kernels of NVIDIA's cuDNN, in bfloat16; what is hidden it
+    gets as a bias of T x T, and computes.
 
 Letters: B rows, T queries, S keys, N heads, H head dim.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 PROMPT = 0
 
-IMPLEMENTATIONS = ("dense",)
+Name = Literal["dense", "cudnn"]
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -46,29 +53,65 @@ class Segments:
     return causal & same_piece & visible & (self.pieces > 0)[:, None, :]
 
 
-def attend(
-  name: str,
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  visible: jax.Array | Segments,
-) -> jax.Array:
-  """Softmax attention, [B, T, N, H] in the dtype of `v`.
+def bind(name: Name, visible: jax.Array | Segments) -> Attend:
+  """The attention of one model call, (q, k, v) -> [B, T, N, H] as `v` is.
 
-  A token that sees nothing (padding) gets something finite.
+  Its arguments are queries [B, T, N, H], and keys and values [B, N, S, H], the
+  order in which decoding reads them for each new token. What depends on
+  `visible` alone is made here, once for all layers. A token that sees nothing
+  (padding) gets something finite.
 
   Args:
-    name: one of `IMPLEMENTATIONS`; it computes what `visible` gives as
-      segments, and a mask of booleans is attended densely.
-    q: queries, [B, T, N, H].
-    k: keys, [B, N, S, H], the order in which decoding reads them for each new
-      token.
-    v: values, [B, N, S, H].
+    name: how segments are attended; a mask is always attended densely.
     visible: segments, for which S is T; or a mask, bool [B, T, S].
   """
-  del name  # There is only one.
-  mask = visible.mask() if isinstance(visible, Segments) else visible
-  return dense(q, k, v, mask)
+  if not isinstance(visible, Segments):
+    return functools.partial(dense, mask=visible)
+  return functools.partial(
+    {"dense": dense, "cudnn": cudnn}[name], mask=visible.mask()
+  )
+
+
+def check(
+  name: Name, device: jax.Device, *, dtype: str, head_dim: int, row_length: int
+) -> None:
+  """Refuses an implementation that cannot run, before anything compiles.
+
+  Args:
+    name: the implementation.
+    device: one of those that will run it, or a description of one.
+    dtype: what the model computes in.
+    head_dim: of the model.
+    row_length: tokens of a row.
+
+  Raises:
+    ValueError: what does not fit, and what to set instead.
+  """
+  if name == "dense":
+    return
+  mend = "; set model.attention=dense"
+  if device.platform != "gpu":
+    raise ValueError(
+      f"model.attention={name!r} runs on NVIDIA GPUs, but the devices are"
+      f" {device.platform} ({device.device_kind}){mend}"
+    )
+  if dtype != "bfloat16":
+    raise ValueError(
+      f"model.attention={name!r} computes in bfloat16, but model.dtype="
+      f"{dtype!r}; set model.dtype=bfloat16 or model.attention=dense"
+    )
+  capability = float(getattr(device, "compute_capability", "8.0"))
+  largest = 256 if capability >= 9 else 128
+  if head_dim % 8 or head_dim > largest:
+    raise ValueError(
+      f"model.attention={name!r} takes head dims that are multiples of 8 up to"
+      f" {largest} on {device.device_kind}, and the model has {head_dim}{mend}"
+    )
+  if row_length % 2:
+    raise ValueError(
+      f"model.attention={name!r} takes rows of an even length, but"
+      f" data.row_length={row_length}{mend}, or one token more"
+    )
 
 
 def dense(
@@ -83,3 +126,13 @@ def dense(
   scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   return jnp.einsum("BNTS,BNSH->BTNH", weights, v)
+
+
+def cudnn(
+  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+) -> jax.Array:
+  """`dense` by cuDNN's fused attention, on the devices that `check` allows."""
+  k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+  return jax.nn.dot_product_attention(
+    q, k, v, mask=mask[:, None], implementation="cudnn"
+  )

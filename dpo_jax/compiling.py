@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 
 from dpo_jax import (
   config_help,
@@ -165,6 +166,7 @@ def shape_of(config: recipe.TrainSettings, name: str) -> model.ModelConfig:
     dtype=config.model.dtype,
     remat=config.model.remat,
     lora=config.lora.config(),
+    attention=config.model.attention,
     logit_chunk=config.model.logit_chunk,
   )
 
@@ -185,6 +187,7 @@ def compile_steps(
     rows: rows on one device, in one micro-batch.
     names: which of "train" and "eval".
   """
+  programs.check(config, shape, mesh)
   tx = optim.make(config.optimizer, 1000, steps.trainable(shape))
   key = jax.eval_shape(lambda: jax.random.key(0))
   kept = config.model.param_dtype
@@ -203,20 +206,25 @@ def compile_steps(
         state.params, reference, batch_of(config, mesh, rows, 1)
       ),
     }
-    with _uncached(mesh):
+    with uncached(mesh):
       return [compile_one(name, lowered[name]) for name in names]
 
 
 @contextlib.contextmanager
-def _uncached(mesh: jax.sharding.Mesh) -> Iterator[None]:
+def uncached(mesh: jax.sharding.Mesh) -> Iterator[None]:
   """Programs for devices that are elsewhere cannot be read from a cache."""
+  if mesh.devices.flat[0].platform in ("cpu", jax.default_backend()):
+    yield
+    return
   before = jax.config.jax_enable_compilation_cache
-  here = mesh.devices.flat[0].platform in ("cpu", jax.default_backend())
-  jax.config.update("jax_enable_compilation_cache", before and here)
+  # JAX looks at the setting once a process, unless the cache is reset.
+  jax.config.update("jax_enable_compilation_cache", False)
+  compilation_cache.reset_cache()
   try:
     yield
   finally:
     jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
 
 
 def batch_of(

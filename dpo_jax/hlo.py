@@ -6,8 +6,9 @@ the loops around it go round. All numbers are one device's.
 
 Flops are those of matrix products; what else is computed is bounded by bytes.
 Bytes are what an instruction reads and writes outside of fusions, where an
-operand that is only sliced counts as its slices, and an array that the compiler
-keeps on the chip (memory space S(n)) not at all.
+operand that is only sliced counts as its slices, one that is written in place
+as what is written, and an array that the compiler keeps on the chip (memory
+space S(n)) not at all.
 """
 
 import collections
@@ -15,17 +16,9 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
 
-_SIZES = {"pred": 1, "token": 0, "opaque": 0}
-_COLLECTIVES = (
-  "all-gather",
-  "all-reduce",
-  "all-to-all",
-  "collective-permute",
-  "ragged-all-to-all",
-  "reduce-scatter",
-)
+from dpo_jax import hlo_text, hlo_traffic
+
 # Instructions that move nothing by themselves.
 _FREE = frozenset(
   {
@@ -44,39 +37,11 @@ _FREE = frozenset(
     "while",
   }
 )
-_ARRAY = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^{}]*\})?")
-_HEAD = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 
-
-@dataclasses.dataclass(frozen=True)
-class Array:
-  """An array in the text: its type, its axes, and whether it is in HBM."""
-
-  dtype: str
-  shape: tuple[int, ...]
-  in_memory: bool
-
-  @property
-  def bytes(self) -> float:
-    if self.dtype in _SIZES:
-      size = _SIZES[self.dtype]
-    else:
-      size = int(re.search(r"\d+", self.dtype)[0]) / 8
-    return size * math.prod(self.shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-  """One line: what it makes, of what, and the text of its attributes."""
-
-  name: str
-  op: str
-  arrays: tuple[Array, ...]
-  operands: tuple[str, ...]
-  attributes: str
-  is_root: bool
-  literal: str
+# Instructions that read a part of their first operand, as large as the result.
+_SLICES = ("dynamic-slice", "gather")
+# Those that write a part of it in place, and which operand is the part.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,25 +51,6 @@ class Work:
   times: float
   flops: float
   bytes: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-  """One collective operation.
-
-  Attributes:
-    kind: as XLA calls it, without -start.
-    times: how often it runs.
-    bytes: what a device sends each time, on a ring.
-    shape: the result's axes.
-    looped: whether it stands within a loop.
-  """
-
-  kind: str
-  times: float
-  bytes: float
-  shape: tuple[int, ...]
-  looped: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +64,7 @@ class Cost:
   """
 
   work: tuple[Work, ...]
-  collectives: tuple[Collective, ...]
+  collectives: tuple[hlo_traffic.Collective, ...]
   open_loops: int
 
   @property
@@ -137,6 +83,18 @@ class Cost:
       found[one.kind][1] += one.times * one.bytes
     return {kind: (a, b) for kind, (a, b) in sorted(found.items())}
 
+  @property
+  def sent(self) -> float:
+    """Bytes that a device sends."""
+    return sum(one.times * one.bytes for one in self.collectives)
+
+  @property
+  def sent_meanwhile(self) -> float:
+    """Those of them that other work may hide."""
+    return sum(
+      one.times * one.bytes for one in self.collectives if one.asynchronous
+    )
+
   def seconds(self, flops: float, bandwidth: float) -> float:
     """Time at peak rates: each instruction takes what bounds it."""
     return sum(
@@ -151,20 +109,23 @@ def cost(text: str, rounds: int = 1) -> Cost:
     text: `compiled.as_text()`.
     rounds: how often a loop goes round whose end depends on data.
   """
-  computations, entry = _parse(text)
-  return _Counter(computations, rounds).run(entry)
+  computations, entry = hlo_text.parse(text)
+  return _Counter(computations, rounds, hlo_text.devices(text)).run(entry)
 
 
 class _Counter:
   """Walks a program from its entry, multiplying as loops are entered."""
 
-  def __init__(self, computations: dict[str, list[Instruction]], rounds: int):
+  def __init__(
+    self, computations: hlo_traffic.Computations, rounds: int, devices: int
+  ):
     self.computations, self.rounds = computations, rounds
+    self.devices = devices
     self.by_name = {
       name: {i.name: i for i in body} for name, body in computations.items()
     }
     self.work: list[Work] = []
-    self.collectives: list[Collective] = []
+    self.collectives: list[hlo_traffic.Collective] = []
     self.open_loops = 0
 
   def run(self, entry: str) -> Cost:
@@ -172,62 +133,55 @@ class _Counter:
     return Cost(tuple(self.work), tuple(self.collectives), self.open_loops)
 
   def _walk(self, name: str, times: float, *, looped: bool) -> None:
+    chains: dict[str, int] = {}
     for one in self.computations[name]:
       if one.op == "while":
         again = self._rounds(one)
-        self._walk(_called(one, "body")[0], times * again, looped=True)
+        self._walk(hlo_text.called(one, "body")[0], times * again, looped=True)
       elif one.op == "conditional":
         for branch in _branches(one):
           self._walk(branch, times, looped=looped)
       elif one.op == "call":
-        self._walk(_called(one, "to_apply")[0], times, looped=looped)
+        self._walk(hlo_text.called(one, "to_apply")[0], times, looped=looped)
       elif one.op == "async-start":
-        self._walk(_called(one, "calls")[0], times, looped=looped)
+        before = len(self.collectives)
+        self._walk(hlo_text.called(one, "calls")[0], times, looped=looped)
+        for at in range(before, len(self.collectives)):
+          self._overlap(at)
       elif one.op not in _FREE and not one.op.endswith(("-done", "-update")):
         flops = self._flops(name, one)
         moved = self._bytes(name, one)
         if flops or moved:
           self.work.append(Work(times, flops, moved))
-      for found in self._communicated(name, one):
+      for found in hlo_traffic.collectives(
+        self.computations, one, self.devices
+      ):
+        if found.chain in chains:
+          self._overlap(chains[found.chain])
+          continue
+        if found.chain:
+          chains[found.chain] = len(self.collectives)
         self.collectives.append(
           dataclasses.replace(found, times=times, looped=looped)
         )
 
-  def _communicated(self, name: str, one: Instruction) -> Iterator[Collective]:
-    if one.op == "fusion":
-      called = _called(one, "calls")[0]
-      for inner in self.computations[called]:
-        yield from self._communicated(called, inner)
-    kind = one.op.removesuffix("-start")
-    if kind not in _COLLECTIVES:
-      return
-    result = one.arrays[-1] if one.op.endswith("-start") else None
-    if kind == "collective-permute" and result is not None:
-      # (operand, result, and two contexts)
-      result = one.arrays[1]
-    size = result.bytes if result else sum(a.bytes for a in one.arrays)
-    count = _group(one.attributes)
-    share = (count - 1) / count
-    factor = {
-      "all-reduce": 2 * share,
-      "reduce-scatter": count - 1,
-      "collective-permute": 1,
-    }.get(kind, share)
-    shape = (result or one.arrays[0]).shape
-    yield Collective(kind, 1.0, size * factor, shape, False)
+  def _overlap(self, at: int) -> None:
+    self.collectives[at] = dataclasses.replace(
+      self.collectives[at], asynchronous=True
+    )
 
-  def _rounds(self, loop: Instruction) -> int:
+  def _rounds(self, loop: hlo_text.Instruction) -> int:
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
       return int(known[1])
-    condition = _called(loop, "condition")[0]
+    condition = hlo_text.called(loop, "condition")[0]
     inside = self.by_name[condition]
     root = next(i for i in self.computations[condition] if i.is_root)
     if root.op == "compare" and "direction=LT" in root.attributes:
       index, bound = (inside.get(name) for name in root.operands)
       if bound and bound.op == "constant" and index.op == "get-tuple-element":
         place = int(re.search(r"index=(\d+)", index.attributes)[1])
-        step = self._step(_called(loop, "body")[0], place)
+        step = self._step(hlo_text.called(loop, "body")[0], place)
         if step:
           # jax's scans and XLA's windowed products count up from zero.
           return -(-int(bound.literal) // step)
@@ -251,9 +205,9 @@ class _Counter:
     same = f"index={place}" in value.attributes
     return step if value.op == "get-tuple-element" and same else 0
 
-  def _flops(self, name: str, one: Instruction) -> float:
+  def _flops(self, name: str, one: hlo_text.Instruction) -> float:
     if one.op == "fusion":
-      called = _called(one, "calls")[0]
+      called = hlo_text.called(one, "calls")[0]
       return sum(self._flops(called, i) for i in self.computations[called])
     if one.op == "dot":
       left = self._array(name, one.operands[0])
@@ -265,55 +219,76 @@ class _Counter:
       return _convolution(one, left.shape, right.shape)
     return 0.0
 
-  def _array(self, name: str, operand: str) -> Array:
+  def _array(self, name: str, operand: str) -> hlo_text.Array:
     return self.by_name[name][operand].arrays[0]
 
-  def _bytes(self, name: str, one: Instruction) -> float:
-    made = sum(a.bytes for a in one.arrays if a.in_memory)
+  def _bytes(self, name: str, one: hlo_text.Instruction) -> float:
+    made = [a.bytes if a.in_memory else 0.0 for a in one.arrays]
     read = []
     for operand in one.operands:
       source = self.by_name[name].get(operand)
       arrays = source.arrays if source is not None else ()
       read.append(sum(a.bytes for a in arrays if a.in_memory))
-    if one.op == "dynamic-slice":
-      return made * 2
-    if one.op == "dynamic-update-slice":
-      return 2 * read[1]
+    if one.op in _SLICES:
+      return 2 * sum(made)
+    if one.op in _UPDATES:
+      return 2 * read[_UPDATES[one.op]]
     if one.op.endswith("-start"):
       # The result stands in the tuple beside what it was made of.
-      return made
+      return sum(made)
     if one.op == "fusion":
-      return self._fusion_bytes(_called(one, "calls")[0], made, read)
-    return made + sum(read)
+      return self._fusion_bytes(one, made, read)
+    return sum(made) + sum(read)
 
-  def _fusion_bytes(self, name: str, made: float, read: list[float]) -> float:
+  def _fusion_bytes(
+    self, one: hlo_text.Instruction, made: list[float], read: list[float]
+  ) -> float:
+    name = hlo_text.called(one, "calls")[0]
     body = self.computations[name]
-    users: dict[str, list[Instruction]] = collections.defaultdict(list)
-    for one in body:
-      for operand in one.operands:
-        users[operand].append(one)
+    # A later link of a chain: what it carries along is no work of its own.
+    carries = hlo_traffic.goes_on(self.computations, one)
+    users: dict[str, list[hlo_text.Instruction]] = collections.defaultdict(list)
+    for inner in body:
+      for operand in inner.operands:
+        users[operand].append(inner)
     total = 0.0
-    for one in body:
-      if one.op != "parameter":
+    for inner in body:
+      if inner.op != "parameter":
         continue
-      size = read[int(one.literal)] if int(one.literal) < len(read) else 0.0
-      used = _through_bitcasts(users, one.name)
-      if size and used and all(u.op == "dynamic-slice" for u, _ in used):
-        size = min(size, sum(u.arrays[0].bytes for u, _ in used))
-      elif used and all(
-        u.op == "dynamic-update-slice" and u.operands[0] == by for u, by in used
-      ):
-        size = 0.0
-      total += size
+      size = read[int(inner.literal)] if int(inner.literal) < len(read) else 0.0
+      total += _read(size, _through_bitcasts(users, inner.name), carries)
     root = next(i for i in body if i.is_root)
-    while (
-      root.op in ("bitcast", "copy")
-      and root.operands[0] in (self.by_name[name])
-    ):
-      root = self.by_name[name][root.operands[0]]
-    if root.op == "dynamic-update-slice":
-      made = min(made, self._array(name, root.operands[1]).bytes)
-    return total + made
+    outputs = [self.by_name[name].get(o) for o in root.operands]
+    if root.op != "tuple" or len(outputs) != len(made):
+      outputs = [root]
+    for at, output in enumerate(outputs):
+      made[at] = self._written(name, output, made[at], carries)
+    return total + sum(made)
+
+  def _written(self, name, output, size: float, carries: bool) -> float:
+    """Bytes that a fusion writes of one of its outputs."""
+    inside = self.by_name[name]
+    while output.op in ("bitcast", "copy") and output.operands[0] in inside:
+      output = inside[output.operands[0]]
+    if output.op in _UPDATES:
+      update = output.operands[_UPDATES[output.op]]
+      return min(size, self._array(name, update).bytes)
+    if carries and hlo_traffic.is_carried(output):
+      return 0.0
+    return 0.0 if output.op == "parameter" else size
+
+
+def _read(size, used, carries) -> float:
+  """Bytes that a fusion reads of an operand with these (user, by which)."""
+  if carries:
+    used = [(u, by) for u, by in used if not hlo_traffic.is_carried(u)]
+  # What is only handed on is not read.
+  used = [(u, by) for u, by in used if u.op != "tuple"]
+  if all(u.op in _UPDATES and u.operands[0] == by for u, by in used):
+    return 0.0
+  if all(u.op in _SLICES and u.operands[0] == by for u, by in used):
+    return min(size, sum(u.arrays[0].bytes for u, _ in used))
+  return size
 
 
 def _through_bitcasts(users, name):
@@ -327,29 +302,13 @@ def _through_bitcasts(users, name):
   return found
 
 
-def _called(one: Instruction, attribute: str) -> list[str]:
-  return re.findall(rf"\b{attribute}=%?([\w.\-]+)", one.attributes)
-
-
-def _branches(one: Instruction) -> list[str]:
+def _branches(one: hlo_text.Instruction) -> list[str]:
   listed = re.search(r"branch_computations=\{([^}]*)\}", one.attributes)
   if listed:
     return [name.strip().lstrip("%") for name in listed[1].split(",")]
-  return _called(one, "true_computation") + _called(one, "false_computation")
-
-
-def _group(attributes: str) -> int:
-  """How many devices take part in one collective."""
-  mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
-  if mesh:
-    sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
-    names = re.findall(r"'([^']+)'", mesh[2])
-    return math.prod(int(sizes[name]) for name in names)
-  tiled = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
-  if tiled:
-    return int(tiled[2])
-  listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
-  return len(listed[1].split(",")) if listed else 1
+  return hlo_text.called(one, "true_computation") + hlo_text.called(
+    one, "false_computation"
+  )
 
 
 def _convolution(one, left, right) -> float:
@@ -401,62 +360,3 @@ def _taps(size, out, window, stride, low, dilate_in, dilate_window) -> int:
       at = place * stride + tap * dilate_window - low
       count += 0 <= at < reach and at % dilate_in == 0
   return count
-
-
-def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-  """Instructions by computation, and the name of the entry."""
-  computations: dict[str, list[Instruction]] = {}
-  entry, body = "", None
-  for line in text.splitlines():
-    if body is None:
-      head = _COMPUTATION.match(line)
-      if head:
-        body = computations[head[2]] = []
-        entry = head[2] if head[1] else entry
-    elif line.startswith("}"):
-      body = None
-    else:
-      head = _HEAD.match(line)
-      if head:
-        body.append(_instruction(head, line[head.end() :]))
-  if not entry:
-    raise ValueError("the text holds no ENTRY computation: is it HLO?")
-  return computations, entry
-
-
-def _instruction(head: re.Match, rest: str) -> Instruction:
-  """`rest` is "shape op(operands), attributes"."""
-  end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
-  shape, rest = rest[:end], rest[end:].lstrip()
-  at = rest.index("(")
-  end = _closing(rest, at)
-  inner = rest[at + 1 : end - 1]
-  operands = re.findall(r"%([\w.\-]+)", inner)
-  return Instruction(
-    name=head[2],
-    op=rest[:at],
-    arrays=tuple(_arrays(shape)),
-    operands=tuple(operands),
-    attributes=rest[end:],
-    is_root=bool(head[1]),
-    literal=inner,
-  )
-
-
-def _arrays(text: str) -> Iterator[Array]:
-  text = re.sub(r"/\*.*?\*/", "", text)
-  for found in _ARRAY.finditer(text):
-    axes = tuple(int(x) for x in found[2].split(",") if x)
-    space = re.search(r"S\((\d+)\)", found[3] or "")
-    # S(5) is the host's memory, the others are on the chip.
-    yield Array(found[1], axes, space is None)
-
-
-def _closing(text: str, start: int) -> int:
-  """The place after the bracket that closes the one at `start`."""
-  depth = 0
-  for at in range(start, len(text)):
-    depth += {"(": 1, ")": -1}.get(text[at], 0)
-    if not depth:
-      return at + 1
-  raise ValueError(f"unbalanced brackets in {text[:80]!r}")

@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dpo_jax import attention, kv_cache, partitioning
+from dpo_jax import attention as attention_lib
+from dpo_jax import kv_cache, partitioning
 from dpo_jax import lora as lora_lib
 
 Tree = dict[str, Any]
@@ -74,7 +75,7 @@ class ModelConfig:
   max_positions: int
   dtype: Literal["float32", "bfloat16"] = "float32"
   remat: Literal["none", "full"] = "none"
-  attention: Literal["dense"] = "dense"
+  attention: attention_lib.Name = "dense"
   logit_chunk: int = 1024
   lora: LoraConfig | None = None
 
@@ -250,7 +251,7 @@ def apply(
   lora: Tree | None,
   tokens: jax.Array,
   positions: jax.Array,
-  visible: jax.Array | attention.Segments,
+  visible: jax.Array | attention_lib.Segments,
   *,
   dropout_key: jax.Array | None = None,
   cache: Tree | None = None,
@@ -289,11 +290,7 @@ def apply(
   x = words[tokens].astype(config.dtype)
   x = partitioning.constrain(x, "batch", None, None)
   rotation = _rotation(config, positions)
-  if config.attention == "dense" and isinstance(visible, attention.Segments):
-    visible = visible.mask()
-  attend = functools.partial(
-    attention.attend, config.attention, visible=visible
-  )
+  attend = attention_lib.bind(config.attention, visible)
 
   def block(carry, layer):
     x, cache = carry

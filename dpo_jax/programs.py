@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import optax
 
-from dpo_jax import guards, model, partitioning, recipe, steps
+from dpo_jax import attention, guards, model, partitioning, recipe, steps
 
 Tree = dict[str, Any]
 
@@ -28,6 +28,26 @@ def initial(
     return steps.init_state(base, adapters, tx, guard)
 
   return make
+
+
+def check(
+  config: recipe.TrainSettings,
+  shape: model.ModelConfig,
+  mesh: jax.sharding.Mesh,
+) -> None:
+  """Refuses what the mesh's devices cannot run, before anything compiles.
+
+  Raises:
+    ValueError: the implementation of attention is none for these devices, or
+      for the model's shape or dtype.
+  """
+  attention.check(
+    config.model.attention,
+    mesh.devices.flat[0],
+    dtype=config.model.dtype,
+    head_dim=shape.head_dim,
+    row_length=config.data.row_length,
+  )
 
 
 def keeps_reference(config: recipe.TrainSettings) -> bool:

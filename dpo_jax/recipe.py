@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from dpo_jax import (
+  attention,
   data,
   guards,
   hub,
@@ -60,6 +61,7 @@ class ModelSettings:
   dtype: Literal["float32", "bfloat16"]
   param_dtype: Literal["float32", "bfloat16"]
   remat: Literal["none", "full"]
+  attention: attention.Name
   logit_chunk: int
 
   def __post_init__(self):

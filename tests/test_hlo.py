@@ -136,6 +136,126 @@ def test_what_the_tpu_compiler_writes():
   assert found.seconds(1e30, 1.0) == found.bytes
 
 
+# One all-gather that is carried along by two products, as the TPU compiler
+# writes it: four fusions of one channel.
+CHAIN = """
+HloModule jit_f, is_scheduled=true, num_partitions=8
+
+%begin (a: bf16[32,64]) -> (bf16[32,64], bf16[256,64], u32[]) {
+  %a = bf16[32,64]{1,0} parameter(0)
+  %g = bf16[256,64]{1,0} all-gather(%a), channel_id=80, replica_groups=mesh['x'=8] {'x'}, dimensions={0}
+  ROOT %c = (bf16[32,64]{1,0}, bf16[256,64]{1,0}, u32[]{:S(2)}) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+
+%link (a: bf16[32,64], b: bf16[256,64], s: u32[], x: bf16[16,32], y: bf16[32,8]) -> (bf16[16,8], bf16[32,64], bf16[256,64], bf16[256,64], u32[]) {
+  %x = bf16[16,32]{1,0} parameter(3)
+  %y = bf16[32,8]{1,0} parameter(4)
+  %d = bf16[16,8]{1,0} convolution(%x, %y), dim_labels=bf_io->bf
+  %a = bf16[32,64]{1,0} parameter(0)
+  %b = bf16[256,64]{1,0} parameter(1)
+  %g = bf16[256,64]{1,0} all-gather(%a), channel_id=80, replica_groups=mesh['x'=8] {'x'}, dimensions={0}
+  %s = u32[]{:S(2)} parameter(2)
+  ROOT %t = (bf16[16,8]{1,0}, bf16[32,64]{1,0}, bf16[256,64]{1,0}, bf16[256,64]{1,0}, u32[]{:S(2)}) tuple(%d, %a, %b, %g, %s)
+}
+
+%end (a: bf16[32,64], b: bf16[256,64], s: u32[]) -> bf16[256,64] {
+  %a = bf16[32,64]{1,0} parameter(0)
+  %b = bf16[256,64]{1,0} parameter(1)
+  %s = u32[]{:S(2)} parameter(2)
+  %g = bf16[256,64]{1,0} all-gather(%a), channel_id=80, replica_groups=mesh['x'=8] {'x'}, dimensions={0}
+  ROOT %c = bf16[256,64]{1,0} custom-call(%a, %b, %g, %s), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a: bf16[32,64], x: bf16[16,32], y: bf16[32,8]) -> bf16[256,64] {
+  %a = bf16[32,64]{1,0} parameter(0)
+  %x = bf16[16,32]{1,0} parameter(1)
+  %y = bf16[32,8]{1,0} parameter(2)
+  %f0 = (bf16[32,64]{1,0}, bf16[256,64]{1,0}, u32[]{:S(2)}) fusion(%a), kind=kCustom, calls=%begin
+  %a1 = bf16[32,64]{1,0} get-tuple-element(%f0), index=0
+  %b1 = bf16[256,64]{1,0} get-tuple-element(%f0), index=1
+  %s1 = u32[]{:S(2)} get-tuple-element(%f0), index=2
+  %f1 = (bf16[16,8]{1,0}, bf16[32,64]{1,0}, bf16[256,64]{1,0}, bf16[256,64]{1,0}, u32[]{:S(2)}) fusion(%a1, %b1, %s1, %x, %y), kind=kOutput, output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {}), {3}: (1, {})}, calls=%link
+  %a2 = bf16[32,64]{1,0} get-tuple-element(%f1), index=1
+  %b2 = bf16[256,64]{1,0} get-tuple-element(%f1), index=2
+  %s2 = u32[]{:S(2)} get-tuple-element(%f1), index=4
+  %f2 = (bf16[16,8]{1,0}, bf16[32,64]{1,0}, bf16[256,64]{1,0}, bf16[256,64]{1,0}, u32[]{:S(2)}) fusion(%a2, %b2, %s2, %x, %y), kind=kOutput, output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {}), {3}: (1, {})}, calls=%link
+  %a3 = bf16[32,64]{1,0} get-tuple-element(%f2), index=1
+  %b3 = bf16[256,64]{1,0} get-tuple-element(%f2), index=2
+  %s3 = u32[]{:S(2)} get-tuple-element(%f2), index=4
+  ROOT %f3 = bf16[256,64]{1,0} fusion(%a3, %b3, %s3), kind=kCustom, output_to_operand_aliasing={{}: (1, {})}, calls=%end
+}
+"""  # noqa: E501
+
+
+def test_the_links_of_a_chain_are_one_collective():
+  found = hlo.cost(CHAIN)
+  sent = 2 * 256 * 64 * 7 / 8
+  assert found.traffic() == {"all-gather": (1, sent)}
+  assert found.sent == found.sent_meanwhile == sent
+  assert found.flops == 2 * 2 * 16 * 8 * 32
+  # Read and written once by the gathering, not by each link; two products.
+  product = 2 * (16 * 32 + 32 * 8 + 16 * 8)
+  gathered = 2 * (2 * 32 * 64 + 256 * 64)
+  assert found.bytes == gathered + 2 * product
+
+
+# Several arrays in one operation, begun and ended apart; a group that is not
+# spelt out; and a sum of which each device keeps a slice.
+JOINED = """
+HloModule jit_f, is_scheduled=true, num_partitions=4
+
+%summed (x: f32[64,16], i: s32[]) -> f32[16,16] {
+  %x = f32[64,16]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %r = f32[64,16]{1,0} all-reduce(%x), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %s = f32[16,16]{1,0} dynamic-slice(%r, %i, %zero), dynamic_slice_sizes={16,16}
+}
+
+ENTRY %main (a: f32[8], b: f32[4,4], x: f32[64,16], i: s32[]) -> f32[16,16] {
+  %a = f32[8]{0} parameter(0)
+  %b = f32[4,4]{1,0} parameter(1)
+  %x = f32[64,16]{1,0} parameter(2)
+  %i = s32[] parameter(3)
+  %g = ((f32[8]{0}, f32[4,4]{1,0}), (f32[32]{0}, f32[16,4]{1,0})) all-gather-start(%a, %b), channel_id=2, replica_groups=[1,4]<=[4], dimensions={0}
+  %gd = (f32[32]{0}, f32[16,4]{1,0}) all-gather-done(%g)
+  %s = (f32[8]{0}, f32[4,4]{1,0}) all-reduce-start(%a, %b), channel_id=3, replica_groups={}, to_apply=%add
+  %sd = (f32[8]{0}, f32[4,4]{1,0}) all-reduce-done(%s)
+  ROOT %f = f32[16,16]{1,0} fusion(%x, %i), kind=kCustom, calls=%summed
+}
+"""  # noqa: E501
+
+
+def test_traffic_of_joined_and_sliced_collectives_by_hand():
+  found = hlo.cost(JOINED)
+  assert found.traffic() == {
+    "all-gather": (1, 4 * (32 + 16 * 4) * 3 / 4),
+    "all-reduce": (1, 2 * 4 * (8 + 4 * 4) * 3 / 4),
+    # Three quarters of what each device adds up belong to the others.
+    "reduce-scatter": (1, 4 * 64 * 16 * 3 / 4),
+  }
+  assert found.sent - found.sent_meanwhile == 4 * 64 * 16 * 3 / 4
+
+
+def test_what_is_written_in_place_counts_as_what_is_written():
+  """One token of each row goes into a cache in a loop; a few rows are read."""
+
+  def f(cache, new, index):
+    def step(at, carry):
+      cache, total = carry
+      cache = cache.at[jnp.arange(4), index + at].set(new)
+      return cache, total + jnp.sum(cache[:, at])
+
+    return jax.lax.fori_loop(0, 10, step, (cache, jnp.float32(0)))
+
+  index = jax.ShapeDtypeStruct((4,), jnp.int32)
+  jitted = jax.jit(f, donate_argnums=0)
+  args = (shape(4, 1000, 64), shape(4, 64), index)
+  found = hlo.cost(jitted.lower(*args).compile().as_text())
+  # Ten times 4 rows of 64 are written and read; the cache has 1,024,000 bytes.
+  assert found.bytes < 10 * 4 * 4 * 64 * 20 < 4 * 4 * 1000 * 64
+
+
 def test_what_is_no_program_is_refused():
   with pytest.raises(ValueError, match="is it HLO"):
     hlo.cost("hello")

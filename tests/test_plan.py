@@ -4,7 +4,10 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from configs import dpo, models, sft
 from dpo_jax import (
@@ -202,6 +205,28 @@ def test_a_step_for_a_slice():
   assert "8 x TPU v5 lite" in text
   assert "of 15.75 GiB a device" in text
   assert "estimate, not measured" in text
+
+
+def test_a_program_for_a_slice_stays_out_of_the_cache(tmp_path):
+  mesh = partitioning.make_mesh(1, 8, 1, devices=topology.devices("v5e:2x4"))
+  there = jax.sharding.NamedSharding(mesh, jax.P())
+  x = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=there)
+  before = jax.config.jax_compilation_cache_dir
+  least = jax.config.jax_persistent_cache_min_compile_time_secs
+  try:
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    compilation_cache.reset_cache()
+    jax.jit(lambda x: x + 1).lower(np.float32(1)).compile()
+    kept = set(tmp_path.iterdir())
+    assert kept
+    with compiling.uncached(mesh):
+      jax.jit(lambda x: x + 2).lower(x).compile()
+    assert set(tmp_path.iterdir()) == kept
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+    compilation_cache.reset_cache()
 
 
 def test_what_does_not_fit_is_said():

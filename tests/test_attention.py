@@ -1,0 +1,96 @@
+"""Which attention runs: by its name, refused early where it cannot run."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import dpo
+from dpo_jax import attention, programs, recipe, settings
+
+
+def device(platform="gpu", kind="NVIDIA H100", capability="9.0"):
+  return types.SimpleNamespace(
+    platform=platform, device_kind=kind, compute_capability=capability
+  )
+
+
+FITS = {"dtype": "bfloat16", "head_dim": 80, "row_length": 1024}
+
+
+@pytest.mark.parametrize(
+  ("changed", "words"),
+  [
+    ({"device": device("cpu", "cpu")}, "cpu.*model.attention=dense"),
+    ({"device": device("tpu", "TPU v5e")}, "TPU v5e.*model.attention=dense"),
+    ({"dtype": "float32"}, "model.dtype='float32'.*model.dtype=bfloat16"),
+    ({"head_dim": 84}, "multiples of 8.*has 84"),
+    ({"head_dim": 264}, "up to 256.*has 264"),
+    (
+      {"head_dim": 136, "device": device(capability="8.0")},
+      "up to 128.*has 136",
+    ),
+    ({"row_length": 1023}, "even length.*row_length=1023"),
+  ],
+)
+def test_cudnn_is_refused_where_it_cannot_run(changed, words):
+  case = {"device": device()} | FITS
+  attention.check("cudnn", **case)
+  with pytest.raises(ValueError, match=words):
+    attention.check("cudnn", **case | changed)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_dense_is_never_refused(platform):
+  attention.check("dense", device(platform), **FITS | {"dtype": "float32"})
+
+
+def test_a_run_is_refused_on_these_devices():
+  config = dpo.get_config("pythia-2.8b-lora").to_dict()
+  config["model"]["attention"] = "cudnn"
+  built = settings.build(recipe.TrainSettings, config)
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+  shape = types.SimpleNamespace(head_dim=80)
+  with pytest.raises(ValueError, match=r"cudnn.*devices are cpu"):
+    programs.check(built, shape, mesh)
+
+
+def test_an_unknown_name_is_refused():
+  config = dpo.get_config("pythia-2.8b").to_dict()
+  config["model"]["attention"] = "sparse"
+  with pytest.raises(ValueError, match=r"model.attention='sparse'.*dense"):
+    settings.build(recipe.TrainSettings, config)
+
+
+def test_cudnn_gets_the_mask_and_head_dim_80(monkeypatch):
+  """Lowered for CUDA from here; it cannot run here."""
+  from jax._src.cudnn import fused_attention_stablehlo
+
+  # Which cuDNN is installed is asked while tracing: here there is none.
+  monkeypatch.setattr(
+    fused_attention_stablehlo, "check_cudnn_version", lambda: 91002
+  )
+  rows, length, heads, dim = 2, 256, 4, 80
+  q = jax.ShapeDtypeStruct((rows, length, heads, dim), jnp.bfloat16)
+  k = jax.ShapeDtypeStruct((rows, heads, length, dim), jnp.bfloat16)
+  ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+
+  def loss(q, k, v, pieces, parts):
+    segments = attention.Segments(pieces, parts)
+    attend = attention.bind("cudnn", segments)
+    return jnp.sum(attend(q, k, v).astype(jnp.float32))
+
+  traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k, ids, ids)
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  for way in ("Forward", "Backward"):
+    (call,) = (
+      line
+      for line in text.splitlines()
+      if "__cudnn$fmhaScaleBias" in line
+      and (way == "Backward") == ("Backward" in line)
+    )
+    # Queries without padding of the head dim, and the mask as a bias.
+    assert f"tensor<{rows}x{length}x{heads}x{dim}xbf16>" in call
+    assert f"tensor<{rows}x1x{length}x{length}xbf16>" in call
