@@ -49,7 +49,12 @@ def match(
     for field in dataclasses.fields(row):
       want = getattr(wanted[index], field.name)
       have = getattr(row, field.name)
-      if field.name not in _ANSWER and have != want:
+      if field.name in _ANSWER or have == want:
+        continue
+      if have is None and field.default is None:
+        # A version that did not write it yet.
+        row = dataclasses.replace(row, **{field.name: want})
+      else:
         raise ValueError(
           f"{path} was written with {field.name}={have!r}, not {want!r}: use"
           " another --workdir, or move the file away"

@@ -37,6 +37,11 @@ def distinct_trigrams(text: str) -> float:
   return len(set(triples)) / len(triples)
 
 
+def loops(text: str) -> bool:
+  """Whether an answer says the same words again and again."""
+  return distinct_trigrams(text) < _DISTINCT
+
+
 def lines(rows: Iterable[records.Response]) -> list[str]:
   """The table, one line for each model, step and temperature, in order."""
   groups: dict[tuple, list[records.Response]] = {}
@@ -57,7 +62,6 @@ def _cells(group, rows) -> tuple[str, ...]:
   name, step, temperature = group
   lengths = [row.token_count for row in rows]
   logps = [row.mean_logp for row in rows if row.mean_logp is not None]
-  loops = sum(distinct_trigrams(row.response) < _DISTINCT for row in rows)
   return (
     name if step is None else f"{name}, step {step}",
     f"{temperature:g}",
@@ -66,7 +70,7 @@ def _cells(group, rows) -> tuple[str, ...]:
     f"{statistics.median(lengths):g}",
     str(max(lengths)),
     str(sum(not row.response.strip() for row in rows)),
-    str(loops),
+    str(sum(loops(row.response) for row in rows)),
     str(sum(row.finish_reason == "length" for row in rows)),
     str(sum(row.finish_reason == "turn" for row in rows)),
     f"{statistics.fmean(logps):.3f}" if logps else "-",

@@ -21,13 +21,16 @@ class Comparison:
   """A prompt and two answers, of which people preferred `chosen`.
 
   A prompt of HH ends with "\\n\\nAssistant:"; answers keep their leading space.
-  `id` is a hash of the three texts: the same row has it in any file.
+  `id` is a hash of the three texts: the same row has it in any file. `subset`
+  is the part of the dataset that it was read from, such as "harmless-base", or
+  the row's own domain; "" if there is none. It is no part of what a pair is.
   """
 
   id: str
   prompt: str
   chosen: str
   rejected: str
+  subset: str = dataclasses.field(default="", compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +78,10 @@ def texts(row: Any) -> tuple[str, str, str]:
   return split(text(row, "chosen"), text(row, "rejected"))
 
 
-def pair(prompt: str, chosen: str, rejected: str) -> Comparison:
-  """The comparison of three texts.
+def pair(
+  prompt: str, chosen: str, rejected: str, subset: str = ""
+) -> Comparison:
+  """The comparison of three texts, of a part of a dataset.
 
   Raises:
     Quarantined: a text is empty, or both answers are the same.
@@ -90,7 +95,7 @@ def pair(prompt: str, chosen: str, rejected: str) -> Comparison:
   if chosen == rejected:
     raise Quarantined("identical responses")
   return Comparison(
-    content_id(prompt, chosen, rejected), prompt, chosen, rejected
+    content_id(prompt, chosen, rejected), prompt, chosen, rejected, subset
   )
 
 

@@ -119,6 +119,7 @@ def compose(
     sections.step_table(found),
     shown.get("win_rate_step.png", []),
     shown.get("win_rate_length.png", []),
+    sections.subset_table(found),
     sections.differences(found),
     sections.ranking(found),
     ["## Judge health", "", *judge_sections.health(found)],
@@ -199,6 +200,8 @@ def _page(
           *sections.final_table(found),
           "",
           *sections.step_table(found),
+          "",
+          *sections.subset_table(found),
           "",
           *sections.differences(found),
           "",
@@ -310,7 +313,7 @@ def _numbers(
       "data_fingerprint": found.data_fingerprint,
       **{
         name: getattr(found, name)
-        for name in (*names, "lengths", "by_length", "ranking")
+        for name in (*names, "by_subset", "lengths", "by_length", "ranking")
       },
     }
   )

@@ -10,7 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax import markdown, material, records, sections, winrates
+from dpo_jax import (
+  answer_table,
+  markdown,
+  material,
+  records,
+  sections,
+  winrates,
+)
 
 _EXCERPT_CHARS = 600
 _OUTCOMES = {"model": "won", "chosen": "lost"}
@@ -73,6 +80,8 @@ def answers(found: material.Material) -> list[str]:
         f"{rate.chosen_chars:.0f}" if rate else "not judged",
         *(sections.percent(ends[reason] / len(answers)) for reason in _REASONS),
         str(sum(not row.response.strip() for row in answers)),
+        str(sum(answer_table.loops(row.response) for row in answers)),
+        _mean_logp(answers),
       )
     )
   return markdown.table(
@@ -80,10 +89,16 @@ def answers(found: material.Material) -> list[str]:
       *("model", "step", "T", "answers", "mean tokens", "mean characters"),
       "of chosen",
       *(f"{text} %" for text in _REASONS.values()),
-      "empty",
+      *("empty", "looping", "mean log-prob"),
     ),
     rows,
   )
+
+
+def _mean_logp(answers: Sequence[records.Response]) -> str:
+  """Mean over answers, of those that say it."""
+  logps = [row.mean_logp for row in answers if row.mean_logp is not None]
+  return f"{np.mean(logps):.3f}" if logps else "n/a"
 
 
 def examples(found: material.Material) -> list[str]:

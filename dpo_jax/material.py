@@ -98,7 +98,9 @@ class Material:
   `verdicts` are the current ordinary calls, `judge_run` what the judge left
   about its last run (empty if nothing), `data_fingerprint` a hash of all
   prompts and chosen answers (two reports of one are about the same questions),
-  `odd` the calls whose verdict is not what their own text says.
+  `by_subset` the rates of final models on the prompts of each part of the
+  dataset (none where there are not several), `odd` the calls whose verdict is
+  not what their own text says.
   """
 
   settings: ReportSettings
@@ -109,6 +111,7 @@ class Material:
   judge_run: dict[str, Any]
   data_fingerprint: str
   rates: list[winrates.WinRate]
+  by_subset: dict[str, list[winrates.WinRate]]
   health: winrates.JudgeHealth
   controls: controls.Controls
   differences: list[paired.Difference]
@@ -159,6 +162,10 @@ def read(settings: ReportSettings, workdir: str | os.PathLike) -> Material:
       if row.chosen.strip()
     ),
     rates=winrates.win_rates(ordinary, **sizes),
+    by_subset={
+      name: winrates.win_rates(calls, **sizes)
+      for name, calls in _by_subset(ordinary, responses).items()
+    },
     health=winrates.judge_health(ordinary, **sizes),
     controls=controls.controls(every, **sizes),
     differences=paired.differences(ordinary, **sizes),
@@ -168,6 +175,18 @@ def read(settings: ReportSettings, workdir: str | os.PathLike) -> Material:
     ranking=ranking.bradley_terry(ordinary, **sizes),
     odd=odd(every),
   )
+
+
+def _by_subset(
+  verdicts: Iterable[records.Verdict], responses: Iterable[records.Response]
+) -> dict[str, list[records.Verdict]]:
+  """Calls on final models by their prompt's subset; {} if it is one alone."""
+  names = {row.prompt_id: row.subset for row in responses if row.subset}
+  found: dict[str, list[records.Verdict]] = {}
+  for call in verdicts:
+    if call.step is None and call.prompt_id in names:
+      found.setdefault(names[call.prompt_id], []).append(call)
+  return dict(sorted(found.items())) if len(found) > 1 else {}
 
 
 def verdict_files(

@@ -42,8 +42,9 @@ class Response:
   `step` is None for a final model; `top_k` 0 and `top_p` 1.0 are off;
   `token_count` counts generated tokens. `mean_logp` is the mean log-prob of
   these under the model itself, in nats, at temperature 1 before top_k and
-  top_p; `cut_prompt_tokens` counts those that the prompt lost at its start.
-  Both are None in files of versions that did not write them.
+  top_p; `cut_prompt_tokens` counts those that the prompt lost at its start;
+  `subset` is the part of the dataset that the prompt is of, "" if it has none.
+  All three are None in files of versions that did not write them.
   """
 
   prompt_id: str
@@ -62,6 +63,7 @@ class Response:
   finish_reason: FinishReason
   mean_logp: float | None = None
   cut_prompt_tokens: int | None = None
+  subset: str | None = None
 
   @property
   def unit(self) -> tuple:

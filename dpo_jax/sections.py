@@ -83,6 +83,25 @@ def step_table(found: material.Material) -> list[str]:
   return ["### Over training", "", *table, *_slopes(found)]
 
 
+def subset_table(found: material.Material) -> list[str]:
+  """Win rates of the final models on each part of the dataset."""
+  rows = [
+    (
+      markdown.literal(subset),
+      name(rate.model),
+      str(rate.temperature),
+      str(rate.n),
+      _interval(rate),
+    )
+    for subset, rates in found.by_subset.items()
+    for rate in rates
+  ]
+  if not rows:
+    return []
+  header = ("subset", "model", "T", "prompts", "win rate %")
+  return ["### By subset", "", *markdown.table(header, rows)]
+
+
 def _slopes(found: material.Material) -> list[str]:
   lines = []
   for slope in found.slopes:

@@ -37,8 +37,8 @@ def test_the_page_holds_the_rows(workdir, text):
   cells = found["head"]["cells"]
   names = {name: model for model, name in paged.NAMES.items()}
   calls, answers = {}, {}
-  for prompt_id, turns, prompt, chosen, rows in found["prompts"]:
-    assert turns == 1
+  for prompt_id, turns, prompt, chosen, rows, subset in found["prompts"]:
+    assert (turns, subset) == (1, "")
     for cell, sample, response, tokens, finish, outcome, _, judged in rows:
       name, step, temperature = cells[cell]
       unit = (prompt_id, names[name], step, temperature, sample)

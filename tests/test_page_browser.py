@@ -75,9 +75,11 @@ def shown(browser, tmp_path):
   assert browser.get_log("browser") == []
 
 
-def prompt(name, turns=1, answers=(), chosen="four"):
+def prompt(name, turns=1, answers=(), chosen="four", subset=""):
   text = f"\n\nHuman: {name}\n\nAssistant: so" * turns
-  return browse.Prompt(name, text.removesuffix(" so"), chosen, tuple(answers))
+  return browse.Prompt(
+    name, text.removesuffix(" so"), chosen, tuple(answers), subset
+  )
 
 
 def small():
@@ -93,9 +95,23 @@ def small():
         paged.answer(STEP, "four", lost),
       ],
     ),
-    prompt("beta", 2, [paged.answer(DPO, "five", ["model", "chosen"])]),
-    prompt("gamma", answers=[paged.answer(DPO, "fore", ["tie", "tie"])]),
-    prompt("delta", 3, [paged.answer(SFT, "", ["missing", "missing"])]),
+    prompt(
+      "beta",
+      2,
+      [paged.answer(DPO, "five", ["model", "chosen"])],
+      subset="helpful-base",
+    ),
+    prompt(
+      "gamma",
+      answers=[paged.answer(DPO, "fore", ["tie", "tie"])],
+      subset="one turn",
+    ),
+    prompt(
+      "delta",
+      3,
+      [paged.answer(SFT, "", ["missing", "missing"])],
+      subset="helpful-base",
+    ),
   ]
 
 
@@ -142,6 +158,9 @@ def test_filters_find_what_they_say(shown):
     ("length", "twice", ["alpha"]),
     ("subset", "one turn", ["alpha", "gamma"]),
     ("subset", "several turns", ["beta", "delta"]),
+    ("subset", "of helpful-base", ["beta", "delta"]),
+    # A subset may be called like another choice.
+    ("subset", "of one turn", ["gamma"]),
   ):
     choose(driver, name, value)
     assert ids(driver) == expected, (name, value)
@@ -231,6 +250,10 @@ def test_keys_do_what_their_help_says(shown):
   # The same prompt stays where it is still there.
   assert current(driver) == "beta"
   press(driver, "x")
+  press(driver, "s")
+  assert ids(driver) == ["beta", "delta"]
+  assert "· helpful-base" in driver.find_element("id", "detail").text
+  press(driver, "x")
   press(driver, "m")
   assert ids(driver) == ["alpha"]
   press(driver, "x")
@@ -244,7 +267,7 @@ def test_keys_do_what_their_help_says(shown):
   keys = driver.execute_script("return KEYS.map(([keys, text]) => text)")
   terms = driver.find_elements("css selector", "#help dd")
   assert [term.text for term in terms] == keys
-  assert len(keys) == 13
+  assert len(keys) == 14
   press(driver, "\ue00c", "#help button")
   assert not driver.find_element("id", "help").is_displayed()
   assert driver.find_element("css selector", ".hint").is_displayed()

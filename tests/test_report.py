@@ -80,6 +80,7 @@ def test_the_report_says_what_was_judged_and_found(finished):
   assert "over 40 prompts" in text
   assert "95% intervals: Wilson score at the effective number" in text
   assert "**Yes**" in text
+  assert "By subset" not in text
   assert "(0.75, 1.0), base < SFT < DPO" in text
   assert "INCOMPLETE" not in text
   assert "INCONSISTENT" not in text
@@ -94,7 +95,33 @@ def test_the_report_says_what_was_judged_and_found(finished):
   assert ["DPO", "train, kept", "990"] in stripped
   assert ["DPO", "train, quarantined: empty &#124; row", "3"] in stripped
   answers = ["DPO", "100", "1.0", "40", "7.0", "11", "12"]
-  assert [*answers, "100.0", "0.0", "0.0", "0"] in stripped
+  assert [*answers, "100.0", "0.0", "0.0", "0", "0", "n/a"] in stripped
+
+
+def test_subsets_have_rates_of_their_own(tmp_path):
+  """Of 40 prompts the first 10 are helpful-base: DPO won on all of them."""
+  reported.make_run(tmp_path)
+  for path in (tmp_path / "responses").iterdir():
+    rows = records.read(path, records.Response)
+    named = [
+      dataclasses.replace(
+        row, subset="helpful-base" if at < 10 else "harm | less"
+      )
+      for at, row in enumerate(rows)
+    ]
+    path.write_bytes(b"".join(map(records.encode, named)))
+  text = reported.text(tmp_path)
+  section = text.partition("### By subset")[2].partition("###")[0]
+  rows = [[cell.strip() for cell in row] for row in tables(section)]
+  assert len(rows) == 2 + 2 * 9
+  found = {tuple(row[:4]): row[4].split()[0] for row in rows[2:]}
+  assert found["helpful-base", "DPO", "1.0", "10"] == "100.0"
+  # 24 of the other 30; SFT won on 16 in all, and base on 4 of the first.
+  assert found["harm &#124; less", "DPO", "1.0", "30"] == "80.0"
+  assert found["helpful-base", "SFT", "0.25", "10"] == "100.0"
+  assert found["harm &#124; less", "SFT", "0.25", "30"] == "20.0"
+  assert found["helpful-base", "base", "0.75", "10"] == "40.0"
+  assert found["harm &#124; less", "base", "0.75", "30"] == "0.0"
 
 
 def test_the_report_compares_models_prompt_by_prompt(finished):

@@ -59,6 +59,8 @@ def test_real_files(shared, side, split, counts):
   assert loaded.counts == counts
   file = directory / "harmless-base" / f"{split}.jsonl.gz"
   assert load(file, **hh) == loaded
+  assert {row.subset for row in loaded.rows} == {"harmless-base"}
+  assert {row.subset for row in load(file, **hh).rows} == {""}
   with gzip.open(file) as rows:
     raw = [json.loads(row) for row in rows]
   # Every kept pair is, piece by piece, a row of the file, in its order.
@@ -320,6 +322,7 @@ def test_subsets_are_read_in_the_order_of_the_settings(layout):
   }.items():
     loaded = load(layout, subsets=names, kind="hh")
     assert [row.chosen for row in loaded.rows] == wanted
+    assert [row.subset for row in loaded.rows] == list(names)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,13 @@ def test_shp_keeps_what_has_twice_the_votes(read):
   assert read("shp", vote(1, 5, 3)).counts == {"read": 1, "kept": 1}
 
 
+def test_shp_names_the_subreddit(read):
+  domains = ("askculinary_train", "ask_it_validation", "askphysics", 3)
+  rows = [vote(1, 6, 3, f"{i}", domain=d) for i, d in enumerate(domains)]
+  found = [row.subset for row in read("shp", *rows).rows]
+  assert found == ["askculinary", "ask_it", "askphysics", ""]
+
+
 def test_shp_takes_the_first_pairs_of_a_post(read):
   rows = [vote(1, n, 1, history) for n in (4, 5, 6) for history in "xy"]
   loaded = read("shp", *rows, max_pairs_per_prompt=2)
@@ -138,6 +145,13 @@ def test_two_answers_of_different_score_are_a_pair(read):
     "filtered: answers of equal score": 1,
     "kept": 2,
   }
+  assert {row.subset for row in loaded.rows} == {"ai.stackexchange.com"}
+
+
+@pytest.mark.parametrize("metadata", [[], "x", [3], ["https://[x"], None])
+def test_a_question_without_an_address_has_no_site(read, metadata):
+  row = question(("<p>a</p>", 1), ("<p>b</p>", 3)) | {"metadata": metadata}
+  assert [one.subset for one in read("se", row).rows] == [""]
 
 
 def test_pairs_of_a_question_are_drawn_without_a_place(read):
@@ -271,6 +285,7 @@ def test_tldr_asks_for_a_summary_of_the_post(read):
     (POST, " Cat sings.", " Dog."),
     (POST, " Cat.", " Dog."),
   ]
+  assert [row.subset for row in loaded.rows] == ["cats", "cats"]
   assert loaded.counts == {"read": 2, "kept": 2}
 
 

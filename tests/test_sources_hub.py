@@ -78,6 +78,7 @@ def test_subsets_of_parquet_are_directories(parquet, streaming):
   path = parquet([numbered(2)], folder="two")
   loaded = load(path, subsets=("two", "one"), streaming=streaming)
   assert [row.prompt for row in loaded.rows] == ["p2", "p1"]
+  assert [row.subset for row in loaded.rows] == ["two", "one"]
   with pytest.raises(ValueError, match=r"/three holds none of .*no parquet"):
     load(path, subsets=("one", "three"), streaming=streaming)
 

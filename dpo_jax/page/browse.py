@@ -53,12 +53,13 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """A prompt, its chosen answer, and the models' answers."""
+  """A prompt, its chosen answer, the models' answers, and where it is from."""
 
   id: str
   text: str
   chosen: str
   answers: tuple[Answer, ...]
+  subset: str = ""
 
 
 def prompts(found: material.Material) -> list[Prompt]:
@@ -79,6 +80,7 @@ def prompts(found: material.Material) -> list[Prompt]:
         _answer(row, judged.get(row.unit, []), odd)
         for row in sorted(group, key=_place)
       ),
+      subset=group[0].subset or "",
     )
     for prompt_id, group in rows.items()
   ]
@@ -181,7 +183,14 @@ def _row(prompt: Prompt, places: dict[calls.Cell, int]) -> list[Any]:
     ]
     for answer in prompt.answers
   ]
-  return [prompt.id, turns, prompt.text, prompt.chosen, answers]
+  return [
+    prompt.id,
+    turns,
+    prompt.text,
+    prompt.chosen,
+    answers,
+    prompt.subset,
+  ]
 
 
 def _embeddable(value: Any) -> str:

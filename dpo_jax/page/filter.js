@@ -1,9 +1,9 @@
 "use strict";
 // What the page holds, and which of it is asked for. Nothing here draws.
 //
-// A prompt is [id, turns, text, chosen, answers]; an answer [cell, sample,
-// text, tokens, finish, outcome, flags, calls]; a call [order, verdict, score,
-// text, error]; a cell [model, step, temperature].
+// A prompt is [id, turns, text, chosen, answers, subset]; an answer [cell,
+// sample, text, tokens, finish, outcome, flags, calls]; a call [order, verdict,
+// score, text, error]; a cell [model, step, temperature].
 
 const PAGE = JSON.parse(document.getElementById("data").textContent);
 const CELLS = PAGE.head.cells;
@@ -18,10 +18,14 @@ const LENGTHS = {
   "twice": (ratio) => ratio >= 2,
 };
 
-const SUBSETS = {
-  "one turn": (prompt) => prompt[1] === 1,
-  "several turns": (prompt) => prompt[1] > 1,
-};
+// Prompts by the part of the dataset that they are of, and by their turns. The
+// keys of the first are foreign text, apart from those of the second.
+const SUBSETS = new Map();
+for (const name of [...new Set(PAGE.prompts.map((p) => p[5]))].sort()) {
+  if (name) SUBSETS.set(`of ${name}`, [name, (p) => p[5] === name]);
+}
+SUBSETS.set("one turn", ["one turn", (p) => p[1] === 1]);
+SUBSETS.set("several turns", ["several turns", (p) => p[1] > 1]);
 
 function lengthRatio(prompt, answer) {
   // An empty chosen answer makes every other one longer.
@@ -62,7 +66,7 @@ function select(asked) {
   const found = [];
   let answers = 0;
   for (const prompt of PAGE.prompts) {
-    if (asked.subset !== ANY && !SUBSETS[asked.subset](prompt)) continue;
+    if (asked.subset !== ANY && !SUBSETS.get(asked.subset)[1](prompt)) continue;
     let count = 0;
     for (const answer of prompt[4]) {
       if (matchesAnswer(asked, prompt, answer)) count += 1;

@@ -11,6 +11,7 @@ const KEYS = [
   [["c"], "next temperature", () => cycle("temperature")],
   [["o"], "next outcome", () => cycle("outcome")],
   [["l"], "next length", () => cycle("length")],
+  [["s"], "next subset", () => cycle("subset")],
   [["f"], "flagged only, or all", () => {
     controls.flagged.checked = !controls.flagged.checked;
     refresh();

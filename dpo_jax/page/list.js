@@ -31,9 +31,11 @@ function fill() {
   options(controls.length, [[ANY, "any"], ["shorter", "shorter than chosen"],
     ["alike", "about as long"], ["longer", "longer than chosen"],
     ["twice", "twice as long or more"]]);
-  const kinds = Object.keys(SUBSETS).filter(
-    (kind) => PAGE.prompts.some(SUBSETS[kind]));
-  options(controls.subset, [[ANY, "all"], ...kinds.map((kind) => [kind, kind])]);
+  // What holds of all prompts tells none apart.
+  const kinds = [...SUBSETS].filter(([, [, holds]]) =>
+    PAGE.prompts.some(holds) && !PAGE.prompts.every(holds));
+  options(controls.subset,
+    [[ANY, "all"], ...kinds.map(([key, [text]]) => [key, text])]);
 }
 
 function read() {

@@ -98,11 +98,12 @@ function answerCard(prompt, answer, matched) {
 
 // All answers to a prompt: final models by temperature, then checkpoints.
 function draw(prompt, place, asked) {
-  const [id, , text, chosen, answers] = prompt;
+  const [id, , text, chosen, answers, subset] = prompt;
   const head = element("p", "facts", `${place}`);
   const link = element("a", "", id.slice(0, 12));
   link.href = `#prompt=${encodeURIComponent(id)}`;
   head.append(" · prompt ", link);
+  if (subset) head.append(` · ${subset}`);
   const parts = [head, element("h3", "", "Prompt"), dialogue(text)];
   const reference = element("section", "card chosen");
   reference.append(element("h4", "", "chosen"), textBlock(chosen, "answer"));

@@ -212,7 +212,7 @@ def _place(source: SourceSettings, side: Side) -> tuple[str, str]:
 
 
 def _rows(source: SourceSettings, side: Side, counts) -> Iterator:
-  """(origin, row or Malformed) for each row of a side."""
+  """(origin, row or Malformed, subset) for each row of a side."""
   path, split = _place(source, side)
   if source.kind == "tfds":
     from dpo_jax.sources import hh_rlhf
@@ -248,10 +248,23 @@ def _texts(
       return [comparisons.texts(row)]
 
 
+def _domain(source: SourceSettings, row: Any) -> str:
+  """What a row itself says that it is about; "" if it does not."""
+  match source.kind:
+    case "shp":
+      return shp.domain(row)
+    case "se":
+      return stack_exchange.site(row)
+    case "tldr":
+      return tldr.subreddit(row)
+    case _:
+      return ""
+
+
 def _parsed(source, side, filters, counts) -> Iterator[comparisons.Comparison]:
   """Every pair of the side; rows and pairs that are none are counted."""
   bad = 0
-  for origin, row in _rows(source, side, counts):
+  for origin, row, subset in _rows(source, side, counts):
     counts["read"] += 1
     try:
       found = _texts(source, row)
@@ -267,6 +280,7 @@ def _parsed(source, side, filters, counts) -> Iterator[comparisons.Comparison]:
     except comparisons.Quarantined as error:
       counts[f"quarantined: {error}"] += 1
       continue
+    subset = subset or _domain(source, row)
     for texts in found:
       if source.kind == "se":
         counts["pairs of answers"] += 1
@@ -274,7 +288,7 @@ def _parsed(source, side, filters, counts) -> Iterator[comparisons.Comparison]:
         counts[f"filtered: {texts}"] += 1
         continue
       try:
-        pair = comparisons.pair(*texts)
+        pair = comparisons.pair(*texts, subset)
       except comparisons.Quarantined as error:
         counts[f"quarantined: {error}"] += 1
         continue

@@ -119,7 +119,7 @@ def open_rows(data_dir: str | os.PathLike, subset: str, split: str):
 
 
 def read(data_dir: str, split: str, subsets: tuple[str, ...]) -> Iterator:
-  """(origin, row or Malformed) for each row of one subset after another.
+  """(origin, row, subset) for each row of one subset after another.
 
   Raises:
     ValueError: as `open_rows`, or a file is broken.
@@ -135,7 +135,7 @@ def read(data_dir: str, split: str, subsets: tuple[str, ...]) -> Iterator:
           f"{origin} cannot be read ({type(error).__name__}: {error}): remove"
           " the directory and write it again"
         ) from error
-      yield origin, row
+      yield origin, row, subset
 
 
 def _decoded(row: dict[str, Any]) -> dict[str, str]:
@@ -197,7 +197,7 @@ def _transcripts(path: str, split: str, subset: str) -> Iterator[dict]:
     streaming=False,
     counts={},
   )
-  for origin, row in found:
+  for origin, row, _ in found:
     try:
       if isinstance(row, comparisons.Malformed):
         raise row

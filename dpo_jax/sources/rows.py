@@ -17,7 +17,9 @@ def read(
   streaming: bool,
   counts: dict[str, int],
 ) -> Iterator:
-  """(origin, row or Malformed) for each row, in the order of the files.
+  """(origin, row or Malformed, subset) for each row, in the files' order.
+
+  `subset` is one of `subsets`, or "" where there are none.
 
   Args:
     path: a JSONL file; a directory of `<subset>/<split>.jsonl(.gz)` or of
@@ -40,7 +42,7 @@ def read(
         " one file: set them to ()"
       )
     _refuse_streaming(path, streaming)
-    yield from files.rows(local, counts)
+    yield from _of("", files.rows(local, counts))
   elif path and local.is_dir():
     if subsets_required and not subsets:
       raise ValueError(
@@ -48,7 +50,7 @@ def read(
       )
     yield from _directory(local, split, subsets, streaming, counts)
   elif hub.is_id(path):
-    yield from hub.rows(path, split, subsets, subset_is, streaming)
+    yield from _of_hub(path, split, subsets, subset_is, streaming)
   else:
     raise ValueError(
       f"{path!r} is neither a file, a directory nor a hub id (user/name)"
@@ -59,8 +61,8 @@ def _directory(directory, split, subsets, streaming, counts) -> Iterator:
   found = files.layout(directory, split, subsets)
   if found:
     _refuse_streaming(str(directory), streaming)
-    for file in found:
-      yield from files.rows(file, counts)
+    for subset, file in zip(subsets or ("",), found, strict=True):
+      yield from _of(subset, files.rows(file, counts))
     return
   folders = [directory / subset for subset in subsets] or [directory]
   for folder in folders:
@@ -70,7 +72,18 @@ def _directory(directory, split, subsets, streaming, counts) -> Iterator:
         f" {[name.name for name in files.names(folder, split)]}, and no parquet"
         " files"
       )
-  yield from hub.rows(str(directory), split, subsets, "data_dir", streaming)
+  yield from _of_hub(str(directory), split, subsets, "data_dir", streaming)
+
+
+def _of_hub(path, split, subsets, subset_is, streaming) -> Iterator:
+  for subset in subsets or ("",):
+    one = (subset,) if subset else ()
+    yield from _of(subset, hub.rows(path, split, one, subset_is, streaming))
+
+
+def _of(subset: str, rows: Iterator) -> Iterator:
+  for origin, row in rows:
+    yield origin, row, subset
 
 
 def _refuse_streaming(path: str, streaming: bool) -> None:

@@ -13,9 +13,19 @@ References:
   Information, 2022 (arXiv 2110.08420).
 """
 
+import re
 from typing import Any
 
 from dpo_jax import comparisons
+
+
+def domain(row: dict[str, Any]) -> str:
+  """The subreddit of a row that `texts` took, "askculinary_train" without its
+  split; "" if it has none."""
+  found = row.get("domain")
+  if not isinstance(found, str):
+    return ""
+  return re.sub("_(train|validation|test)$", "", found)
 
 
 def texts(row: Any, min_score_ratio: float) -> tuple[str, str, str] | str:

@@ -18,6 +18,7 @@ References:
 
 import itertools
 import re
+import urllib.parse
 import warnings
 from typing import Any
 
@@ -32,6 +33,18 @@ _BLOCKS = {
 }
 # White space of HTML; others, such as the no-break space, are text.
 _SPACE = re.compile(r"[ \t\n\r\f]+")
+
+
+def site(row: dict[str, Any]) -> str:
+  """The host of the question's address, the first of a row's `metadata`."""
+  found = row.get("metadata")
+  address = found[0] if isinstance(found, list) and found else None
+  if not isinstance(address, str):
+    return ""
+  try:
+    return urllib.parse.urlsplit(address).hostname or ""
+  except ValueError:
+    return ""
 
 
 def texts(row: Any) -> list[tuple[str, str, str] | str]:

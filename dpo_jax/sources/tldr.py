@@ -27,6 +27,13 @@ from dpo_jax import comparisons
 CUE = "TL;DR:"
 
 
+def subreddit(row: dict[str, Any]) -> str:
+  """Where a row that `texts` took was posted; "" of a flat row."""
+  info = row.get("info")
+  found = info.get("subreddit") if isinstance(info, dict) else None
+  return found if isinstance(found, str) else ""
+
+
 def texts(row: Any) -> tuple[str, str, str] | str:
   """Prompt, chosen and rejected of a row; or why it is left out.
 
