@@ -29,6 +29,7 @@ def training() -> config_dict.ConfigDict:
   c.optimizer = optimizer()
   c.mesh = mesh()
   c.guards = guards()
+  c.samples = samples()
   # Pairs (SFT: examples) of one update, over all devices.
   c.batch_size = 64
   # Into how many parts a batch is split, one after another on the device:
@@ -105,6 +106,29 @@ def trackers() -> config_dict.ConfigDict:
   # "online" needs a key in WANDB_API_KEY or W&B's own store; "offline" keeps
   # the run in wandb/, for `wandb sync`.
   c.wandb_mode = "online"
+  return c
+
+
+def samples() -> config_dict.ConfigDict:
+  """Answers to held-out prompts as training goes on, into samples.jsonl."""
+  c = config_dict.ConfigDict()
+  # How many prompts are answered, the first of the held-out rows (of every
+  # source in turn); all are decoded at once. 0: none.
+  c.prompts = 0
+  # Updates between two samplings; there is always one before the first update
+  # and one after the last. 0: only those.
+  c.every = 100
+  # 0 is greedy.
+  c.temperature = 1.0
+  # Draw among the k likeliest tokens; 0 is off.
+  c.top_k = 0
+  # Draw among the likeliest tokens that together reach this probability; 1.0
+  # is off.
+  c.top_p = 1.0
+  # Tokens of an answer at most, EOS included.
+  c.max_new_tokens = 128
+  # A longer prompt keeps its last so many tokens.
+  c.max_prompt_tokens = 256
   return c
 
 

@@ -3,7 +3,8 @@
 import dataclasses
 import logging
 import re
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from dpo_jax import (
   comparisons,
@@ -19,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 # Steps between two looks at which answers have ended, at most; no setting,
 # because it changes neither memory nor any answer.
-_CHUNK = 32
+CHUNK = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,7 @@ class AnswerSettings:
       batch_size=self.batch_size,
       length_multiple=self.length_multiple,
       prefill_tokens=self.prefill_tokens,
-      chunk=_CHUNK,
+      chunk=CHUNK,
       span=self.span,
       cache=self.dtype if self.cache == "model" else self.cache,
       cache_gib=self.cache_gib,
@@ -180,17 +181,36 @@ def prompts(
   loaded = sources.load(
     source, "eval", settings.data.filters, settings.data.limit
   )
-  rows = list({row.id: row for row in loaded.rows}.values())
+  where = source.eval_path or source.train_path
+  return encoded(loaded.rows, tokenizer, settings.max_prompt_tokens, where)
+
+
+def encoded(
+  pairs: Sequence[comparisons.Comparison],
+  tokenizer: tokenizer_lib.Tokenizer,
+  longest: int,
+  where: str,
+) -> list[Prompt]:
+  """The prompts of pairs, each id once; what is left out or cut is logged.
+
+  Args:
+    pairs: in order.
+    tokenizer: the model's; a prompt with one of its special tokens is left out.
+    longest: tokens that a prompt keeps, its last ones.
+    where: the pairs come from, for messages.
+
+  Raises:
+    ValueError: nothing is left.
+  """
+  rows = list({row.id: row for row in pairs}.values())
   kept = [row for row in rows if not tokenizer.special_in(row.prompt)]
   if not kept:
     raise ValueError(
-      f"{source.eval_path or source.train_path}: every prompt holds a special"
-      " token of the tokenizer"
+      f"{where}: every prompt holds a special token of the tokenizer"
     )
   encoded = tokenizer.encode_all([row.prompt for row in kept])
-  longest = settings.max_prompt_tokens
   notes = {
-    "repeating an earlier pair": len(loaded.rows) - len(rows),
+    "repeating an earlier pair": len(pairs) - len(rows),
     "left out for a special token in the prompt": len(rows) - len(kept),
     f"cut to their last {longest} tokens": sum(
       len(tokens) > longest for tokens in encoded
@@ -211,39 +231,64 @@ def wanted(
   """Every row of the file, in order, still without its text; its request."""
   rows, requests = [], []
   for prompt in prompts:
-    stream = sampling.stream(prompt.comparison.id)
     for temperature in job.policy.temperatures:
       for sample_id in range(settings.samples_per_prompt):
-        requests.append(
-          sampling.Request(
-            prompt=prompt.tokens,
-            stream=stream,
-            sample_id=sample_id,
-            temperature=temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            max_new_tokens=settings.max_new_tokens,
-            adapter=adapter,
-          )
+        row = question(
+          prompt,
+          model=job.policy.name,
+          step=job.step,
+          temperature=temperature,
+          top_k=settings.top_k,
+          top_p=settings.top_p,
+          max_new_tokens=settings.max_new_tokens,
+          seed=settings.seed,
+          sample_id=sample_id,
         )
-        rows.append(
-          records.Response(
-            prompt_id=prompt.comparison.id,
-            prompt=prompt.comparison.prompt,
-            response="",
-            chosen=prompt.comparison.chosen,
-            model=job.policy.name,
-            step=job.step,
-            temperature=temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            max_new_tokens=settings.max_new_tokens,
-            seed=settings.seed,
-            sample_id=sample_id,
-            token_count=0,
-            finish_reason="length",
-            mean_logp=None,
-            cut_prompt_tokens=prompt.cut,
-          )
-        )
+        rows.append(row)
+        requests.append(request(row, prompt, adapter))
   return rows, requests
+
+
+def question(prompt: Prompt, **asked: Any) -> records.Response:
+  """A row without its answer; `asked` are its fields from `model` on."""
+  return records.Response(
+    prompt_id=prompt.comparison.id,
+    prompt=prompt.comparison.prompt,
+    response="",
+    chosen=prompt.comparison.chosen,
+    token_count=0,
+    finish_reason="length",
+    mean_logp=None,
+    cut_prompt_tokens=prompt.cut,
+    subset=prompt.comparison.subset,
+    **asked,
+  )
+
+
+def request(
+  row: records.Response, prompt: Prompt, adapter: int
+) -> sampling.Request:
+  """What the sampler is asked for a row; `adapter` as in `Request`."""
+  return sampling.Request(
+    prompt=prompt.tokens,
+    stream=sampling.stream(row.prompt_id),
+    sample_id=row.sample_id,
+    temperature=row.temperature,
+    top_k=row.top_k,
+    top_p=row.top_p,
+    max_new_tokens=row.max_new_tokens,
+    adapter=adapter,
+  )
+
+
+def answered(
+  row: records.Response, sample: sampling.Sample
+) -> records.Response:
+  """The row with its answer."""
+  return dataclasses.replace(
+    row,
+    response=sample.text,
+    token_count=len(sample.tokens),
+    finish_reason=sample.finish_reason,
+    mean_logp=sample.mean_logp,
+  )

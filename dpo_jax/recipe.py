@@ -12,6 +12,7 @@ from dpo_jax import (
   model,
   optim,
   partitioning,
+  sampling,
   step_files,
   trackers,
 )
@@ -87,6 +88,33 @@ class LoraSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class SampleSettings:
+  """Answers to held-out prompts as training goes on; `prompts` 0 is none."""
+
+  prompts: int
+  every: int
+  temperature: float
+  top_k: int
+  top_p: float
+  max_new_tokens: int
+  max_prompt_tokens: int
+
+  def __post_init__(self):
+    sampling.check(
+      self.temperature, self.top_k, self.top_p, self.max_new_tokens
+    )
+    for name in ("prompts", "every"):
+      if getattr(self, name) < 0:
+        raise ValueError(
+          f"samples.{name}={getattr(self, name)} must not be negative"
+        )
+    if self.max_prompt_tokens < 1:
+      raise ValueError(
+        f"samples.max_prompt_tokens={self.max_prompt_tokens} must be at least 1"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainSettings:
   """One training run; every field is explained in configs/common.py."""
 
@@ -100,6 +128,7 @@ class TrainSettings:
   optimizer: optim.OptimizerSettings
   mesh: partitioning.MeshSettings
   guards: guards.GuardSettings
+  samples: SampleSettings
   batch_size: int
   microbatches: int
   epochs: int

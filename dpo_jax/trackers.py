@@ -165,6 +165,11 @@ class Writer:
     self._metrics.write(row)
     self.trackers.write(row)
 
+  def table(
+    self, step: int, name: str, columns: Sequence[str], rows: Rows
+  ) -> None:
+    self.trackers.table(step, name, columns, rows)
+
   def at(self, step: int) -> list[dict[str, Any]]:
     return self._metrics.at(step)
 

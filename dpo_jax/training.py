@@ -35,6 +35,7 @@ from dpo_jax import (
   recipe,
   records,
   rundir,
+  samples,
   settings,
   steps,
   trackers,
@@ -107,12 +108,16 @@ def _train(
     workdir / "checkpoints", config.retention()
   )
   made, state, inputs = assembly.assemble(config, workdir, checkpoints)
+  with processes.together("reading the prompts of samples"):
+    sampler = samples.make(config, made, workdir / samples.FILE)
   if processes.first():
     assembly.write_manifest(workdir, config, made, state, changed + inputs)
     # Not before: settings that were refused must not bind the directory.
     allowed = (*config.allow_changes, *recipe.FREE)
     rundir.claim(workdir, settings.to_dict(config), allowed)
-  _Loop(config, workdir, made, checkpoints, state, watch, publisher).train()
+  _Loop(
+    config, workdir, made, checkpoints, state, watch, publisher, sampler
+  ).train()
 
 
 class _Loop:
@@ -127,8 +132,9 @@ class _Loop:
     state: steps.TrainState,
     watch: interruption.Watch,
     publisher: hub.Publisher | None,
+    sampler: samples.Sampler,
   ):
-    self.watch, self.publisher = watch, publisher
+    self.watch, self.publisher, self.sampler = watch, publisher, sampler
     self.config, self.workdir = config, workdir
     self.made, self.checkpoints, self.state = made, checkpoints, state
     self.steps = made.feed.steps
@@ -173,6 +179,9 @@ class _Loop:
 
   def _loop(self) -> None:
     self._catch_up()
+    self.sampler.catch_up(
+      self.start, self.state.params, self.writer, self.watch
+    )
     fed = self.made.feed.training(self.start)
     now = next(fed, None)
     waiting = None
@@ -188,12 +197,18 @@ class _Loop:
       now = next(fed, None)
       stop = self.watch.requested()
       evaluate = self._due(done, self.config.eval_every)
+      sample = self.sampler.due(done)
       save = self._due(done, self.config.checkpoint_every)
-      if evaluate or save or stop or done == 1:
+      if evaluate or sample or save or stop or done == 1:
         self._record(*waiting)
         waiting = None
       if evaluate and not stop:
         stop = not self._evaluate(done)
+      if sample and not stop:
+        stop = not self.sampler.write(
+          done, self.state.params, self.writer, self.watch
+        )
+        self.clock = metrics.Throughput()
       if save or stop:
         self._save(done, export=save)
       if stop:

@@ -3,6 +3,7 @@
 Real processes, each with four CPU devices, that talk over gloo.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -25,6 +26,7 @@ from dpo_jax import (
   processes,
   recipe,
   records,
+  samples,
   settings,
   tokenizer,
   training,
@@ -100,6 +102,8 @@ def config(files, **changes):
   c.batch_size, c.microbatches, c.eval_batch_size = 4, 1, 4
   c.checkpoint_every, c.eval_every = 2, 2
   c.mesh.data, c.mesh.fsdp = 1, 8
+  c.samples.prompts, c.samples.every, c.samples.temperature = 3, 2, 0.0
+  c.samples.max_new_tokens, c.samples.max_prompt_tokens = 4, 36
   c.update(changes)
   return c
 
@@ -189,6 +193,14 @@ def test_two_processes_do_what_one_does(files, tmp_path):
     for key in a.keys() - SPEED:
       assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-5), key
   assert abs(one[-2]["rewards/margins"]) > 1e-3
+  # Answered by both together, at steps 0, 2 and 4, and written by one.
+  answered = [
+    records.read(d / samples.FILE, records.Response) for d in (alone, run)
+  ]
+  assert [row.step for row in answered[1]] == [0] * 3 + [2] * 3 + [4] * 3
+  for a, b in zip(*answered, strict=True):
+    assert b.mean_logp == pytest.approx(a.mean_logp, abs=1e-5)
+    assert dataclasses.replace(b, mean_logp=a.mean_logp) == a
   # Gathered from both; moved by sums in another order.
   weights = [
     safetensors.numpy.load_file(d / "export" / "model.safetensors")

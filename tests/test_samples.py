@@ -1,0 +1,315 @@
+"""Answers as training goes on: whose they are, and what they leave alone."""
+
+import contextlib
+import csv
+import dataclasses
+import itertools
+import os
+import signal
+
+import jax
+import pytest
+import running
+
+from dpo_jax import (
+  decoding,
+  hf,
+  metrics,
+  records,
+  samples,
+  sampling,
+  sources,
+  tokenizer,
+  training,
+)
+
+# Three prompts of six, at steps 0, 3, 6 and, the last, 7.
+ASKED = {
+  "samples.prompts": 3,
+  "samples.every": 3,
+  "samples.temperature": 0.7,
+  "samples.max_new_tokens": 6,
+  "samples.max_prompt_tokens": 16,
+}
+FULL = {"lora.rank": 0, "export_adapters": False}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  return running.make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="module")
+def config(files):
+  return running.configs(files)
+
+
+@contextlib.contextmanager
+def compiled():
+  """The names of the programs that are compiled meanwhile, in order."""
+  names = []
+
+  def listen(event, seconds, **about):
+    if event == "/jax/core/compile/backend_compile_duration":
+      names.append(about["fun_name"])
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield names
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture(scope="module")
+def programs():
+  """What the run of `sampled` compiled."""
+  return []
+
+
+@pytest.fixture(scope="module")
+def sampled(config, programs, tmp_path_factory):
+  """An uninterrupted run with samples."""
+  workdir = tmp_path_factory.mktemp("sampled") / "run"
+  with compiled() as names:
+    training.run(config(**ASKED, **{"trackers.use": ["csv"]}), workdir)
+  programs += names
+  return workdir
+
+
+def rows(workdir):
+  return records.read(workdir / samples.FILE, records.Response)
+
+
+def test_the_first_prompts_are_answered_at_every_interval(sampled, files):
+  loaded = sources.read_file(str(files / "test.jsonl")).rows[:3]
+  found = rows(sampled)
+  assert [(row.step, row.prompt_id) for row in found] == [
+    (step, one.id) for step in (0, 3, 6, 7) for one in loaded
+  ]
+  words = tokenizer.load(files / "tokenizer")
+  for row, one in zip(found, loaded * 4, strict=True):
+    assert (row.prompt, row.chosen) == (one.prompt, one.chosen)
+    assert (row.model, row.temperature, row.seed) == ("dpo", 0.7, 5)
+    assert 1 <= row.token_count <= 6
+    assert row.cut_prompt_tokens == len(words.encode(one.prompt)) - 16
+  # Noise is the same at all steps: what differs was learned.
+  logps = [[r.mean_logp for r in found if r.step == s] for s in (0, 3, 6, 7)]
+  assert all(a != b for a, b in itertools.pairwise(logps))
+
+
+def generated(config, base, lora, files, wanted):
+  """The rows with the answers of weights that were read from files."""
+  words = tokenizer.load(files / "tokenizer")
+  requests = [
+    sampling.Request(
+      tuple(words.encode(row.prompt)[-16:]),
+      sampling.stream(row.prompt_id),
+      0,
+      0.7,
+      0,
+      1.0,
+      6,
+    )
+    for row in wanted
+  ]
+  engine = sampling.Engine(8, 64, 4096, 32, 0, "float32", 1.0, 5)
+  made = {}
+  for ended in sampling.generate(config, base, lora, words, requests, engine):
+    made |= dict(ended)
+  return [
+    dataclasses.replace(
+      row, response=made[at].text, token_count=len(made[at].tokens)
+    )
+    for at, row in enumerate(wanted)
+  ]
+
+
+def test_the_answers_are_the_policys(sampled, files):
+  """With its adapters, unmerged, as they were at that step."""
+  shape, base = hf.load(
+    files / "model",
+    dtype="float32",
+    remat="none",
+    lora=None,
+    param_dtype="float32",
+  )
+  found = rows(sampled)
+  for step in (0, 6, 7):
+    own = [row for row in found if row.step == step]
+    adapted, lora = shape, None
+    if step:
+      path = sampled / "adapters" / f"step-{step:06d}"
+      adapter, lora = hf.load_adapter(path, shape, base)
+      adapted = dataclasses.replace(shape, lora=adapter)
+    assert generated(adapted, base, lora, files, own) == own
+
+
+def test_training_is_what_it_is_without_them(
+  sampled, programs, config, tmp_path
+):
+  with compiled() as plain:
+    training.run(config(), tmp_path / "run")
+
+  def count(names, name):
+    return sum(name in one for one in names)
+
+  # The step's program is compiled as often; that of decoding once for all
+  # four steps.
+  assert count(programs, "train_step") == count(plain, "train_step") >= 1
+  assert count(programs, "eval_step") == count(plain, "eval_step") >= 1
+  assert (count(programs, "advance"), count(plain, "advance")) == (1, 0)
+  assert not (tmp_path / "run" / samples.FILE).exists()
+  assert running.read(sampled) == running.read(tmp_path / "run")
+  assert running.weights(sampled) == running.weights(tmp_path / "run")
+
+
+def test_trackers_get_a_table(sampled):
+  for step in (0, 3, 6, 7):
+    path = sampled / "tables" / f"samples-{step:06d}.csv"
+    with path.open(newline="") as file:
+      head, *lines = csv.reader(file)
+    assert tuple(head) == samples.COLUMNS
+    own = [row for row in rows(sampled) if row.step == step]
+    assert [line[:4] for line in lines] == [
+      [row.prompt, row.response, row.chosen, str(row.token_count)]
+      for row in own
+    ]
+
+
+# --- going on
+
+
+def stop_at(monkeypatch, step):
+  """Raises where Ctrl-C might: just when a step's metrics are written."""
+  original = metrics.Writer.write
+
+  def write(self, row):
+    original(self, row)
+    if row["step"] == step and "loss" in row:
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(metrics.Writer, "write", write)
+
+
+@pytest.mark.parametrize("step", [5, 7])
+def test_going_on_gives_the_same_file(
+  sampled, config, tmp_path, monkeypatch, step
+):
+  """From the checkpoint of step 4, or of 6; rows of 6 are cut by a kill."""
+  whole = (sampled / samples.FILE).read_bytes()
+  lines = whole.splitlines(keepends=True)
+  workdir = tmp_path / "run"
+  with monkeypatch.context() as patch:
+    stop_at(patch, step)
+    with pytest.raises(KeyboardInterrupt):
+      training.run(config(**ASKED), workdir)
+  path = workdir / samples.FILE
+  if step == 5:
+    # What a kill after step 6, while its rows were appended, leaves.
+    assert path.read_bytes() == b"".join(lines[:6])
+    path.write_bytes(b"".join(lines[:7]) + lines[7][:40])
+  else:
+    # Rows of the step that it goes on from: one of three, and a part.
+    assert path.read_bytes() == b"".join(lines[:9])
+    path.write_bytes(b"".join(lines[:7]) + lines[7][:40])
+  training.run(config(**ASKED), workdir)
+  assert path.read_bytes() == whole
+
+
+def test_rows_that_are_there_are_not_made_again(
+  sampled, config, tmp_path, monkeypatch
+):
+  workdir = tmp_path / "run"
+  with monkeypatch.context() as patch:
+    stop_at(patch, 7)
+    with pytest.raises(KeyboardInterrupt):
+      training.run(config(**ASKED), workdir)
+  asked = []
+  generate = sampling.generate
+
+  def counting(*arguments):
+    asked.append(1)
+    return generate(*arguments)
+
+  monkeypatch.setattr(sampling, "generate", counting)
+  training.run(config(**ASKED), workdir)
+  # Step 6, where it goes on, has its rows: only those of 7 are made.
+  assert len(asked) == 1
+  assert (workdir / samples.FILE).read_bytes() == (
+    sampled / samples.FILE
+  ).read_bytes()
+
+
+def test_stopped_between_two_answers(sampled, config, tmp_path, monkeypatch):
+  """A request to stop during samples loses neither a row nor the step."""
+  changes = config(**ASKED)
+  workdir = tmp_path / "run"
+  generate = sampling.generate
+  seen = []
+
+  def stopping(*arguments):
+    for ended in generate(*arguments):
+      seen.append(1)
+      if len(seen) == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+      yield ended
+
+  with monkeypatch.context() as patch:
+    patch.setattr(sampling, "generate", stopping)
+    with pytest.raises(Exception, match="after step 3, which is saved"):
+      training.run(changes, workdir)
+  assert {row.step for row in rows(workdir)} == {0}
+  training.run(changes, workdir)
+  assert (workdir / samples.FILE).read_bytes() == (
+    sampled / samples.FILE
+  ).read_bytes()
+
+
+# --- what is shared
+
+
+def pointers(tree):
+  return [
+    shard.data.unsafe_buffer_pointer()
+    for leaf in jax.tree.leaves(tree)
+    for shard in leaf.addressable_shards
+  ]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_weights_are_those_of_the_step(config, tmp_path, monkeypatch, full):
+  """The very buffers, on the training mesh, and no other of their shapes."""
+  changes = ASKED | (FULL if full else {}) | {"max_steps": 3}
+  write, advance, read = samples.Sampler.write, decoding.advance, decoding.read
+  trained, used, alive = [], [], []
+
+  def kernels(tree):
+    shapes = {leaf.shape for leaf in jax.tree.leaves(tree)}
+    return sum(leaf.shape in shapes for leaf in jax.live_arrays())
+
+  def writing(self, step, params, *arguments):
+    trained.append(pointers(params["base"]))
+    before = kernels(params["base"])
+    done = write(self, step, params, *arguments)
+    alive.append((before, kernels(params["base"])))
+    return done
+
+  def reading(program, base, lora, *arguments):
+    used.append(pointers(base) == trained[-1])
+    return read(program, base, lora, *arguments)
+
+  def advancing(program, span, base, lora, *arguments):
+    used.append(pointers(base) == trained[-1])
+    state = advance(program, span, base, lora, *arguments)
+    jax.block_until_ready(state)
+    alive.append((kernels(base), kernels(base)))
+    return state
+
+  monkeypatch.setattr(samples.Sampler, "write", writing)
+  monkeypatch.setattr(decoding, "read", reading)
+  monkeypatch.setattr(decoding, "advance", advancing)
+  training.run(config(**changes), tmp_path / "run")
+  # Before the first step, and after the third, the last.
+  assert len(trained) == 2
+  assert used == [True] * 4
+  assert len({count for pair in alive for count in pair}) == 1
