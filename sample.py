@@ -3,19 +3,22 @@
   python sample.py --config=configs/sample.py:paper --workdir=runs/paper
 
 The same command goes on after an interruption: answers that are there are
-kept.
+kept. Started on several hosts, each answers its share of the prompts.
 """
 
 import pathlib
 from typing import Any
 
-from dpo_jax import answers, cli, console, grid, settings
+from dpo_jax import answers, cli, console, grid, processes, settings
 
 
 def main(config: dict[str, Any], workdir: pathlib.Path) -> int:
-  built = settings.build(grid.AnswerSettings, config)
-  for path in answers.run(built, workdir):
-    console.result(str(path), path=str(path))
+  with processes.joined():
+    built = settings.build(grid.AnswerSettings, config)
+    paths = answers.run(built, workdir)
+  if processes.first():
+    for path in paths:
+      console.result(str(path), path=str(path))
   return 0
 
 

@@ -17,8 +17,9 @@ model with a DPO adapter beside it. Checkpoints are sampled with
 `checkpoints(...)`, as both variants do.
 
 Policies of one base are answered together: its weights are read once a step for
-all of their adapters. Best of N is `--config.samples_per_prompt=N`: N answers
-to each prompt at each temperature share one reading of the prompt.
+all of their adapters. `best-of-n` draws 16 answers of the DPO model to each
+prompt, from one reading of it; another N is `--config.samples_per_prompt=N`,
+which any variant takes.
 
 Made for: one accelerator of 40 GB or more: Pythia-2.8B in bfloat16 is 5.6 GB,
 and the cache of 64 rows of 512 tokens is 11 GB. Hours: not measured.
@@ -35,6 +36,8 @@ CHECKPOINTS = (0.7, 1.0)
 
 
 def get_config(variant: str = "paper"):
+  if variant == "best-of-n":
+    return best_of_n()
   c = sampling()
   base, sft = "EleutherAI/pythia-2.8b", "runs/sft/export"
   c.tokenizer = base
@@ -54,7 +57,18 @@ def get_config(variant: str = "paper"):
     c.data.source.subsets = ("harmless-base",)
     c.data.limit = 150
   else:
-    raise ValueError(f"variant {variant!r} must be 'paper' or 'seed'")
+    raise ValueError(
+      f"variant {variant!r} must be 'paper', 'seed' or 'best-of-n'"
+    )
+  return c
+
+
+def best_of_n() -> config_dict.ConfigDict:
+  """Several answers to each prompt, for whatever ranks them."""
+  c = sampling()
+  c.policies.dpo = policy("dpo", "runs/dpo/export", (1.0,))
+  c.samples_per_prompt = 16
+  c.data.filters.single_turn = True
   return c
 
 
@@ -105,6 +119,8 @@ def sampling() -> config_dict.ConfigDict:
   c.merge_adapters = False
   # What weights are kept in and blocks compute in: "float32" or "bfloat16".
   c.dtype = "bfloat16"
+  # Devices of each process: with several, every one of them answers its share
+  # of the prompts on its own devices, and has all weights there.
   c.mesh = common.mesh()
   return c
 

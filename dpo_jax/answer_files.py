@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,6 +96,25 @@ def claim(path: pathlib.Path, origin: dict[str, Any], begun: bool) -> None:
     )
 
 
+def part(path: pathlib.Path, number: int) -> pathlib.Path:
+  """Where another process than the first keeps its rows of a file.
+
+  It lies in a directory of its own: who reads all files of answers, reads no
+  row twice.
+  """
+  return path.parent / "parts" / f"{path.stem}.part-{number}.jsonl"
+
+
+def parts(path: pathlib.Path) -> list[pathlib.Path]:
+  """The parts of a file that are there."""
+  name = re.compile(rf"{re.escape(path.stem)}\.part-\d+\.jsonl")
+  return sorted(
+    found
+    for found in (path.parent / "parts").glob("*.jsonl")
+    if name.fullmatch(found.name)
+  )
+
+
 class Seconds:
   """How long each answer took, beside the file of answers.
 
@@ -121,6 +141,14 @@ class Seconds:
       lines.append(json.dumps(line) + "\n")
     with open(self._path, "a", encoding="utf-8") as file:
       file.write("".join(lines))
+
+  def take(self, part: pathlib.Path) -> None:
+    """Adds the lines beside a part of the file, and removes them there."""
+    theirs = part.with_suffix(".seconds")
+    if theirs.exists():
+      with open(self._path, "a", encoding="utf-8") as file:
+        file.write(theirs.read_text("utf-8"))
+      theirs.unlink()
 
 
 def weights(path: str) -> str:

@@ -8,10 +8,16 @@ Rows are appended as answers end, so that a run that was interrupted goes on
 with what is missing. A finished file stands in the order of prompts,
 temperatures and sample ids and equals, byte for byte, the file of a run that
 nothing interrupted.
+
+With several processes each answers a share of the prompts on its own devices
+and needs nothing of the others meanwhile. The first one writes the files, the
+others parts of them, which the first one takes in at the end, or when the run
+goes on, with however many processes.
 """
 
 import contextlib
 import dataclasses
+import json
 import pathlib
 import time
 from collections.abc import Iterator
@@ -20,18 +26,18 @@ from typing import Any
 import jax
 
 from dpo_jax import (
-  answer_files,
+  answer_parts,
   answer_table,
   console,
-  draw,
   grid,
   hf,
   model,
   partitioning,
-  records,
+  processes,
   sampling,
 )
 from dpo_jax import lora as lora_lib
+from dpo_jax import settings as settings_lib
 from dpo_jax import tokenizer as tokenizer_lib
 
 
@@ -48,16 +54,6 @@ class _Group:
   config: model.ModelConfig
   base: Any
   lora: Any
-
-
-@dataclasses.dataclass
-class _File:
-  """One job's file while it is written."""
-
-  store: records.Store
-  seconds: answer_files.Seconds
-  wanted: list[records.Response]
-  done: dict[int, records.Response]
 
 
 def run(
@@ -79,9 +75,38 @@ def run(
     ValueError: an input is wrong, or a file holds answers of other weights,
       another tokenizer or other parameters than these.
   """
-  if jax.process_count() > 1:
-    raise ValueError("sampling runs in one process; start it on one host")
-  mesh = partitioning.make_mesh(**dataclasses.asdict(settings.mesh))
+  if not processes.first():
+    console.mute()
+  with processes.together("reading what is to be answered"):
+    mesh, jobs, tokenizer, prompts = _prepare(settings)
+  _agree(settings, jobs, prompts)
+  directory = workdir / "responses"
+  with contextlib.ExitStack() as kept:
+    with contextlib.ExitStack() as parts:
+      stack = kept if processes.first() else parts
+      files = answer_parts.open_all(stack, settings, jobs, prompts, directory)
+      left = [
+        job for job in jobs if len(files[job].done) < len(files[job].wanted)
+      ]
+      for group in _groups(settings, left, mesh):
+        _generate(settings, group, files, tokenizer, prompts, mesh)
+    processes.wait("all prompts are answered")
+    with processes.together("gathering the answers"):
+      if processes.first():
+        for file in files.values():
+          answer_parts.take_parts(file)
+          answer_parts.order(file)
+  if processes.first():
+    rows = [row for file in files.values() for row in file.done.values()]
+    console.result("\n".join(answer_table.lines(rows)), "answers")
+  return [directory / f"{job.stem}.jsonl" for job in jobs]
+
+
+def _prepare(settings: grid.AnswerSettings):
+  """The mesh of this process, the jobs, the tokenizer and the prompts."""
+  mesh = partitioning.make_mesh(
+    **dataclasses.asdict(settings.mesh), devices=jax.local_devices()
+  )
   shards = partitioning.data_shards(mesh)
   if settings.batch_size % shards:
     raise ValueError(
@@ -94,42 +119,19 @@ def run(
       hf.read_config(path), settings.max_prompt_tokens, settings.max_new_tokens
     )
   tokenizer = tokenizer_lib.load(settings.tokenizer)
-  prompts = grid.prompts(settings, tokenizer)
-  directory = workdir / "responses"
-  with contextlib.ExitStack() as stack:
-    files = {
-      job: stack.enter_context(_opened(settings, job, prompts, directory))
-      for job in jobs
-    }
-    left = [
-      job for job in jobs if len(files[job].done) < len(files[job].wanted)
-    ]
-    for group in _groups(settings, left, mesh):
-      _generate(settings, group, files, tokenizer, prompts, mesh)
-    for file in files.values():
-      _order(file)
-  rows = [row for file in files.values() for row in file.done.values()]
-  console.result("\n".join(answer_table.lines(rows)), "answers")
-  return [file.store.path for file in files.values()]
+  return mesh, jobs, tokenizer, grid.prompts(settings, tokenizer)
 
 
-@contextlib.contextmanager
-def _opened(settings, job, prompts, directory) -> Iterator[_File]:
-  """A job's file, locked, with what it holds checked against what it is to."""
-  path = directory / f"{job.stem}.jsonl"
-  wanted, _ = grid.wanted(settings, job, prompts, -1)
-  with records.Store(path, records.Response) as store:
-    answer_files.claim(path, _origin(settings, job), bool(store.rows))
-    done = answer_files.match(path, store.rows, wanted)
-    yield _File(store, answer_files.Seconds(path), wanted, done)
-
-
-def _order(file: _File) -> None:
-  """Rewrites a complete file in order, if it is not."""
-  ordered = [file.done[index] for index in range(len(file.wanted))]
-  text = b"".join(map(records.encode, ordered)).decode()
-  if file.store.path.read_bytes() != text.encode():
-    records.write_atomic(file.store.path, text)
+def _agree(settings, jobs, prompts) -> None:
+  """Checks that all processes are to answer the same, from the same files."""
+  if jax.process_count() == 1:
+    return
+  processes.agree("the config", json.dumps(settings_lib.to_dict(settings)))
+  with processes.together("reading the models"):
+    origins = [answer_parts.origin(settings, job) for job in jobs]
+  processes.agree("a model or tokenizer", json.dumps(origins))
+  ids = [prompt.comparison.id for prompt in prompts]
+  processes.agree("the prompts", json.dumps(ids))
 
 
 def _groups(settings, jobs, mesh) -> Iterator[_Group]:
@@ -181,15 +183,19 @@ def _generate(settings, group, files, tokenizer, prompts, mesh) -> None:
     _, own = grid.wanted(settings, job, prompts, adapter)
     places += [(files[job], index) for index in range(len(own))]
     requests += own
-  missing = [
+  left = [
     at for at, (file, index) in enumerate(places) if index not in file.done
   ]
+  missing = answer_parts.share(places, left)
   started, tokens = time.perf_counter(), 0
   name = group.jobs[0].stem
   if len(group.jobs) > 1:
     name += f" and {len(group.jobs) - 1} more"
   with console.Bar(
-    len(places), name, "answer", len(places) - len(missing)
+    len(places) - len(left) + len(missing),
+    name,
+    "answer",
+    len(places) - len(left),
   ) as bar:
     for ended in sampling.generate(
       group.config,
@@ -212,31 +218,11 @@ def _generate(settings, group, files, tokenizer, prompts, mesh) -> None:
 
 def _by_file(places, ended):
   """(file, [(index, row, seconds)]) of answers that ended together."""
-  found: dict[pathlib.Path, tuple[_File, list]] = {}
+  found: dict[pathlib.Path, tuple[answer_parts.File, list]] = {}
   for at, sample in ended:
     file, index = places[at]
-    row = dataclasses.replace(
-      file.wanted[index],
-      response=sample.text,
-      token_count=len(sample.tokens),
-      finish_reason=sample.finish_reason,
-      mean_logp=sample.mean_logp,
-    )
+    row = grid.answered(file.wanted[index], sample)
     found.setdefault(file.store.path, (file, []))[1].append(
       (index, row, sample.seconds)
     )
   return found.values()
-
-
-def _origin(settings: grid.AnswerSettings, job: grid.Job) -> dict[str, Any]:
-  """What rows depend on and do not say themselves."""
-  return {
-    "model": answer_files.weights(job.policy.path),
-    "adapter": answer_files.weights(job.adapter) if job.adapter else "",
-    "tokenizer": answer_files.tokenizer(settings.tokenizer),
-    "max_prompt_tokens": settings.max_prompt_tokens,
-    "dtype": settings.dtype,
-    "cache": settings.cache,
-    "merge_adapters": settings.merge_adapters and bool(job.adapter),
-    "noise": draw.SCHEME,
-  }

@@ -5,10 +5,13 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 
+import jax
 import pytest
+import running
 import scripted
 import tiny
 
@@ -189,6 +192,92 @@ def test_going_on_after_sigkill_gives_the_same_file(
   assert all(json.loads(line)["seconds"] >= 0 for line in seconds)
 
 
+def test_two_processes_write_what_one_writes(world, whole, tmp_path):
+  """Each answers three of the six prompts; the first one has the file."""
+  (tmp_path / "config.py").write_text(running.CONFIG)
+  (tmp_path / "config.json").write_text(json.dumps(world.values))
+  with socket.socket() as one:
+    one.bind(("localhost", 0))
+    port = one.getsockname()[1]
+  children = [
+    subprocess.Popen(
+      [
+        *(sys.executable, "sample.py", f"--config={tmp_path / 'config.py'}"),
+        f"--workdir={tmp_path / 'run'}",
+      ],
+      cwd=ROOT,
+      # As many devices as here: the same shapes, so the same roundings.
+      env=os.environ
+      | {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": str(number),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+      },
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for number in range(2)
+  ]
+  said = [child.communicate(timeout=300) for child in children]
+  assert [child.returncode for child in children] == [0, 0], said
+  directory = tmp_path / "run" / "responses"
+  assert (directory / "sft.jsonl").read_bytes() == whole.read_bytes()
+  names = {path.name for path in directory.iterdir()}
+  assert names == {"sft.jsonl", "sft.json", "sft.seconds"}
+  assert len((directory / "sft.seconds").read_text().splitlines()) == 12
+  # Each was given half of the prompts, and one speaks for both.
+  assert "6/6 answers" in said[0][1]
+  assert str(directory / "sft.jsonl") in said[0][0]
+  assert "sft" not in said[1][0] + said[1][1]
+
+
+def test_parts_of_processes_that_were_killed_are_taken_in(
+  world, whole, tmp_path, monkeypatch
+):
+  path = tmp_path / "responses" / "sft.jsonl"
+  (path.parent / "parts").mkdir(parents=True)
+  path.with_suffix(".json").write_bytes(whole.with_suffix(".json").read_bytes())
+  lines = whole.read_bytes().splitlines(keepends=True)
+  path.write_bytes(b"".join(lines[:2]))
+  parts = [path.parent / "parts" / f"sft.part-{n}.jsonl" for n in (1, 12)]
+  # One row that the file has already, and one that was cut.
+  parts[0].write_bytes(b"".join(lines[1:5]) + lines[5][:30])
+  parts[1].write_bytes(lines[8])
+  parts[1].with_suffix(".seconds").write_text('{"seconds": 1.5}\n')
+  # Of another policy, whose name begins alike.
+  other = path.parent / "parts" / "sft.part-1.part-1.jsonl"
+  other.write_bytes(b"")
+  asked = []
+  generate = sampling.generate
+
+  def counting(*arguments):
+    asked.extend(arguments[-1])
+    return generate(*arguments)
+
+  monkeypatch.setattr(sampling, "generate", counting)
+  answers.run(world.build(), tmp_path)
+  assert asked == [5, 6, 7, 9, 10, 11]
+  assert path.read_bytes() == whole.read_bytes()
+  assert list((path.parent / "parts").iterdir()) == [other]
+  assert '{"seconds": 1.5}' in path.with_suffix(".seconds").read_text()
+
+
+def test_parts_of_other_weights_are_refused(world, whole, tmp_path):
+  """Even where the first process had no answer yet."""
+  path = tmp_path / "responses" / "sft.jsonl"
+  (path.parent / "parts").mkdir(parents=True)
+  origin = json.loads(whole.with_suffix(".json").read_text())
+  path.with_suffix(".json").write_text(json.dumps(origin | {"model": "x"}))
+  part = path.parent / "parts" / "sft.part-1.jsonl"
+  part.write_bytes(whole.read_bytes())
+  with pytest.raises(ValueError, match=r"sft\.model: 'x' -> "):
+    answers.run(world.build(), tmp_path)
+  assert part.read_bytes() == whole.read_bytes()
+
+
 def test_rows_that_are_there_are_not_generated_again(world, whole, tmp_path):
   path = tmp_path / "responses" / "sft.jsonl"
   path.parent.mkdir()
@@ -251,6 +340,36 @@ def test_samples_of_a_prompt_differ(world, tmp_path):
   rows = records.read(path, records.Response)
   assert [row.sample_id for row in rows] == [0, 1] * 6
   assert all(a.response != b.response for a, b in zip(rows[::2], rows[1::2]))
+
+
+def test_best_of_n_is_a_few_lines(world, tmp_path):
+  """N different answers to each prompt, told apart by their ids."""
+  values = sample_config.get_config("best-of-n").to_dict()
+  (policy,) = values["policies"].values()
+  assert (policy["temperatures"], values["samples_per_prompt"]) == ((1.0,), 16)
+  policy |= {"path": str(world.root / "model")}
+  names = ("tokenizer", "data", "dtype", "batch_size", "length_multiple")
+  values |= {name: world.values[name] for name in names}
+  values |= {"samples_per_prompt": 5, "max_new_tokens": 12}
+  values |= {"max_prompt_tokens": 32}
+  built = settings.build(grid.AnswerSettings, values)
+  (path,) = answers.run(built, tmp_path)
+  rows = records.read(path, records.Response)
+  assert [(row.prompt_id, row.sample_id) for row in rows] == [
+    (one.id, sample_id) for one in world.rows for sample_id in range(5)
+  ]
+  assert len({row.unit for row in rows}) == 30
+  for one in world.rows:
+    texts = [row.response for row in rows if row.prompt_id == one.id]
+    assert len(set(texts)) == 5
+  # Fewer are the first of them: nothing depends on how many there are.
+  fewer = settings.build(
+    grid.AnswerSettings, values | {"samples_per_prompt": 2}
+  )
+  (path,) = answers.run(fewer, tmp_path / "fewer")
+  assert records.read(path, records.Response) == [
+    row for row in rows if row.sample_id < 2
+  ]
 
 
 def test_empty_answers_and_turns_are_kept(world, tmp_path):
@@ -318,6 +437,20 @@ def test_refuses_to_mix_settings_in_one_file(world, whole, changes, message):
   assert whole.read_bytes() == before
 
 
+def test_goes_on_with_a_file_that_names_no_subset(world, whole, tmp_path):
+  """Of a version that did not write it: what it lacks is filled in."""
+  path = tmp_path / "responses" / "sft.jsonl"
+  path.parent.mkdir()
+  path.with_suffix(".json").write_bytes(whole.with_suffix(".json").read_bytes())
+  rows = [json.loads(line) for line in whole.read_bytes().splitlines()[:4]]
+  for row in rows:
+    assert row.pop("subset") == ""
+    del row["cut_prompt_tokens"]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  answers.run(world.build(), tmp_path)
+  assert path.read_bytes() == whole.read_bytes()
+
+
 def test_refuses_to_go_on_with_other_weights(world, whole):
   adapter = str(world.root / "adapters" / "step-000020")
   policies = {"sft": world.policy(adapter=adapter)}
@@ -381,6 +514,42 @@ def test_refuses_two_policies_of_one_file(world, tmp_path):
     answers.run(world.build(policies=policies), tmp_path)
 
 
+@pytest.mark.parametrize(
+  ("variant", "steps", "files", "rows"),
+  [
+    # Of a prompt: base, SFT and DPO at four temperatures each, and a
+    # checkpoint at two.
+    ("paper", 17, 3 + 17, 3 * 4 + 17 * 2),
+    ("seed", 9, 3 + 9, 3 * 4 + 9 * 2),
+    ("best-of-n", 0, 1, 16),
+  ],
+)
+def test_configs_ask_for_the_papers_experiments(
+  world, tmp_path, monkeypatch, variant, steps, files, rows
+):
+  """How many files there are, and how many answers to three prompts."""
+  for step in range(steps):
+    name = f"runs/dpo/adapters/step-{300 * (step + 1):06d}"
+    (tmp_path / name).mkdir(parents=True)
+  monkeypatch.chdir(tmp_path)
+  values = sample_config.get_config(variant).to_dict()
+  built = settings.build(grid.AnswerSettings, values)
+  prompts = [grid.Prompt(row, (2, 3), 0) for row in world.rows[:3]]
+  jobs = grid.jobs(built)
+  assert len(jobs) == files
+  asked = [grid.wanted(built, job, prompts, -1)[1] for job in jobs]
+  assert sum(map(len, asked)) == 3 * rows
+  grids = {(job.policy.name, job.step): job.policy.temperatures for job in jobs}
+  if variant != "best-of-n":
+    for name in ("base", "sft", "dpo"):
+      assert grids[name, None] == (0.25, 0.5, 0.75, 1.0)
+    assert grids["dpo", 300 * steps] == (0.7, 1.0)
+  # Every answer of a file is one of its own.
+  for own in asked:
+    keys = {(one.stream, one.sample_id, one.temperature) for one in own}
+    assert len(keys) == len(own)
+
+
 @pytest.mark.parametrize("variant", ["paper", "seed"])
 def test_configs_are_complete(variant):
   values = sample_config.get_config(variant).to_dict()
@@ -388,7 +557,7 @@ def test_configs_are_complete(variant):
   assert {p.name for p in built.policies.values()} == {"base", "sft", "dpo"}
   assert built.policies["dpo"].temperatures == (0.25, 0.5, 0.75, 1.0)
   assert built.policies["checkpoints"].temperatures == (0.7, 1.0)
-  with pytest.raises(ValueError, match="'paper' or 'seed'"):
+  with pytest.raises(ValueError, match="'paper', 'seed' or 'best-of-n'"):
     sample_config.get_config("papers")
 
 

@@ -23,7 +23,7 @@ CONFIGS = {
   "dpo": (recipe.TrainSettings, RECIPES),
   "hh": (replicate.ReplicateSettings, (*RECIPES, "smoke")),
   "judge": (runner.JudgeSettings, ("oracle", "openai", "local")),
-  "sample": (grid.AnswerSettings, ("paper", "seed")),
+  "sample": (grid.AnswerSettings, ("paper", "seed", "best-of-n")),
   "sft": (recipe.TrainSettings, RECIPES),
 }
 # Files that others are made from.
