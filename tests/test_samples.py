@@ -12,7 +12,9 @@ import pytest
 import running
 
 from dpo_jax import (
+  comparisons,
   decoding,
+  grid,
   hf,
   metrics,
   records,
@@ -191,11 +193,25 @@ def stop_at(monkeypatch, step):
   monkeypatch.setattr(metrics.Writer, "write", write)
 
 
-@pytest.mark.parametrize("step", [5, 7])
+@pytest.fixture
+def asked(monkeypatch):
+  """One entry for each time that the policy is sampled."""
+  calls = []
+  generate = sampling.generate
+
+  def counting(*arguments):
+    calls.append(1)
+    return generate(*arguments)
+
+  monkeypatch.setattr(sampling, "generate", counting)
+  return calls
+
+
+@pytest.mark.parametrize(("step", "again"), [(5, 2), (7, 1)])
 def test_going_on_gives_the_same_file(
-  sampled, config, tmp_path, monkeypatch, step
+  sampled, config, tmp_path, monkeypatch, asked, step, again
 ):
-  """From the checkpoint of step 4, or of 6; rows of 6 are cut by a kill."""
+  """From the checkpoint of step 4, or from that of 6, whose rows are there."""
   whole = (sampled / samples.FILE).read_bytes()
   lines = whole.splitlines(keepends=True)
   workdir = tmp_path / "run"
@@ -204,42 +220,49 @@ def test_going_on_gives_the_same_file(
     with pytest.raises(KeyboardInterrupt):
       training.run(config(**ASKED), workdir)
   path = workdir / samples.FILE
+  assert path.read_bytes() == b"".join(lines[: 6 if step == 5 else 9])
   if step == 5:
     # What a kill after step 6, while its rows were appended, leaves.
-    assert path.read_bytes() == b"".join(lines[:6])
     path.write_bytes(b"".join(lines[:7]) + lines[7][:40])
-  else:
-    # Rows of the step that it goes on from: one of three, and a part.
-    assert path.read_bytes() == b"".join(lines[:9])
-    path.write_bytes(b"".join(lines[:7]) + lines[7][:40])
+  asked.clear()
   training.run(config(**ASKED), workdir)
   assert path.read_bytes() == whole
+  # Nothing that was there is made again.
+  assert len(asked) == again
 
 
-def test_rows_that_are_there_are_not_made_again(
-  sampled, config, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+  ("left", "start", "kept", "there"),
+  [
+    # All rows of the step are there, and those of later ones are dropped.
+    (12, 6, 9, True),
+    (9, 6, 9, True),
+    # One of three and a part of another: all three are made again.
+    (7, 6, 6, False),
+    (6, 6, 6, False),
+    # A step without samples.
+    (9, 4, 6, False),
+    (0, 3, 0, False),
+    # A run that starts at step 0 starts over.
+    (9, 0, 0, False),
+  ],
+)
+def test_what_a_run_that_goes_on_finds(
+  sampled, tmp_path, left, start, kept, there
 ):
-  workdir = tmp_path / "run"
-  with monkeypatch.context() as patch:
-    stop_at(patch, 7)
-    with pytest.raises(KeyboardInterrupt):
-      training.run(config(**ASKED), workdir)
-  asked = []
-  generate = sampling.generate
-
-  def counting(*arguments):
-    asked.append(1)
-    return generate(*arguments)
-
-  monkeypatch.setattr(sampling, "generate", counting)
-  training.run(config(**ASKED), workdir)
-  # Step 6, where it goes on, has its rows: only those of 7 are made.
-  assert len(asked) == 1
-  assert (workdir / samples.FILE).read_bytes() == (
-    sampled / samples.FILE
-  ).read_bytes()
+  lines = (sampled / samples.FILE).read_bytes().splitlines(keepends=True)
+  path = tmp_path / samples.FILE
+  path.write_bytes(b"".join(lines[:left]) + b"".join(lines[left:])[:40])
+  prompts = [
+    grid.Prompt(comparisons.Comparison(row.prompt_id, "", "", ""), (2,), 0)
+    for row in rows(sampled)[:3]
+  ]
+  sampler = samples.Sampler(path, None, None, tuple(prompts))
+  assert sampler._trim(start) is there
+  assert path.read_bytes() == b"".join(lines[:kept])
 
 
+@pytest.mark.slow
 def test_stopped_between_two_answers(sampled, config, tmp_path, monkeypatch):
   """A request to stop during samples loses neither a row nor the step."""
   changes = config(**ASKED)

@@ -101,7 +101,7 @@ def test_texts_survive_and_subsets_keep_their_order(layout, tmp_path):
     odd["chosen"].removeprefix(PROMPT),
     " one",
   ]
-  assert [row.subset for row in dataset.rows] == ["b", "a", "a"]
+  assert [row.subset for row in dataset.rows] == ["b", "b", "a"]
 
 
 def test_a_subset_is_written_once(layout, tmp_path):
