@@ -145,10 +145,12 @@ def model() -> config_dict.ConfigDict:
   # "full" keeps one activation a layer and recomputes the rest in the backward
   # pass; "none" keeps all.
   c.remat = "full"
-  # Which code attends. "dense" runs everywhere and holds scores of row_length x
-  # row_length for each row and head; "cudnn" is NVIDIA's fused kernel, for
-  # bfloat16 on its GPUs, where this project has not run it yet. What the
-  # devices cannot run is refused.
+  # Which code attends. "dense" runs everywhere; it holds scores of row_length x
+  # row_length for each row and head, and is what every recipe says, since the
+  # others have not run on a device yet. "flash", for TPUs and NVIDIA GPUs,
+  # holds none and leaves out what is hidden (benchmarks/attention.md). "cudnn"
+  # is NVIDIA's, in bfloat16. What the devices cannot run is refused before
+  # anything compiles. "flash_interpreted" checks flash on any device, slowly.
   c.attention = "dense"
   # Completion tokens of a device whose logits exist at one time, each 8 bytes
   # a word: 0.4 GB for Pythia's vocabulary at 1,024. It changes memory and

@@ -11,6 +11,10 @@ config says, and `check` refuses one that the devices cannot run:
   dense: scores of all T x T in float32. Runs everywhere.
   cudnn: the fused kernels of NVIDIA's cuDNN, in bfloat16; what is hidden it
     gets as a bias of T x T, and computes.
+  flash: our own kernels (`flash`) for TPUs and NVIDIA GPUs, which leave out
+    blocks that are hidden whole and hold no array of T x T.
+  flash_interpreted: the same kernels step by step on any device, some hundred
+    times slower: to check them.
 
 Letters: B rows, T queries, S keys, N heads, H head dim.
 """
@@ -23,10 +27,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from dpo_jax import flash, partitioning
 
 PROMPT = 0
 
-Name = Literal["dense", "cudnn"]
+Name = Literal["dense", "cudnn", "flash", "flash_interpreted"]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -67,9 +74,12 @@ def bind(name: Name, visible: jax.Array | Segments) -> Attend:
   """
   if not isinstance(visible, Segments):
     return functools.partial(dense, mask=visible)
-  return functools.partial(
-    {"dense": dense, "cudnn": cudnn}[name], mask=visible.mask()
-  )
+  mask = visible.mask()
+  if name in ("dense", "cudnn"):
+    return functools.partial({"dense": dense, "cudnn": cudnn}[name], mask=mask)
+  lowering = {"flash": "device", "flash_interpreted": "interpret"}[name]
+  rows = flash.plan(visible.pieces, visible.parts, mask, lowering)
+  return functools.partial(_flash, rows=rows, lowering=lowering)
 
 
 def check(
@@ -87,29 +97,42 @@ def check(
   Raises:
     ValueError: what does not fit, and what to set instead.
   """
-  if name == "dense":
+  if name in ("dense", "flash_interpreted"):
     return
+  where = f"the devices are {device.platform} ({device.device_kind})"
   mend = "; set model.attention=dense"
-  if device.platform != "gpu":
+  nvidia = "NVIDIA" in device.device_kind
+  if name == "flash":
+    if not nvidia and device.platform != "tpu":
+      raise ValueError(
+        f"model.attention='flash' runs on TPUs and NVIDIA GPUs, but {where}"
+        f"{mend}"
+      )
+    if head_dim > 256:
+      raise ValueError(
+        f"model.attention='flash' takes head dims up to 256, and the model has"
+        f" {head_dim}{mend}"
+      )
+    return
+  if not nvidia:
     raise ValueError(
-      f"model.attention={name!r} runs on NVIDIA GPUs, but the devices are"
-      f" {device.platform} ({device.device_kind}){mend}"
+      f"model.attention='cudnn' runs on NVIDIA GPUs, but {where}{mend}"
     )
   if dtype != "bfloat16":
     raise ValueError(
-      f"model.attention={name!r} computes in bfloat16, but model.dtype="
+      f"model.attention='cudnn' computes in bfloat16, but model.dtype="
       f"{dtype!r}; set model.dtype=bfloat16 or model.attention=dense"
     )
   capability = float(getattr(device, "compute_capability", "8.0"))
   largest = 256 if capability >= 9 else 128
   if head_dim % 8 or head_dim > largest:
     raise ValueError(
-      f"model.attention={name!r} takes head dims that are multiples of 8 up to"
+      f"model.attention='cudnn' takes head dims that are multiples of 8 up to"
       f" {largest} on {device.device_kind}, and the model has {head_dim}{mend}"
     )
   if row_length % 2:
     raise ValueError(
-      f"model.attention={name!r} takes rows of an even length, but"
+      f"model.attention='cudnn' takes rows of an even length, but"
       f" data.row_length={row_length}{mend}, or one token more"
     )
 
@@ -136,3 +159,22 @@ def cudnn(
   return jax.nn.dot_product_attention(
     q, k, v, mask=mask[:, None], implementation="cudnn"
   )
+
+
+def _flash(q, k, v, *, rows: flash.Plan, lowering: flash.Lowering):
+  """`flash.attend`, on a mesh by each device for its own rows and heads."""
+
+  def attend(q, k, v, rows):
+    return flash.attend(q, k, v, rows, lowering)
+
+  if not jax.sharding.get_abstract_mesh().empty:
+    # What is in a kernel, the partitioner cannot split.
+    batch, heads = (partitioning.RULES[name] for name in ("batch", "heads"))
+    token = PartitionSpec(batch, heads)
+    attend = jax.shard_map(
+      attend,
+      in_specs=(token, token, token, PartitionSpec(batch)),
+      out_specs=token,
+      check_vma=False,
+    )
+  return jnp.swapaxes(attend(jnp.swapaxes(q, 1, 2), k, v, rows), 1, 2)

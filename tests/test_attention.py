@@ -42,9 +42,26 @@ def test_cudnn_is_refused_where_it_cannot_run(changed, words):
     attention.check("cudnn", **case | changed)
 
 
+@pytest.mark.parametrize(
+  ("changed", "words"),
+  [
+    ({"device": device("cpu", "cpu")}, "cpu.*model.attention=dense"),
+    ({"device": device(kind="AMD Instinct MI300X")}, "AMD.*attention=dense"),
+    ({"head_dim": 320}, "up to 256.*has 320.*model.attention=dense"),
+  ],
+)
+def test_flash_is_refused_where_it_cannot_run(changed, words):
+  case = {"device": device()} | FITS
+  attention.check("flash", **case)
+  attention.check("flash", **case | {"device": device("tpu", "TPU v5 lite")})
+  with pytest.raises(ValueError, match=words):
+    attention.check("flash", **case | changed)
+
+
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_dense_is_never_refused(platform):
-  attention.check("dense", device(platform), **FITS | {"dtype": "float32"})
+  for name in ("dense", "flash_interpreted"):
+    attention.check(name, device(platform), **FITS | {"dtype": "float32"})
 
 
 def test_a_run_is_refused_on_these_devices():

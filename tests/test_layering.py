@@ -30,6 +30,7 @@ LEVELS = {
   "judging.verdicts": 0,
   "logps": 0,
   "draw": 0,
+  "flash": 0,
   "kv_cache": 0,
   "lora": 0,
   "losses": 0,
@@ -45,6 +46,8 @@ LEVELS = {
   "sources.hub": 0,
   # Below all, since whoever opens a file may need it.
   "strict_json": -1,
+  # Of `flash` alone.
+  "flash_kernels": -1,
   "synthetic_text": 0,
   "tables": 0,
   "tokenizer": 0,
