@@ -32,6 +32,7 @@ from dpo_jax import (
   settings,
   sources,
   synthetic,
+  trackers,
   training,
 )
 from dpo_jax import tokenizer as tokenizer_lib
@@ -169,8 +170,16 @@ def _stages(
     "dpo": lambda: training.run(built.dpo, workdir / "dpo"),
     "sample": lambda: answers.run(built.sample, workdir),
     "judge": lambda: console.result(str(runner.run(built.judge, workdir))),
-    "report": lambda: report.write(built.report, workdir),
+    "report": lambda: _report(built, workdir),
   }
+
+
+def _report(built: ReplicateSettings, workdir: pathlib.Path) -> None:
+  """Writes the report, and hands its win rates to the runs' trackers."""
+  path = report.write(built.report, workdir)
+  for name in _TRAININGS:
+    if (stage := getattr(built, name)) is not None:
+      trackers.add_report(stage.trackers, workdir / name, path.parent)
 
 
 def _push(built: ReplicateSettings, workdir: pathlib.Path) -> None:

@@ -91,6 +91,7 @@ class Trackers:
       rows: of metrics.jsonl, up to and including `start_step`.
       start_step: updates that are done; 0 begins anew.
     """
+    self.use = settings.use
     self._sinks: dict[str, Any] = {}
     # The tracker, the step it had come to, and why it was left alone.
     self.failed: dict[str, tuple[int, str]] = {}
@@ -176,9 +177,57 @@ class Writer:
   def sync(self) -> None:
     self._metrics.sync()
 
+  def conclude(
+    self, step: int, draw: Callable[[list[dict[str, Any]]], list[pathlib.Path]]
+  ) -> None:
+    """Hands the trackers a table of all evaluations, and figures.
+
+    Args:
+      step: the last one.
+      draw: makes PNG files of the rows of metrics.jsonl. It is called only if
+        there is a tracker, and can stop a run as little as one.
+    """
+    if not self.trackers.use:
+      return
+    rows = self._metrics.rows
+    evaluated = [row for row in rows if "eval_items" in row]
+    columns = list(dict.fromkeys(key for row in evaluated for key in row))
+    cells = [[row.get(key, "") for key in columns] for row in evaluated]
+    self.trackers.table(step, "evaluations", columns, cells)
+    try:
+      drawn = draw(rows)
+    except Exception as error:  # Whatever of matplotlib, fonts or the disk.
+      _log.warning("no figures: %s: %s", type(error).__name__, error)
+      return
+    for path in drawn:
+      self.trackers.figure(step, path.stem, path)
+
   def close(self) -> None:
     self._metrics.close()
     self.trackers.close()
+
+
+def add_report(
+  settings: TrackerSettings, directory: pathlib.Path, report: pathlib.Path
+) -> None:
+  """Hands a finished run's trackers the win rates that were made of it.
+
+  Args:
+    settings: which trackers.
+    directory: of the run.
+    report: directory of a report, whose win_rates.csv and PNG files are read.
+  """
+  if not settings.use:
+    return
+  rows = metrics.read(directory / metrics.FILE)
+  step = rows[-1]["step"]
+  opened = Trackers(settings, directory, rows, step)
+  with (report / "win_rates.csv").open(encoding="utf-8", newline="") as file:
+    columns, *cells = csv.reader(file)
+  opened.table(step, "report/win_rates", columns, cells)
+  for path in sorted(report.glob("win_rate_*.png")):
+    opened.figure(step, f"report/{path.stem}", path)
+  opened.close()
 
 
 class _Csv:
@@ -342,7 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     prog="python -m dpo_jax.trackers",
     description="Sends the metrics of a training run to trackers again, from"
-    " its metrics.jsonl.",
+    " its metrics.jsonl, and its figures; tables are not sent again.",
   )
   parser.add_argument("directory", type=pathlib.Path, help="of the run")
   parser.add_argument("--use", nargs="+", required=True, choices=NAMES)
@@ -370,7 +419,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
       found.unlink(missing_ok=True)
     elif name == "tensorboard":
       shutil.rmtree(found, ignore_errors=True)
-  sent = Trackers(settings, path, rows, rows[-1]["step"] if rows else 0)
+  last = rows[-1]["step"] if rows else 0
+  sent = Trackers(settings, path, rows, last)
+  for figure in sorted((path / "figures").glob("*.png")):
+    sent.figure(last, figure.stem, figure)
   sent.close()
   return 1 if sent.failed else 0
 

@@ -8,6 +8,7 @@ else crosses between the two inside the loop.
 
 import contextlib
 import errno
+import functools
 import json
 import pathlib
 from typing import Any
@@ -19,6 +20,7 @@ from dpo_jax import (
   checkpoint,
   checks,
   console,
+  curves,
   feed,
   flops,
   guards,
@@ -172,6 +174,9 @@ class _Loop:
       try:
         with jax.set_mesh(self.made.mesh), jax.transfer_guard("disallow"):
           self._loop()
+        if processes.first():
+          draw = functools.partial(curves.draw, self.workdir)
+          self.writer.conclude(self.steps, draw)
       finally:
         self.bar.close()
         self.writer.close()

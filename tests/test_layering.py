@@ -134,6 +134,7 @@ LEVELS = {
   "judging.asking": 6,
   "answer_parts": 7,
   "answers": 8,
+  "curves": 6,
   "grid": 6,
   "recipe": 6,
   "page": 6,

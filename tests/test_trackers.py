@@ -34,7 +34,7 @@ def rows(first, last):
     if step:
       yield {"step": step, "loss": 1 / (step + 1), "rewards/margins": step / 4}
     if step % 2 == 0:
-      yield {"step": step, "eval_loss": 2.0 + step}
+      yield {"step": step, "eval_loss": 2.0 + step, "eval_items": 3}
 
 
 @pytest.fixture
@@ -100,7 +100,12 @@ def figure(directory):
 def test_tensorboard_has_each_step_once(directory):
   interrupted_at_5_resumed_from_3(directory, "tensorboard")
   scalars, texts, _ = events(directory)
-  assert scalars.keys() == {"loss", "rewards/margins", "eval_loss"}
+  assert scalars.keys() == {
+    "loss",
+    "rewards/margins",
+    "eval_loss",
+    "eval_items",
+  }
   loss = scalars["loss"]
   assert [step for step, _ in loss] == [1, 2, 3, 4, 5, 6]
   np.testing.assert_allclose(
@@ -202,12 +207,12 @@ sys.path[:0] = sys.argv[2:]
 import test_trackers
 path = pathlib.Path(sys.argv[1])
 test_trackers.interrupted_at_5_resumed_from_3(path, "wandb")
-writer = test_trackers.trackers.Trackers(
-  test_trackers.settings("wandb"), path, [], 6)
-writer.table(6, "answers", ["text", "reward"], [["hello", 0.5]])
-writer.figure(6, "win_rate", test_trackers.figure(path))
+writer = test_trackers.trackers.Writer(
+  test_trackers.settings("wandb"), path, 6)
+writer.trackers.table(6, "answers", ["text", "reward"], [["hello", 0.5]])
+writer.conclude(6, lambda rows: [test_trackers.figure(path)])
 writer.close()
-assert writer.failed == {}, writer.failed
+assert writer.trackers.failed == {}, writer.trackers.failed
 """
   done = subprocess.run(
     [sys.executable, "-c", child, directory, ROOT, ROOT / "tests"],
@@ -230,15 +235,44 @@ assert writer.failed == {}, writer.failed
     row for _, _, rows in found for row in rows if "eval_loss" in row
   ]
   assert [row["_step"] for row in evaluated] == [0, 2, 4, 6]
-  last = found[-1][2][-1]
-  assert last["answers/_type"] == "table-file"
-  assert last["win_rate/_type"] == "image-file"
+  last = {key: x for row in found[-1][2] for key, x in row.items()}
+  for name, cells in (
+    ("answers", [["hello", 0.5]]),
+    ("evaluations", [[0, 2.0, 3], [2, 4.0, 3], [4, 6.0, 3], [6, 8.0, 3]]),
+  ):
+    assert last[f"{name}/_type"] == "table-file"
+    (file,) = directory.glob(
+      f"wandb/offline-run-*/files/{last[f'{name}/path']}"
+    )
+    assert json.loads(file.read_text())["data"] == cells
+  assert last["figure/_type"] == "image-file"
+  (file,) = directory.glob(f"wandb/offline-run-*/files/{last['figure/path']}")
+  assert file.read_bytes() == (directory / "figure.png").read_bytes()
   for file in directory.rglob("*"):
     if file.is_file():
       assert b"0" * 40 not in file.read_bytes(), file
 
 
 # --- faults
+
+
+def test_figures_that_cannot_be_drawn_stop_nothing(directory, caplog):
+  def draw(rows):
+    raise OSError("no font")
+
+  writer = trackers.Writer(settings("csv"), directory, 0)
+  for row in rows(0, 2):
+    writer.write(row)
+  writer.conclude(2, draw)
+  writer.close()
+  assert "no figures: OSError: no font" in caplog.text
+  assert writer.trackers.failed == {}
+  table = directory / "tables" / "evaluations-000002.csv"
+  assert table.read_text().splitlines()[1:] == ["0,2.0,3", "2,4.0,3"]
+  # Without a tracker nothing is drawn.
+  writer = trackers.Writer(settings(), directory, 2)
+  writer.conclude(2, pytest.fail)
+  writer.close()
 
 
 @pytest.mark.parametrize(
@@ -345,13 +379,47 @@ def test_a_run_that_is_interrupted_goes_on_in_its_trackers(
   with (workdir / "metrics.csv").open(newline="") as file:
     found = [float(r["loss"]) for r in csv.DictReader(file) if r["loss"]]
   assert found == [row["loss"] for row in wanted if "loss" in row]
-  scalars, texts, _ = events(workdir)
+  scalars, texts, images = events(workdir)
   assert [step for step, _ in scalars["loss"]] == [1, 2, 3, 4, 5, 6, 7]
   assert [step for step, _ in scalars["eval_loss"]] == [0, 3, 6, 7]
   # The fingerprints of the data are attached.
   manifest = json.loads((workdir / "manifest.json").read_text())
   ((_, text),) = texts["manifest/text_summary"]
   assert manifest["data"]["train"]["tokens"] in text
+  # All evaluations in one table, and the curves, at the last step.
+  evaluated = [row for row in wanted if "eval_items" in row]
+  ((step, text),) = texts["evaluations/text_summary"]
+  assert step == 7
+  assert [line.split(" | ")[0] for line in text.splitlines()[2:]] == [
+    f"| {row['step']}" for row in evaluated
+  ]
+  with (workdir / "tables" / "evaluations-000007.csv").open(newline="") as file:
+    losses = [float(row["eval_loss"]) for row in csv.DictReader(file)]
+  assert losses == [row["eval_loss"] for row in evaluated]
+  drawn = sorted((workdir / "figures").glob("*.png"))
+  assert [path.stem for path in drawn] == [
+    "reward_accuracy",
+    "reward_margins",
+    "training_curves",
+  ]
+  for path in drawn:
+    ((event),) = images[path.stem]
+    assert event.step == 7
+    height, width, _ = image.imread(path).shape
+    assert (event.height, event.width) == (height, width)
+
+  # A report that is made later.
+  report = tmp_path / "report"
+  report.mkdir()
+  (report / "win_rates.csv").write_text("model,win_rate\ndpo,0.625000\n")
+  figure(report).rename(report / "win_rate_temperature.png")
+  trackers.add_report(config.trackers, workdir, report)
+  again, texts, images = events(workdir)
+  assert again == scalars
+  ((step, text),) = texts["report/win_rates/text_summary"]
+  assert text.splitlines()[2] == "| dpo | 0.625000 |"
+  ((event),) = images["report/win_rate_temperature"]
+  assert (event.step, event.height, event.width) == (7, 3, 5)
 
 
 def test_a_missing_library_is_refused_before_anything_is_read(
