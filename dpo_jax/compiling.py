@@ -60,19 +60,22 @@ EXAMPLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes of one program on one device; `donated` outputs take no room."""
+  """Bytes of one program on one device; `donated` outputs take no room.
+
+  `beside` is what stays there meanwhile though the program does not take it.
+  """
 
   arguments: int
   outputs: int
   donated: int
   temporary: int
   code: int
+  beside: int = 0
 
   @property
   def total(self) -> int:
-    return (
-      self.arguments + self.outputs - self.donated + self.temporary + self.code
-    )
+    made = self.outputs - self.donated + self.temporary + self.code
+    return self.arguments + made + self.beside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Compiled:
   """One program, or why the compiler refused it.
 
   Attributes:
-    name: "train" or "eval".
+    name: "train", "eval", or of `compiling_answers`.
     memory: None where it does not fit.
     cost: what it does; None where it does not fit.
     refusal: the compiler's words, "" where it fits.
@@ -94,8 +97,17 @@ class Compiled:
   seconds: float
 
 
-def compile_one(name: str, lower: Callable[[], Any]) -> Compiled:
-  """Lowers and compiles a program; too little memory is a result."""
+def compile_one(
+  name: str, lower: Callable[[], Any], beside: int = 0, rounds: int = 1
+) -> Compiled:
+  """Lowers and compiles a program; too little memory is a result.
+
+  Args:
+    name: of the program.
+    lower: gives the lowered program.
+    beside: bytes that stay on the device and that it does not take.
+    rounds: of its loops whose end depends on data.
+  """
   started = time.perf_counter()
   try:
     compiled = lower().compile()
@@ -115,9 +127,10 @@ def compile_one(name: str, lower: Callable[[], Any]) -> Compiled:
     found.alias_size_in_bytes,
     found.temp_size_in_bytes,
     found.generated_code_size_in_bytes,
+    beside,
   )
   took = time.perf_counter() - started
-  return Compiled(name, memory, hlo.cost(compiled.as_text()), "", took)
+  return Compiled(name, memory, hlo.cost(compiled.as_text(), rounds), "", took)
 
 
 def lengths(config: recipe.TrainSettings) -> Lengths:
@@ -148,19 +161,10 @@ def shape_of(config: recipe.TrainSettings, name: str) -> model.ModelConfig:
     ValueError: nothing says which shape it is.
   """
   path = config.model.path
-  sizes = re.findall(r"pythia-([\d.]+[mb])\b", f"{path} {config.tokenizer}")
   if not name and pathlib.Path(path).is_dir():
     shape = hf.read_config(path)
-  elif name or sizes:
-    size = name.removeprefix("pythia-") or sizes[0]
-    shape = model.ModelConfig(
-      **config_help.load(f"configs/models.py:{size}").to_dict()
-    )
   else:
-    raise ValueError(
-      f"model.path={path!r} is no directory and names no Pythia; say"
-      " --model=SIZE, one of configs/models.py"
-    )
+    shape = shape_named(name, path, config.tokenizer)
   return dataclasses.replace(
     shape,
     dtype=config.model.dtype,
@@ -168,6 +172,24 @@ def shape_of(config: recipe.TrainSettings, name: str) -> model.ModelConfig:
     lora=config.lora.config(),
     attention=config.model.attention,
     logit_chunk=config.model.logit_chunk,
+  )
+
+
+def shape_named(name: str, *ids: str) -> model.ModelConfig:
+  """The Pythia of this size, or if it is "", the one that an id names.
+
+  Raises:
+    ValueError: none does.
+  """
+  sizes = re.findall(r"pythia-([\d.]+[mb])\b", " ".join(ids))
+  size = name.removeprefix("pythia-") or next(iter(sizes), "")
+  if not size:
+    raise ValueError(
+      f"{' and '.join(map(repr, ids))} are no directory and name no Pythia; say"
+      " --model=SIZE, one of configs/models.py"
+    )
+  return model.ModelConfig(
+    **config_help.load(f"configs/models.py:{size}").to_dict()
   )
 
 
@@ -193,10 +215,12 @@ def compile_steps(
   kept = config.model.param_dtype
   base = jax.eval_shape(lambda key: model.init(shape, key, kept), key)
   state = jax.eval_shape(programs.initial(shape, tx, config.guards), base, key)
-  state = _laid(state, mesh)
-  reference = _laid(base, mesh) if programs.keeps_reference(config) else None
+  state = laid(state, mesh)
+  reference = laid(base, mesh) if programs.keeps_reference(config) else None
   train, evaluate = programs.training(config, shape, tx, state, mesh)
   many = config.microbatches
+  # An evaluation has no use for the optimizer's state, but it is there.
+  beside = {"train": 0, "eval": bytes_on_device(state.opt_state)}
   with jax.set_mesh(mesh):
     lowered = {
       "train": lambda: train.lower(
@@ -207,7 +231,7 @@ def compile_steps(
       ),
     }
     with uncached(mesh):
-      return [compile_one(name, lowered[name]) for name in names]
+      return [compile_one(name, lowered[name], beside[name]) for name in names]
 
 
 @contextlib.contextmanager
@@ -252,7 +276,8 @@ def batch_of(
   return packing.Batch(*(token,) * 5, *(completion,) * 3, reference=kept)
 
 
-def _laid(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+def laid(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+  """A tree's shapes as they lie on a mesh, by the rules of `partitioning`."""
   return jax.tree.map(
     lambda x, lying: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lying),
     tree,
@@ -260,28 +285,52 @@ def _laid(tree: Any, mesh: jax.sharding.Mesh) -> Any:
   )
 
 
-def largest_rows(fits: Callable[[int], bool], start: int, limit: int) -> int:
-  """The most rows that fit, by doubling and then by halving the gap.
+def bytes_on_device(tree: Any) -> int:
+  """Bytes of a tree of shapes with shardings on one device, without padding."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
+    for x in jax.tree.leaves(tree)
+    if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+  )
 
-  Up to eight rows it is exact, beyond to an eighth.
+
+def largest_rows(
+  needs: Callable[[int], int | None], start: int, limit: int, room: int
+) -> int:
+  """The most rows that fit, by compiling for some of them.
+
+  Memory grows nearly as a line, so that after two that fit the next guess is
+  where the line meets `room`; after one that does not, the gap is halved. Up to
+  eight rows the answer is exact, beyond to an eighth.
 
   Args:
-    fits: compiles for so many rows.
+    needs: compiles for so many rows and tells the bytes, None if refused.
     start: a first guess.
     limit: more are not tried.
+    room: bytes of a device.
 
   Returns:
     0 where not even one row fits.
   """
   low, high = 0, limit + 1
+  sizes: dict[int, int] = {}
   at = min(max(start, 1), limit)
   while low < limit and (high > limit or high - low > max(1, low // 8)):
-    if fits(at):
-      low = at
-    else:
+    size = needs(at)
+    if size is None or size > room:
       high = at
-    upwards = low > 0 and high > limit
-    at = min(2 * low, limit) if upwards else (low + high) // 2
-    if not at:
-      break
+      at = (low + high) // 2
+      if not at:
+        break
+      continue
+    low, sizes[at] = at, size
+    at = min(max(_guess(sizes, room), low + 1), high - 1)
   return low
+
+
+def _guess(sizes: dict[int, int], room: int) -> int:
+  """Where the line through the two largest meets `room`; twice the only one."""
+  *_, (fewer, less), (more, most) = [(0, 0), *sorted(sizes.items())]
+  if len(sizes) == 1 or most <= less:
+    return 2 * more
+  return more + int((room - most) * (more - fewer) / (most - less))

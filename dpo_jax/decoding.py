@@ -323,14 +323,17 @@ def _keys(rows, seed):
   )
 
 
+def axes(path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...]:
+  """Logical axes of a leaf of the state.
+
+  The cache is split over rows and heads; what the host reads is everywhere.
+  """
+  if path[0].name == "cache":
+    return (None, "batch", "heads", *(None,) * (leaf.ndim - 3))
+  return (None,) * leaf.ndim
+
+
 def _placed(state):
-  """The cache split over rows and heads; what the host reads, everywhere."""
-
-  def one(path, leaf):
-    if path[0].name == "cache":
-      axes = (None, "batch", "heads", *(None,) * (leaf.ndim - 3))
-    else:
-      axes = (None,) * leaf.ndim
-    return partitioning.constrain(leaf, *axes)
-
-  return jax.tree.map_with_path(one, state)
+  return jax.tree.map_with_path(
+    lambda path, leaf: partitioning.constrain(leaf, *axes(path, leaf)), state
+  )

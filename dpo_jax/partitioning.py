@@ -154,6 +154,12 @@ def _sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(*axes))
 
 
+def laid(mesh: Mesh, *logical: str | None) -> NamedSharding:
+  """Where an array with these logical axes lies; `RULES` tells."""
+  axes = [RULES[axis] if axis else None for axis in logical]
+  return NamedSharding(mesh, PartitionSpec(*axes))
+
+
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
   """Says where an activation lies; without a mesh in context, nothing."""
   if jax.sharding.get_abstract_mesh().empty:

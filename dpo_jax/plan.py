@@ -1,18 +1,24 @@
 """What a run will need, before a machine is rented for it.
 
-  python -m dpo_jax.plan --topology=v5e:2x4 \\
-    --config=configs/dpo.py:pythia-2.8b-lora --config.mesh.data=1 \\
-    --config.mesh.fsdp=8
+  python -m dpo_jax.plan --topology=v5e:2x4 --config=configs/dpo.py:pythia-2.8b
 
-compiles the run's own training and evaluation step for a TPU slice that need
-not be there, or without --topology for the devices that are, and prints bytes,
-flops, traffic and an estimate of the time. Weights are neither read nor made:
-everything is shapes. The items of a batch are not read either; what stands for
-them is in `compiling`, the means of HH.
+compiles the run's own training, evaluation and sampling programs for a TPU
+slice that need not be there, or without --topology for the devices that are,
+and prints bytes, flops, traffic and an estimate of the time. Nothing runs, and
+weights are neither read nor made: everything is shapes. The items of a batch
+are not read either; what stands for them is in `compiling`, the means of HH.
+
+Where the config's own mesh does not fit, meshes that split the weights further
+are tried, and the first that fits is planned and named. --config may also be a
+sampling config, such as configs/sample.py:paper.
+
+A compilation of a large model for a slice takes one to three minutes of two
+cores; --search=0 and --answers= leave parts out.
 """
 
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,162 +26,158 @@ import jax
 from dpo_jax import (
   cli,
   compiling,
+  compiling_answers,
+  config_help,
   console,
-  flops,
+  grid,
   hardware,
-  hlo,
   model,
   partitioning,
+  plan_text,
   recipe,
   settings,
   topology,
 )
 
-# Pairs of HH's training split, all four subsets.
-HH_PAIRS = 160_800
+ANSWERS = "configs/sample.py:paper"
 
 
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-  """A roofline of one update, in seconds; no measurement.
+def meshes(
+  wanted: partitioning.MeshSettings, axis: str, devices: list[jax.Device]
+) -> Iterator[jax.sharding.Mesh]:
+  """The mesh of the config, then others that split the weights further.
 
-  Attributes:
-    compute: each instruction at the peak rate of what bounds it.
-    links: sent bytes at the peak rate of a device's links.
+  Args:
+    wanted: of the config.
+    axis: what splits them, "fsdp" or "tensor".
+    devices: of the mesh.
   """
-
-  compute: float
-  links: float
-
-  @property
-  def best(self) -> float:
-    """All traffic hidden behind the computation."""
-    return max(self.compute, self.links)
-
-  @property
-  def worst(self) -> float:
-    """None of it hidden."""
-    return self.compute + self.links
+  first = partitioning.make_mesh(**dataclasses.asdict(wanted), devices=devices)
+  yield first
+  size = 2 * first.shape[axis]
+  while size <= len(devices):
+    sizes = dict(first.shape) | {axis: size}
+    rest = len(devices) // (sizes["fsdp"] * sizes["tensor"])
+    if rest and rest * sizes["fsdp"] * sizes["tensor"] == len(devices):
+      yield partitioning.make_mesh(**sizes | {"data": rest}, devices=devices)
+    size *= 2
 
 
-def estimate(cost: hlo.Cost, chip: hardware.Chip) -> Estimate:
-  sent = sum(number for _, number in cost.traffic().values())
-  compute = cost.seconds(chip.bf16_flops, chip.hbm_bandwidth)
-  return Estimate(compute, sent / chip.link_bandwidth)
+def flags_of(mesh: jax.sharding.Mesh) -> str:
+  return " ".join(
+    f"--config.mesh.{axis}={size}" for axis, size in mesh.shape.items()
+  )
 
 
-def describe(
+def plan_training(
   config: recipe.TrainSettings,
   shape: model.ModelConfig,
-  mesh: jax.sharding.Mesh,
-  compiled: list[compiling.Compiled],
-  rows: int,
-) -> str:
-  """The plan as text."""
-  device = mesh.devices.flat[0]
-  chip = hardware.chip(device.device_kind)
-  mean = compiling.lengths(config)
-  lines = [
-    f"{mesh.size} x {device.device_kind}, mesh {dict(mesh.shape)};"
-    f" {rows} row(s) of {config.data.row_length} tokens a device, in"
-    f" {config.microbatches} micro-batch(es)",
-    f"batches of {config.batch_size}, by HH's means: {mean.tokens:.0f} tokens,"
-    f" {mean.completion:.0f} of them predicted, in {mean.places:.0f} places",
-  ]
-  for one in compiled:
-    if one.memory is None:
-      lines.append(
-        f"{one.name}: DOES NOT FIT ({one.refusal}). Try a greater"
-        " --config.mesh.fsdp or .tensor, or more --config.microbatches"
-      )
+  devices: list[jax.Device],
+  search: int,
+) -> bool:
+  """Prints the plan of a training run; False if no mesh fits."""
+  for number, mesh in enumerate(meshes(config.mesh, "fsdp", devices)):
+    shards = partitioning.data_shards(mesh)
+    rows = compiling.rows_of(
+      config, config.batch_size // config.microbatches, shards
+    )
+    try:
+      (train,) = compiling.compile_steps(config, shape, mesh, rows, ("train",))
+    except ValueError as error:
+      if not number:
+        raise
+      console.result(f"{flags_of(mesh)}: {error}")
       continue
-    lines += _program(one, chip)
-  train = next((c for c in compiled if c.name == "train" and c.cost), None)
-  if train is None:
-    return "\n".join(lines)
+    fits = _fits(train, mesh)
+    found = [train]
+    if fits:
+      if number:
+        console.result(f"with {flags_of(mesh)}:")
+      found += compiling.compile_steps(config, shape, mesh, rows, ("eval",))
+    console.result(plan_text.training(config, shape, mesh, found, rows))
+    if fits:
+      if search:
+        _search(config, shape, mesh, rows, train, search)
+      return True
+  return False
+
+
+def _fits(one: compiling.Compiled, mesh: jax.sharding.Mesh) -> bool:
+  chip = hardware.chip(mesh.devices.flat[0].device_kind)
+  if one.memory is None:
+    return False
+  return chip is None or one.memory.total <= chip.hbm_bytes
+
+
+def _search(config, shape, mesh, rows, train, limit) -> None:
+  """Prints the most rows a device that fit."""
+  chip = hardware.chip(mesh.devices.flat[0].device_kind)
   if chip is None:
-    lines.append(
-      f"no times: {device.device_kind!r} is not in dpo_jax/hardware.py"
-    )
-    return "\n".join(lines)
-  work = flops.Work(
-    *(
-      config.batch_size * x
-      for x in (mean.tokens, mean.completion, mean.visible)
-    )
+    console.result("no search for more rows: the device's memory is not known")
+    return
+  shards = partitioning.data_shards(mesh)
+  each = config.data.row_length / compiling.lengths(config).places
+  tried = {rows: train.memory.total}
+
+  def needs(count):
+    if count not in tried:
+      items = max(int(count * shards * each), 1) * config.microbatches
+      wider = dataclasses.replace(config, batch_size=items)
+      (one,) = compiling.compile_steps(wider, shape, mesh, count, ("train",))
+      tried[count] = one.memory and one.memory.total
+    return tried[count]
+
+  most = compiling.largest_rows(needs, rows, limit, chip.hbm_bytes)
+  looked = ", ".join(
+    f"{count}: {f'{size / hardware.GIB:.2f} GiB' if size else 'refused'}"
+    for count, size in sorted(tried.items())
   )
-  computes = config.objective == "dpo" and not config.precompute_reference
-  useful = flops.step(shape, work, reference=computes)
-  found = estimate(train.cost, chip)
-  lines.append(
-    "estimate, not measured: every instruction at the peak of what bounds it"
-    f" ({chip.bf16_flops / 1e12:.0f} Tflop/s, {chip.hbm_bandwidth / 1e9:.0f}"
-    f" GB/s), {chip.link_bandwidth / 1e9:.0f} GB/s of links; the traffic hidden"
-    " wholly, or not at all; a host that is never waited for"
+  at_least = "at least" if most == limit else "at most"
+  console.result(
+    f"{at_least} {most} row(s) a device fit: {int(most * shards * each)} items"
+    f" a micro-batch (compiled for {looked})"
   )
-  for name, seconds in (("hidden", found.best), ("not", found.worst)):
-    hours = HH_PAIRS // config.batch_size * seconds / 3600
-    share = hardware.mfu(useful, seconds, mesh.size, chip)
-    lines.append(
-      f"  {name}: {seconds:.4g} s a step, {config.batch_size / seconds:.4g}"
-      f" items/s, MFU {share:.1%}, {hours:.3g} hours and"
-      f" {hours * mesh.size:.3g} device-hours for {HH_PAIRS:,} items"
-    )
-  return "\n".join(lines)
 
 
-def _program(one: compiling.Compiled, chip: hardware.Chip | None) -> list[str]:
-  memory, cost = one.memory, one.cost
-  gib = {
-    field.name: getattr(memory, field.name) / hardware.GIB
-    for field in dataclasses.fields(memory)
-  }
-  room = f" of {chip.hbm_bytes / hardware.GIB:.2f}" if chip else ""
-  parts = ", ".join(f"{name} {value:.2f}" for name, value in gib.items())
-  lines = [
-    f"{one.name}: {memory.total / hardware.GIB:.2f}{room} GiB a device"
-    f" ({parts}); {cost.flops:.4g} flops and {cost.bytes:.4g} bytes a device;"
-    f" compiled in {one.seconds:.0f} s"
-  ]
-  for kind, (times, sent) in cost.traffic().items():
-    lines.append(f"  {kind}: {times:.0f} times, {sent / 1e6:,.1f} MB sent")
-  return lines
+def plan_answers(
+  config: grid.AnswerSettings,
+  shape: model.ModelConfig,
+  devices: list[jax.Device],
+  name: str,
+) -> bool:
+  """Prints the plan of a sampling run; False if no mesh fits."""
+  chip = hardware.chip(devices[0].device_kind)
+  hbm = chip.hbm_bytes if chip else None
+  for number, mesh in enumerate(meshes(config.mesh, "tensor", devices)):
+    try:
+      found = compiling_answers.compile_answers(config, shape, mesh, hbm)
+    except ValueError as error:
+      console.result(f"answers, {flags_of(mesh)}: {error}")
+      continue
+    if number:
+      console.result(f"answers with {flags_of(mesh)}:")
+    console.result(plan_text.answers(found, mesh, name))
+    if all(_fits(one, mesh) for one in found.programs):
+      return True
+  return False
 
 
 def main(config: dict[str, Any], workdir: pathlib.Path, **options: Any) -> int:
   del workdir  # Nothing is written.
-  built = settings.build(recipe.TrainSettings, config)
-  shape = compiling.shape_of(built, options["model"])
   devices = topology.devices(options["topology"])
-  mesh = partitioning.make_mesh(
-    **dataclasses.asdict(built.mesh), devices=devices
-  )
-  shards = partitioning.data_shards(mesh)
-  rows = compiling.rows_of(
-    built, built.batch_size // built.microbatches, shards
-  )
-  compiled = compiling.compile_steps(built, shape, mesh, rows)
-  console.result(describe(built, shape, mesh, compiled, rows))
-  if options["search"]:
-
-    def fits(count):
-      items = (
-        count * shards * built.data.row_length / compiling.lengths(built).places
-      )
-      wider = dataclasses.replace(
-        built, batch_size=max(int(items), 1) * built.microbatches
-      )
-      (one,) = compiling.compile_steps(wider, shape, mesh, count, ("train",))
-      return one.memory is not None
-
-    most = compiling.largest_rows(fits, rows, options["search"])
-    items = int(
-      most * shards * built.data.row_length / compiling.lengths(built).places
-    )
-    console.result(
-      f"at most {most} row(s) a device fit: {items} items a micro-batch"
-    )
-  return 0
+  name = options["model"]
+  if "policies" in config:
+    built = settings.build(grid.AnswerSettings, config)
+    shape = compiling.shape_named(name, built.tokenizer)
+    return 0 if plan_answers(built, shape, devices, "the config") else 1
+  built = settings.build(recipe.TrainSettings, config)
+  shape = compiling.shape_of(built, name)
+  fits = plan_training(built, shape, devices, options["search"])
+  if options["answers"]:
+    values = config_help.load(options["answers"]).to_dict()
+    how = settings.build(grid.AnswerSettings, values)
+    fits &= plan_answers(how, shape, devices, options["answers"])
+  return 0 if fits else 1
 
 
 if __name__ == "__main__":
@@ -185,7 +187,11 @@ if __name__ == "__main__":
     topology=("", "a TPU slice such as v5e:2x4; this machine by default"),
     model=("", "a size of configs/models.py, where the config names none"),
     search=(
-      0,
+      64,
       "find the most rows a device that fit, up to so many; 0: do not",
+    ),
+    answers=(
+      ANSWERS,
+      "how the model would answer: a sampling config; nothing: do not plan it",
     ),
   )

@@ -187,10 +187,7 @@ def generate(
       f" {tokenizer.vocab_size} tokens: they do not belong together"
     )
   _check_adapters(lora, requests)
-  lora_config = config.lora if lora is not None else None
-  config = dataclasses.replace(
-    config, lora=lora_config, remat="none", attention="dense"
-  )
+  config = served(config, adapted=lora is not None)
   wanted = range(len(requests)) if wanted is None else sorted(wanted)
   serving = slots.Slots(
     config, base, lora, tokenizer, requests, engine, mesh, wanted
@@ -200,6 +197,17 @@ def generate(
       (index, finish(tokenizer, tokens, logps, seconds))
       for index, tokens, logps, seconds in ended
     ]
+
+
+def served(config: model.ModelConfig, *, adapted: bool) -> model.ModelConfig:
+  """The config that sampling programs are compiled for.
+
+  Args:
+    config: of the model, however it was trained.
+    adapted: whether there are adapters beside the base.
+  """
+  lora = config.lora if adapted else None
+  return dataclasses.replace(config, lora=lora, remat="none", attention="dense")
 
 
 def check_positions(

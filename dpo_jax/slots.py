@@ -26,10 +26,10 @@ _FREE = 1 / 8
 
 # Share of a device's free memory that the cache may take: prefill, logits and
 # the copy that a refill makes of a part of it need the rest.
-_CACHE_SHARE = 0.6
+CACHE_SHARE = 0.6
 
 # More rows on one shard would gain little and wait long for each other.
-_MOST_ROWS = 512
+MOST_ROWS = 512
 
 # Index of a request, its tokens, their log-probs, seconds in a slot.
 Ended = list[tuple[int, list[int], list[float], float]]
@@ -48,6 +48,54 @@ class Reading:
   padded: int
   groups: tuple[tuple[int, ...], ...]
   size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """All shapes of one serving, for whoever runs or plans it.
+
+  Attributes:
+    readings: what is read, in order.
+    program: static shapes.
+    size: slots, B.
+  """
+
+  readings: list[Reading]
+  program: decoding.Program
+  size: int
+
+
+def layout(
+  config: model.ModelConfig,
+  tokenizer: Any,
+  requests: Sequence[Any],
+  engine: Any,
+  mesh: Any,
+  wanted: Sequence[int],
+  free: int | None = None,
+) -> Layout:
+  """The shapes that serve these requests.
+
+  Args:
+    config: the model's, as `sampling.served` gives it.
+    tokenizer: its `eos_id` and `vocab_size` matter.
+    requests: all that were ever asked for.
+    engine: the settings.
+    mesh: or None.
+    wanted: indices of those that are not answered yet.
+    free: bytes for the cache on each device; `free_bytes` by default.
+
+  Raises:
+    ValueError: the mesh does not divide the rows, or not one of them fits.
+  """
+  shards = partitioning.data_shards(mesh) if mesh is not None else 1
+  program = _program(config, tokenizer, requests, engine)
+  size = batch_size(config, engine, program.slots, mesh, free)
+  # At most as many as are asked for, in whole eights of each shard.
+  most = -(-len(requests) // (8 * shards)) * 8 * shards
+  if not engine.batch_size:
+    size = min(size, most)
+  return Layout(plan(requests, engine, shards, wanted), program, size)
 
 
 def plan(
@@ -81,12 +129,16 @@ def free_bytes(engine: Any) -> int:
   stats = device.memory_stats() or {}
   if "bytes_limit" in stats:
     free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    return int(free * _CACHE_SHARE)
+    return int(free * CACHE_SHARE)
   return int(engine.cache_gib * 2**30)
 
 
 def batch_size(
-  config: model.ModelConfig, engine: Any, cache_slots: int, mesh: Any
+  config: model.ModelConfig,
+  engine: Any,
+  cache_slots: int,
+  mesh: Any,
+  free: int | None = None,
 ) -> int:
   """Rows decoded at once: as configured, or as many as memory holds.
 
@@ -104,16 +156,17 @@ def batch_size(
     return engine.batch_size
   shape = (config.layers, config.heads // tensor, cache_slots, config.head_dim)
   each = kv_cache.bytes_of(*shape, engine.cache)
-  fit = free_bytes(engine) // each
+  free = free_bytes(engine) if free is None else free
+  fit = free // each
   if not fit:
     raise ValueError(
       f"a row's cache of {cache_slots} slots takes {each / 2**30:.2f} GiB of a"
-      f" device, and {free_bytes(engine) / 2**30:.2f} GiB are to be had: raise"
+      f" device, and {free / 2**30:.2f} GiB are to be had: raise"
       " cache_gib, take cache='int8', or split heads over a tensor axis"
     )
   # Whole eights: matrix products round alike in all places of such a batch.
   fit = fit // 8 * 8 if fit >= 8 else fit
-  return min(fit, _MOST_ROWS) * shards
+  return min(fit, MOST_ROWS) * shards
 
 
 class Slots:
@@ -129,14 +182,9 @@ class Slots:
   ):
     self.requests, self.engine, self.mesh = requests, engine, mesh
     self.tokenizer, self.weights = tokenizer, (base, lora)
-    shards = partitioning.data_shards(mesh) if mesh is not None else 1
-    self.readings = plan(requests, engine, shards, wanted)
-    self.program = _program(config, tokenizer, requests, engine)
-    self.size = batch_size(config, engine, self.program.slots, mesh)
-    # At most as many as are asked for, in whole eights of each shard.
-    most = -(-len(requests) // (8 * shards)) * 8 * shards
-    if not engine.batch_size:
-      self.size = min(self.size, most)
+    found = layout(config, tokenizer, requests, engine, mesh, wanted)
+    self.readings, self.program = found.readings, found.program
+    self.size = found.size
     self.slot_of: dict[int, int] = {}
     self.entered: dict[int, float] = {}
     self.waiting: list[tuple[int, int]] = []

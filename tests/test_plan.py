@@ -7,18 +7,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scripted
 from jax.experimental.compilation_cache import compilation_cache
 
-from configs import dpo, models, sft
+from configs import dpo, models, sample, sft
 from dpo_jax import (
   compiling,
+  compiling_answers,
+  decoding,
   flops,
+  grid,
   hardware,
   hlo,
+  hlo_traffic,
   model,
   partitioning,
-  plan,
+  plan_text,
   recipe,
+  roofline,
+  sampling,
   settings,
   topology,
 )
@@ -80,7 +87,7 @@ def test_memory_and_text_of_a_plan_for_this_machine():
   assert train.donated > 0.9 * train.outputs
   assert evaluate.donated == 0
   assert train.total >= train.arguments + train.temporary
-  text = plan.describe(run, SMALL, mesh, found, 1)
+  text = plan_text.training(run, SMALL, mesh, found, 1)
   assert "8 x cpu, mesh {'data': 8, 'fsdp': 1, 'tensor': 1}" in text
   assert "all-reduce" in text
   assert "no times: 'cpu' is not in dpo_jax/hardware.py" in text
@@ -100,30 +107,40 @@ def test_full_fine_tuning_is_planned_with_its_reference_and_moments():
 
 def test_the_estimate_by_hand():
   work = (hlo.Work(2.0, 394e12, 1.0), hlo.Work(1.0, 0.0, 819e9))
-  sent = (hlo.Collective("all-gather", 5.0, 200e9, (1,), True),)
+  sent = (
+    hlo_traffic.Collective("all-gather", 5.0, 200e9, (1,), True, True),
+    hlo_traffic.Collective("all-reduce", 1.0, 200e9, (1,), False),
+  )
   chip = hardware.chip("TPU v5e")
-  found = plan.estimate(hlo.Cost(work, sent, 0), chip)
-  # Twice two seconds of products and one of reading; five of sending.
-  assert (found.compute, found.links) == (5.0, 5.0)
-  assert (found.best, found.worst) == (5.0, 10.0)
+  found = roofline.estimate(hlo.Cost(work, sent, 0), chip)
+  # Twice two seconds of products and one of reading; six of sending, of which
+  # five were begun early.
+  assert (found.compute, found.links, found.hidden) == (5.0, 6.0, 5.0)
+  assert (found.best, found.worst, found.planned) == (6.0, 11.0, 22.0)
 
 
+@pytest.mark.parametrize("bend", [1.0, 1.3, 0.8])
 @pytest.mark.parametrize("most", [0, 1, 2, 5, 8])
 @pytest.mark.parametrize("start", [1, 4, 64])
-def test_the_search_finds_the_most_rows(most, start):
+def test_the_search_finds_the_most_rows(most, start, bend):
+  """Whether memory grows as a line or as a curve, refused or just too much."""
   asked = []
 
-  def fits(rows):
+  def needs(rows):
     asked.append(rows)
-    return rows <= most
+    return None if rows > most + 2 else 100 + round(100 * rows**bend)
 
-  assert compiling.largest_rows(fits, start, 64) == most
+  room = 100 + round(100 * most**bend)
+  assert compiling.largest_rows(needs, start, 64, room) == most
   assert len(asked) == len(set(asked)) <= 8
+  if bend == 1.0 and start < most:
+    # Two for the line, and two for where it meets the room.
+    assert len(asked) <= 4
 
 
 def test_the_search_ends_at_its_limit_and_beyond_eight_at_an_eighth():
-  assert compiling.largest_rows(lambda rows: True, 3, 64) == 64
-  found = compiling.largest_rows(lambda rows: rows <= 53, 3, 512)
+  assert compiling.largest_rows(lambda rows: 1, 3, 64, 1) == 64
+  found = compiling.largest_rows(lambda rows: 1 + (rows > 53), 3, 512, 1)
   assert 53 - 53 // 8 <= found <= 53
 
 
@@ -169,6 +186,114 @@ def test_here_means_these_devices():
   assert topology.devices("") == jax.devices()
 
 
+def sampling_config(**changes):
+  c = sample.get_config("paper")
+  c.dtype, c.max_new_tokens, c.max_prompt_tokens = "float32", 16, 24
+  c.length_multiple, c.prefill_tokens, c.span = 16, 64, 0
+  c.batch_size = 8
+  c.update_from_flattened_dict(changes)
+  return settings.build(grid.AnswerSettings, c.to_dict())
+
+
+class Watched:
+  """A jitted function that notes what it is called and lowered with."""
+
+  def __init__(self, jitted):
+    self.jitted, self.ran, self.planned = jitted, [], []
+
+  def __call__(self, *args):
+    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args)):
+      self.ran.append(self.described(args))
+    return self.jitted(*args)
+
+  def lower(self, *args):
+    self.planned.append(self.described(args))
+    return self.jitted.lower(*args)
+
+  def described(self, args):
+    return [
+      (x.shape, x.dtype, x.sharding) if hasattr(x, "sharding") else x
+      for x in jax.tree.leaves(args)
+    ]
+
+
+def test_the_sampler_is_planned_as_it_runs(tmp_path, monkeypatch):
+  """The planner lowers just what `generate` calls, on shapes and shardings."""
+  tok = scripted.small_tokenizer(tmp_path)
+  config, base = scripted.noisy(tok.vocab_size + 16)
+  mesh = partitioning.make_mesh(4, 1, 2)
+  how = sampling_config()
+  seen = {
+    n: Watched(getattr(decoding, n)) for n in ("read", "enter", "advance")
+  }
+  for name, watched in seen.items():
+    monkeypatch.setattr(decoding, name, watched)
+  base = jax.device_put(base, partitioning.shardings(base, mesh))
+  requests = compiling_answers.stand_ins(how, 8, -1)
+  for _ in sampling.generate(
+    config, base, None, tok, requests, how.engine(), mesh
+  ):
+    pass
+
+  def lowered(name, lower, *unused):
+    lower()
+
+  monkeypatch.setattr(compiling, "compile_one", lowered)
+  compiling_answers.compile_answers(
+    how, config, mesh, None, tokens=tok.vocab_size
+  )
+  for name, watched in seen.items():
+    (planned,) = watched.planned
+    assert watched.ran
+    for ran in watched.ran:
+      for wanted, found in zip(ran, planned, strict=True):
+        if not isinstance(wanted, tuple):
+          assert wanted == found, name
+          continue
+        assert wanted[:2] == found[:2], name
+        if jax.dtypes.issubdtype(wanted[1], jax.dtypes.prng_key):
+          # XLA lays the rows' keys, eight bytes each, as it likes.
+          continue
+        assert found[2].is_equivalent_to(wanted[2], len(wanted[0])), (
+          name,
+          wanted,
+          found,
+        )
+
+
+def test_flops_and_bytes_of_decoding_by_hand(monkeypatch):
+  """On this machine's devices, without running: eight rows on each."""
+  how = sampling_config(batch_size=64, max_new_tokens=40, dtype="bfloat16")
+  mesh = partitioning.make_mesh(8, 1, 1)
+  found = compiling_answers.compile_answers(
+    how, SMALL, mesh, None, ("read", "decode")
+  )
+  read, decode = found.programs
+  layers, width, mlp, words, rank = 3, 128, 256, 512, 4
+  kernels = layers * (4 * width**2 + 2 * width * mlp)
+  adapters = layers * rank * (4 * width + 2 * width + 2 * (width + mlp))
+  # A row's slots: 24 tokens of its prompt and 40 new ones.
+  assert found.layout.program.slots == 64
+  row = 2 * (kernels + adapters + width * words) + 4 * layers * width * 64
+  assert decode.cost.flops == 32 * 8 * row
+  assert decode.cost.open_loops == 1
+  # Two prompts of 32 places would be one for two devices: each reads one.
+  reading = found.layout.readings[0]
+  assert (reading.size, reading.padded) == (8, 32)
+  place = 2 * (kernels + adapters) + 4 * layers * width * 32
+  assert read.cost.flops == 32 * place + 2 * width * words
+  # Weights at two bytes but for biases and norms; keys and values of all rows.
+  assert found.weights == pytest.approx(
+    2 * (kernels + adapters + 2 * width * words), rel=0.03
+  )
+  assert found.cache == 2 * 2 * layers * width * 64 * 8
+  assert found.lookup == 2 * width * words
+  assert found.least_bytes == found.weights - found.lookup + found.cache
+  text = plan_text.answers(found, mesh, "this")
+  assert "8 rows a device of 64 slots, prompts read by 8 of 32" in text
+  assert "no times: 'cpu'" in text
+
+
 # --- TPU slices that are not there
 
 
@@ -201,7 +326,7 @@ def test_a_step_for_a_slice():
   # The compiler may turn a product of few columns into something else.
   assert found.cost.flops == pytest.approx(wanted, rel=0.02)
   assert found.cost.open_loops == 0
-  text = plan.describe(run, SMALL, mesh, [found], 1)
+  text = plan_text.training(run, SMALL, mesh, [found], 1)
   assert "8 x TPU v5 lite" in text
   assert "of 15.75 GiB a device" in text
   assert "estimate, not measured" in text
@@ -236,7 +361,7 @@ def test_what_does_not_fit_is_said():
   wide = dataclasses.replace(SMALL, vocab_size=2**20, width=1024, lora=None)
   (found,) = compiling.compile_steps(run, wide, mesh, 1, ("train",))
   assert found.memory is None
-  text = plan.describe(run, wide, mesh, [found], 1)
+  text = plan_text.training(run, wide, mesh, [found], 1)
   assert "train: DOES NOT FIT" in text
   assert "15.75G" in text
 
