@@ -3,9 +3,11 @@
 import pathlib
 
 import setuptools
+from setuptools.command import build_py
 
 README = pathlib.Path(__file__).parent / "README.md"
 
+SCRIPTS = ("judge.py", "sample.py", "train.py")
 TEST = [
   "hypothesis",
   # Notebooks are executed.
@@ -21,6 +23,8 @@ TEST = [
   # Drives Chromium, which the browser tests need (Debian's chromium and
   # chromium-driver).
   "selenium",
+  # Builds the wheel.
+  "setuptools>=77",
   "tensorboard",
   "tensorboardX",
   # The CPU build that the parity tests were written against; no other module
@@ -28,6 +32,22 @@ TEST = [
   "torch==2.13.0",
   "wandb",
 ]
+
+
+class BuildPy(build_py.build_py):
+  """Also puts configs/ and the scripts into the wheel, in dpo_jax/shipped/."""
+
+  def run(self):
+    super().run()
+    if self.editable_mode:
+      return
+    here = pathlib.Path(__file__).parent
+    shipped = pathlib.Path(self.build_lib, "dpo_jax", "shipped")
+    for file in (*here.glob("configs/*.py"), *map(here.joinpath, SCRIPTS)):
+      target = shipped / file.relative_to(here)
+      target.parent.mkdir(parents=True, exist_ok=True)
+      self.copy_file(str(file), str(target))
+
 
 setuptools.setup(
   name="dpo-jax",
@@ -38,6 +58,8 @@ setuptools.setup(
   license="MIT",
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["dpo_jax", "dpo_jax.*"]),
+  cmdclass={"build_py": BuildPy},
+  entry_points={"console_scripts": ["dpo-jax = dpo_jax.__main__:main"]},
   package_data={
     "dpo_jax.figures": ["*.mplstyle"],
     "dpo_jax.page": ["*.html", "*.css", "*.js"],

@@ -17,7 +17,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dpo_jax import config_help, console, errors, redaction
+from dpo_jax import config_files, config_help, console, errors, redaction
 
 Main = Callable[..., int]
 
@@ -55,6 +55,7 @@ def run(main: Main, example: str = "", **options: tuple[Any, str]) -> None:
 
   def call(arguments):
     console.set_mode(flags.FLAGS.log)
+    _say_where(sys.argv[1:])
     logging.set_verbosity(logging.WARNING)
     if len(arguments) > 1:
       return _refused(f"unexpected arguments: {arguments[1:]}")
@@ -110,7 +111,7 @@ def _parsed(arguments: list[str]) -> list[str]:
       raise ValueError("--config is missing: name a file of configs/")
     # Once more than needed, for messages without a library's traceback.
     _check_fields(config_help.load(file), arguments[1:])
-    return flags.FLAGS(arguments)
+    return flags.FLAGS(_with_config(arguments, config_files.find(file)))
   except (flags.Error, ValueError, OSError) as error:
     if "--log=json" in arguments:
       console.set_mode("json")
@@ -149,6 +150,31 @@ def _config_of(arguments: list[str]) -> str:
     if name in ("--config", "-config"):
       return value if equals else "".join(arguments[number + 1 : number + 2])
   return ""
+
+
+def _with_config(arguments: list[str], file: str) -> list[str]:
+  """The arguments with another value of --config."""
+  names = ("--config", "-config")
+  found = []
+  for before, argument in zip(["", *arguments], arguments):
+    name, equals, _ = argument.partition("=")
+    if name in names and equals:
+      argument = f"{name}={file}"
+    elif before in names:
+      argument = file
+    found.append(argument)
+  return found
+
+
+def _say_where(arguments: list[str]) -> None:
+  """Says which file --config means, where it is not the one that it names."""
+  given = _config_of(arguments)
+  found = config_files.find(given)
+  if found != given:
+    path = found.partition(":")[0]
+    console.say(
+      f"--config={given} is no file here: taking {path}", "config", path=path
+    )
 
 
 def _print_help(config: str, options: dict[str, tuple[Any, str]]) -> None:

@@ -19,6 +19,8 @@ from typing import Any
 
 from ml_collections import config_dict
 
+from dpo_jax import config_files
+
 
 @dataclasses.dataclass(frozen=True)
 class Field:
@@ -30,13 +32,14 @@ class Field:
 
 
 def load(name: str) -> config_dict.ConfigDict:
-  """The config of a file, or of a "FILE:VARIANT".
+  """The config of a file, or of a "FILE:VARIANT"; see `config_files.find`.
 
   Raises:
     ValueError: the variant is unknown, or the file has no `get_config`.
     OSError: there is no such file.
   """
-  path, colon, variant = name.partition(":")
+  config_files.importable()
+  path, colon, variant = config_files.find(name).partition(":")
   found = runpy.run_path(path)
   if "get_config" not in found:
     raise ValueError(f"{path} has no function get_config")

@@ -15,7 +15,9 @@ PACKAGE = ROOT / "dpo_jax"
 
 LEVELS = {
   "": 0,
+  "__main__": 0,
   "comparisons": 0,
+  "config_files": -1,
   "config_help": 0,
   "console": 0,
   "errors": 0,
