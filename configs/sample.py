@@ -119,9 +119,11 @@ def sampling() -> config_dict.ConfigDict:
   c.merge_adapters = False
   # What weights are kept in and blocks compute in: "float32" or "bfloat16".
   c.dtype = "bfloat16"
-  # Devices of each process: with several, every one of them answers its share
-  # of the prompts on its own devices, and has all weights there.
   c.mesh = common.mesh()
+  # With several processes: "process" gives each a mesh of its own devices,
+  # which hold all weights, and a share of the prompts; "all" lays one mesh over
+  # the devices of all, for models that are too large for those of one.
+  c.mesh_over = "process"
   return c
 
 

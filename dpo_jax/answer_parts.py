@@ -1,8 +1,8 @@
 """The files of answers while they are written, by one process or several.
 
 The first process writes the files themselves, every other one a part of each,
-beside them. The first takes the parts in: at the end, or when the run goes on,
-with however many processes.
+beside them, or nothing, if all have the same answers. The first takes the parts
+in: at the end, or when the run goes on, with however many processes.
 """
 
 import contextlib
@@ -21,16 +21,30 @@ class File:
   """One job's file while it is written.
 
   Attributes:
-    store: where this process appends rows: the file, or a part of it.
-    seconds: takes how long they took.
+    store: where this process appends rows: a `records.Store` of the file, or
+      of a part of it.
+    seconds: takes how long they took, see `answer_files.Seconds`.
     wanted: every row of the file, in order, without its answer.
     done: those that are answered, by their index.
   """
 
-  store: records.Store
-  seconds: answer_files.Seconds
+  store: Any
+  seconds: Any
   wanted: list[records.Response]
   done: dict[int, records.Response]
+
+
+class _Unwritten:
+  """In place of a store and of seconds, where the first process writes."""
+
+  def __init__(self, path: pathlib.Path):
+    self.path = path
+
+  def append(self, rows: Any) -> None:
+    del rows
+
+  def append_many(self, rows: Any) -> None:
+    del rows
 
 
 def open_all(
@@ -75,11 +89,14 @@ def _opened(settings, job, prompts, directory) -> Iterator[File]:
 
 @contextlib.contextmanager
 def _part(settings, job, prompts, directory) -> Iterator[File]:
-  """This process's part of a job's file, which the first one has opened."""
+  """What this process writes of a job's file, which the first one has."""
   path = directory / f"{job.stem}.jsonl"
   processes.shared(path)
   wanted, _ = grid.wanted(settings, job, prompts, -1)
   done = answer_files.match(path, records.read(path, records.Response), wanted)
+  if settings.mesh_over == "all":
+    yield File(_Unwritten(path), _Unwritten(path), wanted, done)
+    return
   own = answer_files.part(path, jax.process_index())
   with records.Store(own, records.Response) as store:
     yield File(store, answer_files.Seconds(own), wanted, done)

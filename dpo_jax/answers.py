@@ -12,7 +12,8 @@ nothing interrupted.
 With several processes each answers a share of the prompts on its own devices
 and needs nothing of the others meanwhile. The first one writes the files, the
 others parts of them, which the first one takes in at the end, or when the run
-goes on, with however many processes.
+goes on, with however many processes. Or all of them answer every prompt
+together, on one mesh, and the first one writes.
 """
 
 import contextlib
@@ -103,10 +104,17 @@ def run(
 
 
 def _prepare(settings: grid.AnswerSettings):
-  """The mesh of this process, the jobs, the tokenizer and the prompts."""
+  """The mesh, the jobs, the tokenizer and the prompts."""
+  alone = settings.mesh_over == "process"
   mesh = partitioning.make_mesh(
-    **dataclasses.asdict(settings.mesh), devices=jax.local_devices()
+    **dataclasses.asdict(settings.mesh),
+    devices=jax.local_devices() if alone else jax.devices(),
   )
+  if not (alone or settings.batch_size or jax.process_count() == 1):
+    raise ValueError(
+      "batch_size=0 takes what memory each process finds free, but with"
+      " mesh_over='all' all must decode as many answers: set batch_size"
+    )
   shards = partitioning.data_shards(mesh)
   if settings.batch_size % shards:
     raise ValueError(
@@ -186,7 +194,9 @@ def _generate(settings, group, files, tokenizer, prompts, mesh) -> None:
   left = [
     at for at, (file, index) in enumerate(places) if index not in file.done
   ]
-  missing = answer_parts.share(places, left)
+  missing = left
+  if settings.mesh_over == "process":
+    missing = answer_parts.share(places, left)
   started, tokens = time.perf_counter(), 0
   name = group.jobs[0].stem
   if len(group.jobs) > 1:

@@ -92,6 +92,7 @@ class AnswerSettings:
   merge_adapters: bool
   dtype: Literal["float32", "bfloat16"]
   mesh: partitioning.MeshSettings
+  mesh_over: Literal["process", "all"]
 
   def __post_init__(self):
     if not self.policies:

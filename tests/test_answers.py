@@ -192,10 +192,22 @@ def test_going_on_after_sigkill_gives_the_same_file(
   assert all(json.loads(line)["seconds"] >= 0 for line in seconds)
 
 
-def test_two_processes_write_what_one_writes(world, whole, tmp_path):
-  """Each answers three of the six prompts; the first one has the file."""
+@pytest.mark.parametrize(
+  ("over", "devices", "answered"),
+  [
+    # Each answers three of the six prompts, with as many devices as here: the
+    # same shapes, so the same roundings.
+    ("process", "8", "6/6 answers"),
+    # Both answer all of them, with half of these devices each.
+    pytest.param("all", "4", "12/12 answers", marks=pytest.mark.slow),
+  ],
+)
+def test_two_processes_write_what_one_writes(
+  world, whole, tmp_path, over, devices, answered
+):
   (tmp_path / "config.py").write_text(running.CONFIG)
-  (tmp_path / "config.json").write_text(json.dumps(world.values))
+  values = world.values | {"mesh_over": over}
+  (tmp_path / "config.json").write_text(json.dumps(values))
   with socket.socket() as one:
     one.bind(("localhost", 0))
     port = one.getsockname()[1]
@@ -206,9 +218,9 @@ def test_two_processes_write_what_one_writes(world, whole, tmp_path):
         f"--workdir={tmp_path / 'run'}",
       ],
       cwd=ROOT,
-      # As many devices as here: the same shapes, so the same roundings.
       env=os.environ
       | {
+        "JAX_NUM_CPU_DEVICES": devices,
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": "2",
         "JAX_PROCESS_ID": str(number),
@@ -228,8 +240,8 @@ def test_two_processes_write_what_one_writes(world, whole, tmp_path):
   names = {path.name for path in directory.iterdir()}
   assert names == {"sft.jsonl", "sft.json", "sft.seconds"}
   assert len((directory / "sft.seconds").read_text().splitlines()) == 12
-  # Each was given half of the prompts, and one speaks for both.
-  assert "6/6 answers" in said[0][1]
+  # One speaks for both.
+  assert answered in said[0][1]
   assert str(directory / "sft.jsonl") in said[0][0]
   assert "sft" not in said[1][0] + said[1][1]
 

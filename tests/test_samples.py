@@ -8,19 +8,23 @@ import os
 import signal
 
 import jax
+import numpy as np
 import pytest
 import running
 
 from dpo_jax import (
   comparisons,
   decoding,
+  draw,
   grid,
   hf,
   metrics,
+  model,
   records,
   samples,
   sampling,
   sources,
+  stops,
   tokenizer,
   training,
 )
@@ -338,3 +342,38 @@ def test_the_weights_are_those_of_the_step(config, tmp_path, monkeypatch, full):
   for counts in alive:
     assert len(counts) == 3
     assert len(set(counts)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decoding_makes_no_copy_of_the_weights(dtype):
+  """Of what a compiled chunk of steps needs beside its arguments."""
+  config = model.ModelConfig(
+    vocab_size=8192,
+    width=512,
+    layers=6,
+    heads=8,
+    mlp_width=2048,
+    rotary_fraction=0.25,
+    rotary_base=10000.0,
+    norm_eps=1e-5,
+    max_positions=512,
+    dtype=dtype,
+  )
+  base = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
+  how = draw.ways({(1.0, 0, 1.0)}, 8192)
+  program = decoding.Program(config, 64, 16, 0, 8192, how, dtype)
+  state = jax.eval_shape(lambda: decoding.empty(program, 8))
+  table = jax.ShapeDtypeStruct((8192, stops.TURN + 1), np.int8)
+  count = jax.ShapeDtypeStruct((), np.int32)
+  compiled = decoding.advance.lower(
+    program, 64, base, None, state, table, count, count
+  ).compile()
+  needed = compiled.memory_analysis().temp_size_in_bytes
+
+  def size(tree):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+  # The logits' two matrices may be held in bfloat16 too, and the cache twice.
+  vocabulary = 2 * 8192 * 512 * (2 if dtype == "bfloat16" else 0)
+  assert needed < 2 * size(state.cache) + vocabulary + size(base["blocks"]) / 20
