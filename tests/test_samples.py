@@ -292,6 +292,24 @@ def test_stopped_between_two_answers(sampled, config, tmp_path, monkeypatch):
   ).read_bytes()
 
 
+@pytest.mark.slow
+def test_killed_and_run_again(sampled, config, tmp_path):
+  """A process of its own, by SIGKILL as soon as the rows of step 3 begin."""
+  workdir = tmp_path / "run"
+  path = workdir / samples.FILE
+
+  def begun():
+    return path.exists() and path.read_bytes().count(b"\n") > 3
+
+  with running.Child(tmp_path / "child", config(**ASKED), workdir) as child:
+    child.until(begun)
+    child.process.kill()
+    assert child.end() == -signal.SIGKILL
+  assert path.read_bytes() != (sampled / samples.FILE).read_bytes()
+  training.run(config(**ASKED), workdir)
+  assert path.read_bytes() == (sampled / samples.FILE).read_bytes()
+
+
 # --- refused
 
 
