@@ -4,6 +4,7 @@ An answer loops if it says the same words again and again: of the triples of
 consecutive words of an answer of some length, less than half are distinct.
 """
 
+import dataclasses
 import statistics
 from collections.abc import Iterable
 
@@ -42,12 +43,44 @@ def loops(text: str) -> bool:
   return distinct_trigrams(text) < _DISTINCT
 
 
-def lines(rows: Iterable[records.Response]) -> list[str]:
-  """The table, one line for each model, step and temperature, in order."""
+@dataclasses.dataclass(frozen=True)
+class Line:
+  """The answers of one model and step at one temperature.
+
+  Attributes:
+    model: its name; `step` is None for a final model.
+    answers: how many there are.
+    mean_tokens: of an answer; `median_tokens` and `most_tokens` likewise.
+    empty: answers that hold no word; `looping`, those that loop; `cut`, those
+      that max_new_tokens ended; `human_turn`, those that a human turn ended.
+    mean_logp: mean over answers of their mean log-probs, of those that say it.
+  """
+
+  model: str
+  step: int | None
+  temperature: float
+  answers: int
+  mean_tokens: float
+  median_tokens: float
+  most_tokens: int
+  empty: int
+  looping: int
+  cut: int
+  human_turn: int
+  mean_logp: float | None
+
+
+def summary(rows: Iterable[records.Response]) -> list[Line]:
+  """A line for each model, step and temperature, in order."""
   groups: dict[tuple, list[records.Response]] = {}
   for row in rows:
     groups.setdefault((row.model, row.step, row.temperature), []).append(row)
-  cells = [_HEADER, *(_cells(*group) for group in groups.items())]
+  return [_line(*group, rows) for group, rows in groups.items()]
+
+
+def lines(table: Iterable[Line]) -> list[str]:
+  """The table as aligned text, below a line of names."""
+  cells = [_HEADER, *map(_cells, table)]
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   return [
     "  ".join(
@@ -58,20 +91,36 @@ def lines(rows: Iterable[records.Response]) -> list[str]:
   ]
 
 
-def _cells(group, rows) -> tuple[str, ...]:
-  name, step, temperature = group
+def _line(model, step, temperature, rows) -> Line:
   lengths = [row.token_count for row in rows]
   logps = [row.mean_logp for row in rows if row.mean_logp is not None]
+  return Line(
+    model=model,
+    step=step,
+    temperature=temperature,
+    answers=len(rows),
+    mean_tokens=statistics.fmean(lengths),
+    median_tokens=statistics.median(lengths),
+    most_tokens=max(lengths),
+    empty=sum(not row.response.strip() for row in rows),
+    looping=sum(loops(row.response) for row in rows),
+    cut=sum(row.finish_reason == "length" for row in rows),
+    human_turn=sum(row.finish_reason == "turn" for row in rows),
+    mean_logp=statistics.fmean(logps) if logps else None,
+  )
+
+
+def _cells(line: Line) -> tuple[str, ...]:
   return (
-    name if step is None else f"{name}, step {step}",
-    f"{temperature:g}",
-    str(len(rows)),
-    f"{statistics.fmean(lengths):.1f}",
-    f"{statistics.median(lengths):g}",
-    str(max(lengths)),
-    str(sum(not row.response.strip() for row in rows)),
-    str(sum(loops(row.response) for row in rows)),
-    str(sum(row.finish_reason == "length" for row in rows)),
-    str(sum(row.finish_reason == "turn" for row in rows)),
-    f"{statistics.fmean(logps):.3f}" if logps else "-",
+    line.model if line.step is None else f"{line.model}, step {line.step}",
+    f"{line.temperature:g}",
+    str(line.answers),
+    f"{line.mean_tokens:.1f}",
+    f"{line.median_tokens:g}",
+    str(line.most_tokens),
+    str(line.empty),
+    str(line.looping),
+    str(line.cut),
+    str(line.human_turn),
+    "-" if line.mean_logp is None else f"{line.mean_logp:.3f}",
   )

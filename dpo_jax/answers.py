@@ -99,7 +99,12 @@ def run(
           answer_parts.order(file)
   if processes.first():
     rows = [row for file in files.values() for row in file.done.values()]
-    console.result("\n".join(answer_table.lines(rows)), "answers")
+    table = answer_table.summary(rows)
+    console.result(
+      "\n".join(answer_table.lines(table)),
+      "answers",
+      lines=[dataclasses.asdict(line) for line in table],
+    )
   return [directory / f"{job.stem}.jsonl" for job in jobs]
 
 

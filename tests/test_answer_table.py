@@ -55,7 +55,8 @@ def test_a_line_for_each_model_step_and_temperature():
     row("dpo", 100, 0.25, "no no yes " * 9, 27, "length", -0.25),
     row("dpo", 100, 0.25, "no no yes " * 9, 28, "length", -0.75),
   ]
-  head, *lines = answer_table.lines(rows)
+  table = answer_table.summary(rows)
+  head, *lines = answer_table.lines(table)
   assert head.split("  ")[0] == "model"
   # (3 + 1 + 64 + 12) / 4 = 20; the middle of 3 and 12 is 7.5; the mean of the
   # four log-probs is -0.9.
@@ -78,5 +79,7 @@ def test_a_line_for_each_model_step_and_temperature():
       "-0.500",
     ],
   ]
+  assert table[1].mean_logp is None
+  assert table[0].median_tokens == 7.5
   # Columns stand beneath their names.
   assert len({len(line) for line in (head, *lines)}) == 1
