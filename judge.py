@@ -3,7 +3,8 @@
   python judge.py --config=configs/judge.py:openai --workdir=runs/demo
 
 reads <workdir>/responses/*.jsonl and writes <workdir>/verdicts/*.jsonl. The
-same command resumes: only questions without an answer are asked.
+same command resumes: only questions without an answer are asked. --estimate
+says what they would cost, and asks none of them.
 """
 
 import dataclasses
@@ -12,11 +13,20 @@ from dpo_jax import cli, console, settings
 from dpo_jax.judging import runner
 
 
-def main(config, workdir) -> int:
-  summary = runner.run(settings.build(runner.JudgeSettings, config), workdir)
+def main(config, workdir, estimate: bool) -> int:
+  built = settings.build(runner.JudgeSettings, config)
+  if estimate:
+    found = runner.estimate(built, workdir)
+    console.result(str(found), "estimate", **dataclasses.asdict(found))
+    return 0
+  summary = runner.run(built, workdir)
   console.result(str(summary), **dataclasses.asdict(summary))
   return 0
 
 
 if __name__ == "__main__":
-  cli.run(main, example="configs/judge.py:openai")
+  cli.run(
+    main,
+    example="configs/judge.py:openai",
+    estimate=(False, "print calls, tokens and dollars, and ask nothing"),
+  )

@@ -13,6 +13,7 @@ Results (the path of what was written, a summary) go to stdout in every mode,
 and all else to stderr.
 """
 
+import argparse
 import datetime
 import json
 import logging
@@ -31,6 +32,22 @@ EVERY_S = 10.0
 
 _mode = "auto"
 _muted = False
+
+
+def add_flag(parser: argparse.ArgumentParser) -> None:
+  """Gives a parser the flag `--log`, which sets the mode as it is parsed."""
+
+  class Set(argparse.Action):
+    def __call__(self, parser, namespace, value, option=None):
+      set_mode(value)
+
+  parser.add_argument(
+    "--log",
+    action=Set,
+    choices=MODES,
+    default=argparse.SUPPRESS,
+    help="what is shown (default: auto)",
+  )
 
 
 def set_mode(mode: str) -> None:

@@ -339,7 +339,6 @@ def _mib(size: int) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
   redaction.install()
   flags = _parser().parse_args(arguments)
-  console.set_mode(flags.log)
   directory = flags.directory.absolute()
   try:
     settings = PushSettings(
@@ -395,7 +394,7 @@ def _parser() -> argparse.ArgumentParser:
     help="send all, whatever hub.json says was sent",
   )
   parser.add_argument("--tries", type=int, default=2, help="of each branch")
-  parser.add_argument("--log", default="auto", choices=console.MODES)
+  console.add_flag(parser)
   return parser
 
 

@@ -310,6 +310,15 @@ class Store(Generic[Row]):
       raise
     return self
 
+  def peek(self) -> "Store[Row]":
+    """Reads `rows` without a lock, for whoever will not write; itself.
+
+    A last line that was cut, or a file that is not there, is no row.
+    """
+    if self.path.exists():
+      self.rows, _, _ = _read(self.path, self.cls)
+    return self
+
   def _open(self) -> None:
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
     self._fd = os.open(self.path, flags, 0o644)

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 from dpo_jax import (
   compose,
+  console,
   errors,
   eval_files,
   material,
@@ -90,12 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
       path = write(_settings(flags), flags.directory)
   except (ValueError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
+    console.error(str(error))
     return 2
   except errors.Stopped as error:
-    print(f"error: {error}", file=sys.stderr)
+    console.error(str(error))
     return 1
-  print(path)
+  console.result(str(path), path=str(path))
   return 0
 
 
@@ -123,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("directory", nargs="?", help="of a run")
   parser.add_argument("--seed_results", help="directory of eval_*.json files")
   parser.add_argument("--output", help="where their report is written")
+  console.add_flag(parser)
   for field in dataclasses.fields(ReportSettings):
     default = getattr(_DEFAULTS, field.name)
     flag = f"--{field.name}"

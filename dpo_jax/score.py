@@ -326,6 +326,7 @@ def parse(arguments: Sequence[str] | None = None) -> ScoreSettings:
   text("--dtype", default="float32", choices=("float32", "bfloat16"))
   number("--fsdp", default=1, help="devices that split the width")
   number("--tensor", default=1, help="devices that split heads and vocabulary")
+  console.add_flag(parser)
   return ScoreSettings(**vars(parser.parse_args(arguments)))
 
 
@@ -335,9 +336,10 @@ def main() -> int:
     settings = parse()
     rows = run(settings)
   except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
+    console.error(str(error))
     return 2
-  print(f"{len(rows)} rows in {settings.output}")
+  text = f"{len(rows)} rows in {settings.output}"
+  console.result(text, path=settings.output, rows=len(rows))
   return 0
 
 

@@ -399,6 +399,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument(
     "--wandb_mode", default="online", choices=("online", "offline")
   )
+  console.add_flag(parser)
   flags = parser.parse_args(arguments)
   path = flags.directory.absolute()
   try:

@@ -287,6 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     description="Recomputes every number of reports and result files.",
   )
   parser.add_argument("path", nargs="+", help="see the module's docstring")
+  console.add_flag(parser)
   flags = parser.parse_args(arguments)
   found, files = [], []
   try:
@@ -316,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"NOTE {file.path}: {len(file.missed)} verdicts missed, in results"
             f" {file.missed}; {len(file.refusals)} refusals, {file.refusals}"
           )
-      print(f"{wrong} of {len(read)} files disagree with their own rows.")
+      _print(f"{wrong} of {len(read)} files disagree with their own rows.")
   except (ValueError, OSError) as error:
     console.error(str(error))
     return 2
@@ -326,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _print(text: str) -> None:
   """Prints what may hold names from files."""
-  print(console.visible(text))
+  console.result(console.visible(text))
 
 
 def _show(found: Sequence[str]) -> None:

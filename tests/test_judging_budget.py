@@ -178,6 +178,37 @@ def test_the_estimate_stands_before_the_first_call(tmp_path, capfd):
   assert f"{tokens + 240:.4f} dollars" in seen[0]
 
 
+def files(directory):
+  return {path: path.read_bytes() for path in directory.rglob("*.*")}
+
+
+def test_an_estimate_alone_asks_and_writes_nothing(tmp_path, monkeypatch):
+  monkeypatch.delenv("UNSET_KEY", raising=False)
+  write(tmp_path, [response(n, f" answer {n}") for n in range(3)])
+  before = files(tmp_path)
+  with fake_server.Server(fake_answers.prefer_longer) as server:
+    # No key is needed where nobody is asked.
+    used = judge_with(server, prices=DEAR, api_key_env="UNSET_KEY")
+    found = runner.estimate(used, tmp_path)
+    assert not server.requests
+    assert files(tmp_path) == before
+    # What is asked then is what was estimated; 40 tokens a reply, as expected.
+    runner.run(judge_with(server, prices=DEAR), tmp_path)
+    assert found.calls == len(server.requests) == 6
+    size = sum(len(r.prompt.encode()) for r in server.requests)
+    assert found.prompt_tokens == round(size / 4)
+    assert found.completion_tokens == 6 * used.server.expected_reply_tokens
+    price = used.server.price
+    assert found.dollars == pytest.approx(
+      price.of(found.prompt_tokens, found.completion_tokens)
+    )
+    # Only what has no verdict counts, beside what was spent.
+    write(tmp_path, [response(n, f" answer {n}") for n in range(4)])
+    again = runner.estimate(used, tmp_path)
+    assert again.calls == 2
+    assert again.before == ledger(tmp_path)["cost"] > 0
+
+
 def test_an_estimate_by_hand():
   purse = budget.Budget(budget.Price(1.0, 4.0), 10.0, before=2.0)
   made = budget.estimate(

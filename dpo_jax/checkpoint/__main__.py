@@ -10,7 +10,7 @@ import argparse
 import pathlib
 import sys
 
-from dpo_jax import step_files
+from dpo_jax import console, step_files
 
 
 def main(arguments: list[str]) -> int:
@@ -21,13 +21,14 @@ def main(arguments: list[str]) -> int:
   )
   parser.add_argument("command", choices=("verify", "list"))
   parser.add_argument("directory", type=pathlib.Path)
+  console.add_flag(parser)
   options = parser.parse_args(arguments)
   directory = options.directory
   if (directory / "checkpoints").is_dir():
     directory = directory / "checkpoints"
   found = step_files.steps(directory)
   if not found:
-    print(f"error: {directory} holds no checkpoints", file=sys.stderr)
+    console.error(f"{directory} holds no checkpoints")
     return 2
   show = _verify if options.command == "verify" else _list
   return max([show(directory, step) for step in found])
@@ -35,7 +36,7 @@ def main(arguments: list[str]) -> int:
 
 def _verify(directory: pathlib.Path, step: int) -> int:
   problem = step_files.problem(directory, step)
-  print(f"step {step}: {problem or 'whole'}")
+  console.result(f"step {step}: {problem or 'whole'}", step=step)
   return 1 if problem else 0
 
 
@@ -44,10 +45,10 @@ def _list(directory: pathlib.Path, step: int) -> int:
   try:
     metrics = step_files.metrics(directory, step)
   except (OSError, ValueError, KeyError, TypeError) as error:
-    print(f"{size}, not whole: {error}")
+    console.result(f"{size}, not whole: {error}", step=step)
     return 1
   values = [f"{name} {value:.6g}" for name, value in metrics.items()]
-  print(", ".join([size, *values]))
+  console.result(", ".join([size, *values]), step=step)
   return 0
 
 

@@ -158,24 +158,32 @@ class Books:
 
   def open(self, plan: questions.Plan, concurrency: int) -> None:
     """Says what is about to be asked, and that it is not done yet."""
-    if plan.questions and self._settings and self._purse:
-      template = self._settings.load_template()
-      pages = [
-        len(prompts.fill(template, questions.question(cases[0])).encode())
-        for cases in plan.questions.values()
-      ]
-      estimate = budget.estimate(
-        self._purse,
-        pages,
-        reply_tokens=self._settings.expected_reply_tokens,
-        reply_s=self._settings.expected_reply_s,
-        concurrency=concurrency,
-        requests_per_minute=self._settings.requests_per_minute,
-        tokens_per_minute=self._settings.tokens_per_minute,
-      )
+    if plan.questions and self._purse:
+      estimate = self.estimate(plan, concurrency)
       console.say(str(estimate), "estimate", **dataclasses.asdict(estimate))
     open_units = sum(map(len, plan.questions.values()))
     self._write(complete=False, missing=0, not_dispatched=open_units)
+
+  def estimate(self, plan: questions.Plan, concurrency: int) -> budget.Estimate:
+    """What asking the open questions of a plan will take."""
+    if not self._settings or not self._purse:
+      # The oracle is asked here, for nothing.
+      calls = len(plan.questions)
+      return budget.Estimate(calls, 0, 0, 0.0, 0.0, 0.0, 0.0)
+    template = self._settings.load_template()
+    pages = [
+      len(prompts.fill(template, questions.question(cases[0])).encode())
+      for cases in plan.questions.values()
+    ]
+    return budget.estimate(
+      self._purse,
+      pages,
+      reply_tokens=self._settings.expected_reply_tokens,
+      reply_s=self._settings.expected_reply_s,
+      concurrency=concurrency,
+      requests_per_minute=self._settings.requests_per_minute,
+      tokens_per_minute=self._settings.tokens_per_minute,
+    )
 
   def put(self, row: records.Verdict) -> None:
     """Counts a row that this run made."""

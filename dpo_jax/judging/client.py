@@ -80,6 +80,20 @@ async def connect(
     yield Client(settings, template, sdk, http, key, limiter, purse)
 
 
+def judge(
+  settings: server.ServerSettings,
+  template: prompts.Template,
+  ask: Callable[[judging.Question], Awaitable[judging.Reply]],
+) -> judging.Judge:
+  """The judge behind a server, by all that its answers depend on."""
+  return judging.Judge(
+    name=settings.model,
+    parameters=settings.parameters,
+    template_hash=template.hash,
+    ask=ask,
+  )
+
+
 class Client:
   """Requests to one server, whose calls to wait hold for all questions."""
 
@@ -107,12 +121,7 @@ class Client:
       for name, value in (sdk.default_headers | sdk.auth_headers).items()
       if isinstance(value, str)
     }
-    self.judge = judging.Judge(
-      name=settings.model,
-      parameters=settings.parameters,
-      template_hash=template.hash,
-      ask=self.ask,
-    )
+    self.judge = judge(settings, template, self.ask)
 
   async def ask(self, question: judging.Question) -> judging.Reply:
     """The reply to a question, after one more ask if it cannot be read.

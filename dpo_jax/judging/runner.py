@@ -15,10 +15,11 @@ import pathlib
 import re
 from typing import Literal
 
-from dpo_jax import records
+from dpo_jax import judging, records
 from dpo_jax.judging import (
   account,
   asking,
+  budget,
   client,
   controls,
   oracle,
@@ -79,6 +80,46 @@ def run(settings: JudgeSettings, workdir: str | os.PathLike) -> account.Summary:
     records.Held: another process is judging this directory.
   """
   return asyncio.run(_run(settings, pathlib.Path(workdir)))
+
+
+def estimate(
+  settings: JudgeSettings, workdir: str | os.PathLike
+) -> budget.Estimate:
+  """What `run` would ask, and what that would cost.
+
+  Nothing is asked, nothing is written, and no key is needed.
+
+  Raises:
+    ValueError: as `run`, for settings and files.
+  """
+  workdir = pathlib.Path(workdir)
+  files = read_responses(workdir / "responses")
+  directory = workdir / settings.verdicts
+  _refuse_leftovers(directory, files)
+  stores = {
+    name: records.Store(directory / name, records.Verdict).peek()
+    for name in [*(path.name for path in files), controls.FILE]
+  }
+  judge, purse = oracle.oracle(), None
+  if settings.server is not None:
+    template = settings.server.load_template()
+    judge = client.judge(settings.server, template, _unasked)
+    purse = budget.Budget(settings.server.price, settings.server.budget_usd)
+  cases = _cases(settings, files, stores)
+  plan = questions.plan(judge, cases, stores.values())
+  books = account.Books(
+    directory,
+    settings.server,
+    judge,
+    purse,
+    [row for store in stores.values() for row in store.rows],
+    [case.response for case in cases if not case.control],
+  )
+  return books.estimate(plan, settings.concurrency)
+
+
+async def _unasked(question: judging.Question) -> judging.Reply:
+  raise AssertionError(f"{question} is only to be counted")
 
 
 async def _run(

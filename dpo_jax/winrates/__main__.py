@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Sequence
 
+from dpo_jax import console
 from dpo_jax.winrates import planning
 
 
@@ -40,11 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     help="prompts on which two models score differently",
   )
   add("--tests", type=int, default=1, help="temperatures that Holm corrects")
+  console.add_flag(parser)
   flags = parser.parse_args(arguments)
   try:
-    print("\n".join(_lines(flags)))
+    console.result("\n".join(_lines(flags)))
   except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
+    console.error(str(error))
     return 2
   return 0
 

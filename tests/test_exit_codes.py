@@ -1,0 +1,116 @@
+"""The exit codes of docs/commands.md, and --log in every command.
+
+Those of the scripts, and 130 and 143, are tested where the scripts are.
+"""
+
+import json
+import pathlib
+import re
+import sys
+
+import pytest
+import test_console
+
+from dpo_jax import __main__, console, hub, report, score, trackers, verify
+from dpo_jax.checkpoint import __main__ as checkpoint
+from dpo_jax.winrates import __main__ as winrates
+
+PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "commands.md"
+mode = test_console.mode
+
+# Calls main with arguments, whatever form it has.
+COMMANDS = {
+  "report": report.main,
+  "verify": verify.main,
+  "winrates": winrates.main,
+  "checkpoint": checkpoint.main,
+  "hub": hub.main,
+  "trackers": trackers.main,
+  "score": lambda arguments: score.main(),
+}
+REFUSED = {
+  "report": ("nowhere",),
+  "verify": ("nowhere",),
+  "winrates": ("--plan", "--power=2"),
+  "checkpoint": ("list", "nowhere"),
+  "hub": ("nowhere", "--repo=a/b"),
+  "trackers": ("nowhere", "--use", "csv"),
+  "score": ("--model=m", "--pairs=p", "--output=nowhere/x"),
+}
+DONE = {
+  "winrates": ("--plan", "--prompts=150"),
+}
+
+
+def call(name, arguments, monkeypatch):
+  monkeypatch.setattr(sys, "argv", [name, *arguments])
+  return COMMANDS[name](list(arguments))
+
+
+def rows(title):
+  """The first cells of the table below a heading of the page."""
+  text = PAGE.read_text("utf-8").partition(f"# {title}\n")[2]
+  table = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)[0]
+  return [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+
+
+def test_the_page_lists_the_commands_codes_and_modes():
+  names = [*__main__._SCRIPTS, *__main__._MODULES]
+  assert [row.strip("`") for row in rows("Commands")] == names
+  assert rows("Exit codes") == ["0", "1", "2", "130", "143"]
+  assert [row.strip("`") for row in rows("What is shown")] == [*console.MODES]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_wrong_input_is_code_2_and_one_json_line(
+  name, mode, monkeypatch, capsys, tmp_path
+):
+  monkeypatch.chdir(tmp_path)
+  arguments = (*REFUSED[name], "--log=json")
+  assert call(name, arguments, monkeypatch) == 2
+  said = capsys.readouterr()
+  assert said.out == ""
+  (line,) = said.err.splitlines()
+  assert json.loads(line)["event"] == "error"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_wrong_flags_are_code_2(name, monkeypatch):
+  with pytest.raises(SystemExit) as error:
+    call(name, ["--nonsense=1"], monkeypatch)
+  assert error.value.code == 2
+
+
+@pytest.mark.parametrize("name", DONE)
+def test_a_result_is_code_0_and_json(name, mode, monkeypatch, capsys):
+  assert call(name, (*DONE[name], "--log=json"), monkeypatch) == 0
+  said = capsys.readouterr()
+  (line,) = said.out.splitlines()
+  assert json.loads(line)["event"] == "result"
+
+
+def test_a_check_that_fails_is_code_1(monkeypatch, capsys, shared):
+  arguments = [str(shared / "seed_results")]
+  assert call("verify", arguments, monkeypatch) == 1
+  assert "3 of 12 files disagree" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_code_2(monkeypatch, capsys):
+  for name, code in (("nonsense", 2), ("--help", 0)):
+    monkeypatch.setattr(sys, "argv", ["dpo-jax", name])
+    with pytest.raises(SystemExit) as error:
+      __main__.main()
+    assert error.value.code == code
+  assert "train, sample, judge" in capsys.readouterr().out
+
+
+def test_a_command_by_its_name(monkeypatch, capsys):
+  monkeypatch.setattr(
+    sys, "argv", ["dpo-jax", "winrates", "--plan", "--prompts=150"]
+  )
+  # As a new process would import it.
+  monkeypatch.delitem(sys.modules, "dpo_jax.winrates.__main__")
+  with pytest.raises(SystemExit) as error:
+    __main__.main()
+  assert error.value.code == 0
+  assert "With 150 prompts" in capsys.readouterr().out
