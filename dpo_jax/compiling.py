@@ -18,6 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from dpo_jax import (
   config_help,
+  hardware,
   hf,
   hlo,
   model,
@@ -219,6 +220,15 @@ def compile_steps(
   reference = laid(base, mesh) if programs.keeps_reference(config) else None
   train, evaluate = programs.training(config, shape, tx, state, mesh)
   many = config.microbatches
+  least = bytes_on_device((state, reference))
+  chip = hardware.chip(mesh.devices.flat[0].device_kind)
+  if chip and least > chip.hbm_bytes:
+    # No compiler is needed to know.
+    refusal = (
+      f"state and reference alone take {least / hardware.GIB:.2f} of"
+      f" {chip.hbm_bytes / hardware.GIB:.2f} GiB a device"
+    )
+    return [Compiled(name, None, None, refusal, 0.0) for name in names]
   # An evaluation has no use for the optimizer's state, but it is there.
   beside = {"train": 0, "eval": bytes_on_device(state.opt_state)}
   with jax.set_mesh(mesh):

@@ -357,13 +357,57 @@ def test_a_program_for_a_slice_stays_out_of_the_cache(tmp_path):
 def test_what_does_not_fit_is_said():
   run = config("pythia-14m")
   mesh = partitioning.make_mesh(1, 1, 1, devices=topology.devices("v5e:1x1"))
-  # Its weights alone are 26 GB.
+  # Weights, moment and reference, each 8 GiB of words and 0.05 of blocks:
+  # nothing needs to be compiled.
   wide = dataclasses.replace(SMALL, vocab_size=2**20, width=1024, lora=None)
+  (found,) = compiling.compile_steps(run, wide, mesh, 1, ("train",))
+  assert found.memory is None
+  text = plan_text.training(run, wide, mesh, [found], 1)
+  assert (
+    "train: DOES NOT FIT (state and reference alone take 24.16 of 15.75 GiB"
+    in text
+  )
+  # Two of 6 GiB, but gradients and copies are more than the rest.
+  run = dataclasses.replace(run, precompute_reference=True)
+  wide = dataclasses.replace(wide, vocab_size=3 * 2**18)
   (found,) = compiling.compile_steps(run, wide, mesh, 1, ("train",))
   assert found.memory is None
   text = plan_text.training(run, wide, mesh, [found], 1)
   assert "train: DOES NOT FIT" in text
   assert "15.75G" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v6e:2x2", "v4:2x2x1", "v5p:2x2x1"])
+def test_a_step_for_other_kinds(name):
+  run = config()
+  mesh = partitioning.make_mesh(1, 4, 1, devices=topology.devices(name))
+  (found,) = compiling.compile_steps(run, SMALL, mesh, 1, ("train",))
+  text = plan_text.training(run, SMALL, mesh, [found], 1)
+  assert "estimate, not measured" in text
+  assert found.memory.total < hardware.GIB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v5e:2x4", "v5e:4x4"])
+def test_the_real_sampler_is_planned(name, monkeypatch, request):
+  """2.8B in bfloat16, whole weights on each chip, eight rows a chip."""
+  monkeypatch.chdir(request.config.rootpath)
+  devices = topology.devices(name)
+  mesh = partitioning.make_mesh(-1, 1, 1, devices=devices)
+  c = sample.get_config("paper")
+  c.batch_size = 8 * mesh.size
+  how = settings.build(grid.AnswerSettings, c.to_dict())
+  shape = compiling.shape_named("2.8b")
+  hbm = hardware.chip("TPU v5e").hbm_bytes
+  found = compiling_answers.compile_answers(how, shape, mesh, hbm)
+  for one in found.programs:
+    assert not one.refusal
+    assert one.memory.total < hbm
+  # Keys and values of 32 layers, 512 slots, 2,560 dimensions, two bytes each.
+  assert found.cache == 8 * 2 * 2 * 32 * 512 * 2560
+  text = plan_text.answers(found, mesh, "this")
+  assert "tokens/s of" in text
 
 
 @pytest.mark.slow

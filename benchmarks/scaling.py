@@ -1,0 +1,194 @@
+"""The smallest v5e slice for DPO of each Pythia, from real compilations.
+
+  python -m benchmarks.scaling --output=scaling.jsonl
+  python -m benchmarks.scaling --table=scaling.jsonl
+
+The first compiles the training step of configs/dpo.py with batches of 64 pairs
+for slices of 1, 4, 8, 16 and 32 chips, smallest first, until one fits, for each
+size and recipe; a minute or two each. Lines are appended to the file and what
+is there is skipped, so that it can be made in pieces: --size and --kind choose.
+The second prints the table of docs/scaling.md. Nothing runs on a TPU: times are
+estimates, as `dpo_jax.roofline` makes them.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import time
+
+import jax
+
+from configs import dpo, models
+from dpo_jax import (
+  compiling,
+  hardware,
+  partitioning,
+  plan_text,
+  recipe,
+  roofline,
+  settings,
+  steps,
+  topology,
+)
+
+KINDS = ("lora", "full")
+# Weights are split over up to 16 chips; 64 pairs have 14 rows, and would leave
+# more of them idle. Beyond, heads and the MLP are split by two.
+SLICES = {
+  "v5e:1x1": (1, 1),
+  "v5e:2x2": (4, 1),
+  "v5e:2x4": (8, 1),
+  "v5e:4x4": (16, 1),
+  "v5e:4x8": (16, 2),
+}
+BATCH = 64
+# Rows of a device and micro-batch, at most.
+ROWS = 2
+
+
+def run_of(size: str, kind: str, shards: int) -> recipe.TrainSettings:
+  """The recipe, in the fewest micro-batches of at most two rows a device."""
+  c = dpo.get_config(f"pythia-{size}" + ("-lora" if kind == "lora" else ""))
+  c.batch_size = c.eval_batch_size = BATCH
+  c.model.remat, c.model.logit_chunk = "full", 1024
+  c.microbatches = 1
+  run = settings.build(recipe.TrainSettings, c.to_dict())
+  while compiling.rows_of(run, BATCH // run.microbatches, shards) > ROWS:
+    run = dataclasses.replace(run, microbatches=2 * run.microbatches)
+  return run
+
+
+def compile_for(size: str, kind: str, name: str) -> dict:
+  """What the compiler says of one size on one slice."""
+  fsdp, tensor = SLICES[name]
+  devices = topology.devices(name)
+  mesh = partitioning.make_mesh(1, fsdp, tensor, devices=devices)
+  chip = hardware.chip(devices[0].device_kind)
+  run = run_of(size, kind, fsdp)
+  shape = compiling.shape_of(run, size)
+  rows = compiling.rows_of(run, BATCH // run.microbatches, fsdp)
+  (found,) = compiling.compile_steps(run, shape, mesh, rows, ("train",))
+  row = {
+    "size": size,
+    "kind": kind,
+    "slice": name,
+    "devices": len(devices),
+    "mesh": dict(mesh.shape),
+    "rows": rows,
+    "microbatches": run.microbatches,
+    "hbm_bytes": chip.hbm_bytes,
+    "compile_seconds": round(found.seconds),
+    "refusal": found.refusal,
+    "trains": steps.trainable(shape),
+    "versions": {
+      name: importlib.metadata.version(name) for name in ("jax", "libtpu")
+    },
+  }
+  if found.memory is None:
+    return row
+  estimate = roofline.estimate(found.cost, chip)
+  useful = plan_text.useful_flops(run, shape)
+  return row | {
+    "memory": dataclasses.asdict(found.memory),
+    "total_bytes": found.memory.total,
+    "flops": found.cost.flops,
+    "useful_flops": useful,
+    "bytes": found.cost.bytes,
+    "sent": found.cost.sent,
+    "sent_meanwhile": found.cost.sent_meanwhile,
+    "traffic": found.cost.traffic(),
+    "best_seconds": estimate.best,
+    "worst_seconds": estimate.worst,
+    "planned_seconds": estimate.planned,
+    "mfu_best": hardware.mfu(useful, estimate.best, len(devices), chip),
+  }
+
+
+def smallest(size: str, kind: str, first: str, output: pathlib.Path) -> None:
+  """Compiles for ever larger slices and notes each, to the first that fits."""
+  names = list(SLICES)
+  for name in names[names.index(first) :]:
+    started = time.perf_counter()
+    row = compile_for(size, kind, name)
+    with output.open("a") as file:
+      file.write(json.dumps(row) + "\n")
+    took = time.perf_counter() - started
+    said = row["refusal"] or f"{row['total_bytes'] / hardware.GIB:.2f} GiB"
+    print(f"{size} {kind} {name}: {said} ({took:.0f} s)", flush=True)
+    if fits(row):
+      return
+  raise SystemExit(f"{size} {kind} fits none of {names}")
+
+
+def fits(row: dict) -> bool:
+  return not row["refusal"] and row["total_bytes"] <= row["hbm_bytes"]
+
+
+def table(rows: list[dict]) -> str:
+  """The smallest slice of each size and kind, as Markdown."""
+  lines = [
+    "| model | trained | smallest slice | GiB a chip, of 15.75 | flops a step"
+    " and chip | GB sent a step and chip (of which begun early) | at best: s a"
+    " step, pairs/s | planned: s a step, pairs/s | hours (device-hours) of an"
+    " epoch, planned |",
+    "|---" * 9 + "|",
+  ]
+  for size in models.PYTHIA:
+    for kind in KINDS:
+      own = [r for r in rows if (r["size"], r["kind"]) == (size, kind)]
+      row = next((r for r in own if fits(r)), None)
+      if row is None:
+        continue
+      hours = plan_text.HH_PAIRS / BATCH * row["planned_seconds"] / 3600
+      best, planned = row["best_seconds"], row["planned_seconds"]
+      sent = "none"
+      if row["sent"]:
+        early = row["sent_meanwhile"] / row["sent"]
+        sent = f"{row['sent'] / 1e9:.2f} ({early:.0%})"
+      lines.append(
+        f"| {size} | {'LoRA' if kind == 'lora' else 'all'} | {row['slice']}"
+        f" | {row['total_bytes'] / hardware.GIB:.2f} | {row['flops']:.3g}"
+        f" | {sent} | {best:.3g}, {BATCH / best:.3g}"
+        f" | {planned:.3g}, {BATCH / planned:.3g}"
+        f" | {hours:.3g} ({hours * row['devices']:.3g}) |"
+      )
+  return "\n".join(lines)
+
+
+def read(path: pathlib.Path) -> list[dict]:
+  if not path.exists():
+    return []
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def main():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  parser.add_argument("--output", type=pathlib.Path)
+  parser.add_argument("--table", type=pathlib.Path)
+  parser.add_argument("--size", action="append", choices=list(models.PYTHIA))
+  parser.add_argument("--kind", action="append", choices=KINDS)
+  parser.add_argument("--first", default="v5e:1x1", choices=list(SLICES))
+  flags = parser.parse_args()
+  if flags.table:
+    return print(table(read(flags.table)))
+  if not flags.output:
+    parser.error("--output or --table is missing")
+  # Shapes are made here, programs for devices that are elsewhere.
+  jax.config.update("jax_platforms", "cpu")
+  for size in flags.size or models.PYTHIA:
+    for kind in flags.kind or KINDS:
+      done = [
+        r
+        for r in read(flags.output)
+        if (r["size"], r["kind"]) == (size, kind) and fits(r)
+      ]
+      if not done:
+        smallest(size, kind, flags.first, flags.output)
+
+
+if __name__ == "__main__":
+  main()
