@@ -68,6 +68,7 @@ setuptools.setup(
     "absl-py",
     "beautifulsoup4",
     "datasets",
+    "etils[epath]",
     "flax>=0.12",
     "grain>=0.2.16",
     "jax>=0.10",
@@ -88,6 +89,7 @@ setuptools.setup(
   extras_require={
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
+    "gcs": ["gcsfs"],
     "tpu": ["jax[tpu]"],
     "tb": ["tensorboardX"],
     "wandb": ["wandb"],

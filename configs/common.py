@@ -135,7 +135,7 @@ def samples() -> config_dict.ConfigDict:
 def model() -> config_dict.ConfigDict:
   c = config_dict.ConfigDict()
   # Directory in Hugging Face form (safetensors), or the id of a hub model:
-  # user/name, or user/name@revision.
+  # user/name, or user/name@revision; or gs://bucket/path.
   c.path = "EleutherAI/pythia-2.8b"
   # What the blocks compute in: "float32" or "bfloat16". Norms, softmax,
   # log-probs and losses are float32 whatever it says.

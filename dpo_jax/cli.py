@@ -17,7 +17,14 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dpo_jax import config_files, config_help, console, errors, redaction
+from dpo_jax import (
+  buckets,
+  config_files,
+  config_help,
+  console,
+  errors,
+  redaction,
+)
 
 Main = Callable[..., int]
 
@@ -88,6 +95,7 @@ _FLAGS = {
 
 def _directory(name: str) -> pathlib.Path:
   """The path of --workdir; ValueError if no file system could hold it."""
+  buckets.refuse("--workdir", name)
   path = pathlib.Path(name).absolute()
   parts = [part.encode("utf-8", "surrogateescape") for part in path.parts]
   if "\0" in name or max(map(len, parts)) > 255:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from dpo_jax import (
   batches,
+  buckets,
   comparisons,
   placement,
   profiles,
@@ -63,6 +64,7 @@ class DataSettings:
     for name in ("max_train", "max_eval"):
       if getattr(self, name) < 0:
         raise ValueError(f"data.{name}={getattr(self, name)} is negative")
+    buckets.refuse("data.token_cache", self.token_cache)
     if self.shapes < 1:
       raise ValueError(f"data.shapes={self.shapes} must be at least 1")
 

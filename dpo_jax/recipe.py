@@ -5,6 +5,7 @@ from typing import Literal
 
 from dpo_jax import (
   attention,
+  buckets,
   data,
   guards,
   hub,
@@ -184,6 +185,7 @@ class TrainSettings:
         f"precompute_reference=True with objective={self.objective!r}: only DPO"
         " has a reference; set it to False"
       )
+    buckets.refuse("reference_cache", self.reference_cache)
     if not 0 < self.grace_s < float("inf"):
       raise ValueError(f"grace_s={self.grace_s} must be positive")
     for name in self.allow_changes:

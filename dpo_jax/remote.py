@@ -1,4 +1,4 @@
-"""Models by their names: a directory, or user/name@revision on the hub.
+"""Models by name: a directory, user/name@revision on the hub, or gs://...
 
 What is fetched is weights in safetensors, JSON, and a tokenizer's word lists,
 never code and never a pickle, and only the repository's top folder. Everything
@@ -11,6 +11,8 @@ import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any
+
+from dpo_jax import buckets
 
 # user/name, or a name of the hub's own such as "gpt2"; and a revision of it: a
 # branch, a tag or a commit.
@@ -43,10 +45,10 @@ def is_repository(name: str) -> bool:
 
 
 def fetch(path: str | os.PathLike, *, weights: bool = True) -> pathlib.Path:
-  """A local directory as it is; what a hub id names, fetched into the cache.
+  """A local directory as it is; what a hub id or gs:// names, fetched.
 
   Args:
-    path: the directory or the id.
+    path: the directory, the id or the address.
     weights: whether they are wanted, or configs and the tokenizer alone.
 
   Raises:
@@ -56,6 +58,9 @@ def fetch(path: str | os.PathLike, *, weights: bool = True) -> pathlib.Path:
   # The empty path would be the working directory.
   if name and pathlib.Path(name).is_dir():
     return pathlib.Path(name)
+  wanted = [*_WORDS, *([_WEIGHTS] if weights else [])]
+  if buckets.is_address(name):
+    return buckets.fetch(name, wanted)
   repo, revision = split(name)
   import huggingface_hub
 
@@ -63,14 +68,14 @@ def fetch(path: str | os.PathLike, *, weights: bool = True) -> pathlib.Path:
     directory = huggingface_hub.snapshot_download(
       repo,
       revision=revision,
-      allow_patterns=[*_WORDS, *([_WEIGHTS] if weights else [])],
+      allow_patterns=wanted,
       ignore_patterns=["*/*"],
     )
   return pathlib.Path(directory)
 
 
 def steps(path: str) -> list[tuple[int, str]]:
-  """The step-NNNNNN in a directory, or of a hub id's branches, ascending.
+  """The step-NNNNNN in a directory or of a hub id's branches, ascending.
 
   Returns:
     Steps, each with the name that `fetch` takes; [] if there are none, or the
@@ -85,6 +90,11 @@ def steps(path: str) -> list[tuple[int, str]]:
       match = _STEP.fullmatch(child.name)
       if match and child.is_dir():
         found.append((int(match[1]), str(child)))
+    return sorted(found)
+  if buckets.is_address(path):
+    for name in buckets.folders(path):
+      if match := _STEP.fullmatch(name):
+        found.append((int(match[1]), f"{path.rstrip('/')}/{name}"))
     return sorted(found)
   if not is_repository(path):
     return []

@@ -34,6 +34,7 @@ import numpy as np
 
 from dpo_jax import (
   batches,
+  buckets,
   comparisons,
   console,
   hf,
@@ -110,6 +111,7 @@ def run(settings: ScoreSettings) -> list[dict[str, Any]]:
       special token, or a setting does not fit the model; all before weights
       are read.
   """
+  buckets.refuse("output", settings.output)
   output = pathlib.Path(settings.output)
   if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
     raise ValueError(f"output={output}: its directory cannot be written")
@@ -170,7 +172,8 @@ def read(
 
 def _lines(path: str):
   try:
-    yield from files.rows(pathlib.Path(path), {})
+    local = buckets.fetch(path, ()) if buckets.is_address(path) else path
+    yield from files.rows(pathlib.Path(local), {})
   except OSError as error:
     raise ValueError(f"pairs={path} cannot be read: {error}") from error
 

@@ -17,6 +17,7 @@ LEVELS = {
   "": 0,
   "__main__": 0,
   "comparisons": 0,
+  "buckets": -2,
   "config_files": -1,
   "config_help": 0,
   "console": 0,
@@ -169,6 +170,7 @@ CONFINED = {
   "absl": {"cli"},
   "bs4": {"sources.stack_exchange"},
   "datasets": {"sources.hub"},
+  "etils": {"buckets"},
   "flax": {"model"},
   "grain": {"batches", "sources.hh_rlhf"},
   "httpx2": {"judging.client", "judging.transport"},
@@ -201,6 +203,7 @@ COMMON = {"dpo_jax", "jax", "numpy", "optax", "tqdm"}
 LAZY = {
   "bs4",
   "datasets",
+  "etils",
   "grain",
   "httpx2",
   "huggingface_hub",

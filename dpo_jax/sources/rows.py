@@ -4,7 +4,10 @@ import pathlib
 from collections.abc import Iterator
 from typing import Literal
 
+from dpo_jax import buckets
 from dpo_jax.sources import files, hub
+
+_DATA = ("*.jsonl", "*.jsonl.gz", "*.json", "*.parquet")
 
 
 def read(
@@ -23,7 +26,8 @@ def read(
 
   Args:
     path: a JSONL file; a directory of `<subset>/<split>.jsonl(.gz)` or of
-      `<split>.jsonl(.gz)`; a directory of parquet files; or a hub id.
+      `<split>.jsonl(.gz)`; a directory of parquet files; one of these in a
+      bucket, gs://bucket/path; or a hub id.
     split: a split of a directory or dataset; a file is one split.
     subsets: parts of a directory or dataset, in this order.
     subset_is: how `datasets` is told of a part; see `hub.rows`.
@@ -34,6 +38,8 @@ def read(
   Raises:
     ValueError: nothing is there, or it cannot be read.
   """
+  if buckets.is_address(path):
+    path = str(buckets.fetch(path, _DATA, deep=True))
   local = pathlib.Path(path)
   if path and local.is_file():
     if subsets:

@@ -1,0 +1,168 @@
+"""Models and data of gs://, through epath and fsspec over a bucket in memory.
+
+All but the network is what runs for a real bucket: epath's own backend asks
+fsspec for the file system of gs://, and finds this one in gcsfs's place.
+"""
+
+import pathlib
+from typing import ClassVar
+
+import fsspec
+import jax
+import numpy as np
+import pytest
+import running
+from etils.epath import backend
+from fsspec.implementations import memory
+
+from dpo_jax import (
+  answer_files,
+  buckets,
+  cli,
+  hf,
+  remote,
+  score,
+  sources,
+  tokenizer,
+)
+
+HERE = "gs://bucket/files"
+
+
+class Bucket(memory.MemoryFileSystem):
+  """Objects by name, with sizes and times as gcsfs gives them."""
+
+  store: ClassVar[dict] = {}
+  pseudo_dirs: ClassVar[list] = [""]
+  protocol = ("gs", "gcs")
+  opened: ClassVar[list] = []
+
+  @classmethod
+  def _strip_protocol(cls, path):
+    return super()._strip_protocol(str(path).removeprefix("gs://"))
+
+  def info(self, path, **kwargs):
+    found = super().info(path, **kwargs)
+    return found | {"mtime": found.get("created")}
+
+  def _open(self, path, mode="rb", **kwargs):
+    if mode == "rb":
+      self.opened.append(path.rpartition("/")[2])
+    return super()._open(path, mode, **kwargs)
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+  """An empty bucket, and a home whose cache is empty."""
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  known = dict(fsspec.registry)
+  fsspec.register_implementation("gcs", Bucket, clobber=True)
+  backend.fsspec_backend._get_filesystem.cache_clear()
+  yield Bucket()
+  backend.fsspec_backend._get_filesystem.cache_clear()
+  Bucket.store.clear()
+  Bucket.pseudo_dirs[:] = [""]
+  Bucket.opened.clear()
+  if "gcs" in known:
+    fsspec.register_implementation("gcs", known["gcs"], clobber=True)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  return running.make_files(tmp_path_factory.mktemp("files"))
+
+
+def put(bucket, directory, at):
+  for path in directory.rglob("*"):
+    if path.is_file():
+      name = f"{at}/{path.relative_to(directory)}"
+      bucket.pipe_file(name, path.read_bytes())
+
+
+OPTIONS = {
+  "dtype": "float32",
+  "remat": "none",
+  "lora": None,
+  "param_dtype": "float32",
+}
+
+
+def test_models_tokenizers_and_data_are_those_of_the_files(bucket, files):
+  put(bucket, files, HERE)
+  # What is never read is never fetched.
+  bucket.pipe_file(f"{HERE}/model/pytorch_model.bin", b"pickled")
+  _, base = hf.load(f"{HERE}/model", **OPTIONS)
+  _, wanted = hf.load(files / "model", **OPTIONS)
+  jax.tree.map(np.testing.assert_array_equal, base, wanted)
+  assert "pytorch_model.bin" not in Bucket.opened
+  words = tokenizer.load(f"{HERE}/tokenizer")
+  assert words.fingerprint == tokenizer.load(files / "tokenizer").fingerprint
+  hashes = {answer_files.weights(x) for x in (f"{HERE}/model", files / "model")}
+  assert len(hashes) == 1
+  pairs = sources.read_file(f"{HERE}/train.jsonl")
+  assert pairs.rows == sources.read_file(str(files / "train.jsonl")).rows
+  rows = [row for _, row in score._lines(f"{HERE}/train.jsonl")]
+  assert len(rows) == 30
+
+
+def test_an_object_is_copied_again_only_when_it_changed(bucket):
+  bucket.pipe_file(f"{HERE}/a.json", b"1")
+  bucket.pipe_file(f"{HERE}/b.json", b"2")
+  bucket.pipe_file(f"{HERE}/deep/c.json", b"3")
+  for _ in range(2):
+    path = buckets.fetch(HERE, ["*.json"])
+    assert {p.name for p in path.iterdir()} == {"a.json", "b.json"}
+  assert sorted(Bucket.opened) == ["a.json", "b.json"]
+  bucket.pipe_file(f"{HERE}/a.json", b"11")
+  bucket.rm(f"{HERE}/b.json")
+  path = buckets.fetch(HERE, ["*.json"])
+  assert [p.read_bytes() for p in path.iterdir()] == [b"11"]
+  assert sorted(Bucket.opened) == ["a.json", "a.json", "b.json"]
+  path = buckets.fetch(HERE, ["*.json"], deep=True)
+  assert (path / "deep" / "c.json").read_bytes() == b"3"
+
+
+def test_a_copy_that_is_cut_is_never_taken(bucket, monkeypatch):
+  bucket.pipe_file(f"{HERE}/a.json", b"12345")
+  whole = Bucket.info
+  monkeypatch.setattr(
+    Bucket, "info", lambda self, path: whole(self, path) | {"size": 6}
+  )
+  with pytest.raises(ValueError, match="has 6 bytes, but 5 came"):
+    buckets.fetch(f"{HERE}/a.json", ())
+  left = pathlib.Path.home().rglob("*.json*")
+  assert [path for path in left if path.is_file()] == []
+
+
+def test_adapters_of_steps_are_listed(bucket):
+  for name in ("step-000010/x", "step-000002/x", "other/x", "step-3"):
+    bucket.pipe_file(f"{HERE}/{name}", b"")
+  assert remote.steps(f"{HERE}/") == [
+    (2, f"{HERE}/step-000002"),
+    (10, f"{HERE}/step-000010"),
+  ]
+  assert remote.steps("gs://bucket/nothing") == []
+
+
+def test_what_is_not_there_says_what_is_needed(bucket):
+  for load in (
+    hf.read_config,
+    sources.read_file,
+    lambda path: tokenizer.load(path),
+  ):
+    with pytest.raises(ValueError, match="gs://bucket/nothing") as error:
+      load("gs://bucket/nothing")
+    assert "dpo-jax[gcs]" in str(error.value)
+
+
+def test_nothing_is_written_to_a_bucket(bucket, files, tmp_path):
+  config = running.configs(files)
+  for call in (
+    lambda: cli._directory("gs://bucket/run"),
+    lambda: config(**{"data.token_cache": "gs://bucket/cache"}),
+    lambda: config(reference_cache="gs://bucket/cache"),
+    lambda: buckets.refuse("output", "s3://bucket/x"),
+  ):
+    with pytest.raises(ValueError, match="neither locks nor renames"):
+      call()
+  assert not Bucket.store
