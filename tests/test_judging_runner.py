@@ -3,6 +3,8 @@ import collections
 import dataclasses
 import json
 import os
+import signal
+import threading
 
 import judge_server
 import pytest
@@ -72,6 +74,46 @@ ORACLE = runner.JudgeSettings(
 
 def verdicts(workdir, name="dpo.jsonl") -> list[records.Verdict]:
   return records.read(workdir / "verdicts" / name, records.Verdict)
+
+
+def in_a_running_loop(call):
+  """What a notebook does: a loop of its own runs the cells."""
+
+  async def cell():
+    return call()
+
+  loop = asyncio.new_event_loop()
+  try:
+    return loop.run_until_complete(cell())
+  finally:
+    loop.close()
+
+
+def test_judges_from_a_notebook(tmp_path):
+  write(tmp_path, [response(0), response(1, " s", " the longer one")])
+  with judge_server.Server(judge_server.prefer_longer) as server:
+    judge = judge_with(server)
+    found = in_a_running_loop(lambda: runner.run(judge, tmp_path))
+  assert found.outcomes == {"model": 2, "chosen": 2}
+  assert len(verdicts(tmp_path)) == 4
+  with pytest.raises(ValueError, match="responses"):
+    in_a_running_loop(lambda: runner.run(ORACLE, tmp_path / "nothing"))
+
+
+def test_a_notebooks_interrupt_ends_the_judging(tmp_path, monkeypatch):
+  ended = []
+
+  async def endless(*unused):
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    try:
+      await asyncio.Event().wait()
+    finally:
+      ended.append(True)
+
+  monkeypatch.setattr(runner, "_run", endless)
+  with pytest.raises(KeyboardInterrupt):
+    in_a_running_loop(lambda: runner.run(ORACLE, tmp_path))
+  assert ended == [True]
 
 
 def test_both_orders_are_asked_and_read_back(tmp_path):

@@ -8,12 +8,14 @@ a missing verdict is no answer and is asked again.
 
 import asyncio
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import os
 import pathlib
 import re
-from typing import Literal
+from collections.abc import Coroutine
+from typing import Any, Literal
 
 from dpo_jax import judging, records
 from dpo_jax.judging import (
@@ -72,14 +74,37 @@ class JudgeSettings:
 def run(settings: JudgeSettings, workdir: str | os.PathLike) -> account.Summary:
   """Judges `workdir`/responses/*.jsonl into `workdir`/verdicts/*.jsonl.
 
-  Not to be called from a running event loop.
+  Where an event loop is running already, as in a notebook, another one runs in
+  a thread of its own.
 
   Raises:
     ValueError: settings or files cannot be used; nothing was asked.
     judging.Stop: the judge can answer nothing more; verdicts so far are kept.
     records.Held: another process is judging this directory.
   """
-  return asyncio.run(_run(settings, pathlib.Path(workdir)))
+  work = _run(settings, pathlib.Path(workdir))
+  try:
+    asyncio.get_running_loop()
+  except RuntimeError:
+    return asyncio.run(work)
+  return _in_thread(work)
+
+
+def _in_thread(work: Coroutine[Any, Any, account.Summary]) -> account.Summary:
+  """The result of `work`, which an interrupt of this thread cancels."""
+  begun = concurrent.futures.Future()
+
+  async def cancellable():
+    begun.set_result((asyncio.get_running_loop(), asyncio.current_task()))
+    return await work
+
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    try:
+      return pool.submit(asyncio.run, cancellable()).result()
+    except KeyboardInterrupt:
+      loop, task = begun.result()
+      loop.call_soon_threadsafe(task.cancel)
+      raise
 
 
 def estimate(
