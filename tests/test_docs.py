@@ -88,7 +88,9 @@ def programs(page):
     )
     if at is None or at + 1 == len(words):
       continue
-    if words[at + 1] == "-m":
+    if words[at + 1] == "-c":
+      ast.parse(words[at + 2])
+    elif words[at + 1] == "-m":
       yield words[at + 2], words[at + 3 :]
     else:
       yield words[at + 1], words[at + 2 :]
