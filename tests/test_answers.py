@@ -575,12 +575,10 @@ def test_configs_are_complete(variant):
 
 def test_the_script_samples_on_real_prompts(world, shared, tmp_path):
   """sample.py itself, in its own process, on rows of harmless-base."""
-  (data,) = sorted((shared / "data").rglob("harmless-base/test.jsonl*"))
   flags = {
     "policies": repr({"base": world.policy("base", (0.5,))}),
-    "data.source.kind": "pairs",
-    "data.source.eval_path": data,
-    "data.source.subsets": "()",
+    "data.source.eval_path": shared / "data" / "hh-rlhf",
+    "data.source.subsets": "('harmless-base',)",
     "data.limit": 3,
     "tokenizer": world.root / "tokenizer",
     "dtype": "float32",
@@ -607,4 +605,5 @@ def test_the_script_samples_on_real_prompts(world, shared, tmp_path):
   rows = records.read(tmp_path / "responses" / "base.jsonl", records.Response)
   assert len(rows) == 3
   assert all(row.prompt.endswith("\n\nAssistant:") for row in rows)
+  assert {row.subset for row in rows} == {"harmless-base"}
   assert "tokens/s" in done.stderr
