@@ -211,7 +211,9 @@ def asked(monkeypatch):
   return calls
 
 
-@pytest.mark.parametrize(("step", "again"), [(5, 2), (7, 1)])
+@pytest.mark.parametrize(
+  ("step", "again"), [(5, 2), pytest.param(7, 1, marks=pytest.mark.slow)]
+)
 def test_going_on_gives_the_same_file(
   sampled, config, tmp_path, monkeypatch, asked, step, again
 ):
