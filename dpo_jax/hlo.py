@@ -4,7 +4,8 @@ XLA's own cost analysis visits the body of a loop once, however often it runs,
 and the layers of a model are a loop. Here every instruction counts as often as
 the loops around it go round. All numbers are one device's.
 
-Flops are those of matrix products; what else is computed is bounded by bytes.
+Flops are those of matrix products, and what a Pallas kernel says that it costs;
+what else is computed is bounded by bytes.
 Bytes are what an instruction reads and writes outside of fusions, where an
 operand that is only sliced counts as its slices, one that is written in place
 as what is written, and an array that the compiler keeps on the chip (memory
@@ -217,6 +218,10 @@ class _Counter:
     if one.op == "convolution":
       left, right = (self._array(name, o) for o in one.operands[:2])
       return _convolution(one, left.shape, right.shape)
+    if one.op == "custom-call":
+      # A kernel of Pallas says itself what it costs; its inside is not text.
+      said = re.search(r'"cost_estimate":\{"flops":"(\d+)"', one.attributes)
+      return float(said[1]) if said else 0.0
     return 0.0
 
   def _array(self, name: str, operand: str) -> hlo_text.Array:
