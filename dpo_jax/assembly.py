@@ -11,7 +11,7 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,8 @@ class Assembled:
     feed: the run's items and batches.
     model: its config, with the adapters' if they are trained.
     name: the trained subtree, "base" or "lora".
-    fingerprint: of all base weights that the run began with.
+    fingerprint: of all base weights that the run began with, as they were read.
+    adapted: their `hf.fingerprint`, by which adapters know them.
     rates: the learning rate of each update.
     reference: base weights of the reference, where they are a second tree.
     train_step: see `steps.make_train_step`.
@@ -64,6 +65,7 @@ class Assembled:
   model: model.ModelConfig
   name: str
   fingerprint: str
+  adapted: str
   rates: np.ndarray
   reference: Tree | None
   train_step: Callable
@@ -103,7 +105,9 @@ def assemble(
   with processes.together("reading the model"):
     shape, base = _load_model(config, tokenizer, mesh)
   name = steps.trainable(shape)
-  fingerprint = hf.content_hash(base)
+  fingerprint, adapted = hf.content_hash(base), hf.fingerprint(base)
+  if config.model.param_dtype == "int8":
+    base = programs.quantise(base, mesh)
   reference = None
   if config.precompute_reference:
     fed = feed.with_reference(fed, config, shape, base, fingerprint, workdir)
@@ -122,6 +126,7 @@ def assemble(
     model=shape,
     name=name,
     fingerprint=fingerprint,
+    adapted=adapted,
     rates=np.asarray(jax.vmap(rates)(jnp.arange(fed.steps))),
     reference=reference,
     train_step=train_step,
@@ -140,6 +145,12 @@ def assemble(
   return assembled, state, changed
 
 
+def kept_as(config: recipe.TrainSettings) -> Literal["float32", "bfloat16"]:
+  """What weights are read as; those of eight bits are made of float32."""
+  kept = config.model.param_dtype
+  return "float32" if kept == "int8" else kept
+
+
 def _load_model(config, tokenizer, mesh) -> tuple[model.ModelConfig, Tree]:
   programs.check(config, hf.read_config(config.model.path), mesh)
   shape, base = hf.load(
@@ -147,7 +158,7 @@ def _load_model(config, tokenizer, mesh) -> tuple[model.ModelConfig, Tree]:
     dtype=config.model.dtype,
     remat=config.model.remat,
     lora=config.lora.config(),
-    param_dtype=config.model.param_dtype,
+    param_dtype=kept_as(config),
     mesh=mesh,
   )
   shape = dataclasses.replace(
@@ -166,6 +177,29 @@ def _load_model(config, tokenizer, mesh) -> tuple[model.ModelConfig, Tree]:
       f" {shape.max_positions} positions of {config.model.path}"
     )
   return shape, base
+
+
+def weights_as_read(config: recipe.TrainSettings, made: Assembled) -> Tree:
+  """The base that the run began with, read again.
+
+  Raises:
+    ValueError: it is no longer the same.
+  """
+  _, base = hf.load(
+    config.model.path,
+    dtype=config.model.dtype,
+    remat=config.model.remat,
+    lora=None,
+    param_dtype=kept_as(config),
+    mesh=made.mesh,
+  )
+  found = hf.content_hash(base)
+  if found != made.fingerprint:
+    raise ValueError(
+      f"{config.model.path} holds other weights than when the run began"
+      f" ({found}, not {made.fingerprint}): put those back, and run again"
+    )
+  return base
 
 
 def _make_state(

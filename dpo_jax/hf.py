@@ -178,7 +178,7 @@ def export_adapter(
   config: model.ModelConfig,
   lora: Tree,
   base_name: str,
-  base: Tree | None = None,
+  base: Tree | str | None = None,
 ) -> None:
   """Writes adapters as a directory that peft loads.
 
@@ -187,7 +187,8 @@ def export_adapter(
     config: the model's shape; `config.lora` describes the adapters.
     lora: the adapters.
     base_name: directory or hub id of the base model, for peft.
-    base: the base weights; with them the adapter knows its base again.
+    base: the base weights, or their `fingerprint`; with it the adapter knows
+      its base again.
 
   Raises:
     ValueError: the config has no LoRA, the directory holds other files, or a
@@ -196,7 +197,9 @@ def export_adapter(
   if config.lora is None:
     raise ValueError("config.lora is None: there is no adapter to export")
   text = peft_layout.config_json(config.lora, base_name)
-  metadata = {} if base is None else {_FINGERPRINT: fingerprint(base)}
+  if base is not None and not isinstance(base, str):
+    base = fingerprint(base)
+  metadata = {} if base is None else {_FINGERPRINT: base}
   weights = peft_layout.weights(config.lora.targets)
   with hf_weights.complete(directory) as staged:
     hf_weights.write(

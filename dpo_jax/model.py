@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dpo_jax import attention as attention_lib
-from dpo_jax import kv_cache, partitioning
+from dpo_jax import kv_cache, partitioning, quantised
 from dpo_jax import lora as lora_lib
 
 Tree = dict[str, Any]
@@ -262,7 +262,7 @@ def apply(
 
   Args:
     config: the model's shape; `config.lora` describes `lora`.
-    base: base weights as `init` gives them.
+    base: base weights as `init` gives them, or their `quantised.base`.
     lora: adapters as `init_lora` gives them; None switches them off, which
       gives exactly the base: the reference of DPO.
     tokens: token ids, [B, T].
@@ -298,6 +298,7 @@ def apply(
     key = dropout_key
     if key is not None:
       key = _fold_in(key, number)
+    params = quantised.restore(params, config.dtype)
     states = (params, adapters) if adapters else (params,)
     memory = _no_memory
     if cache is not None:

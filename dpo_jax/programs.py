@@ -11,9 +11,30 @@ from typing import Any
 import jax
 import optax
 
-from dpo_jax import attention, guards, model, partitioning, recipe, steps
+from dpo_jax import (
+  attention,
+  guards,
+  model,
+  partitioning,
+  quantised,
+  recipe,
+  steps,
+)
 
 Tree = dict[str, Any]
+
+
+def base(shape: model.ModelConfig, key: jax.Array, param_dtype: str) -> Tree:
+  """Random base weights, kept as `model.param_dtype` says."""
+  if param_dtype == "int8":
+    return quantised.base(model.init(shape, key))
+  return model.init(shape, key, param_dtype)
+
+
+def quantise(base: Tree, mesh: jax.sharding.Mesh) -> Tree:
+  """`quantised.base`, laid on the mesh."""
+  lying = partitioning.shardings(jax.eval_shape(quantised.base, base), mesh)
+  return jax.jit(quantised.base, out_shardings=lying)(base)
 
 
 def initial(

@@ -61,7 +61,7 @@ class ModelSettings:
 
   path: str
   dtype: Literal["float32", "bfloat16"]
-  param_dtype: Literal["float32", "bfloat16"]
+  param_dtype: Literal["float32", "bfloat16", "int8"]
   remat: Literal["none", "full"]
   attention: attention.Name
   logit_chunk: int
@@ -179,6 +179,11 @@ class TrainSettings:
       raise ValueError(
         f"model.param_dtype={self.model.param_dtype!r} with lora.rank=0: all"
         " weights are trained, and updates need float32 weights"
+      )
+    if self.model.param_dtype == "int8" and self.model.remat == "none":
+      raise ValueError(
+        "model.param_dtype='int8' with model.remat='none', which would keep all"
+        " kernels in full for the backward pass: set model.remat='full'"
       )
     if self.precompute_reference and self.objective != "dpo":
       raise ValueError(

@@ -321,7 +321,7 @@ class _Loop:
         made.model,
         params["lora"],
         config.model.path,
-        params["base"],
+        made.adapted,
       )
     # The first process sees which of them are still there, and decides.
     elif push and processes.everywhere(self.publisher.room())[0]:
@@ -353,6 +353,9 @@ class _Loop:
     """Writes the final model, adapters merged, as a Hugging Face directory."""
     model, params = self.made.model, self.state.params
     base = params["base"]
+    if self.config.model.param_dtype == "int8":
+      # The adapters go into the weights as they were read.
+      base = assembly.weights_as_read(self.config, self.made)
     if model.lora is not None:
       base = lora.merge(model, base, params["lora"])
     hf.export(self.workdir / "export", model, base, self.made.tokenizer)

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from dpo_jax import (
   attention,
   flash,
+  hlo,
   losses,
   model,
   packing,
@@ -289,3 +290,8 @@ def test_mosaic_compiles_it(case):
   _, heads, length, dim, _ = case
   arrays = 12 * heads * length * max(dim, 128) * 4
   assert compiled.memory_analysis().temp_size_in_bytes < arrays
+  # Nine products of a block of scores, in the causal half of the blocks.
+  size = flash.SIZES["mosaic"]
+  blocks = -(-length // size)
+  scores = heads * size**2 * blocks * (blocks + 1) / 2
+  assert hlo.cost(text).flops == 2 * 9 * scores * dim

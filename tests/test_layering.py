@@ -42,6 +42,7 @@ LEVELS = {
   "page.prose": 0,
   "partitioning": 0,
   "provenance": 0,
+  "quantised": 0,
   "remote": -1,
   "redaction": 0,
   "safetensors_files": 0,

@@ -1,0 +1,159 @@
+"""A frozen base in eight bits: what is kept, computed, trained and exported."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import running
+import tiny
+
+from dpo_jax import (
+  assembly,
+  attention,
+  hf,
+  model,
+  partitioning,
+  programs,
+  quantised,
+  training,
+)
+
+
+def test_a_kernel_by_hand():
+  kernel = jnp.array([[1.0, -2.0, 0.0], [0.5, 4.0, 0.0]])
+  found = quantised.quantise(kernel, (0,))
+  np.testing.assert_allclose(found.scale, [[1 / 127, 4 / 127, 1 / 127]])
+  # 0.5 * 127 and -2 * 127 / 4 lie halfway, and go to the even number.
+  np.testing.assert_array_equal(found.values, [[127, -64, 0], [64, 127, 0]])
+  np.testing.assert_allclose(
+    quantised.restore({"kernel": found}, jnp.float32)["kernel"],
+    [[1, -64 * 4 / 127, 0], [64 / 127, 4, 0]],
+    rtol=1e-6,
+  )
+
+
+def test_each_output_channel_has_a_scale_and_half_of_it_is_the_error():
+  full = tiny.weights(tiny.CONFIG)
+  kept = jax.jit(quantised.base)(full)
+  layers, width, mlp = 2, tiny.CONFIG.width, tiny.CONFIG.mlp_width
+  channels = {
+    "query_key_value": 3 * width,
+    "dense": width,
+    "dense_h_to_4h": mlp,
+    "dense_4h_to_h": width,
+  }
+  back = quantised.restore(kept, jnp.float32)["blocks"]
+  for name, count in channels.items():
+    kernel = kept["blocks"][name]["kernel"]
+    assert kernel.values.dtype == jnp.int8
+    assert kernel.scale.size == layers * count
+    error = jnp.abs(back[name]["kernel"] - full["blocks"][name]["kernel"])
+    assert float((error / kernel.scale).max()) < 0.5 + 1e-4
+    assert float((error / kernel.scale).max()) > 0.4
+    bias = full["blocks"][name]["bias"]
+    np.testing.assert_array_equal(back[name]["bias"], bias)
+  assert kept["embed"]["kernel"].dtype == jnp.bfloat16
+  assert kept["unembed"]["kernel"].dtype == jnp.bfloat16
+
+
+def test_the_model_computes_what_the_restored_weights_do():
+  config = tiny.CONFIG
+  kept = jax.jit(quantised.base)(tiny.weights(config))
+  tokens = jnp.arange(24).reshape(2, 12)
+  places = jnp.broadcast_to(jnp.arange(12), (2, 12))
+  segments = attention.Segments(jnp.ones_like(tokens), jnp.zeros_like(tokens))
+
+  @jax.jit
+  def hidden(base):
+    return model.apply(config, base, None, tokens, places, segments)[0]
+
+  restored = quantised.restore(kept, jnp.float32)
+  # The same numbers in another program.
+  np.testing.assert_allclose(hidden(kept), hidden(restored), atol=1e-5, rtol=0)
+  other = hidden(tiny.weights(config))
+  assert float(jnp.abs(hidden(kept) - other).max()) > 1e-3
+
+
+def test_it_lies_on_a_mesh_as_the_full_kernels_do():
+  mesh = partitioning.make_mesh(2, 2, 2)
+  full = tiny.weights(tiny.CONFIG)
+  found = programs.quantise(
+    jax.device_put(full, partitioning.shardings(full, mesh)), mesh
+  )
+  wanted = partitioning.shardings(full, mesh)
+  for name, part in found["blocks"].items():
+    if "kernel" in part:
+      lying = wanted["blocks"][name]["kernel"]
+      assert part["kernel"].values.sharding == lying
+  alone = jax.jit(quantised.base)(full)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(alone), strict=True):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  return running.make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.mark.parametrize(
+  ("sizes", "updates"),
+  [
+    ((8, 1, 1), 2),
+    pytest.param((2, 2, 2), running.STEPS, marks=pytest.mark.slow),
+  ],
+)
+def test_a_run_exports_adapters_on_the_weights_as_they_were(
+  files, tmp_path, sizes, updates
+):
+  config = running.configs(files)(
+    **{"model.param_dtype": "int8", "model.remat": "full"}
+    | {"max_steps": updates, "eval_every": 0, "checkpoint_every": 0}
+    | {f"mesh.{name}": n for name, n in zip(partitioning.AXES, sizes)}
+  )
+  run = tmp_path / "run"
+  training.run(config, run)
+  found = [row for row in running.read(run) if "loss" in row]
+  # Policy and reference are one base.
+  assert found[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+  assert abs(found[-1]["loss"] - found[0]["loss"]) > 1e-4
+  options = {"dtype": "float32", "remat": "none", "param_dtype": "float32"}
+  shape, base = hf.load(files / "model", lora=None, **options)
+  manifest = json.loads((run / "manifest.json").read_text())
+  assert manifest["base"]["hash"] == hf.content_hash(base)
+  # They know the base for which they were made.
+  name = f"step-{updates:06d}"
+  lora, adapters = hf.load_adapter(run / "adapters" / name, shape, base)
+  _, merged = hf.load(run / "export", lora=None, **options)
+  for target, adapter in adapters["blocks"].items():
+    before = np.asarray(base["blocks"][target]["kernel"])
+    delta = np.einsum("lir,lro->lio", adapter["lora_a"], adapter["lora_b"])
+    delta = delta.reshape(before.shape) * lora.alpha / lora.rank
+    after = np.asarray(merged["blocks"][target]["kernel"])
+    np.testing.assert_allclose(after, before + delta, rtol=1e-6, atol=1e-6)
+    assert np.abs(delta).max() > 1e-4
+  np.testing.assert_array_equal(
+    merged["embed"]["kernel"], base["embed"]["kernel"]
+  )
+
+
+def test_a_base_that_changed_meanwhile_is_refused(files, tmp_path):
+  config = running.configs(files)
+  made = type("Made", (), {"mesh": None, "fingerprint": "0" * 16})
+  with pytest.raises(ValueError, match="other weights than when the run began"):
+    assembly.weights_as_read(config(), made)
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"model.remat": "none"}, "int8.*remat='full'"),
+    ({"lora.rank": 0, "export_adapters": False}, "need float32 weights"),
+  ],
+)
+def test_what_makes_no_sense_is_refused(files, changes, words):
+  changes = {"model.param_dtype": "int8", "model.remat": "full"} | changes
+  with pytest.raises(ValueError, match=words):
+    running.configs(files)(**changes)
