@@ -210,6 +210,18 @@ def test_python_and_shell_blocks_parse(page):
     assert done.returncode == 0, f"{page.name}: {body}"
 
 
+def test_configs_in_python_blocks_build(page, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  for body in blocks(page, "python"):
+    if "def get_config(" not in body:
+      continue
+    names = {}
+    exec(compile(body, str(page), "exec"), names)
+    config = names["get_config"]().to_dict()
+    kind = grid.AnswerSettings if "policies" in config else recipe.TrainSettings
+    settings.build(kind, config)
+
+
 def test_a_wrong_command_would_be_found(tmp_path, monkeypatch):
   """The checks above on a page that is wrong in every way."""
   for line, check in (

@@ -1,0 +1,260 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Scale: the mesh, what lies where, and a plan before anything is rented
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/dpo-jax/dpo_jax/blob/main/notebooks/04_scale.ipynb)
+#
+# One table of rules decides on which device every weight lies. This notebook
+# draws it on eight virtual devices, shows that a mesh changes no number, and
+# asks the planner what a run will need here and on a TPU slice that is not here.
+
+# %%
+# On Colab: fetch the project. Its own jax and jaxlib are named as they are, so
+# that pip leaves them alone.
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+if (
+  importlib.util.find_spec("dpo_jax") is None
+  and "COLAB_RELEASE_TAG" in os.environ
+):
+  subprocess.run(
+    ["git", "clone", "--depth=1", "https://github.com/dpo-jax/dpo_jax"],
+    check=True,
+  )
+  held = [
+    f"{name}=={importlib.metadata.version(name)}" for name in ("jax", "jaxlib")
+  ]
+  subprocess.run(
+    [sys.executable, "-m", "pip", "install", "-q", "-e", "dpo_jax", *held],
+    check=True,
+  )
+  os.chdir("dpo_jax/notebooks")
+root = (
+  pathlib.Path.cwd().parent
+  if pathlib.Path.cwd().name == "notebooks"
+  else pathlib.Path.cwd()
+)
+sys.path.insert(0, str(root))
+
+# %%
+import math
+import tempfile
+
+import jax
+
+# Eight devices of the CPU, whatever else there is; before jax looks for any.
+jax.config.update("jax_num_cpu_devices", 8)
+
+import numpy as np
+from IPython.display import Image, Markdown, display
+
+from configs import dpo, models
+from dpo_jax import (
+  comparisons,
+  compiling,
+  figures,
+  hardware,
+  markdown,
+  model,
+  packing,
+  partitioning,
+  placement,
+  plan,
+  profiles,
+  recipe,
+  settings,
+  steps,
+  synthetic,
+  topology,
+)
+from dpo_jax import tokenizer as tokenizer_lib
+
+folder = pathlib.Path(tempfile.mkdtemp())
+os.chdir(root)  # configs/ is found from there
+print("jax", jax.__version__, jax.devices())
+
+# %% [markdown]
+# ## The mesh and its rules
+#
+# `data` splits the batch; `fsdp` splits the batch and the weights' width;
+# `tensor` splits heads, MLP and vocabulary. All of it is in
+# `dpo_jax/partitioning.py`; the sizes are `--config.mesh.data=...` and its like.
+
+# %%
+mesh = partitioning.make_mesh(2, 2, 2, devices=jax.devices("cpu"))
+print(dict(mesh.shape))
+rows = [
+  (markdown.literal(path), str(axes)) for path, axes in partitioning.PATHS
+]
+display(Markdown("\n".join(markdown.table(("weight", "axes"), rows))))
+print(partitioning.RULES)
+
+# %% [markdown]
+# ## Pictures
+#
+# Pythia-160m from its shape alone. Numbers are devices; a part that several
+# hold is a copy. Of stacked layers one is shown; the kernel of query, key and
+# value has two of its axes shown, width and heads.
+
+# %%
+shape = model.ModelConfig(**models.pythia("160m").to_dict())
+base = jax.eval_shape(lambda: model.init(shape, jax.random.key(0)))
+lying = partitioning.shardings(base, mesh)
+batch = partitioning.batch_sharding(mesh)
+drawn = {
+  "a batch: rows, tokens": ((16, 1024), batch.devices_indices_map((16, 1024)))
+}
+for name, path, axes in (
+  ("embed: vocab, width", ("embed", "kernel"), (0, 1)),
+  ("unembed: width, vocab", ("unembed", "kernel"), (0, 1)),
+  (
+    "query_key_value: width, heads",
+    ("blocks", "query_key_value", "kernel"),
+    (1, 2),
+  ),
+  ("dense_h_to_4h: width, mlp", ("blocks", "dense_h_to_4h", "kernel"), (1, 2)),
+  ("dense_4h_to_h: mlp, width", ("blocks", "dense_4h_to_h", "kernel"), (1, 2)),
+):
+  leaf, where = base, lying
+  for key in path:
+    leaf, where = leaf[key], where[key]
+  drawn[name] = (
+    [leaf.shape[axis] for axis in axes],
+    {
+      device: [parts[axis] for axis in axes]
+      for device, parts in where.devices_indices_map(leaf.shape).items()
+    },
+  )
+drawn = {
+  name: (sizes, {device.id: tuple(parts) for device, parts in held.items()})
+  for name, (sizes, held) in drawn.items()
+}
+Image(figures.sharding(drawn, folder / "sharding.png"), width=720)
+
+# %% [markdown]
+# ## What each device holds
+#
+# Bytes of Pythia-2.8B's float32 weights on one device, by the same rules:
+# before activations, gradients and optimizer state.
+
+# %%
+big = model.ModelConfig(**models.pythia("2.8b").to_dict())
+weights = jax.eval_shape(lambda: model.init(big, jax.random.key(0)))
+rows = []
+for sizes in ((8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2), (1, 1, 8)):
+  of = partitioning.shardings(
+    weights, partitioning.make_mesh(*sizes, devices=jax.devices("cpu"))
+  )
+  held = sum(
+    math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf, where in zip(
+      jax.tree.leaves(weights), jax.tree.leaves(of), strict=True
+    )
+  )
+  rows.append((*map(str, sizes), f"{held / hardware.GIB:.2f}"))
+display(
+  Markdown(
+    "\n".join(markdown.table(("data", "fsdp", "tensor", "GiB a device"), rows))
+  )
+)
+
+# %% [markdown]
+# ## A mesh changes no number
+#
+# Log-probs of eight pairs under a small model: on one device, and with weights
+# and rows split over eight.
+
+# %%
+world = synthetic.generate(0, pretrain=64, train=8, test=0)
+tokenizer = tokenizer_lib.train(
+  (row["chosen"] for row in world.pretrain), 512, folder / "tokenizer"
+)
+table = profiles.tokenize(
+  tokenizer,
+  [comparisons.parse(row) for row in world.train],
+  profile="paper",
+  max_length=128,
+  max_prompt_length=96,
+).table
+how = placement.Packing(
+  "shared",
+  row_length=192,
+  shards=partitioning.data_shards(mesh),
+  microbatches=1,
+  loss_on_prompt=False,
+  pad_id=tokenizer.pad_id,
+)
+packed, counts = packing.pack(table, how)
+small = model.ModelConfig(
+  **models.pythia("14m").to_dict() | {"vocab_size": 512}
+)
+weights = model.init(small, jax.random.key(0))
+logps = jax.jit(steps.sequence_logps, static_argnums=(0, 4))
+
+one, lengths = logps(
+  small, weights, None, jax.tree.map(lambda x: x[0], packed), 16
+)
+with jax.set_mesh(mesh):
+  split, _ = logps(
+    small,
+    jax.device_put(weights, partitioning.shardings(weights, mesh)),
+    None,
+    jax.tree.map(lambda x: x[0], partitioning.place(packed, mesh, leading=1)),
+    16,
+  )
+print(f"{counts.tokens} tokens in {counts.slots} places")
+print("tokens of the answers:", np.asarray(lengths, int))
+print("one device:   ", np.asarray(one).round(3))
+print("eight devices:", np.asarray(split).round(3))
+np.testing.assert_allclose(split, one, rtol=1e-5)
+
+# %% [markdown]
+# ## The planner, for this machine
+#
+# The run's own training and evaluation step, compiled with shapes alone: no
+# weights are read, none are made. It says bytes, flops and traffic; times only
+# for devices whose peaks are in `dpo_jax/hardware.py`.
+
+# %%
+c = dpo.get_config("pythia-14m-lora")
+c.batch_size = 8
+built = settings.build(recipe.TrainSettings, c.to_dict())
+shape = compiling.shape_of(built, "")
+assert plan.plan_training(built, shape, jax.devices()[:1], search=0)
+
+# %% [markdown]
+# ## The planner, for a slice that is not here
+#
+# libtpu holds the TPU's compiler and needs no TPU (`pip install libtpu`, Linux).
+# The same steps for one chip of a v5e. `docs/scaling.md` has the smallest slice
+# for each Pythia, and `python -m dpo_jax.plan --topology=v5e:2x4 --config=...`
+# plans any other, its sampling included.
+
+# %%
+if importlib.util.find_spec("libtpu") is None:
+  print("libtpu is not installed here")
+else:
+  assert plan.plan_training(built, shape, topology.devices("v5e:1x1"), search=0)
+
+# %% [markdown]
+# ## From here
+#
+# - a TPU VM from zero, one host or a pod slice: `docs/tpu.md`
+# - one GPU, several, Slurm: `docs/gpu.md`
