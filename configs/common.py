@@ -150,12 +150,17 @@ def model() -> config_dict.ConfigDict:
   # pass; "none" keeps all.
   c.remat = "full"
   # Which code attends. "dense" runs everywhere; it holds scores of row_length x
-  # row_length for each row and head, and is what every recipe says, since the
-  # others have not run on a device yet. "flash", for TPUs and NVIDIA GPUs,
-  # holds none and leaves out what is hidden (benchmarks/attention.md). "cudnn"
-  # is NVIDIA's, in bfloat16. What the devices cannot run is refused before
-  # anything compiles. "flash_interpreted" checks flash on any device, slowly.
+  # row_length for each row and head, and is what the recipes for TPUs and GPUs
+  # say, since the others have not run on one yet. "blocks" cuts rows of
+  # `attention_block` tokens that pairs run through, instead of data.row_length,
+  # and leaves out what is hidden: the quick one on a CPU. "flash", for TPUs and
+  # NVIDIA GPUs, holds no scores and leaves out what is hidden
+  # (benchmarks/attention.md). "cudnn" is NVIDIA's, in bfloat16. What the
+  # devices cannot run is refused before anything compiles. "flash_interpreted"
+  # checks flash on any device, slowly.
   c.attention = "dense"
+  # Tokens of a row under "blocks"; 64 and 128 are equally quick on a CPU.
+  c.attention_block = 64
   # Completion tokens of a device whose logits exist at one time, each 8 bytes
   # a word: 0.4 GB for Pythia's vocabulary at 1,024. It changes memory and
   # speed, not the numbers: on a CPU 128 to 512 are quick.
@@ -209,7 +214,8 @@ def data() -> config_dict.ConfigDict:
   # (pairs only): one copy of the prompt for both responses, several pairs a
   # row. It changes speed, not the numbers.
   c.layout = "packed"
-  # Tokens of a row. Twice max_length always holds a pair.
+  # Tokens of a row. Twice max_length always holds a pair. Under
+  # model.attention "blocks" rows are shorter, and this is the longest pair.
   c.row_length = 1024
   # Row counts, and so compiled steps, that a run may have: more waste less and
   # compile longer.

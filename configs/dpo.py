@@ -39,11 +39,19 @@ def get_config(variant: str = "pythia-2.8b"):
     c.optimizer.learning_rate = 1e-5
     c.batch_size = 16
     c.microbatches = 4
-    if size == "14m":
-      # A model this small has room for a batch at once. On two CPU cores a pair
-      # costs 237 ms of processor time in one part that is kept, 381 ms in four
-      # that are recomputed.
-      c.microbatches = 1
-      c.model.remat = "none"
-      c.model.logit_chunk = 128
+    if size in ("14m", "31m", "70m"):
+      for_cpu(c)
   return c
+
+
+def for_cpu(c) -> None:
+  """What is quickest on a CPU, where models this small can be trained.
+
+  benchmarks/dpo_step.md has the measurements.
+  """
+  c.model.dtype = "float32"
+  c.model.attention = "blocks"
+  c.model.remat = "none"
+  c.model.logit_chunk = 128
+  c.microbatches = 1
+  c.precompute_reference = True

@@ -9,6 +9,7 @@ the mask itself, as booleans, and such a mask is always attended densely.
 Implementations, by the name in `model.attention`; which one runs is what the
 config says, and `check` refuses one that the devices cannot run:
   dense: scores of all T x T in float32. Runs everywhere.
+  blocks: `block_attention`, for rows that pieces run through; made for CPUs.
   cudnn: the fused kernels of NVIDIA's cuDNN, in bfloat16; what is hidden it
     gets as a bias of T x T, and computes.
   flash: our own kernels (`flash`) for TPUs and NVIDIA GPUs, which leave out
@@ -29,11 +30,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from dpo_jax import flash, partitioning
+from dpo_jax import block_attention, flash, partitioning
 
 PROMPT = 0
 
-Name = Literal["dense", "cudnn", "flash", "flash_interpreted"]
+Name = Literal["dense", "blocks", "cudnn", "flash", "flash_interpreted"]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -45,10 +46,14 @@ class Segments:
   Attributes:
     pieces: piece of each token, from 1; 0 is padding.
     parts: part of each token in its piece: PROMPT, or a response's number.
+    seen: None where pieces lie whole in their rows. Else rows are blocks that
+      pieces run through, and this is which of them look at which; see
+      `block_attention`.
   """
 
   pieces: jax.Array
   parts: jax.Array
+  seen: jax.Array | None = None
 
   def mask(self) -> jax.Array:
     """bool [B, T, T]: same piece, causal, key in the prompt or the own part."""
@@ -71,9 +76,23 @@ def bind(name: Name, visible: jax.Array | Segments) -> Attend:
   Args:
     name: how segments are attended; a mask is always attended densely.
     visible: segments, for which S is T; or a mask, bool [B, T, S].
+
+  Raises:
+    ValueError: pieces run through rows and `name` is not "blocks", or the other
+      way round.
   """
   if not isinstance(visible, Segments):
     return functools.partial(dense, mask=visible)
+  if (name == "blocks") != (visible.seen is not None):
+    raise ValueError(
+      f"attention={name!r} of rows that were packed with seen={visible.seen}:"
+      " 'blocks' takes rows that pieces run through, and no other does"
+    )
+  if visible.seen is not None:
+    mask = block_attention.mask(visible.pieces, visible.parts, visible.seen)
+    return functools.partial(
+      block_attention.attend, visible=mask, seen=visible.seen
+    )
   mask = visible.mask()
   if name in ("dense", "cudnn"):
     return functools.partial({"dense": dense, "cudnn": cudnn}[name], mask=mask)
@@ -97,7 +116,7 @@ def check(
   Raises:
     ValueError: what does not fit, and what to set instead.
   """
-  if name in ("dense", "flash_interpreted"):
+  if name in ("dense", "blocks", "flash_interpreted"):
     return
   where = f"the devices are {device.platform} ({device.device_kind})"
   mend = "; set model.attention=dense"

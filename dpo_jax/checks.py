@@ -108,7 +108,7 @@ def out_of_memory(
     f" microbatches={config.microbatches}, or lower"
     f" batch_size={config.batch_size} or"
     f" eval_batch_size={config.eval_batch_size}), their length"
-    f" (data.row_length={config.data.row_length},"
+    f" (data.row_length={config.row_length},"
     f" data.max_length={config.data.max_length}), what is kept for the backward"
     f" pass (model.remat={config.model.remat!r}; 'full' keeps least), what is"
     f" trained (lora.rank={config.lora.rank}; 0 is all weights), and the mesh"

@@ -33,6 +33,9 @@ from dpo_jax import (
 # Completion tokens are dealt to shards unevenly, and a run's shapes hold its
 # widest batch.
 _SLACK = 1.25
+# Rows of 64 tokens look at so many times as many keys as their tokens see,
+# measured on HH's harmless-base.
+_SEEN = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,13 +143,13 @@ def lengths(config: recipe.TrainSettings) -> Lengths:
   found = table[config.data.layout]
   if config.data.layout == "padded":
     rows = 2 if config.objective == "dpo" else 1
-    found = dataclasses.replace(found, places=rows * config.data.row_length)
+    found = dataclasses.replace(found, places=rows * config.row_length)
   return found
 
 
 def rows_of(config: recipe.TrainSettings, items: int, shards: int) -> int:
   """Rows on one device that hold so many items."""
-  needed = items * lengths(config).places / config.data.row_length
+  needed = items * lengths(config).places / config.row_length
   return max(math.ceil(needed / shards), 1)
 
 
@@ -271,19 +274,23 @@ def batch_of(
   shards = partitioning.data_shards(mesh)
   mean = lengths(config)
   share = mean.completion / mean.places
-  width = rows * config.data.row_length * min(share * _SLACK, 1.0)
+  width = rows * config.row_length * min(share * _SLACK, 1.0)
   width = -(-math.ceil(width) // 128) * 128
   lying = partitioning.batch_sharding(mesh, leading=1)
 
   def one(*sizes, dtype=jnp.int32):
     return jax.ShapeDtypeStruct((microbatches, *sizes), dtype, sharding=lying)
 
-  token = one(rows * shards, config.data.row_length)
+  token = one(rows * shards, config.row_length)
   completion = one(shards, width)
   kept = None
   if config.precompute_reference:
     kept = one(shards, width, dtype=jnp.float32)
-  return packing.Batch(*(token,) * 5, *(completion,) * 3, reference=kept)
+  seen = None
+  if config.runs_on:
+    pairs = _SEEN * rows * config.row_length / mean.places * mean.visible
+    seen = one(shards, math.ceil(pairs / config.row_length**2), 2)
+  return packing.Batch(*(token,) * 5, *(completion,) * 3, kept, seen)
 
 
 def laid(tree: Any, mesh: jax.sharding.Mesh) -> Any:

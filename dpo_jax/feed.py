@@ -124,11 +124,12 @@ def make(
   steps = min(schedule.steps, config.max_steps or schedule.steps)
   layout = placement.Packing(
     layout=config.data.layout,
-    row_length=config.data.row_length,
+    row_length=config.row_length,
     shards=partitioning.data_shards(mesh),
     microbatches=config.microbatches,
     loss_on_prompt=config.data.loss_on_prompt,
     pad_id=tokenizer.pad_id,
+    runs_on=config.runs_on,
   )
   planned = np.linspace(0, steps - 1, min(steps, _PLANNED)).astype(int)
   return Feed(

@@ -150,14 +150,15 @@ def _packing(
       # A padded row holds one sequence, and needs no more room than that.
       row_length=config.data.max_length
       if layout == "padded"
-      else config.data.row_length,
+      else config.row_length,
       shards=shards,
       microbatches=config.microbatches,
       loss_on_prompt=config.data.loss_on_prompt,
       pad_id=tokenizer.pad_id,
+      runs_on=config.runs_on and layout != "padded",
     )
     longest = placement.longest_piece(table, layout)
-    if longest > how.row_length:
+    if longest > how.row_length and not how.runs_on:
       # Not the layout in use, which `data.prepare` has checked.
       rows = f"a piece takes {longest} > {how.row_length}"
       lines.append((layout, "-", "-", "-", "-", rows))

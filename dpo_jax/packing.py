@@ -10,7 +10,7 @@ Where a piece goes is decided in `placement`; tokens are moved here, in a few
 array operations.
 
 Letters: M micro-batches, B rows, T tokens of a row, S shards into which the
-rows are split, C completion tokens of a shard.
+rows are split, C completion tokens of a shard, P pairs of rows.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ class Batch:
   Attributes:
     tokens: token ids, [M, B, T].
     positions: position in the token's own sequence, [M, B, T].
-    pieces: which piece of its row a token belongs to, from 1; 0 is padding,
-      [M, B, T].
+    pieces: which piece of its row a token belongs to, from 1, or where pieces
+      run on from row to row, of its shard; 0 is padding, [M, B, T].
     parts: 0 prompt, 1 chosen (or the only response), 2 rejected, [M, B, T].
     seats: a number for each of the step's tokens that no layout changes, 0 for
       padding: copies of a prompt share theirs, [M, B, T].
@@ -48,6 +48,9 @@ class Batch:
       [M, S, C].
     reference: log-probs of the targets under the reference, in nats, float32
       [M, S, C]; None where the step computes them.
+    seen: where pieces run on, pairs of a row of queries and a row of keys that
+      it looks at, counted from the shard's first, (-1, -1) for none,
+      [M, S, P, 2]; else None.
   """
 
   tokens: np.ndarray | jax.Array
@@ -59,6 +62,7 @@ class Batch:
   target: np.ndarray | jax.Array
   owner: np.ndarray | jax.Array
   reference: np.ndarray | jax.Array | None
+  seen: np.ndarray | jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +132,9 @@ def _empty(
     target=np.zeros(completions, np.int32),
     owner=np.full(completions, -1, np.int32),
     reference=np.zeros(completions, np.float32) if with_reference else None,
+    seen=np.full((*completions[:2], shape.seen, 2), -1, np.int32)
+    if how.runs_on
+    else None,
   )
 
 
@@ -149,6 +156,11 @@ def _fill(
   length, shards = how.row_length, how.shards
   shard_size = batch.tokens.shape[1] // shards * length
   base = plan.shard * shard_size + plan.turn * length
+  # What pieces are numbered in: a row, or a shard's line.
+  span = shard_size if how.runs_on else length
+  if batch.seen is not None:
+    for s, seen in enumerate(plan.seen):
+      batch.seen[m, s, : len(seen)] = seen
   order = np.lexsort((plan.start, base[plan.row]))
   item, start = plan.item[order], (base[plan.row] + plan.start)[order]
   # Which part of its item a segment is, and what the layout calls it.
@@ -176,7 +188,7 @@ def _fill(
   for name, values in (
     ("tokens", table.tokens[of]),
     ("positions", within + np.where(labels == PROMPT, 0, spread(prompt))),
-    ("pieces", spread(_numbers(start // length))),
+    ("pieces", spread(_numbers(start // span))),
     ("parts", labels),
     ("seats", spread(seats[item[:, None], part]) + within),
   ):

@@ -8,6 +8,10 @@ hold them chosen for the least waste.
 Letters: N items of P parts (a prompt and its responses), K pieces, R rows in
 use, B rows of a batch, T tokens of a row, S shards into which the rows are
 split, C completion tokens of a shard.
+
+Where pieces run on (`Packing.runs_on`) the rows of a shard are one line, cut
+into blocks of T tokens; only the line's end is empty, and attention is told
+which blocks look at which.
 """
 
 import dataclasses
@@ -23,16 +27,19 @@ Layout = Literal["padded", "packed", "shared"]
 
 # Completion tokens of a shard come in multiples of it: few shapes, small waste.
 _WIDTH_MULTIPLE = 128
+# Likewise the pairs of rows that see each other.
+_SEEN_MULTIPLE = 8
 # Beyond the settled shapes, row counts grow by about a fifth.
 _GROWTH = 1.2
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Shape:
-  """B and C of a batch."""
+  """B and C of a batch, and the pairs of rows that see each other."""
 
   rows: int
   width: int
+  seen: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +56,8 @@ class Packing:
     pad_id: the token of padding.
     shapes: those that a batch may take, ascending; the first that holds it is
       taken, and one beyond them only if none does. See `settled`.
+    runs_on: pieces run on from row to row, for `attention` by "blocks";
+      otherwise each lies in one row.
   """
 
   layout: Layout
@@ -58,11 +67,14 @@ class Packing:
   loss_on_prompt: bool
   pad_id: int
   shapes: tuple[Shape, ...] = ()
+  runs_on: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """Where the pieces of one micro-batch go: K pieces in R rows.
+
+  Where pieces run on, each shard has one row here, its line.
 
   Attributes:
     item: item of each piece, [K].
@@ -70,7 +82,9 @@ class Plan:
     start: the place of its first token in the row, [K].
     shard: of each row, [R].
     turn: which of its shard's rows a row is, [R].
+    rows: how many rows of T tokens it takes at least.
     width: the most completion tokens that a shard has.
+    seen: of each shard, which row looks at which, [n, 2]; empty without lines.
   """
 
   item: np.ndarray
@@ -78,7 +92,9 @@ class Plan:
   start: np.ndarray
   shard: np.ndarray
   turn: np.ndarray
+  rows: int
   width: int
+  seen: tuple[np.ndarray, ...]
 
 
 def settled(
@@ -102,13 +118,14 @@ def settled(
   free = dataclasses.replace(how, shapes=())
   for indices in steps:
     shape = shape_of(plans(table.take(indices), how), free, growth=1.0)
-    needs.append((shape.rows, shape.width))
-  rows, widths = np.asarray(needs).T
+    needs.append((shape.rows, shape.width, shape.seen))
+  rows, *others = np.asarray(needs).T
   values, numbers = np.unique(rows, return_counts=True)
   chosen = values[_cuts(values, numbers, count)]
   taken = chosen[np.searchsorted(chosen, rows)]
   shapes = tuple(
-    Shape(int(value), int(widths[taken == value].max())) for value in chosen
+    Shape(int(value), *(int(x[taken == value].max()) for x in others))
+    for value in chosen
   )
   return dataclasses.replace(how, shapes=shapes)
 
@@ -151,7 +168,7 @@ def plans(table: tables.Table, how: Packing) -> list[Plan]:
       f"{table.ids[bare[0]]} has an empty prompt: nothing predicts its first"
       " token"
     )
-  if (size > how.row_length).any():
+  if not how.runs_on and (size > how.row_length).any():
     worst = int(np.argmax(size))
     raise ValueError(
       f"{table.ids[item[worst]]} takes {size[worst]} tokens in layout"
@@ -184,6 +201,8 @@ def _plan(
   item: np.ndarray, size: np.ndarray, predicted: np.ndarray, how: Packing
 ) -> Plan:
   """First fit, the longest piece first; then rows are dealt to shards."""
+  if how.runs_on:
+    return _lines(item, size, predicted, how)
   if how.layout == "padded":
     row, start = np.arange(len(size)), np.zeros(len(size), np.int64)
   else:
@@ -199,7 +218,55 @@ def _plan(
     order = np.argsort(-by_row, kind="stable")
     shard[order], turn[order] = seat, turn_of
   width = int(np.bincount(shard, by_row, minlength=how.shards).max())
-  return Plan(item, row, start, shard, turn, width)
+  return Plan(item, row, start, shard, turn, count, width, ())
+
+
+def _lines(
+  item: np.ndarray, size: np.ndarray, predicted: np.ndarray, how: Packing
+) -> Plan:
+  """Pieces one after the other, in the order they came, a line a shard."""
+  line = np.zeros_like(size)
+  full = np.zeros(how.shards, np.int64)
+  # The longest first, each to the shard with most room.
+  for piece in np.argsort(-size, kind="stable"):
+    line[piece] = np.argmin(full)
+    full[line[piece]] += size[piece]
+  start = np.zeros_like(size)
+  seen = []
+  for shard in range(how.shards):
+    here = line == shard
+    start[here] = np.cumsum(size[here]) - size[here]
+    seen.append(_seen(start[here], size[here], how.row_length))
+  shards = np.arange(how.shards)
+  return Plan(
+    item,
+    line,
+    start,
+    shards,
+    np.zeros_like(shards),
+    how.shards * -(-int(full.max()) // how.row_length),
+    int(np.bincount(line, predicted, minlength=how.shards).max()),
+    tuple(seen),
+  )
+
+
+def _seen(start: np.ndarray, size: np.ndarray, length: int) -> np.ndarray:
+  """Which row of a line looks at which, itself among them, [n, 2].
+
+  A row must look back to where the first piece begins that is in it.
+
+  Args:
+    start: place of each piece, one after the other, [K].
+    size: its tokens, [K].
+    length: T.
+  """
+  rows = np.arange(-(-int(size.sum()) // length))
+  first = np.searchsorted(start, rows * length, side="right") - 1
+  first = start[first] // length
+  many = rows - first + 1
+  query = np.repeat(rows, many)
+  key = np.arange(len(query)) - np.repeat(np.cumsum(many) - many, many)
+  return np.stack([query, key + np.repeat(first, many)], 1)
 
 
 def _first_fit(size: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -217,16 +284,18 @@ def shape_of(
   plans: Sequence[Plan], how: Packing, growth: float = _GROWTH
 ) -> Shape:
   """The first of `how.shapes` that holds all plans, or one beyond them."""
-  rows = max(len(plan.shard) for plan in plans)
+  rows = max(plan.rows for plan in plans)
   width = max(plan.width for plan in plans)
+  seen = max((len(x) for plan in plans for x in plan.seen), default=0)
   for shape in how.shapes:
-    if rows <= shape.rows and width <= shape.width:
+    if rows <= shape.rows and width <= shape.width and seen <= shape.seen:
       return shape
   # Padded rows are as many as the sequences; packed ones vary.
   growth = 1.0 if how.layout == "padded" else growth
   return Shape(
     _rounded(rows, how.shards, growth),
     -(-width // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE,
+    -(-seen // _SEEN_MULTIPLE) * _SEEN_MULTIPLE,
   )
 
 

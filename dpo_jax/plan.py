@@ -116,7 +116,7 @@ def _search(config, shape, mesh, rows, train, limit) -> None:
     console.result("no search for more rows: the device's memory is not known")
     return
   shards = partitioning.data_shards(mesh)
-  each = config.data.row_length / compiling.lengths(config).places
+  each = config.row_length / compiling.lengths(config).places
   tried = {rows: train.memory.total}
 
   def needs(count):

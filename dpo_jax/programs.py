@@ -67,7 +67,7 @@ def check(
     mesh.devices.flat[0],
     dtype=config.model.dtype,
     head_dim=shape.head_dim,
-    row_length=config.data.row_length,
+    row_length=config.row_length,
   )
 
 

@@ -64,13 +64,15 @@ class ModelSettings:
   param_dtype: Literal["float32", "bfloat16", "int8"]
   remat: Literal["none", "full"]
   attention: attention.Name
+  attention_block: int
   logit_chunk: int
 
   def __post_init__(self):
-    if self.logit_chunk < 1:
-      raise ValueError(
-        f"model.logit_chunk={self.logit_chunk} must be at least 1"
-      )
+    for name in ("attention_block", "logit_chunk"):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f"model.{name}={getattr(self, name)} must be at least 1"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +177,11 @@ class TrainSettings:
         f"batch_size={self.batch_size} must be a multiple of"
         f" microbatches={self.microbatches}"
       )
+    if self.runs_on and self.data.layout == "padded":
+      raise ValueError(
+        "model.attention='blocks' with data.layout='padded', which gives each"
+        " sequence a row of its own: set data.layout to 'packed' or 'shared'"
+      )
     if self.model.param_dtype != "float32" and not self.lora.rank:
       raise ValueError(
         f"model.param_dtype={self.model.param_dtype!r} with lora.rank=0: all"
@@ -222,6 +229,16 @@ class TrainSettings:
       checkpoints=self.push_checkpoints,
       dry_run=self.push_dry_run,
     )
+
+  @property
+  def runs_on(self) -> bool:
+    """Whether pieces run through rows, which are blocks of attention."""
+    return self.model.attention == "blocks"
+
+  @property
+  def row_length(self) -> int:
+    """Tokens of a row."""
+    return self.model.attention_block if self.runs_on else self.data.row_length
 
   def retention(self) -> step_files.Retention:
     return step_files.Retention(

@@ -131,7 +131,7 @@ def token_stats(
     lora,
     batch.tokens,
     batch.positions,
-    attention.Segments(batch.pieces, batch.parts),
+    attention.Segments(batch.pieces, batch.parts, batch.seen),
     dropout_key=dropout_key,
   )
   kernel = base["unembed"]["kernel"]

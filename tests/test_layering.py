@@ -60,6 +60,7 @@ LEVELS = {
   "winrates.intervals": 0,
   "winrates.planning": 0,
   "attention": 1,
+  "block_attention": 0,
   "cli": 1,
   "hlo": 2,
   "hlo_traffic": 1,

@@ -1,0 +1,146 @@
+"""Attention over short rows that computes no block that is masked whole.
+
+The rows are blocks of T tokens, and a piece runs on from row to row. A list
+says which row of keys each row of queries must look at; the scores of these
+pairs of rows are all that exists, so that the work grows with the pieces'
+lengths and not with the rows'. It is plain XLA, quick on a CPU. The slow twin
+is `attention.dense` on rows that hold whole pieces.
+
+Scores lie with keys before queries, so that sums over keys run along whole
+vectors, and the backward pass is written out: it keeps the exponentials, and
+takes the softmax's gradient from the output instead of another sum over keys.
+
+Letters: S shards of the rows, B rows of a shard, T tokens of a row, P pairs of
+rows, N heads, H head dim; in an einsum q and k are a row's queries and keys.
+
+References:
+  Dao et al., FlashAttention, 2022 (arXiv 2205.14135), Algorithm 4: the
+  gradient of the softmax from the output.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+def mask(pieces: jax.Array, parts: jax.Array, seen: jax.Array) -> jax.Array:
+  """Which keys each query of each pair of rows sees, bool [S, P, k, q].
+
+  Args:
+    pieces: piece of each token, unlike any other of its shard; 0 is padding,
+      [S * B, T].
+    parts: part of each token in its piece, 0 for a prompt, [S * B, T].
+    seen: pairs of a row of queries and a row of keys, both counted from the
+      shard's first row; (-1, -1) for none, [S, P, 2].
+  """
+  shards, size = len(seen), pieces.shape[1]
+  pieces, parts = (x.reshape(shards, -1, size) for x in (pieces, parts))
+  query, key = (jnp.maximum(seen[:, :, i], 0) for i in (0, 1))
+
+  def of(x, rows):
+    return jnp.take_along_axis(x, rows[:, :, None], axis=1)
+
+  def both(x):
+    return of(x, query)[:, :, None, :], of(x, key)[:, :, :, None]
+
+  (query_piece, key_piece), (query_part, key_part) = both(pieces), both(parts)
+  own = (query == key)[:, :, None, None]
+  causal = jnp.triu(jnp.ones((1, 1, size, size), bool))
+  return (
+    (seen[:, :, :1, None] >= 0)
+    & (query_piece == key_piece)
+    & (key_piece > 0)
+    & ((key_part == 0) | (key_part == query_part))
+    & (causal | ~own)
+  )
+
+
+def attend(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  visible: jax.Array,
+  seen: jax.Array,
+) -> jax.Array:
+  """Softmax attention in float32, [S * B, T, N, H] in the dtype of `v`.
+
+  A query that sees nothing (padding) gets zero.
+
+  Args:
+    q: queries, [S * B, T, N, H].
+    k: keys, [S * B, N, T, H].
+    v: values, [S * B, N, T, H].
+    visible: `mask` of the rows.
+    seen: what `mask` was made with; every key that a query sees must be in it.
+  """
+  scale = 1 / math.sqrt(q.shape[-1])
+  q, k, v, dtype = *(x.astype(jnp.float32) for x in (q, k, v)), v.dtype
+
+  def by_shard(x):
+    return x.reshape(len(seen), -1, *x.shape[1:])
+
+  query, key = (jnp.maximum(seen[:, :, i], 0) for i in (0, 1))
+  rows = (by_shard(x) for x in (jnp.swapaxes(q * scale, 1, 2), k, v))
+  if len(seen) == 1:
+    # Gathers without an axis of shards are quicker.
+    rows = (x[0] for x in rows)
+    out = _attend(*rows, visible[0], query[0], key[0])
+  else:
+    out = jax.vmap(_attend)(*rows, visible, query, key)
+  out = jnp.swapaxes(out.reshape(q.shape[0], *out.shape[-3:]), 1, 2)
+  return out.astype(dtype)
+
+
+@jax.custom_vjp
+def _attend(q, k, v, visible, query, key):
+  """One shard: q, k, v [B, N, T, H], visible [P, k, q], query, key [P]."""
+  return _forward(q, k, v, visible, query, key)[0]
+
+
+def _forward(q, k, v, visible, query, key):
+  add = functools.partial(
+    jax.ops.segment_sum, segment_ids=query, num_segments=len(q)
+  )
+  scores = jnp.einsum("PNkH,PNqH->PNkq", k[key], q[query])
+  # A finite floor: what sees nothing stays free of NaN.
+  floor = jnp.finfo(jnp.float32).min
+  scores = jnp.where(visible[:, None], scores, floor)
+  peak = jax.ops.segment_max(
+    jnp.max(scores, axis=2), query, num_segments=len(q)
+  )
+  # Above the floor, so that where all is masked the exponentials vanish.
+  peak = jnp.maximum(peak, floor / 2)
+  weights = jnp.exp(scores - peak[query][:, :, None, :])
+  total = add(jnp.sum(weights, axis=2))
+  # Real queries see themselves: their total is at least one.
+  share = jnp.where(total > 0, 1 / jnp.maximum(total, 1), 0)
+  out = add(jnp.einsum("PNkq,PNkH->PNqH", weights, v[key]))
+  out = out * share[:, :, :, None]
+  return out, (q, k, v, weights, out, share, query, key)
+
+
+def _backward(kept, grad):
+  q, k, v, weights, out, share, query, key = kept
+
+  def add(values, rows):
+    return jax.ops.segment_sum(values, rows, num_segments=len(q))
+
+  # `weights` lack their `share`: the gradient takes it, which is smaller.
+  grad = grad * share[:, :, :, None]
+  common = jnp.sum(grad * out, axis=-1)[query][:, :, None, :]
+  grad = grad[query]
+  slope = jnp.einsum("PNkH,PNqH->PNkq", v[key], grad)
+  slope = weights * (slope - common)
+  return (
+    add(jnp.einsum("PNkq,PNkH->PNqH", slope, k[key]), query),
+    add(jnp.einsum("PNkq,PNqH->PNkH", slope, q[query]), key),
+    add(jnp.einsum("PNkq,PNqH->PNkH", weights, grad), key),
+    None,
+    None,
+    None,
+  )
+
+
+_attend.defvjp(_forward, _backward)

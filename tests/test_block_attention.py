@@ -1,0 +1,203 @@
+"""Rows that pieces run through, against rows that hold them whole."""
+
+import dataclasses
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from hypothesis import strategies as st
+
+from dpo_jax import (
+  attention,
+  block_attention,
+  model,
+  packing,
+  placement,
+  steps,
+  tables,
+)
+
+WHOLE = placement.Packing("shared", 64, 1, 1, False, 1)
+# Blocks far shorter than most pieces, and than some parts.
+BLOCKS = dataclasses.replace(WHOLE, row_length=4, runs_on=True)
+LORA = dataclasses.replace(
+  tiny.CONFIG, lora=model.LoraConfig(2, 4.0, 0.0, model.TARGETS)
+)
+
+
+# --- which rows look at which
+
+
+def test_rows_seen_by_hand():
+  # Two pieces of 6 and 5 tokens in blocks of 4: the second begins in block 1
+  # and ends in block 2, with one place left.
+  found = placement._seen(np.array([0, 6]), np.array([6, 5]), 4)
+  wanted = [[0, 0], [1, 0], [1, 1], [2, 1], [2, 2]]
+  np.testing.assert_array_equal(found, wanted)
+
+
+@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.given(
+  st.lists(st.integers(1, 20), min_size=1, max_size=9), st.integers(1, 9)
+)
+def test_all_that_a_row_sees_is_listed_once(sizes, length):
+  size = np.asarray(sizes)
+  piece = np.repeat(np.arange(len(size)), size)
+  wanted = sorted(
+    {
+      (q // length, k // length)
+      for q in range(len(piece))
+      for k in range(q + 1)
+      if piece[q] == piece[k]
+    }
+  )
+  found = placement._seen(np.cumsum(size) - size, size, length)
+  assert list(map(tuple, found.tolist())) == wanted
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_line_has_no_gaps(shards):
+  items = tables.from_items(tiny.pairs(12, 4))
+  how = dataclasses.replace(BLOCKS, shards=shards)
+  batch, counts = packing.pack(items, how)
+  lines = batch.pieces.reshape(shards, -1)
+  tokens = [np.count_nonzero(line) for line in lines]
+  assert sum(tokens) == counts.tokens == items.lengths.sum()
+  for line, count in zip(lines, tokens):
+    assert (line[:count] > 0).all()
+    # Numbers that no two pieces of a line share.
+    assert line[:count].tolist() == sorted(line[:count])
+  # No line is longer than the shortest by more than the longest pair.
+  assert max(tokens) - min(tokens) <= items.lengths.sum(1).max()
+
+
+# --- the numbers
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def outcome(config, base, adapters, batch):
+  """Log-probs by owner, and their gradient."""
+
+  def sums(adapters):
+    found, _ = steps.sequence_logps(config, base, adapters, batch, 12)
+    return jnp.sum(jnp.sin(found)), found
+
+  grads, found = jax.grad(sums, has_aux=True)(adapters)
+  return found, grads
+
+
+texts = st.lists(
+  st.integers(2, tiny.CONFIG.vocab_size - 1), min_size=1, max_size=12
+).map(tuple)
+
+
+@functools.cache
+def weights():
+  return tiny.weights(LORA), tiny.adapters(LORA)
+
+
+def run(name, how, items):
+  batch, _ = packing.pack(items, how)
+  micro = jax.tree.map(lambda x: x[0], batch)
+  config = dataclasses.replace(LORA, attention=name)
+  return outcome(config, *weights(), micro)
+
+
+@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.given(
+  st.lists(
+    st.builds(tables.Pair, st.uuids().map(str), texts, texts, texts),
+    min_size=6,
+    max_size=6,
+  )
+)
+def test_blocks_give_the_numbers_of_dense(items):
+  dense = dataclasses.replace(WHOLE, shapes=(placement.Shape(6, 144),))
+  blocks = dataclasses.replace(BLOCKS, shapes=(placement.Shape(56, 144, 400),))
+  wanted, wanted_grads = run("dense", dense, items)
+  found, grads = run("blocks", blocks, items)
+  # Float32 sums of up to 36 terms in another order.
+  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=2e-5)
+  for a, b in zip(
+    jax.tree.leaves(grads), jax.tree.leaves(wanted_grads), strict=True
+  ):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_layouts_and_shards_give_the_numbers_of_dense(layout, shards):
+  items = tiny.pairs(6, 9)
+  wanted, wanted_grads = run("dense", WHOLE, items)
+  how = dataclasses.replace(BLOCKS, layout=layout, shards=shards)
+  found, grads = run("blocks", how, items)
+  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=2e-5)
+  for a, b in zip(
+    jax.tree.leaves(grads), jax.tree.leaves(wanted_grads), strict=True
+  ):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5)
+
+
+def test_gradients_of_queries_keys_and_values_by_hand():
+  """Random cotangents for every place, against dense attention of one row."""
+  rng = np.random.default_rng(0)
+  length, size, heads, dim = 4, 12, 2, 8
+  pieces = np.array([[1] * 7 + [2] * 3 + [0] * 2], np.int32)
+  parts = np.array([[0, 0, 1, 1, 2, 2, 2, 0, 1, 2, 0, 0]], np.int32)
+  q, k, v, grad = rng.normal(size=(4, 1, size, heads, dim))
+  # Padding sees nothing, and has no say.
+  grad[:, pieces[0] == 0] = 0
+  mask = attention.Segments(pieces, parts).mask()
+  k, v = np.swapaxes(k, 1, 2), np.swapaxes(v, 1, 2)
+  # A pair that is not there is masked, wherever it stands.
+  seen = np.array(
+    [[[0, 0], [-1, -1], [1, 0], [1, 1], [2, 1], [2, 2]]], np.int32
+  )
+
+  def cut(x):
+    return x.reshape(-1, length, *x.shape[2:])
+
+  def dense(q, k, v):
+    return jnp.sum(attention.dense(q, k, v, mask) * grad)
+
+  def blocks(q, k, v):
+    segments = attention.Segments(cut(pieces), cut(parts), seen)
+    attend = attention.bind("blocks", segments)
+    k, v = (jnp.swapaxes(cut(jnp.swapaxes(x, 1, 2)), 1, 2) for x in (k, v))
+    return jnp.sum(attend(cut(q), k, v) * cut(grad))
+
+  arguments = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
+  for f in (0, 1, 2):
+    wanted = jax.grad(dense, f)(*arguments)
+    found = jax.grad(blocks, f)(*arguments)
+    assert float(jnp.abs(wanted).max()) > 0.1
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_attends_to_nothing_and_stays_finite():
+  ones = jnp.ones((2, 3, 1, 8))
+  pieces = jnp.array([[1, 1, 0], [0, 0, 0]])
+  seen = jnp.array([[[0, 0], [-1, -1]]])
+  mask = block_attention.mask(pieces, 0 * pieces, seen)
+  k = jnp.swapaxes(ones, 1, 2)
+  out, back = jax.vjp(
+    lambda q: block_attention.attend(q, k, k, mask, seen), ones
+  )
+  np.testing.assert_array_equal(out[..., 0, 0], [[1, 1, 0], [0, 0, 0]])
+  (grad,) = back(jnp.full_like(out, 1e30))
+  assert bool(jnp.isfinite(grad).all())
+
+
+# --- refusals
+
+
+def test_rows_of_the_other_kind_are_refused():
+  items = tiny.pairs(6)
+  with pytest.raises(ValueError, match=r"attention='dense'.*'blocks' takes"):
+    run("dense", BLOCKS, items)
+  with pytest.raises(ValueError, match=r"attention='blocks'.*seen=None"):
+    run("blocks", WHOLE, items)
