@@ -40,7 +40,11 @@ PRODUCTS = {
   "shared, reference computed": {"precompute_reference": False},
   "shared, dropout 0.1": {"lora.dropout": 0.1},
   "packed": {"data.layout": "packed"},
-  "padded": {"data.layout": "padded", "data.row_length": 512},
+  "padded": {
+    "data.layout": "padded",
+    "data.row_length": 512,
+    "model.attention": "dense",
+  },
 }
 PLAIN = "plain JAX, padded"
 

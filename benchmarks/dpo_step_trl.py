@@ -6,9 +6,15 @@ are timed; only two things of it are replaced. Its preparation of texts: the ids
 are those that the other side trains on. Its sampler: batches come in the order
 of the other side's, each sorted by length, which spares padding wherever a
 batch is several micro-batches.
+
+With --search it looks for its own best settings instead: the first batch, one
+update of it for each micro-batch size, then the other attention and the other
+padding at the best size. A setting whose gradient is another than that of
+padded rows computes something else and is not taken.
 """
 
 import argparse
+import gc
 import importlib.metadata
 import json
 import pathlib
@@ -30,6 +36,9 @@ NAMES = [
 ]
 # The projections of a GPT-NeoX block.
 TARGETS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+SIZES = (1, 4, 8, 16)
+# Float32, summed in another order.
+SAME_NORM = 1e-3
 
 
 class Trainer(trl.DPOTrainer):
@@ -41,10 +50,10 @@ class Trainer(trl.DPOTrainer):
 
 
 class Clock(transformers.TrainerCallback):
-  """Seconds and loss of every update."""
+  """Seconds, loss and norm of the gradient of every update."""
 
   def __init__(self):
-    self.seconds, self.losses = [], []
+    self.seconds, self.losses, self.norms = [], [], []
 
   def on_step_begin(self, *unused, **named):
     self.started = time.perf_counter()
@@ -55,6 +64,7 @@ class Clock(transformers.TrainerCallback):
   def on_log(self, arguments, state, control, logs=None, **named):
     if "loss" in logs:
       self.losses.append(logs["loss"])
+      self.norms.append(float(logs["grad_norm"]))
 
 
 def main():
@@ -62,12 +72,26 @@ def main():
   parser.add_argument("--case", type=pathlib.Path, required=True)
   parser.add_argument("--output", type=pathlib.Path, required=True)
   parser.add_argument("--threads", type=int, required=True)
-  parser.add_argument("--micro_batch", type=int, required=True)
-  parser.add_argument("--attention", choices=("sdpa", "eager"), required=True)
+  parser.add_argument("--micro_batch", type=int, default=4)
+  parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
   parser.add_argument("--padding_free", action="store_true")
+  parser.add_argument("--search", action="store_true")
   flags = parser.parse_args()
   torch.set_num_threads(flags.threads)
   case = json.loads((flags.case / "case.json").read_text())
+  if flags.search:
+    found = {"tried": search(case, flags)}
+  else:
+    clock = train(case, flags)
+    found = {"seconds": clock.seconds, "losses": clock.losses}
+  versions = {
+    name: importlib.metadata.version(name)
+    for name in ("trl", "transformers", "torch", "peft")
+  }
+  flags.output.write_text(json.dumps(found | {"versions": versions}))
+
+
+def train(case, flags):
   clock = Clock()
   trainer = make(case, flags, clock)
   adapters = safetensors.torch.load_file(
@@ -77,19 +101,49 @@ def main():
   if left.unexpected_keys:
     raise ValueError(f"unknown adapter weights: {left.unexpected_keys}")
   trainer.train()
-  versions = {
-    name: importlib.metadata.version(name)
-    for name in ("trl", "transformers", "torch", "peft")
-  }
-  flags.output.write_text(
-    json.dumps(
-      {
-        "seconds": clock.seconds,
-        "losses": clock.losses,
-        "versions": versions,
-      }
+  return clock
+
+
+def search(case, flags):
+  """What was tried, in order; the caller takes the fastest that is allowed."""
+  case = case | {"steps": case["steps"][:1]}
+  tried = []
+
+  def one(micro_batch, attention, padding_free):
+    setting = {
+      "micro_batch": micro_batch,
+      "attention": attention,
+      "padding_free": padding_free,
+    }
+    gc.collect()
+    try:
+      clock = train(case, argparse.Namespace(**(vars(flags) | setting)))
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+      tried.append({"settings": setting, "refused": str(error)[:200]})
+      return
+    speed = len(case["steps"][0]) / clock.seconds[0]
+    tried.append(
+      {"settings": setting, "speed": speed, "grad_norm": clock.norms[0]}
     )
-  )
+
+  # Its time is not taken, its gradient is.
+  one(4, "sdpa", False)
+  warm = tried.pop()
+
+  def best():
+    able = [t for t in tried if "speed" in t]
+    for t in able:
+      off = abs(t["grad_norm"] / warm["grad_norm"] - 1)
+      t["same"] = off < SAME_NORM
+    return max((t for t in able if t["same"]), key=lambda t: t["speed"])
+
+  for size in SIZES:
+    one(size, "sdpa", OLD)
+  found = best()["settings"]
+  one(found["micro_batch"], "eager", found["padding_free"])
+  one(found["micro_batch"], "sdpa", not found["padding_free"])
+  best()
+  return tried
 
 
 def make(case, flags, clock):
