@@ -31,7 +31,7 @@ def training(
   mean = compiling.lengths(config)
   lines = [
     f"{mesh.size} x {device.device_kind}, mesh {dict(mesh.shape)};"
-    f" {rows} row(s) of {config.data.row_length} tokens a device, in"
+    f" {rows} row(s) of {config.row_length} tokens a device, in"
     f" {config.microbatches} micro-batch(es)",
     f"batches of {config.batch_size}, by HH's means: {mean.tokens:.0f} tokens,"
     f" {mean.completion:.0f} of them predicted, in {mean.places:.0f} places",
