@@ -70,6 +70,10 @@ def training() -> config_dict.ConfigDict:
   # Directory that they are kept in, to be shared by runs on the same pairs and
   # the same reference; "" is the run's own.
   c.reference_cache = ""
+  # Directory that compiled programs are kept in, so that the same run starts at
+  # once when it starts again; "" keeps none. Where JAX_COMPILATION_CACHE_DIR is
+  # set, it is that one instead.
+  c.compilation_cache = "~/.cache/dpo_jax/xla"
   # Seconds after SIGTERM or SIGINT in which a run saves and stops by itself;
   # then it is ended. What was committed is whole either way.
   c.grace_s = 30.0
@@ -146,8 +150,10 @@ def model() -> config_dict.ConfigDict:
   # bfloat16. Policy and reference share the rounded base; adapters are merged
   # into the weights as they were read, which at "bfloat16" means rounded to it.
   c.param_dtype = "float32"
-  # "full" keeps one activation a layer and recomputes the rest in the backward
-  # pass; "none" keeps all.
+  # What the backward pass finds: "none" recomputes nothing; "save_projections"
+  # keeps the outputs of the four frozen projections of a layer and recomputes
+  # what lies between them, attention's scores first; "full" keeps one
+  # activation a layer. The less, the slower; the numbers are the same.
   c.remat = "full"
   # Which code attends. "dense" runs everywhere; it holds scores of row_length x
   # row_length for each row and head, and is what the recipes for TPUs and GPUs

@@ -52,6 +52,6 @@ def for_cpu(c) -> None:
   c.model.dtype = "float32"
   c.model.attention = "blocks"
   c.model.remat = "none"
-  c.model.logit_chunk = 128
+  c.model.logit_chunk = 256
   c.microbatches = 1
   c.precompute_reference = True

@@ -93,6 +93,18 @@ class Feed:
     ):
       yield _placed(batch, self.mesh)
 
+  def shapes(self) -> tuple[list[packing.Batch], list[packing.Batch]]:
+    """The shapes of training batches, and of evaluation batches."""
+    lying = partitioning.batch_sharding(self.mesh, leading=1)
+    train, held_out = (
+      packing.shapes(how, reference is not None, lying)
+      for how, reference in (
+        (self.train, self.train_reference),
+        (self.held_out, self.held_out_reference),
+      )
+    )
+    return train, held_out
+
   def report(self) -> dict[str, Any]:
     """How an epoch is made up, and the shapes that hold its batches."""
     return {

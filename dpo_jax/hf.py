@@ -44,7 +44,7 @@ def load(
   path: str | os.PathLike,
   *,
   dtype: Literal["float32", "bfloat16"],
-  remat: Literal["none", "full"],
+  remat: model.Remat,
   lora: model.LoraConfig | None,
   param_dtype: Literal["float32", "bfloat16"],
   mesh: jax.sharding.Mesh | None = None,
@@ -55,7 +55,7 @@ def load(
     path: a directory with config.json and safetensors, or a hub id, with or
       without @revision.
     dtype: what the model computes in.
-    remat: "full" recomputes each block in the backward pass.
+    remat: what the backward pass computes again.
     lora: adapters that the config is to describe; their weights come from
       `model.init_lora` or `load_adapter`.
     param_dtype: what the weights are kept in.

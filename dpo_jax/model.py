@@ -24,12 +24,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax import attention as attention_lib
 from dpo_jax import kv_cache, partitioning, quantised
 from dpo_jax import lora as lora_lib
 
 Tree = dict[str, Any]
+# What the backward pass finds and what it computes again: all is kept; the
+# outputs of the projections; one activation a layer.
+Remat = Literal["none", "save_projections", "full"]
 TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
 
@@ -74,7 +78,7 @@ class ModelConfig:
   norm_eps: float
   max_positions: int
   dtype: Literal["float32", "bfloat16"] = "float32"
-  remat: Literal["none", "full"] = "none"
+  remat: Remat = "none"
   attention: attention_lib.Name = "dense"
   logit_chunk: int = 1024
   lora: LoraConfig | None = None
@@ -144,6 +148,7 @@ class _Projection(nnx.Module):
   def __call__(self, x, dropout_key, adapter=None):
     y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
     y += jnp.expand_dims(self.bias[...].astype(x.dtype), (0, 1))
+    y = checkpoint_name(y, "projection")
     if self.lora is None:
       return y
     flat = x.reshape(*x.shape[:2], -1)
@@ -310,8 +315,10 @@ def apply(
     )
     return (x, cache), None
 
-  if config.remat == "full" and cache is None:
-    block = jax.checkpoint(block, prevent_cse=False)
+  if config.remat != "none" and cache is None:
+    saved = ("projection",) if config.remat == "save_projections" else ()
+    policy = jax.checkpoint_policies.save_only_these_names(*saved)
+    block = jax.checkpoint(block, prevent_cse=False, policy=policy)
   layers = (base["blocks"], adapters, jnp.arange(config.layers))
   (x, cache), _ = jax.lax.scan(block, (x, cache), layers)
   norm = base["final_norm"]

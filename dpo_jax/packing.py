@@ -117,6 +117,27 @@ def pack(
   )
 
 
+def shapes(
+  how: placement.Packing,
+  with_reference: bool,
+  sharding: jax.sharding.Sharding,
+) -> list[Batch]:
+  """A batch of each of the layout's shapes, as jax.ShapeDtypeStruct.
+
+  Args:
+    how: the layout, settled.
+    with_reference: whether batches carry the reference's log-probs.
+    sharding: of the axis after the micro-batches.
+  """
+  return [
+    jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+      _empty(how, shape, with_reference),
+    )
+    for shape in how.shapes
+  ]
+
+
 def _empty(
   how: placement.Packing, shape: placement.Shape, with_reference: bool
 ) -> Batch:

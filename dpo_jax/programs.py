@@ -5,7 +5,8 @@ is planned is what is run.
 """
 
 import dataclasses
-from collections.abc import Callable
+import pathlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from dpo_jax import (
   attention,
   guards,
   model,
+  packing,
   partitioning,
   quantised,
   recipe,
@@ -115,3 +117,39 @@ def training(
     compiler_options=steps.COMPILER_OPTIONS,
   )
   return train_step, eval_step
+
+
+def ahead(
+  step: Callable, arguments: tuple[Any, ...], batches: Iterable[packing.Batch]
+) -> Callable:
+  """The step, compiled now for every shape of batch that is to come.
+
+  A batch of yet another shape is compiled when it comes.
+
+  Args:
+    step: from `training`.
+    arguments: what it takes before the batch: arrays, or their shapes.
+    batches: the shapes, one batch of each.
+  """
+  compiled = {
+    _sizes(batch): step.lower(*arguments, batch).compile() for batch in batches
+  }
+
+  def call(*arguments):
+    return compiled.get(_sizes(arguments[-1]), step)(*arguments)
+
+  return call
+
+
+def _sizes(batch: packing.Batch) -> tuple[tuple[int, ...], ...]:
+  return tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+
+
+def keep(directory: str) -> None:
+  """Keeps compiled programs in a directory, from run to run; "" keeps none.
+
+  Where JAX was told a directory already (JAX_COMPILATION_CACHE_DIR), it stays.
+  """
+  if directory and jax.config.jax_compilation_cache_dir is None:
+    path = pathlib.Path(directory).expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(path))

@@ -33,6 +33,7 @@ FREE = (
   "grace_s",
   "allow_changes",
   "trackers",
+  "compilation_cache",
   "push_to_hub",
   "push_public",
   "push_licence",
@@ -42,9 +43,11 @@ FREE = (
 
 # The metrics of an evaluation that checkpoints can be ranked by.
 EVALUATED = {
-  "sft": ("eval_loss",),
+  "sft": ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"),
   "dpo": (
     "eval_loss",
+    "eval_entropy",
+    "eval_mean_token_accuracy",
     "eval_rewards/chosen",
     "eval_rewards/rejected",
     "eval_rewards/margins",
@@ -62,7 +65,7 @@ class ModelSettings:
   path: str
   dtype: Literal["float32", "bfloat16"]
   param_dtype: Literal["float32", "bfloat16", "int8"]
-  remat: Literal["none", "full"]
+  remat: model.Remat
   attention: attention.Name
   attention_block: int
   logit_chunk: int
@@ -147,6 +150,7 @@ class TrainSettings:
   export_adapters: bool
   precompute_reference: bool
   reference_cache: str
+  compilation_cache: str
   grace_s: float
   allow_changes: tuple[str, ...]
   trackers: trackers.TrackerSettings

@@ -205,25 +205,57 @@ def make_train_step(
 def make_eval_step(
   config: model.ModelConfig, objective: Objective
 ) -> Callable[[Tree, Tree | None, packing.Batch], Metrics]:
-  """(params, reference, batch) -> sums of the metrics, and their "weight".
+  """(params, reference, batch) -> sums of the metrics, and their weights.
 
-  The weight is the number of pairs, or for SFT of completion tokens; the host
-  divides sums of many batches by the sum of their weights. A batch may hold
-  fewer items than the objective says: what owns no token does not count.
+  "weight" is the number of pairs, or for SFT of completion tokens. "entropy" is
+  in nats and of all completion tokens, "mean_token_accuracy" of those that the
+  likeliest word is right for, chosen ones alone, as in TRL; "tokens" and
+  "chosen_tokens" are their weights. `means` divides sums of many batches by
+  those of their weights. A batch may hold fewer items than the objective says:
+  what owns no token does not count.
   """
   with_lora = config.lora is not None
 
   def eval_step(params, reference, batch):
     micro = jax.tree.map(lambda x: x[0], batch)
     lora = params["lora"] if with_lora else None
-    policy = token_logps(config, params["base"], lora, micro)
+    policy = token_stats(config, params["base"], lora, micro)
     other = params["base"] if with_lora else reference
     sums, weight = _objective_sums(
-      objective, micro, policy, _reference(config, objective, other, micro)
+      objective,
+      micro,
+      policy.logps,
+      _reference(config, objective, other, micro),
     )
-    return sums | {"weight": weight}
+    return sums | {"weight": weight} | _token_sums(objective, micro, policy)
 
   return eval_step
+
+
+def means(sums: dict[str, float]) -> dict[str, float]:
+  """Metrics of an evaluation, from sums over its batches."""
+  weights = {"entropy": "tokens", "mean_token_accuracy": "chosen_tokens"}
+  left = {"weight", *weights.values()}
+  return {
+    key: value / sums[weights.get(key, "weight")]
+    for key, value in sums.items()
+    if key not in left
+  }
+
+
+def _token_sums(objective, batch, stats) -> Metrics:
+  """Sums over tokens of what the likeliest words and their spread tell."""
+  there = batch.owner >= 0
+  # Chosen responses own the even sequences of pairs; examples have no others.
+  chosen = there & (batch.owner % 2 == 0) if objective.kind == "dpo" else there
+  return {
+    "entropy": jnp.sum(jnp.where(there, stats.entropy, 0)),
+    "tokens": jnp.sum(there.astype(jnp.float32)),
+    "mean_token_accuracy": jnp.sum(
+      (chosen & (stats.top == batch.target)).astype(jnp.float32)
+    ),
+    "chosen_tokens": jnp.sum(chosen.astype(jnp.float32)),
+  }
 
 
 def _reference(config, objective, base, batch) -> jax.Array | None:

@@ -7,6 +7,7 @@ else crosses between the two inside the loop.
 """
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import json
@@ -33,6 +34,7 @@ from dpo_jax import (
   metrics,
   packing,
   processes,
+  programs,
   provenance,
   recipe,
   records,
@@ -58,6 +60,7 @@ def run(config: recipe.TrainSettings, workdir: pathlib.Path) -> pathlib.Path:
     interruption.Interrupted: a signal asked for it.
     hub.NotPushed: all is done, but not all of it is on the hub.
   """
+  programs.keep(config.compilation_cache)
   with interruption.Watch(config.grace_s) as watch:
     with processes.together("preparing the directory"):
       if processes.first():
@@ -173,6 +176,8 @@ class _Loop:
     with self.watch.deferred():
       try:
         with jax.set_mesh(self.made.mesh), jax.transfer_guard("disallow"):
+          if self.start < self.steps:
+            self._compile()
           self._loop()
         if processes.first():
           draw = functools.partial(curves.draw, self.workdir)
@@ -181,6 +186,20 @@ class _Loop:
         self.bar.close()
         self.writer.close()
         self.checkpoints.close()
+
+  def _compile(self) -> None:
+    """All that the loop runs, so that no step waits for a compiler."""
+    made, params = self.made, self.state.params
+    train, held_out = made.feed.shapes()
+    self.made = dataclasses.replace(
+      made,
+      train_step=programs.ahead(
+        made.train_step, (self.state, made.reference), train
+      ),
+      eval_step=programs.ahead(
+        made.eval_step, (params, made.reference), held_out
+      ),
+    )
 
   def _loop(self) -> None:
     self._catch_up()
@@ -295,8 +314,7 @@ class _Loop:
         totals[key] = totals.get(key, 0.0) + float(value)
       if self.watch.requested():
         return False
-    weight = totals.pop("weight")
-    row = {f"eval_{key}": value / weight for key, value in totals.items()}
+    row = {f"eval_{key}": value for key, value in steps.means(totals).items()}
     count = {"eval_items": len(made.feed.items.held_out.table)}
     self.writer.write({"step": done} | row | count)
     self.evaluated = {done: row}

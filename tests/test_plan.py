@@ -47,7 +47,7 @@ SMALL = model.ModelConfig(
 )
 
 
-def config(variant="pythia-14m-lora", make=dpo, **changes):
+def config(variant="pythia-410m-lora", make=dpo, **changes):
   c = make.get_config(variant)
   c.data.row_length, c.data.max_length, c.data.max_prompt_length = 512, 512, 256
   c.batch_size, c.microbatches = 32, 2
@@ -73,6 +73,25 @@ def test_flops_of_a_step_by_hand(lora):
   if not lora:
     # The gradient of the unembedding visits the vocabulary once more.
     wanted += 2 * shape.width * shape.vocab_size * 2 * width
+  assert found.cost.flops == pytest.approx(wanted, rel=1e-6)
+  assert found.cost.open_loops == 0
+
+
+def test_flops_of_a_step_in_blocks_by_hand():
+  """Scores of the listed pairs of blocks alone, and no reference: it is kept.
+
+  Nor a gradient of a frozen kernel, by `flops.step`.
+  """
+  run = config("pythia-14m-lora")
+  assert run.precompute_reference
+  shape = dataclasses.replace(SMALL, attention="blocks")
+  mesh = partitioning.make_mesh(8, 1, 1)
+  (found,) = compiling.compile_steps(run, shape, mesh, 8, ("train",))
+  batch = compiling.batch_of(run, mesh, 8, 1)
+  pairs, width = batch.seen.shape[2], batch.target.shape[2]
+  assert batch.tokens.shape == (1, 8 * 8, 64)
+  work = flops.Work(2 * 512, 2 * width, 2 * pairs * 64**2)
+  wanted = flops.step(shape, work, reference=False)
   assert found.cost.flops == pytest.approx(wanted, rel=1e-6)
   assert found.cost.open_loops == 0
 

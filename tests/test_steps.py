@@ -254,6 +254,45 @@ def test_evaluation_sums_what_is_there(weights):
   )
 
 
+def test_spread_and_right_words_of_an_evaluation_by_hand(weights):
+  base, adapters = weights
+  evaluate = jax.jit(steps.make_eval_step(LORA, objective()))
+  items = tiny.pairs(PAIRS, 4)
+  for i in (0, 3):
+    # A model of random weights is right where it is made so.
+    logps, at = sequence(LORA, base, items[i].prompt, items[i].chosen)
+    best = int(logps[at[0]].argmax())
+    items[i] = dataclasses.replace(
+      items[i], chosen=(best, *items[i].chosen[1:])
+    )
+  params = {"base": base, "lora": jax.tree.map(jnp.zeros_like, adapters)}
+  found = evaluate(params, None, pack(items, 1, rows=6))
+  spread = right = tokens = chosen = 0
+  for item in items:
+    for response in (item.chosen, item.rejected):
+      logps, at = sequence(LORA, base, item.prompt, response)
+      spread -= (np.exp(logps[at]) * logps[at]).sum()
+      tokens += len(response)
+      if response is item.chosen:
+        right += (logps[at].argmax(-1) == response).sum()
+        chosen += len(response)
+  assert 2 <= right < chosen
+  assert float(found["mean_token_accuracy"]) == right
+  assert float(found["tokens"]) == tokens
+  assert float(found["chosen_tokens"]) == chosen
+  assert float(found["entropy"]) == pytest.approx(spread, rel=1e-5)
+
+
+def test_means_by_hand():
+  sums = {"loss": 6.0, "weight": 3.0, "entropy": 8.0, "tokens": 4.0}
+  sums |= {"mean_token_accuracy": 1.0, "chosen_tokens": 2.0}
+  assert steps.means(sums) == {
+    "loss": 2.0,
+    "entropy": 2.0,
+    "mean_token_accuracy": 0.5,
+  }
+
+
 def test_evaluation_of_sft_sums_over_tokens():
   base = tiny.weights(tiny.CONFIG)
   items = [
@@ -272,13 +311,18 @@ def test_evaluation_of_sft_sums_over_tokens():
 
 def nll(config, base, item):
   """Summed -log p of an example's response, from all logits of one row."""
+  logps, at = sequence(config, base, item.prompt, item.response)
+  return -logps[at, list(item.response)].sum()
+
+
+def sequence(config, base, prompt, response):
+  """All log-probs of a row, [T, V], and which of them predict the response."""
   tokens = np.zeros((1, 16), np.int32)
-  whole = item.prompt + item.response
+  whole = prompt + response
   tokens[0, : len(whole)] = whole
   logits = np.asarray(plain_logits(config, base, tokens), np.float64)[0]
   logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-  at = np.arange(len(item.prompt) - 1, len(whole) - 1)
-  return -logps[at, list(item.response)].sum()
+  return logps, np.arange(len(prompt) - 1, len(whole) - 1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
