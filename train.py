@@ -14,8 +14,9 @@ def main(
 ) -> int:
   if push_to_hub:
     config["push_to_hub"] = push_to_hub
-  with processes.joined():
-    training.run(settings.build(recipe.TrainSettings, config), workdir)
+  built = settings.build(recipe.TrainSettings, config)
+  with processes.joined(built.heartbeat_s):
+    training.run(built, workdir)
   return 0
 
 

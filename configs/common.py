@@ -77,6 +77,9 @@ def training() -> config_dict.ConfigDict:
   # Seconds after SIGTERM or SIGINT in which a run saves and stops by itself;
   # then it is ended. What was committed is whole either way.
   c.grace_s = 30.0
+  # How long, in seconds, a process of several may not be heard of until the
+  # others take it for dead and end; whole seconds.
+  c.heartbeat_s = 100
   # What may differ from what the directory was begun with as a run goes on:
   # fields, ("loss.beta",), or inputs of the same name with other content:
   # "train_data", "held_out_data", "tokenizer", "base", "position" (the order

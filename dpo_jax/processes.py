@@ -22,6 +22,9 @@ import numpy as np
 
 from dpo_jax import errors
 
+# jax's own default.
+HEARTBEAT_S = 100
+
 # Those that jax's own detection of a Slurm step needs.
 _SLURM = (
   "SLURM_JOB_ID",
@@ -33,18 +36,23 @@ _SLURM = (
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
+def joined(heartbeat_s: int = HEARTBEAT_S) -> Iterator[None]:
   """Joins the other processes if the environment says that there are some.
 
   To be entered before anything is computed. One process alone is left as it
   is. When the block fails, the process ends without taking leave of the others:
-  they would wait for each other, instead of seeing that one is gone.
+  they would wait for each other, instead of seeing that one is gone. When one
+  is gone without a word, the operation that waits for it fails, or, where
+  nothing tells, the process is ended `heartbeat_s` after it was last heard of.
+
+  Args:
+    heartbeat_s: how long another process may be silent.
 
   Raises:
     ValueError: the environment says that there are several processes, but not
       how to reach them.
   """
-  _start()
+  _start(heartbeat_s)
   try:
     yield
   except BaseException as error:
@@ -63,14 +71,16 @@ def _leave(code: int) -> None:
   os._exit(code)
 
 
-def _start() -> None:
+def _start(heartbeat_s: int) -> None:
   if jax.distributed.is_initialized():
     return
   arguments = arguments_of(os.environ)
   if arguments is None:
     return
   try:
-    jax.distributed.initialize(**arguments)
+    jax.distributed.initialize(
+      **arguments, heartbeat_timeout_seconds=heartbeat_s
+    )
   except (ValueError, OSError) as error:
     raise ValueError(
       f"the other processes of this job were not found ({error}); set"

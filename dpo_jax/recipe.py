@@ -31,6 +31,7 @@ MADE_OF = (
 # Fields that change nothing of what a run makes, and may change as it goes on.
 FREE = (
   "grace_s",
+  "heartbeat_s",
   "allow_changes",
   "trackers",
   "compilation_cache",
@@ -152,6 +153,7 @@ class TrainSettings:
   reference_cache: str
   compilation_cache: str
   grace_s: float
+  heartbeat_s: int
   allow_changes: tuple[str, ...]
   trackers: trackers.TrackerSettings
   push_to_hub: str
@@ -204,6 +206,8 @@ class TrainSettings:
     buckets.refuse("reference_cache", self.reference_cache)
     if not 0 < self.grace_s < float("inf"):
       raise ValueError(f"grace_s={self.grace_s} must be positive")
+    if self.heartbeat_s < 1:
+      raise ValueError(f"heartbeat_s={self.heartbeat_s} must be at least 1")
     for name in self.allow_changes:
       if name not in MADE_OF and name.split(".")[0] not in self.__dict__:
         raise ValueError(
