@@ -24,7 +24,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Generic, Literal, TypeVar
 
-from dpo_jax import errors, strict_json
+from dpo_jax import atomic, errors, strict_json
 
 _log = logging.getLogger(__name__)
 
@@ -148,17 +148,15 @@ def content_hash(*parts: str) -> str:
 def write_atomic(path: str | os.PathLike, text: str) -> None:
   """Writes the whole file or nothing: a reader never sees half of it."""
   path = pathlib.Path(path)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   data = text.encode()
-  try:
-    with _naming(path, data), open(temporary, "wb") as file:
-      file.write(data)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  except BaseException:
-    temporary.unlink(missing_ok=True)
-    raise
+  with (
+    _naming(path, data),
+    atomic.replacing(path) as temporary,
+    open(temporary, "wb") as file,
+  ):
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
   sync_directory(path.parent)
 
 

@@ -8,7 +8,6 @@ second tree of weights.
 
 import functools
 import hashlib
-import os
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -17,6 +16,7 @@ import jax
 import numpy as np
 
 from dpo_jax import (
+  atomic,
   model,
   packing,
   partitioning,
@@ -78,17 +78,13 @@ def save(
     made_of: fingerprints that `load` compares.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f".{path.name}.{os.getpid()}.part")
-  try:
+  with atomic.replacing(path) as part:
     safetensors_files.write(
       part,
       [("logps", logps.dtype, logps.shape)],
       [logps],
       made_of | {"kind": _FORMAT, "sha256": _hash(logps)},
     )
-    os.replace(part, path)
-  finally:
-    part.unlink(missing_ok=True)
 
 
 def load(

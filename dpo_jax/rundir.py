@@ -5,8 +5,8 @@ same values, or is told which differ.
 """
 
 import json
-import os
 import pathlib
+import tempfile
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,11 +20,11 @@ def prepare(workdir: pathlib.Path, *names: str) -> None:
     ValueError: one cannot be made or written, and why.
   """
   for directory in (workdir, *(workdir / name for name in names)):
-    probe = directory / f".probe.{os.getpid()}.tmp"
     try:
       directory.mkdir(parents=True, exist_ok=True)
-      probe.write_bytes(b"\0" * 4096)
-      probe.unlink()
+      # Without a name: a process killed here leaves nothing.
+      with tempfile.TemporaryFile(dir=directory) as probe:
+        probe.write(b"\0" * 4096)
     except OSError as error:
       raise ValueError(
         f"{directory} cannot be written: {error.strerror}; make room or make"

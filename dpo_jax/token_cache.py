@@ -3,8 +3,9 @@
 An entry is one safetensors file named by a hash of everything that makes its
 ids: the rows' texts, the tokenizer, the profile and its lengths. It is written
 beside its place and moved there whole, so that processes may write it at the
-same time, and it carries a hash of its content, which every reading compares.
-Token ids are mapped, not loaded.
+same time and what a killed one leaves is removed by the next, and it carries a
+hash of its content, which every reading compares. Token ids are mapped, not
+loaded.
 """
 
 import contextlib
@@ -13,12 +14,12 @@ import json
 import logging
 import os
 import pathlib
-import uuid
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from dpo_jax import (
+  atomic,
   comparisons,
   profiles,
   safetensors_files,
@@ -88,19 +89,16 @@ def tokenize(
       return _read(path, key)
     except (OSError, ValueError) as error:
       _log.warning("%s: %s; it is made again", path, error)
-  # What cannot be written is found out before the minutes, not after.
-  temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-  with _naming(directory):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.touch()
-  try:
+  with contextlib.ExitStack() as stack:
+    # What cannot be written is found out before the minutes, not after.
+    with _naming(directory):
+      path.parent.mkdir(parents=True, exist_ok=True)
+      temporary = stack.enter_context(atomic.replacing(path))
     done = profiles.tokenize(tokenizer, rows, **settings)
     with _naming(directory):
       _write(temporary, done, key)
-      os.replace(temporary, path)
-      safetensors_files.sync(path.parent)
-  finally:
-    temporary.unlink(missing_ok=True)
+  with _naming(directory):
+    safetensors_files.sync(path.parent)
   return done
 
 

@@ -48,7 +48,8 @@ LEVELS = {
   "safetensors_files": 0,
   "settings": 0,
   "sources.hub": 0,
-  # Below all, since whoever opens a file may need it.
+  # Below all, since whoever opens a file may need them.
+  "atomic": -1,
   "strict_json": -1,
   # Of `flash` alone.
   "flash_kernels": -1,

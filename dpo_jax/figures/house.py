@@ -19,6 +19,8 @@ import matplotlib
 import matplotlib.figure
 import matplotlib.ticker
 
+from dpo_jax import atomic
+
 COLUMN_IN = 3.25  # width of a paper's column, inches
 PAGE_IN = 6.75  # of two columns and the gap between them
 HEIGHT_IN = 2.3
@@ -71,12 +73,8 @@ def save(
   ):
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, metadata=metadata)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with atomic.replacing(target) as temporary:
       temporary.write_bytes(buffer.getvalue())
-      os.replace(temporary, target)
-    finally:
-      temporary.unlink(missing_ok=True)
   return path
 
 
