@@ -67,8 +67,8 @@ def plan(
   """The plan of rows, for the blocks of `lowering`.
 
   Args:
-    pieces: int32 [B, T], below 2**15; 0 is padding.
-    parts: int32 [B, T], below 2**16; 0 is the prompt.
+    pieces: int32 [B, T], below 2**16; 0 is padding.
+    parts: int32 [B, T], below 2**8; 0 is the prompt.
     mask: who sees whom, bool [B, T, T]; it is reduced to blocks, and need not
       be held.
     lowering: of the `attend` that it is for.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 # A part's number stands in the lower bits of a token's code.
-PARTS = 2**16
+PARTS = 2**8
 # Scores of what is hidden, and the least maximum: exp of their difference is 0.
 _HIDDEN, _LEAST = -1e30, -1e20
 
@@ -170,8 +170,20 @@ def _product(a, b, contracted_a, contracted_b):
 
 
 def _column(row):
-  return row.reshape(row.shape[1], 1)
+  """[1, size] as [size, 1]; a reshape does not compile for every TPU.
+
+  Numbers of codes are exact in float32, which they are summed in.
+  """
+  exact = jnp.where(_diagonal(row.size), row.astype(jnp.float32), 0.0)
+  return jnp.sum(exact, 1, keepdims=True).astype(row.dtype)
 
 
 def _row(column):
-  return column.reshape(1, column.shape[0])
+  """[size, 1], float32, as [1, size]."""
+  exact = jnp.where(_diagonal(column.size), column, 0.0)
+  return jnp.sum(exact, 0, keepdims=True)
+
+
+def _diagonal(size):
+  place = functools.partial(jax.lax.broadcasted_iota, jnp.int32, (size, size))
+  return place(0) == place(1)

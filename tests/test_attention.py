@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import running
 
 from configs import dpo
-from dpo_jax import attention, programs, recipe, settings
+from dpo_jax import attention, programs, recipe, settings, training
 
 
 def device(platform="gpu", kind="NVIDIA H100", capability="9.0"):
@@ -64,7 +65,16 @@ def test_dense_is_never_refused(platform):
     attention.check(name, device(platform), **FITS | {"dtype": "float32"})
 
 
-def test_a_run_is_refused_on_these_devices():
+@pytest.mark.parametrize("name", ["cudnn", "flash"])
+def test_a_run_is_refused_before_it_compiles(name, tmp_path, monkeypatch):
+  files = running.make_files(tmp_path)
+  config = running.configs(files)(**{"model.attention": name})
+  monkeypatch.setattr(programs, "training", pytest.fail)
+  with pytest.raises(ValueError, match=f"{name}.*cpu.*attention=dense"):
+    training.run(config, tmp_path / "run")
+
+
+def test_a_program_is_refused_on_these_devices():
   config = dpo.get_config("pythia-2.8b-lora").to_dict()
   config["model"]["attention"] = "cudnn"
   built = settings.build(recipe.TrainSettings, config)

@@ -168,7 +168,6 @@ CONFIGS = {
   name: dataclasses.replace(
     tiny.CONFIG,
     attention=name,
-    remat="full",
     lora=model.LoraConfig(2, 4.0, 0.0, ("query_key_value",)),
   )
   for name in ("dense", "flash_interpreted")
