@@ -76,6 +76,8 @@ def main():
   parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
   parser.add_argument("--padding_free", action="store_true")
   parser.add_argument("--search", action="store_true")
+  # On a GPU base weights and blocks are bfloat16, adapters float32.
+  parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
   flags = parser.parse_args()
   torch.set_num_threads(flags.threads)
   case = json.loads((flags.case / "case.json").read_text())
@@ -176,13 +178,15 @@ def make(case, flags, clock):
     logging_steps=1,
     save_strategy="no",
     report_to="none",
-    use_cpu=True,
-    bf16=False,
+    use_cpu=flags.device == "cpu",
+    bf16=flags.device == "gpu",
     disable_tqdm=True,
     **old,
   )
   model = transformers.AutoModelForCausalLM.from_pretrained(
-    case["model"], attn_implementation=flags.attention, dtype=torch.float32
+    case["model"],
+    attn_implementation=flags.attention,
+    dtype=torch.float32 if flags.device == "cpu" else torch.bfloat16,
   )
   return Trainer(
     model=model,

@@ -52,7 +52,9 @@ def run_of(size: str, kind: str, shards: int) -> recipe.TrainSettings:
   """The recipe, in the fewest micro-batches of at most two rows a device."""
   c = dpo.get_config(f"pythia-{size}" + ("-lora" if kind == "lora" else ""))
   c.batch_size = c.eval_batch_size = BATCH
+  # Those of the recipes for accelerators, for the smallest sizes too.
   c.model.remat, c.model.logit_chunk = "full", 1024
+  c.model.attention = "dense"
   c.microbatches = 1
   run = settings.build(recipe.TrainSettings, c.to_dict())
   while compiling.rows_of(run, BATCH // run.microbatches, shards) > ROWS:

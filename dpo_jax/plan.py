@@ -35,6 +35,7 @@ from dpo_jax import (
   partitioning,
   plan_text,
   recipe,
+  sampling,
   settings,
   topology,
 )
@@ -109,33 +110,63 @@ def _fits(one: compiling.Compiled, mesh: jax.sharding.Mesh) -> bool:
   return chip is None or one.memory.total <= chip.hbm_bytes
 
 
-def _search(config, shape, mesh, rows, train, limit) -> None:
-  """Prints the most rows a device that fit."""
+def most_rows(
+  config: recipe.TrainSettings,
+  shape: model.ModelConfig,
+  mesh: jax.sharding.Mesh,
+  known: dict[int, int],
+  limit: int,
+) -> tuple[int, dict[int, int | None]]:
+  """The most rows of a device and micro-batch that fit, by compiling.
+
+  Args:
+    config: of the run; its batches grow with the rows.
+    shape: its model.
+    mesh: of devices whose memory is known.
+    known: bytes for a count of rows that was compiled already.
+    limit: more rows are not tried.
+
+  Returns:
+    The rows, and the bytes of every count that was tried, None if refused.
+  """
   chip = hardware.chip(mesh.devices.flat[0].device_kind)
-  if chip is None:
-    console.result("no search for more rows: the device's memory is not known")
-    return
-  shards = partitioning.data_shards(mesh)
-  each = config.row_length / compiling.lengths(config).places
-  tried = {rows: train.memory.total}
+  tried: dict[int, int | None] = dict(known)
 
   def needs(count):
     if count not in tried:
-      items = max(int(count * shards * each), 1) * config.microbatches
+      items = _items(config, mesh, count) * config.microbatches
       wider = dataclasses.replace(config, batch_size=items)
       (one,) = compiling.compile_steps(wider, shape, mesh, count, ("train",))
       tried[count] = one.memory and one.memory.total
     return tried[count]
 
-  most = compiling.largest_rows(needs, rows, limit, chip.hbm_bytes)
+  (start,) = known
+  most = compiling.largest_rows(needs, start, limit, chip.hbm_bytes)
+  return most, tried
+
+
+def _items(config, mesh, rows) -> int:
+  """Items of a micro-batch that fill so many rows a device."""
+  places = rows * partitioning.data_shards(mesh) * config.row_length
+  return max(int(places / compiling.lengths(config).places), 1)
+
+
+def _search(config, shape, mesh, rows, train, limit) -> None:
+  """Prints the most rows a device that fit."""
+  if hardware.chip(mesh.devices.flat[0].device_kind) is None:
+    console.result("no search for more rows: the device's memory is not known")
+    return
+  most, tried = most_rows(
+    config, shape, mesh, {rows: train.memory.total}, limit
+  )
   looked = ", ".join(
     f"{count}: {f'{size / hardware.GIB:.2f} GiB' if size else 'refused'}"
     for count, size in sorted(tried.items())
   )
-  at_least = "at least" if most == limit else "at most"
+  how = "at least" if most == limit else "at most"
   console.result(
-    f"{at_least} {most} row(s) a device fit: {int(most * shards * each)} items"
-    f" a micro-batch (compiled for {looked})"
+    f"{how} {most} row(s) a device fit: {_items(config, mesh, most)} items a"
+    f" micro-batch (compiled for {looked})"
   )
 
 
@@ -145,7 +176,14 @@ def plan_answers(
   devices: list[jax.Device],
   name: str,
 ) -> bool:
-  """Prints the plan of a sampling run; False if no mesh fits."""
+  """Prints the plan of a sampling run; False if no mesh fits.
+
+  Raises:
+    ValueError: the model has too few positions for it.
+  """
+  sampling.check_positions(
+    shape, config.max_prompt_tokens, config.max_new_tokens
+  )
   chip = hardware.chip(devices[0].device_kind)
   hbm = chip.hbm_bytes if chip else None
   for number, mesh in enumerate(meshes(config.mesh, "tensor", devices)):

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import running
 import scripted
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -22,6 +24,7 @@ from dpo_jax import (
   hlo_traffic,
   model,
   partitioning,
+  plan,
   plan_text,
   recipe,
   roofline,
@@ -313,6 +316,38 @@ def test_flops_and_bytes_of_decoding_by_hand(monkeypatch):
   assert "no times: 'cpu'" in text
 
 
+def test_the_command_plans_for_this_machine(tmp_path, capsys):
+  """From the config and the model's config.json; no weight is made or read."""
+  files = running.make_files(tmp_path)
+  for file in (files / "model").glob("*.safetensors"):
+    file.unlink()
+  values = settings.to_dict(running.configs(files)())
+  options = {"topology": "", "model": "", "search": 8, "answers": ""}
+  assert plan.main(values, tmp_path, **options) == 0
+  text = capsys.readouterr().out
+  assert "8 x cpu, mesh {'data': 8, 'fsdp': 1, 'tensor': 1}; 1 row(s)" in text
+  for name in ("train", "eval"):
+    assert re.search(rf"^{name}: \d+\.\d\d GiB a device", text, re.M)
+  assert "no search for more rows: the device's memory is not known" in text
+  with pytest.raises(ValueError, match="pass the model's 64 positions"):
+    plan.plan_answers(
+      sampling_config(max_prompt_tokens=60), running.SHAPE, jax.devices(), "it"
+    )
+
+
+def test_a_mesh_that_splits_the_weights_is_tried_after_the_configs():
+  """Those that do not fit are said not to; the first that does is planned."""
+  wanted = partitioning.MeshSettings(-1, 1, 1)
+  found = plan.meshes(wanted, "fsdp", jax.devices())
+  sizes = [tuple(mesh.shape.values()) for mesh in found]
+  assert sizes == [(8, 1, 1), (4, 2, 1), (2, 4, 1), (1, 8, 1)]
+  found = plan.meshes(
+    partitioning.MeshSettings(1, -1, 2), "tensor", jax.devices()
+  )
+  sizes = [tuple(mesh.shape.values()) for mesh in found]
+  assert sizes == [(1, 4, 2)]
+
+
 # --- TPU slices that are not there
 
 
@@ -394,6 +429,21 @@ def test_what_does_not_fit_is_said():
   text = plan_text.training(run, wide, mesh, [found], 1)
   assert "train: DOES NOT FIT" in text
   assert "15.75G" in text
+
+
+@pytest.mark.slow
+def test_the_most_rows_are_found_by_the_real_compiler():
+  """They fit, and one more does not."""
+  run = config(**{"data.row_length": 4096})
+  mesh = partitioning.make_mesh(1, 1, 1, devices=topology.devices("v5e:1x1"))
+  (one,) = compiling.compile_steps(run, SMALL, mesh, 1, ("train",))
+  most, tried = plan.most_rows(run, SMALL, mesh, {1: one.memory.total}, 64)
+  room = hardware.chip("TPU v5e").hbm_bytes
+  assert 1 < most < 64
+  assert tried[most] <= room
+  more = min(count for count in tried if count > most)
+  assert more - most <= max(1, most // 8)
+  assert tried[more] is None or tried[more] > room
 
 
 @pytest.mark.slow
