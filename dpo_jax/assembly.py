@@ -266,7 +266,7 @@ def write_manifest(
   start = {
     "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "step": int(jax.device_get(state.step)),
-    "command": redaction.clean(shlex.join(["python", *sys.orig_argv[1:]])),
+    "command": _command(),
     "devices": [str(device) for device in mesh.devices.flat],
     "processes": jax.process_count(),
     "mesh": dict(mesh.shape),
@@ -309,6 +309,15 @@ def write_manifest(
       for key in ("devices", "mesh", "parameters", "bytes", "steps")
     },
   )
+
+
+def _command() -> str:
+  """What was typed to start this process, as far as it can be told."""
+  script, *rest = sys.orig_argv[1:] or [""]
+  # An installed command is a script of Python's with a path of this machine.
+  installed = pathlib.Path(script).name == "dpo-jax"
+  words = ["dpo-jax", *rest] if installed else ["python", script, *rest]
+  return redaction.clean(shlex.join(words))
 
 
 def _bytes(tree: Any) -> int:

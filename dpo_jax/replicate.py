@@ -188,11 +188,17 @@ def _push(built: ReplicateSettings, workdir: pathlib.Path) -> None:
   Raises:
     hub.NotPushed: something could not be pushed.
   """
+  failed = []
   for name in _TRAININGS:
     stage = getattr(built, name)
     if stage is not None and (push := stage.push()):
       with hub.Publisher(push, workdir / name) as publisher:
-        publisher.finish()
+        try:
+          publisher.finish()
+        except hub.NotPushed as error:
+          failed.append(str(error))
+  if failed:
+    raise hub.NotPushed("\n".join(failed))
 
 
 def _world(config: WorldSettings, directory: pathlib.Path) -> None:

@@ -3,12 +3,15 @@ import dataclasses
 import json
 
 import pytest
+import test_console
 from test_judging_client import settings
 from test_judging_runner import judge_with, response, verdicts, write
 
+from dpo_jax import console
 from dpo_jax.judging import budget, fake_answers, fake_server, runner
 
 # Dollars for a million tokens, so that a token costs 1 and 2 dollars here.
+mode = test_console.mode
 DEAR = ("judge-as-asked 1e6 2e6",)
 
 
@@ -176,6 +179,23 @@ def test_the_estimate_stands_before_the_first_call(tmp_path, capfd):
   tokens = round(sum(len(r.prompt.encode()) for r in server.requests) / 4)
   assert f"6 questions: some {tokens:,} + 120 tokens, 0.1 minutes" in seen[0]
   assert f"{tokens + 240:.4f} dollars" in seen[0]
+
+
+def test_the_cost_is_shown_while_questions_are_asked(
+  tmp_path, mode, monkeypatch, capsys
+):
+  write(tmp_path, [response(n, f" answer {n}") for n in range(3)])
+  monkeypatch.setattr(console, "EVERY_S", 0.0)
+  mode("json")
+  with fake_server.Server(fake_answers.prefer_longer) as server:
+    runner.run(judge_with(server, prices=DEAR, concurrency=1), tmp_path)
+  said = map(json.loads, capsys.readouterr().err.splitlines())
+  shown = [line for line in said if line["event"] == "progress"]
+  assert [line["done"] for line in shown] == [1, 2, 3, 4, 5, 6]
+  dollars = [line["dollars"] for line in shown]
+  assert dollars == sorted(set(dollars))
+  assert dollars[-1] == pytest.approx(ledger(tmp_path)["cost"])
+  assert shown[-1]["tokens in"] == ledger(tmp_path)["prompt_tokens"]
 
 
 def files(directory):

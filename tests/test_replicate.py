@@ -77,18 +77,34 @@ def test_the_embedded_default_runs_whole_and_again_does_nothing(tmp_path):
       path: path.stat().st_mtime_ns
       for folder in ("world", "tokenizer", "init", "pretrain", "sft", "dpo")
       for path in (tmp_path / folder).rglob("*")
-      if path.is_file() and path.name != "lock"
+      if path.is_file() and path.name != "lock" and "push" not in path.parts
     }
 
   before, answers = (
     stamps(),
     (tmp_path / "responses" / "dpo.jsonl").read_bytes(),
   )
-  again = replicate(*flags)
+  # What may change though a stage is done: where its model is pushed to.
+  push = ("--config.dpo.push_to_hub=user/x", "--config.dpo.push_dry_run")
+  again = replicate(*flags, *push)
   assert again.returncode == 0, again.stderr
   assert "0 questions asked" in again.stdout
   assert stamps() == before
   assert (tmp_path / "responses" / "dpo.jsonl").read_bytes() == answers
+  pushed = tmp_path / "dpo" / "push" / "main"
+  card = (pushed / "README.md").read_text("utf-8")
+  for row in table:
+    if row["step"] == "":
+      share, low, high = (
+        f"{100 * float(row[name]):.1f}" for name in ("win_rate", "low", "high")
+      )
+      assert (
+        f"| {row['model']} | {float(row['temperature']):g} | 12 | {share}"
+        f" | &#91;{low}, {high}&#93; |"
+      ) in card
+  figure = tmp_path / "report" / "win_rate_temperature.png"
+  assert (pushed / figure.name).read_bytes() == figure.read_bytes()
+  assert "dpo_jax.replicate --config=configs/demo.py:tiny" in card
   other = replicate(*flags, "--config.dpo.loss.beta=0.3")
   assert other.returncode == 2
   assert "config.dpo.loss.beta: 0.2 -> 0.3" in other.stderr
