@@ -64,6 +64,7 @@ def main():
   parser.add_argument("--rounds", type=int, default=1)
   parser.add_argument("--steps", type=int, default=5)
   parser.add_argument("--batch_size", type=int, default=16)
+  parser.add_argument("--sizes", default="1,4,8,16", help="TRL's, to try")
   parser.add_argument("--threads", type=int, default=os.cpu_count())
   parser.add_argument("--set", default="{}", help="settings, as JSON")
   parser.add_argument("--summarise", type=pathlib.Path)
@@ -142,7 +143,7 @@ def searched(
   found = [r["tried"] for r in found if "tried" in r]
   if not found:
     output = case / "search.json"
-    spawn([*command, "--search", f"--output={output}"])
+    spawn([*command, f"--search={flags.sizes}", f"--output={output}"])
     row = {"name": name, "model": model} | json.loads(output.read_text())
     with flags.output.open("a") as file:
       file.write(json.dumps(row) + "\n")

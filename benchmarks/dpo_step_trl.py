@@ -36,7 +36,6 @@ NAMES = [
 ]
 # The projections of a GPT-NeoX block.
 TARGETS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
-SIZES = (1, 4, 8, 16)
 # Float32, summed in another order.
 SAME_NORM = 1e-3
 
@@ -75,7 +74,7 @@ def main():
   parser.add_argument("--micro_batch", type=int, default=4)
   parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
   parser.add_argument("--padding_free", action="store_true")
-  parser.add_argument("--search", action="store_true")
+  parser.add_argument("--search", default="", help="sizes to try: 1,4,8,16")
   # On a GPU base weights and blocks are bfloat16, adapters float32.
   parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
   flags = parser.parse_args()
@@ -139,8 +138,8 @@ def search(case, flags):
       t["same"] = off < SAME_NORM
     return max((t for t in able if t["same"]), key=lambda t: t["speed"])
 
-  for size in SIZES:
-    one(size, "sdpa", OLD)
+  for size in flags.search.split(","):
+    one(int(size), "sdpa", OLD)
   found = best()["settings"]
   one(found["micro_batch"], "eager", found["padding_free"])
   one(found["micro_batch"], "sdpa", not found["padding_free"])

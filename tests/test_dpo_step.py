@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks import dpo_step, dpo_step_jax
+from benchmarks import dpo_step, dpo_step_figure, dpo_step_jax
+from dpo_jax import figures
 
 LN2 = math.log(2)
 
@@ -33,6 +34,51 @@ def test_the_table_gives_medians_and_their_ratio():
   text = dpo_step.table([*rows, row("TRL", last=(8.0, 8.0))])
   assert "| shared | 8.00 [4.00, 8.00] | 1.00 | 1.00 GiB |" in text
   assert "| TRL | 2.00 [2.00, 2.00] | 4.00 | 1.00 GiB |" in text
+
+
+def tried(size, **values):
+  settings = {"micro_batch": size, "attention": "sdpa", "padding_free": False}
+  return {"settings": settings} | values
+
+
+SEARCH = {
+  "name": "TRL",
+  "model": "pythia-14m",
+  "versions": {"trl": "1.2.3"},
+  "tried": [
+    tried(1, speed=2.0, same=True),
+    tried(4, speed=9.0, same=False),
+    tried(8, speed=3.0, same=True),
+    tried(16, refused="no memory\nat all"),
+  ],
+}
+
+
+def test_the_fastest_settings_with_the_right_gradient_are_taken():
+  assert dpo_step.fastest(SEARCH["tried"])["micro_batch"] == 8
+
+
+def test_the_table_tells_what_was_tried():
+  slow = row("TRL", last=(8.0, 8.0))
+  slow["peak_rss_bytes"] = 2**32
+  text = dpo_step.table([SEARCH, row("shared"), slow])
+  assert "| TRL | 2.00 [2.00, 2.00] | 4.00 | 4.00 GiB | 25% |" in text
+  assert "TRL (trl 1.2.3), pairs a second tried:" in text
+  assert "micro-batches of 8, sdpa, padded: 3.00\n" in text
+  assert "micro-batches of 4, sdpa, padded: 9.00, with another" in text
+  assert "micro-batches of 16, sdpa, padded: refused: no memory" in text
+
+
+def test_the_figure_shows_medians_by_model(tmp_path):
+  other = row("shared") | {"model": "pythia-70m"}
+  bars = dpo_step.bars([SEARCH, row("shared"), row("TRL"), other])
+  assert bars == {
+    "pythia-14m": {"shared": (8.0, 1.0), "TRL": (8.0, 1.0)},
+    "pythia-70m": {"shared": (8.0, 1.0)},
+  }
+  path = dpo_step_figure.draw(bars, tmp_path / "step.png")
+  assert path.read_bytes().startswith(b"\x89PNG")
+  assert figures.fingerprint(bars).encode() in path.read_bytes()
 
 
 @pytest.mark.parametrize(
