@@ -175,6 +175,7 @@ def plan_answers(
   shape: model.ModelConfig,
   devices: list[jax.Device],
   name: str,
+  search: bool,
 ) -> bool:
   """Prints the plan of a sampling run; False if no mesh fits.
 
@@ -197,7 +198,46 @@ def plan_answers(
     console.result(plan_text.answers(found, mesh, name))
     if all(_fits(one, mesh) for one in found.programs):
       return True
+    if search and hbm:
+      rows = most_answers(config, shape, mesh, found.rows // 8)
+      shards = partitioning.data_shards(mesh)
+      if rows:
+        console.result(
+          f"decode fits with {rows} rows a device: batch_size={rows * shards}"
+          " in the sampling config"
+        )
+        return True
   return False
+
+
+def most_answers(
+  config: grid.AnswerSettings,
+  shape: model.ModelConfig,
+  mesh: jax.sharding.Mesh,
+  limit: int,
+) -> int:
+  """The most rows a device with which decoding fits, in whole eights.
+
+  Args:
+    config: of the sampling run; its batch size is what is looked for.
+    shape: the model.
+    mesh: of devices whose memory is known.
+    limit: more eights are not tried.
+  """
+  hbm = hardware.chip(mesh.devices.flat[0].device_kind).hbm_bytes
+  shards = partitioning.data_shards(mesh)
+
+  def needs(eights):
+    fewer = dataclasses.replace(config, batch_size=8 * eights * shards)
+    found = compiling_answers.compile_answers(
+      fewer, shape, mesh, hbm, ("decode",)
+    )
+    (decode,) = found.programs
+    return decode.memory and decode.memory.total
+
+  if limit < 1:
+    return 0
+  return 8 * compiling.largest_rows(needs, limit // 2, limit, hbm)
 
 
 def main(config: dict[str, Any], workdir: pathlib.Path, **options: Any) -> int:
@@ -207,14 +247,19 @@ def main(config: dict[str, Any], workdir: pathlib.Path, **options: Any) -> int:
   if "policies" in config:
     built = settings.build(grid.AnswerSettings, config)
     shape = compiling.shape_named(name, built.tokenizer)
-    return 0 if plan_answers(built, shape, devices, "the config") else 1
+    fits = plan_answers(
+      built, shape, devices, "the config", bool(options["search"])
+    )
+    return 0 if fits else 1
   built = settings.build(recipe.TrainSettings, config)
   shape = compiling.shape_of(built, name)
   fits = plan_training(built, shape, devices, options["search"])
   if options["answers"]:
     values = config_help.load(options["answers"]).to_dict()
     how = settings.build(grid.AnswerSettings, values)
-    fits &= plan_answers(how, shape, devices, options["answers"])
+    fits &= plan_answers(
+      how, shape, devices, options["answers"], bool(options["search"])
+    )
   return 0 if fits else 1
 
 

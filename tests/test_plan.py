@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -331,7 +332,11 @@ def test_the_command_plans_for_this_machine(tmp_path, capsys):
   assert "no search for more rows: the device's memory is not known" in text
   with pytest.raises(ValueError, match="pass the model's 64 positions"):
     plan.plan_answers(
-      sampling_config(max_prompt_tokens=60), running.SHAPE, jax.devices(), "it"
+      sampling_config(max_prompt_tokens=60),
+      running.SHAPE,
+      jax.devices(),
+      "it",
+      False,
     )
 
 
@@ -346,6 +351,28 @@ def test_a_mesh_that_splits_the_weights_is_tried_after_the_configs():
   )
   sizes = [tuple(mesh.shape.values()) for mesh in found]
   assert sizes == [(1, 4, 2)]
+
+
+def test_the_most_answers_are_found_in_eights(monkeypatch):
+  """As if a row took a sixteenth of a gibibyte beside weights of four."""
+  asked = []
+
+  def compiled(config, shape, mesh, hbm, names):
+    assert (shape, hbm, names) == (SMALL, 8 * 2**30, ("decode",))
+    rows = config.batch_size // 8
+    asked.append(rows)
+    memory = compiling.Memory(4 * 2**30, 0, 0, rows * 2**26, 0)
+    one = compiling.Compiled("decode", memory, None, "", 0.0)
+    return types.SimpleNamespace(programs=[one])
+
+  chip = hardware.Chip("a small one", 1e12, 8 * 2**30, 1e12, 1e12)
+  monkeypatch.setitem(hardware.CHIPS, "cpu", chip)
+  monkeypatch.setattr(compiling_answers, "compile_answers", compiled)
+  mesh = partitioning.make_mesh(8, 1, 1)
+  assert plan.most_answers(sampling_config(), SMALL, mesh, 20) == 64
+  assert all(rows % 8 == 0 for rows in asked)
+  assert len(asked) <= 5
+  assert plan.most_answers(sampling_config(), SMALL, mesh, 0) == 0
 
 
 # --- TPU slices that are not there
