@@ -352,10 +352,21 @@ def pointers(tree):
   ]
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_the_weights_are_those_of_the_step(config, tmp_path, monkeypatch, full):
+@pytest.mark.parametrize(
+  "kind",
+  [
+    {},
+    FULL,
+    pytest.param(
+      {"model.param_dtype": "int8", "model.remat": "full"},
+      marks=pytest.mark.slow,
+    ),
+  ],
+  ids=["adapters", "all weights", "adapters of eight bits"],
+)
+def test_the_weights_are_those_of_the_step(config, tmp_path, monkeypatch, kind):
   """The very buffers, on the training mesh, and no other of their shapes."""
-  changes = ASKED | (FULL if full else {}) | {"max_steps": 3}
+  changes = ASKED | kind | {"max_steps": 3}
   write, advance, read = samples.Sampler.write, decoding.advance, decoding.read
   trained, used, alive = [], [], []
 
