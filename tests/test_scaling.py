@@ -1,0 +1,48 @@
+"""The table of sizes, from rows that are made up."""
+
+import pytest
+
+from benchmarks import scaling
+from dpo_jax import compiling
+
+
+@pytest.mark.parametrize(
+  ("shards", "microbatches", "rows"),
+  # 64 pairs take 13.8 rows.
+  [(1, 8, 2), (4, 2, 2), (8, 1, 2), (16, 1, 1)],
+)
+def test_a_chip_has_at_most_two_rows(shards, microbatches, rows):
+  run = scaling.run_of("14m", "lora", shards)
+  assert run.microbatches == microbatches
+  assert compiling.rows_of(run, 64 // microbatches, shards) == rows
+  assert (run.model.attention, run.model.remat) == ("dense", "full")
+
+
+def test_the_table_names_the_first_slice_that_fits():
+  row = {
+    "size": "1b",
+    "kind": "full",
+    "slice": "v5e:1x1",
+    "devices": 1,
+    "hbm_bytes": 8 * 2**30,
+    "refusal": "too much",
+  }
+  done = row | {
+    "slice": "v5e:2x2",
+    "devices": 4,
+    "refusal": "",
+    "total_bytes": 7.5 * 2**30,
+    "flops": 2e13,
+    "sent": 4e9,
+    "sent_meanwhile": 3e9,
+    "best_seconds": 0.5,
+    "planned_seconds": 2.0,
+  }
+  over = done | {"slice": "v5e:2x1", "total_bytes": 9 * 2**30}
+  assert [scaling.fits(x) for x in (row, over, done)] == [False, False, True]
+  *_, line = scaling.table([row, over, done]).splitlines()
+  # 160,800 pairs are 2,512.5 updates: 5,025 s on four chips.
+  assert line == (
+    "| 1b | all | v5e:2x2 | 7.50 | 2e+13 | 4.00 (75%) | 0.5, 128 | 2, 32"
+    " | 1.4 (5.58) |"
+  )
