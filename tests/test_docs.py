@@ -41,7 +41,7 @@ SETTINGS = {
   "dpo_jax.inspect_data": recipe.TrainSettings,
 }
 # Values that exist once a guide was followed; `extended` follows them.
-OWN = {"configs/mine.py", "apo_zero"}
+OWN = {"mine.py", "apo_zero"}
 # Flags of every program that takes a config.
 COMMON = {"config", "workdir", "log", "help"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -320,7 +320,7 @@ def test_the_guides_code_is_in_house_style(extended):
 
 def test_the_guides_config_builds(extended):
   code = """if True:
-    from configs import mine
+    import mine
     from dpo_jax import recipe, settings
     built = settings.build(recipe.TrainSettings, mine.get_config().to_dict())
     print(built.data.use, built.data.sources["mine"].held_out)
@@ -343,7 +343,10 @@ def test_the_guides_loss_trains(extended, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_extended_tree_passes_the_tests_of_what_it_touched(extended):
+def test_the_extended_tree_passes_the_tests_of_what_it_touched(
+  extended, shared
+):
+  (extended.parent / "shared").symlink_to(shared)
   chosen = ("losses", "model", "configs", "sources_forms", "golden")
   run(
     extended,
