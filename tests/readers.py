@@ -5,6 +5,7 @@ reader returns, or raises a ValueError whose message can be shown. Whatever else
 it raises is a finding.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import functools
@@ -41,7 +42,7 @@ from dpo_jax import (
   tokenizer,
   verify,
 )
-from dpo_jax.judging import prompts, replies, verdicts
+from dpo_jax.judging import batch_api, prompts, replies, verdicts
 
 # An error names what is wrong; it does not repeat the file.
 LONGEST_MESSAGE = 10_000
@@ -414,6 +415,18 @@ def _completion(files, data):
     records.encode(row)  # whatever was replied can be kept
 
 
+def _batch_results(files, data):
+  del files
+
+  async def pieces():
+    for at in range(0, len(data), 100):
+      yield data[at : at + 100]
+
+  found = asyncio.run(batch_api._results(pieces(), {"a", "b"}))
+  assert found.keys() <= {"a", "b"}
+  assert all(isinstance(result, dict) for result in found.values())
+
+
 def _eval_file(files, data):
   path = files.put("evals/eval_one.json", data)
   with (
@@ -555,6 +568,18 @@ READERS = {
   ),
   "completion": Reader(
     "json", lambda f: [json.dumps(COMPLETION).encode()], _completion
+  ),
+  "results of a batch": Reader(
+    "lines",
+    lambda f: [
+      _lines(
+        *(
+          {"custom_id": name, "response": {"status_code": 200, "body": {}}}
+          for name in "abc"
+        )
+      )
+    ],
+    _batch_results,
   ),
   "eval file": Reader(
     "json", lambda f: [json.dumps(EVAL).encode()], _eval_file

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -372,6 +373,28 @@ def test_a_full_disk_leaves_the_last_checkpoint(
   assert running.read(workdir) == running.read(whole)
   exports = [path / "export" / "model.safetensors" for path in (workdir, whole)]
   assert exports[0].read_bytes() == exports[1].read_bytes()
+
+
+def test_a_last_save_that_fails_is_not_swallowed(
+  whole, config, tmp_path, monkeypatch
+):
+  workdir = tmp_path / "run"
+  original = step_files.complete
+
+  def vanishes(directory, step, metrics):
+    # The last save, in the background, after the last step.
+    if step == running.STEPS:
+      shutil.rmtree(directory / str(step))
+    original(directory, step, metrics)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(step_files, "complete", vanishes)
+    with pytest.raises(checkpoint.SaveError, match="7 could not be saved"):
+      training.run(config(), workdir)
+  assert not (workdir / "finished.json").exists()
+  assert not (workdir / "export").exists()
+  training.run(config(), workdir)
+  assert_same(workdir, whole)
 
 
 def test_a_disk_that_cannot_be_written_is_refused_first(

@@ -17,7 +17,7 @@ import functools
 import json
 import pathlib
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Set
 from typing import Any
 
 from dpo_jax import judging, records, settings, strict_json
@@ -25,6 +25,13 @@ from dpo_jax.judging import client, prompts, questions, replies, transport
 
 _ENDED = ("completed", "failed", "expired", "cancelled")
 _MARK = "dpo_jax"
+# Of a batch's results: what a question may have on average, 512 tokens with 20
+# alternatives each, and all of them together. 50,000 verdicts of a hundred
+# tokens have 80 MiB.
+_REPLY_BYTES = 2**20
+_MAX_BYTES = 2**30
+# Lines beyond two for each question: each costs time, however short.
+_FREE_LINES = 1000
 
 
 @dataclasses.dataclass
@@ -185,10 +192,7 @@ class Batches:
     results: dict[str, dict] = {}
     for name in (shown.error_file_id, shown.output_file_id):
       if name:
-        content = await self._call(
-          lambda n=name: self._client.sdk.files.content(n)
-        )
-        results |= _results(content.content)
+        results |= await self._call(lambda n=name: self._fetch(n, batch))
     errors = shown.errors.data if shown.errors and shown.errors.data else []
     cause = f"batch {shown.status}"
     if errors:
@@ -199,6 +203,17 @@ class Batches:
     self.todo.extend(again)
     self.waiting.remove(batch)
     self._path(batch).unlink()
+
+  async def _fetch(self, name: str, batch: Batch) -> dict[str, dict]:
+    """The results in a file of the server's, by custom id.
+
+    Raises:
+      transport.Failure: it is larger than the batch's replies can be.
+    """
+    wanted = {item.key for item in batch.items}
+    files = self._client.sdk.files.with_streaming_response
+    async with files.content(name) as response:
+      return await _results(response.iter_bytes(), wanted)
 
   def _settle(self, item: Item, results: dict[str, dict], cause: str) -> bool:
     """Accounts for one item; true if it is to be asked again."""
@@ -301,13 +316,47 @@ class Batches:
     return batch
 
 
-def _results(data: bytes) -> dict[str, dict]:
-  """Results by custom id; lines that cannot be read are left out."""
-  found = {}
-  for line in data.split(b"\n"):
-    try:
-      result = json.loads(line)
-      found[result["custom_id"]] = result
-    except (ValueError, TypeError, KeyError, RecursionError):
-      continue
+async def _results(
+  pieces: AsyncIterator[bytes], wanted: Set[str]
+) -> dict[str, dict]:
+  """Results by custom id, of the wanted ones.
+
+  Lines that cannot be read or are longer than a reply may be are left out.
+
+  Raises:
+    transport.Failure: all of it is more than so many replies can be.
+  """
+  longest = transport.MAX_REPLY_BYTES
+  most = min(longest + len(wanted) * _REPLY_BYTES, _MAX_BYTES)
+  found: dict[str, dict] = {}
+  size, lines, line = 0, 0, bytearray()
+  async for piece in pieces:
+    size += len(piece)
+    lines += piece.count(b"\n")
+    if size > most or lines > _FREE_LINES + 2 * len(wanted):
+      raise transport.Failure(
+        f"the results of {len(wanted)} questions have {size:,} bytes in"
+        f" {lines:,} lines or more, which is too much",
+        again=False,
+        billed=True,
+      )
+    first, *others = piece.split(b"\n")
+    for number, part in enumerate((first, *others)):
+      if number:
+        _keep(found, line, wanted)
+        line = bytearray()
+      # Of one that is too long only so much is held as tells that it is.
+      line += part[: longest + 1 - len(line)]
+  _keep(found, line, wanted)
   return found
+
+
+def _keep(found: dict[str, dict], line: bytearray, wanted: Set[str]) -> None:
+  if len(line) > transport.MAX_REPLY_BYTES:
+    return
+  try:
+    result = json.loads(bytes(line))
+    if result["custom_id"] in wanted:
+      found[result["custom_id"]] = result
+  except (ValueError, TypeError, KeyError, RecursionError):
+    pass
