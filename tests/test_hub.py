@@ -131,6 +131,8 @@ for load in (hf.read_config, tokenizer.load):
 # Of all that the branch holds, nothing but what is read was fetched.
 found = {p.name for p in remote.fetch(repo + "@main").iterdir()}
 assert "planted.bin" not in found and "model.py" not in found, found
+# And nothing of its folders.
+assert not any(path.is_dir() for path in remote.fetch(repo).iterdir())
 """
 
 
