@@ -51,7 +51,8 @@ def for_cpu(c) -> None:
   """
   c.model.dtype = "float32"
   c.model.attention = "blocks"
-  c.model.remat = "none"
+  # Less than 3% slower than "none", in half the temporary memory.
+  c.model.remat = "save_projections"
   c.model.logit_chunk = 256
   c.microbatches = 1
   c.precompute_reference = True
