@@ -41,7 +41,7 @@ SETTINGS = {
   "dpo_jax.inspect_data": recipe.TrainSettings,
 }
 # Values that exist once a guide was followed; `extended` follows them.
-OWN = {"mine.py", "apo_zero"}
+OWN = {"experiments/mine.py", "apo_zero"}
 # Flags of every program that takes a config.
 COMMON = {"config", "workdir", "log", "help"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -268,6 +268,7 @@ def extended(tmp_path_factory):
     for body in blocks(page, "python"):
       path = re.match(r"# (\S+\.py)\n", body)[1]
       assert not (tree / path).exists(), f"{guide}: {path} is there already"
+      (tree / path).parent.mkdir(exist_ok=True)
       (tree / path).write_text(body.partition("\n")[2], "utf-8")
     for body in blocks(page, "diff"):
       done = subprocess.run(
@@ -320,9 +321,9 @@ def test_the_guides_code_is_in_house_style(extended):
 
 def test_the_guides_config_builds(extended):
   code = """if True:
-    import mine
-    from dpo_jax import recipe, settings
-    built = settings.build(recipe.TrainSettings, mine.get_config().to_dict())
+    from dpo_jax import config_help, recipe, settings
+    mine = config_help.load("experiments/mine.py").to_dict()
+    built = settings.build(recipe.TrainSettings, mine)
     print(built.data.use, built.data.sources["mine"].held_out)
   """
   assert run(extended, "-c", code).split() == ["('mine',)", "0.05"]
