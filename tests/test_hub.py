@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import runpy
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from dpo_jax import (
   remote,
   training,
 )
+from dpo_jax import settings as recipe_settings
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 REPO = "user/tiny"
@@ -413,6 +415,14 @@ def test_names_that_are_no_ids_are_refused(name):
 def test_wrong_push_settings_are_refused(changes, words):
   with pytest.raises(ValueError, match=words):
     settings(**changes)
+
+
+def test_the_scripts_flag_is_the_configs_field(whole, tmp_path):
+  main = runpy.run_path(str(ROOT / "train.py"))["main"]
+  values = recipe_settings.to_dict(whole.config)
+  with pytest.raises(ValueError, match="push_to_hub='no' must be user/name"):
+    main(values, tmp_path / "run", "no")
+  assert not (tmp_path / "run").exists()
 
 
 def test_an_id_with_its_revision():
