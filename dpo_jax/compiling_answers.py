@@ -151,7 +151,9 @@ def _weights(config, settings, mesh):
 
 
 def _state(layout, mesh) -> decoding.State:
-  state = jax.eval_shape(lambda: decoding.empty(layout.program, layout.size))
+  state = jax.eval_shape(
+    lambda: decoding.empty(layout.program, layout.size, layout.program.slots)
+  )
   return jax.tree.map_with_path(
     lambda path, leaf: jax.ShapeDtypeStruct(
       leaf.shape,
@@ -182,11 +184,12 @@ def _compile(layout, base, stack, state, mesh, tokenizer, names, steps):
     lambda *args: decoding.read(program, *args), base, stack, *prompts
   )
   # As XLA lays them where nothing is said: rows apart, of the cache heads too.
+  before = 0 if program.apart else 1
   cache = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(
       x.shape,
       x.dtype,
-      sharding=partitioning.laid(mesh, None, "batch", "heads"),
+      sharding=partitioning.laid(mesh, *decoding.cache_axes(x, before)),
     ),
     prefix.cache,
   )
@@ -207,7 +210,7 @@ def _compile(layout, base, stack, state, mesh, tokenizer, names, steps):
     ),
     "enter": (
       weights,
-      lambda: decoding.enter.lower(
+      lambda: jax.jit(decoding.enter, static_argnums=0, donate_argnums=1).lower(
         program,
         state,
         prefix,

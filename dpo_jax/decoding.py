@@ -33,6 +33,9 @@ class Program:
     vocab_size: tokens at or past it do not exist and are never drawn.
     ways: how rows draw.
     cache: what keys and values are kept in.
+    apart: whether a layer's weights and cache are arrays of their own while
+      tokens are decoded. A CPU copies a slice of a stack before it uses it, at
+      every step; elsewhere a stack is one loop, which is compiled sooner.
   """
 
   config: model.ModelConfig
@@ -42,6 +45,7 @@ class Program:
   vocab_size: int
   ways: draw.Ways
   cache: kv_cache.Kind
+  apart: bool
 
 
 @jax.tree_util.register_dataclass
@@ -85,7 +89,7 @@ class State:
     count: how many tokens are new, [B].
     done: whether the row takes no more; empty slots are done, [B].
     turn: how much of a human turn its text ends with, see `stops`, [B].
-    cache: see `kv_cache`.
+    cache: see `kv_cache`; a tuple of single layers' if they are apart.
   """
 
   rows: Rows
@@ -98,9 +102,9 @@ class State:
   cache: Any
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def empty(program: Program, batch: int) -> State:
-  """A state whose slots are all free."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def empty(program: Program, batch: int, slots: int) -> State:
+  """A state whose rows are all free, with so many cache slots each."""
   zeros = functools.partial(jnp.zeros, (batch,))
   rows = Rows(
     stream=zeros(jnp.uint32),
@@ -120,7 +124,7 @@ def empty(program: Program, batch: int) -> State:
     count=zeros(jnp.int32),
     done=jnp.ones((batch,), bool),
     turn=zeros(jnp.int32),
-    cache=model.init_cache(program.config, batch, program.slots, program.cache),
+    cache=_new_cache(program, batch, slots),
   )
   return _placed(state)
 
@@ -161,10 +165,11 @@ def read(
     adapter=_stacked(lora, adapter),
   )
   last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
+  if program.apart:
+    cache = kv_cache.split(cache)
   return Prefix(cache, model.unembed(base, last[:, 0]))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def enter(
   program: Program,
   state: State,
@@ -178,38 +183,59 @@ def enter(
 
   Args:
     program: static shapes.
-    state: is donated.
+    state: is donated; its cache has at least as many slots as the prefix.
     prefix: the prompts that were read.
     source: which prompt enters a slot, -1 where the slot stays as it is, [B].
     rows: parameters, read where a row enters.
     table: see `stops.table`.
     seed: of all noise, uint32.
   """
+  # Apart from the rest, whose compilation then knows no cache's length.
+  if program.apart:
+    cache = tuple(
+      _fill(own, new, source, 0)
+      for own, new in zip(state.cache, prefix.cache, strict=True)
+    )
+  else:
+    cache = _fill(state.cache, prefix.cache, source, 1)
+  state = dataclasses.replace(state, cache=())
+  state = _begin(program, state, prefix.logits, source, rows, table, seed)
+  return dataclasses.replace(state, cache=cache)
+
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _fill(cache, prefix, source, axis):
+  """The cache with prompts copied to the rows, its axis `axis`, that enter."""
+  enters, prompt = source >= 0, jnp.maximum(source, 0)
+
+  def copy(whole, new):
+    # Slots stand two axes behind rows.
+    old = jax.lax.slice_in_dim(whole, 0, new.shape[axis + 2], axis=axis + 2)
+    own = jnp.expand_dims(enters, (*range(axis), *range(axis + 1, new.ndim)))
+    kept = jnp.where(own, jnp.take(new, prompt, axis=axis), old)
+    return jax.lax.dynamic_update_slice_in_dim(whole, kept, 0, axis=axis + 2)
+
+  return _placed_cache(jax.tree.map(copy, cache, prefix), axis)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _begin(program, state, logits, source, rows, table, seed):
+  """`enter` but for the cache."""
   enters = source >= 0
-  prompt = jnp.maximum(source, 0)
 
   def merge(new, old):
     return jnp.where(enters, new, old)
 
-  def copy(whole, new):
-    # Rows of a cache are its second axis, slots its fourth.
-    old = jax.lax.slice_in_dim(whole, 0, new.shape[3], axis=3)
-    own = jnp.expand_dims(enters, (0, *range(2, new.ndim)))
-    kept = jnp.where(own, jnp.take(new, prompt, axis=1), old)
-    return jax.lax.dynamic_update_slice_in_dim(whole, kept, 0, axis=3)
-
   rows = jax.tree.map(merge, rows, state.rows)
-  state = State(
+  state = dataclasses.replace(
+    state,
     rows=rows,
     keys=_keys(rows, seed),
-    tokens=state.tokens,
-    logps=state.logps,
     count=merge(0, state.count),
     done=merge(rows.limit == 0, state.done),
     turn=merge(0, state.turn),
-    cache=jax.tree.map(copy, state.cache, prefix.cache),
   )
-  logits = jnp.take(prefix.logits, prompt, axis=0)
+  logits = jnp.take(logits, jnp.maximum(source, 0), axis=0)
   return _placed(_take(program, state, logits, table, enters))
 
 
@@ -228,7 +254,8 @@ def advance(
 
   Args:
     program: static shapes.
-    span: slots that are attended to; no row may pass them in this call.
+    span: slots that are attended to; no row may pass them in this call. Where
+      layers are apart, best all that the cache has.
     base: base weights.
     lora: adapters: None, one, or a stack.
     state: is donated: its cache is written in place.
@@ -237,6 +264,9 @@ def advance(
     quota: int32.
   """
   place = jnp.arange(span)[None]
+  chosen = functools.partial(_stacked, lora)
+  if program.apart:
+    base, lora = model.apart(base), model.apart(lora)
 
   def unfinished(carry):
     step, state = carry
@@ -256,7 +286,7 @@ def advance(
       (place <= index[:, None])[:, None],
       cache=state.cache,
       index=index,
-      adapter=_stacked(lora, state.rows.adapter),
+      adapter=chosen(state.rows.adapter),
     )
     logits = model.unembed(base, hidden[:, 0])
     state = dataclasses.replace(state, cache=cache)
@@ -276,6 +306,29 @@ def resume(state: State, again: jax.Array) -> State:
     done=jnp.where(again, full, state.done),
     turn=jnp.where(again, 0, state.turn),
   )
+
+
+def resize(state: State, slots: int) -> State:
+  """The state with so many cache slots, where layers are apart.
+
+  A layer at a time, each of which is freed before the next one is made.
+  """
+  caches = list(state.cache)
+  state = dataclasses.replace(state, cache=())
+  for at, cache in enumerate(caches):
+    caches[at] = None
+    caches[at] = _resize(cache, slots)
+  return dataclasses.replace(state, cache=tuple(caches))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _resize(cache, slots):
+  return _placed_cache(kv_cache.resize(cache, slots), 0)
+
+
+def _new_cache(program, batch, slots):
+  cache = model.init_cache(program.config, batch, slots, program.cache)
+  return kv_cache.split(cache) if program.apart else cache
 
 
 def _take(program, state, logits, table, active):
@@ -329,11 +382,23 @@ def axes(path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...]:
   The cache is split over rows and heads; what the host reads is everywhere.
   """
   if path[0].name == "cache":
-    return (None, "batch", "heads", *(None,) * (leaf.ndim - 3))
+    # A layer's own cache has a number in its path, and no axis of layers.
+    return cache_axes(leaf, 2 - len(path[1:]))
   return (None,) * leaf.ndim
+
+
+def cache_axes(leaf: Any, before: int) -> tuple[str | None, ...]:
+  """Logical axes of a leaf of a cache with so many axes before its rows."""
+  return ((None,) * before + ("batch", "heads", None, None))[: leaf.ndim]
 
 
 def _placed(state):
   return jax.tree.map_with_path(
     lambda path, leaf: partitioning.constrain(leaf, *axes(path, leaf)), state
+  )
+
+
+def _placed_cache(cache, before):
+  return jax.tree.map(
+    lambda leaf: partitioning.constrain(leaf, *cache_axes(leaf, before)), cache
   )

@@ -2,7 +2,8 @@
 
 A vocabulary of 50,000 is too long to sort, or to draw a number for each word,
 at every step. Three exact short cuts are taken. The k likeliest tokens lie in
-the k blocks with the largest maxima, so that top_k ranks two short lists. A
+the k blocks with the largest maxima, and of these in the k pieces with the
+largest, so that top_k ranks three short lists. A
 draw from all tokens first draws a block by its total weight and then a token
 of it, both by the Gumbel-max trick: the maximum of a block's perturbed logits
 is itself the block's log-weight with Gumbel noise, so the distribution is that
@@ -28,6 +29,9 @@ import jax.numpy as jnp
 
 # Tokens of a block: near the root of Pythia's vocabulary.
 BLOCK = 128
+
+# Of a block; what is ranked last is so many times top_k.
+_PIECE = 16
 
 # Names how noise is keyed: answers under another name cannot be gone on with.
 SCHEME = "gumbel by token and block of 128"
@@ -100,35 +104,62 @@ def draw(
     The tokens, and their log-probs under the model itself: in nats, at
     temperature 1, over all V, before top_k and top_p.
   """
-  blocks = _blocks(logits, vocab_size)
-  maxima = jnp.max(blocks, axis=-1)
+  blocks = _blocks(logits)
+  every = jnp.max(blocks, axis=-1)
+  maxima = _existing_maxima(blocks, every, vocab_size)
   best = jnp.max(maxima, axis=-1)
-  token = _greedy(blocks, maxima, best)
+  token = _greedy(blocks, maxima, best, vocab_size)
   cool = jnp.where(temperature > 0, temperature, 1)
   if how.whole:
-    drawn = _from_all(blocks, best, keys, cool, top_p, how)
+    existing = _existing(blocks, _ids(blocks.shape[1]), vocab_size)
+    drawn = _from_all(existing, best, keys, cool, top_p, how)
     token = jnp.where((temperature > 0) & (top_k == 0), drawn, token)
   if how.candidates:
-    drawn = _from_few(blocks, maxima, best, keys, cool, top_k, top_p, how)
+    few = _likeliest(blocks, maxima, how.candidates, vocab_size)
+    drawn = _from_few(*few, best, keys, cool, top_k, top_p)
     token = jnp.where((temperature > 0) & (top_k > 0), drawn, token)
-  return token, log_prob(logits, token)
+  return token, log_prob(logits, token, jnp.max(every, axis=-1))
 
 
-def log_prob(logits: jax.Array, token: jax.Array) -> jax.Array:
-  """log p(token), float32 [B], of logits [B, V]."""
+def log_prob(
+  logits: jax.Array, token: jax.Array, largest: jax.Array
+) -> jax.Array:
+  """log p(token), float32 [B], of logits [B, V] with maxima `largest`, [B]."""
   own = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-  return own - jax.nn.logsumexp(logits, axis=-1)
+  total = jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1)
+  return own - largest - jnp.log(total)
 
 
-def _blocks(logits, vocab_size):
-  """Logits of existing tokens as [B, G, BLOCK], the others -inf."""
-  size = logits.shape[-1]
-  exists = jnp.arange(size)[None] < vocab_size
-  logits = jnp.where(exists, logits, -jnp.inf)
-  logits = jnp.pad(
-    logits, ((0, 0), (0, -size % BLOCK)), constant_values=-jnp.inf
-  )
+def _blocks(logits):
+  """All logits as [B, G, BLOCK], after the last of them -inf."""
+  more = -logits.shape[-1] % BLOCK
+  # Pythia's vocabulary is whole blocks: nothing is copied.
+  if more:
+    ends = ((0, 0), (0, more))
+    logits = jnp.pad(logits, ends, constant_values=-jnp.inf)
   return logits.reshape(len(logits), -1, BLOCK)
+
+
+def _ids(blocks):
+  """Ids of the tokens of so many blocks, int32 [1, G, BLOCK]."""
+  return jnp.arange(blocks * BLOCK, dtype=jnp.int32).reshape(1, -1, BLOCK)
+
+
+def _existing(logits, ids, vocab_size):
+  """The logits of tokens that exist, -inf for the others."""
+  return jnp.where(ids < vocab_size, logits, -jnp.inf)
+
+
+def _existing_maxima(blocks, maxima, vocab_size):
+  """The largest of each block, [B, G], over tokens that exist.
+
+  Only the last blocks have others: to mask all would be a copy of all.
+  """
+  whole = vocab_size // BLOCK
+  last = _existing(
+    blocks[:, whole:], _ids(blocks.shape[1])[:, whole:], vocab_size
+  )
+  return jnp.concatenate([maxima[:, :whole], jnp.max(last, axis=-1)], axis=1)
 
 
 def _first(x, value):
@@ -145,14 +176,25 @@ def _take_block(blocks, block):
   return jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
 
 
-def _greedy(blocks, maxima, best):
-  block = _first(maxima, best)
-  return block * BLOCK + _first(_take_block(blocks, block), best)
+def _greedy(blocks, maxima, best, vocab_size):
+  start = _first(maxima, best) * BLOCK
+  ids = start[:, None] + jnp.arange(BLOCK, dtype=jnp.int32)[None]
+  own = _existing(_take_block(blocks, start // BLOCK), ids, vocab_size)
+  return start + _first(own, best)
 
 
-def _from_few(blocks, maxima, best, keys, cool, top_k, top_p, how):
-  """A draw among the top_k likeliest tokens, after top_p, int32 [B]."""
-  values, ids = _likeliest(blocks, maxima, how.candidates)
+def _from_few(values, ids, best, keys, cool, top_k, top_p):
+  """A draw among the top_k likeliest tokens, after top_p, int32 [B].
+
+  Args:
+    values: the largest logits in descending order, [B, C].
+    ids: their tokens.
+    best: the largest of them, [B].
+    keys: see `draw`.
+    cool: temperatures, positive.
+    top_k: at most C.
+    top_p: see `draw`.
+  """
   # Not values[:, :1]: XLA then sorts the whole list in place of top_k.
   scores = (values - best[:, None]) / cool[:, None]
   rank = jnp.arange(values.shape[-1])[None]
@@ -160,7 +202,7 @@ def _from_few(blocks, maxima, best, keys, cool, top_k, top_p, how):
   weights = jnp.where(ranked, jnp.exp(scores), 0)
   # The running sum as a product: XLA's own is fused into what reads it, and
   # then computed again for every candidate.
-  earlier = jnp.triu(jnp.ones((how.candidates,) * 2, jnp.float32), 1)
+  earlier = jnp.triu(jnp.ones((ids.shape[1],) * 2, jnp.float32), 1)
   before = jnp.matmul(weights, earlier, precision=jax.lax.Precision.HIGHEST)
   mass = top_p * jnp.sum(weights, axis=-1)
   inside = (before < mass[:, None]) | (top_p >= 1)[:, None]
@@ -173,19 +215,29 @@ def _from_few(blocks, maxima, best, keys, cool, top_k, top_p, how):
   return jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0]
 
 
-def _likeliest(blocks, maxima, count):
+def _likeliest(blocks, maxima, count, vocab_size):
   """The `count` largest logits in descending order and their ids, [B, C].
 
   A token among the `count` likeliest lies in a block whose maximum is among
   the `count` largest maxima: each of these larger maxima is a likelier token.
+  So it is with the pieces of these blocks. Of equal logits the smaller id
+  comes first: `top_k` takes the first of equals, and ids stay in their order.
   """
+  rows = len(blocks)
   _, chosen = jax.lax.top_k(maxima, min(count, maxima.shape[-1]))
-  # In the order of ids, so that of equal logits the smaller id comes first.
   chosen = jnp.sort(chosen, axis=-1)
   few = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1)
-  values, places = jax.lax.top_k(few.reshape(len(few), -1), count)
-  block = jnp.take_along_axis(chosen, places // BLOCK, axis=1)
-  return values, (block * BLOCK + places % BLOCK).astype(jnp.int32)
+  ids = jnp.expand_dims(chosen * BLOCK, -1)
+  ids = ids + jnp.arange(BLOCK, dtype=jnp.int32)[None, None]
+  few = _existing(few, ids, vocab_size).reshape(rows, -1, _PIECE)
+  starts = ids.reshape(rows, -1, _PIECE)[:, :, 0]
+  _, chosen = jax.lax.top_k(jnp.max(few, -1), min(count, few.shape[1]))
+  chosen = jnp.sort(chosen, axis=-1)
+  few = jnp.take_along_axis(few, chosen[:, :, None], axis=1)
+  starts = jnp.take_along_axis(starts, chosen, axis=1)
+  values, places = jax.lax.top_k(few.reshape(rows, -1), count)
+  starts = jnp.take_along_axis(starts, places // _PIECE, axis=1)
+  return values, (starts + places % _PIECE).astype(jnp.int32)
 
 
 def _from_all(blocks, best, keys, cool, top_p, how):

@@ -1,8 +1,10 @@
 """Keys and values of earlier tokens: kept at each row's own slot, and read.
 
 One cache serves all layers. It is carried through them and written in place: as
-a scanned input and output it would be copied whole for every token. In int8
-each key and each value has a scale of its own, its largest magnitude over 127.
+a scanned input and output it would be copied whole for every token. Or each
+layer has one of its own, as `split` gives them: what a layer attends to is then
+an array, and no slice that a CPU would copy first. In int8 each key and each
+value has a scale of its own, its largest magnitude over 127.
 
 Letters: L layers, B rows, N heads, S slots, T tokens of this call, H head dim.
 """
@@ -42,9 +44,29 @@ def bytes_of(
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def split(cache: Tree) -> tuple[Tree, ...]:
+  """Caches of single layers, {"k", "v"} of [B, N, S, H], from one of all."""
+  layers = cache["k"].shape[0]
+  return tuple(
+    jax.tree.map(lambda leaf, at=at: leaf[at], cache) for at in range(layers)
+  )
+
+
+def resize(cache: Tree, slots: int) -> Tree:
+  """A single layer's cache with so many slots; new ones, at the end, are 0."""
+
+  def one(leaf):
+    more = slots - leaf.shape[2]
+    ends = [(0, 0)] * leaf.ndim
+    ends[2] = (0, max(more, 0))
+    return jnp.pad(leaf[:, :, :slots], ends)
+
+  return jax.tree.map(one, cache)
+
+
 def remember(
   cache: Tree,
-  layer: jax.Array,
+  layer: jax.Array | None,
   index: jax.Array | int,
   k: jax.Array,
   v: jax.Array,
@@ -53,7 +75,7 @@ def remember(
   """Writes a layer's keys and values and gives back all of its first slots.
 
   Args:
-    cache: see `init`.
+    cache: see `init`; with `layer` None one of `split`.
     layer: which layer's they are.
     index: the slot of the first token: one for all rows, or, for one token a
       row, int32 [B].
@@ -91,6 +113,14 @@ def _quantised(name, x):
 
 
 def _write(leaf, layer, index, new):
+  if layer is None:
+    if jnp.ndim(index) == 0:
+      start = (0, 0, index, 0)[: leaf.ndim]
+      return jax.lax.dynamic_update_slice(leaf, new, start)
+    rows = jnp.arange(leaf.shape[0])
+    return leaf.at[rows, :, index].set(
+      new[:, :, 0], mode="promise_in_bounds", unique_indices=True
+    )
   if jnp.ndim(index) == 0:
     start = (layer, 0, 0, index, 0)[: leaf.ndim]
     return jax.lax.dynamic_update_slice(leaf, new[None], start)
@@ -101,5 +131,6 @@ def _write(leaf, layer, index, new):
 
 
 def _read(leaf, layer, span):
-  whole = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
-  return whole[:, :, :span]
+  if layer is not None:
+    leaf = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+  return leaf[:, :, :span]

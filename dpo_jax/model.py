@@ -259,10 +259,10 @@ def apply(
   visible: jax.Array | attention_lib.Segments,
   *,
   dropout_key: jax.Array | None = None,
-  cache: Tree | None = None,
+  cache: Tree | tuple[Tree, ...] | None = None,
   index: jax.Array | int | None = None,
   adapter: jax.Array | None = None,
-) -> tuple[jax.Array, Tree | None]:
+) -> tuple[jax.Array, Tree | tuple[Tree, ...] | None]:
   """Hidden states after the final norm.
 
   Args:
@@ -277,7 +277,8 @@ def apply(
     dropout_key: a key for each token, [B, T], of LoRA's dropout; None in
       evaluation and sampling.
     cache: keys and values of earlier tokens, see `init_cache`; its first S
-      slots are seen.
+      slots are seen. With those of `kv_cache.split` the blocks of `base` and
+      `lora` are of single layers too, as `apart` gives them.
     index: the slot, in [0, S), where this call's first token is written; for
       one token a row it may be a row's own, [B].
     adapter: where `lora` is a stack of `lora.stack`, which of them each row
@@ -319,10 +320,30 @@ def apply(
     saved = ("projection",) if config.remat == "save_projections" else ()
     policy = jax.checkpoint_policies.save_only_these_names(*saved)
     block = jax.checkpoint(block, prevent_cse=False, policy=policy)
-  layers = (base["blocks"], adapters, jnp.arange(config.layers))
-  (x, cache), _ = jax.lax.scan(block, (x, cache), layers)
+  if isinstance(cache, tuple):
+    caches = []
+    for number, own in enumerate(cache):
+      layer = (base["blocks"][number], adapters and adapters[number], None)
+      (x, own), _ = block((x, own), layer)
+      caches.append(own)
+    cache = tuple(caches)
+  else:
+    layers = (base["blocks"], adapters, jnp.arange(config.layers))
+    (x, cache), _ = jax.lax.scan(block, (x, cache), layers)
   norm = base["final_norm"]
   return _layer_norm(x, norm["scale"], norm["bias"], config.norm_eps), cache
+
+
+def apart(weights: Tree | None) -> Tree | None:
+  """`base` or `lora` with a tuple of the single layers' blocks, copied."""
+  if weights is None:
+    return None
+  layers = len(jax.tree.leaves(weights["blocks"])[0])
+  blocks = tuple(
+    jax.tree.map(lambda leaf, at=at: leaf[at], weights["blocks"])
+    for at in range(layers)
+  )
+  return {**weights, "blocks": blocks}
 
 
 def unembed(base: Tree, hidden: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ Letters: B rows, P prompts, T prompt tokens.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax import decoding, draw, kv_cache, model, partitioning, stops
+from dpo_jax import (
+  console,
+  decoding,
+  draw,
+  kv_cache,
+  model,
+  partitioning,
+  stops,
+)
 
 # Refilling costs about a step; it waits until this share of the slots is free.
 _FREE = 1 / 8
@@ -58,11 +67,13 @@ class Layout:
     readings: what is read, in order.
     program: static shapes.
     size: slots, B.
+    why: what their number comes from.
   """
 
   readings: list[Reading]
   program: decoding.Program
   size: int
+  why: str
 
 
 def layout(
@@ -89,13 +100,19 @@ def layout(
     ValueError: the mesh does not divide the rows, or not one of them fits.
   """
   shards = partitioning.data_shards(mesh) if mesh is not None else 1
-  program = _program(config, tokenizer, requests, engine)
+  program = _program(config, tokenizer, requests, engine, mesh)
   size = batch_size(config, engine, program.slots, mesh, free)
   # At most as many as are asked for, in whole eights of each shard.
   most = -(-len(requests) // (8 * shards)) * 8 * shards
+  why = "batch_size says so"
   if not engine.batch_size:
-    size = min(size, most)
-  return Layout(plan(requests, engine, shards, wanted), program, size)
+    free = free_bytes(engine) if free is None else free
+    why = f"{free / 2**30:.3g} GiB for the cache hold no more"
+    if size == MOST_ROWS * shards:
+      why = f"more than {MOST_ROWS} a shard gain little"
+    if most <= size:
+      size, why = most, f"{len(requests)} are asked for"
+  return Layout(plan(requests, engine, shards, wanted), program, size, why)
 
 
 def plan(
@@ -185,10 +202,13 @@ class Slots:
     found = layout(config, tokenizer, requests, engine, mesh, wanted)
     self.readings, self.program = found.readings, found.program
     self.size = found.size
+    _say(found, engine)
     self.slot_of: dict[int, int] = {}
     self.entered: dict[int, float] = {}
     self.waiting: list[tuple[int, int]] = []
     self.prefix: Any = None
+    # Tokens of the prompts in `prefix`, and cache slots that rows have now.
+    self.padded = self.held = 0
 
   def run(self) -> Iterator[Ended]:
     """Yields requests as they end."""
@@ -196,7 +216,10 @@ class Slots:
       return
     with self._context():
       self.table = self._put(stops.table(self.tokenizer))
-      self.state = decoding.empty(self.program, self.size)
+      self.held = self.program.slots
+      if self.program.apart:
+        self.held = self._span(self.readings[0].padded)
+      self.state = decoding.empty(self.program, self.size, self.held)
     count = np.zeros(self.size, np.int64)
     while self.slot_of or self.waiting or self.readings:
       with self._context():
@@ -254,6 +277,7 @@ class Slots:
       inputs = jax.device_put(inputs)
     else:
       inputs = partitioning.place(inputs, self.mesh)
+    self.padded = reading.padded
     self.prefix = decoding.read(self.program, *self.weights, *inputs)
 
   def _enter(self, entering) -> None:
@@ -285,6 +309,7 @@ class Slots:
         getattr(rows, name)[slot] = getattr(request, name)
     source, rows = self._put((source, rows))
     seed = self._put(np.uint32(self.engine.seed))
+    self._hold(max(self.held, self._span(self.padded)))
     self.state = decoding.enter(
       self.program, self.state, self.prefix, source, rows, self.table, seed
     )
@@ -303,13 +328,29 @@ class Slots:
       )
       for index, slot in self.slot_of.items()
     )
-    span = self.program.slots
-    if self.engine.span:
-      span = min(-(-furthest // self.engine.span) * self.engine.span, span)
+    span = self._span(furthest)
+    if self.program.apart:
+      if self.waiting:
+        # Not fewer than those who wait will bring.
+        span = max(span, self._span(self.padded))
+      self._hold(span)
     steps, quota = self._put((np.int32(self.engine.chunk), np.int32(quota)))
     self.state = decoding.advance(
       self.program, span, *self.weights, self.state, self.table, steps, quota
     )
+
+  def _span(self, tokens: int) -> int:
+    """Slots that are attended to so that so many tokens are."""
+    if not self.engine.span:
+      return self.program.slots
+    span = -(-tokens // self.engine.span) * self.engine.span
+    return min(span, self.program.slots)
+
+  def _hold(self, slots: int) -> None:
+    """Lets the cache have so many slots; only where layers are apart."""
+    if slots != self.held:
+      self.state = decoding.resize(self.state, slots)
+      self.held = slots
 
   def _leave(self) -> tuple[Ended, np.ndarray]:
     """Those who have ended, and how many tokens every slot has."""
@@ -346,7 +387,32 @@ class Slots:
     return ended, count.astype(np.int64)
 
 
-def _program(config, tokenizer, requests, engine) -> decoding.Program:
+@functools.cache
+def _say_once(text: str) -> None:
+  console.say(text, "slots")
+
+
+def _say(layout: Layout, engine: Any) -> None:
+  """What was chosen; training samples at intervals, and says it once."""
+  shape, program = layout.program.config, layout.program
+  each = kv_cache.bytes_of(
+    shape.layers, shape.heads, program.slots, shape.head_dim, program.cache
+  )
+  _say_once(
+    f"{layout.size} answers at once ({layout.why}), up to {program.slots}"
+    f" tokens each: {layout.size * each / 2**30:.3g} GiB of cache in"
+    f" {program.cache}; refilled after {engine.chunk} steps at most"
+  )
+
+
+def _platform(mesh) -> str:
+  """Of the devices that decode, which a plan's need not be this machine's."""
+  if mesh is None:
+    return jax.default_backend()
+  return next(iter(mesh.devices.flat)).platform
+
+
+def _program(config, tokenizer, requests, engine, mesh) -> decoding.Program:
   longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
   padded = max(len(r.prompt) for r in requests)
   padded = -(-padded // engine.length_multiple) * engine.length_multiple
@@ -361,4 +427,5 @@ def _program(config, tokenizer, requests, engine) -> decoding.Program:
     vocab_size=tokenizer.vocab_size,
     ways=draw.ways(parameters, tokenizer.vocab_size),
     cache=engine.cache,
+    apart=_platform(mesh) == "cpu",
   )

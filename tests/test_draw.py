@@ -140,8 +140,11 @@ def test_the_likeliest_are_those_of_a_full_sort():
   # Whole numbers tie often, and some blocks hold many of the likeliest.
   logits = rng.integers(0, 40, (50, 3000)).astype(np.float32)
   logits[:, 500:560] += 100
-  blocks = draw._blocks(jnp.asarray(logits), 2990)
-  values, ids = draw._likeliest(blocks, jnp.max(blocks, -1), 90)
+  # Tokens that do not exist, and would be the likeliest.
+  logits[:, 2990:] = 1000
+  blocks = draw._blocks(jnp.asarray(logits))
+  maxima = draw._existing_maxima(blocks, jnp.max(blocks, -1), 2990)
+  values, ids = draw._likeliest(blocks, maxima, 90, 2990)
   order = np.argsort(-logits[:, :2990], axis=1, kind="stable")[:, :90]
   np.testing.assert_array_equal(ids, order)
   np.testing.assert_array_equal(values, np.take_along_axis(logits, order, 1))
@@ -150,7 +153,7 @@ def test_the_likeliest_are_those_of_a_full_sort():
 def test_the_nucleus_is_that_of_a_full_sort():
   rng = np.random.default_rng(3)
   logits = rng.normal(0, 3, (40, 1000)).astype(np.float32)
-  blocks = draw._blocks(jnp.asarray(logits), 1000)
+  blocks = draw._blocks(jnp.asarray(logits))
   weights = jnp.exp(blocks - jnp.max(blocks, (1, 2), keepdims=True))
   assert (draw._nucleus(weights, jnp.ones(40, jnp.float32)) == 0).all()
   for top_p in (1e-6, 0.3, 0.9, 0.999):
