@@ -210,7 +210,7 @@ def _compile(layout, base, stack, state, mesh, tokenizer, names, steps):
     ),
     "enter": (
       weights,
-      lambda: jax.jit(decoding.enter, static_argnums=0, donate_argnums=1).lower(
+      lambda: decoding.enter.lower(
         program,
         state,
         prefix,

@@ -170,6 +170,7 @@ def read(
   return Prefix(cache, model.unembed(base, last[:, 0]))
 
 
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def enter(
   program: Program,
   state: State,
@@ -190,52 +191,32 @@ def enter(
     table: see `stops.table`.
     seed: of all noise, uint32.
   """
-  # Apart from the rest, whose compilation then knows no cache's length.
-  if program.apart:
-    cache = tuple(
-      _fill(own, new, source, 0)
-      for own, new in zip(state.cache, prefix.cache, strict=True)
-    )
-  else:
-    cache = _fill(state.cache, prefix.cache, source, 1)
-  state = dataclasses.replace(state, cache=())
-  state = _begin(program, state, prefix.logits, source, rows, table, seed)
-  return dataclasses.replace(state, cache=cache)
+  enters = source >= 0
+  prompt = jnp.maximum(source, 0)
+  # Of a cache's axes the one of its rows; slots are two behind.
+  axis = 0 if program.apart else 1
 
-
-@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _fill(cache, prefix, source, axis):
-  """The cache with prompts copied to the rows, its axis `axis`, that enter."""
-  enters, prompt = source >= 0, jnp.maximum(source, 0)
+  def merge(new, old):
+    return jnp.where(enters, new, old)
 
   def copy(whole, new):
-    # Slots stand two axes behind rows.
     old = jax.lax.slice_in_dim(whole, 0, new.shape[axis + 2], axis=axis + 2)
     own = jnp.expand_dims(enters, (*range(axis), *range(axis + 1, new.ndim)))
     kept = jnp.where(own, jnp.take(new, prompt, axis=axis), old)
     return jax.lax.dynamic_update_slice_in_dim(whole, kept, 0, axis=axis + 2)
 
-  return _placed_cache(jax.tree.map(copy, cache, prefix), axis)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _begin(program, state, logits, source, rows, table, seed):
-  """`enter` but for the cache."""
-  enters = source >= 0
-
-  def merge(new, old):
-    return jnp.where(enters, new, old)
-
   rows = jax.tree.map(merge, rows, state.rows)
-  state = dataclasses.replace(
-    state,
+  state = State(
     rows=rows,
     keys=_keys(rows, seed),
+    tokens=state.tokens,
+    logps=state.logps,
     count=merge(0, state.count),
     done=merge(rows.limit == 0, state.done),
     turn=merge(0, state.turn),
+    cache=jax.tree.map(copy, state.cache, prefix.cache),
   )
-  logits = jnp.take(logits, jnp.maximum(source, 0), axis=0)
+  logits = jnp.take(prefix.logits, prompt, axis=0)
   return _placed(_take(program, state, logits, table, enters))
 
 
@@ -323,7 +304,10 @@ def resize(state: State, slots: int) -> State:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _resize(cache, slots):
-  return _placed_cache(kv_cache.resize(cache, slots), 0)
+  return jax.tree.map(
+    lambda leaf: partitioning.constrain(leaf, *cache_axes(leaf, 0)),
+    kv_cache.resize(cache, slots),
+  )
 
 
 def _new_cache(program, batch, slots):
@@ -395,10 +379,4 @@ def cache_axes(leaf: Any, before: int) -> tuple[str | None, ...]:
 def _placed(state):
   return jax.tree.map_with_path(
     lambda path, leaf: partitioning.constrain(leaf, *axes(path, leaf)), state
-  )
-
-
-def _placed_cache(cache, before):
-  return jax.tree.map(
-    lambda leaf: partitioning.constrain(leaf, *cache_axes(leaf, before)), cache
   )

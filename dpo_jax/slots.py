@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import (
@@ -39,6 +40,9 @@ CACHE_SHARE = 0.6
 
 # More rows on one shard would gain little and wait long for each other.
 MOST_ROWS = 512
+
+# Of blocks' weights: decoding with layers apart copies them for each call.
+_APART_BYTES = 2**29
 
 # Index of a request, its tokens, their log-probs, seconds in a slot.
 Ended = list[tuple[int, list[int], list[float], float]]
@@ -405,11 +409,15 @@ def _say(layout: Layout, engine: Any) -> None:
   )
 
 
-def _platform(mesh) -> str:
-  """Of the devices that decode, which a plan's need not be this machine's."""
-  if mesh is None:
-    return jax.default_backend()
-  return next(iter(mesh.devices.flat)).platform
+def _apart(config, mesh) -> bool:
+  """Whether layers are apart: on a CPU, if a copy of the blocks is small."""
+  platform = jax.default_backend()
+  if mesh is not None:
+    # A plan's devices need not be this machine's.
+    platform = next(iter(mesh.devices.flat)).platform
+  each = config.width * (4 * config.width + 2 * config.mlp_width)
+  size = config.layers * each * jnp.dtype(config.dtype).itemsize
+  return platform == "cpu" and size <= _APART_BYTES
 
 
 def _program(config, tokenizer, requests, engine, mesh) -> decoding.Program:
@@ -427,5 +435,5 @@ def _program(config, tokenizer, requests, engine, mesh) -> decoding.Program:
     vocab_size=tokenizer.vocab_size,
     ways=draw.ways(parameters, tokenizer.vocab_size),
     cache=engine.cache,
-    apart=_platform(mesh) == "cpu",
+    apart=_apart(config, mesh),
   )

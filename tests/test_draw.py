@@ -150,6 +150,32 @@ def test_the_likeliest_are_those_of_a_full_sort():
   np.testing.assert_array_equal(values, np.take_along_axis(logits, order, 1))
 
 
+def test_top_k_draws_what_a_full_sort_would():
+  """The real vocabulary, with the same noise for every token."""
+  rng = np.random.default_rng(6)
+  rows, size, existing = 48, 50_304, 50_277
+  logits = rng.normal(0, 2, (rows, size)).astype(np.float32)
+  logits[:, existing:] = 60
+  parameters = [
+    (t, k, p)
+    for t in (0.25, 0.7, 1.0)
+    for k in (1, 9, 50, 64)
+    for p in (1.0, 0.9, 0.4, 0.05)
+  ]
+  tokens = drawn(
+    logits, *np.array(parameters).T, draw.ways(parameters, existing), existing
+  )
+  ids = jnp.broadcast_to(jnp.arange(existing)[None], (rows, existing))
+  keys = jax.random.split(jax.random.key(11), rows)
+  noise = np.asarray(draw._noise(keys, ids))
+  for row, of, token, own in zip(
+    logits[:, :existing], parameters, tokens, noise, strict=True
+  ):
+    kept = reference(row.astype(np.float64), *of) > 0
+    perturbed = np.where(kept, row / np.float32(of[0]) + own, -np.inf)
+    assert token == np.argmax(perturbed), of
+
+
 def test_the_nucleus_is_that_of_a_full_sort():
   rng = np.random.default_rng(3)
   logits = rng.normal(0, 3, (40, 1000)).astype(np.float32)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,16 @@ import transformers
 from dpo_jax import (
   attention,
   decoding,
+  draw,
   hf,
   logps,
   lora,
   partitioning,
   sampling,
   slots,
+  sources,
+  stops,
+  tokenizer,
 )
 
 PROMPTS = (
@@ -88,17 +93,11 @@ def run(policy, tok, requests, how=None, mesh=None, adapters=None):
 # Against transformers.
 
 
-def test_greedy_equals_transformers_generate(tok, tmp_path):
-  size = tok.vocab_size + 5
-  config = transformers.GPTNeoXConfig(
-    vocab_size=size,
-    hidden_size=64,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    intermediate_size=160,
-    max_position_embeddings=256,
-  )
-  network = transformers.GPTNeoXForCausalLM(config).eval()
+def network_and_policy(directory, **shape):
+  """A network of transformers, and the same as (config, base)."""
+  network = transformers.GPTNeoXForCausalLM(
+    transformers.GPTNeoXConfig(**shape)
+  ).eval()
   generator = torch.Generator().manual_seed(0)
   with torch.no_grad():
     for weight in network.parameters():
@@ -107,31 +106,72 @@ def test_greedy_equals_transformers_generate(tok, tmp_path):
         weight.add_(0.3 * noise)
       else:
         weight.copy_(noise * 1.5 / weight.shape[1] ** 0.5)
-  network.save_pretrained(tmp_path)
+  network.save_pretrained(directory)
   policy = hf.load(
-    tmp_path,
-    dtype="float32",
-    remat="none",
-    lora=None,
-    param_dtype="float32",
+    directory, dtype="float32", remat="none", lora=None, param_dtype="float32"
   )
-  samples = run(policy, tok, requests_for(tok, temperatures=(0.0,)))
+  return network, policy
+
+
+def greedy(network, tok, prompt, new):
+  """New tokens of transformers' generate."""
+  ids = torch.tensor([prompt])
+  size = network.config.vocab_size
+  return network.generate(
+    ids,
+    attention_mask=torch.ones_like(ids),
+    max_new_tokens=new,
+    do_sample=False,
+    eos_token_id=tok.eos_id,
+    pad_token_id=tok.pad_id,
+    suppress_tokens=list(range(tok.vocab_size, size)),
+  )[0, ids.shape[1] :].tolist()
+
+
+def test_greedy_equals_transformers_generate(tok, tmp_path):
+  """Deeper and wider than other tests' models."""
+  network, policy = network_and_policy(
+    tmp_path,
+    vocab_size=tok.vocab_size + 5,
+    hidden_size=96,
+    num_hidden_layers=12,
+    num_attention_heads=6,
+    intermediate_size=160,
+    max_position_embeddings=256,
+  )
+  requests = requests_for(tok, temperatures=(0.0,))
+  samples = run(policy, tok, requests)
   lengths = set()
-  for text, sample in zip(PROMPTS, samples):
-    ids = torch.tensor([tok.encode(text)])
-    expected = network.generate(
-      ids,
-      attention_mask=torch.ones_like(ids),
-      max_new_tokens=24,
-      do_sample=False,
-      eos_token_id=tok.eos_id,
-      pad_token_id=tok.pad_id,
-      suppress_tokens=list(range(tok.vocab_size, size)),
-    )[0, ids.shape[1] :].tolist()
+  for request, sample in zip(requests, samples, strict=True):
+    expected = greedy(network, tok, request.prompt, 24)
     assert list(sample.tokens) == expected
     lengths.add(len(set(expected)))
   # The weights do not make every answer a repetition of one token.
   assert max(lengths) > 5
+
+
+@pytest.mark.slow
+def test_greedy_equals_generate_on_real_prompts(shared, tmp_path):
+  """Pythia-14m's shape, tokenizer and phantom rows; prompts of HH."""
+  tok = tokenizer.load(shared / "tokenizer" / "pythia")
+  network, policy = network_and_policy(
+    tmp_path,
+    vocab_size=50304,
+    hidden_size=128,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    intermediate_size=512,
+    max_position_embeddings=2048,
+  )
+  (path,) = (shared / "data").rglob("harmless-base/test.jsonl.gz")
+  texts = [row.prompt for row in sources.read_file(str(path)).rows[:12]]
+  requests = requests_for(tok, texts, (0.0,), max_new_tokens=48)
+  samples = run(policy, tok, requests, engine(prefill_tokens=1024, span=128))
+  for request, sample in zip(requests, samples, strict=True):
+    expected = greedy(network, tok, request.prompt, 48)
+    assert list(sample.tokens) == expected[: len(sample.tokens)]
+    assert len(sample.tokens) == 48 or sample.finish_reason != "length"
+  assert max(len(set(sample.tokens)) for sample in samples) > 20
 
 
 # Distributions.
@@ -261,6 +301,47 @@ def test_tokens_do_not_depend_on_the_engine(noisy, tok, grid, told, changes):
   assert run(noisy, tok, grid, engine(**changes)) == told
 
 
+def test_layers_apart_are_layers_of_a_stack(
+  noisy, tok, grid, told, monkeypatch
+):
+  """What is done on a CPU, and what elsewhere; int8 has scales beside."""
+  small = run(noisy, tok, grid[:9], engine(cache="int8", span=32))
+  monkeypatch.setattr(slots, "_apart", lambda *_: False)
+  for ours, how, requests in (
+    (told, engine(), grid),
+    (small, engine(cache="int8", span=32), grid[:9]),
+  ):
+    stacked = run(noisy, tok, requests, how)
+    assert stacked == ours
+    for a, b in zip(stacked, ours, strict=True):
+      np.testing.assert_allclose(a.logps, b.logps, atol=1e-5)
+
+
+def test_a_step_copies_no_cache(noisy, tok):
+  """Keys and values are written in place, and read where they lie."""
+  config, base = noisy
+  program = decoding.Program(
+    config=config,
+    slots=96,
+    room=8,
+    eos_id=tok.eos_id,
+    vocab_size=tok.vocab_size,
+    ways=draw.Ways(64, False, False),
+    cache="float32",
+    apart=True,
+  )
+  state = jax.eval_shape(lambda: decoding.empty(program, 8, 96))
+  number = jax.ShapeDtypeStruct((), jnp.int32)
+  table = jax.ShapeDtypeStruct((tok.vocab_size, stops.TURN + 1), jnp.int8)
+  arguments = (base, None, state, table, number, number)
+  compiled = decoding.advance.lower(program, 96, *arguments).compile()
+  # Rows, heads, slots and head dim, as an operation's result.
+  whole = r"= f32\[8,2,96,16\]\S* "
+  text = compiled.as_text()
+  assert len(re.findall(whole + "parameter", text)) >= 4
+  assert not re.findall(whole + "(copy|select|slice)", text)
+
+
 def test_tokens_do_not_depend_on_order_or_neighbours(noisy, tok, grid, told):
   assert run(noisy, tok, grid[::-1]) == told[::-1]
   some = [1, 4, 17, 30]
@@ -354,6 +435,21 @@ def test_the_cache_may_be_smaller(noisy, tok):
     run(noisy, tok, long, engine(cache=kind)) for kind in ("float32", "int8")
   )
   assert sum(a.tokens[:4] == b.tokens[:4] for a, b in zip(whole, small)) >= 4
+
+
+def test_says_how_many_slots_and_why(noisy, tok, capsys):
+  slots._say_once.cache_clear()
+  requests = requests_for(tok, temperatures=(0.0,), max_new_tokens=2)
+  for how in (engine(), engine(batch_size=0), engine(batch_size=0)):
+    run(noisy, tok, requests, how)
+  # 2 layers, 2 heads, 16 dimensions of k and v, 64 slots: 32 KiB a row.
+  rest = "up to 64 tokens each: 0.000244 GiB of cache in float32"
+  lines = capsys.readouterr().err.splitlines()
+  lines = [line.split("; ")[0] for line in lines if "at once" in line]
+  assert lines == [
+    f"8 answers at once (batch_size says so), {rest}",
+    f"8 answers at once (5 are asked for), {rest}",
+  ]
 
 
 def test_slots_fit_the_memory(noisy):
