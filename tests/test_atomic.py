@@ -108,6 +108,8 @@ def test_one_that_is_taken_for_left_is_begun_again(tmp_path, monkeypatch):
 
   monkeypatch.setattr(atomic.fcntl, "flock", late)
   with atomic.replacing(tmp_path / "a") as temporary:
+    # Another one, whose lock is held.
+    assert os.listdir(tmp_path) == [temporary.name]
     temporary.write_text("whole")
   assert len(swept[0]) == 1
   assert os.listdir(tmp_path) == ["a"]
