@@ -77,10 +77,6 @@ def _start(heartbeat_s: int) -> None:
   arguments = arguments_of(os.environ)
   if arguments is None:
     return
-  # Only CPUs look at this. Their processes meet over sockets, also those of one
-  # process's own devices, and programs of which two are on their way at a time
-  # have been seen to wait for each other for ever.
-  jax.config.update("jax_cpu_enable_async_dispatch", False)
   try:
     jax.distributed.initialize(
       **arguments, heartbeat_timeout_seconds=heartbeat_s

@@ -410,11 +410,18 @@ def _say(layout: Layout, engine: Any) -> None:
 
 
 def _apart(config, mesh) -> bool:
-  """Whether layers are apart: on a CPU, if a copy of the blocks is small."""
+  """Whether layers are apart: on one CPU, if a copy of the blocks is small.
+
+  Not over several devices of a CPU: collectives that do not depend on each
+  other, as those of single layers, start there in any order, and have been seen
+  to wait for each other for ever.
+  """
   platform = jax.default_backend()
   if mesh is not None:
     # A plan's devices need not be this machine's.
     platform = next(iter(mesh.devices.flat)).platform
+    if mesh.size > 1:
+      return False
   each = config.width * (4 * config.width + 2 * config.mlp_width)
   size = config.layers * each * jnp.dtype(config.dtype).itemsize
   return platform == "cpu" and size <= _APART_BYTES
