@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -349,6 +350,11 @@ def test_a_full_disk_leaves_the_last_checkpoint(
   def write(self, row):
     original(self, row)
     if row["step"] == 3 and "loss" in row:
+      # The save of step 2 goes on in the background.
+      ends = time.monotonic() + 60
+      while not step_files.newest(workdir / "checkpoints")[0]:
+        assert time.monotonic() < ends
+        time.sleep(0.01)
       leave(small_disk, 60_000)
 
   with monkeypatch.context() as patch:
