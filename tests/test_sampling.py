@@ -317,6 +317,16 @@ def test_layers_apart_are_layers_of_a_stack(
       np.testing.assert_allclose(a.logps, b.logps, atol=1e-5)
 
 
+def test_layers_are_apart_on_one_device_only(noisy):
+  """Over several of a CPU, their collectives could wait for each other."""
+  config, _ = noisy
+  one, eight = (
+    partitioning.make_mesh(n, 1, 1, devices=jax.devices()[:n]) for n in (1, 8)
+  )
+  found = [slots._apart(config, mesh) for mesh in (None, one, eight)]
+  assert found == [True, True, False]
+
+
 def test_a_step_copies_no_cache(noisy, tok):
   """Keys and values are written in place, and read where they lie."""
   config, base = noisy
