@@ -15,7 +15,7 @@ import pathlib
 import tempfile
 
 from configs import data, judge
-from dpo_jax import records, settings, sources
+from dpo_jax import records, row_store, settings, sources
 from dpo_jax.judging import runner
 
 
@@ -66,7 +66,7 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as folder:
     workdir = pathlib.Path(folder)
     path = workdir / "responses" / "dpo.jsonl"
-    with records.Store(path, records.Response) as store:
+    with row_store.Store(path, records.Response) as store:
       store.append_many(found)
     for price in asked.server.prices:
       server = dataclasses.replace(asked.server, model=price.split()[0])

@@ -15,7 +15,7 @@ import tempfile
 import time
 
 from configs import judge
-from dpo_jax import records, settings
+from dpo_jax import records, row_store, settings
 from dpo_jax.judging import runner
 
 
@@ -57,7 +57,7 @@ def main() -> None:
     try:
       workdir = pathlib.Path(name)
       path = workdir / "responses" / "dpo.jsonl"
-      with records.Store(path, records.Response) as store:
+      with row_store.Store(path, records.Response) as store:
         store.append_many(
           response(number, arguments.words)
           for number in range(arguments.prompts)

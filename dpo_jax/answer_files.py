@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_jax import records, remote, strict_json
+from dpo_jax import atomic, records, remote, strict_json
 from dpo_jax import settings as settings_lib
 
 # What of a row is the answer, and not the question.
@@ -78,7 +78,7 @@ def claim(path: pathlib.Path, origin: dict[str, Any], begun: bool) -> None:
   """
   manifest = path.with_suffix(".json")
   if not begun:
-    records.write_atomic(manifest, json.dumps(origin, indent=2) + "\n")
+    atomic.write_text(manifest, json.dumps(origin, indent=2) + "\n")
     return
   try:
     before = strict_json.read_object(manifest)

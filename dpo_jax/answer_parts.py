@@ -13,7 +13,16 @@ from typing import Any
 
 import jax
 
-from dpo_jax import answer_files, draw, errors, grid, processes, records
+from dpo_jax import (
+  answer_files,
+  atomic,
+  draw,
+  errors,
+  grid,
+  processes,
+  records,
+  row_store,
+)
 
 
 @dataclasses.dataclass
@@ -21,7 +30,7 @@ class File:
   """One job's file while it is written.
 
   Attributes:
-    store: where this process appends rows: a `records.Store` of the file, or
+    store: where this process appends rows: a `row_store.Store` of the file, or
       of a part of it.
     seconds: takes how long they took, see `answer_files.Seconds`.
     wanted: every row of the file, in order, without its answer.
@@ -80,7 +89,7 @@ def _opened(settings, job, prompts, directory) -> Iterator[File]:
   """A job's file, locked, with what it holds checked against what it is to."""
   path = directory / f"{job.stem}.jsonl"
   wanted, _ = grid.wanted(settings, job, prompts, -1)
-  with records.Store(path, records.Response) as store:
+  with row_store.Store(path, records.Response) as store:
     begun = bool(store.rows or answer_files.parts(path))
     answer_files.claim(path, origin(settings, job), begun)
     done = answer_files.match(path, store.rows, wanted)
@@ -98,14 +107,14 @@ def _part(settings, job, prompts, directory) -> Iterator[File]:
     yield File(_Unwritten(path), _Unwritten(path), wanted, done)
     return
   own = answer_files.part(path, jax.process_index())
-  with records.Store(own, records.Response) as store:
+  with row_store.Store(own, records.Response) as store:
     yield File(store, answer_files.Seconds(own), wanted, done)
 
 
 def take_parts(file: File) -> None:
   """Takes the parts of other processes into a file, and removes them."""
   for part in answer_files.parts(file.store.path):
-    with records.Store(part, records.Response) as store:
+    with row_store.Store(part, records.Response) as store:
       found = answer_files.match(part, store.rows, file.wanted)
       new = {at: row for at, row in found.items() if at not in file.done}
       file.seconds.take(part)
@@ -132,7 +141,7 @@ def order(file: File) -> None:
   ordered = [file.done[index] for index in range(len(file.wanted))]
   text = b"".join(map(records.encode, ordered)).decode()
   if file.store.path.read_bytes() != text.encode():
-    records.write_atomic(file.store.path, text)
+    atomic.write_text(file.store.path, text)
 
 
 def share(places: Sequence[tuple[File, int]], left: Sequence[int]) -> list[int]:

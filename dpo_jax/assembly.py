@@ -19,6 +19,7 @@ import numpy as np
 import optax
 
 from dpo_jax import (
+  atomic,
   checkpoint,
   console,
   feed,
@@ -31,7 +32,6 @@ from dpo_jax import (
   programs,
   provenance,
   recipe,
-  records,
   redaction,
   steps,
   strict_json,
@@ -293,7 +293,7 @@ def write_manifest(
     "data": made.feed.items.report | {"packing": made.feed.report()},
     "starts": [*starts, start],
   }
-  records.write_atomic(path, json.dumps(manifest, indent=2) + "\n")
+  atomic.write_text(path, json.dumps(manifest, indent=2) + "\n")
   kind = mesh.devices.flat[0].device_kind
   axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
   total = sum(counts.values())

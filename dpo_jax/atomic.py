@@ -8,6 +8,7 @@ is never touched, nor one of another host, whose locks may not be seen here.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -37,6 +38,41 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
   finally:
     temporary.unlink(missing_ok=True)
     os.close(handle)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """Writes the whole file or nothing: a reader never sees half of it."""
+  path = pathlib.Path(path)
+  data = text.encode()
+  with (
+    naming(path, data),
+    replacing(path) as temporary,
+    open(temporary, "wb") as file,
+  ):
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
+  sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path: pathlib.Path, data: bytes):
+  """Gives the errors of a write, which name no file, the path and size."""
+  try:
+    yield
+  except OSError as error:
+    message = f"{error.strerror} (writing {len(data)} bytes)"
+    code = error.errno or errno.EIO
+    raise OSError(code, message, str(path)) from error
+
+
+def sync_directory(path: pathlib.Path) -> None:
+  """Makes a new or renamed entry of the directory survive a power cut."""
+  fd = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(fd)
+  finally:
+    os.close(fd)
 
 
 def _begin(path: pathlib.Path) -> tuple[pathlib.Path, int]:

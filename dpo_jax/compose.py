@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dpo_jax import (
+  atomic,
   excerpts,
   figures,
   gates,
@@ -25,7 +26,6 @@ from dpo_jax import (
   markdown,
   material,
   page,
-  records,
   sections,
   winrates,
 )
@@ -163,9 +163,9 @@ def save(made: Report, directory: pathlib.Path) -> pathlib.Path:
   numbers = json.dumps(
     made.numbers | {"figures": drawn}, indent=1, allow_nan=False
   )
-  records.write_atomic(directory / NUMBERS, numbers + "\n")
+  atomic.write_text(directory / NUMBERS, numbers + "\n")
   for name, text in made.texts.items():
-    records.write_atomic(directory / name, text)
+    atomic.write_text(directory / name, text)
   return directory / TEXT
 
 

@@ -33,10 +33,10 @@ import sys
 from collections.abc import Sequence
 
 from dpo_jax import (
+  atomic,
   console,
   errors,
   model_card,
-  records,
   redaction,
   remote,
   strict_json,
@@ -268,7 +268,7 @@ def _push_one(api, settings, directory, revision: Revision) -> None:
       api.create_branch(settings.repo, branch=branch, exist_ok=True)
     commit = _commit(api, settings.repo, revision)
     pushed[branch] = {"content": digest, "commit": commit}
-    records.write_atomic(path, json.dumps(done, indent=2) + "\n")
+    atomic.write_text(path, json.dumps(done, indent=2) + "\n")
     console.say(
       f"pushed {branch} to {settings.repo} ({_mib(revision.size)})",
       "pushed",

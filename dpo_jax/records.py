@@ -7,26 +7,18 @@ resumable. Lines are split on the byte 0x0a alone, because texts hold other
 line separators (U+2028, U+0085, a carriage return) that belong to them.
 """
 
-import contextlib
 import dataclasses
-import errno
-import fcntl
 import functools
 import hashlib
 import json
-import logging
 import math
 import os
-import pathlib
-import socket
 import types
 import typing
 from collections.abc import Iterable
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from dpo_jax import atomic, errors, strict_json
-
-_log = logging.getLogger(__name__)
+from dpo_jax import strict_json
 
 Order = Literal["model_first", "chosen_first"]
 Control = Literal["", "aa", "gold", "retest"]
@@ -145,21 +137,6 @@ def content_hash(*parts: str) -> str:
   return digest.hexdigest()
 
 
-def write_atomic(path: str | os.PathLike, text: str) -> None:
-  """Writes the whole file or nothing: a reader never sees half of it."""
-  path = pathlib.Path(path)
-  data = text.encode()
-  with (
-    _naming(path, data),
-    atomic.replacing(path) as temporary,
-    open(temporary, "wb") as file,
-  ):
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())
-  sync_directory(path.parent)
-
-
 def encode(row: Response | Verdict) -> bytes:
   """The row's line, newline included.
 
@@ -205,185 +182,17 @@ def read(path: str | os.PathLike, cls: type[Row]) -> list[Row]:
 
   Raises:
     ValueError: a line is malformed, naming file, line and field. A last line
-      that was cut is an error here; `Store` mends it.
+      that was cut is an error here; `row_store.Store` mends it.
   """
-  rows, rest, _ = _read(path, cls)
+  rows, rest, _ = scan(path, cls)
   if rest:
     rows.append(_decode_at(path, len(rows) + 1, rest, cls))
   return latest(rows) if cls is Verdict else rows
 
 
-class Held(errors.Stopped):
-  """Another process works on the same file or directory."""
-
-
-class Lock:
-  """Holds `path` for one process; a context manager.
-
-  The operating system drops the lock when its holder dies, so a file left by
-  a killed process on this host is stale and is taken over. A file left by
-  another host cannot be told apart from a live holder and is refused.
-
-  Raises:
-    Held: on entering, when somebody else holds it, naming pid and
-      host.
-  """
-
-  def __init__(self, path: str | os.PathLike):
-    self.path = pathlib.Path(path)
-    self._fd = -1
-
-  def __enter__(self) -> "Lock":
-    while True:
-      fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-      try:
-        if self._take(fd):
-          self._fd = fd
-          return self
-      except BaseException:
-        os.close(fd)
-        raise
-      os.close(fd)
-
-  def _take(self, fd: int) -> bool:
-    """False when the file was removed by its last holder meanwhile."""
-    try:
-      fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise Held(
-        f"{self.path} is held by {_holder(fd)}: wait for it to end, or use"
-        " another directory"
-      ) from None
-    try:
-      if os.fstat(fd).st_ino != os.stat(self.path).st_ino:
-        return False
-    except FileNotFoundError:
-      return False
-    if os.fstat(fd).st_size:
-      holder = _holder(fd)
-      if not holder.endswith(f" on {socket.gethostname()}"):
-        raise Held(
-          f"{self.path} was left by {holder}, another host: if that process"
-          " has ended, delete this file"
-        )
-      _log.warning("%s: taking over a stale lock of %s", self.path, holder)
-    os.ftruncate(fd, 0)
-    mark = {"pid": os.getpid(), "host": socket.gethostname()}
-    data = json.dumps(mark).encode()
-    with _naming(self.path, data):
-      os.pwrite(fd, data, 0)
-    return True
-
-  def __exit__(self, *exc_info) -> None:
-    self.path.unlink(missing_ok=True)
-    os.close(self._fd)
-    self._fd = -1
-
-
-class Store(Generic[Row]):
-  """An append-only file of rows held by one process; a context manager.
-
-  On entering, the lock `<path>.lock` is taken and `rows` is read, every row of
-  the file: verdicts that were replaced since are among them. A last line
-  cut by an interrupted append is removed, which is logged and counted in
-  `cut_bytes`; a last line that is whole but for its newline is kept.
-  """
-
-  def __init__(self, path: str | os.PathLike, cls: type[Row]):
-    self.path = pathlib.Path(path)
-    self.cls = cls
-    self.rows: list[Row] = []
-    self.cut_bytes = 0
-    self._lock = Lock(self.path.with_name(self.path.name + ".lock"))
-    self._fd = -1
-    self._size = 0
-
-  def __enter__(self) -> "Store[Row]":
-    self.path.parent.mkdir(parents=True, exist_ok=True)
-    self._lock.__enter__()
-    try:
-      self._open()
-    except BaseException:
-      self.__exit__()
-      raise
-    return self
-
-  def peek(self) -> "Store[Row]":
-    """Reads `rows` without a lock, for whoever will not write; itself.
-
-    A last line that was cut, or a file that is not there, is no row.
-    """
-    if self.path.exists():
-      self.rows, _, _ = _read(self.path, self.cls)
-    return self
-
-  def _open(self) -> None:
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
-    self._fd = os.open(self.path, flags, 0o644)
-    sync_directory(self.path.parent)
-    # Every whole line is checked before anything is changed.
-    self.rows, rest, self._size = _read(self.path, self.cls)
-    if not rest:
-      return
-    try:
-      row = decode(rest, self.cls)
-    except ValueError:
-      self.cut_bytes = len(rest)
-      os.ftruncate(self._fd, self._size)
-      os.fsync(self._fd)
-      _log.warning(
-        "%s: removed %d bytes of a line cut by an interrupted append",
-        self.path,
-        len(rest),
-      )
-    else:
-      self._size += len(rest)
-      self._write(b"\n")
-      self.rows.append(row)
-
-  def __exit__(self, *exc_info) -> None:
-    if self._fd >= 0:
-      os.close(self._fd)
-      self._fd = -1
-    self._lock.__exit__()
-
-  def append(self, row: Row) -> None:
-    """Commits one row: on disk when this returns."""
-    self._write(encode(row))
-
-  def append_many(self, rows: Iterable[Row]) -> None:
-    """Commits rows with one flush to disk, for rows that are cheap to redo.
-
-    An interruption loses a tail of these rows at most, never a part of one.
-    """
-    self._write(b"".join(map(encode, rows)))
-
-  def _write(self, data: bytes) -> None:
-    try:
-      with _naming(self.path, data):
-        view = memoryview(data)
-        while view:
-          view = view[os.write(self._fd, view) :]
-        os.fsync(self._fd)
-    except BaseException:
-      # A full disk takes a part of the line: what was committed stays whole.
-      os.ftruncate(self._fd, self._size)
-      raise
-    self._size += len(data)
-
-
-@contextlib.contextmanager
-def _naming(path: pathlib.Path, data: bytes):
-  """Gives the errors of a write, which name no file, the path and size."""
-  try:
-    yield
-  except OSError as error:
-    message = f"{error.strerror} (writing {len(data)} bytes)"
-    code = error.errno or errno.EIO
-    raise OSError(code, message, str(path)) from error
-
-
-def _read(path, cls: type[Row]) -> tuple[list[Row], bytes, int]:
+def scan(
+  path: str | os.PathLike, cls: type[Row]
+) -> tuple[list[Row], bytes, int]:
   """The rows of whole lines, what follows the last one, their bytes."""
   rows, size = [], 0
   for number, line in strict_json.lines(path):
@@ -460,20 +269,3 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         f" {error.start}, which UTF-8 cannot carry"
       ) from None
   return value
-
-
-def _holder(fd: int) -> str:
-  try:
-    mark = json.loads(os.pread(fd, 4096, 0))
-    return f"pid {mark['pid']} on {mark['host']}"
-  except (ValueError, KeyError, TypeError):
-    return "an unnamed process"
-
-
-def sync_directory(path: pathlib.Path) -> None:
-  """Makes a new or renamed entry of the directory survive a power cut."""
-  fd = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(fd)
-  finally:
-    os.close(fd)

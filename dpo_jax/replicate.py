@@ -19,14 +19,15 @@ import jax
 
 from dpo_jax import (
   answers,
+  atomic,
   cli,
   console,
   grid,
   hf,
   hub,
+  locks,
   model,
   recipe,
-  records,
   report,
   rundir,
   settings,
@@ -128,7 +129,7 @@ def run(config: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
   paths = here | _filled(config["paths"], here)
   built = settings.build(ReplicateSettings, _filled(config, paths))
   workdir.mkdir(parents=True, exist_ok=True)
-  with records.Lock(workdir / "lock"):
+  with locks.Lock(workdir / "lock"):
     done = rundir.begun(workdir)
     free = [f"{name}.{field}" for name in _TRAININGS for field in recipe.FREE]
     rundir.check(workdir, {name: config.get(name) for name in done}, free)
@@ -147,7 +148,7 @@ def run(config: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
       if name not in _REPEATABLE:
         done[name] = config[name]
         text = json.dumps(done, indent=2)
-        records.write_atomic(workdir / "config.json", text + "\n")
+        atomic.write_text(workdir / "config.json", text + "\n")
     _push(built, workdir)
   minutes = (time.perf_counter() - started) / 60
   path = workdir / "report" / "report.md"

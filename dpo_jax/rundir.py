@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable
 from typing import Any
 
-from dpo_jax import records, settings, strict_json
+from dpo_jax import atomic, settings, strict_json
 
 
 def prepare(workdir: pathlib.Path, *names: str) -> None:
@@ -69,7 +69,7 @@ def claim(
   """
   path = workdir / "config.json"
   if check(workdir, values, allowed) or not path.exists():
-    records.write_atomic(path, json.dumps(values, indent=2) + "\n")
+    atomic.write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def check(

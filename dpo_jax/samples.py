@@ -18,6 +18,7 @@ import jax
 
 from dpo_jax import (
   assembly,
+  atomic,
   data,
   grid,
   interruption,
@@ -25,6 +26,7 @@ from dpo_jax import (
   processes,
   recipe,
   records,
+  row_store,
   sampling,
 )
 
@@ -77,7 +79,7 @@ class Sampler:
 
   def _trim(self, start: int) -> bool:
     """Keeps the rows up to `start`; whether all of its own are there."""
-    with records.Store(self.path, records.Response) as store:
+    with row_store.Store(self.path, records.Response) as store:
       rows = store.rows
     wanted = [prompt.comparison.id for prompt in self.prompts]
     own = [row.prompt_id for row in rows if row.step == start]
@@ -87,7 +89,7 @@ class Sampler:
     kept = [row for row in rows if start and (row.step or 0) <= last]
     if len(kept) < len(rows):
       text = b"".join(map(records.encode, kept)).decode()
-      records.write_atomic(self.path, text)
+      atomic.write_text(self.path, text)
     return there
 
   def write(
@@ -126,7 +128,7 @@ class Sampler:
         if watch.requested():
           return False
     if processes.first():
-      with records.Store(self.path, records.Response) as store:
+      with row_store.Store(self.path, records.Response) as store:
         store.append_many(rows)
     writer.table(step, "samples", COLUMNS, [_cells(row) for row in rows])
     return True

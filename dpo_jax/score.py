@@ -33,6 +33,7 @@ import jax
 import numpy as np
 
 from dpo_jax import (
+  atomic,
   batches,
   buckets,
   comparisons,
@@ -41,7 +42,6 @@ from dpo_jax import (
   partitioning,
   placement,
   profiles,
-  records,
   redaction,
   steps,
   tables,
@@ -135,7 +135,7 @@ def run(settings: ScoreSettings) -> list[dict[str, Any]]:
     for i, pair in enumerate(pairs)
   ]
   lines = (json.dumps(row, allow_nan=False) + "\n" for row in scored)
-  records.write_atomic(output, "".join(lines))
+  atomic.write_text(output, "".join(lines))
   return scored
 
 

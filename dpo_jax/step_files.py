@@ -17,7 +17,7 @@ import pathlib
 import shutil
 from typing import Literal
 
-from dpo_jax import records, strict_json
+from dpo_jax import atomic, strict_json
 
 MANIFEST = "manifest.json"
 # A step being deleted: a killed deletion must not look like a damaged step.
@@ -91,7 +91,7 @@ def complete(
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
     hashes = list(pool.map(lambda name: _sha256(path / name, sync=True), files))
   for folder in (*filter(pathlib.Path.is_dir, path.rglob("*")), path):
-    records.sync_directory(folder)
+    atomic.sync_directory(folder)
   manifest = {
     "format": _FORMAT,
     "step": step,
@@ -196,7 +196,7 @@ def tidy(directory: pathlib.Path, latest: int | None) -> None:
       raise ValueError(
         f"{path} is no checkpoint: move it away, or use another directory"
       )
-  records.sync_directory(directory)
+  atomic.sync_directory(directory)
 
 
 def prune(directory: pathlib.Path, retention: Retention) -> None:
@@ -210,7 +210,7 @@ def prune(directory: pathlib.Path, retention: Retention) -> None:
     path = directory / str(step)
     gone = path.with_name(path.name + _DELETING)
     path.rename(gone)
-    records.sync_directory(directory)
+    atomic.sync_directory(directory)
     shutil.rmtree(gone)
 
 
@@ -221,8 +221,8 @@ def _finite(metrics: dict[str, float]) -> dict[str, float]:
 def _write(directory: pathlib.Path, step: int, manifest: dict) -> None:
   manifest = manifest | {"sha256": _own_hash(manifest)}
   text = json.dumps(manifest, indent=2) + "\n"
-  records.write_atomic(directory / str(step) / MANIFEST, text)
-  records.sync_directory(directory)
+  atomic.write_text(directory / str(step) / MANIFEST, text)
+  atomic.sync_directory(directory)
 
 
 def _manifest(directory: pathlib.Path, step: int) -> dict:

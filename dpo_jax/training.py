@@ -18,6 +18,7 @@ import jax
 
 from dpo_jax import (
   assembly,
+  atomic,
   checkpoint,
   checks,
   console,
@@ -30,6 +31,7 @@ from dpo_jax import (
   hub,
   incidents,
   interruption,
+  locks,
   lora,
   metrics,
   packing,
@@ -37,7 +39,6 @@ from dpo_jax import (
   programs,
   provenance,
   recipe,
-  records,
   rundir,
   samples,
   settings,
@@ -65,7 +66,7 @@ def run(config: recipe.TrainSettings, workdir: pathlib.Path) -> pathlib.Path:
     with processes.together("preparing the directory"):
       if processes.first():
         rundir.prepare(workdir, "checkpoints")
-    with processes.owned(records.Lock(workdir / "lock")):
+    with processes.owned(locks.Lock(workdir / "lock")):
       try:
         return _run(config, workdir, watch)
       except jax.errors.JaxRuntimeError as error:
@@ -166,7 +167,7 @@ class _Loop:
       raise
     self._export()
     if processes.first():
-      records.write_atomic(
+      atomic.write_text(
         self.workdir / "finished.json", json.dumps({"step": self.steps}) + "\n"
       )
     processes.wait("finished")

@@ -32,6 +32,7 @@ from dpo_jax import (
   records,
   recount,
   reference,
+  row_store,
   rundir,
   safetensors_files,
   score,
@@ -452,7 +453,7 @@ def _rows(cls):
       assert all(
         records.decode(records.encode(row), cls) == row for row in rows
       )
-    with records.Store(path, cls) as store:
+    with row_store.Store(path, cls) as store:
       store.append_many(store.rows[:1])
 
   return read

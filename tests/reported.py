@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from dpo_jax import compose, records, report
+from dpo_jax import compose, records, report, row_store
 
 SETTINGS = report.ReportSettings(
   title="A small run",
@@ -75,7 +75,7 @@ def cells():
 
 def write_rows(path, rows):
   path.parent.mkdir(parents=True, exist_ok=True)
-  with records.Store(path, type(rows[0])) as store:
+  with row_store.Store(path, type(rows[0])) as store:
     store.append_many(rows)
 
 

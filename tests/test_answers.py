@@ -136,9 +136,9 @@ def test_a_finished_file_is_left_alone(world, whole, monkeypatch):
 
 CHILD = """
 import json, os, pathlib, signal, sys
-from dpo_jax import answers, grid, records, settings
+from dpo_jax import answers, grid, records, row_store, settings
 
-append, calls = records.Store.append_many, []
+append, calls = row_store.Store.append_many, []
 
 def dies_in_its_second_append(store, rows):
   calls.append(1)
@@ -149,7 +149,7 @@ def dies_in_its_second_append(store, rows):
   os.write(store._fd, records.encode(rows[1])[:-9])
   os.kill(os.getpid(), signal.SIGKILL)
 
-records.Store.append_many = dies_in_its_second_append
+row_store.Store.append_many = dies_in_its_second_append
 values = json.loads(sys.argv[1])
 answers.run(
   settings.build(grid.AnswerSettings, values), pathlib.Path(sys.argv[2])

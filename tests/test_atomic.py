@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from dpo_jax import atomic, comparisons, records, token_cache, tokenizer
+from dpo_jax import atomic, comparisons, token_cache, tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LENGTHS = {"profile": "paper", "max_length": 24, "max_prompt_length": 8}
@@ -90,7 +90,7 @@ def test_only_temporaries_of_this_host_are_removed(tmp_path, monkeypatch):
   for left in (name, *kept):
     (tmp_path / left).write_text("half")
   os.symlink(tmp_path / "link", tmp_path / name.replace("a.json", "b.json"))
-  records.write_atomic(path, "whole")
+  atomic.write_text(path, "whole")
   assert path.read_text() == "whole"
   kept += [path.name, name.replace("a.json", "b.json")]
   assert sorted(os.listdir(tmp_path)) == sorted(kept)
@@ -118,7 +118,7 @@ def test_one_that_is_taken_for_left_is_begun_again(tmp_path, monkeypatch):
 
 def test_what_fails_leaves_what_was_there(tmp_path):
   path = tmp_path / "a"
-  records.write_atomic(path, "before")
+  atomic.write_text(path, "before")
 
   def fails():
     with atomic.replacing(path) as temporary:

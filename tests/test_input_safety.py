@@ -26,6 +26,7 @@ from dpo_jax import (
   model,
   records,
   reference,
+  row_store,
   safetensors_files,
   strict_json,
   tokenizer,
@@ -259,7 +260,7 @@ def test_a_row_that_could_not_be_read_again_is_not_written(tmp_path):
   path = tmp_path / "rows.jsonl"
   row = dataclasses.replace(RESPONSE, response="x" * strict_json.MAX_LINE_BYTES)
   with (
-    records.Store(path, records.Response) as store,
+    row_store.Store(path, records.Response) as store,
     pytest.raises(ValueError, match="more than the 16777216 of a line"),
   ):
     store.append_many([RESPONSE, row])
@@ -273,7 +274,7 @@ def test_a_long_last_line_is_no_interrupted_append(tmp_path):
   before = path.stat().st_size
   with (
     pytest.raises(ValueError, match=r"rows\.jsonl:2: longer than 16 MiB"),
-    records.Store(path, records.Response),
+    row_store.Store(path, records.Response),
   ):
     pass
   assert path.stat().st_size == before

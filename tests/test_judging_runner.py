@@ -10,7 +10,7 @@ import judge_server
 import pytest
 from test_judging_client import KEY, settings
 
-from dpo_jax import judging, records, synthetic
+from dpo_jax import judging, records, row_store, synthetic
 from dpo_jax.judging import controls, oracle, questions, runner
 
 PROMPT = "\n\nHuman: hi\n\nAssistant:"
@@ -39,7 +39,7 @@ def response(number=0, text=" longer than it", chosen=" short", **changes):
 def write(workdir, rows, name="dpo.jsonl"):
   path = workdir / "responses" / name
   path.unlink(missing_ok=True)
-  with records.Store(path, records.Response) as store:
+  with row_store.Store(path, records.Response) as store:
     store.append_many(rows)
 
 

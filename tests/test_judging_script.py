@@ -17,7 +17,7 @@ from test_judging_runner import (
   write,
 )
 
-from dpo_jax import records
+from dpo_jax import records, row_store
 from dpo_jax.judging import runner
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -137,7 +137,7 @@ def test_the_script_says_what_it_did_and_resumes(tmp_path):
     assert "judge Qwen" in err
     # The same directory is refused while another judge holds it.
     with (
-      records.Store(tmp_path / "verdicts" / "dpo.jsonl", records.Verdict),
+      row_store.Store(tmp_path / "verdicts" / "dpo.jsonl", records.Verdict),
       script(tmp_path, server.url) as child,
     ):
       out, err = child.communicate(timeout=60)

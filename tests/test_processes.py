@@ -22,6 +22,7 @@ import safetensors.numpy
 
 from dpo_jax import (
   interruption,
+  locks,
   metrics,
   partitioning,
   processes,
@@ -260,7 +261,7 @@ def test_what_happens_to_one_of_two_stops_both(
 
 CHILD = """
 import signal, sys
-from dpo_jax import errors, interruption, processes, records
+from dpo_jax import errors, interruption, locks, processes
 
 with processes.joined():
   import jax, numpy as np
@@ -287,11 +288,11 @@ with processes.joined():
         raise ValueError("no such file")
   except (ValueError, errors.Stopped) as error:
     print(type(error).__name__, error)
-  with processes.owned(records.Lock(sys.argv[1])):
+  with processes.owned(locks.Lock(sys.argv[1])):
     processes.shared(__import__("pathlib").Path(sys.argv[1]))
     processes.wait("held")
   try:
-    with processes.owned(records.Lock(sys.argv[2])):
+    with processes.owned(locks.Lock(sys.argv[2])):
       raise AssertionError("it is held by another")
   except errors.Stopped as error:
     print(type(error).__name__)
@@ -311,7 +312,7 @@ with processes.joined():
 
 
 def test_what_one_process_meets_all_of_them_learn(tmp_path):
-  with records.Lock(tmp_path / "held"):
+  with locks.Lock(tmp_path / "held"):
     children = [
       subprocess.Popen(
         [sys.executable, "-c", CHILD, tmp_path / "free", tmp_path / "held"],

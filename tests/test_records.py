@@ -12,7 +12,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from dpo_jax import records
+from dpo_jax import atomic, locks, records, row_store
 
 RESPONSE = records.Response(
   prompt_id="p1",
@@ -74,7 +74,7 @@ def line(**changes) -> bytes:
 def test_texts_survive_the_file(tmp_path, text):
   row = dataclasses.replace(RESPONSE, response=text)
   path = tmp_path / "rows.jsonl"
-  with records.Store(path, records.Response) as store:
+  with row_store.Store(path, records.Response) as store:
     store.append(row)
     store.append(RESPONSE)
   assert records.read(path, records.Response) == [row, RESPONSE]
@@ -118,7 +118,7 @@ def test_a_cut_anywhere_loses_only_the_line_it_cuts(
   # A line that lacks its newline only is whole: JSON ends with its brace.
   ends = [sum(map(len, lines[: i + 1])) - 1 for i in range(len(lines))]
   kept = sum(end <= cut for end in ends)
-  with records.Store(path, records.Response) as store:
+  with row_store.Store(path, records.Response) as store:
     assert store.rows == rows[:kept]
     store.append(RESPONSE)
   assert path.read_bytes() == b"".join(lines[:kept]) + records.encode(RESPONSE)
@@ -129,7 +129,7 @@ def test_store_says_what_it_cut(tmp_path, caplog):
   path.write_bytes(line() + line()[:30])
   with pytest.raises(ValueError, match=r"rows\.jsonl:2"):
     records.read(path, records.Response)
-  with records.Store(path, records.Response) as store:
+  with row_store.Store(path, records.Response) as store:
     assert store.rows == [RESPONSE]
     assert store.cut_bytes == 30
   assert "30 bytes" in caplog.text
@@ -165,7 +165,7 @@ def test_bad_line_is_named_with_its_field(tmp_path, data, message):
   # A bad line in the middle is not an interrupted append: nothing is mended.
   with (
     pytest.raises(ValueError, match=r"rows\.jsonl:2"),
-    records.Store(path, records.Response),
+    row_store.Store(path, records.Response),
   ):
     pass
   assert path.read_bytes() == line() + data + line()
@@ -185,7 +185,7 @@ def test_bad_line_is_named_with_its_field(tmp_path, data, message):
 def test_bad_row_is_refused_before_it_is_written(tmp_path, changes, message):
   path = tmp_path / "rows.jsonl"
   with (
-    records.Store(path, records.Response) as store,
+    row_store.Store(path, records.Response) as store,
     pytest.raises(ValueError, match=message),
   ):
     store.append_many([RESPONSE, dataclasses.replace(RESPONSE, **changes)])
@@ -212,10 +212,10 @@ def test_the_last_verdict_of_a_unit_counts(tmp_path):
   missing = dataclasses.replace(VERDICT, verdict="missing", error="HTTP 500")
   other = dataclasses.replace(VERDICT, order="chosen_first")
   retest = dataclasses.replace(VERDICT, control="retest", score=None)
-  with records.Store(path, records.Verdict) as store:
+  with row_store.Store(path, records.Verdict) as store:
     store.append_many([missing, other, retest, VERDICT])
   assert records.read(path, records.Verdict) == [other, retest, VERDICT]
-  with records.Store(path, records.Verdict) as store:
+  with row_store.Store(path, records.Verdict) as store:
     assert store.rows == [missing, other, retest, VERDICT]
 
 
@@ -238,15 +238,15 @@ def test_the_fields_of_a_verdict_are_checked(changes, message):
       records.encode(row)
 
 
-def test_write_atomic_leaves_the_old_file_or_the_new_one(tmp_path):
+def test_a_written_text_is_the_old_or_the_new_one(tmp_path):
   path = tmp_path / "report.md"
-  records.write_atomic(path, "first\r\n\u2028")
+  atomic.write_text(path, "first\r\n\u2028")
   assert path.read_bytes() == "first\r\n\u2028".encode()
   with pytest.raises(UnicodeEncodeError):
-    records.write_atomic(path, "\ud83d")
+    atomic.write_text(path, "\ud83d")
   path.with_name("sub").mkdir()
   with pytest.raises(IsADirectoryError):
-    records.write_atomic(path.with_name("sub"), "text")
+    atomic.write_text(path.with_name("sub"), "text")
   assert path.read_bytes() == "first\r\n\u2028".encode()
   assert sorted(os.listdir(tmp_path)) == ["report.md", "sub"]
 
@@ -254,15 +254,15 @@ def test_write_atomic_leaves_the_old_file_or_the_new_one(tmp_path):
 def test_a_full_disk_keeps_what_was_committed(tmp_path):
   """The size limit of a real process stands in for the size of a disk."""
   path = tmp_path / "rows.jsonl"
-  with records.Store(path, records.Response) as store:
+  with row_store.Store(path, records.Response) as store:
     store.append(RESPONSE)
   before = path.read_bytes()
   code = f"""
 import dataclasses, resource, signal
-from dpo_jax import records
+from dpo_jax import records, row_store
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before)} + 100,) * 2)
-with records.Store({str(path)!r}, records.Response) as store:
+with row_store.Store({str(path)!r}, records.Response) as store:
   try:
     store.append(dataclasses.replace(store.rows[0], sample_id=1))
   except OSError as error:
@@ -287,8 +287,8 @@ def python(code: str) -> subprocess.Popen:
 def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path, caplog):
   path = tmp_path / "rows.jsonl"
   code = f"""
-from dpo_jax import records
-with records.Store({str(path)!r}, records.Response) as store:
+from dpo_jax import records, row_store
+with row_store.Store({str(path)!r}, records.Response) as store:
   print("held", flush=True)
   input()
 """
@@ -296,36 +296,36 @@ with records.Store({str(path)!r}, records.Response) as store:
     try:
       assert holder.stdout.readline() == "held\n"
       with (
-        pytest.raises(records.Held, match=f"pid {holder.pid} on "),
-        records.Store(path, records.Response),
+        pytest.raises(locks.Held, match=f"pid {holder.pid} on "),
+        row_store.Store(path, records.Response),
       ):
         pass
     finally:
       holder.send_signal(signal.SIGKILL)
   # The killed process left its lock file behind.
   assert path.with_name("rows.jsonl.lock").exists()
-  with records.Store(path, records.Response) as store:
+  with row_store.Store(path, records.Response) as store:
     store.append(RESPONSE)
   assert f"stale lock of pid {holder.pid}" in caplog.text
   assert os.listdir(tmp_path) == ["rows.jsonl"]
 
 
 def test_a_lock_is_refused_within_one_process_too(tmp_path):
-  with records.Lock(tmp_path / "lock"):
+  with locks.Lock(tmp_path / "lock"):
     with (
-      pytest.raises(records.Held, match=f"pid {os.getpid()} "),
-      records.Lock(tmp_path / "lock"),
+      pytest.raises(locks.Held, match=f"pid {os.getpid()} "),
+      locks.Lock(tmp_path / "lock"),
     ):
       pass
     assert (tmp_path / "lock").exists()
-  with records.Lock(tmp_path / "lock"):
+  with locks.Lock(tmp_path / "lock"):
     pass
 
 
 def test_a_lock_of_another_host_is_not_guessed_about(tmp_path):
   path = tmp_path / "lock"
   path.write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
-  with pytest.raises(records.Held, match="elsewhere"), records.Lock(path):
+  with pytest.raises(locks.Held, match="elsewhere"), locks.Lock(path):
     pass
   assert "elsewhere" in path.read_text()
 
@@ -334,9 +334,9 @@ def test_a_killed_writer_leaves_whole_rows_only(tmp_path):
   path = tmp_path / "rows.jsonl"
   code = f"""
 import dataclasses
-from dpo_jax import records
+from dpo_jax import records, row_store
 row = records.decode({records.encode(RESPONSE)!r}, records.Response)
-with records.Store({str(path)!r}, records.Response) as store:
+with row_store.Store({str(path)!r}, records.Response) as store:
   number = 0
   while True:
     store.append(dataclasses.replace(row, sample_id=number))
@@ -347,7 +347,7 @@ with records.Store({str(path)!r}, records.Response) as store:
     told = [int(writer.stdout.readline()) for _ in range(20)]
     writer.send_signal(signal.SIGKILL)
     told += [int(number) for number in writer.stdout.read().split()]
-  with records.Store(path, records.Response) as store:
+  with row_store.Store(path, records.Response) as store:
     numbers = [row.sample_id for row in store.rows]
   # What was said to be committed is there, in order, and at most one more.
   assert numbers[: len(told)] == told == list(range(len(told)))

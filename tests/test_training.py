@@ -20,9 +20,9 @@ from dpo_jax import (
   checks,
   data,
   hf,
+  locks,
   metrics,
   model,
-  records,
   settings,
   sources,
   tokenizer,
@@ -276,8 +276,8 @@ def test_settings_that_were_refused_do_not_bind_the_directory(
 def test_a_second_trainer_is_refused(begun, config):
   before = running.read(begun)
   with (
-    records.Lock(begun / "lock"),
-    pytest.raises(records.Held, match=f"lock is held by pid {os.getpid()}"),
+    locks.Lock(begun / "lock"),
+    pytest.raises(locks.Held, match=f"lock is held by pid {os.getpid()}"),
   ):
     training.run(config(), begun)
   assert running.read(begun) == before

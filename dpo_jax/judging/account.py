@@ -9,7 +9,7 @@ import json
 import pathlib
 from typing import Any, Literal
 
-from dpo_jax import console, judging, records, strict_json
+from dpo_jax import atomic, console, judging, records, strict_json
 from dpo_jax import settings as settings_lib
 from dpo_jax.judging import budget, prompts, questions, server
 
@@ -248,7 +248,7 @@ class Books:
       "data_fingerprint": self._fingerprint,
     }
     text = json.dumps(values, indent=2) + "\n"
-    records.write_atomic(self.directory / FILE, text)
+    atomic.write_text(self.directory / FILE, text)
 
   def _read(self) -> _Before:
     path = self.directory / FILE

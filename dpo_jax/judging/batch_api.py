@@ -20,7 +20,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Set
 from typing import Any
 
-from dpo_jax import judging, records, settings, strict_json
+from dpo_jax import atomic, judging, settings, strict_json
 from dpo_jax.judging import client, prompts, questions, replies, transport
 
 _ENDED = ("completed", "failed", "expired", "cancelled")
@@ -295,7 +295,7 @@ class Batches:
   def _save(self, batch: Batch) -> None:
     self._directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dataclasses.asdict(batch))
-    records.write_atomic(self._path(batch), text)
+    atomic.write_text(self._path(batch), text)
 
   def _load(self, path: pathlib.Path) -> Batch:
     try:

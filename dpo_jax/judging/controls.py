@@ -14,7 +14,7 @@ seed, and a larger one holds a smaller one.
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from dpo_jax import records
+from dpo_jax import records, row_store
 from dpo_jax.judging import questions
 
 FILE = "controls.jsonl"
@@ -48,7 +48,7 @@ def cases(
   seed: int,
   orders: str,
   ordinary: Iterable[questions.Case],
-  store: records.Store[records.Verdict],
+  store: row_store.Store[records.Verdict],
 ) -> list[questions.Case]:
   """The control cases among these ordinary ones, to be written to `store`."""
   ordinary = list(ordinary)
@@ -108,7 +108,7 @@ def _control(row: records.Response, against: str) -> records.Response:
 def _both(
   control: records.Control,
   row: records.Response,
-  store: records.Store[records.Verdict],
+  store: row_store.Store[records.Verdict],
   orders: str,
   seed: int,
 ) -> list[questions.Case]:

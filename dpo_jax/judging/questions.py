@@ -7,7 +7,7 @@ texts and order) are one question, whose answer is written for each of them.
 import dataclasses
 from collections.abc import Iterable
 
-from dpo_jax import judging, records
+from dpo_jax import judging, records, row_store
 
 ORDERS: tuple[records.Order, records.Order] = ("model_first", "chosen_first")
 
@@ -16,7 +16,7 @@ ORDERS: tuple[records.Order, records.Order] = ("model_first", "chosen_first")
 class Case:
   """One verdict to be written: a response in an order, and where it goes."""
 
-  store: records.Store[records.Verdict]
+  store: row_store.Store[records.Verdict]
   response: records.Response
   order: records.Order
   control: records.Control = ""
@@ -39,7 +39,7 @@ class Plan:
 def plan(
   judge: judging.Judge,
   cases: Iterable[Case],
-  stores: Iterable[records.Store[records.Verdict]],
+  stores: Iterable[row_store.Store[records.Verdict]],
 ) -> Plan:
   """Sorts the cases into answered, answerable without a call, and open."""
   current: dict[tuple, records.Verdict] = {}

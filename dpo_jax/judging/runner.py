@@ -17,7 +17,7 @@ import re
 from collections.abc import Coroutine
 from typing import Any, Literal
 
-from dpo_jax import judging, records
+from dpo_jax import judging, records, row_store
 from dpo_jax.judging import (
   account,
   asking,
@@ -80,7 +80,7 @@ def run(settings: JudgeSettings, workdir: str | os.PathLike) -> account.Summary:
   Raises:
     ValueError: settings or files cannot be used; nothing was asked.
     judging.Stop: the judge can answer nothing more; verdicts so far are kept.
-    records.Held: another process is judging this directory.
+    locks.Held: another process is judging this directory.
   """
   work = _run(settings, pathlib.Path(workdir))
   try:
@@ -122,7 +122,7 @@ def estimate(
   directory = workdir / settings.verdicts
   _refuse_leftovers(directory, files)
   stores = {
-    name: records.Store(directory / name, records.Verdict).peek()
+    name: row_store.Store(directory / name, records.Verdict).peek()
     for name in [*(path.name for path in files), controls.FILE]
   }
   judge, purse = oracle.oracle(), None
@@ -163,7 +163,7 @@ async def _run(
       judge = used.judge
     stores = {
       name: stack.enter_context(
-        records.Store(directory / name, records.Verdict)
+        row_store.Store(directory / name, records.Verdict)
       )
       for name in [*(path.name for path in files), controls.FILE]
     }
@@ -206,7 +206,7 @@ def _count(plan: questions.Plan, *, control: bool) -> dict[str, int]:
 def _cases(
   settings: JudgeSettings,
   files: dict[pathlib.Path, list[records.Response]],
-  stores: dict[str, records.Store[records.Verdict]],
+  stores: dict[str, row_store.Store[records.Verdict]],
 ) -> list[questions.Case]:
   """All that is to be judged: every response, and then the controls."""
   ordinary = []
@@ -270,7 +270,7 @@ def read_responses(
 
 
 def _refuse_strangers(
-  store: records.Store[records.Verdict], responses: list[records.Response]
+  store: row_store.Store[records.Verdict], responses: list[records.Response]
 ) -> None:
   """Verdicts on responses that are gone would be counted as if they stood."""
   known = {response.unit for response in responses}
