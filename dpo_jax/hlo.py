@@ -6,10 +6,8 @@ the loops around it go round. All numbers are one device's.
 
 Flops are those of matrix products, and what a Pallas kernel says that it costs;
 what else is computed is bounded by bytes.
-Bytes are what an instruction reads and writes outside of fusions, where an
-operand that is only sliced counts as its slices, one that is written in place
-as what is written, and an array that the compiler keeps on the chip (memory
-space S(n)) not at all.
+Bytes are what passes to and from memory (`hlo_bytes`), and what is sent is
+counted by `hlo_traffic`.
 """
 
 import collections
@@ -18,7 +16,7 @@ import functools
 import math
 import re
 
-from dpo_jax import hlo_text, hlo_traffic
+from dpo_jax import hlo_bytes, hlo_text, hlo_traffic
 
 # Instructions that move nothing by themselves.
 _FREE = frozenset(
@@ -38,11 +36,6 @@ _FREE = frozenset(
     "while",
   }
 )
-
-# Instructions that read a part of their first operand, as large as the result.
-_SLICES = ("dynamic-slice", "gather")
-# Those that write a part of it in place, and which operand is the part.
-_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +144,7 @@ class _Counter:
           self._overlap(at)
       elif one.op not in _FREE and not one.op.endswith(("-done", "-update")):
         flops = self._flops(name, one)
-        moved = self._bytes(name, one)
+        moved = hlo_bytes.moved(self.by_name, name, one)
         if flops or moved:
           self.work.append(Work(times, flops, moved))
       for found in hlo_traffic.collectives(
@@ -226,85 +219,6 @@ class _Counter:
 
   def _array(self, name: str, operand: str) -> hlo_text.Array:
     return self.by_name[name][operand].arrays[0]
-
-  def _bytes(self, name: str, one: hlo_text.Instruction) -> float:
-    made = [a.bytes if a.in_memory else 0.0 for a in one.arrays]
-    read = []
-    for operand in one.operands:
-      source = self.by_name[name].get(operand)
-      arrays = source.arrays if source is not None else ()
-      read.append(sum(a.bytes for a in arrays if a.in_memory))
-    if one.op in _SLICES:
-      return 2 * sum(made)
-    if one.op in _UPDATES:
-      return 2 * read[_UPDATES[one.op]]
-    if one.op.endswith("-start"):
-      # The result stands in the tuple beside what it was made of.
-      return sum(made)
-    if one.op == "fusion":
-      return self._fusion_bytes(one, made, read)
-    return sum(made) + sum(read)
-
-  def _fusion_bytes(
-    self, one: hlo_text.Instruction, made: list[float], read: list[float]
-  ) -> float:
-    name = hlo_text.called(one, "calls")[0]
-    body = self.computations[name]
-    # A later link of a chain: what it carries along is no work of its own.
-    carries = hlo_traffic.goes_on(self.computations, one)
-    users: dict[str, list[hlo_text.Instruction]] = collections.defaultdict(list)
-    for inner in body:
-      for operand in inner.operands:
-        users[operand].append(inner)
-    total = 0.0
-    for inner in body:
-      if inner.op != "parameter":
-        continue
-      size = read[int(inner.literal)] if int(inner.literal) < len(read) else 0.0
-      total += _read(size, _through_bitcasts(users, inner.name), carries)
-    root = next(i for i in body if i.is_root)
-    outputs = [self.by_name[name].get(o) for o in root.operands]
-    if root.op != "tuple" or len(outputs) != len(made):
-      outputs = [root]
-    for at, output in enumerate(outputs):
-      made[at] = self._written(name, output, made[at], carries)
-    return total + sum(made)
-
-  def _written(self, name, output, size: float, carries: bool) -> float:
-    """Bytes that a fusion writes of one of its outputs."""
-    inside = self.by_name[name]
-    while output.op in ("bitcast", "copy") and output.operands[0] in inside:
-      output = inside[output.operands[0]]
-    if output.op in _UPDATES:
-      update = output.operands[_UPDATES[output.op]]
-      return min(size, self._array(name, update).bytes)
-    if carries and hlo_traffic.is_carried(output):
-      return 0.0
-    return 0.0 if output.op == "parameter" else size
-
-
-def _read(size, used, carries) -> float:
-  """Bytes that a fusion reads of an operand with these (user, by which)."""
-  if carries:
-    used = [(u, by) for u, by in used if not hlo_traffic.is_carried(u)]
-  # What is only handed on is not read.
-  used = [(u, by) for u, by in used if u.op != "tuple"]
-  if all(u.op in _UPDATES and u.operands[0] == by for u, by in used):
-    return 0.0
-  if all(u.op in _SLICES and u.operands[0] == by for u, by in used):
-    return min(size, sum(u.arrays[0].bytes for u, _ in used))
-  return size
-
-
-def _through_bitcasts(users, name):
-  """(user, the operand it uses) of a value and of its bitcasts."""
-  found = []
-  for one in users[name]:
-    if one.op == "bitcast":
-      found += _through_bitcasts(users, one.name)
-    else:
-      found.append((one, name))
-  return found
 
 
 def _branches(one: hlo_text.Instruction) -> list[str]:

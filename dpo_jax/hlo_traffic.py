@@ -89,9 +89,13 @@ def collectives(
   yield Collective(kind, 1.0, size * factor, results[0].shape, False, started)
 
 
-def goes_on(computations: Computations, one: hlo_text.Instruction) -> bool:
-  """Whether a fusion is a later link of a chain: it hands buffers on."""
-  body = computations[hlo_text.called(one, "calls")[0]]
+def goes_on(
+  body: Sequence[hlo_text.Instruction], one: hlo_text.Instruction
+) -> bool:
+  """Whether a fusion of this body is a later link of a chain.
+
+  It hands buffers on.
+  """
   if not any(inner.op in _KINDS for inner in body):
     return False
   ends = any("AsyncCollectiveDone" in inner.attributes for inner in body)

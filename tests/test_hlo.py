@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax import hlo, partitioning
+from dpo_jax import compiling, hlo, partitioning, topology
 
 
 def compiled(f, *args):
@@ -254,6 +254,78 @@ def test_what_is_written_in_place_counts_as_what_is_written():
   found = hlo.cost(jitted.lower(*args).compile().as_text())
   # Ten times 4 rows of 64 are written and read; the cache has 1,024,000 bytes.
   assert found.bytes < 10 * 4 * 4 * 64 * 20 < 4 * 4 * 1000 * 64
+
+
+# A product that takes one layer's kernel of a stack by a fusion within its own,
+# as the TPU compiler writes it, and puts what it makes into another stack.
+NESTED = """
+HloModule jit_f, is_scheduled=true
+
+%take (stack: f32[4,32,8], i: s32[]) -> bf16[32,8] {
+  %stack = f32[4,32,8]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %c = bf16[4,32,8]{2,1,0} convert(%stack)
+  %s = bf16[1,32,8]{2,1,0} dynamic-slice(%c, %i, %zero, %zero), dynamic_slice_sizes={1,32,8}
+  ROOT %b = bf16[32,8]{1,0} bitcast(%s)
+}
+
+%put (kept: bf16[4,16,8], y: bf16[16,8], i: s32[]) -> bf16[4,16,8] {
+  %kept = bf16[4,16,8]{2,1,0} parameter(0)
+  %y = bf16[16,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %b = bf16[1,16,8]{2,1,0} bitcast(%y)
+  ROOT %u = bf16[4,16,8]{2,1,0} dynamic-update-slice(%kept, %b, %i, %zero, %zero)
+}
+
+%product (x: bf16[16,32], stack: f32[4,32,8], kept: bf16[4,16,8], i: s32[]) -> bf16[4,16,8] {
+  %x = bf16[16,32]{1,0} parameter(0)
+  %stack = f32[4,32,8]{2,1,0} parameter(1)
+  %kept = bf16[4,16,8]{2,1,0} parameter(2)
+  %i = s32[] parameter(3)
+  %w = bf16[32,8]{1,0} fusion(%stack, %i), kind=kLoop, calls=%take
+  %y = bf16[16,8]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+  ROOT %f = bf16[4,16,8]{2,1,0} fusion(%kept, %y, %i), kind=kLoop, calls=%put
+}
+
+ENTRY %main (x: bf16[16,32], stack: f32[4,32,8], kept: bf16[4,16,8], i: s32[]) -> bf16[4,16,8] {
+  %x = bf16[16,32]{1,0} parameter(0)
+  %stack = f32[4,32,8]{2,1,0} parameter(1)
+  %kept = bf16[4,16,8]{2,1,0} parameter(2)
+  %i = s32[] parameter(3)
+  %begun = ((f32[4,32,8]{2,1,0}), f32[1,32,8]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%stack), slice={[0:1], [0:32], [0:8]}
+  %done = f32[1,32,8]{2,1,0:S(1)} slice-done(%begun)
+  ROOT %out = bf16[4,16,8]{2,1,0} fusion(%x, %stack, %kept, %i), kind=kOutput, calls=%product
+}
+"""  # noqa: E501
+
+
+def test_a_slice_within_an_inner_fusion_counts_as_the_slice():
+  found = hlo.cost(NESTED)
+  assert found.flops == 2 * 16 * 8 * 32
+  # One layer of four is read, in the type of the stack, and one is written;
+  # beside it the operand, the index, and the slice that is begun early and goes
+  # to the chip.
+  product = 4 * 32 * 8 + 2 * 16 * 32 + 2 * 16 * 8 + 4
+  assert found.bytes == product + 4 * 32 * 8
+
+
+def test_a_pass_over_a_stack_reads_it_once_on_a_tpu():
+  """As compiled: each round takes a layer's kernel within its product."""
+  mesh = partitioning.make_mesh(1, 1, 1, devices=topology.devices("v5e:1x1"))
+  here = partitioning.replicated(mesh)
+  kernels = jax.ShapeDtypeStruct((8, 2048, 2048), jnp.bfloat16, sharding=here)
+  x = jax.ShapeDtypeStruct((512, 2048), jnp.bfloat16, sharding=here)
+
+  def f(x, kernels):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, kernels)[0]
+
+  with compiling.uncached(mesh):
+    found = hlo.cost(compiled(f, x, kernels))
+  assert found.flops == 8 * 2 * 512 * 2048**2
+  stack, rows = 8 * 2 * 2048**2, 2 * 512 * 2048
+  assert stack <= found.bytes <= stack + 8 * 2 * rows
 
 
 def test_what_is_no_program_is_refused():
