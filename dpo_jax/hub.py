@@ -9,8 +9,9 @@ done again at any time and does only what is missing:
   branch step-000100  adapters/step-000100 of a LoRA run, or
                       models/step-000100 of one that trains all weights
 
-hub.json keeps what was pushed, by content, so that nothing is sent twice; a
-card whose win rates came later is sent alone. No token is ever read here:
+Paths of this machine are cut from all that is pushed, see `portable`. hub.json
+keeps what was pushed, by content, so that nothing is sent twice; a card whose
+win rates came later is sent alone. No token is ever read here:
 huggingface_hub takes it from HF_TOKEN, or from its own store.
 
   python -m dpo_jax.hub runs/dpo --repo=user/name --dry_run
@@ -36,14 +37,16 @@ from dpo_jax import (
   atomic,
   console,
   errors,
+  metrics,
   model_card,
+  portable,
   redaction,
   remote,
   strict_json,
 )
 
 MAIN = "main"
-FILE = "hub.json"
+FILE = portable.PUSHED
 # Checkpoints of all weights that may wait to be pushed: each takes as much disk
 # as the model.
 _WAITING = 2
@@ -129,11 +132,17 @@ def revisions(
     ValueError: a file of the run is not what it should be.
   """
   repo, licence = settings.repo, settings.licence
+  base = strict_json.read_object(directory / "config.json")["model"]["path"]
   found, last = [], {}
   for folder in ("adapters", "models"):
     for _, name in remote.steps(str(directory / folder)):
       path = pathlib.Path(name)
-      own = {file.name: file for file in path.iterdir() if file.is_file()}
+      own: dict[str, pathlib.Path | bytes] = {
+        file.name: file for file in path.iterdir() if file.is_file()
+      }
+      if folder == "adapters":
+        config = path / "adapter_config.json"
+        own[config.name] = portable.adapter(config, base)
       card = model_card.of_checkpoint(directory, path.name, repo, licence)
       temporary = path if folder == "models" else None
       files = own | {"README.md": card.encode()}
@@ -144,8 +153,9 @@ def revisions(
   if (directory / "finished.json").is_file():
     export = directory / "export"
     files = {file.name: file for file in export.iterdir() if file.is_file()}
-    for name in ("config.json", "manifest.json", "metrics.jsonl"):
-      files[f"run/{name}"] = directory / name
+    for name in ("config.json", "manifest.json"):
+      files[f"run/{name}"] = portable.file(directory / name)
+    files[f"run/{metrics.FILE}"] = directory / metrics.FILE
     card, figure = model_card.of_run(directory, repo, licence)
     if figure is not None:
       files[model_card.FIGURE] = figure

@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dpo_jax import markdown, metrics, strict_json
+from dpo_jax import markdown, metrics, portable, strict_json
 
 FIGURE = "win_rate_temperature.png"
 _LIMITS = """\
@@ -142,7 +142,7 @@ def _front(config: Mapping[str, Any], licence: str, library: str) -> str:
     path.partition("@")[0]
     for source in read
     for path in [source["train_path"]]
-    if _is_id(path)
+    if portable.is_id(path)
   }
   values: dict[str, Any] = {
     "library_name": library,
@@ -151,24 +151,20 @@ def _front(config: Mapping[str, Any], licence: str, library: str) -> str:
   }
   if licence:
     values["license"] = licence
-  if _is_id(config["model"]["path"]):
-    values["base_model"] = config["model"]["path"].partition("@")[0]
+  if base := portable.hub_name(config["model"]["path"]):
+    values["base_model"] = base[0]
   if datasets:
     values["datasets"] = sorted(datasets)
   lines = [f"{key}: {json.dumps(value)}" for key, value in values.items()]
   return "\n".join(["---", *lines, "---"])
 
 
-def _is_id(path: str) -> bool:
-  """Whether a path is a hub id, and not one of files on some machine."""
-  name = path.partition("@")[0]
-  local = name.startswith((".", "/", "~")) or pathlib.Path(name).exists()
-  return name.count("/") == 1 and not local
-
-
 def _named(path: str) -> str:
-  """A hub id, or the last parts of a local path, without where it lay."""
-  return path if _is_id(path) else "/".join(pathlib.Path(path).parts[-2:])
+  """What the hub calls a model, or the end of its path: not where it lay."""
+  known = portable.hub_name(path)
+  if known is None:
+    return portable.path(path)
+  return known[0] + (f"@{known[1]}" if known[1] else "")
 
 
 def _where(config: Mapping[str, Any]) -> str:
@@ -295,7 +291,7 @@ def _licence(licence: str) -> str:
 
 def _command(manifest: Mapping[str, Any]) -> str:
   starts = manifest.get("starts") or [{}]
-  command = starts[0].get("command", "")
+  command = portable.text(starts[0].get("command", ""))
   versions = ", ".join(
     f"{name} {version}" for name, version in manifest["versions"].items()
   )

@@ -157,6 +157,15 @@ def test_models_and_adapters_are_pushed_and_load_by_revision(run, whole):
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
       assert main[name] == (run / "export" / name).read_bytes()
     assert main["run/metrics.jsonl"] == (run / "metrics.jsonl").read_bytes()
+    # What was pushed says nowhere where it lay.
+    for files in branches.values():
+      for name, content in files.items():
+        for place in (whole.files, run.parent, ROOT, pathlib.Path.home()):
+          assert f"{place}/".encode() not in content, name
+    for file in ("run/config.json", "run/manifest.json"):
+      kept = (run / file.removeprefix("run/")).read_bytes()
+      assert f"{whole.files}/".encode() in kept
+      assert json.loads(main[file]).keys() == json.loads(kept).keys()
     assert (
       main["adapter/adapter_model.safetensors"]
       == (branches[STEPS[-1]]["adapter_model.safetensors"])

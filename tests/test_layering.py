@@ -41,6 +41,7 @@ LEVELS = {
   "metrics": 0,
   "page.prose": 0,
   "partitioning": 0,
+  "portable": 0,
   "provenance": 0,
   "quantised": 0,
   "remote": -1,
