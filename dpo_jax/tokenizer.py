@@ -162,10 +162,15 @@ def load(path: str | os.PathLike) -> Tokenizer:
       _check_size(directory / file)
   _check_ids(directory / "tokenizer.json")
   try:
-    # Left unsaid, trust_remote_code asks at the terminal.
-    backend = transformers.AutoTokenizer.from_pretrained(
-      str(directory), use_fast=True, trust_remote_code=False
-    )
+    if _is_plain(directory):
+      backend = transformers.PreTrainedTokenizerFast.from_pretrained(
+        str(directory)
+      )
+    else:
+      # Left unsaid, trust_remote_code asks at the terminal.
+      backend = transformers.AutoTokenizer.from_pretrained(
+        str(directory), use_fast=True, trust_remote_code=False
+      )
   # The tokenizers library raises nothing narrower, and where it panics an
   # error that is no Exception.
   except BaseException as error:
@@ -176,6 +181,29 @@ def load(path: str | os.PathLike) -> Tokenizer:
       f" id of a model on the hub ({type(error).__name__}: {error})"
     ) from error
   return _wrap(backend, name)
+
+
+def _is_plain(directory: pathlib.Path) -> bool:
+  """Whether AutoTokenizer would take PreTrainedTokenizerFast, as for our own.
+
+  It imports PyTorch, where that is installed, to find out: seconds of every
+  start. False wherever a class of the model's own may have a say.
+  """
+  names = ("tokenizer_config.json", "config.json")
+  found = [
+    strict_json.read_object(directory / name)
+    if (directory / name).is_file()
+    else {}
+    for name in names
+  ]
+  if any("auto_map" in content for content in found):
+    return False
+  # As transformers 4 and 5 name it.
+  kinds = ("PreTrainedTokenizerFast", "TokenizersBackend")
+  return (
+    found[0].get("tokenizer_class") in kinds
+    and found[1].get("model_type", "gpt_neox") == "gpt_neox"
+  )
 
 
 def _check_size(file: pathlib.Path) -> None:

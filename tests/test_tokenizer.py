@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
+import subprocess
+import sys
 import unicodedata
 
 import hypothesis
 import numpy as np
 import pytest
 import sourcing
+import transformers
 from hypothesis import strategies as st
 
 from dpo_jax import tokenizer
@@ -189,6 +193,78 @@ def test_code_beside_a_tokenizer_is_never_run(copy, edit, monkeypatch):
   )
   with pytest.raises(ValueError, match="no tokenizer at"):
     tokenizer.load(copy)
+
+
+# --- training one
+
+
+def content(backend):
+  """All by which two of transformers' tokenizers could give other ids."""
+  return (
+    backend.backend_tokenizer.to_str(),
+    backend.special_tokens_map,
+    {i: repr(token) for i, token in backend.added_tokens_decoder.items()},
+    len(backend),
+  )
+
+
+@pytest.mark.parametrize("config", [None, {"model_type": "gpt_neox"}])
+def test_our_own_are_read_as_transformers_would(copy, config, monkeypatch):
+  if config:
+    (copy / "config.json").write_text(json.dumps(config))
+  wanted = content(transformers.AutoTokenizer.from_pretrained(copy))
+
+  def no(*_, **options):
+    raise AssertionError("it would import PyTorch")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(transformers.AutoTokenizer, "from_pretrained", no)
+    found = content(tokenizer.load(copy).backend)
+  assert found == wanted
+
+
+@pytest.mark.parametrize(
+  ("file", "change"),
+  [
+    ("tokenizer_config.json", {"tokenizer_class": "GPTNeoXTokenizer"}),
+    ("tokenizer_config.json", {"tokenizer_class": None}),
+    ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["a.B", None]}}),
+    ("config.json", {"model_type": "llama"}),
+  ],
+)
+def test_where_a_class_has_a_say_transformers_decides(
+  copy, file, change, monkeypatch
+):
+  path = copy / file
+  before = json.loads(path.read_text()) if path.exists() else {}
+  path.write_text(json.dumps(before | change))
+  asked = []
+
+  def from_pretrained(name, **options):
+    asked.append(options)
+    raise OSError("asked")
+
+  monkeypatch.setattr(
+    transformers.AutoTokenizer, "from_pretrained", from_pretrained
+  )
+  with pytest.raises(ValueError, match="asked"):
+    tokenizer.load(copy)
+  assert asked == [{"use_fast": True, "trust_remote_code": False}]
+
+
+def test_no_torch_is_imported_to_read_pythias(shared):
+  code = (
+    "import sys\nfrom dpo_jax import tokenizer\n"
+    "tokenizer.load(sys.argv[1])\nprint('torch' in sys.modules)"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code, shared / "tokenizer" / "pythia"],
+    capture_output=True,
+    text=True,
+    check=True,
+    cwd=pathlib.Path(__file__).parent.parent,
+  )
+  assert done.stdout == "False\n"
 
 
 # --- training one
