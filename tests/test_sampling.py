@@ -1,6 +1,7 @@
 """The sampler against transformers, NumPy's distributions, and itself moved."""
 
 import dataclasses
+import json
 import math
 import re
 
@@ -15,14 +16,13 @@ import torch
 import transformers
 
 from dpo_jax import (
-  attention,
   decoding,
   draw,
   hf,
-  logps,
   lora,
   partitioning,
   sampling,
+  score,
   slots,
   sources,
   stops,
@@ -116,7 +116,12 @@ def network_and_policy(directory, **shape):
 def greedy(network, tok, prompt, new):
   """New tokens of transformers' generate."""
   ids = torch.tensor([prompt])
-  size = network.config.vocab_size
+
+  # Its own suppress_tokens looks each id up in a list at every step.
+  def existing(_, scores):
+    scores[:, tok.vocab_size :] = -math.inf
+    return scores
+
   return network.generate(
     ids,
     attention_mask=torch.ones_like(ids),
@@ -124,7 +129,7 @@ def greedy(network, tok, prompt, new):
     do_sample=False,
     eos_token_id=tok.eos_id,
     pad_token_id=tok.pad_id,
-    suppress_tokens=list(range(tok.vocab_size, size)),
+    logits_processor=[existing],
   )[0, ids.shape[1] :].tolist()
 
 
@@ -407,29 +412,43 @@ def test_a_stack_answers_as_its_adapters_do_one_by_one(noisy, tok, grid, told):
     assert together[at::3] == alone != told
 
 
-def test_log_probs_equal_scoring_the_answer_afterwards(noisy, tok, grid):
-  """One forward pass over prompt and answer, as training and score do it."""
+def test_log_probs_equal_scoring_the_answer_afterwards(noisy, tok, tmp_path):
+  """A file of answers, scored as a user would: python -m dpo_jax.score."""
   config, base = noisy
-  requests = grid[::4]
-  for request, sample in zip(requests, run(noisy, tok, requests)):
-    ids = (*request.prompt, *sample.tokens)
-    ones = jnp.ones((1, len(ids)), jnp.int32)
-    hidden, _ = sampling.model.apply(
-      config,
-      base,
-      None,
-      jnp.asarray([ids]),
-      jnp.arange(len(ids))[None],
-      attention.Segments(ones, 0 * ones),
+  hf.export(tmp_path / "model", config, base, tok)
+  requests = [
+    dataclasses.replace(request, sample_id=index)
+    for index in range(40)
+    for request in requests_for(tok, temperatures=(1.0,), max_new_tokens=5)
+  ]
+  texts = [text for _ in range(40) for text in PROMPTS]
+  rows, expected = [], []
+  for text, sample in zip(texts, run(noisy, tok, requests), strict=True):
+    ended = sample.finish_reason == "eos"
+    if sample.finish_reason == "turn" or tok.special_in(sample.text):
+      continue
+    # What a random model spells is seldom how the tokenizer would.
+    respelt = (*tok.encode(sample.text), *[tok.eos_id][:ended])
+    if not sample.text or respelt != sample.tokens:
+      continue
+    rows.append({"prompt": text, "chosen": sample.text, "rejected": "other"})
+    expected.append(sample.logps)
+  assert len(rows) >= 8
+  assert len({row["prompt"] for row in rows}) >= 3
+  (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  scored = score.run(
+    score.parse(
+      [
+        f"--model={tmp_path / 'model'}",
+        f"--pairs={tmp_path / 'pairs.jsonl'}",
+        f"--output={tmp_path / 'scored.jsonl'}",
+      ]
     )
-    scored = logps.token_stats(
-      hidden,
-      base["unembed"]["kernel"],
-      jnp.arange(len(request.prompt) - 1, len(ids) - 1)[None],
-      jnp.asarray([sample.tokens]),
-      chunk=64,
-    )
-    np.testing.assert_allclose(sample.logps, scored.logps[0], atol=1e-4)
+  )
+  for logps, row in zip(expected, scored, strict=True):
+    # Behind an answer that reached its length score adds EOS.
+    found = row["chosen_token_logps"][: len(logps)]
+    np.testing.assert_allclose(logps, found, atol=1e-4)
 
 
 def test_the_cache_may_be_smaller(noisy, tok):
