@@ -200,14 +200,22 @@ def plan_answers(
       return True
     if search and hbm:
       rows = most_answers(config, shape, mesh, found.rows // 8)
-      shards = partitioning.data_shards(mesh)
       if rows:
-        console.result(
-          f"decode fits with {rows} rows a device: batch_size={rows * shards}"
-          " in the sampling config"
-        )
+        _answer_fewer(config, shape, mesh, rows, name)
         return True
   return False
+
+
+def _answer_fewer(config, shape, mesh, rows, name) -> None:
+  """Prints the plan of a sampling run with so many rows a device."""
+  size = rows * partitioning.data_shards(mesh)
+  console.result(
+    f"{rows} rows a device fit: with batch_size={size} in the sampling config,"
+  )
+  hbm = hardware.chip(mesh.devices.flat[0].device_kind).hbm_bytes
+  fewer = dataclasses.replace(config, batch_size=size)
+  found = compiling_answers.compile_answers(fewer, shape, mesh, hbm)
+  console.result(plan_text.answers(found, mesh, name))
 
 
 def most_answers(
@@ -216,7 +224,10 @@ def most_answers(
   mesh: jax.sharding.Mesh,
   limit: int,
 ) -> int:
-  """The most rows a device with which decoding fits, in whole eights.
+  """The most rows a device with which all fits, in whole eights.
+
+  The program that reads the prompts takes the same at any count of rows: it is
+  not looked at.
 
   Args:
     config: of the sampling run; its batch size is what is looked for.
@@ -230,10 +241,10 @@ def most_answers(
   def needs(eights):
     fewer = dataclasses.replace(config, batch_size=8 * eights * shards)
     found = compiling_answers.compile_answers(
-      fewer, shape, mesh, hbm, ("decode",)
+      fewer, shape, mesh, hbm, ("enter", "decode")
     )
-    (decode,) = found.programs
-    return decode.memory and decode.memory.total
+    sizes = [one.memory and one.memory.total for one in found.programs]
+    return None if None in sizes else max(sizes)
 
   if limit < 1:
     return 0

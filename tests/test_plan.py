@@ -353,17 +353,26 @@ def test_a_mesh_that_splits_the_weights_is_tried_after_the_configs():
   assert sizes == [(1, 4, 2)]
 
 
-def test_the_most_answers_are_found_in_eights(monkeypatch):
+@pytest.mark.parametrize("largest", ["enter", "decode"])
+def test_the_most_answers_are_found_in_eights(largest, monkeypatch):
   """As if a row took a sixteenth of a gibibyte beside weights of four."""
   asked = []
 
   def compiled(config, shape, mesh, hbm, names):
-    assert (shape, hbm, names) == (SMALL, 8 * 2**30, ("decode",))
+    assert (shape, hbm) == (SMALL, 8 * 2**30)
+    assert names == ("enter", "decode")
     rows = config.batch_size // 8
     asked.append(rows)
     memory = compiling.Memory(4 * 2**30, 0, 0, rows * 2**26, 0)
-    one = compiling.Compiled("decode", memory, None, "", 0.0)
-    return types.SimpleNamespace(programs=[one])
+    least = compiling.Memory(2**30, 0, 0, 0, 0)
+    return types.SimpleNamespace(
+      programs=[
+        compiling.Compiled(
+          name, memory if name == largest else least, None, "", 0
+        )
+        for name in names
+      ]
+    )
 
   chip = hardware.Chip("a small one", 1e12, 8 * 2**30, 1e12, 1e12)
   monkeypatch.setitem(hardware.CHIPS, "cpu", chip)
@@ -373,6 +382,38 @@ def test_the_most_answers_are_found_in_eights(monkeypatch):
   assert all(rows % 8 == 0 for rows in asked)
   assert len(asked) <= 5
   assert plan.most_answers(sampling_config(), SMALL, mesh, 0) == 0
+
+
+def test_a_sampler_that_does_not_fit_is_planned_with_fewer_rows(
+  monkeypatch, capsys
+):
+  """It is said how many rows fit, and what they need and do."""
+  mesh = partitioning.make_mesh(8, 1, 1)
+  how = sampling_config(batch_size=8 * 16)
+  real = compiling_answers.compile_answers
+  sizes = []
+
+  def compiled(config, shape, mesh, hbm, *names):
+    found = real(config, shape, mesh, hbm, *names)
+    sizes.append((found.rows, max(p.memory.total for p in found.programs)))
+    return found
+
+  monkeypatch.setattr(compiling_answers, "compile_answers", compiled)
+  for rows in (16, 8):
+    compiled(sampling_config(batch_size=8 * rows), SMALL, mesh, None)
+  (_, much), (_, little) = sizes
+  chip = hardware.Chip("small", 1e12, (much + little) // 2, 1e12, 1e12)
+  monkeypatch.setitem(hardware.CHIPS, "cpu", chip)
+  assert plan.plan_answers(how, SMALL, jax.devices(), "it", True)
+  text = capsys.readouterr().out
+  first, second = re.split(r"\d+ rows a device fit: with batch_size=", text)
+  assert "16 rows a device of" in first
+  assert "DOES NOT FIT" in first
+  assert second.startswith("64 ")
+  assert "8 rows a device of" in second
+  assert "DOES NOT FIT" not in second
+  assert "tokens/s of" in second
+  assert sizes[-1][0] == 8
 
 
 # --- TPU slices that are not there
