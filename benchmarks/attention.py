@@ -111,6 +111,8 @@ def compiled(name: str, arguments, device: jax.Device) -> str:
   )
   if found.memory is None:
     return f"does not fit ({found.refusal})"
+  if found.cost is None:
+    return f"what it does cannot be read ({found.unread})"
   chip = hardware.chip(device.device_kind)
   seconds = found.cost.seconds(chip.bf16_flops, chip.hbm_bandwidth)
   return (

@@ -90,6 +90,8 @@ def compile_for(size: str, kind: str, name: str) -> dict:
   }
   if found.memory is None:
     return row
+  if found.cost is None:
+    raise SystemExit(f"{size} {kind} {name}: unread: {found.unread}")
   estimate = roofline.estimate(found.cost, chip)
   useful = plan_text.useful_flops(run, shape)
   return row | {

@@ -89,9 +89,10 @@ class Compiled:
   Attributes:
     name: "train", "eval", or of `compiling_answers`.
     memory: None where it does not fit.
-    cost: what it does; None where it does not fit.
+    cost: what it does; None where it does not fit, or where `unread` is not "".
     refusal: the compiler's words, "" where it fits.
     seconds: how long it took to compile.
+    unread: why what it does cannot be counted, in the words of XLA.
   """
 
   name: str
@@ -99,6 +100,7 @@ class Compiled:
   cost: hlo.Cost | None
   refusal: str
   seconds: float
+  unread: str = ""
 
 
 def compile_one(
@@ -134,7 +136,15 @@ def compile_one(
     beside,
   )
   took = time.perf_counter() - started
-  return Compiled(name, memory, hlo.cost(compiled.as_text(), rounds), "", took)
+  try:
+    text = compiled.as_text()
+  except jax.errors.JaxRuntimeError as error:
+    # XLA cannot read again every program that libtpu makes, such as one whose
+    # asynchronous slices are brought on by "async-update" with more operands
+    # than XLA knows of.
+    unread = str(error).splitlines()[0]
+    return Compiled(name, memory, None, "", took, unread)
+  return Compiled(name, memory, hlo.cost(text, rounds), "", took)
 
 
 def lengths(config: recipe.TrainSettings) -> Lengths:

@@ -44,6 +44,7 @@ def training(
       " --config.microbatches",
     )
   train = next((c for c in compiled if c.name == "train" and c.cost), None)
+  # Why it is None was said in its own lines.
   if train is None:
     return "\n".join(lines)
   if chip is None:
@@ -149,9 +150,15 @@ def program(
     f"{field.name} {_gib(getattr(memory, field.name))}"
     for field in dataclasses.fields(memory)
   )
+  needs = f"{one.name}: {_gib(memory.total)}{room} GiB a device ({parts});"
+  if cost is None:
+    return [
+      f"{needs} compiled in {one.seconds:.0f} s",
+      "  no flops, traffic or times: XLA cannot read the compiled program"
+      f" ({one.unread})",
+    ]
   lines = [
-    f"{one.name}: {_gib(memory.total)}{room} GiB a device"
-    f" ({parts}); {cost.flops:.4g} flops and {cost.bytes:.4g} bytes a device;"
+    f"{needs} {cost.flops:.4g} flops and {cost.bytes:.4g} bytes a device;"
     f" compiled in {one.seconds:.0f} s"
   ]
   for kind, (times, sent) in cost.traffic().items():

@@ -416,6 +416,39 @@ def test_a_sampler_that_does_not_fit_is_planned_with_fewer_rows(
   assert sizes[-1][0] == 8
 
 
+def test_a_program_that_xla_cannot_read_is_planned_by_its_memory():
+  """Bytes are still known; flops and times are not, and it says so."""
+
+  class Unread:
+    def __init__(self, real):
+      self.real = real
+
+    def lower(self):
+      return self
+
+    def compile(self):
+      return self
+
+    def memory_analysis(self):
+      return self.real.memory_analysis()
+
+    def as_text(self):
+      raise jax.errors.JaxRuntimeError("INTERNAL: async-update\na trace")
+
+  real = jax.jit(lambda x: x @ x).lower(jnp.ones((64, 64))).compile()
+  found = compiling.compile_one("train", Unread(real).lower)
+  assert found.cost is None
+  assert (found.refusal, found.unread) == ("", "INTERNAL: async-update")
+  # An operand and a result of 16 KiB.
+  assert found.memory.total >= 2 * 4 * 64**2
+  run, mesh = config(), partitioning.make_mesh(8, 1, 1)
+  text = plan_text.training(run, SMALL, mesh, [found], 1)
+  assert "train: 0.00 GiB a device (arguments 0.00" in text
+  assert "no flops, traffic or times: XLA cannot read the compiled" in text
+  assert "(INTERNAL: async-update)" in text
+  assert "DOES NOT FIT" not in text
+
+
 # --- TPU slices that are not there
 
 
@@ -438,20 +471,46 @@ def test_slices_of_libtpu(name, count):
   assert hardware.chip(found[0].device_kind).name.endswith(name.split(":")[0])
 
 
-def test_a_step_for_a_slice():
-  run = config()
-  mesh = partitioning.make_mesh(1, 8, 1, devices=topology.devices("v5e:2x4"))
-  (found,) = compiling.compile_steps(run, SMALL, mesh, 1, ("train",))
-  width = compiling.batch_of(run, mesh, 1, 1).target.shape[-1]
-  work = flops.Work(2 * 512, 2 * width, 2 * 512**2)
-  wanted = flops.step(SMALL, work, reference=True)
+@pytest.mark.parametrize(
+  ("name", "variant"),
+  [("v5e:2x4", "pythia-410m-lora"), ("v5e:4x4", "pythia-14m")],
+)
+def test_a_step_for_a_slice(name, variant):
+  run = config(variant)
+  shape = dataclasses.replace(SMALL, lora=SMALL.lora if run.lora.rank else None)
+  devices = topology.devices(name)
+  mesh = partitioning.make_mesh(1, -1, 1, devices=devices)
+  (found,) = compiling.compile_steps(run, shape, mesh, 1, ("train",))
+  batch = compiling.batch_of(run, mesh, 1, run.microbatches)
+  rows, width = run.microbatches, batch.target.shape[-1]
+  work = flops.Work(rows * 512, rows * width, rows * 512**2)
+  wanted = flops.step(shape, work, reference=True)
+  if not shape.lora:
+    # The gradient of the unembedding visits the vocabulary once more.
+    wanted += 2 * shape.width * shape.vocab_size * rows * width
   # The compiler may turn a product of few columns into something else.
   assert found.cost.flops == pytest.approx(wanted, rel=0.02)
   assert found.cost.open_loops == 0
-  text = plan_text.training(run, SMALL, mesh, [found], 1)
-  assert "8 x TPU v5 lite" in text
+  text = plan_text.training(run, shape, mesh, [found], 1)
+  assert f"{len(devices)} x TPU v5 lite" in text
   assert "of 15.75 GiB a device" in text
   assert "estimate, not measured" in text
+
+
+def test_decoding_for_a_slice():
+  """Bytes beside the flops: weights once a step, not once a layer."""
+  devices = topology.devices("v5e:4x4")
+  mesh = partitioning.make_mesh(-1, 1, 1, devices=devices)
+  how = sampling_config(batch_size=8 * 16, dtype="bfloat16")
+  hbm = hardware.chip("TPU v5e").hbm_bytes
+  found = compiling_answers.compile_answers(how, SMALL, mesh, hbm, ("decode",))
+  (decode,) = found.programs
+  assert decode.memory.total < hbm
+  assert decode.cost.open_loops == 1
+  each = decode.cost.bytes / found.steps
+  assert found.rows == 8
+  assert each < 3 * found.least_bytes
+  assert "tokens/s of 128 rows" in plan_text.answers(found, mesh, "this")
 
 
 def test_a_program_for_a_slice_stays_out_of_the_cache(tmp_path):
