@@ -8,6 +8,7 @@ layers is often taken by one fusion for the product of another.
 """
 
 import math
+import re
 from collections.abc import Mapping
 
 from dpo_jax import hlo_text, hlo_traffic
@@ -19,6 +20,8 @@ _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 # What stands for each element of its operand by itself: within a fusion, a
 # slice of one needs no more than that slice.
 _SAME = ("convert", "copy", "transpose")
+# Calls that name a place, and move nothing to it.
+_PLACES = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"')
 Named = Mapping[str, Mapping[str, hlo_text.Instruction]]
 
 
@@ -30,6 +33,8 @@ def moved(by_name: Named, name: str, one: hlo_text.Instruction) -> float:
     name: of the computation that holds it.
     one: the instruction.
   """
+  if one.op == "custom-call" and _PLACES.search(one.attributes):
+    return 0.0
   made = [a.bytes if a.in_memory else 0.0 for a in one.arrays]
   sources = [by_name[name].get(operand) for operand in one.operands]
   read = [_held(source) for source in sources]

@@ -294,6 +294,7 @@ ENTRY %main (x: bf16[16,32], stack: f32[4,32,8], kept: bf16[4,16,8], i: s32[]) -
   %stack = f32[4,32,8]{2,1,0} parameter(1)
   %kept = bf16[4,16,8]{2,1,0} parameter(2)
   %i = s32[] parameter(3)
+  %place = bf16[4,16,8]{2,1,0} custom-call(), custom_call_target="AllocateBuffer"
   %begun = ((f32[4,32,8]{2,1,0}), f32[1,32,8]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%stack), slice={[0:1], [0:32], [0:8]}
   %done = f32[1,32,8]{2,1,0:S(1)} slice-done(%begun)
   ROOT %out = bf16[4,16,8]{2,1,0} fusion(%x, %stack, %kept, %i), kind=kOutput, calls=%product
