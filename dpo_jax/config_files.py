@@ -5,6 +5,7 @@ dpo_jax/shipped/. A file of the working directory always comes first, so that
 `--config=configs/demo.py` means one's own file where there is one.
 """
 
+import difflib
 import pathlib
 import re
 import sys
@@ -40,6 +41,14 @@ def find(name: str) -> str:
   elif path.startswith("configs/") and shipped.is_file():
     name = str(shipped) + colon + variant
   return name
+
+
+def missing(path: str) -> str:
+  """What to say of a config that is not there, with the near names."""
+  names = sorted(file.stem for file in (root() / "configs").glob("*.py"))
+  near = difflib.get_close_matches(pathlib.Path(path).stem, names, 1)
+  hint = f"did you mean configs/{near[0]}.py?" if near else f"there are {names}"
+  return f"--config: there is no file {path!r}; {hint}"
 
 
 def importable() -> None:

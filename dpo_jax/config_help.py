@@ -35,11 +35,14 @@ def load(name: str) -> config_dict.ConfigDict:
   """The config of a file, or of a "FILE:VARIANT"; see `config_files.find`.
 
   Raises:
-    ValueError: the variant is unknown, or the file has no `get_config`.
-    OSError: there is no such file.
+    ValueError: there is no such file, it has no `get_config`, or the variant
+      is unknown.
+    OSError: the file cannot be read.
   """
   config_files.importable()
   path, colon, variant = config_files.find(name).partition(":")
+  if not pathlib.Path(path).is_file():
+    raise ValueError(config_files.missing(path))
   found = runpy.run_path(path)
   if "get_config" not in found:
     raise ValueError(f"{path} has no function get_config")

@@ -171,6 +171,25 @@ def test_a_comment_is_of_the_line_that_first_set_the_field(tmp_path):
   ]
 
 
+@pytest.mark.parametrize(
+  ("name", "words"),
+  [
+    (
+      "configs/dop.py:pythia-14m",
+      r"no file 'configs/dop.py'.*configs/dpo\.py\?",
+    ),
+    ("smaple:paper", r"no file 'smaple'.*configs/sample\.py\?"),
+    (
+      "my/zzzzzzzz.py",
+      r"no file 'my/zzzzzzzz.py'; there are \[.*'demo'",
+    ),
+  ],
+)
+def test_a_config_that_is_not_there_names_the_near_one(name, words):
+  with pytest.raises(ValueError, match=words):
+    config_help.load(name)
+
+
 def test_noting_leaves_the_library_as_it_was():
   before = dict(vars(config_dict.ConfigDict))
   config_help.fields(lambda: test_configs.get("judge"))
