@@ -125,7 +125,9 @@ def test_blocks_give_the_numbers_of_dense(items):
   for a, b in zip(
     jax.tree.leaves(grads), jax.tree.leaves(wanted_grads), strict=True
   ):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5)
+    # The sine carries the sums' difference into gradients as large as these.
+    scale = max(1.0, np.abs(b).max())
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5 * scale)
 
 
 @pytest.mark.parametrize("layout", ["packed", "shared"])
