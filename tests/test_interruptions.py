@@ -268,11 +268,19 @@ def test_killed_at_random_it_ends_where_it_would_have(
 # --- other devices
 
 
-def test_it_goes_on_with_other_devices(whole, config, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  "counts",
+  [(8, 1), pytest.param((8, 4, 1), marks=pytest.mark.slow)],
+  ids=str,
+)
+def test_it_goes_on_with_other_devices(
+  whole, config, tmp_path, monkeypatch, counts
+):
   workdir = tmp_path / "run"
   make = partitioning.make_mesh
-  # Steps done on eight devices, on four, and the rest on one.
-  for count, step in ((8, 2), (4, 4), (1, None)):
+  # Two steps or so on each number of devices, and the rest on the last.
+  for turn, count in enumerate(counts):
+    step = None if count == counts[-1] else 2 * (turn + 1)
     with monkeypatch.context() as patch:
       patch.setattr(
         partitioning,
@@ -296,8 +304,11 @@ def test_it_goes_on_with_other_devices(whole, config, tmp_path, monkeypatch):
       with pytest.raises(interruption.Interrupted):
         training.run(config(), workdir)
   starts = json.loads((workdir / "manifest.json").read_text())["starts"]
-  assert [len(start["devices"]) for start in starts] == [8, 4, 1]
-  assert 0 < starts[1]["step"] < starts[2]["step"] < running.STEPS
+  assert tuple(len(start["devices"]) for start in starts) == counts
+  begun = [start["step"] for start in starts]
+  assert begun[0] == 0
+  assert begun == sorted(set(begun))
+  assert begun[-1] < running.STEPS
   # The same items in the same steps; only sums are made in another order.
   for a, b in zip(running.read(workdir), running.read(whole), strict=True):
     for key in b.keys() - {"row_fill"}:

@@ -111,6 +111,11 @@ def assert_close(found, wanted, atol):
     np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize(
+  "trained",
+  ["pythia-14m", pytest.param("deeper", marks=pytest.mark.slow)],
+  indirect=True,
+)
 def test_layouts_agree_on_real_rows(trained, pairs):
   config, *weights = trained
   found = {
