@@ -182,7 +182,8 @@ def settings_flags(row: dict) -> list[str]:
   if settings is None:
     return []
   taken = [f"--{key}={settings[key]}" for key in ("micro_batch", "attention")]
-  taken += ["--padding_free"] * settings["padding_free"]
+  for key in ("padding_free", "logits_to_keep"):
+    taken += [f"--{key}"] * settings[key]
   return taken + ["--search"] * ("settings" in row)
 
 

@@ -38,7 +38,8 @@ def next_attempt(tried: list[dict], sizes: list[int]) -> dict | None:
 
   First padded rows in micro-batches of 4, whose gradient the others must have;
   then all sizes, padding-free in TRL 0.x; then, at the best size, both
-  attentions and paddings.
+  attentions and paddings; then, in TRL 0.x, which can, logits of no more places
+  than from the first predicted token on.
 
   Args:
     tried: rows of the attempts so far, of one TRL and case.
@@ -53,14 +54,22 @@ def next_attempt(tried: list[dict], sizes: list[int]) -> dict | None:
     size = fastest(tried)["micro_batch"]
     ways = itertools.product(("sdpa", "eager"), (False, True))
     wanted += [setting(size, *way) for way in ways]
+    if free:
+      wanted += [setting(size, "sdpa", way, True) for way in (False, True)]
   return next((one for one in wanted if one not in done), None)
 
 
-def setting(micro_batch: int, attention: str, padding_free: bool) -> dict:
+def setting(
+  micro_batch: int,
+  attention: str,
+  padding_free: bool,
+  logits_to_keep: bool = False,
+) -> dict:
   return {
     "micro_batch": micro_batch,
     "attention": attention,
     "padding_free": padding_free,
+    "logits_to_keep": logits_to_keep,
   }
 
 
@@ -208,6 +217,7 @@ def versions(row: dict) -> str:
 def _tried(row: dict, first: dict) -> str:
   settings = row["settings"]
   padding = "padding-free" if settings["padding_free"] else "padded"
+  padding += ", logits_to_keep" * settings["logits_to_keep"]
   text = (
     f"micro-batches of {settings['micro_batch']}, {settings['attention']},"
     f" {padding}: "

@@ -71,6 +71,8 @@ def main():
   parser.add_argument("--micro_batch", type=int, default=4)
   parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
   parser.add_argument("--padding_free", action="store_true")
+  # TRL 0.x only; 1.x has no such option.
+  parser.add_argument("--logits_to_keep", action="store_true")
   parser.add_argument("--search", action="store_true")
   # On a GPU base weights and blocks are bfloat16, adapters float32.
   parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
@@ -118,7 +120,10 @@ def make(case, flags, clock):
   ]
   settings = case["settings"]
   size = len(case["steps"][0])
-  old = {"max_prompt_length": None} if OLD else {}
+  old = {}
+  if OLD:
+    old["max_prompt_length"] = None
+    old["use_logits_to_keep"] = flags.logits_to_keep
   config = trl.DPOConfig(
     output_dir=tempfile.mkdtemp(),
     per_device_train_batch_size=flags.micro_batch,
