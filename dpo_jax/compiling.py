@@ -36,6 +36,10 @@ _SLACK = 1.25
 # Rows of 64 tokens look at so many times as many keys as their tokens see,
 # measured on HH's harmless-base.
 _SEEN = 2.0
+# XLA cannot read a program whose scatters libtpu gives to the SparseCores, as
+# for v5p and v6e ("async-update instruction should have 1 operands"). With this
+# they stay where all else is done.
+_READABLE = {"xla_tpu_enable_offloading_scatter_to_sparsecore": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +97,7 @@ class Compiled:
     refusal: the compiler's words, "" where it fits.
     seconds: how long it took to compile.
     unread: why what it does cannot be counted, in the words of XLA.
+    twin: whether `cost` is of a program that differs in `_READABLE`.
   """
 
   name: str
@@ -101,6 +106,7 @@ class Compiled:
   refusal: str
   seconds: float
   unread: str = ""
+  twin: bool = False
 
 
 def compile_one(
@@ -116,7 +122,8 @@ def compile_one(
   """
   started = time.perf_counter()
   try:
-    compiled = lower().compile()
+    lowered = lower()
+    compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
@@ -136,15 +143,17 @@ def compile_one(
     beside,
   )
   took = time.perf_counter() - started
+  made = Compiled(name, memory, None, "", took)
   try:
     text = compiled.as_text()
   except jax.errors.JaxRuntimeError as error:
-    # XLA cannot read again every program that libtpu makes, such as one whose
-    # asynchronous slices are brought on by "async-update" with more operands
-    # than XLA knows of.
     unread = str(error).splitlines()[0]
-    return Compiled(name, memory, None, "", took, unread)
-  return Compiled(name, memory, hlo.cost(text, rounds), "", took)
+    try:
+      text = lowered.compile(compiler_options=_READABLE).as_text()
+    except jax.errors.JaxRuntimeError:
+      return dataclasses.replace(made, unread=unread)
+    made = dataclasses.replace(made, twin=True)
+  return dataclasses.replace(made, cost=hlo.cost(text, rounds))
 
 
 def lengths(config: recipe.TrainSettings) -> Lengths:

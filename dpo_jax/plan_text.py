@@ -161,6 +161,11 @@ def program(
     f"{needs} {cost.flops:.4g} flops and {cost.bytes:.4g} bytes a device;"
     f" compiled in {one.seconds:.0f} s"
   ]
+  if one.twin:
+    lines.append(
+      "  all but the bytes a device is of a twin whose scatters stay off the"
+      " SparseCores: XLA cannot read the program itself"
+    )
   for kind, (times, sent) in cost.traffic().items():
     lines.append(f"  {kind}: {times:.0f} times, {sent / 1e6:,.1f} MB sent")
   if cost.sent:

@@ -416,37 +416,42 @@ def test_a_sampler_that_does_not_fit_is_planned_with_fewer_rows(
   assert sizes[-1][0] == 8
 
 
-def test_a_program_that_xla_cannot_read_is_planned_by_its_memory():
-  """Bytes are still known; flops and times are not, and it says so."""
+@pytest.mark.parametrize("twin", [True, False])
+def test_a_program_that_xla_cannot_read(twin):
+  """Its bytes are known; the rest is of a twin, or is said not to be known."""
+  real = jax.jit(lambda x: x @ x).lower(jnp.ones((64, 64))).compile()
 
-  class Unread:
-    def __init__(self, real):
-      self.real = real
-
-    def lower(self):
-      return self
-
-    def compile(self):
-      return self
+  class Program:
+    def __init__(self, readable):
+      self.readable = readable
 
     def memory_analysis(self):
-      return self.real.memory_analysis()
+      return real.memory_analysis()
 
     def as_text(self):
+      if self.readable:
+        return real.as_text()
       raise jax.errors.JaxRuntimeError("INTERNAL: async-update\na trace")
 
-  real = jax.jit(lambda x: x @ x).lower(jnp.ones((64, 64))).compile()
-  found = compiling.compile_one("train", Unread(real).lower)
-  assert found.cost is None
-  assert (found.refusal, found.unread) == ("", "INTERNAL: async-update")
+  class Lowered:
+    def compile(self, compiler_options=None):
+      return Program(readable=twin and compiler_options is not None)
+
+  found = compiling.compile_one("train", Lowered)
   # An operand and a result of 16 KiB.
   assert found.memory.total >= 2 * 4 * 64**2
+  assert (found.refusal, found.twin) == ("", twin)
   run, mesh = config(), partitioning.make_mesh(8, 1, 1)
   text = plan_text.training(run, SMALL, mesh, [found], 1)
   assert "train: 0.00 GiB a device (arguments 0.00" in text
+  assert "DOES NOT FIT" not in text
+  assert ("of a twin whose scatters stay off the SparseCores" in text) == twin
+  if twin:
+    assert found.cost.flops == 2 * 64**3
+    return
+  assert (found.cost, found.unread) == (None, "INTERNAL: async-update")
   assert "no flops, traffic or times: XLA cannot read the compiled" in text
   assert "(INTERNAL: async-update)" in text
-  assert "DOES NOT FIT" not in text
 
 
 # --- TPU slices that are not there
@@ -581,6 +586,8 @@ def test_a_step_for_other_kinds(name):
   (found,) = compiling.compile_steps(run, SMALL, mesh, 1, ("train",))
   text = plan_text.training(run, SMALL, mesh, [found], 1)
   assert "estimate, not measured" in text
+  # Those whose scatters go to SparseCores are counted by a twin.
+  assert found.twin == (name != "v4:2x2x1")
   assert found.memory.total < hardware.GIB
 
 
