@@ -1,7 +1,8 @@
 """Tokens a second of the sampler, against transformers' generate and itself.
 
   python -m benchmarks.sampling --size=14m --tokenizer=DIR --prompts=FILE \
-    [--rounds=3] [--new_tokens=128,256] [--only=even,uneven,grid]
+    [--rounds=3] [--new_tokens=128,256] [--only=even,uneven,grid] \
+    [--grid_prompts=1,4]
 
 DIR is a directory with Pythia's tokenizer.json, FILE rows of HH. Weights of the
 size are random and saved as a model directory that both sides read; both are
@@ -19,7 +20,8 @@ of them.
           each batch has ended, as it does with EOS. Tokens counted are those
           asked for.
   grid    17 adapters x 2 temperatures of each prompt in one call, against one
-          adapter at one temperature, and against all 34 one after another.
+          adapter at one temperature, and against all 34 one after another;
+          for each number of prompts of --grid_prompts.
 """
 
 import argparse
@@ -51,8 +53,8 @@ TEMPERATURES = (0.25, 0.5, 0.75, 1.0)
 LONGEST_PROMPT = LONGEST_ANSWER = 128
 UNEVEN = 48
 ADAPTERS, TWO = 17, (0.7, 1.0)
-# Prompts of the grid, and new tokens of each of its answers.
-GRID_PROMPTS, GRID_TOKENS = (1, 4), 64
+# New tokens of each of the grid's answers.
+GRID_TOKENS = 64
 
 
 class Endless:
@@ -97,8 +99,10 @@ def main():
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--new_tokens", default="128,256")
   parser.add_argument("--only", default=",".join(GROUPS))
+  parser.add_argument("--grid_prompts", default="1,4")
   flags = parser.parse_args()
   new_tokens = [int(text) for text in flags.new_tokens.split(",")]
+  grid_prompts = [int(text) for text in flags.grid_prompts.split(",")]
   torch.set_num_threads(os.cpu_count() or 1)
   with tempfile.TemporaryDirectory() as directory:
     world = load(flags, pathlib.Path(directory))
@@ -111,7 +115,8 @@ def main():
     flush=True,
   )
   for name in flags.only.split(","):
-    for cases, base in GROUPS[name](world, new_tokens):
+    counts = grid_prompts if name == "grid" else new_tokens
+    for cases, base in GROUPS[name](world, counts):
       print("\n" + table(measure(cases, flags.rounds), base), flush=True)
 
 
@@ -323,14 +328,13 @@ def uneven(world: World, new_tokens) -> Iterator[tuple[list[Case], str]]:
   )
 
 
-def grid(world: World, new_tokens) -> Iterator[tuple[list[Case], str]]:
-  del new_tokens
+def grid(world: World, counts) -> Iterator[tuple[list[Case], str]]:
   config = dataclasses.replace(
     world.config, lora=model.LoraConfig(16, 32.0, 0.0, model.TARGETS)
   )
   own = [adapter(config, seed) for seed in range(ADAPTERS)]
   stack = (lora.stack(config, own), config)
-  for prompts in GRID_PROMPTS:
+  for prompts in counts:
     places, lengths = range(prompts), [GRID_TOKENS] * prompts
     everything = ask(world, places, TWO, lengths, range(ADAPTERS))
     one = ask(world, places, TWO[:1], lengths)

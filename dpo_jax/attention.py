@@ -159,7 +159,12 @@ def check(
 def dense(
   q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
 ) -> jax.Array:
-  """`attend` by a mask, bool [B, T, S]; scores and softmax in float32."""
+  """`attend` by a mask, bool [B, T, S]; scores and softmax in float32.
+
+  Keys and values may also be [B, S, N H], for one query a row; see `_folded`.
+  """
+  if k.ndim == 3:
+    return _folded(q, k, v, mask)
   scores = jnp.einsum(
     "BTNH,BNSH->BNTS", q, k, preferred_element_type=jnp.float32
   )
@@ -168,6 +173,28 @@ def dense(
   scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   return jnp.einsum("BNTS,BNSH->BTNH", weights, v)
+
+
+def _folded(q, k, v, mask):
+  """`dense` where the heads of keys and values are folded, [B, S, C].
+
+  A query is spread over C with zeros where the other heads are, and of what
+  each head gets all but its own part is left out. That is N times the products,
+  but keys and values are read where and as they lie: decoding waits for memory.
+  """
+  rows, one, heads, head_dim = q.shape
+  own = jnp.eye(heads, dtype=q.dtype)[None, :, :, None]
+  wide = (q.reshape(rows, heads, 1, head_dim) * own).reshape(rows, heads, -1)
+  scores = jnp.einsum(
+    "BNC,BSC->BNS", wide, k, preferred_element_type=jnp.float32
+  )
+  scores = scores / math.sqrt(head_dim)
+  scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  every = jnp.einsum("BNS,BSC->BNC", weights, v)
+  every = every.reshape(rows, heads, heads, head_dim)
+  # Only one term of each sum is not zero.
+  return jnp.sum(every * own, axis=2).reshape(rows, one, heads, head_dim)
 
 
 def cudnn(

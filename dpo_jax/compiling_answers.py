@@ -185,11 +185,11 @@ def _compile(layout, base, stack, state, mesh, tokenizer, names, steps):
   )
   # As XLA lays them where nothing is said: rows apart, of the cache heads too.
   before = 0 if program.apart else 1
-  cache = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(
+  cache = jax.tree.map_with_path(
+    lambda path, x: jax.ShapeDtypeStruct(
       x.shape,
       x.dtype,
-      sharding=partitioning.laid(mesh, *decoding.cache_axes(x, before)),
+      sharding=partitioning.laid(mesh, *decoding.cache_axes(path, x, before)),
     ),
     prefix.cache,
   )

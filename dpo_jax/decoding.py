@@ -33,9 +33,10 @@ class Program:
     vocab_size: tokens at or past it do not exist and are never drawn.
     ways: how rows draw.
     cache: what keys and values are kept in.
-    apart: whether a layer's weights and cache are arrays of their own while
-      tokens are decoded. A CPU copies a slice of a stack before it uses it, at
-      every step; elsewhere a stack is one loop, which is compiled sooner.
+    layout: how the cache lies, see `kv_cache`. "apart": a layer's weights and
+      cache are arrays of their own while tokens are decoded. A CPU copies a
+      slice of a stack before it uses it, at every step; elsewhere a stack is
+      one loop, which is compiled sooner.
   """
 
   config: model.ModelConfig
@@ -45,7 +46,11 @@ class Program:
   vocab_size: int
   ways: draw.Ways
   cache: kv_cache.Kind
-  apart: bool
+  layout: kv_cache.Layout
+
+  @property
+  def apart(self) -> bool:
+    return self.layout == "apart"
 
 
 @jax.tree_util.register_dataclass
@@ -160,7 +165,7 @@ def read(
     prompts,
     jnp.broadcast_to(place, (count, size)),
     causal,
-    cache=model.init_cache(program.config, count, size, program.cache),
+    cache=_stacked_cache(program, count, size),
     index=0,
     adapter=_stacked(lora, adapter),
   )
@@ -193,17 +198,19 @@ def enter(
   """
   enters = source >= 0
   prompt = jnp.maximum(source, 0)
-  # Of a cache's axes the one of its rows; slots are two behind.
+  # Of a cache's axes the one of its rows.
   axis = 0 if program.apart else 1
 
   def merge(new, old):
     return jnp.where(enters, new, old)
 
-  def copy(whole, new):
-    old = jax.lax.slice_in_dim(whole, 0, new.shape[axis + 2], axis=axis + 2)
+  def copy(path, whole, new):
+    names = kv_cache.axes(path[-1].key, new.ndim - axis)
+    slots = axis + names.index("slots")
+    old = jax.lax.slice_in_dim(whole, 0, new.shape[slots], axis=slots)
     own = jnp.expand_dims(enters, (*range(axis), *range(axis + 1, new.ndim)))
     kept = jnp.where(own, jnp.take(new, prompt, axis=axis), old)
-    return jax.lax.dynamic_update_slice_in_dim(whole, kept, 0, axis=axis + 2)
+    return jax.lax.dynamic_update_slice_in_dim(whole, kept, 0, axis=slots)
 
   rows = jax.tree.map(merge, rows, state.rows)
   state = State(
@@ -214,7 +221,7 @@ def enter(
     count=merge(0, state.count),
     done=merge(rows.limit == 0, state.done),
     turn=merge(0, state.turn),
-    cache=jax.tree.map(copy, state.cache, prefix.cache),
+    cache=jax.tree.map_with_path(copy, state.cache, prefix.cache),
   )
   logits = jnp.take(prefix.logits, prompt, axis=0)
   return _placed(_take(program, state, logits, table, enters))
@@ -304,15 +311,20 @@ def resize(state: State, slots: int) -> State:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _resize(cache, slots):
-  return jax.tree.map(
-    lambda leaf: partitioning.constrain(leaf, *cache_axes(leaf, 0)),
+  return jax.tree.map_with_path(
+    lambda path, leaf: partitioning.constrain(leaf, *cache_axes(path, leaf, 0)),
     kv_cache.resize(cache, slots),
   )
 
 
 def _new_cache(program, batch, slots):
-  cache = model.init_cache(program.config, batch, slots, program.cache)
+  cache = _stacked_cache(program, batch, slots)
   return kv_cache.split(cache) if program.apart else cache
+
+
+def _stacked_cache(program, batch, slots):
+  folded = program.layout == "folded"
+  return model.init_cache(program.config, batch, slots, program.cache, folded)
 
 
 def _take(program, state, logits, table, active):
@@ -367,13 +379,17 @@ def axes(path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...]:
   """
   if path[0].name == "cache":
     # A layer's own cache has a number in its path, and no axis of layers.
-    return cache_axes(leaf, 2 - len(path[1:]))
+    return cache_axes(path, leaf, 2 - len(path[1:]))
   return (None,) * leaf.ndim
 
 
-def cache_axes(leaf: Any, before: int) -> tuple[str | None, ...]:
+def cache_axes(
+  path: tuple[Any, ...], leaf: Any, before: int
+) -> tuple[str | None, ...]:
   """Logical axes of a leaf of a cache with so many axes before its rows."""
-  return ((None,) * before + ("batch", "heads", None, None))[: leaf.ndim]
+  names = kv_cache.axes(path[-1].key, leaf.ndim - before)
+  split = [name if name in ("batch", "heads") else None for name in names]
+  return (*(None,) * before, *split)
 
 
 def _placed(state):

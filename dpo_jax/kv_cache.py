@@ -3,10 +3,13 @@
 One cache serves all layers. It is carried through them and written in place: as
 a scanned input and output it would be copied whole for every token. Or each
 layer has one of its own, as `split` gives them: what a layer attends to is then
-an array, and no slice that a CPU would copy first. In int8 each key and each
-value has a scale of its own, its largest magnitude over 127.
+an array, and no slice that a CPU would copy first. Or one cache has its heads
+folded into its last axis: a TPU pads a last axis to a multiple of 128, and
+copies a cache whose head dim is not one into such a form and back. In int8 each
+key and each value has a scale of its own, its largest magnitude over 127.
 
-Letters: L layers, B rows, N heads, S slots, T tokens of this call, H head dim.
+Letters: L layers, B rows, N heads, S slots, T tokens of this call, H head dim,
+C = N H.
 """
 
 from typing import Any, Literal
@@ -16,19 +19,28 @@ import jax.numpy as jnp
 
 Tree = dict[str, Any]
 Kind = Literal["float32", "bfloat16", "int8"]
+Layout = Literal["stacked", "apart", "folded"]
 
 _NAMES = ("k", "v")
 
 
 def init(
-  layers: int, batch: int, heads: int, slots: int, head_dim: int, kind: Kind
+  layers: int,
+  batch: int,
+  heads: int,
+  slots: int,
+  head_dim: int,
+  kind: Kind,
+  folded: bool = False,
 ) -> Tree:
   """An empty cache: {"k", "v"} of [L, B, N, S, H]; in int8 scales beside them.
 
-  Scales are {"k_scale", "v_scale"} of float32 [L, B, N, S].
+  Folded they are [L, B, S, C]. Scales are {"k_scale", "v_scale"} of float32
+  [L, B, N, S] in any case.
   """
   shape = (layers, batch, heads, slots, head_dim)
-  cache = {name: jnp.zeros(shape, kind) for name in _NAMES}
+  lying = (layers, batch, slots, heads * head_dim) if folded else shape
+  cache = {name: jnp.zeros(lying, kind) for name in _NAMES}
   if kind == "int8":
     cache |= {
       f"{name}_scale": jnp.zeros(shape[:-1], jnp.float32) for name in _NAMES
@@ -42,6 +54,18 @@ def bytes_of(
   """Bytes that one row takes."""
   tree = jax.eval_shape(lambda: init(layers, 1, heads, slots, head_dim, kind))
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def axes(name: str, dims: int) -> tuple[str, ...]:
+  """Names of the axes of a leaf behind that of its layers, if it has one.
+
+  Args:
+    name: its key in the cache.
+    dims: how many axes it has without that of the layers.
+  """
+  if dims == 3 and name in _NAMES:
+    return ("batch", "slots", "heads")
+  return ("batch", "heads", "slots", "head_dim")[:dims]
 
 
 def split(cache: Tree) -> tuple[Tree, ...]:
@@ -84,16 +108,24 @@ def remember(
     span: how many slots are given back; no row may have written behind them.
 
   Returns:
-    Keys and values [B, N, span, H] in the dtype of `k`, and the cache.
+    Keys and values [B, N, span, H] in the dtype of `k`, and the cache. Of a
+    folded cache, where each row has one token, they are [B, span, C].
   """
   cache = dict(cache)
+  folded = layer is not None and cache["k"].ndim == 4
   found = []
   for name, new in zip(_NAMES, (k, v), strict=True):
     parts = {name: new.astype(cache[name].dtype)}
     if f"{name}_scale" in cache:
       parts = _quantised(name, new)
     for part, value in parts.items():
-      cache[part] = _write(cache[part], layer, index, value)
+      if folded and part == name:
+        cache[part] = _write_folded(cache[part], layer, index, value)
+      else:
+        cache[part] = _write(cache[part], layer, index, value)
+    if folded:
+      found.append(_read_folded(cache, name, layer, span, new))
+      continue
     read = _read(cache[name], layer, span).astype(new.dtype)
     if f"{name}_scale" in cache:
       scale = _read(cache[f"{name}_scale"], layer, span)
@@ -134,3 +166,27 @@ def _read(leaf, layer, span):
   if layer is not None:
     leaf = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
   return leaf[:, :, :span]
+
+
+def _write_folded(leaf, layer, index, new):
+  rows, _, tokens, _ = new.shape
+  new = jnp.swapaxes(new, 1, 2).reshape(rows, tokens, -1)
+  if jnp.ndim(index) == 0:
+    return jax.lax.dynamic_update_slice(leaf, new[None], (layer, 0, index, 0))
+  return leaf.at[layer, jnp.arange(rows), index].set(
+    new[:, 0], mode="promise_in_bounds", unique_indices=True
+  )
+
+
+def _read_folded(cache, name, layer, span, new):
+  """[B, span, C] for one token a row, else [B, N, span, H]."""
+  rows, heads, tokens, head_dim = new.shape
+  leaf = jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False)
+  read = leaf[:, :span].astype(new.dtype)
+  if f"{name}_scale" in cache:
+    scale = _read(cache[f"{name}_scale"], layer, span).astype(new.dtype)
+    # One for each dimension of the head: the axes stay as they lie.
+    read *= jnp.repeat(jnp.swapaxes(scale, 1, 2), head_dim, axis=-1)
+  if tokens == 1:
+    return read
+  return jnp.swapaxes(read.reshape(rows, span, heads, head_dim), 1, 2)

@@ -244,10 +244,11 @@ def init_cache(
   batch: int,
   slots: int,
   kind: kv_cache.Kind | None = None,
+  folded: bool = False,
 ) -> Tree:
   """An empty `kv_cache` of the model, in `config.dtype` if not told."""
   shape = (config.layers, batch, config.heads, slots, config.head_dim)
-  return kv_cache.init(*shape, kind or config.dtype)
+  return kv_cache.init(*shape, kind or config.dtype, folded)
 
 
 def apply(

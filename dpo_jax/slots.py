@@ -44,6 +44,9 @@ MOST_ROWS = 512
 # Of blocks' weights: decoding with layers apart copies them for each call.
 _APART_BYTES = 2**29
 
+# A TPU pads the last axis of an array to a multiple of this.
+_LANES = 128
+
 # Index of a request, its tokens, their log-probs, seconds in a slot.
 Ended = list[tuple[int, list[int], list[float], float]]
 
@@ -177,6 +180,8 @@ def batch_size(
     return engine.batch_size
   shape = (config.layers, config.heads // tensor, cache_slots, config.head_dim)
   each = kv_cache.bytes_of(*shape, engine.cache)
+  if _platform(mesh) == "tpu" and _cache_layout(config, mesh) == "stacked":
+    each += _padded_bytes(shape, engine.cache)
   free = free_bytes(engine) if free is None else free
   fit = free // each
   if not fit:
@@ -188,6 +193,14 @@ def batch_size(
   # Whole eights: matrix products round alike in all places of such a batch.
   fit = fit // 8 * 8 if fit >= 8 else fit
   return min(fit, MOST_ROWS) * shards
+
+
+def _padded_bytes(shape, kind) -> int:
+  """Bytes of the padded copy of a row's cache that a TPU decodes with."""
+  *rest, head_dim = shape
+  if head_dim % _LANES == 0:
+    return 0
+  return kv_cache.bytes_of(*rest, -(-head_dim // _LANES) * _LANES, kind)
 
 
 class Slots:
@@ -402,29 +415,45 @@ def _say(layout: Layout, engine: Any) -> None:
   each = kv_cache.bytes_of(
     shape.layers, shape.heads, program.slots, shape.head_dim, program.cache
   )
+  apart = ""
+  if program.apart:
+    size = _blocks_bytes(shape) / 2**30
+    apart = f"; a second copy of the blocks, {size:.3g} GiB, while decoding"
   _say_once(
     f"{layout.size} answers at once ({layout.why}), up to {program.slots}"
     f" tokens each: {layout.size * each / 2**30:.3g} GiB of cache in"
-    f" {program.cache}; refilled after {engine.chunk} steps at most"
+    f" {program.cache}; refilled after {engine.chunk} steps at most{apart}"
   )
 
 
-def _apart(config, mesh) -> bool:
-  """Whether layers are apart: on one CPU, if a copy of the blocks is small.
-
-  Not over several devices of a CPU: collectives that do not depend on each
-  other, as those of single layers, start there in any order, and have been seen
-  to wait for each other for ever.
-  """
-  platform = jax.default_backend()
+def _platform(mesh) -> str:
+  # A plan's devices need not be this machine's.
   if mesh is not None:
-    # A plan's devices need not be this machine's.
-    platform = next(iter(mesh.devices.flat)).platform
-    if mesh.size > 1:
-      return False
+    return next(iter(mesh.devices.flat)).platform
+  return jax.default_backend()
+
+
+def _cache_layout(config, mesh) -> kv_cache.Layout:
+  """Apart on one CPU, if a copy of the blocks is small; folded on TPUs.
+
+  Not apart over several devices of a CPU: collectives that do not depend on
+  each other, as those of single layers, start there in any order, and have been
+  seen to wait for each other for ever. Not folded where heads are split: the
+  products of a query that is spread over all heads would be summed over the
+  devices.
+  """
+  platform = _platform(mesh)
+  if platform == "tpu" and config.head_dim % _LANES:
+    split = mesh is not None and mesh.shape["tensor"] > 1
+    return "stacked" if split else "folded"
+  if platform != "cpu" or (mesh is not None and mesh.size > 1):
+    return "stacked"
+  return "apart" if _blocks_bytes(config) <= _APART_BYTES else "stacked"
+
+
+def _blocks_bytes(config) -> int:
   each = config.width * (4 * config.width + 2 * config.mlp_width)
-  size = config.layers * each * jnp.dtype(config.dtype).itemsize
-  return platform == "cpu" and size <= _APART_BYTES
+  return config.layers * each * jnp.dtype(config.dtype).itemsize
 
 
 def _program(config, tokenizer, requests, engine, mesh) -> decoding.Program:
@@ -442,5 +471,5 @@ def _program(config, tokenizer, requests, engine, mesh) -> decoding.Program:
     vocab_size=tokenizer.vocab_size,
     ways=draw.ways(parameters, tokenizer.vocab_size),
     cache=engine.cache,
-    apart=_apart(config, mesh),
+    layout=_cache_layout(config, mesh),
   )

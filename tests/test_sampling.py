@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -306,12 +307,13 @@ def test_tokens_do_not_depend_on_the_engine(noisy, tok, grid, told, changes):
   assert run(noisy, tok, grid, engine(**changes)) == told
 
 
+@pytest.mark.parametrize("layout", ["stacked", "folded"])
 def test_layers_apart_are_layers_of_a_stack(
-  noisy, tok, grid, told, monkeypatch
+  noisy, tok, grid, told, monkeypatch, layout
 ):
   """What is done on a CPU, and what elsewhere; int8 has scales beside."""
   small = run(noisy, tok, grid[:9], engine(cache="int8", span=32))
-  monkeypatch.setattr(slots, "_apart", lambda *_: False)
+  monkeypatch.setattr(slots, "_cache_layout", lambda *_: layout)
   for ours, how, requests in (
     (told, engine(), grid),
     (small, engine(cache="int8", span=32), grid[:9]),
@@ -328,8 +330,32 @@ def test_layers_are_apart_on_one_device_only(noisy):
   one, eight = (
     partitioning.make_mesh(n, 1, 1, devices=jax.devices()[:n]) for n in (1, 8)
   )
-  found = [slots._apart(config, mesh) for mesh in (None, one, eight)]
-  assert found == [True, True, False]
+  found = [slots._cache_layout(config, mesh) for mesh in (None, one, eight)]
+  assert found == ["apart", "apart", "stacked"]
+
+
+def tpus(**axes):
+  """A mesh of TPUs as far as the choice of shapes looks at one."""
+  sizes = {"data": 1, "fsdp": 1, "tensor": 1} | axes
+  device = types.SimpleNamespace(platform="tpu")
+  count = math.prod(sizes.values())
+  return types.SimpleNamespace(
+    shape=sizes, size=count, devices=np.array([device] * count)
+  )
+
+
+def test_a_cache_that_a_tpu_would_pad_is_folded_or_counted(noisy):
+  """Head dim 16 is padded to 128; two layers, two heads, k and v in float32."""
+  config, _ = noisy
+  assert slots._cache_layout(config, tpus(data=2)) == "folded"
+  assert slots._cache_layout(config, tpus(tensor=2)) == "stacked"
+  how = engine(batch_size=0, cache_gib=24 * 512 * 64 / 2**30)
+  assert slots.batch_size(config, how, 64, tpus()) == 24
+  # Of one head a device: 256 B a slot, and 2048 B of its padded copy.
+  how = engine(batch_size=0, cache_gib=8 * 2304 * 64 / 2**30)
+  assert slots.batch_size(config, how, 64, tpus(tensor=2)) == 8
+  wide = dataclasses.replace(config, width=256)
+  assert slots._cache_layout(wide, tpus()) == "stacked"
 
 
 def test_a_step_copies_no_cache(noisy, tok):
@@ -343,7 +369,7 @@ def test_a_step_copies_no_cache(noisy, tok):
     vocab_size=tok.vocab_size,
     ways=draw.Ways(64, False, False),
     cache="float32",
-    apart=True,
+    layout="apart",
   )
   state = jax.eval_shape(lambda: decoding.empty(program, 8, 96))
   number = jax.ShapeDtypeStruct((), jnp.int32)
