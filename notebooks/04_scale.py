@@ -233,7 +233,7 @@ np.testing.assert_allclose(split, one, rtol=1e-5)
 # for devices whose peaks are in `dpo_jax/hardware.py`.
 
 # %%
-c = dpo.get_config("pythia-160m-lora")
+c = dpo.get_config("pythia-14m-lora")
 c.batch_size = 8
 built = settings.build(recipe.TrainSettings, c.to_dict())
 shape = compiling.shape_of(built, "")
