@@ -198,19 +198,29 @@ def enter(
   """
   enters = source >= 0
   prompt = jnp.maximum(source, 0)
-  # Of a cache's axes the one of its rows.
-  axis = 0 if program.apart else 1
 
   def merge(new, old):
     return jnp.where(enters, new, old)
 
-  def copy(path, whole, new):
-    names = kv_cache.axes(path[-1].key, new.ndim - axis)
-    slots = axis + names.index("slots")
-    old = jax.lax.slice_in_dim(whole, 0, new.shape[slots], axis=slots)
-    own = jnp.expand_dims(enters, (*range(axis), *range(axis + 1, new.ndim)))
-    kept = jnp.where(own, jnp.take(new, prompt, axis=axis), old)
-    return jax.lax.dynamic_update_slice_in_dim(whole, kept, 0, axis=slots)
+  def copy(whole, new):
+    if program.apart:
+      start = (0,) * new.ndim
+      old = jax.lax.slice(whole, start, (len(enters), *new.shape[1:]))
+      own = jnp.expand_dims(enters, (*range(1, new.ndim),))
+      kept = jnp.where(own, jnp.take(new, prompt, axis=0), old)
+      return jax.lax.dynamic_update_slice(whole, kept, start)
+
+    # A layer at a time: of all at once there would be a second cache.
+    def layer(at, whole):
+      start = (at, *(0,) * (new.ndim - 1))
+      size = (1, len(enters), *new.shape[2:])
+      old = jax.lax.dynamic_slice(whole, start, size)
+      own = jnp.expand_dims(enters, (0, *range(2, new.ndim)))
+      read = jax.lax.dynamic_index_in_dim(new, at)
+      kept = jnp.where(own, jnp.take(read, prompt, axis=1), old)
+      return jax.lax.dynamic_update_slice(whole, kept, start)
+
+    return jax.lax.fori_loop(0, len(new), layer, whole)
 
   rows = jax.tree.map(merge, rows, state.rows)
   state = State(
@@ -221,7 +231,7 @@ def enter(
     count=merge(0, state.count),
     done=merge(rows.limit == 0, state.done),
     turn=merge(0, state.turn),
-    cache=jax.tree.map_with_path(copy, state.cache, prefix.cache),
+    cache=jax.tree.map(copy, state.cache, prefix.cache),
   )
   logits = jnp.take(prefix.logits, prompt, axis=0)
   return _placed(_take(program, state, logits, table, enters))
