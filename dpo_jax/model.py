@@ -294,11 +294,7 @@ def apply(
   config = dataclasses.replace(config, lora=lora_config)
   graph, _ = _blocks_graph(config)
   adapters = lora["blocks"] if lora is not None else {}
-  # Rows of another split than the batch's would be replicated on their way.
-  words = partitioning.constrain(base["embed"]["kernel"], "vocab", None)
-  x = words[tokens].astype(config.dtype)
-  x = partitioning.constrain(x, "batch", None, None)
-  rotation = _rotation(config, positions)
+  x, rotation = _enter(config, base, tokens, positions)
   attend = attention_lib.bind(config.attention, visible)
 
   def block(carry, layer):
@@ -319,10 +315,8 @@ def apply(
     )
     return (x, cache), None
 
-  if config.remat != "none" and cache is None:
-    saved = ("projection",) if config.remat == "save_projections" else ()
-    policy = jax.checkpoint_policies.save_only_these_names(*saved)
-    block = jax.checkpoint(block, prevent_cse=False, policy=policy)
+  if cache is None:
+    block = _rematerialised(config, block)
   if isinstance(cache, tuple):
     caches = []
     for number, own in enumerate(cache):
@@ -333,8 +327,56 @@ def apply(
   else:
     layers = (base["blocks"], adapters, jnp.arange(config.layers))
     (x, cache), _ = jax.lax.scan(block, (x, cache), layers)
-  norm = base["final_norm"]
-  return _layer_norm(x, norm["scale"], norm["bias"], config.norm_eps), cache
+  return _leave(config, base, x), cache
+
+
+def apply_both(
+  config: ModelConfig,
+  base: Tree,
+  lora: Tree,
+  tokens: jax.Array,
+  positions: jax.Array,
+  visible: attention_lib.Segments,
+  *,
+  dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """`apply` with the adapters and `apply` without them, in one pass.
+
+  The two share the base, and each of its layers is read once for both: restored
+  from eight bits once, and on a mesh gathered once. No gradient is formed of
+  the second.
+
+  Args:
+    config: the model's shape; `config.lora` describes `lora`.
+    base: as in `apply`, and so are all others; frozen.
+
+  Returns:
+    Hidden states of policy and reference, both [B, T, D] in `config.dtype`.
+  """
+  with_adapters, _ = _blocks_graph(config)
+  without, _ = _blocks_graph(dataclasses.replace(config, lora=None))
+  base = jax.lax.stop_gradient(base)
+  x, rotation = _enter(config, base, tokens, positions)
+  attend = attention_lib.bind(config.attention, visible)
+  common = (rotation, attend, _no_memory)
+
+  def block(carry, layer):
+    policy, reference = carry
+    params, adapters, number = layer
+    key = dropout_key
+    if key is not None:
+      key = _fold_in(key, number)
+    params = quantised.restore(params, config.dtype)
+    policy, _ = nnx.merge(with_adapters, params, adapters)(
+      policy, *common, key, None
+    )
+    reference, _ = nnx.merge(without, params)(reference, *common, None, None)
+    return (policy, reference), None
+
+  layers = (base["blocks"], lora["blocks"], jnp.arange(config.layers))
+  both, _ = jax.lax.scan(_rematerialised(config, block), (x, x), layers)
+  policy, reference = (_leave(config, base, x) for x in both)
+  return policy, reference
 
 
 def apart(weights: Tree | None) -> Tree | None:
@@ -355,6 +397,30 @@ def unembed(base: Tree, hidden: jax.Array) -> jax.Array:
   return jnp.einsum(
     "...D,DV->...V", hidden, kernel, preferred_element_type=jnp.float32
   )
+
+
+def _enter(config, base, tokens, positions):
+  """What the first block reads, [B, T, D], and the rotation of all blocks."""
+  # Rows of another split than the batch's would be replicated on their way.
+  words = partitioning.constrain(base["embed"]["kernel"], "vocab", None)
+  x = words[tokens].astype(config.dtype)
+  x = partitioning.constrain(x, "batch", None, None)
+  return x, _rotation(config, positions)
+
+
+def _leave(config, base, x):
+  """Hidden states after the final norm, of what the last block gives."""
+  norm = base["final_norm"]
+  return _layer_norm(x, norm["scale"], norm["bias"], config.norm_eps)
+
+
+def _rematerialised(config, block):
+  """A block of which the backward pass finds what `config.remat` says."""
+  if config.remat == "none":
+    return block
+  saved = ("projection",) if config.remat == "save_projections" else ()
+  policy = jax.checkpoint_policies.save_only_these_names(*saved)
+  return jax.checkpoint(block, prevent_cse=False, policy=policy)
 
 
 @functools.lru_cache

@@ -15,7 +15,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax import attention, guards, logps, losses, model, packing
+from dpo_jax import (
+  attention,
+  guards,
+  logps,
+  losses,
+  model,
+  packing,
+  partitioning,
+)
 
 Tree = dict[str, Any]
 Metrics = dict[str, jax.Array]
@@ -122,21 +130,39 @@ def token_stats(
   Dropout is drawn for each token by its seat, so that it does not depend on
   how the step's items are laid out, split or sharded.
   """
-  if dropout_key is not None:
-    fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))
-    dropout_key = fold(dropout_key, batch.seats)
   hidden, _ = model.apply(
     config,
     base,
     lora,
-    batch.tokens,
-    batch.positions,
-    attention.Segments(batch.pieces, batch.parts, batch.seen),
-    dropout_key=dropout_key,
+    *_seen_by_model(batch),
+    dropout_key=_key_of_seats(dropout_key, batch),
   )
-  kernel = base["unembed"]["kernel"]
-  return logps.token_stats(
-    hidden, kernel, batch.source, batch.target, chunk=config.logit_chunk
+  return _stats(config, base["unembed"]["kernel"], hidden, batch)
+
+
+def both_token_stats(
+  config: model.ModelConfig,
+  base: Tree,
+  lora: Tree,
+  batch: packing.Batch,
+  dropout_key: jax.Array | None = None,
+) -> tuple[logps.TokenStats, logps.TokenStats]:
+  """`token_stats` with the adapters and without, by one pass of the base.
+
+  Of the second, the reference's, no gradient is formed.
+  """
+  policy, reference = model.apply_both(
+    config,
+    base,
+    lora,
+    *_seen_by_model(batch),
+    dropout_key=_key_of_seats(dropout_key, batch),
+  )
+  kernel = base["unembed"]["kernel"].astype(policy.dtype)
+  kernel = partitioning.constrain(kernel, None, "vocab")
+  return tuple(
+    _stats(config, kernel, hidden, batch)
+    for hidden in (policy, jax.lax.stop_gradient(reference))
   )
 
 
@@ -165,11 +191,10 @@ def make_train_step(
     def loss(params, micro):
       base, lora = (frozen, params) if with_lora else (params, None)
       dropout_key = key if with_lora else None
-      policy = token_logps(config, base, lora, micro, dropout_key)
-      other = frozen if with_lora else reference
-      sums, _ = _objective_sums(
-        objective, micro, policy, _reference(config, objective, other, micro)
+      policy, other = _compared(
+        config, objective, base, lora, reference, micro, dropout_key
       )
+      sums, _ = _objective_sums(objective, micro, policy.logps, other)
       return sums["loss"] * scale, sums
 
     def accumulate(grads, micro):
@@ -219,14 +244,10 @@ def make_eval_step(
   def eval_step(params, reference, batch):
     micro = jax.tree.map(lambda x: x[0], batch)
     lora = params["lora"] if with_lora else None
-    policy = token_stats(config, params["base"], lora, micro)
-    other = params["base"] if with_lora else reference
-    sums, weight = _objective_sums(
-      objective,
-      micro,
-      policy.logps,
-      _reference(config, objective, other, micro),
+    policy, other = _compared(
+      config, objective, params["base"], lora, reference, micro
     )
+    sums, weight = _objective_sums(objective, micro, policy.logps, other)
     return sums | {"weight": weight} | _token_sums(objective, micro, policy)
 
   return eval_step
@@ -258,13 +279,44 @@ def _token_sums(objective, batch, stats) -> Metrics:
   }
 
 
-def _reference(config, objective, base, batch) -> jax.Array | None:
-  """The reference's token log-probs: the batch's own, or computed."""
+def _compared(
+  config, objective, base, lora, reference, batch, dropout_key=None
+) -> tuple[logps.TokenStats, jax.Array | None]:
+  """The policy's statistics, and the reference's log-probs if it has one.
+
+  These are the batch's own, or computed: of the base in one pass with the
+  policy, or without adapters of the tree `reference`.
+  """
+  if objective.kind == "dpo" and batch.reference is None and lora is not None:
+    policy, other = both_token_stats(config, base, lora, batch, dropout_key)
+    return policy, other.logps
+  policy = token_stats(config, base, lora, batch, dropout_key)
   if objective.kind == "sft":
-    return None
+    return policy, None
   if batch.reference is not None:
-    return batch.reference
-  return jax.lax.stop_gradient(token_logps(config, base, None, batch))
+    return policy, batch.reference
+  other = token_logps(config, reference, None, batch)
+  return policy, jax.lax.stop_gradient(other)
+
+
+def _seen_by_model(batch):
+  """Tokens, positions and segments of a micro-batch."""
+  segments = attention.Segments(batch.pieces, batch.parts, batch.seen)
+  return batch.tokens, batch.positions, segments
+
+
+def _key_of_seats(key, batch):
+  """A key for each token, [B, T]; None without one."""
+  if key is None:
+    return None
+  fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))
+  return fold(key, batch.seats)
+
+
+def _stats(config, kernel, hidden, batch) -> logps.TokenStats:
+  return logps.token_stats(
+    hidden, kernel, batch.source, batch.target, chunk=config.logit_chunk
+  )
 
 
 def _loss_scale(objective: Objective, batch: packing.Batch) -> jax.Array:

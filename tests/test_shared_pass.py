@@ -1,0 +1,161 @@
+"""Policy and reference in one pass of the base, against a pass for each."""
+
+import collections
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from dpo_jax import (
+  hlo,
+  model,
+  packing,
+  partitioning,
+  placement,
+  quantised,
+  steps,
+)
+
+CONFIG = dataclasses.replace(
+  tiny.CONFIG,
+  layers=3,
+  logit_chunk=16,
+  lora=model.LoraConfig(2, 4.0, 0.5, model.TARGETS),
+)
+PAIRS = 8
+
+
+def two_passes(config, base, lora, batch, dropout_key=None):
+  """The slow twin of `steps.both_token_stats`."""
+  policy = steps.token_stats(config, base, lora, batch, dropout_key)
+  reference = steps.token_stats(config, base, None, batch)
+  return policy, jax.lax.stop_gradient(reference)
+
+
+def batch_of(microbatches=1, rows=8):
+  how = placement.Packing("shared", 40, rows, microbatches, False, 1)
+  return packing.pack(tiny.pairs(PAIRS, 3), how)[0]
+
+
+def both(function, config, base, lora, batch):
+  """Statistics of both, and the gradient of a number that all of them enter."""
+  micro = jax.tree.map(lambda x: x[0], batch)
+  weights = jax.random.normal(jax.random.key(6), micro.target.shape)
+
+  def number(lora):
+    stats = function(config, base, lora, micro, jax.random.key(5))
+    found = [part for one in stats for part in (one.logps, one.entropy)]
+    return sum(jnp.sum(weights * part) for part in found), stats
+
+  return jax.grad(number, has_aux=True)(lora)
+
+
+@functools.cache
+def compiled(function, mesh=None, **changes):
+  """The program of `both`, for weights of float32."""
+  config = dataclasses.replace(CONFIG, **changes)
+  mesh = mesh or alone()
+  with jax.set_mesh(mesh):
+    run = jax.jit(
+      functools.partial(both, function, config),
+      compiler_options=steps.COMPILER_OPTIONS,
+    )
+    return run.lower(*laid(mesh)).compile()
+
+
+def laid(mesh):
+  """Base, adapters and batch."""
+  weights = (tiny.weights(CONFIG), tiny.adapters(CONFIG))
+  return *(
+    jax.device_put(tree, partitioning.shardings(tree, mesh)) for tree in weights
+  ), partitioning.place(batch_of(), mesh, leading=1)
+
+
+@functools.cache
+def wanted():
+  return jax.device_get(compiled(two_passes)(*laid(alone())))
+
+
+def alone():
+  return partitioning.make_mesh(devices=jax.devices()[:1])
+
+
+def assert_same(found, wanted, tolerance=1e-6):
+  """Arrays equal, each to a share of its greatest number."""
+  found, wanted = (
+    jax.tree_util.tree_flatten_with_path(jax.device_get(tree))[0]
+    for tree in (found, wanted)
+  )
+  for (path, a), (_, b) in zip(found, wanted, strict=True):
+    scale = max(np.abs(b).max(), 1)
+    np.testing.assert_allclose(
+      a, b, rtol=0, atol=tolerance * scale, err_msg=str(path)
+    )
+
+
+@pytest.mark.parametrize("remat", ["none", "save_projections", "full"])
+def test_one_pass_gives_what_two_give(remat):
+  found = compiled(steps.both_token_stats, remat=remat)(*laid(alone()))
+  # Sums of float32 in another order at most.
+  assert_same(found, wanted())
+  grads, (policy, reference) = wanted()
+  assert np.abs(policy.logps - reference.logps).max() > 0.1
+  assert all(np.abs(leaf).max() > 1e-2 for leaf in jax.tree.leaves(grads))
+
+
+def test_one_pass_of_a_base_in_eight_bits():
+  base, lora, batch = laid(alone())
+  base = quantised.base(base)
+  function = functools.partial(both, steps.both_token_stats, CONFIG)
+  found = jax.jit(function)(base, lora, batch)
+  # The same numbers in full.
+  full = quantised.restore(base, jnp.float32)
+  full = jax.tree.map(lambda x: x.astype(jnp.float32), full)
+  assert_same(found, compiled(two_passes)(full, lora, batch))
+
+
+def test_while_adapters_are_zero_both_are_equal():
+  base, lora, batch = laid(alone())
+  lora = jax.tree.map_with_path(
+    lambda path, x: x * ("lora_a" in partitioning.path_name(path)), lora
+  )
+  for changes in ({"remat": "full"}, {"dtype": "bfloat16", "remat": "full"}):
+    program = compiled(steps.both_token_stats, **changes)
+    _, (policy, reference) = program(base, lora, batch)
+    gap = jnp.abs(policy.logps - reference.logps)
+    # The last bits of numbers up to sixteen in float32, in which logits and
+    # their softmax are; a bit of bfloat16 would be a hundredth.
+    assert float(gap.max()) < 4e-6
+    assert float(jnp.abs(policy.logps).max()) > 1
+
+
+def test_no_gradient_is_formed_of_the_reference():
+  one, two = (
+    compiled(function, remat="none")
+    for function in (steps.both_token_stats, two_passes)
+  )
+  flops = [hlo.cost(program.as_text()).flops for program in (one, two)]
+  assert flops[0] == pytest.approx(flops[1], rel=1e-3)
+  # Nor is anything kept for one: a pass keeps more than a tenth of this.
+  held = [p.memory_analysis().temp_size_in_bytes for p in (one, two)]
+  assert held[0] < 1.1 * held[1]
+
+
+def test_layers_are_gathered_once_for_both():
+  mesh = partitioning.make_mesh(2, 2, 2)
+  one = compiled(steps.both_token_stats, mesh, remat="full")
+  assert_same(one(*laid(mesh)), wanted(), 1e-5)
+  gathered = collections.Counter()
+  for each in hlo.cost(one.as_text()).collectives:
+    if each.kind == "all-gather" and each.looped:
+      gathered[each.shape] += each.times
+  # Forward for both, and backward for the policy; the heads, and of the MLP
+  # the columns, are halved by the tensor axis.
+  twice = 2 * CONFIG.layers
+  assert gathered[16, 1, 3, 8] == gathered[1, 8, 16] == twice
+  # Both kernels of the MLP.
+  assert gathered[16, 16] == 2 * twice
