@@ -106,6 +106,11 @@ def timed(flags: argparse.Namespace) -> None:
   )
   items = data.prepare(run.data, "dpo", tokenizer.load(run.tokenizer))
   shape, base = dpo_step_jax.load(run)
+  shape = dataclasses.replace(
+    shape,
+    attention=run.model.attention,
+    logit_chunk=run.model.logit_chunk,
+  )
   mesh = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
   tx = optim.make(run.optimizer, 9, "lora")
   state = programs.initial(shape, tx, run.guards)(base, jax.random.key(0))

@@ -367,6 +367,13 @@ def apply_both(
     if key is not None:
       key = _fold_in(key, number)
     params = quantised.restore(params, config.dtype)
+    # Cast here, and not by each of them, so that both read one array: two casts
+    # would be gathered one by one.
+    cast = {
+      name: jax.tree.map(lambda x: x.astype(config.dtype), params[name])
+      for name in TARGETS
+    }
+    params = {**params, **cast}
     policy, _ = nnx.merge(with_adapters, params, adapters)(
       policy, *common, key, None
     )

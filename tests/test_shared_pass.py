@@ -149,13 +149,17 @@ def test_layers_are_gathered_once_for_both():
   mesh = partitioning.make_mesh(2, 2, 2)
   one = compiled(steps.both_token_stats, mesh, remat="full")
   assert_same(one(*laid(mesh)), wanted(), 1e-5)
-  gathered = collections.Counter()
-  for each in hlo.cost(one.as_text()).collectives:
-    if each.kind == "all-gather" and each.looped:
-      gathered[each.shape] += each.times
-  # Forward for both, and backward for the policy; the heads, and of the MLP
-  # the columns, are halved by the tensor axis.
-  twice = 2 * CONFIG.layers
-  assert gathered[16, 1, 3, 8] == gathered[1, 8, 16] == twice
-  # Both kernels of the MLP.
-  assert gathered[16, 16] == 2 * twice
+  in_half = compiled(
+    steps.both_token_stats, mesh, remat="full", dtype="bfloat16"
+  )
+  for program in (one, in_half):
+    gathered = collections.Counter()
+    for each in hlo.cost(program.as_text()).collectives:
+      if each.kind == "all-gather" and each.looped:
+        gathered[each.shape] += each.times
+    # Forward for both, and backward for the policy. Heads, and the MLP, are
+    # halved by the tensor axis.
+    twice = 2 * CONFIG.layers
+    assert gathered[16, 1, 3, 8] == gathered[1, 8, 16] == twice
+    # Both kernels of the MLP.
+    assert gathered[16, 16] == 2 * twice
