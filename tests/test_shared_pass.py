@@ -97,7 +97,8 @@ def assert_same(found, wanted, tolerance=1e-6):
     )
 
 
-@pytest.mark.parametrize("remat", ["none", "save_projections", "full"])
+# "full" is what the mesh of the last test runs with.
+@pytest.mark.parametrize("remat", ["none", "save_projections"])
 def test_one_pass_gives_what_two_give(remat):
   found = compiled(steps.both_token_stats, remat=remat)(*laid(alone()))
   # Sums of float32 in another order at most.
