@@ -52,7 +52,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     file.write(data)
     file.flush()
     os.fsync(file.fileno())
-  sync_directory(path.parent)
+  sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -66,8 +66,8 @@ def naming(path: pathlib.Path, data: bytes):
     raise OSError(code, message, str(path)) from error
 
 
-def sync_directory(path: pathlib.Path) -> None:
-  """Makes a new or renamed entry of the directory survive a power cut."""
+def sync(path: pathlib.Path) -> None:
+  """Makes a file's bytes, or a directory's entries, survive a power cut."""
   fd = os.open(path, os.O_RDONLY)
   try:
     os.fsync(fd)

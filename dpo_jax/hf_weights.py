@@ -17,7 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import hf_layout, partitioning, processes, safetensors_files
+from dpo_jax import (
+  atomic,
+  hf_layout,
+  partitioning,
+  processes,
+  safetensors_files,
+)
 
 Tree = dict[str, Any]
 
@@ -211,19 +217,11 @@ def complete(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
   try:
     yield staged
     for path in (*staged.iterdir(), staged):
-      _sync(path)
+      atomic.sync(path)
     if final.exists():
       final.rename(replaced)
     staged.rename(final)
-    _sync(final.parent)
+    atomic.sync(final.parent)
   finally:
     for left in (staged, replaced):
       shutil.rmtree(left, ignore_errors=True)
-
-
-def _sync(path: pathlib.Path) -> None:
-  handle = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)

@@ -348,7 +348,7 @@ def apply_both(
 
   Args:
     config: the model's shape; `config.lora` describes `lora`.
-    base: as in `apply`, and so are all others; frozen.
+    base: as in `apply`, as are all below; frozen.
 
   Returns:
     Hidden states of policy and reference, both [B, T, D] in `config.dtype`.

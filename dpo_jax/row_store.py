@@ -51,7 +51,7 @@ class Store(Generic[records.Row]):
   def _open(self) -> None:
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
     self._fd = os.open(self.path, flags, 0o644)
-    atomic.sync_directory(self.path.parent)
+    atomic.sync(self.path.parent)
     # Every whole line is checked before anything is changed.
     self.rows, rest, self._size = records.scan(self.path, self.cls)
     if not rest:

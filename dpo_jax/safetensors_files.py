@@ -173,15 +173,6 @@ def write(
     os.fsync(file.fileno())
 
 
-def sync(directory: pathlib.Path) -> None:
-  """Flushes a directory's names to the disk: what was moved there stays."""
-  handle = os.open(directory, os.O_RDONLY)
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)
-
-
 def _sharded(index: pathlib.Path) -> dict[str, Tensor]:
   names = strict_json.read_object(index).get("weight_map")
   if not isinstance(names, dict) or not names:

@@ -91,7 +91,7 @@ def complete(
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
     hashes = list(pool.map(lambda name: _sha256(path / name, sync=True), files))
   for folder in (*filter(pathlib.Path.is_dir, path.rglob("*")), path):
-    atomic.sync_directory(folder)
+    atomic.sync(folder)
   manifest = {
     "format": _FORMAT,
     "step": step,
@@ -196,7 +196,7 @@ def tidy(directory: pathlib.Path, latest: int | None) -> None:
       raise ValueError(
         f"{path} is no checkpoint: move it away, or use another directory"
       )
-  atomic.sync_directory(directory)
+  atomic.sync(directory)
 
 
 def prune(directory: pathlib.Path, retention: Retention) -> None:
@@ -210,7 +210,7 @@ def prune(directory: pathlib.Path, retention: Retention) -> None:
     path = directory / str(step)
     gone = path.with_name(path.name + _DELETING)
     path.rename(gone)
-    atomic.sync_directory(directory)
+    atomic.sync(directory)
     shutil.rmtree(gone)
 
 
@@ -222,7 +222,7 @@ def _write(directory: pathlib.Path, step: int, manifest: dict) -> None:
   manifest = manifest | {"sha256": _own_hash(manifest)}
   text = json.dumps(manifest, indent=2) + "\n"
   atomic.write_text(directory / str(step) / MANIFEST, text)
-  atomic.sync_directory(directory)
+  atomic.sync(directory)
 
 
 def _manifest(directory: pathlib.Path, step: int) -> dict:

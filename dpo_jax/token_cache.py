@@ -98,7 +98,7 @@ def tokenize(
     with _naming(directory):
       _write(temporary, done, key)
   with _naming(directory):
-    safetensors_files.sync(path.parent)
+    atomic.sync(path.parent)
   return done
 
 
