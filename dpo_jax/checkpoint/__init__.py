@@ -91,6 +91,7 @@ class Checkpoints:
     if step == self._latest:
       return
     flat = {key: _flat(tree) for key, tree in _trees(state, name).items()}
+    flat = jax.tree.map(_one_copy, flat)
     self.make_room(flat)
     try:
       self._orbax.save(
@@ -211,6 +212,17 @@ def _trees(state: steps.TrainState, name: str) -> dict[str, Any]:
     "opt_state": state.opt_state,
     "guard": state.guard,
   }
+
+
+def _one_copy(array: jax.Array) -> jax.Array:
+  """Of an array that every device of the only process holds, one device's.
+
+  Orbax would have each device write a share of it, and compile a program for
+  every cut: all in one step of the loop. Several processes do write shares.
+  """
+  if jax.process_count() > 1 or not array.is_fully_replicated:
+    return array
+  return array.addressable_shards[0].data
 
 
 def _described(flat: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
