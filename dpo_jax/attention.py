@@ -24,7 +24,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -156,13 +156,19 @@ def check(
     )
 
 
-def dense(
-  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
-) -> jax.Array:
+def dense(q: jax.Array, k: Any, v: Any, mask: jax.Array) -> jax.Array:
   """`attend` by a mask, bool [B, T, S]; scores and softmax in float32.
 
-  Keys and values may also be [B, S, N H], for one query a row; see `_folded`.
+  Keys and values may also be [B, S, N H], for one query a row, see `_folded`;
+  or tuples, of which each part has as many rows.
   """
+  if isinstance(k, tuple):
+    each = len(q) // len(k)
+    attended = [
+      dense(q[at : at + each], own_k, own_v, mask[at : at + each])
+      for at, own_k, own_v in zip(range(0, len(q), each), k, v, strict=True)
+    ]
+    return jnp.concatenate(attended)
   if k.ndim == 3:
     return _folded(q, k, v, mask)
   scores = jnp.einsum(

@@ -37,6 +37,7 @@ class Program:
       cache are arrays of their own while tokens are decoded. A CPU copies a
       slice of a stack before it uses it, at every step; elsewhere a stack is
       one loop, which is compiled sooner.
+    parts: of a layer's cache, where layers are apart; they divide the rows.
   """
 
   config: model.ModelConfig
@@ -47,6 +48,7 @@ class Program:
   ways: draw.Ways
   cache: kv_cache.Kind
   layout: kv_cache.Layout
+  parts: int = 1
 
   @property
   def apart(self) -> bool:
@@ -94,7 +96,8 @@ class State:
     count: how many tokens are new, [B].
     done: whether the row takes no more; empty slots are done, [B].
     turn: how much of a human turn its text ends with, see `stops`, [B].
-    cache: see `kv_cache`; a tuple of single layers' if they are apart.
+    cache: see `kv_cache`; a tuple of single layers', each in parts, if they
+      are apart.
   """
 
   rows: Rows
@@ -203,13 +206,6 @@ def enter(
     return jnp.where(enters, new, old)
 
   def copy(whole, new):
-    if program.apart:
-      start = (0,) * new.ndim
-      old = jax.lax.slice(whole, start, (len(enters), *new.shape[1:]))
-      own = jnp.expand_dims(enters, (*range(1, new.ndim),))
-      kept = jnp.where(own, jnp.take(new, prompt, axis=0), old)
-      return jax.lax.dynamic_update_slice(whole, kept, start)
-
     # A layer at a time: of all at once there would be a second cache.
     def layer(at, whole):
       start = (at, *(0,) * (new.ndim - 1))
@@ -222,6 +218,13 @@ def enter(
 
     return jax.lax.fori_loop(0, len(new), layer, whole)
 
+  if program.apart:
+    cache = tuple(
+      _copy_parts(whole, new, enters, prompt)
+      for whole, new in zip(state.cache, prefix.cache, strict=True)
+    )
+  else:
+    cache = jax.tree.map(copy, state.cache, prefix.cache)
   rows = jax.tree.map(merge, rows, state.rows)
   state = State(
     rows=rows,
@@ -231,7 +234,7 @@ def enter(
     count=merge(0, state.count),
     done=merge(rows.limit == 0, state.done),
     turn=merge(0, state.turn),
-    cache=jax.tree.map(copy, state.cache, prefix.cache),
+    cache=cache,
   )
   logits = jnp.take(prefix.logits, prompt, axis=0)
   return _placed(_take(program, state, logits, table, enters))
@@ -329,7 +332,29 @@ def _resize(cache, slots):
 
 def _new_cache(program, batch, slots):
   cache = _stacked_cache(program, batch, slots)
-  return kv_cache.split(cache) if program.apart else cache
+  if not program.apart:
+    return cache
+  layers = kv_cache.split(cache)
+  return tuple(kv_cache.divide(layer, program.parts) for layer in layers)
+
+
+def _copy_parts(parts, prompts, enters, prompt):
+  """The parts of a layer's cache with the prompts of rows that enter."""
+  each = len(enters) // len(parts)
+
+  def copy(whole, new, enters, prompt):
+    start = (0,) * new.ndim
+    old = jax.lax.slice(whole, start, (each, *new.shape[1:]))
+    own = jnp.expand_dims(enters, (*range(1, new.ndim),))
+    kept = jnp.where(own, jnp.take(new, prompt, axis=0), old)
+    return jax.lax.dynamic_update_slice(whole, kept, start)
+
+  found = []
+  for at, part in enumerate(parts):
+    own = slice(at * each, (at + 1) * each)
+    one = functools.partial(copy, enters=enters[own], prompt=prompt[own])
+    found.append(jax.tree.map(one, part, prompts))
+  return tuple(found)
 
 
 def _stacked_cache(program, batch, slots):
@@ -388,8 +413,8 @@ def axes(path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...]:
   The cache is split over rows and heads; what the host reads is everywhere.
   """
   if path[0].name == "cache":
-    # A layer's own cache has a number in its path, and no axis of layers.
-    return cache_axes(path, leaf, 2 - len(path[1:]))
+    # A layer's own cache has numbers in its path, and no axis of layers.
+    return cache_axes(path, leaf, 1 if len(path) == 2 else 0)
   return (None,) * leaf.ndim
 
 

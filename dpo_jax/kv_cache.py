@@ -8,6 +8,10 @@ folded into its last axis: a TPU pads a last axis to a multiple of 128, and
 copies a cache whose head dim is not one into such a form and back. In int8 each
 key and each value has a scale of its own, its largest magnitude over 127.
 
+A layer's own cache may lie in parts of its rows, as `divide` gives them: XLA
+runs a product of many small matrices on one core of a CPU, and two products
+that do not depend on each other on two.
+
 Letters: L layers, B rows, N heads, S slots, T tokens of this call, H head dim,
 C = N H.
 """
@@ -18,6 +22,8 @@ import jax
 import jax.numpy as jnp
 
 Tree = dict[str, Any]
+# A layer's cache in parts of as many rows each, first rows first.
+Parts = tuple[Tree, ...]
 Kind = Literal["float32", "bfloat16", "int8"]
 Layout = Literal["stacked", "apart", "folded"]
 
@@ -76,7 +82,16 @@ def split(cache: Tree) -> tuple[Tree, ...]:
   )
 
 
-def resize(cache: Tree, slots: int) -> Tree:
+def divide(cache: Tree, parts: int) -> Parts:
+  """So many parts of a single layer's cache, which must divide its rows."""
+  divided = {name: jnp.split(leaf, parts) for name, leaf in cache.items()}
+  return tuple(
+    {name: leaves[at] for name, leaves in divided.items()}
+    for at in range(parts)
+  )
+
+
+def resize(cache: Tree | Parts, slots: int) -> Tree | Parts:
   """A single layer's cache with so many slots; new ones, at the end, are 0."""
 
   def one(leaf):
@@ -89,17 +104,17 @@ def resize(cache: Tree, slots: int) -> Tree:
 
 
 def remember(
-  cache: Tree,
+  cache: Tree | Parts,
   layer: jax.Array | None,
   index: jax.Array | int,
   k: jax.Array,
   v: jax.Array,
   span: int,
-) -> tuple[jax.Array, jax.Array, Tree]:
+) -> tuple[Any, Any, Tree | Parts]:
   """Writes a layer's keys and values and gives back all of its first slots.
 
   Args:
-    cache: see `init`; with `layer` None one of `split`.
+    cache: see `init`; with `layer` None one of `split`, or all its parts.
     layer: which layer's they are.
     index: the slot of the first token: one for all rows, or, for one token a
       row, int32 [B].
@@ -109,8 +124,11 @@ def remember(
 
   Returns:
     Keys and values [B, N, span, H] in the dtype of `k`, and the cache. Of a
-    folded cache, where each row has one token, they are [B, span, C].
+    folded cache, where each row has one token, they are [B, span, C]; of a
+    cache in parts they are tuples of as many.
   """
+  if isinstance(cache, tuple):
+    return _remember_parts(cache, layer, index, k, v, span)
   cache = dict(cache)
   folded = layer is not None and cache["k"].ndim == 4
   found = []
@@ -132,6 +150,15 @@ def remember(
       read *= scale[..., None].astype(new.dtype)
     found.append(read)
   return found[0], found[1], cache
+
+
+def _remember_parts(parts, layer, index, k, v, span):
+  each = len(k) // len(parts)
+  found = []
+  for at, part in enumerate(parts):
+    own = slice(at * each, (at + 1) * each)
+    found.append(remember(part, layer, index[own], k[own], v[own], span))
+  return tuple(zip(*found, strict=True))
 
 
 def _quantised(name, x):

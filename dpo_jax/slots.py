@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -43,6 +44,10 @@ MOST_ROWS = 512
 
 # Of blocks' weights: decoding with layers apart copies them for each call.
 _APART_BYTES = 2**29
+
+# Rows of a part of a layer's cache are at least so many; parts are at most so
+# many, as each is compiled.
+_PART_ROWS, _MOST_PARTS = 8, 8
 
 # A TPU pads the last axis of an array to a multiple of this.
 _LANES = 128
@@ -119,6 +124,7 @@ def layout(
       why = f"more than {MOST_ROWS} a shard gain little"
     if most <= size:
       size, why = most, f"{len(requests)} are asked for"
+  program = dataclasses.replace(program, parts=_parts(program, size))
   return Layout(plan(requests, engine, shards, wanted), program, size, why)
 
 
@@ -449,6 +455,16 @@ def _cache_layout(config, mesh) -> kv_cache.Layout:
   if platform != "cpu" or (mesh is not None and mesh.size > 1):
     return "stacked"
   return "apart" if _blocks_bytes(config) <= _APART_BYTES else "stacked"
+
+
+def _parts(program, size) -> int:
+  """Parts of a layer's cache: one for each core that rows are enough for."""
+  if not program.apart:
+    return 1
+  most = min(os.cpu_count() or 1, size // _PART_ROWS, _MOST_PARTS)
+  return next(
+    parts for parts in range(max(most, 1), 0, -1) if size % parts == 0
+  )
 
 
 def _blocks_bytes(config) -> int:

@@ -17,9 +17,11 @@ import torch
 import transformers
 
 from dpo_jax import (
+  attention,
   decoding,
   draw,
   hf,
+  kv_cache,
   lora,
   partitioning,
   sampling,
@@ -299,7 +301,7 @@ def test_samples_differ_where_their_keys_do(tok, grid, told):
   [
     {"batch_size": 24, "length_multiple": 48, "prefill_tokens": 1024},
     {"batch_size": 3, "chunk": 1, "prefill_tokens": 1},
-    {"span": 32},
+    {"batch_size": 16, "span": 32},
   ],
   ids=str,
 )
@@ -332,6 +334,49 @@ def test_layers_are_apart_on_one_device_only(noisy):
   )
   found = [slots._cache_layout(config, mesh) for mesh in (None, one, eight)]
   assert found == ["apart", "apart", "stacked"]
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_parts_of_a_cache_hold_and_see_what_it_does(kind):
+  """A layer's cache of six rows whole, and in three parts of two."""
+  shape = {"k": (6, 2, 3, 16), "v": (6, 2, 3, 16)}
+  keys = iter(jax.random.split(jax.random.key(0), 5))
+  old = [jax.random.normal(next(keys), x) for x in shape.values()]
+  new = [jax.random.normal(next(keys), (6, 2, 1, 16)) for _ in range(2)]
+  q = jax.random.normal(next(keys), (6, 1, 2, 16))
+  index = jnp.array([0, 4, 3, 3, 2, 1])
+  mask = (jnp.arange(5)[None] <= index[:, None])[:, None]
+  (whole,) = kv_cache.split(kv_cache.init(1, 6, 2, 5, 16, kind))
+  _, _, whole = kv_cache.remember(whole, None, 0, *old, span=5)
+  parts = kv_cache.divide(whole, 3)
+  assert [part["k"].shape for part in parts] == [(2, 2, 5, 16)] * 3
+  *seen, whole = kv_cache.remember(whole, None, index, *new, span=5)
+  *seen_in_parts, parts = kv_cache.remember(parts, None, index, *new, span=5)
+  joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+  jax.tree.map(np.testing.assert_array_equal, joined, whole)
+  # Row 1 wrote at 4, which nobody had.
+  assert whole["k"][1, :, 4].any()
+  assert not whole["k"][0, :, 4].any()
+  np.testing.assert_allclose(
+    attention.dense(q, *seen_in_parts, mask),
+    attention.dense(q, *seen, mask),
+    atol=1e-6,
+  )
+
+
+def test_parts_are_as_many_as_cores_with_enough_rows(noisy, monkeypatch):
+  config, _ = noisy
+  program = decoding.Program(
+    config, 64, 8, 0, 8192, draw.Ways(0, True, False), "float32", "apart"
+  )
+  for cores, size, parts in ((1, 64, 1), (2, 64, 2), (2, 15, 1), (2, 34, 2)):
+    monkeypatch.setattr(slots.os, "cpu_count", lambda cores=cores: cores)
+    assert slots._parts(program, size) == parts
+  monkeypatch.setattr(slots.os, "cpu_count", lambda: 32)
+  found = [slots._parts(program, size) for size in (8, 24, 33, 34, 64, 512)]
+  assert found == [1, 3, 3, 2, 8, 8]
+  stacked = dataclasses.replace(program, layout="stacked")
+  assert slots._parts(stacked, 64) == 1
 
 
 def tpus(**axes):
@@ -370,16 +415,17 @@ def test_a_step_copies_no_cache(noisy, tok):
     ways=draw.Ways(64, False, False),
     cache="float32",
     layout="apart",
+    parts=2,
   )
   state = jax.eval_shape(lambda: decoding.empty(program, 8, 96))
   number = jax.ShapeDtypeStruct((), jnp.int32)
   table = jax.ShapeDtypeStruct((tok.vocab_size, stops.TURN + 1), jnp.int8)
   arguments = (base, None, state, table, number, number)
   compiled = decoding.advance.lower(program, 96, *arguments).compile()
-  # Rows, heads, slots and head dim, as an operation's result.
-  whole = r"= f32\[8,2,96,16\]\S* "
+  # Rows of a part, heads, slots and head dim, as an operation's result.
+  whole = r"= f32\[4,2,96,16\]\S* "
   text = compiled.as_text()
-  assert len(re.findall(whole + "parameter", text)) >= 4
+  assert len(re.findall(whole + "parameter", text)) >= 8
   assert not re.findall(whole + "(copy|select|slice)", text)
 
 
