@@ -69,7 +69,11 @@ def main():
   parser.add_argument("--output", type=pathlib.Path, required=True)
   parser.add_argument("--threads", type=int, required=True)
   parser.add_argument("--micro_batch", type=int, default=4)
-  parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
+  parser.add_argument(
+    "--attention",
+    choices=("sdpa", "eager", "flash_attention_2"),
+    default="sdpa",
+  )
   parser.add_argument("--padding_free", action="store_true")
   # TRL 0.x only; 1.x has no such option.
   parser.add_argument("--logits_to_keep", action="store_true")

@@ -1,6 +1,9 @@
 """The GPU benchmark's script at a tiny size, and what it counts."""
 
+import argparse
 import ast
+import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -12,17 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gpu
-from dpo_jax import model
+from benchmarks import gpu, gpu_answers, gpu_case, gpu_step
+from dpo_jax import model, packing
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def test_the_floor_of_decoding_by_hand():
   base = jax.eval_shape(
-    lambda: model.init(gpu.TINY, jax.random.key(0), jnp.bfloat16)
+    lambda: model.init(gpu_case.TINY, jax.random.key(0), jnp.bfloat16)
   )
-  found = gpu.floor_bytes(gpu.TINY, base, [3, 5], 4, "bfloat16")
+  found = gpu_answers.floor_bytes(gpu_case.TINY, base, [3, 5], 4, "bfloat16")
   layers, width, mlp, words = 2, 64, 128, 512
   kernels = layers * (4 * width**2 + 2 * width * mlp) + width * words
   biases = layers * (3 * width + width + mlp + width)
@@ -34,8 +37,8 @@ def test_the_floor_of_decoding_by_hand():
 
 
 def test_pairs_have_the_lengths_of_real_ones():
-  found = gpu.pairs(2 * 1551, 512).lengths
-  wanted = np.loadtxt(gpu.LENGTHS, int, delimiter=",", skiprows=1)
+  found = gpu_case.pairs(2 * 1551, 512).lengths
+  wanted = gpu_case.lengths()
   assert wanted.shape == (1551, 3)
   np.testing.assert_array_equal(
     np.sort(found, 0), np.sort(np.concatenate([wanted, wanted]), 0)
@@ -60,8 +63,81 @@ def test_wheels_are_those_that_the_package_requires():
   )
 
 
+def test_rates_of_updates_by_hand():
+  """Two updates of two pairs, in two seconds and in three."""
+  lora = model.LoraConfig(16, 32.0, 0.0, model.TARGETS)
+  shape = dataclasses.replace(gpu_case.TINY, lora=lora)
+  counts = [
+    packing.Counts(
+      ids=(), tokens=tokens, completion_tokens=9, visible=100, slots=64
+    )
+    for tokens in (30, 50)
+  ]
+  found = gpu_step.rates(shape, 2, counts, [2.0, 3.0])
+  assert found["pairs_per_second"] == 4 / 5
+  assert found["tokens_per_second"] == 80 / 5
+  assert found["tokens_a_pair"] == 80 / 4
+  assert found["row_fill"] == 80 / 128
+  assert found["median_step_seconds"] == 2.5
+  layers, width, mlp, words, rank = 2, 64, 128, 512, 16
+  kernels = layers * (4 * width**2 + 2 * width * mlp)
+  adapters = layers * rank * (4 * width + 2 * width + 2 * (width + mlp))
+  # Forward and to the input; of adapters to themselves too. Scores and their
+  # sums of values have two products backward for each forward.
+  useful = 2 * 2 * (kernels * 80 + width * words * 18)
+  useful += 3 * 2 * adapters * 80 + 3 * 4 * layers * width * 200
+  assert found["useful_flops_per_second"] == useful / 5
+
+
+def test_ratios_by_hand():
+  refused = {"refused": "no such kernel"}
+  found = {
+    "peaks": {"matmul_flops": 1e12, "copy_bytes": 2e9},
+    "updates": {
+      "dense": {"useful_flops_per_second": 4e11, "pairs_per_second": 30},
+      "flash": {"useful_flops_per_second": 5e11, "pairs_per_second": 40},
+      "cudnn": refused,
+    },
+    # Three seconds of reading, in four.
+    "answers": {
+      "floor_bytes": 6e9,
+      "median_seconds": 4.0,
+      "tokens_per_second": 600,
+    },
+    "trl": {"pairs_per_second": 16},
+    "others": {"generate": {"tokens_per_second": 200}, "vllm": refused},
+  }
+  assert gpu.ratios(found) == {
+    "mfu, dense": 0.4,
+    "mfu, flash": 0.5,
+    "share of the floor": 0.75,
+    "updates, ours over trl": 2.5,
+    "answers, ours over generate": 3.0,
+  }
+  # What is missing leaves the rest.
+  found |= {"peaks": refused, "trl": refused}
+  assert set(gpu.ratios(found)) == {"answers, ours over generate"}
+
+
+@pytest.mark.parametrize(
+  ("code", "limit", "words"),
+  [
+    ("raise ValueError('no such kernel')", 60, "ValueError: no such kernel"),
+    ("import os; os.abort()", 60, "SIGABRT"),
+    ("import time; time.sleep(60)", 0.2, "took more than 0.2 s"),
+  ],
+)
+def test_what_fails_is_reported(code, limit, words, tmp_path):
+  command = [sys.executable, "-c", code]
+  how = argparse.Namespace(limit_s=limit)
+  found = gpu.child(how, tmp_path, command)
+  assert list(found) == ["refused"]
+  assert words in found["refused"]
+
+
 @pytest.mark.slow
 def test_the_script_runs(tmp_path):
+  """All parts but TRL, and without vLLM; flash and cuDNN are not for a CPU."""
   output = tmp_path / "out.json"
   subprocess.run(
     [
@@ -74,6 +150,8 @@ def test_the_script_runs(tmp_path):
       "--rows=8",
       "--new_tokens=8",
       f"--profile={tmp_path / 'trace'}",
+      f"--torch={sys.executable}",
+      "--others_device=cpu",
     ],
     cwd=ROOT,
     env=os.environ
@@ -85,11 +163,19 @@ def test_the_script_runs(tmp_path):
     check=True,
   )
   found = json.loads(output.read_text())
-  training, sampling = found["training"], found["sampling"]
-  assert training["losses"][0] == pytest.approx(np.log(2), abs=1e-3)
-  assert training["pairs_per_second"] > 0
+  updates, answers = found["updates"], found["answers"]
+  assert updates["dense"]["losses"][0] == pytest.approx(np.log(2), abs=1e-3)
+  for name in ("flash", "cudnn"):
+    assert "model.attention" in updates[name]["refused"]
+  assert answers["tokens"] <= 8 * 8
+  assert found["others"]["generate"]["tokens"] == 8 * 8
+  assert found["others"]["generate, static cache"]["tokens"] == 8 * 8
+  if importlib.util.find_spec("vllm") is None:
+    assert "vllm" in found["others"]["vllm"]["refused"]
+  ratios = found["ratios"]
   # Nothing is faster than what it is compared with.
-  assert 0 < training["mfu_of_measured_rate"] < 1
-  assert 0 < sampling["share_of_floor"] < 1
-  assert sampling["tokens"] <= 8 * 8
-  assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+  assert 0 < ratios["mfu, dense"] < 1
+  assert 0 < ratios["share of the floor"] < 1
+  assert ratios["answers, ours over generate"] > 0
+  assert list((tmp_path / "trace" / "dense").rglob("*.xplane.pb"))
+  assert list((tmp_path / "trace" / "sampling").rglob("*.xplane.pb"))
