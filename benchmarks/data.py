@@ -23,6 +23,7 @@ from dpo_jax import (
   placement,
   profiles,
   settings,
+  settling,
   sources,
   tables,
   token_cache,
@@ -94,7 +95,7 @@ def layouts(table, layout, length, shards, repeats):
   plan = batches.Schedule((len(table),), (1.0,), BATCH, 0, 1)
   steps = [plan.items(step) for step in range(plan.steps)]
   started = time.perf_counter()
-  how = placement.settled(table, how, steps, SHAPES)
+  how = settling.settled(table, how, steps, SHAPES)
   settled_s = time.perf_counter() - started
   tokens = slots = completions = places = 0
   speeds = []

@@ -25,6 +25,7 @@ from dpo_jax import (
   programs,
   recipe,
   reference,
+  settling,
   steps,
   tables,
 )
@@ -98,8 +99,8 @@ def packed(
   )
   one = dataclasses.replace(how, microbatches=1)
   group = run.batch_size // run.microbatches
-  one = placement.settled(table, one, batches.consecutive(len(table), group), 1)
-  how = placement.settled(
+  one = settling.settled(table, one, batches.consecutive(len(table), group), 1)
+  how = settling.settled(
     table, how, map(order.items, range(flags.steps)), run.data.shapes
   )
   scored = batches.in_order(table, one, batch_size=group)

@@ -24,6 +24,7 @@ from configs import dpo, models
 from dpo_jax import (
   compiling,
   hardware,
+  mean_items,
   partitioning,
   plan_text,
   recipe,
@@ -57,7 +58,7 @@ def run_of(size: str, kind: str, shards: int) -> recipe.TrainSettings:
   c.model.attention = "dense"
   c.microbatches = 1
   run = settings.build(recipe.TrainSettings, c.to_dict())
-  while compiling.rows_of(run, BATCH // run.microbatches, shards) > ROWS:
+  while mean_items.rows_of(run, BATCH // run.microbatches, shards) > ROWS:
     run = dataclasses.replace(run, microbatches=2 * run.microbatches)
   return run
 
@@ -70,7 +71,7 @@ def compile_for(size: str, kind: str, name: str) -> dict:
   chip = hardware.chip(devices[0].device_kind)
   run = run_of(size, kind, fsdp)
   shape = compiling.shape_of(run, size)
-  rows = compiling.rows_of(run, BATCH // run.microbatches, fsdp)
+  rows = mean_items.rows_of(run, BATCH // run.microbatches, fsdp)
   (found,) = compiling.compile_steps(run, shape, mesh, rows, ("train",))
   row = {
     "size": size,

@@ -1,6 +1,6 @@
 """A run's own programs, compiled with shapes alone: no weights, no items.
 
-What stands for the items of a batch is `Lengths`, the means of HH.
+What stands for the items of a batch is in `mean_items`.
 """
 
 import contextlib
@@ -21,49 +21,19 @@ from dpo_jax import (
   hardware,
   hf,
   hlo,
+  mean_items,
   model,
   optim,
-  packing,
   partitioning,
   programs,
   recipe,
   steps,
 )
 
-# Completion tokens are dealt to shards unevenly, and a run's shapes hold its
-# widest batch.
-_SLACK = 1.25
-# Rows of 64 tokens look at so many times as many keys as their tokens see,
-# measured on HH's harmless-base.
-_SEEN = 2.0
 # XLA cannot read a program whose scatters libtpu gives to the SparseCores, as
 # for v5p and v6e ("async-update instruction should have 1 operands"). With this
 # they stay where all else is done.
 _READABLE = {"xla_tpu_enable_offloading_scatter_to_sparsecore": False}
-
-
-@dataclasses.dataclass(frozen=True)
-class Lengths:
-  """Mean tokens of an item, and the places in rows that it takes."""
-
-  tokens: float
-  places: float
-  completion: float
-  visible: float
-
-
-# Measured on the 1,551 good pairs of HH's harmless-base at hand, profile
-# "paper", 512 tokens, prompt 256, and the fill of rows of 1,024 tokens on one
-# shard (benchmarks/data.md). By layout; SFT's items are chosen responses.
-PAIRS = {
-  "shared": Lengths(207.2, 221.1, 91.2, 27_126),
-  "packed": Lengths(323.3, 344.8, 91.2, 38_137),
-  "padded": Lengths(323.3, 1024.0, 91.2, 38_137),
-}
-EXAMPLES = {
-  "packed": Lengths(156.8, 166.3, 40.8, 18_031),
-  "padded": Lengths(156.8, 512.0, 40.8, 18_031),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,22 +126,6 @@ def compile_one(
   return dataclasses.replace(made, cost=hlo.cost(text, rounds))
 
 
-def lengths(config: recipe.TrainSettings) -> Lengths:
-  """The means that stand for the run's items."""
-  table = PAIRS if config.objective == "dpo" else EXAMPLES
-  found = table[config.data.layout]
-  if config.data.layout == "padded":
-    rows = 2 if config.objective == "dpo" else 1
-    found = dataclasses.replace(found, places=rows * config.row_length)
-  return found
-
-
-def rows_of(config: recipe.TrainSettings, items: int, shards: int) -> int:
-  """Rows on one device that hold so many items."""
-  needed = items * lengths(config).places / config.row_length
-  return max(math.ceil(needed / shards), 1)
-
-
 def shape_of(config: recipe.TrainSettings, name: str) -> model.ModelConfig:
   """The model's config as training would have it, from its shape alone.
 
@@ -256,10 +210,10 @@ def compile_steps(
   with jax.set_mesh(mesh):
     lowered = {
       "train": lambda: train.lower(
-        state, reference, batch_of(config, mesh, rows, many)
+        state, reference, mean_items.batch_of(config, mesh, rows, many)
       ),
       "eval": lambda: evaluate.lower(
-        state.params, reference, batch_of(config, mesh, rows, 1)
+        state.params, reference, mean_items.batch_of(config, mesh, rows, 1)
       ),
     }
     with uncached(mesh):
@@ -283,35 +237,6 @@ def uncached(mesh: jax.sharding.Mesh) -> Iterator[None]:
     compilation_cache.reset_cache()
 
 
-def batch_of(
-  config: recipe.TrainSettings,
-  mesh: jax.sharding.Mesh,
-  rows: int,
-  microbatches: int,
-) -> packing.Batch:
-  """The shapes of a batch with `rows` rows on each device."""
-  shards = partitioning.data_shards(mesh)
-  mean = lengths(config)
-  share = mean.completion / mean.places
-  width = rows * config.row_length * min(share * _SLACK, 1.0)
-  width = -(-math.ceil(width) // 128) * 128
-  lying = partitioning.batch_sharding(mesh, leading=1)
-
-  def one(*sizes, dtype=jnp.int32):
-    return jax.ShapeDtypeStruct((microbatches, *sizes), dtype, sharding=lying)
-
-  token = one(rows * shards, config.row_length)
-  completion = one(shards, width)
-  kept = None
-  if config.precompute_reference:
-    kept = one(shards, width, dtype=jnp.float32)
-  seen = None
-  if config.runs_on:
-    pairs = _SEEN * rows * config.row_length / mean.places * mean.visible
-    seen = one(shards, math.ceil(pairs / config.row_length**2), 2)
-  return packing.Batch(*(token,) * 5, *(completion,) * 3, kept, seen)
-
-
 def laid(tree: Any, mesh: jax.sharding.Mesh) -> Any:
   """A tree's shapes as they lie on a mesh, by the rules of `partitioning`."""
   return jax.tree.map(
@@ -328,45 +253,3 @@ def bytes_on_device(tree: Any) -> int:
     for x in jax.tree.leaves(tree)
     if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
   )
-
-
-def largest_rows(
-  needs: Callable[[int], int | None], start: int, limit: int, room: int
-) -> int:
-  """The most rows that fit, by compiling for some of them.
-
-  Memory grows nearly as a line, so that after two that fit the next guess is
-  where the line meets `room`; after one that does not, the gap is halved. Up to
-  eight rows the answer is exact, beyond to an eighth.
-
-  Args:
-    needs: compiles for so many rows and tells the bytes, None if refused.
-    start: a first guess.
-    limit: more are not tried.
-    room: bytes of a device.
-
-  Returns:
-    0 where not even one row fits.
-  """
-  low, high = 0, limit + 1
-  sizes: dict[int, int] = {}
-  at = min(max(start, 1), limit)
-  while low < limit and (high > limit or high - low > max(1, low // 8)):
-    size = needs(at)
-    if size is None or size > room:
-      high = at
-      at = (low + high) // 2
-      if not at:
-        break
-      continue
-    low, sizes[at] = at, size
-    at = min(max(_guess(sizes, room), low + 1), high - 1)
-  return low
-
-
-def _guess(sizes: dict[int, int], room: int) -> int:
-  """Where the line through the two largest meets `room`; twice the only one."""
-  *_, (fewer, less), (more, most) = [(0, 0), *sorted(sizes.items())]
-  if len(sizes) == 1 or most <= less:
-    return 2 * more
-  return more + int((room - most) * (more - fewer) / (most - less))

@@ -24,6 +24,7 @@ from dpo_jax import (
   placement,
   recipe,
   reference,
+  settling,
 )
 from dpo_jax import tokenizer as tokenizer_lib
 
@@ -148,7 +149,7 @@ def make(
     items=items,
     schedule=schedule,
     steps=steps,
-    train=placement.settled(
+    train=settling.settled(
       items.train.table,
       layout,
       (schedule.items(int(step)) for step in planned),
@@ -223,7 +224,7 @@ def _in_order(
   layout: placement.Packing, items: data.Side, batch_size: int
 ) -> placement.Packing:
   """The layout of batches in order: one micro-batch, one shape."""
-  return placement.settled(
+  return settling.settled(
     items.table,
     dataclasses.replace(layout, microbatches=1),
     batches.consecutive(len(items.table), batch_size),

@@ -29,6 +29,7 @@ from dpo_jax import (
   placement,
   recipe,
   settings,
+  settling,
   tables,
 )
 from dpo_jax import tokenizer as tokenizer_lib
@@ -163,7 +164,7 @@ def _packing(
       rows = f"a piece takes {longest} > {how.row_length}"
       lines.append((layout, "-", "-", "-", "-", rows))
       continue
-    how = placement.settled(table, how, steps, config.data.shapes)
+    how = settling.settled(table, how, steps, config.data.shapes)
     tokens = slots = 0
     started = time.perf_counter()
     for indices in steps:

@@ -3,7 +3,7 @@
 A piece is what must stand together in a row: one sequence, or a whole pair. A
 plan gives each piece its row and its place; nothing here looks at a token. So
 all batches of a run can be planned before it begins, and the few shapes that
-hold them chosen for the least waste.
+hold them chosen for the least waste (`settling`).
 
 Letters: N items of P parts (a prompt and its responses), K pieces, R rows in
 use, B rows of a batch, T tokens of a row, S shards into which the rows are
@@ -16,7 +16,7 @@ which blocks look at which.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -55,7 +55,7 @@ class Packing:
     loss_on_prompt: predict the prompt's tokens too (examples only).
     pad_id: the token of padding.
     shapes: those that a batch may take, ascending; the first that holds it is
-      taken, and one beyond them only if none does. See `settled`.
+      taken, and one beyond them only if none does. See `settling`.
     runs_on: pieces run on from row to row, for `attention` by "blocks";
       otherwise each lies in one row.
   """
@@ -95,39 +95,6 @@ class Plan:
   rows: int
   width: int
   seen: tuple[np.ndarray, ...]
-
-
-def settled(
-  table: tables.Table,
-  how: Packing,
-  steps: Iterable[np.ndarray],
-  count: int,
-) -> Packing:
-  """`how` with at most `count` shapes, chosen so that all `steps` fit in.
-
-  Each row count that occurs costs what the next greater chosen one costs; the
-  choice that wastes the fewest rows in sum is found exactly.
-
-  Args:
-    table: the items.
-    how: the layout; its shapes are replaced.
-    steps: the items of each step, as indices into the table.
-    count: how many shapes there may be.
-  """
-  needs = []
-  free = dataclasses.replace(how, shapes=())
-  for indices in steps:
-    shape = shape_of(plans(table.take(indices), how), free, growth=1.0)
-    needs.append((shape.rows, shape.width, shape.seen))
-  rows, *others = np.asarray(needs).T
-  values, numbers = np.unique(rows, return_counts=True)
-  chosen = values[_cuts(values, numbers, count)]
-  taken = chosen[np.searchsorted(chosen, rows)]
-  shapes = tuple(
-    Shape(int(value), *(int(x[taken == value].max()) for x in others))
-    for value in chosen
-  )
-  return dataclasses.replace(how, shapes=shapes)
 
 
 def longest_piece(items: Sequence[tables.Item], layout: Layout) -> int:
@@ -297,28 +264,6 @@ def shape_of(
     -(-width // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE,
     -(-seen // _SEEN_MULTIPLE) * _SEEN_MULTIPLE,
   )
-
-
-def _cuts(values: np.ndarray, numbers: np.ndarray, count: int) -> list[int]:
-  """Which values to keep, the last among them, at the least cost.
-
-  A value costs, as often as `numbers` says, the least kept value that is not
-  below it; at most `count` are kept. All [V], ascending.
-  """
-  total = len(values)
-  many = np.concatenate([[0], np.cumsum(numbers)])
-  # best[i]: least cost of the first i values with value i - 1 kept.
-  best = np.append(0.0, np.full(total, np.inf))
-  kept: list[list[int]] = [[]] * (total + 1)
-  for _ in range(min(count, total)):
-    cost, chosen = best.copy(), list(kept)
-    for end in range(1, total + 1):
-      for start in range(end):
-        new = best[start] + values[end - 1] * (many[end] - many[start])
-        if new < cost[end]:
-          cost[end], chosen[end] = new, [*kept[start], end - 1]
-    best, kept = cost, chosen
-  return kept[total]
 
 
 def _rounded(rows: int, multiple: int, growth: float) -> int:

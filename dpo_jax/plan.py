@@ -31,10 +31,12 @@ from dpo_jax import (
   console,
   grid,
   hardware,
+  mean_items,
   model,
   partitioning,
   plan_text,
   recipe,
+  row_search,
   sampling,
   settings,
   topology,
@@ -79,7 +81,7 @@ def plan_training(
   """Prints the plan of a training run; False if no mesh fits."""
   for number, mesh in enumerate(meshes(config.mesh, "fsdp", devices)):
     shards = partitioning.data_shards(mesh)
-    rows = compiling.rows_of(
+    rows = mean_items.rows_of(
       config, config.batch_size // config.microbatches, shards
     )
     try:
@@ -141,14 +143,14 @@ def most_rows(
     return tried[count]
 
   (start,) = known
-  most = compiling.largest_rows(needs, start, limit, chip.hbm_bytes)
+  most = row_search.largest_rows(needs, start, limit, chip.hbm_bytes)
   return most, tried
 
 
 def _items(config, mesh, rows) -> int:
   """Items of a micro-batch that fill so many rows a device."""
   places = rows * partitioning.data_shards(mesh) * config.row_length
-  return max(int(places / compiling.lengths(config).places), 1)
+  return max(int(places / mean_items.lengths(config).places), 1)
 
 
 def _search(config, shape, mesh, rows, train, limit) -> None:
@@ -248,7 +250,7 @@ def most_answers(
 
   if limit < 1:
     return 0
-  return 8 * compiling.largest_rows(needs, limit // 2, limit, hbm)
+  return 8 * row_search.largest_rows(needs, limit // 2, limit, hbm)
 
 
 def main(config: dict[str, Any], workdir: pathlib.Path, **options: Any) -> int:

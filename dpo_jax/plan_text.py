@@ -9,6 +9,7 @@ from dpo_jax import (
   compiling_answers,
   flops,
   hardware,
+  mean_items,
   model,
   recipe,
   roofline,
@@ -28,7 +29,7 @@ def training(
   """A training run's programs, and an estimate of an epoch."""
   device = mesh.devices.flat[0]
   chip = hardware.chip(device.device_kind)
-  mean = compiling.lengths(config)
+  mean = mean_items.lengths(config)
   lines = [
     f"{mesh.size} x {device.device_kind}, mesh {dict(mesh.shape)};"
     f" {rows} row(s) of {config.row_length} tokens a device, in"
@@ -77,7 +78,7 @@ def useful_flops(
   config: recipe.TrainSettings, shape: model.ModelConfig
 ) -> float:
   """Useful flops of an update, by the means that stand for its items."""
-  mean = compiling.lengths(config)
+  mean = mean_items.lengths(config)
   work = flops.Work(
     *(
       config.batch_size * x

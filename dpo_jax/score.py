@@ -43,6 +43,7 @@ from dpo_jax import (
   placement,
   profiles,
   redaction,
+  settling,
   steps,
   tables,
 )
@@ -260,7 +261,7 @@ def _token_logps(
     loss_on_prompt=False,
     pad_id=0,
   )
-  how = placement.settled(pairs, layout, steps_, _SHAPES)
+  how = settling.settled(pairs, layout, steps_, _SHAPES)
   place = partitioning.batch_sharding(mesh)
   score = jax.jit(functools.partial(steps.token_logps, config))
   found = []

@@ -18,7 +18,8 @@ import random
 import re
 from collections.abc import Mapping
 
-from dpo_jax import synthetic_text as words
+from dpo_jax import synthetic_answers, synthetic_claims, synthetic_text
+from dpo_jax import synthetic_tables as tables
 
 # Shares of the answer styles, in percent. RAW is the base model's diet;
 # PAIRS is what a fair crowd would write, with few excellent answers, so that
@@ -66,13 +67,6 @@ _REFUSAL_WORDS = re.compile(r"\b(i cannot|i am not able|i would rather not)\b")
 _HEDGE_WORDS = re.compile(
   r"\b(maybe|perhaps|probably|might|i guess|not sure)\b"
 )
-_VALUE_OF = {
-  value: attribute
-  for attribute in ("colour", "home", "food", "time")
-  for value in words.VALUES[attribute]
-}
-_BARE = frozenset(["the", "it", "is", "one"])
-_UNITS = {"kilos": "weight", "years": "age"}
 
 
 def compare(prompt: str, first: str, second: str) -> float:
@@ -122,26 +116,28 @@ def reward_terms(prompt: str, response: str) -> dict[str, float]:
     (whose text is not read).
   empty [-4]: no words at all; then the only term.
   """
-  question = words.parse(prompt)
+  question = synthetic_text.parse(prompt)
   text = _NEXT_TURN.split(response, maxsplit=1)[0]
   lowered = text.lower()
-  sentences = [words.WORD.findall(part) for part in _SENTENCE.split(lowered)]
+  sentences = [tables.WORD.findall(part) for part in _SENTENCE.split(lowered)]
   sentences = [sentence for sentence in sentences if sentence]
   if not sentences:
     return {"empty": EMPTY}
   flat = [word for sentence in sentences for word in sentence]
   topic = question.animals[0]
-  said = _claims(sentences, topic)
-  opening = _mark(question, sentences[:1], _claims(sentences[:1], topic))
-  details, falsehoods = _side_facts(question, said)
+  said = synthetic_claims.claimed(sentences, topic)
+  opening = synthetic_claims.mark(
+    question, sentences[:1], synthetic_claims.claimed(sentences[:1], topic)
+  )
+  details, falsehoods = synthetic_claims.side_facts(question, said)
   finished = text == response and text.rstrip()[-1] in ".!?"
   runs = [tuple(flat[i : i + 4]) for i in range(len(flat) - 3)]
   hedges = len(_HEDGE_WORDS.findall(lowered))
-  strange = sum(word not in words.LEXICON for word in flat)
-  wandering = _wandering(question, sentences)
+  strange = sum(word not in tables.LEXICON for word in flat)
+  wandering = synthetic_claims.wandering(question, sentences)
   return {
-    "named": NAMED * _named(question, flat),
-    "right": RIGHT * _mark(question, sentences, said),
+    "named": NAMED * synthetic_claims.named(question, flat),
+    "right": RIGHT * synthetic_claims.mark(question, sentences, said),
     "direct": DIRECT * (opening > 0),
     "detail": DETAIL * min(details, 2),
     "false": -FALSE * min(falsehoods, 3),
@@ -153,132 +149,6 @@ def reward_terms(prompt: str, response: str) -> dict[str, float]:
     "long": -LONG * min(max(len(flat) - 30, 0), 32),
     "unfinished": -UNFINISHED * (not finished),
   }
-
-
-def _named(question: words.Question, flat: list[str]) -> float:
-  present = set(flat)
-  count = sum(animal in present for animal in question.animals)
-  if not count and "it" in present and present.isdisjoint(words.ANIMALS):
-    return 0.5
-  return count / len(question.animals)
-
-
-def _claims(
-  sentences: list[list[str]], topic: str
-) -> set[tuple[str, str, str]]:
-  """(animal, attribute, value) triples stated.
-
-  A value belongs to the last animal named before it in its sentence, else to
-  the first named after it, else to the first of the sentence before (at the
-  start: `topic`). A value shortly after "not" is denied, not claimed.
-  """
-  claims = set()
-  for sentence in sentences:
-    named = [word for word in sentence if word in words.FACTS]
-    topic = named[0] if named else topic
-    animal = topic
-    for i, word in enumerate(sentence):
-      if word in words.FACTS:
-        animal = word
-      attribute, value = _VALUE_OF.get(word), word
-      if i and word in _UNITS and sentence[i - 1] in words.NUMBERS:
-        attribute, value = _UNITS[word], sentence[i - 1]
-      if attribute and "not" not in sentence[max(i - 4, 0) : i]:
-        claims.add((animal, attribute, value))
-  return claims
-
-
-def _mark(
-  question: words.Question,
-  sentences: list[list[str]],
-  said: set[tuple[str, str, str]],
-) -> float:
-  """How right the answer is, in [-1, 1]; see `reward_terms`."""
-  if question.kind == "compare":
-    winners = _said_to_win(question, sentences)
-    return _verdict({winner == question.winner for winner in winners})
-  marks = []
-  for animal, attribute in question.cells:
-    truth = words.FACTS[animal][attribute]
-    values = {v for a, name, v in said if (a, name) == (animal, attribute)}
-    marks.append(_verdict({value == truth for value in values}))
-  if question.kind != "check":
-    return sum(marks) / len(marks)
-  animal, attribute = question.cells[0]
-  true = question.claim == words.FACTS[animal][attribute]
-  answers = [
-    w for sentence in sentences for w in sentence if w in ("yes", "no")
-  ]
-  marks.append(_verdict({(answers[0] == "yes") == true} if answers else set()))
-  if min(marks) < 0:
-    return -0.5 if max(marks) > 0 else min(marks)
-  return sum(marks) / 2
-
-
-def _verdict(verdicts: set[bool]) -> float:
-  if len(verdicts) != 1:
-    return -0.5 if verdicts else 0.0
-  return 1.0 if True in verdicts else -1.0
-
-
-def _said_to_win(
-  question: words.Question, sentences: list[list[str]]
-) -> set[str]:
-  """Which of the two animals are said to be heavier or older."""
-  more, less = words.MORE[question.attribute], words.LESS[question.attribute]
-  winners, compared = set(), False
-  for sentence in sentences:
-    places = [i for i, word in enumerate(sentence) if word in words.FACTS]
-    for i, word in enumerate(sentence):
-      if word not in (more, less) or not places:
-        continue
-      compared = True
-      before = [place for place in places if place < i]
-      subject = sentence[before[-1] if before else places[0]]
-      if subject not in question.animals:
-        continue
-      other = question.animals[question.animals[0] == subject]
-      winners.add(subject if word == more else other)
-  if compared:
-    return winners
-  # A bare name is an answer ("It is the owl."); a name in a sentence that
-  # says more ("I would rather not talk about the owl.") is not.
-  allowed = _BARE.union(question.animals)
-  bare = [sentence for sentence in sentences if allowed.issuperset(sentence)]
-  return {w for sentence in bare for w in sentence if w in question.animals}
-
-
-def _side_facts(
-  question: words.Question, said: set[tuple[str, str, str]]
-) -> tuple[int, int]:
-  """Counts of true facts about those asked about, and of false statements."""
-  details, falsehoods = set(), set()
-  for animal, attribute, value in said:
-    if (animal, attribute) in question.cells:
-      continue
-    if words.FACTS[animal][attribute] != value:
-      falsehoods.add((animal, attribute))
-    elif animal in question.animals:
-      details.add((animal, attribute))
-  return len(details - falsehoods), len(falsehoods)
-
-
-def _wandering(question: words.Question, sentences: list[list[str]]) -> int:
-  """How many sentences are about something else.
-
-  On topic: it names an animal asked about; or it names no animal and either
-  has a pronoun ("it", "that", "yes" ...) or states a value.
-  """
-  count = 0
-  for sentence in sentences:
-    present = set(sentence)
-    if not present.isdisjoint(question.animals):
-      continue
-    linked = bool(present & words.PRONOUNS) or bool(
-      _claims([sentence], question.animals[0])
-    )
-    count += not linked or not present.isdisjoint(words.FACTS)
-  return count
 
 
 def draw_response(
@@ -294,7 +164,9 @@ def draw_response(
       that does not exist.
   """
   style = rng.choices(tuple(mix), tuple(mix.values()))[0]
-  return " " + words.write_answer(style, words.parse(prompt), rng)
+  return " " + synthetic_answers.write_answer(
+    style, synthetic_text.parse(prompt), rng
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,9 +229,9 @@ def _split(
   rows, seen = [], set()
   misses = 0
   while len(rows) < size:
-    prompt = words.draw_prompt(rng)
+    prompt = synthetic_text.draw_prompt(rng)
     row = None
-    if words.held_out(prompt) == (name == "test"):
+    if synthetic_text.held_out(prompt) == (name == "test"):
       row = _pair(prompt, mix, scale, rng)
     key = prompt if name == "test" else row and (prompt, *row)
     if row is None or key in seen:

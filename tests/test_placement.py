@@ -10,7 +10,7 @@ import sourcing
 import tiny
 from hypothesis import strategies as st
 
-from dpo_jax import batches, packing, placement, tables
+from dpo_jax import batches, packing, placement, settling, tables
 
 SHARED = placement.Packing("shared", 40, 1, 1, False, 1)
 
@@ -38,7 +38,7 @@ def test_the_kept_row_counts_are_the_cheapest(values, data):
     chosen = values[kept]
     return (numbers * chosen[np.searchsorted(chosen, values)]).sum()
 
-  found = placement._cuts(values, numbers, count)
+  found = settling._cuts(values, numbers, count)
   assert found == sorted(set(found))
   assert len(found) <= count
   # By trial of every choice that keeps the greatest value.
@@ -60,7 +60,7 @@ def test_all_steps_fit_in_the_settled_shapes(layout, shards, microbatches):
   )
   steps = steps_of(60, 16, 40)
   for count in (1, 3):
-    settled = placement.settled(table, how, steps, count)
+    settled = settling.settled(table, how, steps, count)
     assert 1 <= len(settled.shapes) <= count
     assert dataclasses.replace(settled, shapes=()) == how
     met = set()
@@ -76,7 +76,7 @@ def test_all_steps_fit_in_the_settled_shapes(layout, shards, microbatches):
 
 def test_a_batch_beyond_the_settled_shapes_is_still_whole():
   table = tables.from_items(tiny.pairs(24, 5, prompt=(10, 20)))
-  settled = placement.settled(table, SHARED, [np.arange(4)], 1)
+  settled = settling.settled(table, SHARED, [np.arange(4)], 1)
   batch, counts = packing.pack(table, settled)
   assert batch.tokens.shape[1] > settled.shapes[0].rows
   assert counts.tokens == table.lengths.sum()
@@ -94,11 +94,11 @@ def test_rows_beyond_come_in_few_sizes():
 def test_shapes_that_were_settled_before_are_forgotten():
   table = tables.from_items(tiny.pairs(24, 5))
   taken = [np.arange(4), np.arange(4, 8)]
-  wanted = placement.settled(table, SHARED, taken, 2)
+  wanted = settling.settled(table, SHARED, taken, 2)
   # A layout that was settled for greater batches; feed does just that.
-  greater = placement.settled(table, SHARED, [np.arange(24)], 1)
+  greater = settling.settled(table, SHARED, [np.arange(24)], 1)
   assert greater.shapes[0].rows > wanted.shapes[-1].rows
-  assert placement.settled(table, greater, taken, 2) == wanted
+  assert settling.settled(table, greater, taken, 2) == wanted
 
 
 def test_a_text_s_first_token_needs_no_room():
@@ -131,7 +131,7 @@ def test_real_rows_fill_nine_tenths(shared):
   how = dataclasses.replace(SHARED, row_length=1024)
   schedule = batches.Schedule((len(pairs),), (1.0,), 64, 0, 10)
   steps = [schedule.items(step) for step in range(schedule.steps)]
-  settled = placement.settled(pairs, how, steps, 4)
+  settled = settling.settled(pairs, how, steps, 4)
   assert len(settled.shapes) == 4
   tokens = slots = 0
   for indices in steps:

@@ -23,12 +23,14 @@ from dpo_jax import (
   hardware,
   hlo,
   hlo_traffic,
+  mean_items,
   model,
   partitioning,
   plan,
   plan_text,
   recipe,
   roofline,
+  row_search,
   sampling,
   settings,
   topology,
@@ -71,7 +73,7 @@ def test_flops_of_a_step_by_hand(lora):
   run = config() if lora else config("pythia-14m")
   mesh = partitioning.make_mesh(*((8, 1) if lora else (1, 8)), 1)
   (found,) = compiling.compile_steps(run, shape, mesh, 1, ("train",))
-  width = compiling.batch_of(run, mesh, 1, 1).target.shape[-1]
+  width = mean_items.batch_of(run, mesh, 1, 1).target.shape[-1]
   work = flops.Work(2 * 512, 2 * width, 2 * 512**2)
   wanted = flops.step(shape, work, reference=True)
   if not lora:
@@ -91,7 +93,7 @@ def test_flops_of_a_step_in_blocks_by_hand():
   shape = dataclasses.replace(SMALL, attention="blocks")
   mesh = partitioning.make_mesh(8, 1, 1)
   (found,) = compiling.compile_steps(run, shape, mesh, 8, ("train",))
-  batch = compiling.batch_of(run, mesh, 8, 1)
+  batch = mean_items.batch_of(run, mesh, 8, 1)
   pairs, width = batch.seen.shape[2], batch.target.shape[2]
   assert batch.tokens.shape == (1, 8 * 8, 64)
   work = flops.Work(2 * 512, 2 * width, 2 * pairs * 64**2)
@@ -154,7 +156,7 @@ def test_the_search_finds_the_most_rows(most, start, bend):
     return None if rows > most + 2 else 100 + round(100 * rows**bend)
 
   room = 100 + round(100 * most**bend)
-  assert compiling.largest_rows(needs, start, 64, room) == most
+  assert row_search.largest_rows(needs, start, 64, room) == most
   assert len(asked) == len(set(asked)) <= 8
   if bend == 1.0 and start < most:
     # Two for the line, and two for where it meets the room.
@@ -162,17 +164,17 @@ def test_the_search_finds_the_most_rows(most, start, bend):
 
 
 def test_the_search_ends_at_its_limit_and_beyond_eight_at_an_eighth():
-  assert compiling.largest_rows(lambda rows: 1, 3, 64, 1) == 64
-  found = compiling.largest_rows(lambda rows: 1 + (rows > 53), 3, 512, 1)
+  assert row_search.largest_rows(lambda rows: 1, 3, 64, 1) == 64
+  found = row_search.largest_rows(lambda rows: 1 + (rows > 53), 3, 512, 1)
   assert 53 - 53 // 8 <= found <= 53
 
 
 def test_rows_hold_the_items():
   run = config()
   # Sixteen pairs of 221 places: 3,538 in rows of 512, of two shards.
-  assert compiling.rows_of(run, 16, 1) == math.ceil(3537.6 / 512) == 7
-  assert compiling.rows_of(run, 16, 2) == 4
-  assert compiling.rows_of(run, 16, 256) == 1
+  assert mean_items.rows_of(run, 16, 1) == math.ceil(3537.6 / 512) == 7
+  assert mean_items.rows_of(run, 16, 2) == 4
+  assert mean_items.rows_of(run, 16, 256) == 1
 
 
 @pytest.mark.parametrize("size", ["70m", "2.8b", "12b"])
@@ -482,11 +484,13 @@ def test_slices_of_libtpu(name, count):
 )
 def test_a_step_for_a_slice(name, variant):
   run = config(variant)
-  shape = dataclasses.replace(SMALL, lora=SMALL.lora if run.lora.rank else None)
+  shape = dataclasses.replace(
+    SMALL, dtype="bfloat16", lora=SMALL.lora if run.lora.rank else None
+  )
   devices = topology.devices(name)
   mesh = partitioning.make_mesh(1, -1, 1, devices=devices)
   (found,) = compiling.compile_steps(run, shape, mesh, 1, ("train",))
-  batch = compiling.batch_of(run, mesh, 1, run.microbatches)
+  batch = mean_items.batch_of(run, mesh, 1, run.microbatches)
   rows, width = run.microbatches, batch.target.shape[-1]
   work = flops.Work(rows * 512, rows * width, rows * 512**2)
   wanted = flops.step(shape, work, reference=True)
@@ -496,6 +500,17 @@ def test_a_step_for_a_slice(name, variant):
   # The compiler may turn a product of few columns into something else.
   assert found.cost.flops == pytest.approx(wanted, rel=0.02)
   assert found.cost.open_loops == 0
+  # Float32 kernels are cast where they lie, and sent as two bytes a weight.
+  kernels = {128 * 384, 128 * 128, 128 * 256, 128 * 512}
+  sent = [
+    one
+    for one in found.cost.collectives
+    if one.kind == "all-gather" and math.prod(one.shape) in kernels
+  ]
+  assert len(sent) >= 4
+  others = (len(devices) - 1) / len(devices)
+  for one in sent:
+    assert one.bytes == pytest.approx(2 * math.prod(one.shape) * others)
   text = plan_text.training(run, shape, mesh, [found], 1)
   assert f"{len(devices)} x TPU v5 lite" in text
   assert "of 15.75 GiB a device" in text

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import scaling
-from dpo_jax import compiling
+from dpo_jax import mean_items
 
 
 @pytest.mark.parametrize(
@@ -14,7 +14,7 @@ from dpo_jax import compiling
 def test_a_chip_has_at_most_two_rows(shards, microbatches, rows):
   run = scaling.run_of("14m", "lora", shards)
   assert run.microbatches == microbatches
-  assert compiling.rows_of(run, 64 // microbatches, shards) == rows
+  assert mean_items.rows_of(run, 64 // microbatches, shards) == rows
   assert (run.model.attention, run.model.remat) == ("dense", "full")
 
 

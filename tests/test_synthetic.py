@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from dpo_jax import synthetic
-from dpo_jax import synthetic_text as words
+from dpo_jax import synthetic, synthetic_text
+from dpo_jax import synthetic_tables as tables
 
 MARK = "\n\nAssistant:"
 COLOUR = "\n\nHuman: What colour is the fox?\n\nAssistant:"
@@ -180,7 +180,7 @@ def test_foreign_prompts_are_refused(prompt, message):
   st.sampled_from(PROMPTS),
   st.text(max_size=300)
   | st.lists(
-    st.sampled_from([*sorted(words.LEXICON), ".", "?", "\n\nHuman:"]),
+    st.sampled_from([*sorted(tables.LEXICON), ".", "?", "\n\nHuman:"]),
     max_size=80,
   ).map(" ".join),
 )
@@ -199,16 +199,16 @@ def test_prompts_of_any_other_text_are_refused(text):
 
 
 def test_facts_are_distinct_and_no_filler_states_one():
-  columns = list(zip(*(facts.values() for facts in words.FACTS.values())))
+  columns = list(zip(*(facts.values() for facts in tables.FACTS.values())))
   assert [len(set(column)) for column in columns] == [8, 8, 8, 4, 16, 16]
-  assert words.NUMBERS["two"] == 2
-  assert words.NUMBERS["seventeen"] == 17
-  named = [set(words.VALUES[name]) for name in words.ATTRIBUTES[:4]]
+  assert tables.NUMBERS["two"] == 2
+  assert tables.NUMBERS["seventeen"] == 17
+  named = [set(tables.VALUES[name]) for name in tables.ATTRIBUTES[:4]]
   assert sum(map(len, named)) == len(set().union(*named))
-  values = set().union(*named) | set(words.NUMBERS)
-  texts = (words._FILLERS, words._SLOW, words._REFUSALS, words._HEDGES)
-  for text in [t for table in (*texts, *words._VAGUE.values()) for t in table]:
-    assert not values & set(words.WORD.findall(text.lower())), text
+  values = set().union(*named) | set(tables.NUMBERS)
+  texts = (tables.FILLERS, tables.SLOW, tables.REFUSALS, tables.HEDGES)
+  for text in [t for table in (*texts, *tables.VAGUE.values()) for t in table]:
+    assert not values & set(tables.WORD.findall(text.lower())), text
 
 
 def draw(prompt, style, rng):
@@ -239,7 +239,7 @@ def test_styles_score_as_they_are_meant_to():
   rng = random.Random(0)
   for style, (low, high) in bounds.items():
     for _ in range(200):
-      prompt = words.draw_prompt(rng)
+      prompt = synthetic_text.draw_prompt(rng)
       text = draw(prompt, style, rng)
       terms = synthetic.reward_terms(prompt, text)
       value = sum(terms.values())
@@ -290,9 +290,9 @@ def test_test_prompts_are_unseen_combinations(world):
   # Without openers and small talk, which are no part of a combination.
   assert not {bare(p) for p in seen} & {bare(p) for p in unseen}
   # By hand: fox is animal 4, colour attribute 0, "What colour" phrasing 0.
-  assert not words.held_out(COLOUR)
+  assert not synthetic_text.held_out(COLOUR)
   # lynx 8, home 1, "I am drawing a map" 2, and "And how old" 5 + 0 + 8: 24.
-  assert words.held_out(
+  assert synthetic_text.held_out(
     "\n\nHuman: I am drawing a map. Where should I put the lynx?"
     "\n\nAssistant: The lynx lives at the quarry."
     "\n\nHuman: And how old is it?\n\nAssistant:"
@@ -300,9 +300,9 @@ def test_test_prompts_are_unseen_combinations(world):
 
 
 def bare(prompt):
-  for asked, said in words.SMALL_TALK:
+  for asked, said in tables.SMALL_TALK:
     prompt = prompt.removeprefix(f"\n\nHuman: {asked}\n\nAssistant: {said}")
-  for opener in words.OPENERS[1:]:
+  for opener in tables.OPENERS[1:]:
     prompt = prompt.replace(f"Human: {opener}", "Human: ", 1)
   return prompt
 
@@ -310,7 +310,7 @@ def bare(prompt):
 def test_every_fact_is_in_training(world):
   asked = {}
   for prompt in prompts(world.train):
-    question = words.parse(prompt)
+    question = synthetic_text.parse(prompt)
     if question.kind == "fact" and prompt.count("\n\nHuman:") == 1:
       cell = (question.animals[0], question.attribute)
       asked.setdefault(cell, set()).add(bare(prompt))
@@ -430,7 +430,9 @@ def test_transcripts_are_short(world):
   counts = [len(model.encode(row["rejected"]).ids) for row in rows]
   assert 35 < np.mean(counts) < 70
   assert max(counts) <= 128
-  types = {w for row in rows for w in words.WORD.findall(row["chosen"].lower())}
+  types = {
+    w for row in rows for w in tables.WORD.findall(row["chosen"].lower())
+  }
   assert len(types) < 400
 
 
@@ -467,7 +469,7 @@ def test_bad_arguments_are_refused(changed, message):
 
 
 def test_asking_for_more_than_exists_is_refused(monkeypatch):
-  monkeypatch.setattr(words, "draw_prompt", lambda rng: HEAVY)
+  monkeypatch.setattr(synthetic_text, "draw_prompt", lambda rng: HEAVY)
   # fox 4 + owl 12 + weight 4 + phrasing 0 = 20: a training prompt.
   with pytest.raises(ValueError, match="test=1 rows are more"):
     synthetic.generate(0, pretrain=0, train=0, test=1)

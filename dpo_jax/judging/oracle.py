@@ -3,7 +3,17 @@
 import functools
 import pathlib
 
-from dpo_jax import judging, records, synthetic, synthetic_text
+from dpo_jax import (
+  judging,
+  records,
+  synthetic,
+  synthetic_claims,
+  synthetic_tables,
+  synthetic_text,
+)
+
+# All that a reward follows from.
+_SOURCES = (synthetic, synthetic_claims, synthetic_tables, synthetic_text)
 
 
 def oracle() -> judging.Judge:
@@ -14,7 +24,7 @@ def oracle() -> judging.Judge:
   """
   sources = [
     pathlib.Path(module.__file__ or "").read_text(encoding="utf-8")
-    for module in (synthetic, synthetic_text)
+    for module in _SOURCES
   ]
   # Both orders and repeated references ask for the same rewards.
   reward = functools.lru_cache(maxsize=65536)(synthetic.reward)
