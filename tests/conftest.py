@@ -24,6 +24,15 @@ jax.config.update(
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
+# Where eight devices share two loaded cores, one may come to a collective late:
+# after a minute XLA takes it for lost and ends the process ("Fatal Python
+# error: Aborted"). It shall wait longer. XLA reads its flags once, with the
+# first device; those that stay are a part of the compilation cache's key.
+with pytest.MonkeyPatch.context() as patch:
+  longer = " --xla_cpu_collective_call_terminate_timeout_seconds=180"
+  patch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"] + longer)
+  jax.devices()
+
 
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
