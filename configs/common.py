@@ -174,6 +174,16 @@ def model() -> config_dict.ConfigDict:
   # a word: 0.4 GB for Pythia's vocabulary at 1,024. It changes memory and
   # speed, not the numbers: on a CPU 128 to 512 are quick.
   c.logit_chunk = 1024
+  # Words whose logits exist at one time, a tile of the vocabulary after
+  # another; 0 is all, as it must be where mesh.tensor splits the vocabulary. On
+  # a CPU about 1,000, with logit_chunk at thousands, is quick and lean: the
+  # unembedding is read once for all tokens.
+  c.logit_words = 0
+  # Whether the compiled step has every layer's code for itself, instead of one
+  # code in a loop over the layers. It is quicker on a CPU, where the loop
+  # copies each layer's weights and activations, and compiles longer; the
+  # numbers are the same.
+  c.unroll = False
   return c
 
 

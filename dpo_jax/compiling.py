@@ -149,6 +149,8 @@ def shape_of(config: recipe.TrainSettings, name: str) -> model.ModelConfig:
     lora=config.lora.config(),
     attention=config.model.attention,
     logit_chunk=config.model.logit_chunk,
+    logit_words=config.model.logit_words,
+    unroll=config.model.unroll,
   )
 
 

@@ -2,9 +2,9 @@
 
 Most positions of a row are prompt or padding and need no logits. The hidden
 states that predict a completion token are gathered first, and the vocabulary
-is then visited for a chunk of them at a time, so that an array of all tokens by
-all words never exists: of logits, what lives at one time is a chunk's, whatever
-the number of tokens.
+is then visited for a chunk of them at a time, all words at once or tile by tile
+(`vocabulary`), so that an array of all tokens by all words never exists: of
+logits, what lives at one time is a chunk's, whatever the number of tokens.
 
 The gradient of a log-prob is known before the loss is: d log p(t) / d hidden is
 W_t - E_p[W], and what the loss adds is one factor for each token. So while the
@@ -16,8 +16,8 @@ visits the vocabulary again.
 
 `plain` is the same without chunks or rules of its own.
 
-Einsum letters: B rows, T tokens, S shards of the rows, C completion tokens of a
-shard, D width, V vocabulary.
+Letters: B rows, T tokens, S shards of the rows, C completion tokens of a shard,
+D width, V vocabulary.
 """
 
 import dataclasses
@@ -25,6 +25,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
+
+from dpo_jax import vocabulary
 
 
 @jax.tree_util.register_dataclass
@@ -54,6 +56,7 @@ def token_stats(
   target: jax.Array,
   *,
   chunk: int,
+  words: int = 0,
 ) -> TokenStats:
   """Statistics of every completion token; logits and softmax in float32.
 
@@ -65,20 +68,26 @@ def token_stats(
     target: the token that comes next, [S, C].
     chunk: tokens of a shard whose logits live at one time. It decides memory
       and speed, not the numbers.
+    words: words whose logits live at one time, likewise; 0 is all.
 
   Raises:
-    ValueError: `chunk` is not positive.
+    ValueError: `chunk` is not positive, or `words` is negative.
   """
   if chunk < 1:
     raise ValueError(f"chunk={chunk} must be at least 1")
-  return TokenStats(*_stats(_gather(hidden, source), kernel, target, chunk))
+  if words < 0:
+    raise ValueError(f"words={words} must not be negative")
+  words = words or kernel.shape[1]
+  rows = _gather(hidden, source)
+  return TokenStats(*_stats(rows, kernel, target, chunk, words))
 
 
 def plain(
   hidden: jax.Array, kernel: jax.Array, source: jax.Array, target: jax.Array
 ) -> TokenStats:
   """`token_stats` as the formulas have it: the slow twin."""
-  logits = _logits(_gather(hidden, source), kernel.astype(hidden.dtype))
+  rows = _gather(hidden, source)
+  logits = vocabulary.logits(rows, kernel.astype(hidden.dtype))
   logps = jax.nn.log_softmax(logits, axis=-1)
   return TokenStats(
     jnp.take_along_axis(logps, target[:, :, None], axis=-1)[..., 0],
@@ -115,119 +124,67 @@ def _gather(hidden, source):
   return jnp.take_along_axis(hidden, source[:, :, None], axis=1)
 
 
-def _logits(rows, kernel):
-  return jnp.einsum(
-    "SCD,DV->SCV", rows, kernel, preferred_element_type=jnp.float32
-  )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _stats(rows, kernel, target, chunk):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _stats(rows, kernel, target, chunk, words):
   """(logps, entropy, top) of gathered rows [S, C, D]."""
+  return _visited(rows, kernel, target, chunk, words)[:3]
+
+
+def _visited(rows, kernel, target, chunk, words):
   kernel = kernel.astype(rows.dtype)
 
   def one(rows, target):
-    return _visit(rows, kernel, target)[0]
+    return vocabulary.visit(rows, kernel, target, words)[0]
 
   return _map(one, chunk, rows, target)
 
 
-def _forward(rows, kernel, target, chunk):
+def _forward(rows, kernel, target, chunk, words):
   trained = kernel.perturbed
   rows, kernel, target = rows.value, kernel.value, target.value
   if trained:
-    stats = _stats(rows, kernel, target, chunk)
-    return stats, (rows, kernel, target, stats[1])
+    *stats, level = _visited(rows, kernel, target, chunk, words)
+    return tuple(stats), (rows, kernel, target, stats[1], level)
   kernel = kernel.astype(rows.dtype)
 
   def one(rows, target):
-    stats, exponentials = _visit(rows, kernel, target)
-    return stats, _slopes(stats, exponentials, kernel, target, rows.dtype)
+    stats, slopes = vocabulary.visit(rows, kernel, target, words)
+    return stats[:3], tuple(slopes)
 
   return _map(one, chunk, rows, target)
 
 
-def _backward(chunk, kept, cotangents):
-  of_logps, of_entropy = (_known(ct) for ct in cotangents[:2])
+def _backward(chunk, words, kept, cotangents):
+  factors = [_known(ct) for ct in cotangents[:2]]
   if len(kept) == 2:
-    factors = (of_logps, of_entropy)
     grads = [
       factor[:, :, None] * slope
       for factor, slope in zip(factors, kept)
       if factor is not None
     ]
     return sum(grads).astype(kept[0].dtype) if grads else None, None, None
-  rows, kernel, target, entropy = kept
-  grad_rows, grad_kernel = _of_both(
-    rows, kernel, target, entropy, of_logps, of_entropy, chunk
-  )
-  return grad_rows, grad_kernel, None
+  return *_of_both(chunk, words, kept, factors), None
 
 
 _stats.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _visit(rows, kernel, target):
-  """A chunk's statistics, and the exponentials that they were made from."""
-  logits = _logits(rows, kernel)
-  peak = jnp.max(logits, axis=-1)
-  below = logits - peak[:, :, None]
-  weights = jnp.exp(below)
-  total = jnp.sum(weights, axis=-1)
-  picked = jnp.take_along_axis(below, target[:, :, None], axis=-1)[..., 0]
-  logps = picked - jnp.log(total)
-  entropy = jnp.log(total) - jnp.sum(weights * below, axis=-1) / total
-  top = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  return (logps, entropy, top), (below, weights, total)
-
-
-def _slopes(stats, exponentials, kernel, target, dtype):
-  """d logps / d rows and d entropy / d rows of a chunk, both [S, C, D]."""
-  below, weights, total = exponentials
-
-  def mean(values):
-    """E_p of the columns of the unembedding, each times a value."""
-    values = values.astype(kernel.dtype)
-    weighed = jnp.einsum(
-      "SCV,DV->SCD", values, kernel, preferred_element_type=jnp.float32
-    )
-    return weighed / total[:, :, None]
-
-  # The likeliest token's weight is exactly one in any dtype, so that a sure
-  # prediction keeps its small gradient.
-  expected = mean(weights)
-  wanted = jnp.moveaxis(jnp.take(kernel, target, axis=1), 0, -1)
-  of_logps = wanted.astype(jnp.float32) - expected
-  rest = (stats[1] - jnp.log(total))[:, :, None]
-  of_entropy = -mean(weights * below) - rest * expected
-  return of_logps.astype(dtype), of_entropy.astype(dtype)
-
-
-def _of_both(rows, kernel, target, entropy, of_logps, of_entropy, chunk):
+def _of_both(chunk, words, kept, factors):
   """Gradients of rows and of the unembedding, by another visit."""
+  rows, kernel, target, *found = kept
   shards, count, width = rows.shape
   cast = kernel.astype(rows.dtype)
   zero = jnp.zeros((shards, count), jnp.float32)
-  of_logps = zero if of_logps is None else of_logps
-  of_entropy = zero if of_entropy is None else of_entropy
+  factors = [zero if factor is None else factor for factor in factors]
 
-  def one(grad_kernel, chunk):
-    rows, target, entropy, of_logps, of_entropy = chunk
-    logps = jax.nn.log_softmax(_logits(rows, cast), axis=-1)
-    words = jnp.arange(logps.shape[-1], dtype=target.dtype).reshape(1, 1, -1)
-    hit = words == target[:, :, None]
-    p = jnp.exp(logps)
-    slope = of_logps[:, :, None] * (hit - p)
-    slope -= of_entropy[:, :, None] * p * (logps + entropy[:, :, None])
-    slope = slope.astype(rows.dtype)
-    grad_rows = jnp.einsum("SCV,DV->SCD", slope, cast)
-    # By shard, so that devices add up once and not in every chunk.
-    grad_kernel += jnp.einsum(
-      "SCD,SCV->SDV", rows, slope, preferred_element_type=jnp.float32
+  def one(grad_kernel, piece):
+    rows, target, entropy, level, *factors = piece
+    grad_rows, grad_kernel = vocabulary.gradients(
+      rows, cast, target, (entropy, level), factors, grad_kernel, words
     )
-    return grad_kernel, grad_rows
+    return grad_kernel, grad_rows.astype(rows.dtype)
 
-  chunks = _chunks(chunk, rows, target, entropy, of_logps, of_entropy)
+  chunks = _chunks(chunk, rows, target, *found, *factors)
   start = jnp.zeros((shards, width, kernel.shape[1]), jnp.float32)
   grad_kernel, grad_rows = jax.lax.scan(one, start, chunks)
   grad_kernel = jnp.sum(grad_kernel, axis=0).astype(kernel.dtype)

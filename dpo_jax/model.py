@@ -64,8 +64,9 @@ class ModelConfig:
 
   `dtype` is what the blocks compute in; layer norms, the softmax of attention
   and the logits are float32 whatever it says. `attention` names how segments
-  are attended, see `attention`; `logit_chunk` is how many tokens' logits exist
-  at one time, see `logps`.
+  are attended, see `attention`; `logit_chunk` and `logit_words` are how many
+  tokens' logits of how many words exist at one time, see `logps`; `unroll`
+  writes the layers one after another instead of as the body of a loop.
   """
 
   vocab_size: int
@@ -81,6 +82,8 @@ class ModelConfig:
   remat: Remat = "none"
   attention: attention_lib.Name = "dense"
   logit_chunk: int = 1024
+  logit_words: int = 0
+  unroll: bool = False
   lora: LoraConfig | None = None
 
   def __post_init__(self):
@@ -95,6 +98,8 @@ class ModelConfig:
       )
     if self.logit_chunk < 1:
       raise ValueError(f"logit_chunk={self.logit_chunk} must be at least 1")
+    if self.logit_words < 0:
+      raise ValueError(f"logit_words={self.logit_words} must not be negative")
 
   @property
   def head_dim(self) -> int:
@@ -326,7 +331,8 @@ def apply(
     cache = tuple(caches)
   else:
     layers = (base["blocks"], adapters, jnp.arange(config.layers))
-    (x, cache), _ = jax.lax.scan(block, (x, cache), layers)
+    unroll = config.unroll and cache is None
+    (x, cache), _ = jax.lax.scan(block, (x, cache), layers, unroll=unroll)
   return _leave(config, base, x), cache
 
 
@@ -381,7 +387,8 @@ def apply_both(
     return (policy, reference), None
 
   layers = (base["blocks"], lora["blocks"], jnp.arange(config.layers))
-  both, _ = jax.lax.scan(_rematerialised(config, block), (x, x), layers)
+  block = _rematerialised(config, block)
+  both, _ = jax.lax.scan(block, (x, x), layers, unroll=config.unroll)
   policy, reference = (_leave(config, base, x) for x in both)
   return policy, reference
 

@@ -70,6 +70,8 @@ class ModelSettings:
   attention: attention.Name
   attention_block: int
   logit_chunk: int
+  logit_words: int
+  unroll: bool
 
   def __post_init__(self):
     for name in ("attention_block", "logit_chunk"):
@@ -77,6 +79,10 @@ class ModelSettings:
         raise ValueError(
           f"model.{name}={getattr(self, name)} must be at least 1"
         )
+    if self.logit_words < 0:
+      raise ValueError(
+        f"model.logit_words={self.logit_words} must not be negative; 0 is all"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +193,12 @@ class TrainSettings:
       raise ValueError(
         "model.attention='blocks' with data.layout='padded', which gives each"
         " sequence a row of its own: set data.layout to 'packed' or 'shared'"
+      )
+    if self.model.logit_words and self.mesh.tensor != 1:
+      raise ValueError(
+        f"model.logit_words={self.model.logit_words} with"
+        f" mesh.tensor={self.mesh.tensor}, which splits the vocabulary already:"
+        " set model.logit_words to 0"
       )
     if self.model.param_dtype != "float32" and not self.lora.rank:
       raise ValueError(

@@ -315,7 +315,12 @@ def _key_of_seats(key, batch):
 
 def _stats(config, kernel, hidden, batch) -> logps.TokenStats:
   return logps.token_stats(
-    hidden, kernel, batch.source, batch.target, chunk=config.logit_chunk
+    hidden,
+    kernel,
+    batch.source,
+    batch.target,
+    chunk=config.logit_chunk,
+    words=config.logit_words,
   )
 
 

@@ -54,6 +54,8 @@ LEVELS = {
   "strict_json": -1,
   # Of `flash` alone.
   "flash_kernels": -1,
+  # Of `logps` alone.
+  "vocabulary": -1,
   "synthetic_tables": 0,
   "synthetic_text": 1,
   "tables": 0,

@@ -54,8 +54,8 @@ def run(stats, inputs, index, argnums, of_entropy=True):
   return found, grads
 
 
-def chunked(chunk):
-  return functools.partial(logps.token_stats, chunk=chunk)
+def chunked(chunk, words=0):
+  return functools.partial(logps.token_stats, chunk=chunk, words=words)
 
 
 # Fewer than a chunk, just one, one more, several with an incomplete last one.
@@ -63,8 +63,20 @@ def chunked(chunk):
 # The unembedding is frozen, trained, or trained alone.
 @pytest.mark.parametrize("argnums", [(0,), (0, 1), (1,)])
 def test_values_and_gradients_equal_torch(completions, argnums):
+  compare_with_torch(chunked(128), completions, argnums)
+
+
+# Of 23 words: one a tile; three tiles, the last of which shares a word with the
+# one before; two of which the last has one word more; all and more.
+@pytest.mark.parametrize("words", [1, 8, 22, 30])
+@pytest.mark.parametrize("argnums", [(0,), (0, 1), (1,)])
+def test_tiles_of_words_equal_torch(words, argnums):
+  compare_with_torch(chunked(128, words), 300, argnums)
+
+
+def compare_with_torch(stats, completions, argnums):
   *inputs, source, target = case(2, 40, completions)
-  found, grads = run(chunked(128), inputs, (source, target), argnums)
+  found, grads = run(stats, inputs, (source, target), argnums)
   theirs = [torch.tensor(x, requires_grad=True) for x in inputs]
   wanted, entropy, top = torch_stats(*theirs, source, target)
   (
@@ -95,7 +107,9 @@ def test_chunks_change_nothing(argnums):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def compiled(argnums, completions, vocab, chunk, of_entropy=False, width=8):
+def compiled(
+  argnums, completions, vocab, chunk, of_entropy=False, width=8, words=0
+):
   """The program of values and gradients for shapes alone."""
   *inputs, source, target = (
     jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -103,7 +117,7 @@ def compiled(argnums, completions, vocab, chunk, of_entropy=False, width=8):
   )
 
   def total(*arguments):
-    found = logps.token_stats(*arguments, chunk=chunk)
+    found = logps.token_stats(*arguments, chunk=chunk, words=words)
     value = jnp.sum(jnp.tanh(found.logps))
     return value + jnp.sum(found.entropy) if of_entropy else value
 
@@ -130,6 +144,28 @@ def test_memory_is_free_of_tokens_times_words(argnums):
   assert abs(mixed) < 0.01 * 4 * (many - few) * (more - words)
   # Nor is it the size of all logits.
   assert temp[many, more] < 0.2 * 4 * many * more
+
+
+@pytest.mark.parametrize("argnums", [(0,), (0, 1)])
+def test_a_tile_of_words_is_all_that_exists(argnums):
+  """However many words there are, beyond the gradient of their columns."""
+  width, tokens, tile = 8, 512, 256
+  few, many = (
+    compiled(argnums, tokens, vocab, chunk=tokens, words=tile)
+    .memory_analysis()
+    .temp_size_in_bytes
+    for vocab in (4 * tile, 32 * tile)
+  )
+  assert few > 4 * tokens * tile
+  # A gradient and what it is summed in; logits would be 60 times as much.
+  assert many - few < 4 * 28 * tile * width * 2.1
+
+
+def test_tiles_of_a_frozen_unembedding_cost_two_products():
+  program = compiled((0,), 64, 512, 64, width=256, words=128)
+  # The analysis counts the loop's body, one tile, once.
+  products = program.cost_analysis()["flops"] / (2 * 64 * 256 * 128)
+  assert 2 <= products < 2.2
 
 
 @pytest.mark.parametrize("chunk", [64, 32])
@@ -173,13 +209,16 @@ def test_what_nobody_reads_is_not_computed():
 def test_a_chunk_must_hold_a_token():
   with pytest.raises(ValueError, match="chunk=0 must be at least 1"):
     logps.token_stats(*case(1, 4, 3), chunk=0)
+  with pytest.raises(ValueError, match="words=-1 must not be negative"):
+    logps.token_stats(*case(1, 4, 3), chunk=4, words=-1)
 
 
+@pytest.mark.parametrize("words", [0, 1024])
 @pytest.mark.parametrize("argnums", [(0,), (0, 1)])
-def test_bfloat16_hidden_states_give_a_float32_softmax(argnums):
+def test_bfloat16_hidden_states_give_a_float32_softmax(argnums, words):
   hidden, kernel, *index = case(2, 16, 9, vocab=4096)
   half = jnp.asarray(hidden, jnp.bfloat16), jnp.asarray(kernel, jnp.bfloat16)
-  found, grads = run(chunked(4), half, index, argnums)
+  found, grads = run(chunked(4, words), half, index, argnums)
   exact = [
     torch.tensor(np.asarray(x.astype(jnp.float32)), requires_grad=True)
     for x in half
@@ -202,7 +241,8 @@ def test_bfloat16_hidden_states_give_a_float32_softmax(argnums):
     assert error < 2**-7 * scale
 
 
-def test_a_sure_prediction_keeps_its_gradient_in_bfloat16():
+@pytest.mark.parametrize("words", [0, 1])
+def test_a_sure_prediction_keeps_its_gradient_in_bfloat16(words):
   # One word is e^8 times as likely as the other: 1 - p is 3e-4, and the
   # gradient that times the difference of the columns, 2.
   hidden = jnp.full((1, 1, 1), 4.0, jnp.bfloat16)
@@ -210,17 +250,19 @@ def test_a_sure_prediction_keeps_its_gradient_in_bfloat16():
   index = jnp.zeros((1, 1), int)
 
   def value(hidden):
-    return logps.token_stats(hidden, kernel, index, index, chunk=8).logps.sum()
+    found = chunked(8, words)(hidden, kernel, index, index)
+    return found.logps.sum()
 
   found = float(jax.jit(jax.grad(value))(hidden)[0, 0, 0])
   assert found == pytest.approx(2 / (1 + np.exp(8)), rel=2**-7)
 
 
-def test_large_logits_stay_finite():
+@pytest.mark.parametrize("words", [0, 1])
+def test_large_logits_stay_finite(words):
   hidden = jnp.full((1, 1, 1), 100.0)
   kernel = jnp.array([[100.0, -100.0]])
   index = jnp.zeros((1, 2), int)
-  found = logps.token_stats(hidden, kernel, index, jnp.array([[0, 1]]), chunk=8)
+  found = chunked(8, words)(hidden, kernel, index, jnp.array([[0, 1]]))
   # Logits 1e4 and -1e4.
   assert found.logps.tolist() == [[0.0, -20000.0]]
   assert found.entropy.tolist() == [[0.0, 0.0]]
