@@ -35,6 +35,7 @@ FREE = (
   "allow_changes",
   "trackers",
   "compilation_cache",
+  "keep_freed_memory",
   "push_to_hub",
   "push_public",
   "push_licence",
@@ -158,6 +159,7 @@ class TrainSettings:
   precompute_reference: bool
   reference_cache: str
   compilation_cache: str
+  keep_freed_memory: bool
   grace_s: float
   heartbeat_s: int
   allow_changes: tuple[str, ...]

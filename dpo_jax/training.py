@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from dpo_jax import (
+  allocator,
   assembly,
   atomic,
   checkpoint,
@@ -62,6 +63,8 @@ def run(config: recipe.TrainSettings, workdir: pathlib.Path) -> pathlib.Path:
     hub.NotPushed: all is done, but not all of it is on the hub.
   """
   programs.keep(config.compilation_cache)
+  if config.keep_freed_memory and jax.default_backend() == "cpu":
+    allocator.keep_freed()
   with interruption.Watch(config.grace_s) as watch:
     with processes.together("preparing the directory"):
       if processes.first():

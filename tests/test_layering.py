@@ -50,6 +50,7 @@ LEVELS = {
   "settings": 0,
   "sources.hub": 0,
   # Below all, since whoever opens a file may need them.
+  "allocator": -1,
   "atomic": -1,
   "strict_json": -1,
   # Of `flash` alone.
