@@ -174,7 +174,7 @@ def test_tiles_of_a_vocabulary_that_a_mesh_splits_are_refused():
   c = get("dpo", "pythia-14m-lora")
   assert c.model.logit_words
   c.mesh.tensor = 2
-  with pytest.raises(ValueError, match="logit_words=1048 with mesh.tensor=2"):
+  with pytest.raises(ValueError, match=r"logit_words=1048 with mesh\.tensor=2"):
     settings.build(recipe.TrainSettings, c.to_dict())
   c.mesh.tensor, c.model.logit_words = 1, -1
   with pytest.raises(ValueError, match="logit_words=-1 must not be negative"):
