@@ -82,6 +82,8 @@ setuptools.setup(
     "safetensors",
     "scipy",
     "tensorflow-datasets",
+    # Of orbax too; it writes checkpoints to buckets.
+    "tensorstore",
     "tokenizers",
     "tqdm",
     "transformers>=5",

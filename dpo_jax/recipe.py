@@ -11,6 +11,7 @@ from dpo_jax import (
   hub,
   losses,
   model,
+  objects,
   optim,
   partitioning,
   sampling,
@@ -41,6 +42,7 @@ FREE = (
   "push_licence",
   "push_checkpoints",
   "push_dry_run",
+  "checkpoint_bucket",
 )
 
 # The metrics of an evaluation that checkpoints can be ranked by.
@@ -155,6 +157,7 @@ class TrainSettings:
   keep_best: int
   best_metric: str
   best_is: Literal["lowest", "highest"]
+  checkpoint_bucket: str
   export_adapters: bool
   precompute_reference: bool
   reference_cache: str
@@ -218,6 +221,11 @@ class TrainSettings:
         " has a reference; set it to False"
       )
     buckets.refuse("reference_cache", self.reference_cache)
+    if self.checkpoint_bucket:
+      try:
+        objects.split(self.checkpoint_bucket)
+      except ValueError as error:
+        raise ValueError(f"checkpoint_bucket: {error}") from None
     if not 0 < self.grace_s < float("inf"):
       raise ValueError(f"grace_s={self.grace_s} must be positive")
     if self.heartbeat_s < 1:

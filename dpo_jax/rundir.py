@@ -92,7 +92,18 @@ def check(
   """
   if not (workdir / "config.json").exists():
     return []
-  found = settings.differing(begun(workdir), json.loads(json.dumps(values)))
+  return refuse_other(workdir, begun(workdir), values, allowed)
+
+
+def refuse_other(
+  where: Any,
+  begun_with: Any,
+  values: dict[str, Any],
+  allowed: Iterable[str] = (),
+) -> list[str]:
+  """As `check`, of the values that the run at `where` was begun with."""
+  what = "--workdir" if isinstance(where, pathlib.Path) else "checkpoint_bucket"
+  found = settings.differing(begun_with, json.loads(json.dumps(values)))
   names = [f"config.{name}" for name in allowed]
   refused = [
     line
@@ -101,9 +112,9 @@ def check(
   ]
   if refused:
     raise ValueError(
-      f"{workdir} was begun with another config:\n  "
+      f"{where} was begun with another config:\n  "
       + "\n  ".join(refused)
-      + "\nuse another --workdir, or the values that it was begun with"
+      + f"\nuse another {what}, or the values that it was begun with"
     )
   return found
 

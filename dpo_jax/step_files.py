@@ -15,6 +15,7 @@ import math
 import os
 import pathlib
 import shutil
+from collections.abc import Set
 from typing import Literal
 
 from dpo_jax import atomic, strict_json
@@ -142,6 +143,32 @@ def metrics(directory: pathlib.Path, step: int) -> dict[str, float]:
   return _manifest(directory, step)["metrics"]
 
 
+def hashes(directory: pathlib.Path, step: int) -> dict[str, str]:
+  """The SHA-256 of each file of a step, but its manifest, as it was completed.
+
+  Raises:
+    ValueError: its manifest is damaged.
+  """
+  files = _manifest(directory, step)["files"]
+  return {name: file["sha256"] for name, file in files.items()}
+
+
+def staged(directory: pathlib.Path, step: int) -> pathlib.Path:
+  """Where a step's files are brought to before it is seen."""
+  return directory / f"{step}{_WRITING}-brought"
+
+
+def install(directory: pathlib.Path, step: int) -> None:
+  """Makes a step of what was staged; what is in its place is put aside."""
+  path = directory / str(step)
+  if path.exists():
+    aside = path.with_name(path.name + _REJECTED)
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+  staged(directory, step).rename(path)
+  atomic.sync(directory)
+
+
 def note(directory: pathlib.Path, step: int, metrics: dict[str, float]) -> None:
   """Puts the evaluation of a whole step into its manifest."""
   manifest = _manifest(directory, step) | {"metrics": _finite(metrics)}
@@ -199,14 +226,18 @@ def tidy(directory: pathlib.Path, latest: int | None) -> None:
   atomic.sync(directory)
 
 
-def prune(directory: pathlib.Path, retention: Retention) -> None:
-  """Deletes completed steps that no rule keeps."""
+def prune(
+  directory: pathlib.Path,
+  retention: Retention,
+  held: Set[int] = frozenset(),
+) -> None:
+  """Deletes completed steps that no rule keeps, and nobody holds."""
   found = {}
   for step in steps(directory):
     # One that is damaged neither counts nor is deleted.
     with contextlib.suppress(OSError, ValueError):
       found[step] = metrics(directory, step)
-  for step in sorted(found.keys() - retention.kept(found)):
+  for step in sorted(found.keys() - retention.kept(found) - held):
     path = directory / str(step)
     gone = path.with_name(path.name + _DELETING)
     path.rename(gone)

@@ -35,6 +35,7 @@ from dpo_jax import (
   locks,
   lora,
   metrics,
+  mirror,
   packing,
   processes,
   programs,
@@ -61,6 +62,8 @@ def run(config: recipe.TrainSettings, workdir: pathlib.Path) -> pathlib.Path:
     checkpoint.SaveError: a checkpoint could not be written.
     interruption.Interrupted: a signal asked for it.
     hub.NotPushed: all is done, but not all of it is on the hub.
+    mirror.NotCopied: all is done, but not all of it is in the bucket.
+    lease.Held: another process writes to the bucket; lease.Lost: now it does.
   """
   programs.keep(config.compilation_cache)
   if config.keep_freed_memory and jax.default_backend() == "cpu":
@@ -90,19 +93,31 @@ def _run(
   with processes.together("looking at the directory"):
     processes.shared(workdir / "lock")
     rundir.refuse_foreign(workdir)
-    changed = rundir.check(workdir, values, allowed)
+    rundir.check(workdir, values, allowed)
     if (push := config.push()) and processes.first():
       hub.check(push)
   processes.agree("the config", json.dumps(values))
   trackers.check(config.trackers)
   with contextlib.ExitStack() as stack:
-    publisher = None
+    publisher = copies = None
     if push:
       publisher = stack.enter_context(hub.Publisher(push, workdir))
+    with processes.together("looking at the bucket"):
+      if config.checkpoint_bucket and processes.first():
+        copies = stack.enter_context(
+          mirror.Mirror(config.checkpoint_bucket, workdir, config.retention())
+        )
+        copies.fetch(values, allowed)
+    with processes.together("looking at the directory"):
+      changed = rundir.check(workdir, values, allowed)
     if not (workdir / "finished.json").exists():
-      _train(config, workdir, watch, changed, publisher)
-    if publisher and processes.first():
-      publisher.finish()
+      _train(config, workdir, watch, changed, publisher, copies)
+    try:
+      if publisher and processes.first():
+        publisher.finish()
+    finally:
+      if copies:
+        copies.finish()
   return workdir / "export"
 
 
@@ -112,9 +127,10 @@ def _train(
   watch: interruption.Watch,
   changed: list[str],
   publisher: hub.Publisher | None,
+  copies: mirror.Mirror | None,
 ) -> None:
   checkpoints = checkpoint.Checkpoints(
-    workdir / "checkpoints", config.retention()
+    workdir / "checkpoints", config.retention(), copies
   )
   made, state, inputs = assembly.assemble(config, workdir, checkpoints)
   with processes.together("reading the prompts of samples"):

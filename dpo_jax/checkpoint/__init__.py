@@ -20,7 +20,14 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from dpo_jax import errors, partitioning, processes, step_files, steps
+from dpo_jax import (
+  errors,
+  mirror,
+  partitioning,
+  processes,
+  step_files,
+  steps,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -35,8 +42,15 @@ class SaveError(errors.Stopped):
 class Checkpoints:
   """The checkpoints of one run's directory, which the caller has locked."""
 
-  def __init__(self, directory: pathlib.Path, retention: step_files.Retention):
+  def __init__(
+    self,
+    directory: pathlib.Path,
+    retention: step_files.Retention,
+    copies: mirror.Mirror | None = None,
+  ):
     """Opens or makes `directory` and finds its newest whole step.
+
+    `copies` is told of each step that is whole; the first process may have it.
 
     What is wrong with later steps is told on stderr, and they are put aside.
 
@@ -45,6 +59,7 @@ class Checkpoints:
         holds what no run wrote.
     """
     self._directory, self._retention = directory.resolve(), retention
+    self._copies = copies
     latest = None
     with processes.together("looking at the checkpoints"):
       if processes.first():
@@ -114,15 +129,22 @@ class Checkpoints:
       self._orbax.wait_until_finished()
       if processes.first():
         step_files.complete(self._directory, step, metrics)
-        step_files.prune(self._directory, self._retention)
+        self._copy(step)
+        held = self._copies.held() if self._copies else frozenset()
+        step_files.prune(self._directory, self._retention, held)
     except Exception as error:
       raise self._failed(step, error) from error
+
+  def _copy(self, step: int) -> None:
+    if self._copies is not None:
+      self._copies.completed(step)
 
   def note(self, metrics: dict[str, float]) -> None:
     """Puts the evaluation of the newest step into its manifest, if whole."""
     self._finish()
     if processes.first() and self._latest is not None:
       step_files.note(self._directory, self._latest, metrics)
+      self._copy(self._latest)
 
   def make_room(self, tree: Any) -> None:
     """Checks that the disk has room for a tree of arrays.
@@ -146,7 +168,12 @@ class Checkpoints:
     )
 
   def check(self) -> None:
-    """Raises, without waiting, what went wrong in the last save."""
+    """Raises, without waiting, what went wrong in the last save.
+
+    So does it if another process has taken over where the copies go.
+    """
+    if self._copies is not None:
+      self._copies.check()
     if self._completing is not None and self._completing.done():
       self._finish()
 

@@ -1,0 +1,414 @@
+"""Runs whose disk is lost, kept in a bucket: real HTTP, real kills.
+
+The bucket is a server on this machine that speaks Google's JSON API, and
+tensorstore is what speaks to it. Whatever happens, what a run on an empty disk
+leaves at last is bit for bit what one that was never touched leaves.
+"""
+
+import os
+import shutil
+import signal
+
+import bucket_server
+import pytest
+import running
+
+from dpo_jax import (
+  contents,
+  interruption,
+  lease,
+  metrics,
+  mirror,
+  objects,
+  step_files,
+  strict_json,
+  training,
+)
+
+
+@pytest.fixture(scope="module")
+def served():
+  with bucket_server.serve() as bucket:
+    yield bucket
+
+
+@pytest.fixture
+def bucket(served, monkeypatch):
+  """The server; its objects stay from test to test, each has its own path."""
+  for name, value in environment(served).items():
+    monkeypatch.setenv(name, value)
+  yield served
+  served.go_on()
+  served.heal()
+
+
+def environment(bucket):
+  return {
+    "TENSORSTORE_GCS_HTTP_URL": bucket.address,
+    "GOOGLE_AUTH_TOKEN_FOR_TESTING": bucket_server.TOKEN,
+  }
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  return running.make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="module")
+def whole(files, tmp_path_factory):
+  """An uninterrupted run without a bucket."""
+  workdir = tmp_path_factory.mktemp("whole") / "run"
+  training.run(running.configs(files)(), workdir)
+  return workdir
+
+
+@pytest.fixture
+def config(files, request):
+  """Settings with a path of the bucket that is the test's own."""
+
+  def build(**changes):
+    place = {"checkpoint_bucket": address(request)}
+    return running.configs(files)(**place | changes)
+
+  return build
+
+
+def address(request):
+  return f"gs://{bucket_server.BUCKET}/runs/{path(request)}"
+
+
+def path(request):
+  return request.node.name.replace("[", "-").replace("]", "")
+
+
+@pytest.fixture
+def here(request):
+  """The test's own path in the bucket."""
+  return f"runs/{path(request)}"
+
+
+def assert_same(workdir, whole):
+  assert running.read(workdir) == running.read(whole)
+  assert running.weights(workdir) == running.weights(whole)
+  assert listing(workdir) == listing(whole)
+  directory = workdir / "checkpoints"
+  for step in step_files.steps(directory):
+    assert step_files.problem(directory, step) == ""
+
+
+def listing(workdir):
+  """All files but those of checkpoints, which orbax calls as it likes."""
+  files = {p.relative_to(workdir) for p in workdir.rglob("*") if p.is_file()}
+  return {p for p in files if p.parts[0] != "checkpoints"}
+
+
+def tables(bucket, here):
+  return [name for name in bucket.names(here) if name.startswith("steps/")]
+
+
+def test_a_lost_disk_goes_on_from_the_bucket(
+  bucket, here, config, whole, tmp_path
+):
+  """Killed amid the second upload: the next machine goes on from step 2."""
+  workdir = tmp_path / "run"
+  sent = []
+
+  def some_later_part(method, name):
+    if method == "POST" and tables(bucket, here) and "/objects/" in name:
+      sent.append(name)
+    return len(sent) > 3
+
+  bucket.hold(some_later_part)
+  with running.Child(
+    tmp_path / "child", config(), workdir, **environment(bucket)
+  ) as child:
+    child.until(bucket.held.is_set)
+    child.process.kill()
+    assert child.end() == -signal.SIGKILL
+  bucket.go_on()
+  assert tables(bucket, here) == ["steps/000002.json"]
+  shutil.rmtree(workdir)
+  training.run(config(), workdir)
+  starts = strict_json.read_object(workdir / "manifest.json")["starts"]
+  assert [start["step"] for start in starts] == [0, 2]
+  assert_same(workdir, whole)
+  # Of the steps that retention keeps, the last is always there. Nothing is left
+  # of the cut upload, and nobody owns the bucket.
+  found = tables(bucket, here)
+  assert found[-1] == "steps/000007.json"
+  assert len(found) <= 2
+  found.append("finished.json")
+  made_of = [contents.decode(bucket.objects[f"{here}/{x}"][0]) for x in found]
+  parts = set().union(*(table.parts() for table in made_of))
+  assert set(bucket.names(here)) == {*found, *parts}
+  # And a third machine finds all done.
+  shutil.rmtree(workdir)
+  training.run(config(), workdir)
+  assert_same(workdir, whole)
+  held = [p for p in workdir.rglob("*") if p.is_file()]
+  assert not any(bucket_server.TOKEN.encode() in p.read_bytes() for p in held)
+
+
+def test_a_bucket_that_fails_stops_nothing(
+  bucket, here, config, whole, tmp_path
+):
+  """Every write of a part fails until the run has made its last step."""
+  workdir = tmp_path / "run"
+  finished = workdir / "finished.json"
+  faults = iter(["cut", 503, 403, 500] * 1000)
+
+  def broken(method, name):
+    if method == "POST" and "/objects/" in name and not finished.exists():
+      return next(faults)
+    return None
+
+  bucket.fault = broken
+  training.run(config(), workdir)
+  assert_same(workdir, whole)
+  assert "steps/000007.json" in bucket.names(here)
+  shutil.rmtree(workdir)
+  training.run(config(), workdir)
+  assert_same(workdir, whole)
+
+
+def test_a_run_that_cannot_be_copied_says_so_at_its_end(
+  bucket, here, config, whole, tmp_path
+):
+  workdir = tmp_path / "run"
+  bucket.fault = lambda method, name: 403 if "/objects/" in name else None
+  with pytest.raises(mirror.NotCopied, match="the same command puts what is"):
+    training.run(config(), workdir)
+  assert_same(workdir, whole)
+  assert bucket.names(here) == []
+  bucket.heal()
+  training.run(config(), workdir)
+  assert "finished.json" in bucket.names(here)
+
+
+@pytest.fixture(scope="module")
+def finished(served, files, tmp_path_factory):
+  """What the bucket holds of a finished run, each of whose steps is kept."""
+  here = "runs/finished"
+  workdir = tmp_path_factory.mktemp("kept") / "run"
+  completed = mirror.Mirror.completed
+
+  def one_by_one(self, step):
+    completed(self, step)
+    self._worker.submit(int).result()
+
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in environment(served).items():
+      patch.setenv(name, value)
+    patch.setattr(mirror.Mirror, "completed", one_by_one)
+    place = f"gs://{bucket_server.BUCKET}/{here}"
+    config = running.configs(files)
+    training.run(config(checkpoint_bucket=place, keep_checkpoints=0), workdir)
+  assert tables(served, here) == [f"steps/00000{x}.json" for x in (2, 4, 6, 7)]
+  return {x: served.objects[f"{here}/{x}"][0] for x in served.names(here)}
+
+
+@pytest.fixture
+def kept(bucket, here, finished, tmp_path):
+  """A finished run in the bucket, and an empty disk."""
+  for name, content in finished.items():
+    bucket.put(f"{here}/{name}", content)
+  return tmp_path / "run"
+
+
+def damage(bucket, here, table, name):
+  """Flips a bit in the first part of a file that a table speaks of."""
+  made = contents.decode(bucket.objects[f"{here}/{table}"][0])
+  part = f"{here}/{contents.FOLDER}{made.files[name].parts[0]}"
+  data = bytearray(bucket.objects[part][0])
+  data[len(data) // 2] ^= 1
+  bucket.put(part, bytes(data))
+
+
+def test_a_damaged_step_is_passed_over(
+  bucket, here, config, kept, whole, caplog
+):
+  damage(bucket, here, "steps/000007.json", "checkpoints/7/manifest.json")
+  bucket.put(f"{here}/steps/000006.json", b"{}")
+  training.run(config(keep_checkpoints=0), kept)
+  assert "step 7 is not used" in caplog.text
+  assert "steps/000006.json is not used" in caplog.text
+  assert starts(kept)[-1] == 4
+  assert_same(kept, whole)
+  # A table of what was damaged is put aside, and the step is there anew.
+  assert "rejected/000007.json" in bucket.names(here)
+  shutil.rmtree(kept)
+  training.run(config(keep_checkpoints=0), kept)
+  assert_same(kept, whole)
+
+
+def test_a_damaged_model_is_made_again(
+  bucket, here, config, kept, whole, caplog
+):
+  damage(bucket, here, "finished.json", "export/model.safetensors")
+  training.run(config(keep_checkpoints=0), kept)
+  assert "the final model is not used, and made again" in caplog.text
+  assert_same(kept, whole)
+
+
+def test_nothing_is_started_over_where_a_step_was_whole(
+  bucket, here, config, kept
+):
+  for step in (2, 4, 6, 7):
+    file = f"checkpoints/{step}/manifest.json"
+    damage(bucket, here, f"steps/00000{step}.json", file)
+  with pytest.raises(ValueError, match="holds no whole step any more"):
+    training.run(config(keep_checkpoints=0), kept)
+  assert not (kept / "config.json").exists()
+
+
+def test_another_config_is_refused_by_every_key(bucket, here, config, kept):
+  before = dict(bucket.objects)
+  with pytest.raises(ValueError, match="begun with another config") as error:
+    training.run(config(keep_checkpoints=0, seed=6, **{"loss.beta": 1.0}), kept)
+  assert "config.loss.beta: 0.5 -> 1.0" in str(error.value)
+  assert "config.seed: 5 -> 6" in str(error.value)
+  assert here in str(error.value)
+  assert not (kept / "config.json").exists()
+  assert bucket.objects == before
+
+
+@pytest.mark.slow
+def test_whichever_is_newer_is_gone_on_from(
+  bucket, here, config, whole, tmp_path
+):
+  """The disk of a first machine comes back; a second one had gone further."""
+  first, second = tmp_path / "first", tmp_path / "second"
+  with pytest.MonkeyPatch.context() as patch:
+    stop_after(patch, 4)
+    with pytest.raises(interruption.Interrupted):
+      training.run(config(), first)
+  # It was put before the process ended, which was asked to.
+  assert tables(bucket, here)[-1] == "steps/000005.json"
+  shutil.copytree(first, second)
+  shutil.rmtree(second / "checkpoints" / "5")
+  training.run(config(), second)
+  assert starts(second) == [0, 5]
+  training.run(config(), first)
+  assert starts(first) == [0, 5]
+  assert_same(first, whole)
+  assert_same(second, whole)
+
+
+def starts(workdir):
+  found = strict_json.read_object(workdir / "manifest.json")["starts"]
+  return [start["step"] for start in found]
+
+
+def stop_after(patch, step):
+  """SIGTERM as the metrics of a step are written."""
+  original = metrics.Writer.write
+
+  def write(writer, row):
+    if row["step"] == step and "loss" in row:
+      os.kill(os.getpid(), signal.SIGTERM)
+    original(writer, row)
+
+  patch.setattr(metrics.Writer, "write", write)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda bucket: None, "The specified bucket does not exist"),
+    (lambda b: setattr(b, "fault", lambda *_: 403), "PERMISSION_DENIED"),
+    (lambda b: setattr(b, "listed", False), "storage.objects.list"),
+  ],
+)
+def test_a_bucket_that_cannot_be_used_is_refused_first(
+  bucket, config, files, tmp_path, monkeypatch, change, message
+):
+  monkeypatch.setattr(training.assembly, "assemble", None)
+  change(bucket)
+  place = {} if message.startswith(("PERM", "storage")) else OTHER
+  with pytest.raises(ValueError, match=message) as error:
+    training.run(config(**place), tmp_path / "run")
+  assert "credentials" in str(error.value)
+  assert bucket_server.TOKEN not in str(error.value)
+
+
+OTHER = {"checkpoint_bucket": "gs://no-such-bucket/runs/x"}
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "runs/x",
+    "gs://b",
+    "gs://my-bucket",
+    "gs://my-bucket/a/../b",
+    "s3://my-bucket/a",
+    "gs://My/a",
+  ],
+)
+def test_an_address_that_is_none_is_refused(config, name):
+  with pytest.raises(
+    ValueError, match=r"checkpoint_bucket: .* must be gs://bucket"
+  ):
+    config(checkpoint_bucket=name)
+
+
+# --- who writes there
+
+
+def test_a_second_run_is_refused_while_the_first_lives(bucket, here):
+  store = objects.Store(f"gs://{bucket_server.BUCKET}/{here}")
+  with lease.Lease(store, lasting_s=0.4) as first:
+    with (
+      pytest.raises(lease.Held, match="is held by pid"),
+      lease.Lease(store, 0.4),
+    ):
+      pass
+    first.check()
+  assert bucket.names(here) == []
+
+
+def test_what_is_not_renewed_is_taken_over_and_its_holder_told(bucket, here):
+  store = objects.Store(f"gs://{bucket_server.BUCKET}/{here}", tries=1)
+  with lease.Lease(store, lasting_s=0.4) as first:
+    # Its machine stands still: what it sends does not arrive.
+    first._ended.set()
+    first._thread.join()
+    with lease.Lease(store, lasting_s=0.4) as second:
+      with pytest.raises(lease.Lost, match="was taken over by pid"):
+        first.check()
+      second.check()
+  assert bucket.names(here) == []
+
+
+def test_an_answer_that_was_lost_is_not_taken_for_another_holder(bucket, here):
+  store = objects.Store(f"gs://{bucket_server.BUCKET}/{here}")
+  with lease.Lease(store, lasting_s=100) as held:
+    name = f"{here}/{lease.NAME}"
+    # The write was done, but its generation never came back.
+    bucket.put(name, bucket.objects[name][0])
+    held._renewed_s -= 60
+    held.check()
+  assert bucket.names(here) == []
+
+
+def test_a_run_that_was_taken_over_stops(
+  bucket, here, config, tmp_path, monkeypatch
+):
+  """Another process writes its mark while the first copy is on its way."""
+  put, put_mark = contents.put, lease.Lease._put
+
+  def taken_over_first(*arguments):
+    bucket.put(f"{here}/{lease.NAME}", b'{"pid": 1, "host": "elsewhere"}')
+    return put(*arguments)
+
+  def long_ago(self, generation):
+    made = put_mark(self, generation)
+    self._renewed_s -= lease.LASTING_S
+    return made
+
+  monkeypatch.setattr(contents, "put", taken_over_first)
+  # So that the lease is looked at before each write.
+  monkeypatch.setattr(lease.Lease, "_put", long_ago)
+  with pytest.raises(lease.Lost, match="was taken over by pid 1 on elsewhere"):
+    training.run(config(), tmp_path / "run")
+  assert tables(bucket, here) == []
