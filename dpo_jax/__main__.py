@@ -19,6 +19,7 @@ _MODULES = (
   "inspect_data",
   "winrates",
   "checkpoint",
+  "mirror",
   "hub",
   "trackers",
 )

@@ -166,6 +166,14 @@ def get(
       atomic.sync(path.parent)
 
 
+def verify(store: objects.Store, table: Contents) -> None:
+  """Compares each part that a table speaks of with its hash; see `get`."""
+  parts = sorted({x for file in table.files.values() for x in file.parts})
+  with concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
+    for _ in _fetched(store, pool, parts):
+      pass
+
+
 def read(store: objects.Store, file: File) -> bytes:
   """A small file's content; see `get`."""
   return b"".join(_part(store, part) for part in file.parts)

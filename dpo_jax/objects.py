@@ -95,13 +95,13 @@ class Store:
   def delete(self, name: str) -> None:
     self._wait(self._kept.write(name, None), name, 0)
 
-  def names(self, there: str) -> list[str]:
-    """The names of all objects, among which `there` must be.
+  def names(self, there: str = "") -> list[str]:
+    """The names of all objects, among which `there`, if given, must be.
 
     Of a bucket that may not be listed tensorstore says that it is empty.
     """
     names = [name.decode() for name in self._wait(self._kept.list(), "", 0)]
-    if there not in names:
+    if there and there not in names:
       raise Failed(
         f"{self.address} holds {there} but its objects were not listed: they"
         " need the permission storage.objects.list"

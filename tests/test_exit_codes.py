@@ -13,6 +13,7 @@ import test_console
 
 from dpo_jax import __main__, console, hub, report, score, trackers, verify
 from dpo_jax.checkpoint import __main__ as checkpoint
+from dpo_jax.mirror import __main__ as mirror
 from dpo_jax.winrates import __main__ as winrates
 
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "commands.md"
@@ -24,6 +25,7 @@ COMMANDS = {
   "verify": verify.main,
   "winrates": winrates.main,
   "checkpoint": checkpoint.main,
+  "mirror": mirror.main,
   "hub": hub.main,
   "trackers": trackers.main,
   "score": lambda arguments: score.main(),
@@ -33,6 +35,7 @@ REFUSED = {
   "verify": ("nowhere",),
   "winrates": ("--plan", "--power=2"),
   "checkpoint": ("list", "nowhere"),
+  "mirror": ("list", "nowhere"),
   "hub": ("nowhere", "--repo=a/b"),
   "trackers": ("nowhere", "--use", "csv"),
   "score": ("--model=m", "--pairs=p", "--output=nowhere/x"),

@@ -114,6 +114,7 @@ LEVELS = {
   "contents": 1,
   "lease": 2,
   "mirror": 3,
+  "mirror.__main__": 4,
   "rundir": 2,
   "step_files": 2,
   "sources.rows": 2,

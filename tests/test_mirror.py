@@ -5,6 +5,7 @@ tensorstore is what speaks to it. Whatever happens, what a run on an empty disk
 leaves at last is bit for bit what one that was never touched leaves.
 """
 
+import importlib
 import os
 import shutil
 import signal
@@ -259,6 +260,25 @@ def test_nothing_is_started_over_where_a_step_was_whole(
   with pytest.raises(ValueError, match="holds no whole step any more"):
     training.run(config(keep_checkpoints=0), kept)
   assert not (kept / "config.json").exists()
+
+
+def test_a_run_is_listed_verified_and_brought(
+  bucket, here, kept, whole, request, capsys
+):
+  command = importlib.import_module("dpo_jax.mirror.__main__").main
+  assert command(["list", address(request)]) == 0
+  printed = capsys.readouterr().out.splitlines()
+  steps = ["step 2", "step 4", "step 6", "step 7", "finished at step 7"]
+  assert [line.partition(":")[0] for line in printed] == steps
+  assert "eval_loss" in printed[2]
+  assert command(["verify", address(request)]) == 0
+  assert command(["fetch", address(request), str(kept)]) == 0
+  assert_same(kept, whole)
+  assert command(["fetch", address(request), str(kept)]) == 2
+  damage(bucket, here, "steps/000004.json", "checkpoints/4/manifest.json")
+  assert command(["verify", address(request)]) == 1
+  assert "step 4: objects/" in capsys.readouterr().out
+  assert command(["list", f"gs://{bucket_server.BUCKET}/nothing"]) == 2
 
 
 def test_another_config_is_refused_by_every_key(bucket, here, config, kept):

@@ -13,12 +13,6 @@ Where a directory has less than the bucket, as on a machine whose predecessor
 is gone with its disk, it is brought from there before the run looks at it, and
 the run goes on as it would have. What fails on the way stops no training: the
 next checkpoint is put again, and the last one at the end.
-
-  python -m dpo_jax.mirror list|verify|fetch gs://bucket/path [DIR]
-
-lists the steps, compares all parts with their hashes, or brings the newest step
-into DIR, finished or not. Exit codes: 0 done; 1 a step is damaged; 2 there is
-nothing.
 """
 
 import concurrent.futures
@@ -108,7 +102,8 @@ class Mirror:
     except objects.Failed as error:
       raise _unusable(error) from error
     try:
-      self._load()
+      found = tables(self._store, self._store.names(lease.NAME))
+      self._steps, self._rejected, self._finished = found
     except BaseException as error:
       self._lease.__exit__()
       if isinstance(error, objects.Failed):
@@ -123,22 +118,6 @@ class Mirror:
       self._worker.shutdown()
     finally:
       self._lease.__exit__()
-
-  def _load(self) -> None:
-    for name in self._store.names(lease.NAME):
-      found = _TABLE.fullmatch(name)
-      if not found and name != _FINISHED:
-        continue
-      try:
-        table = contents.decode(self._store.read(name)[0])
-      except contents.Damaged as error:
-        _log.warning("%s/%s is not used: %s", self.address, name, error)
-        continue
-      if not found:
-        self._finished = table
-      elif int(found[2]) == table.step:
-        of = self._steps if found[1] == "steps" else self._rejected
-        of[table.step] = table
 
   def fetch(self, values: dict[str, Any], allowed: Iterable[str]) -> None:
     """Brings what the bucket has and the directory has not.
@@ -355,6 +334,36 @@ class Mirror:
         self._lease.check()
         self._known.discard(name.removeprefix(contents.FOLDER))
         self._store.delete(name)
+
+
+def tables(
+  store: objects.Store, names: Iterable[str]
+) -> tuple[
+  dict[int, contents.Contents],
+  dict[int, contents.Contents],
+  contents.Contents | None,
+]:
+  """The tables of steps, of rejected steps, and of a finished run.
+
+  Those that are damaged are left out, which is told on stderr.
+  """
+  steps: dict[int, contents.Contents] = {}
+  rejected: dict[int, contents.Contents] = {}
+  finished = None
+  for name in names:
+    found = _TABLE.fullmatch(name)
+    if not found and name != _FINISHED:
+      continue
+    try:
+      table = contents.decode(store.read(name)[0])
+    except contents.Damaged as error:
+      _log.warning("%s/%s is not used: %s", store.address, name, error)
+      continue
+    if not found:
+      finished = table
+    elif int(found[2]) == table.step:
+      (steps if found[1] == "steps" else rejected)[table.step] = table
+  return steps, rejected, finished
 
 
 def bring(
