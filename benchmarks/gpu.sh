@@ -5,7 +5,7 @@
 #
 # With --wheels a new environment is made of that directory's wheels alone. On a
 # machine with internet and the same Python and platform it is filled by
-#   pip download -d DIR -r benchmarks/gpu_requirements.txt
+#   pip wheel -w DIR -r benchmarks/gpu_requirements.txt
 # Without it, the Python at hand (or $PYTHON) must have dpo_jax's dependencies.
 # --output is gpu.json unless given; `--size=tiny` checks the script anywhere.
 set -euo pipefail
