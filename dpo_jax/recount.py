@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from dpo_jax import (
   compose,
+  drawings,
   errors,
   eval_files,
   figures,
@@ -65,7 +66,7 @@ def compose_report(source: str | os.PathLike) -> compose.Report:
   pictures = []
   if drawn:
     pictures.append(
-      compose.Figure(
+      drawings.Figure(
         FIGURE,
         figures.points(drawn),
         lambda path: figures.win_rate_by_temperature(drawn, path),

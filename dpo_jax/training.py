@@ -34,6 +34,7 @@ from dpo_jax import (
   interruption,
   locks,
   lora,
+  manifest,
   metrics,
   mirror,
   packing,
@@ -136,7 +137,7 @@ def _train(
   with processes.together("reading the prompts of samples"):
     sampler = samples.make(config, made, workdir / samples.FILE)
   if processes.first():
-    assembly.write_manifest(workdir, config, made, state, changed + inputs)
+    manifest.write(workdir, config, made, state, changed + inputs)
     # Not before: settings that were refused must not bind the directory.
     allowed = (*config.allow_changes, *recipe.FREE)
     rundir.claim(workdir, settings.to_dict(config), allowed)

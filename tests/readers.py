@@ -35,7 +35,7 @@ from dpo_jax import (
   row_store,
   rundir,
   safetensors_files,
-  score,
+  scored_pairs,
   step_files,
   strict_json,
   tables,
@@ -517,7 +517,9 @@ READERS = {
   "pairs to score": Reader(
     "lines",
     lambda f: [b"".join(f.hh)],
-    lambda f, data: score.read(str(f.put("score.jsonl", data)), f.tokenizer),
+    lambda f, data: scored_pairs.read(
+      str(f.put("score.jsonl", data)), f.tokenizer
+    ),
   ),
   "safetensors": Reader(
     "tensors", _file("model", "model.safetensors"), _tensors

@@ -21,7 +21,7 @@ from dpo_jax import (
   cli,
   hf,
   remote,
-  score,
+  scored_pairs,
   sources,
   tokenizer,
 )
@@ -101,7 +101,7 @@ def test_models_tokenizers_and_data_are_those_of_the_files(bucket, files):
   assert len(hashes) == 1
   pairs = sources.read_file(f"{HERE}/train.jsonl")
   assert pairs.rows == sources.read_file(str(files / "train.jsonl")).rows
-  rows = [row for _, row in score._lines(f"{HERE}/train.jsonl")]
+  rows = [row for _, row in scored_pairs.lines(f"{HERE}/train.jsonl")]
   assert len(rows) == 30
 
 

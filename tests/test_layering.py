@@ -146,7 +146,8 @@ LEVELS = {
   "material": 4,
   "reference": 4,
   "slots": 4,
-  "score": 4,
+  "score": 5,
+  "scored_pairs": 4,
   "sources": 4,
   "data": 5,
   "sampling": 5,
@@ -171,10 +172,12 @@ LEVELS = {
   "judge_sections": 7,
   "judging.runner": 7,
   "assembly": 8,
+  "manifest": 9,
   "mean_items": 7,
   "row_search": 0,
   "compiling": 8,
   "compose": 8,
+  "drawings": 7,
   "compiling_answers": 9,
   "plan": 11,
   "plan_text": 10,
@@ -184,6 +187,7 @@ LEVELS = {
   "report": 10,
   "replicate": 11,
   "verify": 11,
+  "differences": 0,
 }
 
 # The only modules that may import a library; everything else stays plain JAX
