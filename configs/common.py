@@ -192,11 +192,6 @@ def model() -> config_dict.ConfigDict:
   # a CPU about 1,000, with logit_chunk at thousands, is quick and lean: the
   # unembedding is read once for all tokens.
   c.logit_words = 0
-  # Whether the compiled step has every layer's code for itself, instead of one
-  # code in a loop over the layers. It is quicker on a CPU, where the loop
-  # copies each layer's weights and activations, and compiles longer; the
-  # numbers are the same.
-  c.unroll = False
   return c
 
 

@@ -158,7 +158,6 @@ def _load_model(config, tokenizer, mesh) -> tuple[model.ModelConfig, Tree]:
     attention=config.model.attention,
     logit_chunk=config.model.logit_chunk,
     logit_words=config.model.logit_words,
-    unroll=config.model.unroll,
   )
   if tokenizer.vocab_size > shape.vocab_size:
     raise ValueError(

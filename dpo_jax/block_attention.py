@@ -23,6 +23,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+# What rematerialisation may keep of attention, one value a query and head dim:
+# then scores and exponentials alone are computed again.
+SAVED = "attended"
 
 
 def mask(pieces: jax.Array, parts: jax.Array, seen: jax.Array) -> jax.Array:
@@ -103,6 +108,7 @@ def _forward(q, k, v, visible, query, key):
   add = functools.partial(
     jax.ops.segment_sum, segment_ids=query, num_segments=len(q)
   )
+  q, k, v = _written((q, k, v))
   scores = jnp.einsum("PNkH,PNqH->PNkq", k[key], q[query])
   # A finite floor: what sees nothing stays free of NaN.
   floor = jnp.finfo(jnp.float32).min
@@ -111,13 +117,14 @@ def _forward(q, k, v, visible, query, key):
     jnp.max(scores, axis=2), query, num_segments=len(q)
   )
   # Above the floor, so that where all is masked the exponentials vanish.
-  peak = jnp.maximum(peak, floor / 2)
+  peak = checkpoint_name(jnp.maximum(peak, floor / 2), SAVED)
   weights = jnp.exp(scores - peak[query][:, :, None, :])
   total = add(jnp.sum(weights, axis=2))
   # Real queries see themselves: their total is at least one.
   share = jnp.where(total > 0, 1 / jnp.maximum(total, 1), 0)
+  share = checkpoint_name(share, SAVED)
   out = add(jnp.einsum("PNkq,PNkH->PNqH", weights, v[key]))
-  out = out * share[:, :, :, None]
+  out = checkpoint_name(out * share[:, :, :, None], SAVED)
   return out, (q, k, v, weights, out, share, query, key)
 
 
@@ -129,8 +136,8 @@ def _backward(kept, grad):
 
   # `weights` lack their `share`: the gradient takes it, which is smaller.
   grad = grad * share[:, :, :, None]
-  common = jnp.sum(grad * out, axis=-1)[query][:, :, None, :]
-  grad = grad[query]
+  common, grad = _written((jnp.sum(grad * out, axis=-1), grad))
+  common, grad = common[query][:, :, None, :], grad[query]
   slope = jnp.einsum("PNkH,PNqH->PNkq", v[key], grad)
   slope = weights * (slope - common)
   return (
@@ -144,3 +151,12 @@ def _backward(kept, grad):
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _written(rows):
+  """Rows that exist before they are gathered.
+
+  XLA would compute a row, bias, rotation and transposition included, again for
+  each pair that has it.
+  """
+  return jax.lax.optimization_barrier(rows)

@@ -150,7 +150,6 @@ def shape_of(config: recipe.TrainSettings, name: str) -> model.ModelConfig:
     attention=config.model.attention,
     logit_chunk=config.model.logit_chunk,
     logit_words=config.model.logit_words,
-    unroll=config.model.unroll,
   )
 
 

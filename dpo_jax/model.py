@@ -27,12 +27,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax import attention as attention_lib
-from dpo_jax import kv_cache, partitioning, quantised
+from dpo_jax import block_attention, kv_cache, partitioning, quantised
 from dpo_jax import lora as lora_lib
 
 Tree = dict[str, Any]
 # What the backward pass finds and what it computes again: all is kept; the
-# outputs of the projections; one activation a layer.
+# outputs of the projections and of attention by blocks; one activation a layer.
 Remat = Literal["none", "save_projections", "full"]
 TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
@@ -65,8 +65,7 @@ class ModelConfig:
   `dtype` is what the blocks compute in; layer norms, the softmax of attention
   and the logits are float32 whatever it says. `attention` names how segments
   are attended, see `attention`; `logit_chunk` and `logit_words` are how many
-  tokens' logits of how many words exist at one time, see `logps`; `unroll`
-  writes the layers one after another instead of as the body of a loop.
+  tokens' logits of how many words exist at one time, see `logps`.
   """
 
   vocab_size: int
@@ -83,7 +82,6 @@ class ModelConfig:
   attention: attention_lib.Name = "dense"
   logit_chunk: int = 1024
   logit_words: int = 0
-  unroll: bool = False
   lora: LoraConfig | None = None
 
   def __post_init__(self):
@@ -165,14 +163,15 @@ class _Projection(nnx.Module):
       kept = jax.vmap(jax.vmap(draw))(dropout_key)
       flat = jnp.where(kept, flat / jnp.asarray(keep, flat.dtype), 0)
     a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
+    scale = jnp.asarray(self.lora.alpha / self.lora.rank, x.dtype)
     if adapter is None:
       # By two axes: of a product of three XLA takes the gradient of B on a CPU
       # from a transposed copy, which cost a quarter of a small model's step.
-      delta = flat.reshape(-1, flat.shape[-1]) @ a @ b
+      # Scaled where they are narrowest.
+      delta = (flat.reshape(-1, flat.shape[-1]) @ a * scale) @ b
     else:
-      delta = lora_lib.product(flat, a, b, adapter)
-    scale = jnp.asarray(self.lora.alpha / self.lora.rank, x.dtype)
-    return y + (delta * scale).reshape(y.shape)
+      delta = lora_lib.product(flat, a, b, adapter) * scale
+    return y + delta.reshape(y.shape)
 
 
 class _Block(nnx.Module):
@@ -210,7 +209,7 @@ class _Block(nnx.Module):
     attended = self.dense(attend(q, k, v), keys[1], adapter)
     hidden = self.dense_h_to_4h(self.mlp_norm(x), keys[2], adapter)
     hidden = partitioning.constrain(hidden, "batch", None, "mlp")
-    hidden = jax.nn.gelu(hidden, approximate=False)
+    hidden = _gelu(hidden)
     x = x + attended + self.dense_4h_to_h(hidden, keys[3], adapter)
     return partitioning.constrain(x, "batch", None, None), cache
 
@@ -331,8 +330,7 @@ def apply(
     cache = tuple(caches)
   else:
     layers = (base["blocks"], adapters, jnp.arange(config.layers))
-    unroll = config.unroll and cache is None
-    (x, cache), _ = jax.lax.scan(block, (x, cache), layers, unroll=unroll)
+    (x, cache), _ = jax.lax.scan(block, (x, cache), layers)
   return _leave(config, base, x), cache
 
 
@@ -387,8 +385,7 @@ def apply_both(
     return (policy, reference), None
 
   layers = (base["blocks"], lora["blocks"], jnp.arange(config.layers))
-  block = _rematerialised(config, block)
-  both, _ = jax.lax.scan(block, (x, x), layers, unroll=config.unroll)
+  both, _ = jax.lax.scan(_rematerialised(config, block), (x, x), layers)
   policy, reference = (_leave(config, base, x) for x in both)
   return policy, reference
 
@@ -432,7 +429,9 @@ def _rematerialised(config, block):
   """A block of which the backward pass finds what `config.remat` says."""
   if config.remat == "none":
     return block
-  saved = ("projection",) if config.remat == "save_projections" else ()
+  saved = ()
+  if config.remat == "save_projections":
+    saved = ("projection", block_attention.SAVED)
   policy = jax.checkpoint_policies.save_only_these_names(*saved)
   return jax.checkpoint(block, prevent_cse=False, policy=policy)
 
@@ -476,6 +475,33 @@ def _layer_norm(x, scale, bias, eps):
     jnp.expand_dims(w.astype(jnp.float32), lead) for w in (scale, bias)
   )
   return (y * scale + bias).astype(x.dtype)
+
+
+@jax.custom_jvp
+def _gelu(x: jax.Array) -> jax.Array:
+  """x times the normal distribution function of x, as PyTorch computes it.
+
+  By erf in float32. `jax.nn.gelu`, the slow twin, takes erfc, whose branches
+  are slower on a CPU, and its derivative has them again.
+
+  References:
+    Hendrycks and Gimpel, Gaussian Error Linear Units, 2016 (arXiv 1606.08415).
+  """
+  y = x.astype(jnp.float32)
+  return (y * _normal(y)).astype(x.dtype)
+
+
+@_gelu.defjvp
+def _gelu_jvp(primals, tangents):
+  (x,), (along,) = primals, tangents
+  y = x.astype(jnp.float32)
+  below = _normal(y)
+  slope = below + y * jnp.exp(-y * y / 2) * (1 / math.sqrt(2 * math.pi))
+  return (y * below).astype(x.dtype), slope.astype(x.dtype) * along
+
+
+def _normal(y):
+  return 0.5 * (1 + jax.lax.erf(y * math.sqrt(0.5)))
 
 
 def _rotation(config: ModelConfig, positions: jax.Array) -> tuple:

@@ -74,7 +74,6 @@ class ModelSettings:
   attention_block: int
   logit_chunk: int
   logit_words: int
-  unroll: bool
 
   def __post_init__(self):
     for name in ("attention_block", "logit_chunk"):

@@ -5,6 +5,7 @@ import functools
 
 import hypothesis
 import jax
+import jax.extend.core as jax_core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -192,6 +193,34 @@ def test_padding_attends_to_nothing_and_stays_finite():
   np.testing.assert_array_equal(out[..., 0, 0], [[1, 1, 0], [0, 0, 0]])
   (grad,) = back(jnp.full_like(out, 1e30))
   assert bool(jnp.isfinite(grad).all())
+
+
+# --- what is computed again
+
+
+@pytest.mark.parametrize(
+  ("remat", "products"), [("none", 6), ("save_projections", 7), ("full", 8)]
+)
+def test_saved_attention_has_its_scores_alone_computed_again(remat, products):
+  """Products of pairs of rows: two forward, four backward, and again."""
+  batch, _ = packing.pack(tiny.pairs(6, 9), BLOCKS)
+  micro = jax.tree.map(lambda x: x[0], batch)
+  config = dataclasses.replace(LORA, attention="blocks", remat=remat)
+  base, adapters = weights()
+
+  def total(adapters):
+    return jnp.sum(steps.token_logps(config, base, adapters, micro))
+
+  def dots(jaxpr):
+    for equation in jaxpr.eqns:
+      if equation.primitive.name == "dot_general":
+        yield equation.params["dimension_numbers"][1]
+      for inner in jax_core.jaxprs_in_params(equation.params):
+        yield from dots(inner)
+
+  found = dots(jax.make_jaxpr(jax.grad(total))(adapters).jaxpr)
+  # A pair of rows and a head are batch axes of these products alone.
+  assert sum(len(batched[0]) == 2 for batched in found) == products
 
 
 # --- refusals

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from dpo_jax import lora, model
 
@@ -166,6 +167,31 @@ def test_count_is_the_sum_over_the_shapes(base, adapters):
   assert lora.count(base) == 2 * 50 * 32 + 2 * 32 + 3 * layer
   fans = (32 + 96) + (32 + 32) + (32 + 48) + (48 + 32)
   assert lora.count(adapters) == 3 * 3 * fans
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gelu_is_torchs(dtype):
+  """Values and slopes against torch, and against the slow twin's."""
+  points = np.linspace(-9, 9, 721, dtype=np.float32)
+  # Half of x times a rounded 1 + erf; bfloat16 has eight bits.
+  close = {"float32": 1e-6, "bfloat16": 2**-8}[dtype]
+  ours = jnp.asarray(points, dtype)
+  theirs = torch.tensor(np.asarray(ours, np.float32), requires_grad=True)
+  wanted = torch.nn.functional.gelu(theirs)
+  wanted.sum().backward()
+  value, slope = jax.jvp(model._gelu, (ours,), (jnp.ones_like(ours),))
+  assert value.dtype == slope.dtype == dtype
+  np.testing.assert_array_equal(value, model._gelu(ours))
+  twin = functools.partial(jax.nn.gelu, approximate=False)
+  full = jnp.asarray(ours, jnp.float32)
+  twins = jax.jvp(twin, (full,), (jnp.ones_like(full),))
+  for found, other, third in (
+    (value, wanted.detach(), twins[0]),
+    (slope, theirs.grad, twins[1]),
+  ):
+    found = np.asarray(found, np.float32)
+    np.testing.assert_allclose(found, other, rtol=close, atol=close)
+    np.testing.assert_allclose(found, third, rtol=close, atol=close)
 
 
 def test_remat_changes_memory_and_not_numbers(base, adapters, tokens):
