@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -28,7 +29,7 @@ _FORMAT = 1
 _LOOKS = 3
 
 
-class Damaged(Exception):
+class Damaged(ValueError):
   """What a bucket holds is not what was put there."""
 
 
@@ -87,10 +88,12 @@ def decode(data: bytes | None) -> Contents:
     if own != _hash(values) or values["format"] != _FORMAT:
       raise ValueError("it is of another hash or format")
     files = {
-      _inside(name): File(file["bytes"], file["sha256"], tuple(file["parts"]))
-      for name, file in values["files"].items()
+      _inside(name): _file(**file) for name, file in values["files"].items()
     }
-    return Contents(values["step"], values["metrics"], files)
+    metrics = {name: float(x) for name, x in values["metrics"].items()}
+    if type(values["step"]) is not int or values["step"] < 0:
+      raise ValueError(f"its step is {values['step']!r:.40}")
+    return Contents(values["step"], metrics, files)
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise Damaged(f"its table is not what was written ({error})") from error
 
@@ -207,6 +210,16 @@ def _part(store: objects.Store, part: str) -> bytes:
     else:
       return data
   raise Damaged(f"{FOLDER}{part} {why}")
+
+
+def _file(bytes: int, sha256: str, parts: list[str]) -> File:
+  for digest in (sha256, *parts):
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+      raise ValueError(f"{digest!r:.80} is no SHA-256")
+  # Sizes are what room is made for.
+  if type(bytes) is not int or not 0 <= bytes <= len(parts) * PART_BYTES:
+    raise ValueError(f"{len(parts)} parts are not {bytes!r:.40} bytes")
+  return File(bytes, sha256, tuple(parts))
 
 
 def _inside(name: str) -> str:

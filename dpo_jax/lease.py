@@ -91,6 +91,10 @@ class Lease:
       past_s = time.monotonic() - self._renewed_s
       if not self._lost and past_s > self._lasting_s / 2:
         self._put(self._generation)
+    self.told()
+
+  def told(self) -> None:
+    """Raises Lost if it is known that another process holds the store."""
     if self._lost:
       raise Lost(
         f"{self._store.address} was taken over by {self._lost}, so nothing more"

@@ -25,6 +25,7 @@ from dpo_jax import (
   strict_json,
   training,
 )
+from dpo_jax.mirror import tables as mirror_tables
 
 
 @pytest.fixture(scope="module")
@@ -254,9 +255,11 @@ def test_a_damaged_model_is_made_again(
 def test_nothing_is_started_over_where_a_step_was_whole(
   bucket, here, config, kept
 ):
-  for step in (2, 4, 6, 7):
+  for step in (2, 4):
     file = f"checkpoints/{step}/manifest.json"
     damage(bucket, here, f"steps/00000{step}.json", file)
+  for step in (6, 7):
+    bucket.put(f"{here}/steps/00000{step}.json", b"{}")
   with pytest.raises(ValueError, match="holds no whole step any more"):
     training.run(config(keep_checkpoints=0), kept)
   assert not (kept / "config.json").exists()
@@ -370,6 +373,86 @@ def test_an_address_that_is_none_is_refused(config, name):
     ValueError, match=r"checkpoint_bucket: .* must be gs://bucket"
   ):
     config(checkpoint_bucket=name)
+
+
+def test_retention_and_parts_by_hand(bucket, here, tmp_path, monkeypatch):
+  """Files of several parts; a part of no table, and steps, are deleted."""
+  monkeypatch.setattr(contents, "PART_BYTES", 10)
+  workdir, again = tmp_path / "run", tmp_path / "again"
+  (workdir / "metrics.jsonl").parent.mkdir()
+  retention = step_files.Retention(1, 2, 0, "eval_loss", "lowest")
+  place = f"gs://{bucket_server.BUCKET}/{here}"
+  bucket.put(f"{here}/objects/{'0' * 64}", b"of an upload that was cut")
+  seen = []
+  with mirror.Mirror(place, workdir, retention) as copies:
+    for step in range(1, 5):
+      file = workdir / "checkpoints" / str(step) / "d" / "weights"
+      file.parent.mkdir(parents=True)
+      file.write_bytes(bytes(range(step, step + 95)))
+      step_files.complete(workdir / "checkpoints", step, {})
+      (workdir / "metrics.jsonl").write_text("row\n" * step)
+      copies.completed(step)
+      copies._worker.submit(int).result()
+      seen.append([int(name[6:12]) for name in tables(bucket, here)])
+  assert seen == [[1], [2], [2, 3], [2, 4]]
+  made = contents.decode(bucket.objects[f"{here}/steps/000004.json"][0])
+  assert len(made.files["checkpoints/4/d/weights"].parts) == 10
+  assert made.files["metrics.jsonl"].bytes == 16
+  older = contents.decode(bucket.objects[f"{here}/steps/000002.json"][0])
+  parts = made.parts() | older.parts()
+  assert set(bucket.names(here)) == {*tables(bucket, here), *parts}
+  store = objects.Store(place)
+  mirror_tables.bring(store, made, again)
+  for name in ("checkpoints/4/d/weights", "metrics.jsonl"):
+    assert (again / name).read_bytes() == (workdir / name).read_bytes()
+  assert step_files.problem(again / "checkpoints", 4) == ""
+
+
+def test_a_step_on_its_way_stays_on_the_disk(bucket, here, tmp_path):
+  directory = tmp_path / "run" / "checkpoints"
+  for step in (1, 2):
+    file = directory / str(step) / "weights"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(bytes(step))
+    step_files.complete(directory, step, {})
+  retention = step_files.Retention(1, 0, 0, "eval_loss", "lowest")
+  place = f"gs://{bucket_server.BUCKET}/{here}"
+  with mirror.Mirror(place, tmp_path / "run", retention) as copies:
+    bucket.hold(lambda method, name: "/objects/" in name)
+    copies.completed(1)
+    assert bucket.held.wait(60)
+    step_files.prune(directory, retention, copies.held())
+    assert step_files.steps(directory) == [1, 2]
+    bucket.go_on()
+    copies._worker.submit(int).result()
+    assert tables(bucket, here) == ["steps/000001.json"]
+    step_files.prune(directory, retention, copies.held())
+    assert step_files.steps(directory) == [2]
+
+
+def test_what_was_changed_on_the_disk_is_not_copied(
+  bucket, here, tmp_path, caplog
+):
+  workdir = tmp_path / "run"
+  file = workdir / "checkpoints" / "1" / "weights"
+  file.parent.mkdir(parents=True)
+  file.write_bytes(b"abc")
+  step_files.complete(workdir / "checkpoints", 1, {})
+  file.write_bytes(b"abd")
+  retention = step_files.Retention(1, 0, 0, "eval_loss", "lowest")
+  place = f"gs://{bucket_server.BUCKET}/{here}"
+  with mirror.Mirror(place, workdir, retention) as copies:
+    copies.completed(1)
+  assert "weights is not what was written" in caplog.text
+  assert tables(bucket, here) == []
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", ""])
+def test_a_table_cannot_name_a_file_elsewhere(name):
+  made = contents.File(0, "ab" * 32, ())
+  data = contents.encode(contents.Contents(1, {}, {name: made}))
+  with pytest.raises(contents.Damaged, match="would leave the directory"):
+    contents.decode(data)
 
 
 # --- who writes there

@@ -18,8 +18,6 @@ next checkpoint is put again, and the last one at the end.
 import concurrent.futures
 import logging
 import pathlib
-import re
-import shutil
 import threading
 import time
 from collections.abc import Iterable
@@ -35,24 +33,9 @@ from dpo_jax import (
   step_files,
   strict_json,
 )
+from dpo_jax.mirror import tables
 
 _log = logging.getLogger(__name__)
-
-_TABLE = re.compile(r"(steps|rejected)/(\d{6,})\.json")
-_FINISHED = "finished.json"
-# What a run has beside its checkpoints and its final model. Files only grow or
-# are replaced as a whole, and are cut to the step that a run goes on from.
-_RECORDS = (
-  "config.json",
-  "manifest.json",
-  "metrics.jsonl",
-  "incidents.jsonl",
-  "samples.jsonl",
-  "metrics.csv",
-  "hub.json",
-  "wandb_run.json",
-)
-_FOLDERS = ("adapters", "reference", "tensorboard", "wandb", "figures")
 
 
 class NotCopied(errors.Stopped):
@@ -87,6 +70,7 @@ class Mirror:
     self._steps: dict[int, contents.Contents] = {}
     self._rejected: dict[int, contents.Contents] = {}
     self._finished: contents.Contents | None = None
+    self._broken: list[str] = []
     # Parts that this process put there.
     self._known: set[str] = set()
     self._worker = concurrent.futures.ThreadPoolExecutor(1, "mirror")
@@ -102,8 +86,9 @@ class Mirror:
     except objects.Failed as error:
       raise _unusable(error) from error
     try:
-      found = tables(self._store, self._store.names(lease.NAME))
-      self._steps, self._rejected, self._finished = found
+      found = tables.read(self._store, self._store.names(lease.NAME))
+      self._steps, self._rejected = found.steps, found.rejected
+      self._finished, self._broken = found.finished, found.broken
     except BaseException as error:
       self._lease.__exit__()
       if isinstance(error, objects.Failed):
@@ -137,7 +122,10 @@ class Mirror:
 
   def _fetch(self, values, allowed) -> None:
     here = _newest_here(self._directory)
-    damaged = 0
+    broken = [name for name in self._broken if name.startswith("steps/")]
+    damaged = len(broken)
+    for name in broken:
+      self._put_aside(name)
     for step in sorted(self._steps, reverse=True):
       try:
         self._refuse_other(step, values, allowed)
@@ -171,7 +159,7 @@ class Mirror:
 
   def _bring(self, step: int) -> None:
     began_s, table = time.monotonic(), self._steps[step]
-    bring(self._store, table, self._workdir)
+    tables.bring(self._store, table, self._workdir)
     console.say(
       f"brought step {step} from {self.address} ({_mib(table.bytes)},"
       f" {time.monotonic() - began_s:.1f} s)",
@@ -181,10 +169,10 @@ class Mirror:
     )
 
   def _bring_finished(self) -> None:
-    if (self._workdir / _FINISHED).exists():
+    if (self._workdir / tables.FINISHED).exists():
       return
     try:
-      bring_finished(self._store, self._finished, self._workdir)
+      tables.bring_finished(self._store, self._finished, self._workdir)
     except contents.Damaged as error:
       _log.warning(
         "%s: the final model is not used, and made again: %s",
@@ -194,9 +182,16 @@ class Mirror:
       self._finished = None
 
   def _reject(self, step: int) -> None:
-    table = self._rejected[step] = self._steps.pop(step)
-    self._store.write(f"rejected/{step:06d}.json", contents.encode(table))
-    self._store.delete(_name(step))
+    self._rejected[step] = self._steps.pop(step)
+    self._put_aside(tables.name(step))
+
+  def _put_aside(self, name: str) -> None:
+    """Moves a table of a step to rejected/."""
+    content, _ = self._store.read(name)
+    if content is not None:
+      aside = name.replace("steps/", "rejected/")
+      self._store.write(aside, content)
+    self._store.delete(name)
 
   def completed(self, step: int) -> None:
     """A step is whole on the disk; returns at once.
@@ -216,6 +211,7 @@ class Mirror:
     """Raises lease.Lost if another process has taken the bucket over."""
     if self._lost is not None:
       raise self._lost
+    self._lease.told()
 
   def finish(self) -> None:
     """Puts what is missing of a finished run, and what failed once more.
@@ -224,9 +220,9 @@ class Mirror:
       NotCopied: it could not be put, twice.
     """
     for _ in range(2):
-      newest = step_files.steps(self._directory)[-1]
-      if newest not in self._steps and newest not in self.held():
-        self.completed(newest)
+      for newest in step_files.steps(self._directory)[-1:]:
+        if newest not in self._steps and newest not in self.held():
+          self.completed(newest)
       self._worker.submit(self._attempt, self._push_finished).result()
       self.check()
       if not self._failed:
@@ -273,12 +269,12 @@ class Mirror:
     }
     hashes = step_files.hashes(self._directory, step)
     wanted = {place + name: digest for name, digest in hashes.items()}
-    files |= _records(self._workdir)
+    files |= tables.records(self._workdir)
     self._lease.check()
     made, sent = contents.put(self._store, files, self._known, wanted)
     metrics = step_files.metrics(self._directory, step)
     table = contents.Contents(step, metrics, made)
-    self._commit(_name(step), table)
+    self._commit(tables.name(step), table)
     self._steps[step] = table
     console.say(
       f"step {step} is in {self.address} ({_mib(sent)} sent,"
@@ -290,17 +286,18 @@ class Mirror:
     self._prune()
 
   def _push_finished(self) -> None:
-    files = _records(self._workdir)
-    files[_FINISHED] = self._workdir / _FINISHED
-    files |= _beneath(self._workdir, "export")
-    step = step_files.steps(self._directory)[-1]
+    files = tables.records(self._workdir)
+    files[tables.FINISHED] = self._workdir / tables.FINISHED
+    files |= tables.beneath(self._workdir, "export")
+    # Of the steps on the disk, which may have been deleted since.
+    step = max(step_files.steps(self._directory), default=-1)
     if step not in self._steps:
-      raise objects.Failed(f"step {step} is not there yet")
+      raise objects.Failed(f"the last step of {self._directory} is not there")
     self._lease.check()
     made, sent = contents.put(self._store, files, self._known, {})
     table = contents.Contents(step, self._steps[step].metrics, made)
     if table != self._finished:
-      self._commit(_FINISHED, table)
+      self._commit(tables.FINISHED, table)
       self._finished = table
       console.say(
         f"the final model is in {self.address} ({_mib(sent)} sent)", "bucket"
@@ -319,133 +316,31 @@ class Mirror:
       )
 
   def _prune(self) -> None:
+    """Deletes what is no longer kept; what fails is tried with the next."""
+    try:
+      self._delete_unkept()
+    except objects.Failed as error:
+      _log.warning("what is no longer kept was not deleted: %s", error)
+
+  def _delete_unkept(self) -> None:
     """Deletes tables that retention does not keep, then parts of no table."""
     found = {step: table.metrics for step, table in self._steps.items()}
     for step in sorted(found.keys() - self._retention.kept(found)):
       self._lease.check()
-      self._store.delete(_name(step))
+      self._store.delete(tables.name(step))
       del self._steps[step]
-    tables = [*self._steps.values(), *self._rejected.values()]
+    if self._broken:
+      # Nobody knows which parts it speaks of.
+      return
+    kept = [*self._steps.values(), *self._rejected.values()]
     if self._finished:
-      tables.append(self._finished)
-    live = {part for table in tables for part in table.parts()}
+      kept.append(self._finished)
+    live = {part for table in kept for part in table.parts()}
     for name in self._store.names(lease.NAME):
       if name.startswith(contents.FOLDER) and name not in live:
         self._lease.check()
         self._known.discard(name.removeprefix(contents.FOLDER))
         self._store.delete(name)
-
-
-def tables(
-  store: objects.Store, names: Iterable[str]
-) -> tuple[
-  dict[int, contents.Contents],
-  dict[int, contents.Contents],
-  contents.Contents | None,
-]:
-  """The tables of steps, of rejected steps, and of a finished run.
-
-  Those that are damaged are left out, which is told on stderr.
-  """
-  steps: dict[int, contents.Contents] = {}
-  rejected: dict[int, contents.Contents] = {}
-  finished = None
-  for name in names:
-    found = _TABLE.fullmatch(name)
-    if not found and name != _FINISHED:
-      continue
-    try:
-      table = contents.decode(store.read(name)[0])
-    except contents.Damaged as error:
-      _log.warning("%s/%s is not used: %s", store.address, name, error)
-      continue
-    if not found:
-      finished = table
-    elif int(found[2]) == table.step:
-      (steps if found[1] == "steps" else rejected)[table.step] = table
-  return steps, rejected, finished
-
-
-def bring(
-  store: objects.Store, table: contents.Contents, workdir: pathlib.Path
-) -> None:
-  """Fetches a step and its records; the step is seen when all is there.
-
-  Raises:
-    contents.Damaged: a part of it is; the directory is as it was, but for
-      records.
-    ValueError: there is no room.
-  """
-  directory = workdir / "checkpoints"
-  directory.mkdir(parents=True, exist_ok=True)
-  free = shutil.disk_usage(directory).free
-  if free < table.bytes:
-    raise ValueError(
-      f"{directory}: step {table.step} needs {table.bytes:,} bytes, but the"
-      f" disk has {free:,} free; make room, or name another --workdir"
-    )
-  place = f"checkpoints/{table.step}/"
-  own = {
-    name.removeprefix(place): file
-    for name, file in table.files.items()
-    if name.startswith(place)
-  }
-  staged = step_files.staged(directory, table.step)
-  shutil.rmtree(staged, ignore_errors=True)
-  contents.get(store, own, staged)
-  contents.get(
-    store,
-    {k: v for k, v in table.files.items() if not k.startswith(place)},
-    workdir,
-  )
-  step_files.install(directory, table.step)
-
-
-def bring_finished(
-  store: objects.Store, table: contents.Contents, workdir: pathlib.Path
-) -> None:
-  """Fetches the final model; finished.json comes last.
-
-  Raises:
-    contents.Damaged: a part of it is; the directory has no model then.
-  """
-  if _FINISHED not in table.files:
-    raise contents.Damaged(f"it has no {_FINISHED}")
-  exported, records = {}, {}
-  for name, file in table.files.items():
-    folder, _, rest = name.partition("/")
-    if folder == "export":
-      exported[rest] = file
-    elif name != _FINISHED:
-      records[name] = file
-  # Not seen as a model before it is whole.
-  staged = workdir / ".export.partial"
-  shutil.rmtree(staged, ignore_errors=True)
-  try:
-    contents.get(store, exported, staged)
-    shutil.rmtree(workdir / "export", ignore_errors=True)
-    staged.rename(workdir / "export")
-  finally:
-    shutil.rmtree(staged, ignore_errors=True)
-  contents.get(store, records, workdir)
-  contents.get(store, {_FINISHED: table.files[_FINISHED]}, workdir)
-
-
-def _records(workdir: pathlib.Path) -> dict[str, pathlib.Path]:
-  files = {name: workdir / name for name in _RECORDS}
-  files = {name: path for name, path in files.items() if path.is_file()}
-  for folder in _FOLDERS:
-    files |= _beneath(workdir, folder)
-  return files
-
-
-def _beneath(workdir: pathlib.Path, folder: str) -> dict[str, pathlib.Path]:
-  """A folder's files but temporaries and links, by their names."""
-  return {
-    path.relative_to(workdir).as_posix(): path
-    for path in sorted((workdir / folder).rglob("*"))
-    if path.is_file() and not path.is_symlink() and path.suffix != ".tmp"
-  }
 
 
 def _newest_here(directory: pathlib.Path) -> int | None:
@@ -462,10 +357,6 @@ def _unusable(error: objects.Failed) -> ValueError:
     " this machine (a service account's, or `gcloud auth application-default"
     " login`) must let objects be listed, read, written and deleted"
   )
-
-
-def _name(step: int) -> str:
-  return f"steps/{step:06d}.json"
 
 
 def _mib(size: int) -> str:

@@ -11,7 +11,8 @@ import argparse
 import pathlib
 import sys
 
-from dpo_jax import console, contents, mirror, objects
+from dpo_jax import console, contents, objects
+from dpo_jax.mirror import tables
 
 
 def main(arguments: list[str]) -> int:
@@ -29,7 +30,8 @@ def main(arguments: list[str]) -> int:
     parser.error("fetch needs DIR, and nothing else takes it")
   try:
     store = objects.Store(options.address)
-    steps, _, finished = mirror.tables(store, store.names())
+    there = tables.read(store, store.names())
+    steps, finished = there.steps, there.finished
     if not steps:
       console.error(
         f"{options.address} holds no steps, or must not be listed: name the"
@@ -42,7 +44,8 @@ def main(arguments: list[str]) -> int:
     if finished:
       found.append((f"finished at step {finished.step}", finished))
     show = _verify if options.command == "verify" else _list
-    return max([show(store, what, table) for what, table in found])
+    codes = [show(store, what, table) for what, table in found]
+    return max([*codes, 1 if there.broken else 0])
   except (ValueError, objects.Failed) as error:
     console.error(str(error))
     return 2
@@ -71,9 +74,9 @@ def _fetch(store, steps, finished, directory: pathlib.Path) -> int:
   code = 0
   for step, table in sorted(steps.items(), reverse=True):
     try:
-      mirror.bring(store, table, directory)
+      tables.bring(store, table, directory)
       if finished and finished.step == step:
-        mirror.bring_finished(store, finished, directory)
+        tables.bring_finished(store, finished, directory)
     except contents.Damaged as error:
       console.error(f"step {step}: {error}")
       code = 1
