@@ -22,219 +22,28 @@ again; 2 nothing can be pushed.
 """
 
 import argparse
-import dataclasses
-import hashlib
 import json
 import os
 import pathlib
-import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 
 from dpo_jax import (
   atomic,
   console,
-  errors,
-  metrics,
-  model_card,
   portable,
+  pushing,
   redaction,
-  remote,
+  revisions,
   strict_json,
 )
 
-MAIN = "main"
 FILE = portable.PUSHED
-# Checkpoints of all weights that may wait to be pushed: each takes as much disk
-# as the model.
-_WAITING = 2
-
-
-class NotPushed(errors.Stopped):
-  """Training is done and its files are whole, but some are not on the hub."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PushSettings:
-  """Where a run's models go.
-
-  Attributes:
-    repo: user/name; it is made if it does not exist.
-    public: whether everybody sees a repository that is made.
-    licence: of the weights, as the hub names it, such as "apache-2.0"; ""
-      states none.
-    checkpoints: whether each checkpoint becomes a branch.
-    dry_run: only write what would be pushed; nothing is sent.
-  """
-
-  repo: str
-  public: bool
-  licence: str
-  checkpoints: bool
-  dry_run: bool
-
-  def __post_init__(self):
-    if not remote.is_repository(self.repo):
-      raise ValueError(f"push_to_hub={self.repo!r} must be user/name")
-    if not re.fullmatch(r"[\w.-]*", self.licence):
-      raise ValueError(
-        f"push_licence={self.licence!r} must be a name such as apache-2.0"
-      )
-
-
-def check(settings: PushSettings) -> None:
-  """ValueError if nothing could be pushed for want of a token."""
-  import huggingface_hub
-
-  if not settings.dry_run and not huggingface_hub.get_token():
-    raise ValueError(
-      f"push_to_hub={settings.repo!r} needs a token that may write: put it into"
-      " HF_TOKEN, or run `hf auth login`; push_dry_run=True needs none"
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Revision:
-  """A branch and the files that make it up: their names there, and contents.
-
-  `temporary` is a directory that is only kept until it is pushed.
-  """
-
-  branch: str
-  files: dict[str, pathlib.Path | bytes]
-  temporary: pathlib.Path | None
-
-  @property
-  def size(self) -> int:
-    return sum(map(_size, self.files.values()))
-
-  def digest(self) -> str:
-    """SHA-256 of names and contents."""
-    whole = hashlib.sha256()
-    for name, content in sorted(self.files.items()):
-      if isinstance(content, bytes):
-        one = hashlib.sha256(content)
-      else:
-        with content.open("rb") as file:
-          one = hashlib.file_digest(file, "sha256")
-      whole.update(f"{name}\0{one.hexdigest()}\n".encode())
-    return whole.hexdigest()
-
-
-def revisions(
-  directory: pathlib.Path, settings: PushSettings
-) -> list[Revision]:
-  """What a run's directory has to push, the checkpoints first.
-
-  Raises:
-    ValueError: a file of the run is not what it should be.
-  """
-  repo, licence = settings.repo, settings.licence
-  base = strict_json.read_object(directory / "config.json")["model"]["path"]
-  found, last = [], {}
-  for folder in ("adapters", "models"):
-    for _, name in remote.steps(str(directory / folder)):
-      path = pathlib.Path(name)
-      own: dict[str, pathlib.Path | bytes] = {
-        file.name: file for file in path.iterdir() if file.is_file()
-      }
-      if folder == "adapters":
-        config = path / "adapter_config.json"
-        own[config.name] = portable.adapter(config, base)
-      card = model_card.of_checkpoint(directory, path.name, repo, licence)
-      temporary = path if folder == "models" else None
-      files = own | {"README.md": card.encode()}
-      if settings.checkpoints:
-        found.append(Revision(path.name, files, temporary))
-      if folder == "adapters":
-        last = {f"adapter/{name}": file for name, file in own.items()}
-  if (directory / "finished.json").is_file():
-    export = directory / "export"
-    files = {file.name: file for file in export.iterdir() if file.is_file()}
-    for name in ("config.json", "manifest.json"):
-      files[f"run/{name}"] = portable.file(directory / name)
-    files[f"run/{metrics.FILE}"] = directory / metrics.FILE
-    card, figure = model_card.of_run(directory, repo, licence)
-    if figure is not None:
-      files[model_card.FIGURE] = figure
-    files["README.md"] = card.encode()
-    found.append(Revision(MAIN, last | files, None))
-  return found
-
-
-class Publisher:
-  """Pushes a run's models beside its training; a context manager.
-
-  Each push is a process of its own: whatever happens to it, training goes on,
-  and leaving the context ends it at once. Only the first process of a run may
-  push; the others ask `room` alone.
-  """
-
-  def __init__(self, settings: PushSettings, directory: pathlib.Path):
-    self.settings, self.directory = settings, directory
-    self._child: subprocess.Popen | None = None
-
-  def __enter__(self) -> "Publisher":
-    return self
-
-  def __exit__(self, *exc_info) -> None:
-    if self._child is not None and self._child.poll() is None:
-      self._child.kill()
-      self._child.wait()
-
-  def room(self) -> bool:
-    """Whether one more checkpoint of all weights may wait on the disk."""
-    waiting = remote.steps(str(self.directory / "models"))
-    return self.settings.checkpoints and len(waiting) < _WAITING
-
-  def checkpoint(self) -> None:
-    """There is something new to push; returns at once.
-
-    While an earlier push goes on, this one is left to the next call.
-    """
-    busy = self._child is not None and self._child.poll() is None
-    if self.settings.checkpoints and not self.settings.dry_run and not busy:
-      self._start(tries=1)
-
-  def finish(self) -> None:
-    """Pushes what is missing, and what failed once more.
-
-    Raises:
-      NotPushed: something could not be pushed, twice.
-    """
-    if self._child is not None:
-      self._child.wait()
-    if self._start(tries=2).wait():
-      raise NotPushed(
-        f"the run is finished, but not all of it is on the hub as"
-        f" {self.settings.repo}; the same command, or python -m dpo_jax.hub"
-        f" {self.directory} --repo={self.settings.repo}, pushes what is missing"
-      )
-
-  def _start(self, tries: int) -> subprocess.Popen:
-    settings = self.settings
-    flags = [f"--repo={settings.repo}", f"--licence={settings.licence}"]
-    for name in ("public", "dry_run"):
-      if getattr(settings, name):
-        flags.append(f"--{name}")
-    if not settings.checkpoints:
-      flags.append("--no_checkpoints")
-    log = console.mode() if console.mode() != "bar" else "plain"
-    flags += [f"--tries={tries}", f"--log={log}"]
-    root = str(pathlib.Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    self._child = subprocess.Popen(
-      [sys.executable, "-m", "dpo_jax.hub", str(self.directory), *flags],
-      stdin=subprocess.DEVNULL,
-      env=os.environ | {"PYTHONPATH": path},
-    )
-    return self._child
 
 
 def push(
-  settings: PushSettings, directory: pathlib.Path, tries: int
+  settings: revisions.PushSettings, directory: pathlib.Path, tries: int
 ) -> dict[str, str]:
   """Pushes what is missing on the hub; see the module.
 
@@ -253,7 +62,7 @@ def push(
   failed: dict[str, str] = {}
   for _ in range(tries):
     failed = {}
-    for revision in revisions(directory, settings):
+    for revision in revisions.of(directory, settings):
       try:
         _push_one(api, settings, directory, revision)
       # Whatever the library, the network or the hub raises.
@@ -264,7 +73,7 @@ def push(
   return failed
 
 
-def _push_one(api, settings, directory, revision: Revision) -> None:
+def _push_one(api, settings, directory, revision: revisions.Revision) -> None:
   """Makes a branch hold the revision, unless it does, and notes that."""
   path = directory / FILE
   done = strict_json.read_object(path) if path.exists() else {}
@@ -274,7 +83,7 @@ def _push_one(api, settings, directory, revision: Revision) -> None:
     if not pushed:
       private = not settings.public
       api.create_repo(settings.repo, private=private, exist_ok=True)
-    if branch != MAIN:
+    if branch != revisions.MAIN:
       api.create_branch(settings.repo, branch=branch, exist_ok=True)
     commit = _commit(api, settings.repo, revision)
     pushed[branch] = {"content": digest, "commit": commit}
@@ -290,7 +99,7 @@ def _push_one(api, settings, directory, revision: Revision) -> None:
     shutil.rmtree(revision.temporary)
 
 
-def _commit(api, repo: str, revision: Revision) -> str:
+def _commit(api, repo: str, revision: revisions.Revision) -> str:
   """Makes a branch hold just the revision's files; the commit's id."""
   import huggingface_hub
 
@@ -314,7 +123,9 @@ def _commit(api, repo: str, revision: Revision) -> str:
   return made.oid
 
 
-def write(settings: PushSettings, directory: pathlib.Path) -> list[str]:
+def write(
+  settings: revisions.PushSettings, directory: pathlib.Path
+) -> list[str]:
   """Writes what would be pushed to push/BRANCH/; weights become hard links.
 
   Returns:
@@ -323,7 +134,7 @@ def write(settings: PushSettings, directory: pathlib.Path) -> list[str]:
   target = directory / "push"
   shutil.rmtree(target, ignore_errors=True)
   lines = []
-  for revision in revisions(directory, settings):
+  for revision in revisions.of(directory, settings):
     lines.append(f"{settings.repo}@{revision.branch}, {_mib(revision.size)}:")
     for name, content in sorted(revision.files.items()):
       path = target / revision.branch / name
@@ -332,14 +143,8 @@ def write(settings: PushSettings, directory: pathlib.Path) -> list[str]:
         path.write_bytes(content)
       else:
         os.link(content, path)
-      lines.append(f"  {name}  {_size(content):,} bytes")
+      lines.append(f"  {name}  {revisions.size(content):,} bytes")
   return lines
-
-
-def _size(content: pathlib.Path | bytes) -> int:
-  if isinstance(content, bytes):
-    return len(content)
-  return content.stat().st_size
 
 
 def _mib(size: int) -> str:
@@ -351,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   flags = _parser().parse_args(arguments)
   directory = flags.directory.absolute()
   try:
-    settings = PushSettings(
+    settings = revisions.PushSettings(
       flags.repo,
       flags.public,
       flags.licence,
@@ -360,12 +165,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if not (directory / "config.json").is_file():
       raise ValueError(f"{directory} holds no training run")
-    if not revisions(directory, settings):
+    if not revisions.of(directory, settings):
       raise ValueError(
         f"{directory} has nothing to push: the run is not finished, and has no"
         " adapters of checkpoints"
       )
-    check(settings)
+    pushing.check(settings)
     if settings.dry_run:
       lines = write(settings, directory)
       text = "\n".join([*lines, f"written to {directory / 'push'}"])

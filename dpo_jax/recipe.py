@@ -8,12 +8,12 @@ from dpo_jax import (
   buckets,
   data,
   guards,
-  hub,
   losses,
   model,
   objects,
   optim,
   partitioning,
+  revisions,
   sampling,
   step_files,
   trackers,
@@ -247,11 +247,11 @@ class TrainSettings:
 
     self.push()
 
-  def push(self) -> hub.PushSettings | None:
+  def push(self) -> revisions.PushSettings | None:
     """Where the run's models are pushed to; None for nowhere."""
     if not self.push_to_hub:
       return None
-    return hub.PushSettings(
+    return revisions.PushSettings(
       repo=self.push_to_hub,
       public=self.push_public,
       licence=self.push_licence,

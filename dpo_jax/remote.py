@@ -6,6 +6,7 @@ that is read afterwards is a local file, held to the same checks as any other.
 """
 
 import contextlib
+import difflib
 import os
 import pathlib
 import re
@@ -44,6 +45,26 @@ def is_repository(name: str) -> bool:
   return bool(_USER.fullmatch(name))
 
 
+def refuse_missing(name: str) -> None:
+  """Refuses user/name that was more likely meant as a path.
+
+  Raises:
+    ValueError: it is not there, but the directory is that it would be in; the
+      hub is not asked. With a revision it is an id in any case.
+  """
+  path = pathlib.Path(name)
+  if "/" not in name or "@" in name or not path.parent.is_dir():
+    return
+  there = sorted(child.name for child in path.parent.iterdir())
+  near = difflib.get_close_matches(path.name, there, n=1)
+  hint = f"did you mean {str(path.parent / near[0])!r}?" if near else ""
+  held = f"{path.parent} holds {', '.join(there[:5]) or 'nothing'}"
+  raise ValueError(
+    f"{name!r} does not exist: {hint or held}; if it is a model or dataset of"
+    f" the hub, name its revision: {name}@main"
+  )
+
+
 def fetch(path: str | os.PathLike, *, weights: bool = True) -> pathlib.Path:
   """A local directory as it is; what a hub id or gs:// names, fetched.
 
@@ -62,6 +83,7 @@ def fetch(path: str | os.PathLike, *, weights: bool = True) -> pathlib.Path:
   if buckets.is_address(name):
     return buckets.fetch(name, wanted)
   repo, revision = split(name)
+  refuse_missing(name)
   import huggingface_hub
 
   with _reachable(name):

@@ -24,9 +24,9 @@ from dpo_jax import (
   console,
   grid,
   hf,
-  hub,
   locks,
   model,
+  pushing,
   recipe,
   report,
   rundir,
@@ -142,7 +142,7 @@ def run(config: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
       console.say(f"[{number}/{len(stages)}] {name}", "stage", stage=name)
       try:
         stage()
-      except hub.NotPushed as error:
+      except pushing.NotPushed as error:
         # The line goes on; it is tried again at its end.
         console.say(str(error), "not_pushed", stage=name)
       if name not in _REPEATABLE:
@@ -187,19 +187,19 @@ def _push(built: ReplicateSettings, workdir: pathlib.Path) -> None:
   """Pushes what failed, and the cards anew: there are win rates now.
 
   Raises:
-    hub.NotPushed: something could not be pushed.
+    pushing.NotPushed: something could not be pushed.
   """
   failed = []
   for name in _TRAININGS:
     stage = getattr(built, name)
     if stage is not None and (push := stage.push()):
-      with hub.Publisher(push, workdir / name) as publisher:
+      with pushing.Publisher(push, workdir / name) as publisher:
         try:
           publisher.finish()
-        except hub.NotPushed as error:
+        except pushing.NotPushed as error:
           failed.append(str(error))
   if failed:
-    raise hub.NotPushed("\n".join(failed))
+    raise pushing.NotPushed("\n".join(failed))
 
 
 def _world(config: WorldSettings, directory: pathlib.Path) -> None:

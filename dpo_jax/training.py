@@ -29,7 +29,6 @@ from dpo_jax import (
   guards,
   hardware,
   hf,
-  hub,
   incidents,
   interruption,
   locks,
@@ -41,6 +40,7 @@ from dpo_jax import (
   processes,
   programs,
   provenance,
+  pushing,
   recipe,
   rundir,
   samples,
@@ -62,7 +62,7 @@ def run(config: recipe.TrainSettings, workdir: pathlib.Path) -> pathlib.Path:
       or gradient is not finite.
     checkpoint.SaveError: a checkpoint could not be written.
     interruption.Interrupted: a signal asked for it.
-    hub.NotPushed: all is done, but not all of it is on the hub.
+    pushing.NotPushed: all is done, but not all of it is on the hub.
     mirror.NotCopied: all is done, but not all of it is in the bucket.
     lease.Held: another process writes to the bucket; lease.Lost: now it does.
   """
@@ -96,13 +96,13 @@ def _run(
     rundir.refuse_foreign(workdir)
     rundir.check(workdir, values, allowed)
     if (push := config.push()) and processes.first():
-      hub.check(push)
+      pushing.check(push)
   processes.agree("the config", json.dumps(values))
   trackers.check(config.trackers)
   with contextlib.ExitStack() as stack:
     publisher = copies = None
     if push:
-      publisher = stack.enter_context(hub.Publisher(push, workdir))
+      publisher = stack.enter_context(pushing.Publisher(push, workdir))
     with processes.together("looking at the bucket"):
       if config.checkpoint_bucket and processes.first():
         copies = stack.enter_context(
@@ -127,7 +127,7 @@ def _train(
   workdir: pathlib.Path,
   watch: interruption.Watch,
   changed: list[str],
-  publisher: hub.Publisher | None,
+  publisher: pushing.Publisher | None,
   copies: mirror.Mirror | None,
 ) -> None:
   checkpoints = checkpoint.Checkpoints(
@@ -157,7 +157,7 @@ class _Loop:
     checkpoints: checkpoint.Checkpoints,
     state: steps.TrainState,
     watch: interruption.Watch,
-    publisher: hub.Publisher | None,
+    publisher: pushing.Publisher | None,
     sampler: samples.Sampler,
   ):
     self.watch, self.publisher, self.sampler = watch, publisher, sampler

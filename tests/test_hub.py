@@ -15,12 +15,15 @@ import running
 
 from dpo_jax import (
   hf,
-  hub,
   model,
   model_card,
   peft_layout,
+  pushing,
   recipe,
   remote,
+  revisions,
+  sources,
+  tokenizer,
   training,
 )
 from dpo_jax import settings as recipe_settings
@@ -50,7 +53,7 @@ def whole(tmp_path_factory):
   with push_server.serve() as server, pytest.MonkeyPatch.context() as patch:
     hubbed(patch, server, files / "home")
     server.broken = lambda method, path: True
-    with pytest.raises(hub.NotPushed) as error:
+    with pytest.raises(pushing.NotPushed) as error:
       training.run(config, files / "dpo")
   return Whole(files, config, files / "dpo", str(error.value))
 
@@ -100,7 +103,7 @@ def push(server, workdir, *flags):
 def settings(**changes):
   values = {"repo": REPO, "public": False, "licence": "", "dry_run": False}
   values["checkpoints"] = True
-  return hub.PushSettings(**values | changes)
+  return revisions.PushSettings(**values | changes)
 
 
 # Reads everything back as a stranger would, by name and revision.
@@ -209,9 +212,7 @@ def test_a_dry_run_writes_all_and_sends_nothing(run):
       for path in (run / "push" / branch).rglob("*")
       if path.is_file()
     }
-    (wanted,) = (
-      r for r in hub.revisions(run, settings()) if r.branch == branch
-    )
+    (wanted,) = (r for r in revisions.of(run, settings()) if r.branch == branch)
     assert written == {
       name: x if isinstance(x, bytes) else x.read_bytes()
       for name, x in wanted.files.items()
@@ -278,7 +279,7 @@ def test_all_weights_are_kept_until_they_are_pushed(
   with push_server.serve() as server:
     hubbed(monkeypatch, server, tmp_path / "home")
     server.broken = lambda method, path: True
-    with pytest.raises(hub.NotPushed):
+    with pytest.raises(pushing.NotPushed):
       training.run(config, tmp_path / "dpo")
     # Two may wait; the third is said to be left out.
     waiting = [n for n, _ in remote.steps(str(tmp_path / "dpo" / "models"))]
@@ -297,7 +298,7 @@ def test_leaving_ends_a_push_that_hangs(run, monkeypatch):
   with push_server.serve() as server:
     hubbed(monkeypatch, server, run.parent / "home")
     asked = server.hang()
-    with hub.Publisher(settings(), run) as publisher:
+    with pushing.Publisher(settings(), run) as publisher:
       publisher.checkpoint()
       assert asked.wait(60)
     assert publisher._child.poll() is not None
@@ -315,11 +316,11 @@ def test_a_run_without_a_token_is_refused_before_it_begins(
       sys.executable,
       "-c",
       "import sys\n"
-      "from dpo_jax import hub\n"
+      "from dpo_jax import hub, pushing, revisions\n"
       # A second process that takes the accelerator would stop the first.
       "assert 'jax' not in sys.modules\n"
-      "hub.check(hub.PushSettings('a/b', False, '', True, True))\n"
-      "hub.check(hub.PushSettings('a/b', False, '', True, False))",
+      "pushing.check(revisions.PushSettings('a/b', False, '', True, True))\n"
+      "pushing.check(revisions.PushSettings('a/b', False, '', True, False))",
     ],
     capture_output=True,
     text=True,
@@ -432,6 +433,29 @@ def test_the_scripts_flag_is_the_configs_field(whole, tmp_path):
   with pytest.raises(ValueError, match="push_to_hub='no' must be user/name"):
     main(values, tmp_path / "run", "no")
   assert not (tmp_path / "run").exists()
+
+
+def test_a_path_that_is_not_there_is_not_asked_for(tmp_path, monkeypatch):
+  """The mend names the nearest; with a revision it is the hub's."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "runs" / "sft-demo").mkdir(parents=True)
+  monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+  for read in (
+    remote.fetch,
+    tokenizer.load,
+    sources.read_file,
+  ):
+    with pytest.raises(
+      ValueError, match="did you mean 'runs/sft-demo'"
+    ) as found:
+      read("runs/sft-demos")
+    assert "runs/sft-demos@main" in str(found.value)
+  with pytest.raises(ValueError, match="runs holds sft-demo;"):
+    remote.fetch("runs/other")
+  # Asked for: what stands in the library's place cannot be called.
+  for name in ("runs/sft@main", "nobody/sft"):
+    with pytest.raises(ValueError, match="was not fetched from the hub"):
+      remote.fetch(name)
 
 
 def test_an_id_with_its_revision():

@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Literal
 
-from dpo_jax import buckets
+from dpo_jax import buckets, remote
 from dpo_jax.sources import files, hub
 
 _DATA = ("*.jsonl", "*.jsonl.gz", "*.json", "*.parquet")
@@ -56,6 +56,7 @@ def read(
       )
     yield from _directory(local, split, subsets, streaming, counts)
   elif hub.is_id(path):
+    remote.refuse_missing(path)
     yield from _of_hub(path, split, subsets, subset_is, streaming)
   else:
     raise ValueError(
