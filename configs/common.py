@@ -165,6 +165,8 @@ def model() -> config_dict.ConfigDict:
   # blocks have eight bits and a scale for each output channel, embeddings are
   # bfloat16. Policy and reference share the rounded base; adapters are merged
   # into the weights as they were read, which at "bfloat16" means rounded to it.
+  # What it costs in quality was measured on a small model only:
+  # benchmarks/int8.md.
   c.param_dtype = "float32"
   # What the backward pass finds: "none" recomputes nothing; "save_projections"
   # keeps the outputs of the four frozen projections of a layer and recomputes

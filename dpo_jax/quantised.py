@@ -5,7 +5,8 @@ of an output channel over 127: each weight is off by at most half of s. The
 model computes with the products of the two, made a layer at a time where they
 are used; what it computes is exactly what it would with these weights in full.
 Kernels of blocks are nearly all weights of a large model; norms and biases stay
-float32, embedding and unembedding become bfloat16.
+float32, embedding and unembedding become bfloat16. What it costs in
+quality, on a small model, is in benchmarks/int8.md.
 
 References:
   Dettmers et al., LLM.int8(), 2022 (arXiv 2208.07339), section 2, vector-wise
