@@ -79,11 +79,11 @@ def training() -> config_dict.ConfigDict:
   # once when it starts again; "" keeps none. Where JAX_COMPILATION_CACHE_DIR is
   # set, it is that one instead.
   c.compilation_cache = "~/.cache/dpo_jax/xla"
-  # On a CPU under glibc: keep memory that was freed and use it again, instead
-  # of having each step's temporary memory mapped and faulted in anew. A step of
-  # the smallest models is quicker by a quarter to a half, at about the same
-  # peak memory. Where the environment has MALLOC_* or GLIBC_TUNABLES it is left
-  # alone.
+  # Under glibc: keep the host's memory that was freed and use it again, instead
+  # of having it mapped and faulted in anew. On a CPU, where each step's
+  # temporary memory is such, a step of the smallest models is quicker by a
+  # quarter to a half, at about the same peak memory. What the environment sets
+  # by MALLOC_* or GLIBC_TUNABLES is left alone.
   c.keep_freed_memory = True
   # Seconds after SIGTERM or SIGINT in which a run saves and stops by itself;
   # then it is ended. What was committed is whole either way.

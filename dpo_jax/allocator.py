@@ -6,39 +6,48 @@ step is mapped, zeroed and faulted in again: a quarter of a small model's step
 (benchmarks/dpo_step.md).
 
 References:
-  mallopt(3), M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD.
+  mallopt(3), M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD and M_ARENA_MAX;
+  malloc_trim(3).
 """
 
 import ctypes
 import os
 
-# From glibc's malloc.h; ints, so that a threshold is at most 2 GiB less one.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
-_SETTINGS = (
-  (_MMAP_MAX, 0),
-  (_TRIM_THRESHOLD, 2**31 - 1),
-  (_TOP_PAD, 2**28),
-)
-# What a user who has set one of these wants is left alone.
-_VARIABLES = (
-  "MALLOC_MMAP_MAX_",
-  "MALLOC_MMAP_THRESHOLD_",
-  "MALLOC_TRIM_THRESHOLD_",
-  "MALLOC_TOP_PAD_",
-  "GLIBC_TUNABLES",
-)
+# By the environment's name for it: glibc's number (malloc.h) and a value, an
+# int, so that a threshold is at most 2 GiB less one. One arena, since others
+# cannot hold a block of more than 64 MiB: it is mapped whatever MMAP_MAX says.
+_SETTINGS = {
+  "MALLOC_MMAP_MAX_": (-4, 0),
+  "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1),
+  "MALLOC_TOP_PAD_": (-2, 2**28),
+  "MALLOC_ARENA_MAX": (-8, 1),
+}
+
+
+def release() -> None:
+  """Gives back to the system the pages of all memory that is free now.
+
+  glibc's allocator alone has it; elsewhere nothing is done.
+  """
+  library = ctypes.CDLL(None)
+  if hasattr(library, "malloc_trim"):
+    library.malloc_trim(ctypes.c_size_t(0))
 
 
 def keep_freed() -> bool:
   """From now on this process keeps freed memory and uses it again.
 
+  To be called before there are threads: those that are there keep their arenas.
+  What the environment sets, each by its variable or all by GLIBC_TUNABLES, is
+  left alone.
+
   Returns:
-    Whether it does: not under another C library than glibc, nor where the
-    environment has settings of its own.
+    Whether it does: not under another C library than glibc.
   """
-  if any(name in os.environ for name in _VARIABLES):
-    return False
   library = ctypes.CDLL(None)
   if not hasattr(library, "gnu_get_libc_version"):
     return False
-  return all(library.mallopt(*setting) == 1 for setting in _SETTINGS)
+  if "GLIBC_TUNABLES" in os.environ:
+    return False
+  wanted = [_SETTINGS[name] for name in _SETTINGS if name not in os.environ]
+  return all(library.mallopt(*setting) == 1 for setting in wanted)

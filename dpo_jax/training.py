@@ -66,9 +66,10 @@ def run(config: recipe.TrainSettings, workdir: pathlib.Path) -> pathlib.Path:
     mirror.NotCopied: all is done, but not all of it is in the bucket.
     lease.Held: another process writes to the bucket; lease.Lost: now it does.
   """
-  programs.keep(config.compilation_cache)
-  if config.keep_freed_memory and jax.default_backend() == "cpu":
+  if config.keep_freed_memory:
+    # First, as a backend begins with threads.
     allocator.keep_freed()
+  programs.keep(config.compilation_cache)
   with interruption.Watch(config.grace_s) as watch:
     with processes.together("preparing the directory"):
       if processes.first():
@@ -212,6 +213,9 @@ class _Loop:
     """All that the loop runs, so that no step waits for a compiler."""
     made, params = self.made, self.state.params
     train, held_out = made.feed.shapes()
+    # Before and after, as the compiler's memory and the steps' lie apart: the
+    # peak is the greater of them, and not their sum.
+    allocator.release()
     self.made = dataclasses.replace(
       made,
       train_step=programs.ahead(
@@ -221,6 +225,7 @@ class _Loop:
         made.eval_step, (params, made.reference), held_out
       ),
     )
+    allocator.release()
 
   def _loop(self) -> None:
     self._catch_up()

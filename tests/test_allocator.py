@@ -8,7 +8,7 @@ import sys
 import pytest
 
 SCRIPT = """
-import ctypes, resource, sys
+import ctypes, resource, sys, threading
 from dpo_jax import allocator
 print(allocator.keep_freed() if "keep" in sys.argv else None)
 library = ctypes.CDLL(None)
@@ -16,18 +16,26 @@ library.malloc.restype = ctypes.c_void_p
 library.free.argtypes = [ctypes.c_void_p]
 
 def touch():
-  block = library.malloc(ctypes.c_size_t(64 * 2**20))
-  ctypes.memset(block, 1, 64 * 2**20)
+  block = library.malloc(ctypes.c_size_t(96 * 2**20))
+  ctypes.memset(block, 1, 96 * 2**20)
   library.free(block)
 
-touch()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
+def count():
   touch()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  for _ in range(4):
+    touch()
+  print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+if "thread" in sys.argv:
+  thread = threading.Thread(target=count)
+  thread.start()
+  thread.join()
+else:
+  count()
 """
-# Of four blocks of 64 MiB, were each of their pages faulted in.
-ALL = 4 * 64 * 2**20 // os.sysconf("SC_PAGE_SIZE")
+# Of four blocks of 96 MiB, were each of their pages faulted in.
+ALL = 4 * 96 * 2**20 // os.sysconf("SC_PAGE_SIZE")
 CLEAN = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
 CLEAN.pop("GLIBC_TUNABLES", None)
 
@@ -56,7 +64,61 @@ def test_freed_memory_is_not_faulted_in_again():
   assert run()[1] > 0.9 * ALL
 
 
-def test_settings_of_the_environment_are_left_alone():
-  said, faults = run("keep", MALLOC_TOP_PAD_="0")
-  assert said == "False"
+@pytest.mark.parametrize(
+  ("name", "value", "kept"),
+  [
+    ("GLIBC_TUNABLES", "glibc.malloc.top_pad=0", "False"),
+    # A block of 96 MiB is over any threshold that glibc finds by itself.
+    ("MALLOC_MMAP_MAX_", "65536", "True"),
+  ],
+)
+def test_settings_of_the_environment_are_left_alone(name, value, kept):
+  said, faults = run("keep", **{name: value})
+  assert said == kept
   assert faults > 0.9 * ALL
+
+
+def test_a_block_of_a_thread_is_kept_too():
+  """Over 64 MiB, which only the first arena holds."""
+  assert run("keep", "thread")[1] < 0.01 * ALL
+  # Two arenas would do: the settings but this one keep nothing of it.
+  assert run("keep", "thread", MALLOC_ARENA_MAX="8")[1] > 0.9 * ALL
+
+
+HOLES = """
+import ctypes, os
+from dpo_jax import allocator
+allocator.keep_freed()
+library = ctypes.CDLL(None)
+library.malloc.restype = ctypes.c_void_p
+library.free.argtypes = [ctypes.c_void_p]
+size = 2**20
+
+def resident():
+  with open("/proc/self/statm") as file:
+    return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+blocks = [library.malloc(ctypes.c_size_t(size)) for _ in range(65)]
+for block in blocks:
+  ctypes.memset(block, 1, size)
+before = resident()
+# The last stays, so that the others are a hole below it.
+for block in blocks[:-1]:
+  library.free(block)
+print(before - resident())
+allocator.release()
+print(before - resident())
+"""
+
+
+def test_memory_that_is_free_now_is_given_back():
+  process = subprocess.run(
+    [sys.executable, "-c", HOLES],
+    env=CLEAN,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  kept, released = map(int, process.stdout.split())
+  assert kept < 0.1 * 64 * 2**20
+  assert released > 0.9 * 64 * 2**20
