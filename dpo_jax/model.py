@@ -192,7 +192,9 @@ class _Block(nnx.Module):
     self.query_key_value = projection(
       "query_key_value", "BTD,DNCH->BTNCH", (D,), (N, 3, H)
     )
-    self.dense = projection("dense", "BTNH,NHD->BTD", (N, H), (D,))
+    # h, not H: einsum sums over axes in the order of their letters, and in any
+    # order but the kernel's XLA transposes the kernel at each call.
+    self.dense = projection("dense", "BTNh,NhD->BTD", (N, H), (D,))
     self.dense_h_to_4h = projection("dense_h_to_4h", "BTD,DF->BTF", (D,), (F,))
     self.dense_4h_to_h = projection("dense_4h_to_h", "BTF,FD->BTD", (F,), (D,))
 
