@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax import (
+  capacity,
   compiling,
   decoding,
+  decoding_state,
   grid,
   lora,
   model,
   partitioning,
   sampling,
-  slots,
   stops,
 )
 
@@ -41,7 +42,7 @@ class Answering:
     steps: of a call of "decode"; each gives every row a token.
   """
 
-  layout: slots.Layout
+  layout: capacity.Layout
   rows: int
   weights: int
   lookup: int
@@ -109,14 +110,14 @@ def compile_answers(
   engine = settings.engine()
   free = int(engine.cache_gib * 2**30)
   if hbm is not None:
-    free = max(int((hbm - weights) * slots.CACHE_SHARE), 0)
+    free = max(int((hbm - weights) * capacity.CACHE_SHARE), 0)
   shards = partitioning.data_shards(mesh)
-  most = engine.batch_size or slots.MOST_ROWS * shards
+  most = engine.batch_size or capacity.MOST_ROWS * shards
   requests = stand_ins(settings, most, 0 if adapted else -1)
   tokenizer = types.SimpleNamespace(
     eos_id=0, vocab_size=min(tokens, config.vocab_size)
   )
-  layout = slots.layout(
+  layout = capacity.layout(
     config, tokenizer, requests, engine, mesh, range(len(requests)), free
   )
   with jax.set_mesh(mesh), compiling.uncached(mesh):
@@ -150,15 +151,17 @@ def _weights(config, settings, mesh):
   return base, compiling.laid(stack, mesh)
 
 
-def _state(layout, mesh) -> decoding.State:
+def _state(layout, mesh) -> decoding_state.State:
   state = jax.eval_shape(
-    lambda: decoding.empty(layout.program, layout.size, layout.program.slots)
+    lambda: decoding_state.empty(
+      layout.program, layout.size, layout.program.slots
+    )
   )
   return jax.tree.map_with_path(
     lambda path, leaf: jax.ShapeDtypeStruct(
       leaf.shape,
       leaf.dtype,
-      sharding=partitioning.laid(mesh, *decoding.axes(path, leaf)),
+      sharding=partitioning.laid(mesh, *decoding_state.axes(path, leaf)),
     ),
     state,
   )
@@ -189,7 +192,9 @@ def _compile(layout, base, stack, state, mesh, tokenizer, names, steps):
     lambda path, x: jax.ShapeDtypeStruct(
       x.shape,
       x.dtype,
-      sharding=partitioning.laid(mesh, *decoding.cache_axes(path, x, before)),
+      sharding=partitioning.laid(
+        mesh, *decoding_state.cache_axes(path, x, before)
+      ),
     ),
     prefix.cache,
   )
@@ -198,11 +203,14 @@ def _compile(layout, base, stack, state, mesh, tokenizer, names, steps):
     prefix.logits.dtype,
     sharding=partitioning.laid(mesh, "batch", "vocab"),
   )
-  prefix = decoding.Prefix(cache, logits)
+  prefix = decoding_state.Prefix(cache, logits)
   weights, waiting, kept = (
     compiling.bytes_on_device(x) for x in ((base, stack), state, prefix)
   )
   int32 = whole((), jnp.int32)
+  decoded = (base, stack)
+  if program.apart:
+    decoded = jax.eval_shape(decoding.apart, base, stack)
   lower = {
     "read": (
       waiting,
@@ -223,7 +231,7 @@ def _compile(layout, base, stack, state, mesh, tokenizer, names, steps):
     "decode": (
       kept,
       lambda: decoding.advance.lower(
-        program, program.slots, base, stack, state, table, int32, int32
+        program, program.slots, *decoded, state, table, int32, int32
       ),
     ),
   }

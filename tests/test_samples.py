@@ -15,6 +15,7 @@ import running
 from dpo_jax import (
   comparisons,
   decoding,
+  decoding_state,
   draw,
   grid,
   hf,
@@ -423,8 +424,10 @@ def test_decoding_makes_no_copy_of_the_weights(dtype):
   base = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
   how = draw.ways({(1.0, 0, 1.0)}, 8192)
   # With layers apart, as small models are decoded on a CPU, blocks are copied.
-  program = decoding.Program(config, 64, 16, 0, 8192, how, dtype, "stacked")
-  state = jax.eval_shape(lambda: decoding.empty(program, 8, 64))
+  program = decoding_state.Program(
+    config, 64, 16, 0, 8192, how, dtype, "stacked"
+  )
+  state = jax.eval_shape(lambda: decoding_state.empty(program, 8, 64))
   table = jax.ShapeDtypeStruct((8192, stops.TURN + 1), np.int8)
   count = jax.ShapeDtypeStruct((), np.int32)
   compiled = decoding.advance.lower(

@@ -18,7 +18,9 @@ import transformers
 
 from dpo_jax import (
   attention,
+  capacity,
   decoding,
+  decoding_state,
   draw,
   hf,
   kv_cache,
@@ -26,7 +28,6 @@ from dpo_jax import (
   partitioning,
   sampling,
   score,
-  slots,
   sources,
   stops,
   tokenizer,
@@ -315,7 +316,7 @@ def test_layers_apart_are_layers_of_a_stack(
 ):
   """What is done on a CPU, and what elsewhere; int8 has scales beside."""
   small = run(noisy, tok, grid[:9], engine(cache="int8", span=32))
-  monkeypatch.setattr(slots, "_cache_layout", lambda *_: layout)
+  monkeypatch.setattr(capacity, "_cache_layout", lambda *_: layout)
   for ours, how, requests in (
     (told, engine(), grid),
     (small, engine(cache="int8", span=32), grid[:9]),
@@ -332,7 +333,7 @@ def test_layers_are_apart_on_one_device_only(noisy):
   one, eight = (
     partitioning.make_mesh(n, 1, 1, devices=jax.devices()[:n]) for n in (1, 8)
   )
-  found = [slots._cache_layout(config, mesh) for mesh in (None, one, eight)]
+  found = [capacity._cache_layout(config, mesh) for mesh in (None, one, eight)]
   assert found == ["apart", "apart", "stacked"]
 
 
@@ -366,17 +367,17 @@ def test_parts_of_a_cache_hold_and_see_what_it_does(kind):
 
 def test_parts_are_as_many_as_cores_with_enough_rows(noisy, monkeypatch):
   config, _ = noisy
-  program = decoding.Program(
+  program = decoding_state.Program(
     config, 64, 8, 0, 8192, draw.Ways(0, True, False), "float32", "apart"
   )
   for cores, size, parts in ((1, 64, 1), (2, 64, 2), (2, 15, 1), (2, 34, 2)):
-    monkeypatch.setattr(slots.os, "cpu_count", lambda cores=cores: cores)
-    assert slots._parts(program, size) == parts
-  monkeypatch.setattr(slots.os, "cpu_count", lambda: 32)
-  found = [slots._parts(program, size) for size in (8, 24, 33, 34, 64, 512)]
+    monkeypatch.setattr(capacity.os, "cpu_count", lambda cores=cores: cores)
+    assert capacity._parts(program, size) == parts
+  monkeypatch.setattr(capacity.os, "cpu_count", lambda: 32)
+  found = [capacity._parts(program, size) for size in (8, 24, 33, 34, 64, 512)]
   assert found == [1, 3, 3, 2, 8, 8]
   stacked = dataclasses.replace(program, layout="stacked")
-  assert slots._parts(stacked, 64) == 1
+  assert capacity._parts(stacked, 64) == 1
 
 
 def tpus(**axes):
@@ -392,21 +393,21 @@ def tpus(**axes):
 def test_a_cache_that_a_tpu_would_pad_is_folded_or_counted(noisy):
   """Head dim 16 is padded to 128; two layers, two heads, k and v in float32."""
   config, _ = noisy
-  assert slots._cache_layout(config, tpus(data=2)) == "folded"
-  assert slots._cache_layout(config, tpus(tensor=2)) == "stacked"
+  assert capacity._cache_layout(config, tpus(data=2)) == "folded"
+  assert capacity._cache_layout(config, tpus(tensor=2)) == "stacked"
   how = engine(batch_size=0, cache_gib=24 * 512 * 64 / 2**30)
-  assert slots.batch_size(config, how, 64, tpus()) == 24
+  assert capacity.batch_size(config, how, 64, tpus()) == 24
   # Of one head a device: 256 B a slot, and 2048 B of its padded copy.
   how = engine(batch_size=0, cache_gib=8 * 2304 * 64 / 2**30)
-  assert slots.batch_size(config, how, 64, tpus(tensor=2)) == 8
+  assert capacity.batch_size(config, how, 64, tpus(tensor=2)) == 8
   wide = dataclasses.replace(config, width=256)
-  assert slots._cache_layout(wide, tpus()) == "stacked"
+  assert capacity._cache_layout(wide, tpus()) == "stacked"
 
 
 def test_a_step_copies_no_cache(noisy, tok):
   """Keys and values are written in place, and read where they lie."""
   config, base = noisy
-  program = decoding.Program(
+  program = decoding_state.Program(
     config=config,
     slots=96,
     room=8,
@@ -417,10 +418,11 @@ def test_a_step_copies_no_cache(noisy, tok):
     layout="apart",
     parts=2,
   )
-  state = jax.eval_shape(lambda: decoding.empty(program, 8, 96))
+  state = jax.eval_shape(lambda: decoding_state.empty(program, 8, 96))
   number = jax.ShapeDtypeStruct((), jnp.int32)
   table = jax.ShapeDtypeStruct((tok.vocab_size, stops.TURN + 1), jnp.int8)
-  arguments = (base, None, state, table, number, number)
+  apart = jax.eval_shape(decoding.apart, base, None)
+  arguments = (*apart, state, table, number, number)
   compiled = decoding.advance.lower(program, 96, *arguments).compile()
   # Rows of a part, heads, slots and head dim, as an operation's result.
   whole = r"= f32\[4,2,96,16\]\S* "
@@ -539,7 +541,7 @@ def test_the_cache_may_be_smaller(noisy, tok):
 
 
 def test_says_how_many_slots_and_why(noisy, tok, capsys):
-  slots._say_once.cache_clear()
+  capacity._say_once.cache_clear()
   requests = requests_for(tok, temperatures=(0.0,), max_new_tokens=2)
   for how in (engine(), engine(batch_size=0), engine(batch_size=0)):
     run(noisy, tok, requests, how)
@@ -558,9 +560,9 @@ def test_slots_fit_the_memory(noisy):
   config, _ = noisy
   for gib, rows in ((512 * 64 * 9 / 2**30, 8), (512 * 64 * 3 / 2**30, 3)):
     how = engine(batch_size=0, cache_gib=gib)
-    assert slots.batch_size(config, how, 64, None) == rows
+    assert capacity.batch_size(config, how, 64, None) == rows
   with pytest.raises(ValueError, match="raise cache_gib"):
-    slots.batch_size(
+    capacity.batch_size(
       config, engine(batch_size=0, cache_gib=512 * 63 / 2**30), 64, None
     )
 
@@ -588,19 +590,19 @@ def test_plan_groups_rows_of_a_prompt_and_puts_long_prompts_first():
   requests += [request(3, 0, adapter=2), request(4, 9), request(16, 3)]
   how = engine(length_multiple=16, prefill_tokens=48)
   everything = range(len(requests))
-  plans = slots.plan(requests, how, 1, everything)
+  plans = capacity.plan(requests, how, 1, everything)
   assert [(r.padded, r.size, r.groups) for r in plans] == [
     (32, 1, ((1,),)),
     (16, 3, ((0, 2), (3, 5), (4,))),
     (16, 3, ((6,),)),
   ]
   # What is left has the shapes of the whole.
-  plans = slots.plan(requests, how, 1, [6, 2])
+  plans = capacity.plan(requests, how, 1, [6, 2])
   assert [(r.padded, r.size, r.groups) for r in plans] == [
     (16, 3, ((2,), (6,))),
   ]
   # On two shards an even number of prompts is read.
-  plans = slots.plan(requests, how, 2, everything)
+  plans = capacity.plan(requests, how, 2, everything)
   assert [(r.padded, r.size) for r in plans] == [(32, 2), (16, 2), (16, 2)]
 
 
