@@ -8,7 +8,6 @@ planner compiles the same shapes.
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,9 +26,8 @@ MOST_ROWS = 512
 # Of blocks' weights: decoding with layers apart holds a copy of them.
 _APART_BYTES = 2**29
 
-# Rows of a part of a layer's cache are at least so many; parts are at most so
-# many, as each is compiled.
-_PART_ROWS, _MOST_PARTS = 8, 8
+# Rows of a part of a layer's cache, and parts at most, as each is compiled.
+_PART_ROWS, _MOST_PARTS = 32, 8
 
 # A TPU pads the last axis of an array to a multiple of this.
 _LANES = 128
@@ -236,10 +234,10 @@ def _cache_layout(config, mesh) -> kv_cache.Layout:
 
 
 def _parts(program, size) -> int:
-  """Parts of a layer's cache: one for each core that rows are enough for."""
+  """Parts of a layer's cache: of about 32 rows, if they divide the rows."""
   if not program.apart:
     return 1
-  most = min(os.cpu_count() or 1, size // _PART_ROWS, _MOST_PARTS)
+  most = min(size // _PART_ROWS, _MOST_PARTS)
   return next(
     parts for parts in range(max(most, 1), 0, -1) if size % parts == 0
   )

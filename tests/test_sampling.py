@@ -302,7 +302,7 @@ def test_samples_differ_where_their_keys_do(tok, grid, told):
   [
     {"batch_size": 24, "length_multiple": 48, "prefill_tokens": 1024},
     {"batch_size": 3, "chunk": 1, "prefill_tokens": 1},
-    {"batch_size": 16, "span": 32},
+    {"batch_size": 64, "span": 32},
   ],
   ids=str,
 )
@@ -365,17 +365,14 @@ def test_parts_of_a_cache_hold_and_see_what_it_does(kind):
   )
 
 
-def test_parts_are_as_many_as_cores_with_enough_rows(noisy, monkeypatch):
+def test_parts_have_32_rows_and_divide_all(noisy):
   config, _ = noisy
   program = decoding_state.Program(
     config, 64, 8, 0, 8192, draw.Ways(0, True, False), "float32", "apart"
   )
-  for cores, size, parts in ((1, 64, 1), (2, 64, 2), (2, 15, 1), (2, 34, 2)):
-    monkeypatch.setattr(capacity.os, "cpu_count", lambda cores=cores: cores)
-    assert capacity._parts(program, size) == parts
-  monkeypatch.setattr(capacity.os, "cpu_count", lambda: 32)
-  found = [capacity._parts(program, size) for size in (8, 24, 33, 34, 64, 512)]
-  assert found == [1, 3, 3, 2, 8, 8]
+  sizes = (1, 16, 63, 64, 65, 96, 100, 512)
+  found = [capacity._parts(program, size) for size in sizes]
+  assert found == [1, 1, 1, 2, 1, 3, 2, 8]
   stacked = dataclasses.replace(program, layout="stacked")
   assert capacity._parts(stacked, 64) == 1
 
