@@ -533,6 +533,22 @@ def test_decoding_for_a_slice():
   assert "tokens/s of 128 rows" in plan_text.answers(found, mesh, "this")
 
 
+def test_decoding_eight_bits_with_heads_folded_for_a_slice():
+  """Half the bytes and a scale a head; unpacked one layer at a time."""
+  mesh = partitioning.make_mesh(1, 1, 1, devices=topology.devices("v5e:1x1"))
+  how = sampling_config(
+    batch_size=64, dtype="bfloat16", cache="int8", max_new_tokens=488
+  )
+  deep = dataclasses.replace(SMALL, layers=12)
+  found = compiling_answers.compile_answers(how, deep, mesh, None, ("decode",))
+  assert found.layout.program.layout == "folded"
+  (decode,) = found.programs
+  assert not decode.refusal
+  # Keys and values: 12 layers, 64 rows, 512 slots, 4 heads of 32 dimensions.
+  assert found.cache == 2 * 12 * 64 * 512 * 4 * (32 + 4)
+  assert decode.memory.temporary < found.cache / 2
+
+
 def test_a_program_for_a_slice_stays_out_of_the_cache(tmp_path):
   mesh = partitioning.make_mesh(1, 8, 1, devices=topology.devices("v5e:2x4"))
   there = jax.sharding.NamedSharding(mesh, jax.P())
