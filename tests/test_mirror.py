@@ -111,7 +111,7 @@ def tables(bucket, here):
 def test_a_lost_disk_goes_on_from_the_bucket(
   bucket, here, config, whole, tmp_path
 ):
-  """Killed amid the second upload: the next machine goes on from step 2."""
+  """Killed amid the second upload: the next machine has the first."""
   workdir = tmp_path / "run"
   sent = []
 
@@ -128,11 +128,12 @@ def test_a_lost_disk_goes_on_from_the_bucket(
     child.process.kill()
     assert child.end() == -signal.SIGKILL
   bucket.go_on()
-  assert tables(bucket, here) == ["steps/000002.json"]
+  # Which step was put first is a matter of speed.
+  (first,) = tables(bucket, here)
   shutil.rmtree(workdir)
   training.run(config(), workdir)
   starts = strict_json.read_object(workdir / "manifest.json")["starts"]
-  assert [start["step"] for start in starts] == [0, 2]
+  assert [start["step"] for start in starts] == [0, int(first[6:12])]
   assert_same(workdir, whole)
   # Of the steps that retention keeps, the last is always there. Nothing is left
   # of the cut upload, and nobody owns the bucket.
