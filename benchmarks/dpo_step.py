@@ -22,8 +22,9 @@ and all loss curves are the same.
 
 glibc's allocator gives large blocks back to the system as soon as they are
 freed, and every page of the next one is a fault again: half of a small model's
-step in torch. So all contenders run with an allocator that keeps them, unless
-`--malloc=default` asks for what happens without its variables.
+step in torch. This package sees to that by itself (dpo_jax/allocator.py), so
+that it runs as installed; the others run with variables that keep memory,
+unless `--malloc=default` asks for what happens without them.
 
 `--output` is appended to, one JSON line a process, and what it already has is
 not measured again: where a call may not take long, `--at_most=N` ends it after
@@ -114,7 +115,7 @@ def measure(flags: argparse.Namespace, case: pathlib.Path) -> None:
     f"--set={flags.set}",
   ]
   mine = [sys.executable, "-m", "benchmarks.dpo_step_jax", *shared]
-  spawn([*mine, "--child=case"], MALLOC[flags.malloc])
+  spawn([*mine, "--child=case"], MALLOC["default"])
   text = json.loads((case / "case.json").read_text())
   about = {
     "model": pathlib.Path(flags.model).name,
@@ -127,6 +128,8 @@ def measure(flags: argparse.Namespace, case: pathlib.Path) -> None:
   ours = (*OURS, PLAIN) if flags.all else OURS[:1]
   ours = [name for name in flags.only if name in (*OURS, PLAIN)] or ours
   commands = {name: [*mine, f"--child={name}"] for name in ours}
+  # The product sets its allocator by itself, as `train.py` does.
+  malloc = {name: MALLOC["default"] for name in ours if name != PLAIN}
   for text in flags.trl:
     label, python = text.split("=", 1)
     script = str(ROOT / "benchmarks" / "dpo_step_trl.py")
@@ -139,7 +142,10 @@ def measure(flags: argparse.Namespace, case: pathlib.Path) -> None:
       return
     command = [*commands[row["name"]], *settings_flags(row)]
     output = case / "output.json"
-    used = spawn([*command, f"--output={output}"], MALLOC[flags.malloc])
+    used = spawn(
+      [*command, f"--output={output}"],
+      malloc.get(row["name"], MALLOC[flags.malloc]),
+    )
     row |= used | json.loads(output.read_text())
     with flags.output.open("a") as file:
       file.write(json.dumps(row) + "\n")
