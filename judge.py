@@ -9,7 +9,7 @@ says what they would cost, and asks none of them.
 
 import dataclasses
 
-from dpo_jax import cli, console, settings
+from dpo_jax.interface import cli, console, settings
 from dpo_jax.judging import runner
 
 

@@ -9,7 +9,9 @@ kept. Started on several hosts, each answers its share of the prompts.
 import pathlib
 from typing import Any
 
-from dpo_jax import answers, cli, console, grid, processes, settings
+from dpo_jax.answering import answers, grid
+from dpo_jax.interface import cli, console, settings
+from dpo_jax.running import processes
 
 
 def main(config: dict[str, Any], workdir: pathlib.Path) -> int:

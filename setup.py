@@ -62,7 +62,7 @@ setuptools.setup(
   entry_points={"console_scripts": ["dpo-jax = dpo_jax.__main__:main"]},
   package_data={
     "dpo_jax.figures": ["*.mplstyle"],
-    "dpo_jax.page": ["*.html", "*.css", "*.js"],
+    "dpo_jax.reporting.page": ["*.html", "*.css", "*.js"],
   },
   install_requires=[
     "absl-py",

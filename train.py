@@ -6,7 +6,9 @@ python train.py --config=configs/dpo.py:pythia-2.8b --workdir=runs/dpo
 import pathlib
 from typing import Any
 
-from dpo_jax import cli, processes, recipe, settings, training
+from dpo_jax import training
+from dpo_jax.interface import cli, settings
+from dpo_jax.running import processes, recipe
 
 
 def main(

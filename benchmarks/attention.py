@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import attention, compiling, flash, hardware, topology
+from dpo_jax import attention, hardware
+from dpo_jax.attention import flash
+from dpo_jax.planning import compiling, topology
 
-# HH's means (dpo_jax/compiling.py): a prompt and the two responses.
+# HH's means (dpo_jax/planning/compiling.py): a prompt and the two responses.
 PAIR = (116, 46, 45)
 
 

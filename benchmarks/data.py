@@ -18,17 +18,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 
 from configs import data as data_config
-from dpo_jax import (
-  batches,
-  placement,
-  profiles,
-  settings,
-  settling,
-  sources,
-  tables,
-  token_cache,
-  tokenizer,
-)
+from dpo_jax import batches, sources, tokenizer
+from dpo_jax.interface import settings
+from dpo_jax.rows import placement, profiles, settling, tables, token_cache
 
 BATCH, SHAPES = 64, 4
 

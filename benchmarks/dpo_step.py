@@ -22,7 +22,7 @@ and all loss curves are the same.
 
 glibc's allocator gives large blocks back to the system as soon as they are
 freed, and every page of the next one is a fault again: half of a small model's
-step in torch. This package sees to that by itself (dpo_jax/allocator.py), so
+step in torch. This package sees to that by itself (dpo_jax/running/allocator.py), so
 that it runs as installed; the others run with variables that keep memory,
 unless `--malloc=default` asks for what happens without them.
 

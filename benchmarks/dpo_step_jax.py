@@ -22,17 +22,9 @@ import optax
 
 from configs import data as data_config
 from configs import dpo
-from dpo_jax import (
-  data,
-  hf,
-  metrics,
-  model,
-  optim,
-  recipe,
-  settings,
-  tokenizer,
-  training,
-)
+from dpo_jax import data, hf, metrics, model, optim, tokenizer, training
+from dpo_jax.interface import settings
+from dpo_jax.running import recipe
 
 # What a contender changes in the settings that all of them share.
 PRODUCTS = {

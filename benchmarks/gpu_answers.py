@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import jax
 
 from benchmarks import gpu_case, gpu_step
-from dpo_jax import kv_cache, model, sampling
+from dpo_jax import model, sampling
+from dpo_jax.engine import kv_cache
 
 
 def measure(flags: argparse.Namespace) -> dict:

@@ -14,18 +14,12 @@ import jax
 import numpy as np
 
 from configs import dpo, sample
-from dpo_jax import (
-  batches,
-  compiling,
-  grid,
-  hf,
-  model,
-  partitioning,
-  recipe,
-  settings,
-  tables,
-  tokenizer,
-)
+from dpo_jax import batches, hf, model, partitioning, tokenizer
+from dpo_jax.answering import grid
+from dpo_jax.interface import settings
+from dpo_jax.planning import compiling
+from dpo_jax.rows import tables
+from dpo_jax.running import recipe
 
 LENGTHS = pathlib.Path(__file__).with_name("hh_lengths.csv")
 # For a check of the scripts.

@@ -14,21 +14,9 @@ from collections.abc import Sequence
 import jax
 
 from benchmarks import gpu_case
-from dpo_jax import (
-  batches,
-  flops,
-  model,
-  optim,
-  packing,
-  partitioning,
-  placement,
-  programs,
-  recipe,
-  reference,
-  settling,
-  steps,
-  tables,
-)
+from dpo_jax import batches, flops, model, optim, partitioning, steps
+from dpo_jax.rows import packing, placement, settling, tables
+from dpo_jax.running import programs, recipe, reference
 
 # Updates left out of the times.
 WARM = 2

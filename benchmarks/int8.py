@@ -27,18 +27,17 @@ import numpy as np
 
 from configs import demo, sample
 from dpo_jax import (
-  answers,
-  grid,
   hf,
   quantised,
-  recipe,
   records,
   score,
-  settings,
   synthetic,
   tokenizer,
   training,
 )
+from dpo_jax.answering import answers, grid
+from dpo_jax.interface import settings
+from dpo_jax.running import recipe
 from dpo_jax.winrates import intervals
 
 KEPT = ("float32", "bfloat16", "int8")

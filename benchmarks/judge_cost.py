@@ -15,8 +15,10 @@ import pathlib
 import tempfile
 
 from configs import data, judge
-from dpo_jax import records, row_store, settings, sources
+from dpo_jax import records, sources
+from dpo_jax.interface import settings
 from dpo_jax.judging import runner
+from dpo_jax.storage import row_store
 
 
 def rows(path: str, prompts: int, cells: int) -> list[records.Response]:

@@ -15,8 +15,10 @@ import tempfile
 import time
 
 from configs import judge
-from dpo_jax import records, row_store, settings
+from dpo_jax import records
+from dpo_jax.interface import settings
 from dpo_jax.judging import runner
+from dpo_jax.storage import row_store
 
 
 def response(number: int, words: int) -> records.Response:

@@ -24,20 +24,11 @@ import jax
 
 from benchmarks import dpo_step_jax
 from configs import dpo
-from dpo_jax import (
-  compiling,
-  data,
-  optim,
-  packing,
-  partitioning,
-  placement,
-  programs,
-  recipe,
-  settings,
-  steps,
-  tokenizer,
-  topology,
-)
+from dpo_jax import data, optim, partitioning, steps, tokenizer
+from dpo_jax.interface import settings
+from dpo_jax.planning import compiling, topology
+from dpo_jax.rows import packing, placement
+from dpo_jax.running import programs, recipe
 
 PASSES = ("apart", "shared")
 

@@ -8,7 +8,7 @@ for slices of 1, 4, 8, 16 and 32 chips, smallest first, until one fits, for each
 size and recipe; a minute or two each. Lines are appended to the file and what
 is there is skipped, so that it can be made in pieces: --size and --kind choose.
 The second prints the table of docs/scaling.md. Nothing runs on a TPU: times are
-estimates, as `dpo_jax.roofline` makes them.
+estimates, as `dpo_jax.planning.roofline` makes them.
 """
 
 import argparse
@@ -21,18 +21,16 @@ import time
 import jax
 
 from configs import dpo, models
-from dpo_jax import (
+from dpo_jax import hardware, partitioning, steps
+from dpo_jax.interface import settings
+from dpo_jax.planning import (
   compiling,
-  hardware,
   mean_items,
-  partitioning,
   plan_text,
-  recipe,
   roofline,
-  settings,
-  steps,
   topology,
 )
+from dpo_jax.running import recipe
 
 KINDS = ("lora", "full")
 # Weights are split over up to 16 chips; 64 pairs have 14 rows, and would leave

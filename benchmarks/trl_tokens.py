@@ -31,8 +31,9 @@ import torch
 import transformers
 import trl
 
-from dpo_jax import comparisons, profiles, sources
+from dpo_jax import comparisons, sources
 from dpo_jax import tokenizer as tokenizer_lib
+from dpo_jax.rows import profiles
 
 OLD = hasattr(trl.DPOTrainer, "tokenize_row")
 # max_length and max_prompt_length; the short ones cut and drop many pairs.

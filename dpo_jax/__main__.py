@@ -7,7 +7,7 @@ a module, so that `dpo-jax report` is python -m dpo_jax.report.
 import runpy
 import sys
 
-from dpo_jax import config_files
+from dpo_jax.interface import config_files
 
 _SCRIPTS = ("train", "sample", "judge")
 _MODULES = (

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax import packing, placement, tables
+from dpo_jax.rows import packing, placement, tables
 
 # Batches that are packed ahead of the step that takes them.
 _AHEAD = 4

@@ -9,17 +9,10 @@ import dataclasses
 import pathlib
 from typing import Any, Literal
 
-from dpo_jax import (
-  batches,
-  buckets,
-  comparisons,
-  placement,
-  profiles,
-  sources,
-  tables,
-  token_cache,
-)
+from dpo_jax import batches, comparisons, sources
 from dpo_jax import tokenizer as tokenizer_lib
+from dpo_jax.rows import placement, profiles, tables, token_cache
+from dpo_jax.storage import buckets
 
 # Kinds whose prompts are posts, which keep their start where they are cut, as
 # in the official DPO code; a dialogue keeps its end.

@@ -14,16 +14,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import (
+from dpo_jax import model, partitioning
+from dpo_jax.running import processes
+from dpo_jax.storage import remote, strict_json
+from dpo_jax.weights import (
   hf_layout,
   hf_weights,
-  model,
-  partitioning,
   peft_layout,
-  processes,
-  remote,
   safetensors_files,
-  strict_json,
 )
 
 Tree = dict[str, Any]

@@ -29,15 +29,9 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from dpo_jax import (
-  atomic,
-  console,
-  portable,
-  pushing,
-  redaction,
-  revisions,
-  strict_json,
-)
+from dpo_jax.interface import console, redaction
+from dpo_jax.publishing import portable, pushing, revisions
+from dpo_jax.storage import atomic, strict_json
 
 FILE = portable.PUSHED
 

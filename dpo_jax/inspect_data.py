@@ -21,18 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax import (
-  cli,
-  console,
-  data,
-  packing,
-  placement,
-  recipe,
-  settings,
-  settling,
-  tables,
-)
+from dpo_jax import data
 from dpo_jax import tokenizer as tokenizer_lib
+from dpo_jax.interface import cli, console, settings
+from dpo_jax.rows import packing, placement, settling, tables
+from dpo_jax.running import recipe
 
 _PERCENTILES = (5, 50, 90, 95, 99, 100)
 # Steps that are laid out to measure the fill.

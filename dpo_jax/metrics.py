@@ -11,7 +11,7 @@ import pathlib
 import time
 from typing import Any
 
-from dpo_jax import strict_json
+from dpo_jax.storage import strict_json
 
 FILE = "metrics.jsonl"
 

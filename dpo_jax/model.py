@@ -27,8 +27,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax import attention as attention_lib
-from dpo_jax import block_attention, kv_cache, partitioning, quantised
 from dpo_jax import lora as lora_lib
+from dpo_jax import partitioning, quantised
+from dpo_jax.attention import block_attention
+from dpo_jax.engine import kv_cache
 
 Tree = dict[str, Any]
 # What the backward pass finds and what it computes again: all is kept; the

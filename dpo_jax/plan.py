@@ -23,24 +23,18 @@ from typing import Any
 
 import jax
 
-from dpo_jax import (
-  cli,
+from dpo_jax import hardware, model, partitioning, sampling
+from dpo_jax.answering import grid
+from dpo_jax.interface import cli, config_help, console, settings
+from dpo_jax.planning import (
   compiling,
   compiling_answers,
-  config_help,
-  console,
-  grid,
-  hardware,
   mean_items,
-  model,
-  partitioning,
   plan_text,
-  recipe,
   row_search,
-  sampling,
-  settings,
   topology,
 )
+from dpo_jax.running import recipe
 
 ANSWERS = "configs/sample.py:paper"
 

@@ -18,7 +18,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Literal, TypeVar
 
-from dpo_jax import strict_json
+from dpo_jax.storage import strict_json
 
 Order = Literal["model_first", "chosen_first"]
 Control = Literal["", "aa", "gold", "retest"]

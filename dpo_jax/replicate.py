@@ -17,27 +17,14 @@ from typing import Any
 
 import jax
 
-from dpo_jax import (
-  answers,
-  atomic,
-  cli,
-  console,
-  grid,
-  hf,
-  locks,
-  model,
-  pushing,
-  recipe,
-  report,
-  rundir,
-  settings,
-  sources,
-  synthetic,
-  trackers,
-  training,
-)
+from dpo_jax import hf, model, report, sources, synthetic, trackers, training
 from dpo_jax import tokenizer as tokenizer_lib
+from dpo_jax.answering import answers, grid
+from dpo_jax.interface import cli, console, settings
 from dpo_jax.judging import runner
+from dpo_jax.publishing import pushing
+from dpo_jax.running import recipe
+from dpo_jax.storage import atomic, locks, rundir
 
 # Stages whose settings may change without anything being redone: what they
 # made is looked up by content, or made again. Those of any other stage are

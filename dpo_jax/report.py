@@ -18,16 +18,9 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from dpo_jax import (
-  compose,
-  console,
-  errors,
-  eval_files,
-  material,
-  recount,
-  settings,
-  strict_json,
-)
+from dpo_jax.interface import console, errors, settings
+from dpo_jax.reporting import compose, eval_files, material, recount
+from dpo_jax.storage import strict_json
 
 ReportSettings = material.ReportSettings
 

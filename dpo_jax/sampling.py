@@ -22,8 +22,9 @@ from typing import Any, Literal
 
 import jax
 
-from dpo_jax import comparisons, kv_cache, model, slots, stops
+from dpo_jax import comparisons, model
 from dpo_jax import tokenizer as tokenizer_lib
+from dpo_jax.engine import kv_cache, slots, stops
 
 # Below this a float32 temperature only adds rounding to what greedy gives.
 LOWEST_TEMPERATURE = 1e-4

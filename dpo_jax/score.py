@@ -32,21 +32,11 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from dpo_jax import (
-  atomic,
-  batches,
-  buckets,
-  console,
-  hf,
-  partitioning,
-  placement,
-  redaction,
-  scored_pairs,
-  settling,
-  steps,
-  tables,
-)
+from dpo_jax import batches, hf, partitioning, steps
 from dpo_jax import tokenizer as tokenizer_lib
+from dpo_jax.interface import console, redaction
+from dpo_jax.rows import placement, scored_pairs, settling, tables
+from dpo_jax.storage import atomic, buckets
 
 # Rows are a multiple of this many tokens, so that near lengths share a shape.
 _ROW_MULTIPLE = 64

@@ -15,15 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax import (
-  attention,
-  guards,
-  logps,
-  losses,
-  model,
-  packing,
-  partitioning,
-)
+from dpo_jax import attention, logps, losses, model, partitioning
+from dpo_jax.rows import packing
+from dpo_jax.running import guards
 
 Tree = dict[str, Any]
 Metrics = dict[str, jax.Array]

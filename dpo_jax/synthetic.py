@@ -18,8 +18,8 @@ import random
 import re
 from collections.abc import Mapping
 
-from dpo_jax import synthetic_answers, synthetic_claims, synthetic_text
-from dpo_jax import synthetic_tables as tables
+from dpo_jax.world import synthetic_answers, synthetic_claims, synthetic_text
+from dpo_jax.world import synthetic_tables as tables
 
 # Shares of the answer styles, in percent. RAW is the base model's diet;
 # PAIRS is what a fair crowd would write, with few excellent answers, so that

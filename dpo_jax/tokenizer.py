@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax import remote, strict_json
+from dpo_jax.storage import remote, strict_json
 
 END = "<|endoftext|>"
 PADDING = "<|padding|>"

@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 
-from dpo_jax import console, markdown
+from dpo_jax.interface import console, markdown
 
 
 class Csv:

@@ -26,7 +26,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from dpo_jax import console, metrics, tracker_sinks
+from dpo_jax import metrics, tracker_sinks
+from dpo_jax.interface import console
 
 _log = logging.getLogger(__name__)
 

@@ -17,37 +17,36 @@ from typing import Any
 import jax
 
 from dpo_jax import (
-  allocator,
-  assembly,
-  atomic,
   checkpoint,
-  checks,
-  console,
-  curves,
-  feed,
   flops,
-  guards,
   hardware,
   hf,
-  incidents,
-  interruption,
-  locks,
   lora,
-  manifest,
   metrics,
   mirror,
-  packing,
-  processes,
-  programs,
-  provenance,
-  pushing,
-  recipe,
-  rundir,
-  samples,
-  settings,
   steps,
   trackers,
 )
+from dpo_jax.interface import console, settings
+from dpo_jax.publishing import pushing
+from dpo_jax.rows import packing
+from dpo_jax.running import (
+  allocator,
+  assembly,
+  checks,
+  curves,
+  feed,
+  guards,
+  incidents,
+  interruption,
+  manifest,
+  processes,
+  programs,
+  provenance,
+  recipe,
+  samples,
+)
+from dpo_jax.storage import atomic, locks, rundir
 
 
 def run(config: recipe.TrainSettings, workdir: pathlib.Path) -> pathlib.Path:

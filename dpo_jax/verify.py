@@ -20,16 +20,16 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_jax import (
+from dpo_jax import report
+from dpo_jax.interface import console
+from dpo_jax.reporting import (
   compose,
-  console,
   differences,
   eval_files,
   material,
   recount,
-  report,
-  strict_json,
 )
+from dpo_jax.storage import strict_json
 
 _SHOWN = 20
 _SUBJECT = re.compile(rb"/Subject \(([0-9a-f]{64})\)")

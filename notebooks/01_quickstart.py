@@ -61,14 +61,8 @@ import numpy as np
 from IPython.display import Image, Markdown, display
 
 from configs import demo
-from dpo_jax import (
-  comparisons,
-  markdown,
-  records,
-  replicate,
-  report,
-  synthetic,
-)
+from dpo_jax import comparisons, records, replicate, report, synthetic
+from dpo_jax.interface import markdown
 
 folder = pathlib.Path(tempfile.mkdtemp()) / "quickstart"
 print("jax", jax.__version__, jax.devices())

@@ -69,13 +69,11 @@ from dpo_jax import (
   figures,
   losses,
   model,
-  packing,
-  placement,
-  profiles,
   steps,
   synthetic,
 )
 from dpo_jax import tokenizer as tokenizer_lib
+from dpo_jax.rows import packing, placement, profiles
 
 folder = pathlib.Path(tempfile.mkdtemp())
 

@@ -68,23 +68,19 @@ from IPython.display import Image, Markdown, display
 from configs import dpo, models
 from dpo_jax import (
   comparisons,
-  compiling,
   figures,
   hardware,
-  markdown,
   model,
-  packing,
   partitioning,
-  placement,
   plan,
-  profiles,
-  recipe,
-  settings,
   steps,
   synthetic,
-  topology,
 )
 from dpo_jax import tokenizer as tokenizer_lib
+from dpo_jax.interface import markdown, settings
+from dpo_jax.planning import compiling, topology
+from dpo_jax.rows import packing, placement, profiles
+from dpo_jax.running import recipe
 
 folder = pathlib.Path(tempfile.mkdtemp())
 os.chdir(root)  # configs/ is found from there

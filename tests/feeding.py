@@ -16,7 +16,9 @@ def main(config, output, start, processes, index, port):
     jax.distributed.initialize(
       f"localhost:{port}", int(processes), int(index), initialization_timeout=60
     )
-  from dpo_jax import feed, partitioning, recipe, settings, tokenizer
+  from dpo_jax import partitioning, tokenizer
+  from dpo_jax.interface import settings
+  from dpo_jax.running import feed, recipe
 
   values = json.loads(pathlib.Path(config).read_text("utf-8"))
   built = settings.build(recipe.TrainSettings, values)

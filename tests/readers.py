@@ -21,30 +21,15 @@ import reported
 import sourcing
 import tiny
 
-from dpo_jax import (
-  answer_files,
-  comparisons,
-  compose,
-  contents,
-  hf,
-  incidents,
-  metrics,
-  model,
-  records,
-  recount,
-  reference,
-  row_store,
-  rundir,
-  safetensors_files,
-  scored_pairs,
-  step_files,
-  strict_json,
-  tables,
-  token_cache,
-  tokenizer,
-  verify,
-)
+from dpo_jax import comparisons, hf, metrics, model, records, tokenizer, verify
+from dpo_jax.answering import answer_files
 from dpo_jax.judging import batch_api, prompts, replies, verdicts
+from dpo_jax.mirror import contents
+from dpo_jax.reporting import compose, recount
+from dpo_jax.rows import scored_pairs, tables, token_cache
+from dpo_jax.running import incidents, reference
+from dpo_jax.storage import row_store, rundir, step_files, strict_json
+from dpo_jax.weights import safetensors_files
 
 # An error names what is wrong; it does not repeat the file.
 LONGEST_MESSAGE = 10_000

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 
-from dpo_jax import compose, records, report, row_store
+from dpo_jax import records, report
+from dpo_jax.reporting import compose
+from dpo_jax.storage import row_store
 
 SETTINGS = report.ReportSettings(
   title="A small run",

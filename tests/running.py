@@ -13,7 +13,9 @@ import tiny
 
 from configs import common
 from configs import data as data_config
-from dpo_jax import hf, metrics, model, recipe, settings, tokenizer
+from dpo_jax import hf, metrics, model, tokenizer
+from dpo_jax.interface import settings
+from dpo_jax.running import recipe
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHAPE = model.ModelConfig(

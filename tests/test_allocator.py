@@ -9,7 +9,7 @@ import pytest
 
 SCRIPT = """
 import ctypes, resource, sys, threading
-from dpo_jax import allocator
+from dpo_jax.running import allocator
 print(allocator.keep_freed() if "keep" in sys.argv else None)
 library = ctypes.CDLL(None)
 library.malloc.restype = ctypes.c_void_p
@@ -87,7 +87,7 @@ def test_a_block_of_a_thread_is_kept_too():
 
 HOLES = """
 import ctypes, os
-from dpo_jax import allocator
+from dpo_jax.running import allocator
 allocator.keep_freed()
 library = ctypes.CDLL(None)
 library.malloc.restype = ctypes.c_void_p

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import reported
 
-from dpo_jax import answer_table
+from dpo_jax.answering import answer_table
 
 
 @pytest.mark.parametrize(

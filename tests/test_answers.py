@@ -17,18 +17,10 @@ import tiny
 
 from configs import data as data_config
 from configs import sample as sample_config
-from dpo_jax import (
-  answers,
-  decoding,
-  grid,
-  hf,
-  model,
-  records,
-  sampling,
-  settings,
-  sources,
-  tokenizer,
-)
+from dpo_jax import hf, model, records, sampling, sources, tokenizer
+from dpo_jax.answering import answers, grid
+from dpo_jax.engine import decoding
+from dpo_jax.interface import settings
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LORA = model.LoraConfig(2, 4.0, 0.0, ("query_key_value", "dense"))
@@ -136,7 +128,10 @@ def test_a_finished_file_is_left_alone(world, whole, monkeypatch):
 
 CHILD = """
 import json, os, pathlib, signal, sys
-from dpo_jax import answers, grid, records, row_store, settings
+from dpo_jax import records
+from dpo_jax.answering import answers, grid
+from dpo_jax.interface import settings
+from dpo_jax.storage import row_store
 
 append, calls = row_store.Store.append_many, []
 

@@ -8,7 +8,9 @@ import sys
 
 import pytest
 
-from dpo_jax import atomic, comparisons, token_cache, tokenizer
+from dpo_jax import comparisons, tokenizer
+from dpo_jax.rows import token_cache
+from dpo_jax.storage import atomic
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LENGTHS = {"profile": "paper", "max_length": 24, "max_prompt_length": 8}
@@ -16,7 +18,9 @@ LENGTHS = {"profile": "paper", "max_length": 24, "max_prompt_length": 8}
 # The temporary of an entry stands, half-written, until the input ends.
 WRITER = """
 import sys
-from dpo_jax import comparisons, profiles, safetensors_files, token_cache
+from dpo_jax import comparisons
+from dpo_jax.rows import profiles, token_cache
+from dpo_jax.weights import safetensors_files
 
 class Words:
   fingerprint = sys.argv[2]

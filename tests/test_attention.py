@@ -9,7 +9,9 @@ import pytest
 import running
 
 from configs import dpo
-from dpo_jax import attention, programs, recipe, settings, training
+from dpo_jax import attention, training
+from dpo_jax.interface import settings
+from dpo_jax.running import programs, recipe
 
 
 def device(platform="gpu", kind="NVIDIA H100", capability="9.0"):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tiny
 
-from dpo_jax import batches, packing, placement, tables
+from dpo_jax import batches
+from dpo_jax.rows import packing, placement, tables
 
 HOW = placement.Packing("shared", 40, 1, 1, False, 1)
 LAYOUTS = ("padded", "packed", "shared")

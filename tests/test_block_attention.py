@@ -12,15 +12,9 @@ import pytest
 import tiny
 from hypothesis import strategies as st
 
-from dpo_jax import (
-  attention,
-  block_attention,
-  model,
-  packing,
-  placement,
-  steps,
-  tables,
-)
+from dpo_jax import attention, model, steps
+from dpo_jax.attention import block_attention
+from dpo_jax.rows import packing, placement, tables
 
 WHOLE = placement.Packing("shared", 64, 1, 1, False, 1)
 # Blocks far shorter than most pieces, and than some parts.

@@ -15,16 +15,11 @@ import running
 from etils.epath import backend
 from fsspec.implementations import memory
 
-from dpo_jax import (
-  answer_files,
-  buckets,
-  cli,
-  hf,
-  remote,
-  scored_pairs,
-  sources,
-  tokenizer,
-)
+from dpo_jax import hf, sources, tokenizer
+from dpo_jax.answering import answer_files
+from dpo_jax.interface import cli
+from dpo_jax.rows import scored_pairs
+from dpo_jax.storage import buckets, remote
 
 HERE = "gs://bucket/files"
 

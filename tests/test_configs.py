@@ -10,8 +10,11 @@ import jax
 import pytest
 
 from configs import common, models
-from dpo_jax import grid, model, partitioning, recipe, replicate, settings
+from dpo_jax import model, partitioning, replicate
+from dpo_jax.answering import grid
+from dpo_jax.interface import settings
 from dpo_jax.judging import runner
+from dpo_jax.running import recipe
 
 SIZES = tuple(models.PYTHIA)
 RECIPES = tuple(

@@ -11,7 +11,7 @@ import pytest
 import test_configs
 from ml_collections import config_dict
 
-from dpo_jax import cli, config_help, console
+from dpo_jax.interface import cli, config_help, console
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -6,8 +6,9 @@ import json
 import pytest
 
 from configs import data as data_config
-from dpo_jax import data, placement, sources, tables, tokenizer
-from dpo_jax import settings as settings_lib
+from dpo_jax import data, sources, tokenizer
+from dpo_jax.interface import settings as settings_lib
+from dpo_jax.rows import placement, tables
 
 PROMPT = "\n\nHuman: {}\n\nAssistant:"
 

@@ -18,15 +18,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from benchmarks import peers
-from dpo_jax import (
-  config_help,
-  grid,
-  recipe,
-  redaction,
-  replicate,
-  settings,
-)
+from dpo_jax import replicate
+from dpo_jax.answering import grid
+from dpo_jax.interface import config_help, redaction, settings
 from dpo_jax.judging import runner
+from dpo_jax.running import recipe
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("*.md")])
@@ -321,7 +317,8 @@ def test_the_guides_code_is_in_house_style(extended):
 
 def test_the_guides_config_builds(extended):
   code = """if True:
-    from dpo_jax import config_help, recipe, settings
+    from dpo_jax.interface import config_help, settings
+    from dpo_jax.running import recipe
     mine = config_help.load("experiments/mine.py").to_dict()
     built = settings.build(recipe.TrainSettings, mine)
     print(built.data.use, built.data.sources["mine"].held_out)

@@ -11,8 +11,9 @@ import sys
 import pytest
 import test_console
 
-from dpo_jax import __main__, console, hub, report, score, trackers, verify
+from dpo_jax import __main__, hub, report, score, trackers, verify
 from dpo_jax.checkpoint import __main__ as checkpoint
+from dpo_jax.interface import console
 from dpo_jax.mirror import __main__ as mirror
 from dpo_jax.winrates import __main__ as winrates
 

@@ -14,7 +14,9 @@ import pytest
 
 from configs import common
 from configs import data as data_config
-from dpo_jax import feed, partitioning, recipe, settings, tokenizer
+from dpo_jax import partitioning, tokenizer
+from dpo_jax.interface import settings
+from dpo_jax.running import feed, recipe
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -18,20 +18,10 @@ import tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dpo_jax import (
-  attention,
-  flash,
-  hlo,
-  losses,
-  model,
-  packing,
-  partitioning,
-  placement,
-  profiles,
-  steps,
-  tokenizer,
-  topology,
-)
+from dpo_jax import attention, losses, model, partitioning, steps, tokenizer
+from dpo_jax.attention import flash
+from dpo_jax.planning import hlo, topology
+from dpo_jax.rows import packing, placement, profiles
 
 ROWS, HEADS, LENGTH, DIM = 2, 2, 118, 8
 SIZE = flash.SIZES["interpret"]

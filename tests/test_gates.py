@@ -8,7 +8,9 @@ import judged
 import pytest
 import reported
 
-from dpo_jax import compose, errors, material, records, report, verify
+from dpo_jax import records, report, verify
+from dpo_jax.interface import errors
+from dpo_jax.reporting import compose, material
 
 SETTINGS = dataclasses.replace(reported.SETTINGS, runs=())
 

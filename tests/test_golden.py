@@ -18,17 +18,8 @@ import tiny
 import torch
 import transformers
 
-from dpo_jax import (
-  hf,
-  losses,
-  model,
-  optim,
-  packing,
-  placement,
-  profiles,
-  steps,
-  tokenizer,
-)
+from dpo_jax import hf, losses, model, optim, steps, tokenizer
+from dpo_jax.rows import packing, placement, profiles
 
 STEPS, BATCH, BETA = 5, 4, 0.4
 # Losses and rewards are sums of some 50 log-probs of about -11 nats each, of

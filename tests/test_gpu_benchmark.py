@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu, gpu_answers, gpu_case, gpu_step
-from dpo_jax import model, packing
+from dpo_jax import model
+from dpo_jax.rows import packing
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

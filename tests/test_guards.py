@@ -14,17 +14,8 @@ import pytest
 import running
 import tiny
 
-from dpo_jax import (
-  checks,
-  guards,
-  hf,
-  incidents,
-  interruption,
-  metrics,
-  sources,
-  tokenizer,
-  training,
-)
+from dpo_jax import hf, metrics, sources, tokenizer, training
+from dpo_jax.running import checks, guards, incidents, interruption
 
 
 def settings(**changes):

@@ -22,7 +22,8 @@ import tiny
 import torch
 import transformers
 
-from dpo_jax import hf, lora, model, partitioning, safetensors_files, tokenizer
+from dpo_jax import hf, lora, model, partitioning, tokenizer
+from dpo_jax.weights import safetensors_files
 
 SIZES = {
   # Head dim 16, of which 4 are rotated.

@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax import compiling, hlo, partitioning, topology
+from dpo_jax import partitioning
+from dpo_jax.planning import compiling, hlo, topology
 
 
 def compiled(f, *args):

@@ -13,20 +13,12 @@ import push_server
 import pytest
 import running
 
-from dpo_jax import (
-  hf,
-  model,
-  model_card,
-  peft_layout,
-  pushing,
-  recipe,
-  remote,
-  revisions,
-  sources,
-  tokenizer,
-  training,
-)
-from dpo_jax import settings as recipe_settings
+from dpo_jax import hf, model, sources, tokenizer, training
+from dpo_jax.interface import settings as recipe_settings
+from dpo_jax.publishing import model_card, pushing, revisions
+from dpo_jax.running import recipe
+from dpo_jax.storage import remote
+from dpo_jax.weights import peft_layout
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 REPO = "user/tiny"
@@ -110,7 +102,10 @@ def settings(**changes):
 LOADED = """
 import json, pathlib, sys
 import jax, numpy as np
-from dpo_jax import answer_files, grid, hf, peft_layout, remote, tokenizer
+from dpo_jax import hf, tokenizer
+from dpo_jax.answering import answer_files, grid
+from dpo_jax.storage import remote
+from dpo_jax.weights import peft_layout
 base, run, repo = sys.argv[1:]
 options = dict(dtype="float32", remat="none", lora=None, param_dtype="float32")
 same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)

@@ -19,20 +19,12 @@ import sourcing
 import tiny
 from test_records import RESPONSE, line
 
-from dpo_jax import (
-  eval_files,
-  hf,
-  metrics,
-  model,
-  records,
-  reference,
-  row_store,
-  safetensors_files,
-  strict_json,
-  tokenizer,
-  verify,
-)
+from dpo_jax import hf, metrics, model, records, tokenizer, verify
 from dpo_jax.judging import replies
+from dpo_jax.reporting import eval_files
+from dpo_jax.running import reference
+from dpo_jax.storage import row_store, strict_json
+from dpo_jax.weights import safetensors_files
 
 NUMERICS = {
   "dtype": "float32",

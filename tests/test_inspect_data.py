@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from dpo_jax import console, inspect_data
+from dpo_jax import inspect_data
+from dpo_jax.interface import console
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -19,17 +19,9 @@ import numpy as np
 import pytest
 import running
 
-from dpo_jax import (
-  checkpoint,
-  data,
-  feed,
-  hf,
-  interruption,
-  metrics,
-  partitioning,
-  step_files,
-  training,
-)
+from dpo_jax import checkpoint, data, hf, metrics, partitioning, training
+from dpo_jax.running import feed, interruption
+from dpo_jax.storage import step_files
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +147,7 @@ def test_a_signal_in_any_phase_loses_nothing(
 
 STUCK = """
 import hashlib
-from dpo_jax import interruption
+from dpo_jax.running import interruption
 
 with interruption.Watch(0.5) as watch, watch.deferred():
   print("ready", flush=True)

@@ -8,12 +8,7 @@ from canaries import CANARIES, CLEAN
 from test_judging_client import ask, settings
 
 from dpo_jax import judging
-from dpo_jax.judging import (
-  fake_answers,
-  fake_server,
-  prompts,
-  verdicts,
-)
+from dpo_jax.judging import fake_answers, fake_server, prompts, verdicts
 
 PROMPT = "\n\nHuman: Which river is the longest?\n\nAssistant:"
 HONEST = " It is the Nile, if one follows it from its furthest spring."

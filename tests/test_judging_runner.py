@@ -10,8 +10,9 @@ import judge_server
 import pytest
 from test_judging_client import KEY, settings
 
-from dpo_jax import judging, records, row_store, synthetic
+from dpo_jax import judging, records, synthetic
 from dpo_jax.judging import controls, oracle, questions, runner
+from dpo_jax.storage import row_store
 
 PROMPT = "\n\nHuman: hi\n\nAssistant:"
 

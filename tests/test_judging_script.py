@@ -17,8 +17,9 @@ from test_judging_runner import (
   write,
 )
 
-from dpo_jax import records, row_store
+from dpo_jax import records
 from dpo_jax.judging import runner
+from dpo_jax.storage import row_store
 
 ROOT = pathlib.Path(__file__).parent.parent
 

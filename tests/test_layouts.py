@@ -14,17 +14,8 @@ import sourcing
 import tiny
 
 from configs import models
-from dpo_jax import (
-  logps,
-  losses,
-  model,
-  packing,
-  placement,
-  profiles,
-  steps,
-  tables,
-  tokenizer,
-)
+from dpo_jax import logps, losses, model, steps, tokenizer
+from dpo_jax.rows import packing, placement, profiles, tables
 
 PAIRS, LENGTH = 4, 256
 PYTHIA = model.ModelConfig(**models.pythia("14m").to_dict())

@@ -14,18 +14,11 @@ import bucket_server
 import pytest
 import running
 
-from dpo_jax import (
-  contents,
-  interruption,
-  lease,
-  metrics,
-  mirror,
-  objects,
-  step_files,
-  strict_json,
-  training,
-)
+from dpo_jax import metrics, mirror, training
+from dpo_jax.mirror import contents, lease, objects
 from dpo_jax.mirror import tables as mirror_tables
+from dpo_jax.running import interruption
+from dpo_jax.storage import step_files, strict_json
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import sourcing
 from test_judging_client import settings
 from test_judging_runner import NO_CONTROLS, response, write
 
-from dpo_jax import grid
+from dpo_jax.answering import grid
 from dpo_jax.judging import batch_api, runner
 from dpo_jax.sources import hh_rlhf
 

@@ -85,7 +85,7 @@ def test_the_times_are_those_that_the_package_says():
   """A line that is worded otherwise would keep its time."""
   package = pathlib.Path(dpo_jax.__file__).parent
   for file, words in (
-    ("plan_text.py", " compiled in {"),
+    ("planning/plan_text.py", " compiled in {"),
     ("replicate.py", " after {"),
   ):
     assert words in (package / file).read_text("utf-8")

@@ -16,15 +16,8 @@ import pytest
 import tiny
 from hypothesis import strategies as st
 
-from dpo_jax import (
-  attention,
-  losses,
-  model,
-  packing,
-  placement,
-  steps,
-  tables,
-)
+from dpo_jax import attention, losses, model, steps
+from dpo_jax.rows import packing, placement, tables
 
 LAYOUTS = ("padded", "packed", "shared")
 PAD = 1

@@ -14,8 +14,10 @@ import paged
 import pytest
 import reported
 
-from dpo_jax import compose, markdown, page, records
-from dpo_jax.page import browse, charts, prose
+from dpo_jax import records
+from dpo_jax.interface import markdown
+from dpo_jax.reporting import compose, page
+from dpo_jax.reporting.page import browse, charts, prose
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

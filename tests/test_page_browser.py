@@ -6,8 +6,8 @@ import paged
 import pytest
 import reported
 
-from dpo_jax import compose
-from dpo_jax.page import browse
+from dpo_jax.reporting import compose
+from dpo_jax.reporting.page import browse
 
 pytestmark = pytest.mark.browser
 

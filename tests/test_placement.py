@@ -10,7 +10,8 @@ import sourcing
 import tiny
 from hypothesis import strategies as st
 
-from dpo_jax import batches, packing, placement, settling, tables
+from dpo_jax import batches
+from dpo_jax.rows import packing, placement, settling, tables
 
 SHARED = placement.Packing("shared", 40, 1, 1, False, 1)
 

@@ -14,27 +14,22 @@ import scripted
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs import dpo, models, sample, sft
-from dpo_jax import (
+from dpo_jax import flops, hardware, model, partitioning, plan, sampling
+from dpo_jax.answering import grid
+from dpo_jax.engine import decoding
+from dpo_jax.interface import settings
+from dpo_jax.planning import (
   compiling,
   compiling_answers,
-  decoding,
-  flops,
-  grid,
-  hardware,
   hlo,
   hlo_traffic,
   mean_items,
-  model,
-  partitioning,
-  plan,
   plan_text,
-  recipe,
   roofline,
   row_search,
-  sampling,
-  settings,
   topology,
 )
+from dpo_jax.running import recipe
 
 # Big enough for the TPU's tiles, small enough to compile in seconds.
 SMALL = model.ModelConfig(

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from dpo_jax import portable
+from dpo_jax.publishing import portable
 
 
 @pytest.fixture(autouse=True)

@@ -20,17 +20,9 @@ import pytest
 import running
 import safetensors.numpy
 
-from dpo_jax import (
-  interruption,
-  locks,
-  metrics,
-  partitioning,
-  processes,
-  records,
-  samples,
-  step_files,
-  training,
-)
+from dpo_jax import metrics, partitioning, records, training
+from dpo_jax.running import interruption, processes, samples
+from dpo_jax.storage import locks, step_files
 
 ROOT = running.ROOT
 # Of the two processes together; the tests' own process has eight.
@@ -261,7 +253,9 @@ def test_what_happens_to_one_of_two_stops_both(
 
 CHILD = """
 import signal, sys
-from dpo_jax import errors, interruption, locks, processes
+from dpo_jax.interface import errors
+from dpo_jax.running import interruption, processes
+from dpo_jax.storage import locks
 
 with processes.joined():
   import jax, numpy as np

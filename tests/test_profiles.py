@@ -10,7 +10,8 @@ import pytest
 import sourcing
 from hypothesis import strategies as st
 
-from dpo_jax import comparisons, profiles, tokenizer
+from dpo_jax import comparisons, tokenizer
+from dpo_jax.rows import profiles
 
 ODD = [
   "👩🏽‍🚀",

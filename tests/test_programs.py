@@ -9,7 +9,9 @@ import pytest
 import running
 from jax import monitoring
 
-from dpo_jax import packing, placement, programs, training
+from dpo_jax import training
+from dpo_jax.rows import packing, placement
+from dpo_jax.running import programs
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 

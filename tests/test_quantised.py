@@ -10,16 +10,8 @@ import pytest
 import running
 import tiny
 
-from dpo_jax import (
-  assembly,
-  attention,
-  hf,
-  model,
-  partitioning,
-  programs,
-  quantised,
-  training,
-)
+from dpo_jax import attention, hf, model, partitioning, quantised, training
+from dpo_jax.running import assembly, programs
 
 
 def test_a_kernel_by_hand():

@@ -12,7 +12,8 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from dpo_jax import atomic, locks, records, row_store
+from dpo_jax import records
+from dpo_jax.storage import atomic, locks, row_store
 
 RESPONSE = records.Response(
   prompt_id="p1",
@@ -259,7 +260,8 @@ def test_a_full_disk_keeps_what_was_committed(tmp_path):
   before = path.read_bytes()
   code = f"""
 import dataclasses, resource, signal
-from dpo_jax import records, row_store
+from dpo_jax import records
+from dpo_jax.storage import row_store
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before)} + 100,) * 2)
 with row_store.Store({str(path)!r}, records.Response) as store:
@@ -287,7 +289,8 @@ def python(code: str) -> subprocess.Popen:
 def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path, caplog):
   path = tmp_path / "rows.jsonl"
   code = f"""
-from dpo_jax import records, row_store
+from dpo_jax import records
+from dpo_jax.storage import row_store
 with row_store.Store({str(path)!r}, records.Response) as store:
   print("held", flush=True)
   input()
@@ -334,7 +337,8 @@ def test_a_killed_writer_leaves_whole_rows_only(tmp_path):
   path = tmp_path / "rows.jsonl"
   code = f"""
 import dataclasses
-from dpo_jax import records, row_store
+from dpo_jax import records
+from dpo_jax.storage import row_store
 row = records.decode({records.encode(RESPONSE)!r}, records.Response)
 with row_store.Store({str(path)!r}, records.Response) as store:
   number = 0

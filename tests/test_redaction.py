@@ -15,7 +15,7 @@ import threading
 import planted
 import pytest
 
-from dpo_jax import redaction
+from dpo_jax.interface import redaction
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SECRET = "a secret/of words"

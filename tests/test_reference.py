@@ -8,19 +8,10 @@ import numpy as np
 import pytest
 import tiny
 
-from dpo_jax import (
-  batches,
-  losses,
-  model,
-  optim,
-  packing,
-  partitioning,
-  placement,
-  reference,
-  safetensors_files,
-  steps,
-  tables,
-)
+from dpo_jax import batches, losses, model, optim, partitioning, steps
+from dpo_jax.rows import packing, placement, tables
+from dpo_jax.running import reference
+from dpo_jax.weights import safetensors_files
 
 LORA = dataclasses.replace(
   tiny.CONFIG, lora=model.LoraConfig(2, 4.0, 0.0, model.TARGETS)

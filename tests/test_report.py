@@ -12,14 +12,9 @@ import PIL.Image
 import pytest
 import reported
 
-from dpo_jax import (
-  compose,
-  figures,
-  markdown,
-  records,
-  report,
-  winrates,
-)
+from dpo_jax import figures, records, report, winrates
+from dpo_jax.interface import markdown
+from dpo_jax.reporting import compose
 
 COLUMNS = ("model", "step", "temperature", "n", "win_rate", "low", "high")
 # Each tries to leave its cell, to add markup, or to hide something.

@@ -14,21 +14,18 @@ import running
 
 from dpo_jax import (
   comparisons,
-  decoding,
-  decoding_state,
-  draw,
-  grid,
   hf,
   metrics,
   model,
   records,
-  samples,
   sampling,
   sources,
-  stops,
   tokenizer,
   training,
 )
+from dpo_jax.answering import grid
+from dpo_jax.engine import decoding, decoding_state, draw, stops
+from dpo_jax.running import samples
 
 # Three prompts of six, at steps 0, 3, 6 and, the last, 7.
 ASKED = {

@@ -18,19 +18,21 @@ import transformers
 
 from dpo_jax import (
   attention,
-  capacity,
-  decoding,
-  decoding_state,
-  draw,
   hf,
-  kv_cache,
   lora,
   partitioning,
   sampling,
   score,
   sources,
-  stops,
   tokenizer,
+)
+from dpo_jax.engine import (
+  capacity,
+  decoding,
+  decoding_state,
+  draw,
+  kv_cache,
+  stops,
 )
 
 PROMPTS = (

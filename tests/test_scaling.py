@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import scaling
-from dpo_jax import mean_items
+from dpo_jax.planning import mean_items
 
 
 @pytest.mark.parametrize(

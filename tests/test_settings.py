@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from dpo_jax import settings
+from dpo_jax.interface import settings
 
 
 @dataclasses.dataclass(frozen=True)

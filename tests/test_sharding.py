@@ -12,15 +12,9 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax import (
-  hlo,
-  losses,
-  model,
-  packing,
-  partitioning,
-  placement,
-  steps,
-)
+from dpo_jax import losses, model, partitioning, steps
+from dpo_jax.planning import hlo
+from dpo_jax.rows import packing, placement
 
 # Five layers: an array of all of them is told apart by its size.
 FULL = dataclasses.replace(tiny.CONFIG, layers=5)

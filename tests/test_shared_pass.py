@@ -10,15 +10,9 @@ import numpy as np
 import pytest
 import tiny
 
-from dpo_jax import (
-  hlo,
-  model,
-  packing,
-  partitioning,
-  placement,
-  quantised,
-  steps,
-)
+from dpo_jax import model, partitioning, quantised, steps
+from dpo_jax.planning import hlo
+from dpo_jax.rows import packing, placement
 
 CONFIG = dataclasses.replace(
   tiny.CONFIG,

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from dpo_jax import step_files
 from dpo_jax.checkpoint import __main__ as checkpoint_cli
+from dpo_jax.storage import step_files
 
 
 def keep(newest=2, every=0, best=0, metric="eval_loss", best_is="lowest"):

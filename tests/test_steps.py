@@ -10,17 +10,9 @@ import numpy as np
 import pytest
 import tiny
 
-from dpo_jax import (
-  guards,
-  losses,
-  model,
-  optim,
-  packing,
-  partitioning,
-  placement,
-  steps,
-  tables,
-)
+from dpo_jax import losses, model, optim, partitioning, steps
+from dpo_jax.rows import packing, placement, tables
+from dpo_jax.running import guards
 
 LORA = dataclasses.replace(
   tiny.CONFIG, lora=model.LoraConfig(2, 4.0, 0.0, model.TARGETS)

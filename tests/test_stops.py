@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import scripted
 
-from dpo_jax import comparisons, sampling, stops
+from dpo_jax import comparisons, sampling
+from dpo_jax.engine import stops
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import tokenizers
 
-from dpo_jax import synthetic, synthetic_text
-from dpo_jax import synthetic_tables as tables
+from dpo_jax import synthetic
+from dpo_jax.world import synthetic_tables as tables
+from dpo_jax.world import synthetic_text
 
 MARK = "\n\nAssistant:"
 COLOUR = "\n\nHuman: What colour is the fox?\n\nAssistant:"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from dpo_jax import tables
+from dpo_jax.rows import tables
 
 FIRST = tables.Pair("a", (5, 6), (7,), (8, 9, 10))
 SECOND = tables.Pair("b", (11,), (12, 13), (14,))

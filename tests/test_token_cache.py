@@ -9,7 +9,8 @@ import resource
 import numpy as np
 import pytest
 
-from dpo_jax import comparisons, profiles, token_cache, tokenizer
+from dpo_jax import comparisons, tokenizer
+from dpo_jax.rows import profiles, token_cache
 
 LENGTHS = {"profile": "paper", "max_length": 24, "max_prompt_length": 8}
 

@@ -16,18 +16,10 @@ import running
 import safetensors.numpy
 import tiny
 
-from dpo_jax import (
-  checks,
-  data,
-  hf,
-  locks,
-  metrics,
-  model,
-  settings,
-  sources,
-  tokenizer,
-  training,
-)
+from dpo_jax import data, hf, metrics, model, sources, tokenizer, training
+from dpo_jax.interface import settings
+from dpo_jax.running import checks
+from dpo_jax.storage import locks
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,9 @@ import PIL.PngImagePlugin
 import pytest
 import reported
 
-from dpo_jax import eval_files, records, report, strict_json, verify
+from dpo_jax import records, report, verify
+from dpo_jax.reporting import eval_files
+from dpo_jax.storage import strict_json
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import model, partitioning, tables
+from dpo_jax import model, partitioning
+from dpo_jax.rows import tables
 
 # Head dim 8, of which 4 are rotated: both kinds of dimension exist. Every axis
 # that a mesh splits is a multiple of eight.

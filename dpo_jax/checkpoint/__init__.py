@@ -20,14 +20,10 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from dpo_jax import (
-  errors,
-  mirror,
-  partitioning,
-  processes,
-  step_files,
-  steps,
-)
+from dpo_jax import mirror, partitioning, steps
+from dpo_jax.interface import errors
+from dpo_jax.running import processes
+from dpo_jax.storage import step_files
 
 _log = logging.getLogger(__name__)
 

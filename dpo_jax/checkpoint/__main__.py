@@ -10,7 +10,8 @@ import argparse
 import pathlib
 import sys
 
-from dpo_jax import console, step_files
+from dpo_jax.interface import console
+from dpo_jax.storage import step_files
 
 
 def main(arguments: list[str]) -> int:

@@ -19,7 +19,7 @@ import matplotlib
 import matplotlib.figure
 import matplotlib.ticker
 
-from dpo_jax import atomic
+from dpo_jax.storage import atomic
 
 COLUMN_IN = 3.25  # width of a paper's column, inches
 PAGE_IN = 6.75  # of two columns and the gap between them

@@ -9,9 +9,11 @@ import json
 import pathlib
 from typing import Any, Literal
 
-from dpo_jax import atomic, console, judging, records, strict_json
-from dpo_jax import settings as settings_lib
+from dpo_jax import judging, records
+from dpo_jax.interface import console
+from dpo_jax.interface import settings as settings_lib
 from dpo_jax.judging import budget, prompts, questions, server
+from dpo_jax.storage import atomic, strict_json
 
 FILE = "judge.json"
 

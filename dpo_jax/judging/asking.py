@@ -10,7 +10,8 @@ import pathlib
 import threading
 from collections.abc import Callable
 
-from dpo_jax import console, judging, records
+from dpo_jax import judging, records
+from dpo_jax.interface import console
 from dpo_jax.judging import account, batch_api, budget, client, questions
 
 

@@ -20,8 +20,10 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Set
 from typing import Any
 
-from dpo_jax import atomic, judging, settings, strict_json
+from dpo_jax import judging
+from dpo_jax.interface import settings
 from dpo_jax.judging import client, prompts, questions, replies, transport
+from dpo_jax.storage import atomic, strict_json
 
 _ENDED = ("completed", "failed", "expired", "cancelled")
 _MARK = "dpo_jax"

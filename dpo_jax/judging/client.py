@@ -21,7 +21,8 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
-from dpo_jax import judging, redaction
+from dpo_jax import judging
+from dpo_jax.interface import redaction
 from dpo_jax.judging import (
   budget,
   limits,

@@ -14,8 +14,9 @@ seed, and a larger one holds a smaller one.
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from dpo_jax import records, row_store
+from dpo_jax import records
 from dpo_jax.judging import questions
+from dpo_jax.storage import row_store
 
 FILE = "controls.jsonl"
 

@@ -3,14 +3,8 @@
 import functools
 import pathlib
 
-from dpo_jax import (
-  judging,
-  records,
-  synthetic,
-  synthetic_claims,
-  synthetic_tables,
-  synthetic_text,
-)
+from dpo_jax import judging, records, synthetic
+from dpo_jax.world import synthetic_claims, synthetic_tables, synthetic_text
 
 # All that a reward follows from.
 _SOURCES = (synthetic, synthetic_claims, synthetic_tables, synthetic_text)

@@ -7,7 +7,8 @@ texts and order) are one question, whose answer is written for each of them.
 import dataclasses
 from collections.abc import Iterable
 
-from dpo_jax import judging, records, row_store
+from dpo_jax import judging, records
+from dpo_jax.storage import row_store
 
 ORDERS: tuple[records.Order, records.Order] = ("model_first", "chosen_first")
 

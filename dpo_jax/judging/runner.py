@@ -17,7 +17,7 @@ import re
 from collections.abc import Coroutine
 from typing import Any, Literal
 
-from dpo_jax import judging, records, row_store
+from dpo_jax import judging, records
 from dpo_jax.judging import (
   account,
   asking,
@@ -28,6 +28,7 @@ from dpo_jax.judging import (
   questions,
   server,
 )
+from dpo_jax.storage import row_store
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,17 +23,9 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from dpo_jax import (
-  console,
-  contents,
-  errors,
-  lease,
-  objects,
-  rundir,
-  step_files,
-  strict_json,
-)
-from dpo_jax.mirror import tables
+from dpo_jax.interface import console, errors
+from dpo_jax.mirror import contents, lease, objects, tables
+from dpo_jax.storage import rundir, step_files, strict_json
 
 _log = logging.getLogger(__name__)
 

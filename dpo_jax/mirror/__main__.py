@@ -11,8 +11,8 @@ import argparse
 import pathlib
 import sys
 
-from dpo_jax import console, contents, objects
-from dpo_jax.mirror import tables
+from dpo_jax.interface import console
+from dpo_jax.mirror import contents, objects, tables
 
 
 def main(arguments: list[str]) -> int:

@@ -9,7 +9,8 @@ import pathlib
 import re
 import shutil
 
-from dpo_jax import contents, objects, step_files
+from dpo_jax.mirror import contents, objects
+from dpo_jax.storage import step_files
 
 _log = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_jax import comparisons, strict_json
+from dpo_jax import comparisons
+from dpo_jax.storage import strict_json
 
 _ENDINGS = (".jsonl", ".jsonl.gz", ".json")
 _BOM = b"\xef\xbb\xbf"

@@ -20,7 +20,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_jax import comparisons, redaction
+from dpo_jax import comparisons
+from dpo_jax.interface import redaction
 from dpo_jax.sources import rows as raw
 
 SUBSETS = (

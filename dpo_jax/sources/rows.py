@@ -4,8 +4,8 @@ import pathlib
 from collections.abc import Iterator
 from typing import Literal
 
-from dpo_jax import buckets, remote
 from dpo_jax.sources import files, hub
+from dpo_jax.storage import buckets, remote
 
 _DATA = ("*.jsonl", "*.jsonl.gz", "*.json", "*.parquet")
 

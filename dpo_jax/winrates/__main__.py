@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Sequence
 
-from dpo_jax import console
+from dpo_jax.interface import console
 from dpo_jax.winrates import planning
 
 

@@ -1,0 +1,1 @@
+"""Answers of policies to prompts: what is asked, and the files of answers."""

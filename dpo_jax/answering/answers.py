@@ -1,0 +1,236 @@
+"""Every policy's answers to the test prompts, one JSONL file a policy.
+
+Policies that share a base are answered together: their adapters are stacked,
+and one program decodes all of them, at all temperatures. Other bases, and
+adapters that are merged or of another shape, follow one after another.
+
+Rows are appended as answers end, so that a run that was interrupted goes on
+with what is missing. A finished file stands in the order of prompts,
+temperatures and sample ids and equals, byte for byte, the file of a run that
+nothing interrupted.
+
+With several processes each answers a share of the prompts on its own devices
+and needs nothing of the others meanwhile. The first one writes the files, the
+others parts of them, which the first one takes in at the end, or when the run
+goes on, with however many processes. Or all of them answer every prompt
+together, on one mesh, and the first one writes.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from dpo_jax import hf, model, partitioning, sampling
+from dpo_jax import lora as lora_lib
+from dpo_jax import tokenizer as tokenizer_lib
+from dpo_jax.answering import answer_parts, answer_table, grid
+from dpo_jax.interface import console
+from dpo_jax.interface import settings as settings_lib
+from dpo_jax.running import processes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+  """Jobs that one set of weights answers together.
+
+  `lora` is a stack of the adapters of `jobs`, in which a job's index is its
+  place in `adapters`, -1 for none.
+  """
+
+  jobs: tuple[grid.Job, ...]
+  adapters: tuple[int, ...]
+  config: model.ModelConfig
+  base: Any
+  lora: Any
+
+
+def run(
+  settings: grid.AnswerSettings, workdir: pathlib.Path
+) -> list[pathlib.Path]:
+  """Writes `workdir`/responses/<name>[-step-000050].jsonl for every policy.
+
+  Everything is checked before the first model is loaded. Files that are
+  complete are left alone, others are completed.
+
+  Args:
+    settings: what to sample from, on what, and how.
+    workdir: where to write.
+
+  Returns:
+    The files, in the order of the policies and their steps.
+
+  Raises:
+    ValueError: an input is wrong, or a file holds answers of other weights,
+      another tokenizer or other parameters than these.
+  """
+  if not processes.first():
+    console.mute()
+  with processes.together("reading what is to be answered"):
+    mesh, jobs, tokenizer, prompts = _prepare(settings)
+  _agree(settings, jobs, prompts)
+  directory = workdir / "responses"
+  with contextlib.ExitStack() as kept:
+    with contextlib.ExitStack() as parts:
+      stack = kept if processes.first() else parts
+      files = answer_parts.open_all(stack, settings, jobs, prompts, directory)
+      left = [
+        job for job in jobs if len(files[job].done) < len(files[job].wanted)
+      ]
+      for group in _groups(settings, left, mesh):
+        _generate(settings, group, files, tokenizer, prompts, mesh)
+    processes.wait("all prompts are answered")
+    with processes.together("gathering the answers"):
+      if processes.first():
+        for file in files.values():
+          answer_parts.take_parts(file)
+          answer_parts.order(file)
+  if processes.first():
+    rows = [row for file in files.values() for row in file.done.values()]
+    table = answer_table.summary(rows)
+    console.result(
+      "\n".join(answer_table.lines(table)),
+      "answers",
+      lines=[dataclasses.asdict(line) for line in table],
+    )
+  return [directory / f"{job.stem}.jsonl" for job in jobs]
+
+
+def _prepare(settings: grid.AnswerSettings):
+  """The mesh, the jobs, the tokenizer and the prompts."""
+  alone = settings.mesh_over == "process"
+  mesh = partitioning.make_mesh(
+    **dataclasses.asdict(settings.mesh),
+    devices=jax.local_devices() if alone else jax.devices(),
+  )
+  if not (alone or settings.batch_size or jax.process_count() == 1):
+    raise ValueError(
+      "batch_size=0 takes what memory each process finds free, but with"
+      " mesh_over='all' all must decode as many answers: set batch_size"
+    )
+  shards = partitioning.data_shards(mesh)
+  if settings.batch_size % shards:
+    raise ValueError(
+      f"batch_size={settings.batch_size} must be a multiple of the data shards"
+      f" of the mesh ({shards})"
+    )
+  jobs = grid.jobs(settings)
+  for path in {job.policy.path for job in jobs}:
+    sampling.check_positions(
+      hf.read_config(path), settings.max_prompt_tokens, settings.max_new_tokens
+    )
+  tokenizer = tokenizer_lib.load(settings.tokenizer)
+  return mesh, jobs, tokenizer, grid.prompts(settings, tokenizer)
+
+
+def _agree(settings, jobs, prompts) -> None:
+  """Checks that all processes are to answer the same, from the same files."""
+  if jax.process_count() == 1:
+    return
+  processes.agree("the config", json.dumps(settings_lib.to_dict(settings)))
+  with processes.together("reading the models"):
+    origins = [answer_parts.origin(settings, job) for job in jobs]
+  processes.agree("a model or tokenizer", json.dumps(origins))
+  ids = [prompt.comparison.id for prompt in prompts]
+  processes.agree("the prompts", json.dumps(ids))
+
+
+def _groups(settings, jobs, mesh) -> Iterator[_Group]:
+  """Jobs with their weights; a base is freed before the next one is read."""
+  for path in dict.fromkeys(job.policy.path for job in jobs):
+    config, base = hf.load(
+      path,
+      dtype=settings.dtype,
+      remat="none",
+      lora=None,
+      param_dtype=settings.dtype,
+      mesh=mesh,
+    )
+    own = [job for job in jobs if job.policy.path == path]
+    yield from _stacks(settings, own, config, base, mesh)
+    del base
+
+
+def _stacks(settings, jobs, config, base, mesh) -> Iterator[_Group]:
+  """The jobs of one base: in one stack those whose adapters have one shape."""
+  shapes: dict[Any, list[tuple[grid.Job, Any]]] = {}
+  plain = [job for job in jobs if not job.adapter]
+  for job in jobs:
+    if not job.adapter:
+      continue
+    shape, lora = hf.load_adapter(job.adapter, config, base)
+    lora = jax.device_put(lora, partitioning.shardings(lora, mesh))
+    if settings.merge_adapters:
+      adapted = dataclasses.replace(config, lora=shape)
+      merged = lora_lib.merge(adapted, base, lora)
+      yield _Group((job,), (-1,), config, merged, None)
+    else:
+      shapes.setdefault(shape, []).append((job, lora))
+  for shape, adapted in shapes.items():
+    own = tuple(job for job, _ in adapted)
+    stacked = lora_lib.stack(config, [lora for _, lora in adapted])
+    places = (*range(len(own)), *(-1 for _ in plain))
+    shaped = dataclasses.replace(config, lora=shape)
+    yield _Group((*own, *plain), places, shaped, base, stacked)
+    plain = []
+  if plain:
+    yield _Group(tuple(plain), (-1,) * len(plain), config, base, None)
+
+
+def _generate(settings, group, files, tokenizer, prompts, mesh) -> None:
+  """Answers what the group's files lack, appending rows as answers end."""
+  places, requests = [], []
+  for job, adapter in zip(group.jobs, group.adapters, strict=True):
+    _, own = grid.wanted(settings, job, prompts, adapter)
+    places += [(files[job], index) for index in range(len(own))]
+    requests += own
+  left = [
+    at for at, (file, index) in enumerate(places) if index not in file.done
+  ]
+  missing = left
+  if settings.mesh_over == "process":
+    missing = answer_parts.share(places, left)
+  started, tokens = time.perf_counter(), 0
+  name = group.jobs[0].stem
+  if len(group.jobs) > 1:
+    name += f" and {len(group.jobs) - 1} more"
+  with console.Bar(
+    len(places) - len(left) + len(missing),
+    name,
+    "answer",
+    len(places) - len(left),
+  ) as bar:
+    for ended in sampling.generate(
+      group.config,
+      group.base,
+      group.lora,
+      tokenizer,
+      requests,
+      settings.engine(),
+      mesh,
+      missing,
+    ):
+      tokens += sum(len(sample.tokens) for _, sample in ended)
+      for file, rows in _by_file(places, ended):
+        file.seconds.append(rows)
+        file.store.append_many(row for _, row, _ in rows)
+        file.done |= {index: row for index, row, _ in rows}
+      rate = tokens / (time.perf_counter() - started)
+      bar.update(len(ended), {"tokens/s": round(rate)})
+
+
+def _by_file(places, ended):
+  """(file, [(index, row, seconds)]) of answers that ended together."""
+  found: dict[pathlib.Path, tuple[answer_parts.File, list]] = {}
+  for at, sample in ended:
+    file, index = places[at]
+    row = grid.answered(file.wanted[index], sample)
+    found.setdefault(file.store.path, (file, []))[1].append(
+      (index, row, sample.seconds)
+    )
+  return found.values()

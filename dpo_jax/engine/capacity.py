@@ -1,0 +1,271 @@
+"""In which shapes requests are served: rows at once, cache, prompts of a call.
+
+All of it is decided before anything compiles, from the requests, the settings
+and the memory of a device, and for devices that are only described as well: the
+planner compiles the same shapes.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax import model, partitioning
+from dpo_jax.engine import decoding_state, draw, kv_cache
+from dpo_jax.interface import console
+
+# Share of a device's free memory that the cache may take: prefill, logits and
+# the copy that a refill makes of a part of it need the rest.
+CACHE_SHARE = 0.6
+
+# More rows on one shard would gain little and wait long for each other.
+MOST_ROWS = 512
+
+# Of blocks' weights: decoding with layers apart holds a copy of them.
+_APART_BYTES = 2**29
+
+# Rows of a part of a layer's cache, and parts at most, as each is compiled.
+_PART_ROWS, _MOST_PARTS = 32, 8
+
+# A TPU pads the last axis of an array to a multiple of this.
+_LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """Prompts that are read in one call.
+
+  Attributes:
+    padded: tokens of each, T.
+    groups: for each prompt, the requests that ask for it.
+    size: prompts of the call, P; those past `groups` are filler.
+  """
+
+  padded: int
+  groups: tuple[tuple[int, ...], ...]
+  size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """All shapes of one serving, for whoever runs or plans it.
+
+  Attributes:
+    readings: what is read, in order.
+    program: static shapes.
+    size: slots, B.
+    why: what their number comes from.
+  """
+
+  readings: list[Reading]
+  program: decoding_state.Program
+  size: int
+  why: str
+
+
+def layout(
+  config: model.ModelConfig,
+  tokenizer: Any,
+  requests: Sequence[Any],
+  engine: Any,
+  mesh: Any,
+  wanted: Sequence[int],
+  free: int | None = None,
+) -> Layout:
+  """The shapes that serve these requests.
+
+  Args:
+    config: the model's, as `sampling.served` gives it.
+    tokenizer: its `eos_id` and `vocab_size` matter.
+    requests: all that were ever asked for.
+    engine: the settings.
+    mesh: or None.
+    wanted: indices of those that are not answered yet.
+    free: bytes for the cache on each device; `free_bytes` by default.
+
+  Raises:
+    ValueError: the mesh does not divide the rows, or not one of them fits.
+  """
+  shards = partitioning.data_shards(mesh) if mesh is not None else 1
+  program = _program(config, tokenizer, requests, engine, mesh)
+  size = batch_size(config, engine, program.slots, mesh, free)
+  # At most as many as are asked for, in whole eights of each shard.
+  most = -(-len(requests) // (8 * shards)) * 8 * shards
+  why = "batch_size says so"
+  if not engine.batch_size:
+    free = free_bytes(engine) if free is None else free
+    why = f"{free / 2**30:.3g} GiB for the cache hold no more"
+    if size == MOST_ROWS * shards:
+      why = f"more than {MOST_ROWS} a shard gain little"
+    if most <= size:
+      size, why = most, f"{len(requests)} are asked for"
+  program = dataclasses.replace(program, parts=_parts(program, size))
+  return Layout(plan(requests, engine, shards, wanted), program, size, why)
+
+
+def plan(
+  requests: Sequence[Any], engine: Any, shards: int, wanted: Sequence[int]
+) -> list[Reading]:
+  """What is read, in order; each wanted request stands in one group.
+
+  Sizes depend on all requests, not on which of them are wanted.
+  """
+  buckets: dict[int, dict[Any, list[int]]] = {}
+  for index, request in enumerate(requests):
+    multiple = engine.length_multiple
+    padded = -(-len(request.prompt) // multiple) * multiple
+    groups = buckets.setdefault(padded, {})
+    groups.setdefault((request.prompt, request.adapter), []).append(index)
+  left = set(wanted)
+  readings = []
+  for padded, groups in sorted(buckets.items(), reverse=True):
+    most = max(engine.prefill_tokens // padded // shards, 1) * shards
+    size = min(most, -(-len(groups) // shards) * shards)
+    kept = [tuple(i for i in rows if i in left) for rows in groups.values()]
+    kept = [rows for rows in kept if rows]
+    for at in range(0, len(kept), size):
+      readings.append(Reading(padded, tuple(kept[at : at + size]), size))
+  return readings
+
+
+def free_bytes(engine: Any) -> int:
+  """Bytes for the cache on each device: of what is free, or as configured."""
+  device = jax.local_devices()[0]
+  stats = device.memory_stats() or {}
+  if "bytes_limit" in stats:
+    free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return int(free * CACHE_SHARE)
+  return int(engine.cache_gib * 2**30)
+
+
+def batch_size(
+  config: model.ModelConfig,
+  engine: Any,
+  cache_slots: int,
+  mesh: Any,
+  free: int | None = None,
+) -> int:
+  """Rows decoded at once: as configured, or as many as memory holds.
+
+  Raises:
+    ValueError: the mesh does not divide them, or not one of them fits.
+  """
+  shards = partitioning.data_shards(mesh) if mesh is not None else 1
+  tensor = mesh.shape["tensor"] if mesh is not None else 1
+  if engine.batch_size:
+    if engine.batch_size % shards:
+      raise ValueError(
+        f"batch_size={engine.batch_size} must be a multiple of the data shards"
+        f" of the mesh ({shards})"
+      )
+    return engine.batch_size
+  shape = (config.layers, config.heads // tensor, cache_slots, config.head_dim)
+  each = kv_cache.bytes_of(*shape, engine.cache)
+  if _platform(mesh) == "tpu" and _cache_layout(config, mesh) == "stacked":
+    each += _padded_bytes(shape, engine.cache)
+  free = free_bytes(engine) if free is None else free
+  fit = free // each
+  if not fit:
+    raise ValueError(
+      f"a row's cache of {cache_slots} slots takes {each / 2**30:.2f} GiB of a"
+      f" device, and {free / 2**30:.2f} GiB are to be had: raise"
+      " cache_gib, take cache='int8', or split heads over a tensor axis"
+    )
+  # Whole eights: matrix products round alike in all places of such a batch.
+  fit = fit // 8 * 8 if fit >= 8 else fit
+  return min(fit, MOST_ROWS) * shards
+
+
+def _padded_bytes(shape, kind) -> int:
+  """Bytes of the padded copy of a row's cache that a TPU decodes with."""
+  *rest, head_dim = shape
+  if head_dim % _LANES == 0:
+    return 0
+  return kv_cache.bytes_of(*rest, -(-head_dim // _LANES) * _LANES, kind)
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+  console.say(text, "slots")
+
+
+def say(layout: Layout, engine: Any) -> None:
+  """What was chosen; training samples at intervals, and says it once."""
+  shape, program = layout.program.config, layout.program
+  each = kv_cache.bytes_of(
+    shape.layers, shape.heads, program.slots, shape.head_dim, program.cache
+  )
+  apart = ""
+  if program.apart:
+    size = _blocks_bytes(shape) / 2**30
+    apart = f"; a second copy of the blocks, {size:.3g} GiB, while decoding"
+  _say_once(
+    f"{layout.size} answers at once ({layout.why}), up to {program.slots}"
+    f" tokens each: {layout.size * each / 2**30:.3g} GiB of cache in"
+    f" {program.cache}; refilled after {engine.chunk} steps at most{apart}"
+  )
+
+
+def _platform(mesh) -> str:
+  # A plan's devices need not be this machine's.
+  if mesh is not None:
+    return next(iter(mesh.devices.flat)).platform
+  return jax.default_backend()
+
+
+def _cache_layout(config, mesh) -> kv_cache.Layout:
+  """Apart on one CPU, if a copy of the blocks is small; folded on TPUs.
+
+  Not apart over several devices of a CPU: collectives that do not depend on
+  each other, as those of single layers, start there in any order, and have been
+  seen to wait for each other for ever. Not folded where heads are split: the
+  products of a query that is spread over all heads would be summed over the
+  devices.
+  """
+  platform = _platform(mesh)
+  if platform == "tpu" and config.head_dim % _LANES:
+    split = mesh is not None and mesh.shape["tensor"] > 1
+    return "stacked" if split else "folded"
+  if platform != "cpu" or (mesh is not None and mesh.size > 1):
+    return "stacked"
+  return "apart" if _blocks_bytes(config) <= _APART_BYTES else "stacked"
+
+
+def _parts(program, size) -> int:
+  """Parts of a layer's cache: of about 32 rows, if they divide the rows."""
+  if not program.apart:
+    return 1
+  most = min(size // _PART_ROWS, _MOST_PARTS)
+  return next(
+    parts for parts in range(max(most, 1), 0, -1) if size % parts == 0
+  )
+
+
+def _blocks_bytes(config) -> int:
+  each = config.width * (4 * config.width + 2 * config.mlp_width)
+  return config.layers * each * jnp.dtype(config.dtype).itemsize
+
+
+def _program(
+  config, tokenizer, requests, engine, mesh
+) -> decoding_state.Program:
+  longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
+  padded = max(len(r.prompt) for r in requests)
+  padded = -(-padded // engine.length_multiple) * engine.length_multiple
+  multiple = engine.span or engine.length_multiple
+  slots = math.ceil(max(longest, padded) / multiple) * multiple
+  parameters = {(r.temperature, r.top_k, r.top_p) for r in requests}
+  return decoding_state.Program(
+    config=config,
+    slots=slots,
+    room=max(r.max_new_tokens for r in requests),
+    eos_id=tokenizer.eos_id,
+    vocab_size=tokenizer.vocab_size,
+    ways=draw.ways(parameters, tokenizer.vocab_size),
+    cache=engine.cache,
+    layout=_cache_layout(config, mesh),
+  )

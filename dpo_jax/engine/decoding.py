@@ -1,0 +1,256 @@
+"""The device half of sampling: prompts read, rows entered, tokens decoded.
+
+Each row lies in a slot of the cache from position 0 (see `decoding_state`), so
+that its arithmetic is the same wherever its neighbours are. Rows that end leave
+their slot to others between two calls. A prompt is read once and its keys and
+values are copied to every row that asks for it. Each row carries its own
+parameters and adapter as data: one compiled program serves them all.
+
+Letters: B rows, P prompts, T prompt tokens, S cache slots, M new tokens,
+V vocab, L layers, N heads, H head dim.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax import model
+from dpo_jax.engine import decoding_state, draw, kv_cache, stops
+
+
+@jax.jit
+def apart(
+  base: model.Tree, lora: model.Tree | None
+) -> tuple[model.Tree, model.Tree | None]:
+  """The weights that `advance` takes where layers are apart."""
+  return model.apart(base), model.apart(lora)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def read(
+  program: decoding_state.Program,
+  base: model.Tree,
+  lora: model.Tree | None,
+  prompts: jax.Array,
+  length: jax.Array,
+  adapter: jax.Array,
+) -> decoding_state.Prefix:
+  """Reads prompts, each once, for all the rows that will ask for it.
+
+  Args:
+    program: static shapes.
+    base: base weights.
+    lora: adapters: None, one, or a stack.
+    prompts: token ids, padded on the right, [P, T].
+    length: of each prompt, at least 1, [P].
+    adapter: of each prompt, [P].
+  """
+  count, size = prompts.shape
+  place = jnp.arange(size)[None]
+  causal = jnp.broadcast_to(
+    place[:, None] <= place[..., None], (count, size, size)
+  )
+  hidden, cache = model.apply(
+    program.config,
+    base,
+    lora,
+    prompts,
+    jnp.broadcast_to(place, (count, size)),
+    causal,
+    cache=decoding_state.stacked_cache(program, count, size),
+    index=0,
+    adapter=_stacked(lora, adapter, axes=3),
+  )
+  last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
+  if program.apart:
+    cache = kv_cache.split(cache)
+  return decoding_state.Prefix(cache, model.unembed(base, last[:, 0]))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def enter(
+  program: decoding_state.Program,
+  state: decoding_state.State,
+  prefix: decoding_state.Prefix,
+  source: jax.Array,
+  rows: decoding_state.Rows,
+  table: jax.Array,
+  seed: jax.Array,
+) -> decoding_state.State:
+  """Puts rows into slots and draws their first tokens.
+
+  Args:
+    program: static shapes.
+    state: is donated; its cache has at least as many slots as the prefix.
+    prefix: the prompts that were read.
+    source: which prompt enters a slot, -1 where the slot stays as it is, [B].
+    rows: parameters, read where a row enters.
+    table: see `stops.table`.
+    seed: of all noise, uint32.
+  """
+  enters = source >= 0
+  prompt = jnp.maximum(source, 0)
+
+  def merge(new, old):
+    return jnp.where(enters, new, old)
+
+  def copy(whole, new):
+    # A layer at a time: of all at once there would be a second cache.
+    def layer(at, whole):
+      start = (at, *(0,) * (new.ndim - 1))
+      size = (1, len(enters), *new.shape[2:])
+      old = jax.lax.dynamic_slice(whole, start, size)
+      own = jnp.expand_dims(enters, (0, *range(2, new.ndim)))
+      read = jax.lax.dynamic_index_in_dim(new, at)
+      kept = jnp.where(own, jnp.take(read, prompt, axis=1), old)
+      return jax.lax.dynamic_update_slice(whole, kept, start)
+
+    return jax.lax.fori_loop(0, len(new), layer, whole)
+
+  if program.apart:
+    cache = tuple(
+      _copy_parts(whole, new, enters, prompt)
+      for whole, new in zip(state.cache, prefix.cache, strict=True)
+    )
+  else:
+    cache = jax.tree.map(copy, state.cache, prefix.cache)
+  rows = jax.tree.map(merge, rows, state.rows)
+  state = decoding_state.State(
+    rows=rows,
+    keys=decoding_state.keys(rows, seed),
+    tokens=state.tokens,
+    logps=state.logps,
+    count=merge(0, state.count),
+    done=merge(rows.limit == 0, state.done),
+    turn=merge(0, state.turn),
+    cache=cache,
+  )
+  logits = jnp.take(prefix.logits, prompt, axis=0)
+  return decoding_state.placed(_take(program, state, logits, table, enters))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def advance(
+  program: decoding_state.Program,
+  span: int,
+  base: model.Tree,
+  lora: model.Tree | None,
+  state: decoding_state.State,
+  table: jax.Array,
+  steps: jax.Array,
+  quota: jax.Array,
+) -> decoding_state.State:
+  """Decodes until `steps` tokens were added or `quota` slots are done.
+
+  Args:
+    program: static shapes.
+    span: slots that are attended to; no row may pass them in this call. Where
+      layers are apart, best all that the cache has.
+    base: base weights; where layers are apart, as `apart` gives them.
+    lora: adapters, like them: None, one, or a stack.
+    state: is donated: its cache is written in place.
+    table: see `stops.table`.
+    steps: int32.
+    quota: int32.
+  """
+  place = jnp.arange(span)[None]
+  axes = 2 if program.apart else 3
+
+  def unfinished(carry):
+    step, state = carry
+    return (step < steps) & (jnp.sum(state.done) < quota)
+
+  def step(carry):
+    step, state = carry
+    # The token drawn last has not been read yet: it is this step's input.
+    last = jnp.maximum(state.count - 1, 0)
+    index = jnp.minimum(state.rows.length + last, span - 1)
+    hidden, cache = model.apply(
+      program.config,
+      base,
+      lora,
+      jnp.take_along_axis(state.tokens, last[:, None], axis=1),
+      index[:, None],
+      (place <= index[:, None])[:, None],
+      cache=state.cache,
+      index=index,
+      adapter=_stacked(lora, state.rows.adapter, axes),
+    )
+    logits = model.unembed(base, hidden[:, 0])
+    state = dataclasses.replace(state, cache=cache)
+    state = _take(program, state, logits, table, ~state.done)
+    return step + 1, state
+
+  _, state = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))
+  return decoding_state.placed(state)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def resume(
+  state: decoding_state.State, again: jax.Array
+) -> decoding_state.State:
+  """Lets rows go on that seemed to have begun a turn, bool [B]."""
+  full = state.count >= state.rows.limit
+  return dataclasses.replace(
+    state,
+    done=jnp.where(again, full, state.done),
+    turn=jnp.where(again, 0, state.turn),
+  )
+
+
+def _copy_parts(parts, prompts, enters, prompt):
+  """The parts of a layer's cache with the prompts of rows that enter."""
+  each = len(enters) // len(parts)
+
+  def copy(whole, new, enters, prompt):
+    start = (0,) * new.ndim
+    old = jax.lax.slice(whole, start, (each, *new.shape[1:]))
+    own = jnp.expand_dims(enters, (*range(1, new.ndim),))
+    kept = jnp.where(own, jnp.take(new, prompt, axis=0), old)
+    return jax.lax.dynamic_update_slice(whole, kept, start)
+
+  found = []
+  for at, part in enumerate(parts):
+    own = slice(at * each, (at + 1) * each)
+    one = functools.partial(copy, enters=enters[own], prompt=prompt[own])
+    found.append(jax.tree.map(one, part, prompts))
+  return tuple(found)
+
+
+def _take(program, state, logits, table, active):
+  """Draws a token for each active row and writes it down."""
+  rows = state.rows
+  token, logp = draw.draw(
+    logits,
+    jax.vmap(jax.random.fold_in)(state.keys, state.count),
+    rows.temperature,
+    rows.top_k,
+    rows.top_p,
+    vocab_size=program.vocab_size,
+    how=program.ways,
+  )
+  active &= ~state.done
+  here = jnp.arange(program.room)[None] == state.count[:, None]
+  here &= active[:, None]
+  count = state.count + active
+  turn = jnp.where(active, stops.step(table, state.turn, token), state.turn)
+  ended = (
+    (token == program.eos_id) | (count >= rows.limit) | (turn == stops.TURN)
+  )
+  return dataclasses.replace(
+    state,
+    tokens=jnp.where(here, token[:, None], state.tokens),
+    logps=jnp.where(here, logp[:, None], state.logps),
+    count=count,
+    done=state.done | (active & ended),
+    turn=turn,
+  )
+
+
+def _stacked(lora, adapter, axes):
+  """The rows' adapters if `lora`, of so many axes if one, is a stack."""
+  if lora is None or jax.tree.leaves(lora)[0].ndim == axes:
+    return None
+  return adapter

@@ -1,0 +1,1 @@
+"""What people see and write: flags, settings, the console, errors."""

@@ -1,0 +1,1 @@
+"""What a plan is made of: programs compiled ahead, their cost as read."""

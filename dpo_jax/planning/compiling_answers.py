@@ -1,0 +1,233 @@
+"""A sampling run's own programs, compiled with shapes alone.
+
+What stands for the requests are prompts of the greatest length, enough of them
+to fill every slot, each at all of the run's temperatures: no real set of
+prompts needs larger programs.
+"""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax import lora, model, partitioning, sampling
+from dpo_jax.answering import grid
+from dpo_jax.engine import capacity, decoding, decoding_state, stops
+from dpo_jax.planning import compiling
+
+# Pythia's tokenizer; rows of the unembedding beyond it are padding.
+TOKENS = 50_277
+
+
+@dataclasses.dataclass(frozen=True)
+class Answering:
+  """The programs of a sampling run, and what they work on.
+
+  Attributes:
+    layout: the run's shapes.
+    rows: rows decoded on one device.
+    weights: bytes of the base and adapters on a device.
+    lookup: bytes of the embedding among them, of which a step reads few rows.
+    cache: bytes of the keys and values on a device.
+    programs: "read", "enter" and "decode".
+    steps: of a call of "decode"; each gives every row a token.
+  """
+
+  layout: capacity.Layout
+  rows: int
+  weights: int
+  lookup: int
+  cache: int
+  programs: list[compiling.Compiled]
+  steps: int
+
+  @property
+  def least_bytes(self) -> int:
+    """Bytes that a step must read, with every row at its full length."""
+    return self.weights - self.lookup + self.cache
+
+
+def stand_ins(
+  settings: grid.AnswerSettings, rows: int, adapter: int
+) -> list[sampling.Request]:
+  """At least so many requests, as long as the settings allow."""
+  temperatures = sorted(
+    {t for policy in settings.policies.values() for t in policy.temperatures}
+  )
+  each = len(temperatures) * settings.samples_per_prompt
+  return [
+    sampling.Request(
+      prompt=(number,) * settings.max_prompt_tokens,
+      stream=number,
+      sample_id=sample,
+      temperature=temperature,
+      top_k=settings.top_k,
+      top_p=settings.top_p,
+      max_new_tokens=settings.max_new_tokens,
+      adapter=adapter,
+    )
+    for number in range(-(-rows // each))
+    for temperature in temperatures
+    for sample in range(settings.samples_per_prompt)
+  ]
+
+
+def compile_answers(
+  settings: grid.AnswerSettings,
+  shape: model.ModelConfig,
+  mesh: jax.sharding.Mesh,
+  hbm: int | None,
+  names: tuple[str, ...] = ("read", "enter", "decode"),
+  tokens: int = TOKENS,
+) -> Answering:
+  """The programs with which a model would answer.
+
+  Args:
+    settings: of the sampling run.
+    shape: the model; with `shape.lora` one adapter stands beside the base.
+    mesh: of the devices to compile for.
+    hbm: bytes of a device; None takes `settings.cache_gib` for the cache.
+    names: which of the programs to compile.
+    tokens: of the tokenizer.
+
+  Raises:
+    ValueError: not one row fits beside the weights.
+  """
+  adapted = shape.lora is not None
+  shape = dataclasses.replace(shape, dtype=settings.dtype)
+  config = sampling.served(shape, adapted=adapted)
+  base, stack = _weights(config, settings, mesh)
+  weights = compiling.bytes_on_device((base, stack))
+  engine = settings.engine()
+  free = int(engine.cache_gib * 2**30)
+  if hbm is not None:
+    free = max(int((hbm - weights) * capacity.CACHE_SHARE), 0)
+  shards = partitioning.data_shards(mesh)
+  most = engine.batch_size or capacity.MOST_ROWS * shards
+  requests = stand_ins(settings, most, 0 if adapted else -1)
+  tokenizer = types.SimpleNamespace(
+    eos_id=0, vocab_size=min(tokens, config.vocab_size)
+  )
+  layout = capacity.layout(
+    config, tokenizer, requests, engine, mesh, range(len(requests)), free
+  )
+  with jax.set_mesh(mesh), compiling.uncached(mesh):
+    state = _state(layout, mesh)
+    found = _compile(
+      layout, base, stack, state, mesh, tokenizer, names, engine.chunk
+    )
+  return Answering(
+    layout=layout,
+    rows=layout.size // shards,
+    weights=weights,
+    lookup=compiling.bytes_on_device(base["embed"]),
+    cache=compiling.bytes_on_device(state.cache),
+    programs=found,
+    steps=engine.chunk,
+  )
+
+
+def _weights(config, settings, mesh):
+  """The base, and a stack of one adapter or None, as `answers` loads them."""
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  base = jax.eval_shape(
+    lambda key: model.init(config, key, settings.dtype), key
+  )
+  base = compiling.laid(base, mesh)
+  if config.lora is None:
+    return base, None
+  stack = jax.eval_shape(
+    lambda key: lora.stack(config, [model.init_lora(config, key)]), key
+  )
+  return base, compiling.laid(stack, mesh)
+
+
+def _state(layout, mesh) -> decoding_state.State:
+  state = jax.eval_shape(
+    lambda: decoding_state.empty(
+      layout.program, layout.size, layout.program.slots
+    )
+  )
+  return jax.tree.map_with_path(
+    lambda path, leaf: jax.ShapeDtypeStruct(
+      leaf.shape,
+      leaf.dtype,
+      sharding=partitioning.laid(mesh, *decoding_state.axes(path, leaf)),
+    ),
+    state,
+  )
+
+
+def _compile(layout, base, stack, state, mesh, tokenizer, names, steps):
+  """The programs by their names, each with what lies beside it meanwhile."""
+  program, reading = layout.program, layout.readings[0]
+  everywhere = partitioning.replicated(mesh)
+
+  def whole(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+
+  def split(*sizes):
+    lying = partitioning.batch_sharding(mesh)
+    return jax.ShapeDtypeStruct(sizes, jnp.int32, sharding=lying)
+
+  table = whole((tokenizer.vocab_size, stops.TURN + 1), jnp.int8)
+  rows = jax.tree.map(lambda x: whole(x.shape, x.dtype), state.rows)
+  one = reading.size
+  prompts = (split(one, reading.padded), split(one), split(one))
+  prefix = jax.eval_shape(
+    lambda *args: decoding.read(program, *args), base, stack, *prompts
+  )
+  # As XLA lays them where nothing is said: rows apart, of the cache heads too.
+  before = 0 if program.apart else 1
+  cache = jax.tree.map_with_path(
+    lambda path, x: jax.ShapeDtypeStruct(
+      x.shape,
+      x.dtype,
+      sharding=partitioning.laid(
+        mesh, *decoding_state.cache_axes(path, x, before)
+      ),
+    ),
+    prefix.cache,
+  )
+  logits = jax.ShapeDtypeStruct(
+    prefix.logits.shape,
+    prefix.logits.dtype,
+    sharding=partitioning.laid(mesh, "batch", "vocab"),
+  )
+  prefix = decoding_state.Prefix(cache, logits)
+  weights, waiting, kept = (
+    compiling.bytes_on_device(x) for x in ((base, stack), state, prefix)
+  )
+  int32 = whole((), jnp.int32)
+  decoded = (base, stack)
+  if program.apart:
+    decoded = jax.eval_shape(decoding.apart, base, stack)
+  lower = {
+    "read": (
+      waiting,
+      lambda: decoding.read.lower(program, base, stack, *prompts),
+    ),
+    "enter": (
+      weights,
+      lambda: decoding.enter.lower(
+        program,
+        state,
+        prefix,
+        whole((layout.size,), jnp.int32),
+        rows,
+        table,
+        whole((), jnp.uint32),
+      ),
+    ),
+    "decode": (
+      kept,
+      lambda: decoding.advance.lower(
+        program, program.slots, *decoded, state, table, int32, int32
+      ),
+    ),
+  }
+  return [
+    compiling.compile_one(name, lower[name][1], lower[name][0], steps)
+    for name in names
+  ]

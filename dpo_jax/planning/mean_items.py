@@ -1,0 +1,91 @@
+"""What stands for the items of a batch where none are read: the means of HH.
+
+A plan knows a run's config and not its data. How many rows hold a batch, and
+how wide it is, follows from what HH's pairs are in the mean.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax import partitioning
+from dpo_jax.rows import packing
+from dpo_jax.running import recipe
+
+# Completion tokens are dealt to shards unevenly, and a run's shapes hold its
+# widest batch.
+_SLACK = 1.25
+# Rows of 64 tokens look at so many times as many keys as their tokens see,
+# measured on HH's harmless-base.
+_SEEN = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+  """Mean tokens of an item, and the places in rows that it takes."""
+
+  tokens: float
+  places: float
+  completion: float
+  visible: float
+
+
+# Measured on the 1,551 good pairs of HH's harmless-base at hand, profile
+# "paper", 512 tokens, prompt 256, and the fill of rows of 1,024 tokens on one
+# shard (benchmarks/data.md). By layout; SFT's items are chosen responses.
+PAIRS = {
+  "shared": Lengths(207.2, 221.1, 91.2, 27_126),
+  "packed": Lengths(323.3, 344.8, 91.2, 38_137),
+  "padded": Lengths(323.3, 1024.0, 91.2, 38_137),
+}
+EXAMPLES = {
+  "packed": Lengths(156.8, 166.3, 40.8, 18_031),
+  "padded": Lengths(156.8, 512.0, 40.8, 18_031),
+}
+
+
+def lengths(config: recipe.TrainSettings) -> Lengths:
+  """The means that stand for the run's items."""
+  table = PAIRS if config.objective == "dpo" else EXAMPLES
+  found = table[config.data.layout]
+  if config.data.layout == "padded":
+    rows = 2 if config.objective == "dpo" else 1
+    found = dataclasses.replace(found, places=rows * config.row_length)
+  return found
+
+
+def rows_of(config: recipe.TrainSettings, items: int, shards: int) -> int:
+  """Rows on one device that hold so many items."""
+  needed = items * lengths(config).places / config.row_length
+  return max(math.ceil(needed / shards), 1)
+
+
+def batch_of(
+  config: recipe.TrainSettings,
+  mesh: jax.sharding.Mesh,
+  rows: int,
+  microbatches: int,
+) -> packing.Batch:
+  """The shapes of a batch with `rows` rows on each device."""
+  shards = partitioning.data_shards(mesh)
+  mean = lengths(config)
+  share = mean.completion / mean.places
+  width = rows * config.row_length * min(share * _SLACK, 1.0)
+  width = -(-math.ceil(width) // 128) * 128
+  lying = partitioning.batch_sharding(mesh, leading=1)
+
+  def one(*sizes, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct((microbatches, *sizes), dtype, sharding=lying)
+
+  token = one(rows * shards, config.row_length)
+  completion = one(shards, width)
+  kept = None
+  if config.precompute_reference:
+    kept = one(shards, width, dtype=jnp.float32)
+  seen = None
+  if config.runs_on:
+    pairs = _SEEN * rows * config.row_length / mean.places * mean.visible
+    seen = one(shards, math.ceil(pairs / config.row_length**2), 2)
+  return packing.Batch(*(token,) * 5, *(completion,) * 3, kept, seen)

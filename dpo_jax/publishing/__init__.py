@@ -1,0 +1,1 @@
+"""What goes to the hub: branches, files, cards, and the pushing itself."""

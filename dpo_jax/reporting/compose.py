@@ -1,0 +1,238 @@
+"""Reports put together from their material, with nothing written until asked.
+
+A report is a few texts, the numbers in them for machines, and figures. Texts
+and numbers depend on the rows alone, so that making them again and comparing
+is a proof.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from dpo_jax import figures, winrates
+from dpo_jax.interface import markdown
+from dpo_jax.reporting import (
+  drawings,
+  excerpts,
+  gates,
+  judge_sections,
+  material,
+  page,
+  sections,
+)
+from dpo_jax.reporting.page import browse, charts
+from dpo_jax.storage import atomic
+
+TEXT = "report.md"
+PAGE = "report.html"
+NUMBERS = "numbers.json"
+TABLE = "win_rates.csv"
+
+FIRST_COLUMNS = (
+  "model",
+  "step",
+  "temperature",
+  "n",
+  "win_rate",
+  "low",
+  "high",
+)
+"""Of the table; what a figure shows of a rate as well."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """A report before it is written; texts are by file name."""
+
+  figures: list[drawings.Figure]
+  flags: list[gates.Flag]
+  texts: dict[str, str]
+  numbers: dict[str, Any]
+
+  @property
+  def sections(self) -> dict[str, str]:
+    """Markdown of each section, by its title, without the figures."""
+    text = re.sub(r"(?m)^!\[.*\)$", "", self.texts[TEXT])
+    parts = text.split("\n## ")[1:]
+    return {part.partition("\n")[0]: f"## {part}" for part in parts}
+
+
+def compose(
+  settings: material.ReportSettings, workdir: str | os.PathLike
+) -> Report:
+  """The report of `workdir`, with nothing written; errors as `report.write`."""
+  found = material.read(settings, workdir)
+  flags = gates.flags(found)
+  drawn = drawings.of(found)
+  shown = {figure.name: figure.lines for figure in drawn}
+  parts = [
+    [f"# {markdown.literal(settings.title)}"],
+    sections.flagged(flags),
+    ["## Win rates", "", *sections.judged(found)],
+    sections.final_table(found),
+    shown.get("win_rate_temperature.png", []),
+    ["### Is base < SFT < DPO?", "", *sections.ordering(found)],
+    sections.step_table(found),
+    shown.get("win_rate_step.png", []),
+    shown.get("win_rate_length.png", []),
+    sections.subset_table(found),
+    sections.differences(found),
+    sections.ranking(found),
+    ["## Judge health", "", *judge_sections.health(found)],
+    ["## Implicit reward on held-out pairs", "", *excerpts.accuracy(found)],
+    shown.get("reward_margins.png", []),
+    shown.get("reward_accuracy.png", []),
+    ["## Answers", "", *excerpts.answers(found)],
+    excerpts.examples(found),
+    excerpts.training(found, shown.get("training_curves.png", [])),
+  ]
+  text = "\n\n".join("\n".join(lines) for lines in parts if lines)
+  return Report(
+    figures=drawn,
+    flags=flags,
+    texts={
+      TABLE: table(found.rates),
+      PAGE: _page(found, flags, drawn),
+      TEXT: text + "\n",
+    },
+    numbers=_numbers(found, flags),
+  )
+
+
+def save(made: Report, directory: pathlib.Path) -> pathlib.Path:
+  """Writes a report's files, report.md last, and returns its path.
+
+  A figure that is not drawn now is removed: one of an earlier report would
+  pass for this one's.
+  """
+  drawn = {}
+  for figure in made.figures:
+    path = figure.draw(directory / figure.name)
+    drawn[figure.name] = {
+      "data": figure.fingerprint,
+      "sha256": digest(path),
+      "vector_sha256": digest(figures.vector(path)),
+    }
+  for name in set(drawings.NAMES) - drawn.keys():
+    (directory / name).unlink(missing_ok=True)
+    figures.vector(directory / name).unlink(missing_ok=True)
+  numbers = json.dumps(
+    made.numbers | {"figures": drawn}, indent=1, allow_nan=False
+  )
+  atomic.write_text(directory / NUMBERS, numbers + "\n")
+  for name, text in made.texts.items():
+    atomic.write_text(directory / name, text)
+  return directory / TEXT
+
+
+def digest(path: pathlib.Path) -> str:
+  return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _page(
+  found: material.Material,
+  flags: list[gates.Flag],
+  drawn: list[drawings.Figure],
+) -> str:
+  """The same sections as a page, with the answers to browse."""
+  captions = {figure.name: figure.caption for figure in drawn}
+  names = sections.PLAIN_NAMES
+  return page.render(
+    found.settings.title,
+    sections.flagged(flags),
+    [
+      page.Section(
+        "rates",
+        "Win rates",
+        lead=["### Is base < SFT < DPO?", "", *sections.ordering(found)],
+        charts=[
+          (chart, captions.get(name, ""))
+          for name, chart in (
+            (drawings.NAMES[0], charts.by_temperature(found.rates, names)),
+            (drawings.NAMES[1], charts.by_step(found.rates, names)),
+          )
+        ],
+        rest=[
+          *sections.judged(found),
+          "",
+          *sections.final_table(found),
+          "",
+          *sections.step_table(found),
+          "",
+          *sections.subset_table(found),
+          "",
+          *sections.differences(found),
+          "",
+          *sections.ranking(found),
+        ],
+      ),
+      page.Section("judge", "Judge health", judge_sections.health(found)),
+      page.Section(
+        "reward",
+        "Implicit reward on held-out pairs",
+        excerpts.accuracy(found),
+      ),
+      page.Section("answers", "Answers", excerpts.answers(found)),
+      page.Section("training", "Training", excerpts.training(found, [])[2:]),
+    ],
+    browse.prompts(found),
+    names,
+  )
+
+
+def _numbers(
+  found: material.Material, flags: list[gates.Flag]
+) -> dict[str, Any]:
+  """What a machine reads of a report: every estimate, to its last digit."""
+  names = ("health", "controls", "rates", "differences", "slopes")
+  return plain(
+    {
+      "settings": dataclasses.asdict(found.settings),
+      "flags": [dataclasses.asdict(flag) for flag in flags],
+      "data_fingerprint": found.data_fingerprint,
+      **{
+        name: getattr(found, name)
+        for name in (*names, "by_subset", "lengths", "by_length", "ranking")
+      },
+    }
+  )
+
+
+def plain(value: Any) -> Any:
+  """`value` as JSON holds it; a number that is not finite is None."""
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    value = dataclasses.asdict(value)
+  if isinstance(value, dict):
+    return {key: plain(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [plain(item) for item in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
+def table(rates: Sequence[winrates.WinRate]) -> str:
+  """The rates as CSV, a column for each field, `FIRST_COLUMNS` first."""
+  fields = [field.name for field in dataclasses.fields(winrates.WinRate)]
+  columns = sorted(fields, key=lambda name: name not in FIRST_COLUMNS)
+  buffer = io.StringIO()
+  writer = csv.writer(buffer, lineterminator="\n")
+  writer.writerow(columns)
+  for rate in rates:
+    values = {column: getattr(rate, column) for column in columns}
+    # A step of None, a final model, is written as an empty field.
+    writer.writerow(
+      f"{value:.6f}"
+      if isinstance(value, float) and column != "temperature"
+      else value
+      for column, value in values.items()
+    )
+  return buffer.getvalue()

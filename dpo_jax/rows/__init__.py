@@ -1,0 +1,1 @@
+"""From texts to rows: ids, items in columns, which row, in what layout."""

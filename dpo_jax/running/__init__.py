@@ -1,0 +1,1 @@
+"""What a training run is put together from, held to and stopped by."""

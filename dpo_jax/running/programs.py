@@ -1,0 +1,148 @@
+"""The compiled programs of a training run, for those who run or plan it.
+
+Training calls them with arrays, the planner lowers them with shapes alone: what
+is planned is what is run.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import optax
+
+from dpo_jax import attention, model, partitioning, quantised, steps
+from dpo_jax.rows import packing
+from dpo_jax.running import guards, recipe
+
+Tree = dict[str, Any]
+
+
+def base(shape: model.ModelConfig, key: jax.Array, param_dtype: str) -> Tree:
+  """Random base weights, kept as `model.param_dtype` says."""
+  if param_dtype == "int8":
+    return quantised.base(model.init(shape, key))
+  return model.init(shape, key, param_dtype)
+
+
+def quantise(base: Tree, mesh: jax.sharding.Mesh) -> Tree:
+  """`quantised.base`, laid on the mesh."""
+  lying = partitioning.shardings(jax.eval_shape(quantised.base, base), mesh)
+  return jax.jit(quantised.base, out_shardings=lying)(base)
+
+
+def initial(
+  shape: model.ModelConfig,
+  tx: optax.GradientTransformation,
+  guard: guards.GuardSettings,
+) -> Callable[[Tree, jax.Array], steps.TrainState]:
+  """(base, key) -> the state of step 0, with fresh adapters if it has any."""
+
+  def make(base, key):
+    adapters = model.init_lora(shape, key) if shape.lora else {}
+    return steps.init_state(base, adapters, tx, guard)
+
+  return make
+
+
+def check(
+  config: recipe.TrainSettings,
+  shape: model.ModelConfig,
+  mesh: jax.sharding.Mesh,
+) -> None:
+  """Refuses what the mesh's devices cannot run, before anything compiles.
+
+  Raises:
+    ValueError: the implementation of attention is none for these devices, or
+      for the model's shape or dtype.
+  """
+  attention.check(
+    config.model.attention,
+    mesh.devices.flat[0],
+    dtype=config.model.dtype,
+    head_dim=shape.head_dim,
+    row_length=config.row_length,
+  )
+
+
+def keeps_reference(config: recipe.TrainSettings) -> bool:
+  """Whether the reference is a second tree of weights beside the policy."""
+  return (
+    config.objective == "dpo"
+    and not config.lora.rank
+    and not config.precompute_reference
+  )
+
+
+def training(
+  config: recipe.TrainSettings,
+  shape: model.ModelConfig,
+  tx: optax.GradientTransformation,
+  state: steps.TrainState,
+  mesh: jax.sharding.Mesh,
+) -> tuple[Callable, Callable]:
+  """The training and the evaluation step, compiled when first called.
+
+  Args:
+    config: of the run.
+    shape: its model.
+    tx: its optimizer.
+    state: arrays, or their shapes.
+    mesh: where the state lies, by the rules of `partitioning`.
+  """
+  objective = steps.Objective(
+    config.objective,
+    config.loss if config.objective == "dpo" else None,
+    config.batch_size // config.microbatches,
+  )
+  here = partitioning.replicated(mesh)
+  train_step = jax.jit(
+    steps.make_train_step(shape, objective, tx, config.seed, config.guards),
+    donate_argnums=0,
+    out_shardings=(partitioning.shardings(state, mesh), here),
+    compiler_options=steps.COMPILER_OPTIONS,
+  )
+  evaluated = dataclasses.replace(objective, items=config.eval_batch_size)
+  eval_step = jax.jit(
+    steps.make_eval_step(shape, evaluated),
+    out_shardings=here,
+    compiler_options=steps.COMPILER_OPTIONS,
+  )
+  return train_step, eval_step
+
+
+def ahead(
+  step: Callable, arguments: tuple[Any, ...], batches: Iterable[packing.Batch]
+) -> Callable:
+  """The step, compiled now for every shape of batch that is to come.
+
+  A batch of yet another shape is compiled when it comes.
+
+  Args:
+    step: from `training`.
+    arguments: what it takes before the batch: arrays, or their shapes.
+    batches: the shapes, one batch of each.
+  """
+  compiled = {
+    _sizes(batch): step.lower(*arguments, batch).compile() for batch in batches
+  }
+
+  def call(*arguments):
+    return compiled.get(_sizes(arguments[-1]), step)(*arguments)
+
+  return call
+
+
+def _sizes(batch: packing.Batch) -> tuple[tuple[int, ...], ...]:
+  return tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+
+
+def keep(directory: str) -> None:
+  """Keeps compiled programs in a directory, from run to run; "" keeps none.
+
+  Where JAX was told a directory already (JAX_COMPILATION_CACHE_DIR), it stays.
+  """
+  if directory and jax.config.jax_compilation_cache_dir is None:
+    path = pathlib.Path(directory).expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(path))

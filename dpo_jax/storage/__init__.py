@@ -1,0 +1,1 @@
+"""Files that are whole or not there, rows, locks, and places elsewhere."""

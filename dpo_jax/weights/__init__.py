@@ -1,0 +1,1 @@
+"""Weights in files: Hugging Face's and PEFT's names and layouts."""

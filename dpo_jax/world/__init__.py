@@ -1,0 +1,1 @@
+"""Of the embedded world: facts, questions, answers and claims about them."""
