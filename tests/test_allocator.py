@@ -8,7 +8,7 @@ import sys
 import pytest
 
 SCRIPT = """
-import ctypes, resource, sys, threading
+import ctypes, resource, sys
 from dpo_jax.running import allocator
 print(allocator.keep_freed() if "keep" in sys.argv else None)
 library = ctypes.CDLL(None)
@@ -20,19 +20,11 @@ def touch():
   ctypes.memset(block, 1, 96 * 2**20)
   library.free(block)
 
-def count():
+touch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
   touch()
-  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-  for _ in range(4):
-    touch()
-  print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-
-if "thread" in sys.argv:
-  thread = threading.Thread(target=count)
-  thread.start()
-  thread.join()
-else:
-  count()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 # Of four blocks of 96 MiB, were each of their pages faulted in.
 ALL = 4 * 96 * 2**20 // os.sysconf("SC_PAGE_SIZE")
@@ -76,13 +68,6 @@ def test_settings_of_the_environment_are_left_alone(name, value, kept):
   said, faults = run("keep", **{name: value})
   assert said == kept
   assert faults > 0.9 * ALL
-
-
-def test_a_block_of_a_thread_is_kept_too():
-  """Over 64 MiB, which only the first arena holds."""
-  assert run("keep", "thread")[1] < 0.01 * ALL
-  # Two arenas would do: the settings but this one keep nothing of it.
-  assert run("keep", "thread", MALLOC_ARENA_MAX="8")[1] > 0.9 * ALL
 
 
 HOLES = """
