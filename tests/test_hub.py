@@ -311,7 +311,8 @@ def test_a_run_without_a_token_is_refused_before_it_begins(
       sys.executable,
       "-c",
       "import sys\n"
-      "from dpo_jax import hub, pushing, revisions\n"
+      "from dpo_jax import hub;"
+      " from dpo_jax.publishing import pushing, revisions\n"
       # A second process that takes the accelerator would stop the first.
       "assert 'jax' not in sys.modules\n"
       "pushing.check(revisions.PushSettings('a/b', False, '', True, True))\n"

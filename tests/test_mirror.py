@@ -167,6 +167,7 @@ def test_a_bucket_that_fails_stops_nothing(
   assert_same(workdir, whole)
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_copied_says_so_at_its_end(
   bucket, here, config, whole, tmp_path
 ):

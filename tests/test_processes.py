@@ -129,6 +129,19 @@ def stop_at(monkeypatch, step):
   monkeypatch.setattr(metrics.Writer, "write", write)
 
 
+def moved(name, value):
+  """A weight, without what only rounding moves.
+
+  A bias of keys where they are not rotated adds one number to all scores of a
+  query: its gradient is zero but for rounding, of which AdamW makes steps.
+  """
+  if not name.endswith("query_key_value.bias"):
+    return value
+  value = value.reshape(running.SHAPE.heads, 3, running.SHAPE.head_dim).copy()
+  value[:, 1, running.SHAPE.rotary_dim :] = 0
+  return value
+
+
 def test_two_processes_do_what_one_does(config, alone, tmp_path, monkeypatch):
   """One begins, two go on, one of them is killed, two end: as one alone."""
   whole, run = tmp_path / "whole", tmp_path / "run"
@@ -190,7 +203,9 @@ def test_two_processes_do_what_one_does(config, alone, tmp_path, monkeypatch):
   ]
   assert weights[0].keys() == weights[1].keys()
   for name, value in weights[0].items():
-    np.testing.assert_allclose(weights[1][name], value, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+      moved(name, weights[1][name]), moved(name, value), rtol=0, atol=1e-4
+    )
   # What two wrote, one goes on from: nothing is left to do but the export.
   (run / "finished.json").unlink()
   training.run(config(), run)
