@@ -221,6 +221,15 @@ def damage(bucket, here, table, name):
   bucket.put(part, bytes(data))
 
 
+def test_what_is_still_being_written_is_not_copied(tmp_path):
+  for name in ("step-2/a.bin", ".step-4.partial/a.bin", "step-2/b.bin.tmp"):
+    file = tmp_path / "adapters" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"1")
+  found = mirror_tables.beneath(tmp_path, "adapters")
+  assert set(found) == {"adapters/step-2/a.bin"}
+
+
 def test_a_damaged_step_is_passed_over(
   bucket, here, config, kept, whole, caplog
 ):

@@ -155,9 +155,16 @@ def records(workdir: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def beneath(workdir: pathlib.Path, folder: str) -> dict[str, pathlib.Path]:
-  """A folder's files but temporaries and links, by their names."""
-  return {
-    path.relative_to(workdir).as_posix(): path
-    for path in sorted((workdir / folder).rglob("*"))
-    if path.is_file() and not path.is_symlink() and path.suffix != ".tmp"
-  }
+  """A folder's files but links and what is still being written, by their names.
+
+  A directory that is not whole yet has a name that begins with a point.
+  """
+  found = {}
+  for path in sorted((workdir / folder).rglob("*")):
+    name = path.relative_to(workdir)
+    hidden = any(part.startswith(".") for part in name.parts)
+    if hidden or path.suffix == ".tmp" or path.is_symlink():
+      continue
+    if path.is_file():
+      found[name.as_posix()] = path
+  return found
