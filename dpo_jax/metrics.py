@@ -24,13 +24,7 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
       as its step.
   """
   rows = []
-  for number, line in strict_json.lines(path):
-    if not line.endswith(b"\n") and len(line) <= strict_json.MAX_LINE_BYTES:
-      break
-    try:
-      row = strict_json.parse_line(line)
-    except ValueError as error:
-      raise ValueError(f"{path}:{number}: {error}") from error
+  for number, row in strict_json.appended(path):
     if not isinstance(row, dict) or type(row.get("step")) is not int:
       raise ValueError(f"{path}:{number} is not a row of metrics with a step")
     for name, value in row.items():

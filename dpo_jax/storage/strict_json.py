@@ -122,6 +122,24 @@ def lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
       ) from error
 
 
+def appended(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
+  """Numbers, from 1, and values of the lines of a file that is appended to.
+
+  A last line without its end was cut as it was written, and is left out.
+
+  Raises:
+    ValueError: naming the line, see `parse_line`.
+  """
+  for number, line in lines(path):
+    if not line.endswith(b"\n") and len(line) <= MAX_LINE_BYTES:
+      return
+    try:
+      row = parse_line(line)
+    except ValueError as error:
+      raise ValueError(f"{path}:{number}: {error}") from error
+    yield number, row
+
+
 def _bounded(path, raw, file) -> Iterator[tuple[int, bytes]]:
   """The lines of `file`, which reads `raw`; both are open."""
   number, total, allowed = 0, 0, FREE_GZIP_BYTES
