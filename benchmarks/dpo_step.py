@@ -11,7 +11,7 @@ plain step; by default the first layout and TRL.
 
 TRL gets its best settings: before anything is compared, each TRL makes two
 updates with several (dpo_step_table.next_attempt), each in a process of its
-own, and the fastest is taken.
+own, and the fastest is taken; of TRL 0.x also the fastest that is padding-free.
 
 All contenders make the same updates of the same float32 LoRA adapters on the
 same token ids, with the reference's log-probs computed beforehand (but for the
@@ -140,11 +140,12 @@ def measure(flags: argparse.Namespace, case: pathlib.Path) -> None:
     row = missing(flags, about, list(commands))
     if row is None:
       return
-    command = [*commands[row["name"]], *settings_flags(row)]
+    base = row["name"].removesuffix(dpo_step_table.FREE)
+    command = [*commands[base], *settings_flags(row)]
     output = case / "output.json"
     used = spawn(
       [*command, f"--output={output}"],
-      malloc.get(row["name"], MALLOC[flags.malloc]),
+      malloc.get(base, MALLOC[flags.malloc]),
     )
     row |= used | json.loads(output.read_text())
     with flags.output.open("a") as file:
@@ -171,14 +172,17 @@ def missing(
     settings = dpo_step_table.next_attempt(attempts, sizes)
     if settings is not None:
       return about | {"name": name, "settings": settings}
+  contenders = {}
+  for name in names:
+    if name in tried:
+      contenders |= dpo_step_table.contenders(tried[name])
+    else:
+      contenders[name] = {}
   done = dpo_step_table.measured(rows)
   for number in range(flags.rounds):
-    for name in names:
+    for name, best in contenders.items():
       if len(done.get(name, [])) <= number:
-        row = about | {"name": name}
-        if name in tried:
-          row["best"] = dpo_step_table.fastest(tried[name])
-        return row
+        return about | {"name": name} | best
   return None
 
 

@@ -17,6 +17,8 @@ WARM = 2
 # How far two loss curves may be apart. Both sides compute in float32; sums of
 # 400 nats a response round at 3e-5, times beta, and updates carry it on.
 TOLERANCE = 2e-4
+# What the name of a TRL ends with that is padding-free though its best is not.
+FREE = ", padding-free"
 # Likewise two norms of TRL's gradient, in proportion.
 SAME_NORM = 1e-3
 
@@ -83,6 +85,25 @@ def fastest(tried: list[dict]) -> dict:
   if not able:
     raise ValueError(f"{tried[0]['name']} refuses: {tried[0]['refused']}")
   return max(able, key=speed)["settings"]
+
+
+def contenders(tried: list[dict]) -> dict[str, dict]:
+  """What is measured of one TRL: {name: {"best": settings}}.
+
+  Its fastest settings; and those that are padding-free, where TRL 0.x, whose
+  way of saving work that is, is faster without.
+
+  Args:
+    tried: rows of all its attempts.
+  """
+  name, best = tried[0]["name"], fastest(tried)
+  found = {name: {"best": best}}
+  free = [row for row in tried if row["settings"]["padding_free"]]
+  free = [row for row in free if same(row, tried[0])]
+  old = tried[0]["versions"]["trl"].startswith("0.")
+  if old and free and not best["padding_free"]:
+    found[name + FREE] = {"best": max(free, key=speed)["settings"]}
+  return found
 
 
 def same(row: dict, first: dict) -> bool:

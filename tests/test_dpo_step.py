@@ -98,6 +98,37 @@ def test_the_order_of_attempts(version, free):
   assert names == wanted
 
 
+@pytest.mark.parametrize(
+  ("version", "seconds", "wanted"),
+  [
+    ("0.24", 2.0, ["TRL", "TRL, padding-free"]),
+    # The fastest is padding-free itself.
+    ("0.24", 9.0, ["TRL"]),
+    ("1.16", 2.0, ["TRL"]),
+  ],
+)
+def test_padding_free_is_measured_beside_a_faster_padded(
+  version, seconds, wanted
+):
+  versions = {"versions": {"trl": version}}
+  attempts = [
+    tried(4, "sdpa", False, seconds=(1.0, seconds), **versions),
+    tried(1, "eager", True, seconds=(1.0, 4.0), **versions),
+    tried(1, "sdpa", True, seconds=(1.0, 3.0), **versions),
+    # Refused, and of another gradient.
+    tried(8, "sdpa", True, refused="no", **versions),
+    tried(
+      4, "sdpa", True, seconds=(1.0, 1.0), grad_norms=[0.6, 0.7], **versions
+    ),
+  ]
+  found = dpo_step_table.contenders(attempts)
+  assert list(found) == wanted
+  free = found[wanted[-1]]["best"]
+  if version == "0.24":
+    assert (free["micro_batch"], free["attention"]) == (1, "sdpa")
+    assert free["padding_free"]
+
+
 def test_the_table_tells_what_was_tried():
   slow = row("TRL", last=(8.0, 8.0), peak_rss_bytes=2**32)
   text = dpo_step_table.table([*SEARCH, row("shared"), slow], "shared")
