@@ -1,5 +1,6 @@
 """A tiny run: its model, tokenizer, pairs and config, and what it left."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,22 +14,12 @@ import tiny
 
 from configs import common
 from configs import data as data_config
-from dpo_jax import hf, metrics, model, tokenizer
+from dpo_jax import hf, metrics, tokenizer
 from dpo_jax.interface import settings
 from dpo_jax.running import recipe
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SHAPE = model.ModelConfig(
-  vocab_size=320,
-  width=16,
-  layers=2,
-  heads=2,
-  mlp_width=32,
-  rotary_fraction=0.5,
-  rotary_base=10000.0,
-  norm_eps=1e-5,
-  max_positions=64,
-)
+SHAPE = dataclasses.replace(tiny.CONFIG, vocab_size=320)
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 STEPS = 7
 # Of a row of metrics, what depends on the clock.
@@ -58,6 +49,23 @@ def make_files(directory):
   write(directory / "train.jsonl", train)
   write(directory / "test.jsonl", held_out)
   return directory
+
+
+def at_step(monkeypatch, step, act):
+  """Calls `act` just when a training step's metrics are written."""
+  original = metrics.Writer.write
+
+  def write(self, row):
+    original(self, row)
+    if row["step"] == step and "loss" in row:
+      act()
+
+  monkeypatch.setattr(metrics.Writer, "write", write)
+
+
+def interrupt():
+  """What Ctrl-C is where nobody listens for it."""
+  raise KeyboardInterrupt
 
 
 def changed(values, changes):

@@ -45,6 +45,15 @@ def load(path, *, side="train", limit=0, filtered=None, **changes):
   return sources.load(settings, side, filters(**filtered or {}), limit)
 
 
+def harmless(shared, side="train", limit=0):
+  """Real rows of HH's harmless-base."""
+  directory = shared / "data" / "hh-rlhf"
+  subsets = ("harmless-base",)
+  return load(
+    directory, kind="hh", side=side, subsets=subsets, limit=limit
+  ).rows
+
+
 def line(row, **options):
   return json.dumps(row, **options).encode() + b"\n"
 

@@ -132,13 +132,7 @@ def test_hidden_blocks_do_no_work():
 
 def test_real_packed_rows(shared):
   words = tokenizer.load(shared / "tokenizer" / "pythia")
-  rows = sourcing.load(
-    shared / "data" / "hh-rlhf",
-    kind="hh",
-    side="train",
-    subsets=("harmless-base",),
-    limit=12,
-  ).rows
+  rows = sourcing.harmless(shared, limit=12)
   table = profiles.tokenize(
     words, rows, profile="paper", max_length=40, max_prompt_length=20
   ).table

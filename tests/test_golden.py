@@ -76,13 +76,7 @@ REPORTED = (
 def real(shared):
   """The real tokenizer, and the first real pairs by the rule of the paper."""
   words = tokenizer.load(shared / "tokenizer" / "pythia")
-  rows = sourcing.load(
-    shared / "data" / "hh-rlhf",
-    kind="hh",
-    side="train",
-    subsets=("harmless-base",),
-    limit=STEPS * BATCH,
-  ).rows
+  rows = sourcing.harmless(shared, limit=STEPS * BATCH)
   found = profiles.tokenize(
     words, rows, profile="paper", max_length=48, max_prompt_length=24
   )

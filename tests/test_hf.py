@@ -20,6 +20,7 @@ import pytest
 import safetensors.torch
 import tiny
 import torch
+import torch_weights
 import transformers
 
 from dpo_jax import hf, lora, model, partitioning, tokenizer
@@ -61,23 +62,8 @@ def torch_model(size, seed=0):
     },
   )
   network = transformers.GPTNeoXForCausalLM(config).eval()
-  randomise(network, seed)
+  torch_weights.randomise(network, seed)
   return network
-
-
-def randomise(network, seed, only=""):
-  """Kernels that keep the scale of their input, biases and norms off rest."""
-  generator = torch.Generator().manual_seed(seed)
-  with torch.no_grad():
-    for name, weight in network.named_parameters():
-      if only not in name:
-        continue
-      noise = torch.randn(weight.shape, generator=generator)
-      if weight.ndim == 1:
-        weight.copy_(0.3 * noise + ("norm.weight" in name))
-      else:
-        fan_in = 1 if "embed_in" in name else weight.shape[1]
-        weight.copy_(noise * 1.5 / fan_in**0.5)
 
 
 def save(network, directory, dtype=torch.float32, **options):
@@ -407,7 +393,7 @@ def test_we_load_pefts_adapter(small_dir, loaded, tmp_path, rslora):
       use_rslora=rslora,
     ),
   ).eval()
-  randomise(network, 3, only="lora_")
+  torch_weights.randomise(network, 3, only="lora_")
   network.save_pretrained(tmp_path / "theirs")
   found, adapters = hf.load_adapter(tmp_path / "theirs", config)
   assert found.targets == ("query_key_value", "dense")

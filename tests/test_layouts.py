@@ -39,13 +39,7 @@ ADAPTERS = model.LoraConfig(2, 4.0, 0.0, ("query_key_value", "dense_4h_to_h"))
 def real(shared):
   """Pairs of harmless-base whose prompts were cut to 40 tokens."""
   words = tokenizer.load(shared / "tokenizer" / "pythia")
-  rows = sourcing.load(
-    shared / "data" / "hh-rlhf",
-    kind="hh",
-    side="train",
-    subsets=("harmless-base",),
-    limit=40,
-  ).rows
+  rows = sourcing.harmless(shared, limit=40)
   table = profiles.tokenize(
     words, rows, profile="paper", max_length=96, max_prompt_length=40
   ).table

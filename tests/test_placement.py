@@ -146,12 +146,7 @@ def test_real_rows_fill_nine_tenths(shared):
 def real_lengths(shared):
   from dpo_jax import tokenizer
 
-  rows = sourcing.load(
-    shared / "data" / "hh-rlhf",
-    kind="hh",
-    side="train",
-    subsets=("harmless-base",),
-  ).rows
+  rows = sourcing.harmless(shared)
   words = tokenizer.load(shared / "tokenizer" / "pythia")
   columns = [
     [x[:256] for x in words.encode_all([getattr(row, name) for row in rows])]

@@ -5,6 +5,7 @@ Real processes, each with some CPU devices, that talk over gloo.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import pytest
 import running
 import safetensors.numpy
 
-from dpo_jax import metrics, partitioning, records, training
+from dpo_jax import partitioning, records, training
 from dpo_jax.running import interruption, processes, samples
 from dpo_jax.storage import locks, step_files
 
@@ -117,18 +118,6 @@ def ended(children, timeout_s=180):
   return codes, time.monotonic() - begun
 
 
-def stop_at(monkeypatch, step):
-  """SIGTERM to this process as a step's metrics are written."""
-  original = metrics.Writer.write
-
-  def write(self, row):
-    original(self, row)
-    if row["step"] == step and "loss" in row:
-      signal.raise_signal(signal.SIGTERM)
-
-  monkeypatch.setattr(metrics.Writer, "write", write)
-
-
 def moved(name, value):
   """A weight, without what only rounding moves.
 
@@ -147,7 +136,8 @@ def test_two_processes_do_what_one_does(config, alone, tmp_path, monkeypatch):
   whole, run = tmp_path / "whole", tmp_path / "run"
   training.run(config(), whole)
   with monkeypatch.context() as patch:
-    stop_at(patch, 1)
+    terminate = functools.partial(signal.raise_signal, signal.SIGTERM)
+    running.at_step(patch, 1, terminate)
     with pytest.raises(interruption.Interrupted, match="after step 2"):
       training.run(config(), run)
   with pair(tmp_path / "killed", config(), run, explicit(2)) as children:

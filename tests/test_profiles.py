@@ -42,15 +42,9 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def real(shared):
-  rows = []
-  for split in ("train", "test"):
-    rows += sourcing.load(
-      shared / "data" / "hh-rlhf",
-      kind="hh",
-      side="eval" if split == "test" else "train",
-      subsets=("harmless-base",),
-    ).rows
-  return rows
+  return [
+    row for side in ("train", "eval") for row in sourcing.harmless(shared, side)
+  ]
 
 
 def of(*texts):

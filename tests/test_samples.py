@@ -15,7 +15,6 @@ import running
 from dpo_jax import (
   comparisons,
   hf,
-  metrics,
   model,
   records,
   sampling,
@@ -183,18 +182,6 @@ def test_trackers_get_a_table(sampled):
 # --- going on
 
 
-def stop_at(monkeypatch, step):
-  """Raises where Ctrl-C might: just when a step's metrics are written."""
-  original = metrics.Writer.write
-
-  def write(self, row):
-    original(self, row)
-    if row["step"] == step and "loss" in row:
-      raise KeyboardInterrupt
-
-  monkeypatch.setattr(metrics.Writer, "write", write)
-
-
 @pytest.fixture
 def asked(monkeypatch):
   """One entry for each time that the policy is sampled."""
@@ -220,7 +207,7 @@ def test_going_on_gives_the_same_file(
   lines = whole.splitlines(keepends=True)
   workdir = tmp_path / "run"
   with monkeypatch.context() as patch:
-    stop_at(patch, step)
+    running.at_step(patch, step, running.interrupt)
     with pytest.raises(KeyboardInterrupt):
       training.run(config(**ASKED), workdir)
   path = workdir / samples.FILE

@@ -6,6 +6,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import torch_weights
 import transformers
 
 from dpo_jax import score, sources, tokenizer
@@ -28,21 +29,8 @@ def network(seed):
     max_position_embeddings=512,
   )
   made = transformers.GPTNeoXForCausalLM(config).eval()
-  randomise(made, seed)
+  torch_weights.randomise(made, seed)
   return made
-
-
-def randomise(module, seed, only=""):
-  generator = torch.Generator().manual_seed(seed)
-  with torch.no_grad():
-    for name, weight in module.named_parameters():
-      if only in name:
-        noise = torch.randn(weight.shape, generator=generator)
-        if weight.ndim == 1:
-          weight.copy_(0.3 * noise + ("norm.weight" in name))
-        else:
-          fan_in = 1 if "embed_in" in name else weight.shape[1]
-          weight.copy_(noise * 1.5 / fan_in**0.5)
 
 
 def torch_logps(module, prompt, response):
@@ -147,7 +135,7 @@ def test_an_adapter_is_scored_against_the_model_without_it(
       r=2, lora_alpha=4, target_modules=["query_key_value", "dense_4h_to_h"]
     ),
   ).eval()
-  randomise(adapted, 5, only="lora_")
+  torch_weights.randomise(adapted, 5, only="lora_")
   adapted.save_pretrained(tmp_path / "adapter")
   out = scored(
     tmp_path,

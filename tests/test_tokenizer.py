@@ -79,13 +79,8 @@ def test_pythia_composes_accents(pythia):
 
 
 def test_every_real_row_round_trips_and_comes_back_from_batches(pythia, shared):
-  loaded = sourcing.load(
-    shared / "data" / "hh-rlhf",
-    kind="hh",
-    side="eval",
-    subsets=("harmless-base",),
-  )
-  texts = [row.prompt + row.chosen for row in loaded.rows]
+  rows = sourcing.harmless(shared, "eval")
+  texts = [row.prompt + row.chosen for row in rows]
   ids = pythia.encode_all(texts)
   assert [pythia.decode(i) for i in ids] == [
     unicodedata.normalize("NFC", text) for text in texts

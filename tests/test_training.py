@@ -125,18 +125,6 @@ def test_a_finished_run_is_not_run_again(whole, config, monkeypatch):
 # --- interruptions
 
 
-def interrupt_at(monkeypatch, step):
-  """Raises where Ctrl-C might: just when a step's metrics are written."""
-  original = metrics.Writer.write
-
-  def write(self, row):
-    original(self, row)
-    if row["step"] == step and "loss" in row:
-      raise KeyboardInterrupt
-
-  monkeypatch.setattr(metrics.Writer, "write", write)
-
-
 def test_all_weights_resume_with_their_reference(
   config, files, tmp_path, monkeypatch
 ):
@@ -151,7 +139,7 @@ def test_all_weights_resume_with_their_reference(
   )
   training.run(changes, tmp_path / "whole")
   with monkeypatch.context() as patch:
-    interrupt_at(patch, 3)
+    running.at_step(patch, 3, running.interrupt)
     with pytest.raises(KeyboardInterrupt):
       training.run(changes, tmp_path / "parts")
   training.run(changes, tmp_path / "parts")

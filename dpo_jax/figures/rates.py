@@ -13,23 +13,35 @@ from dpo_jax import winrates
 from dpo_jax.figures import house
 
 
-class Rate(Protocol):
-  """What is drawn of a win rate; `winrates.WinRate` has it."""
+class Estimate(Protocol):
+  """A win rate with its interval, of one model at one temperature."""
 
   @property
   def model(self) -> str: ...
   @property
-  def step(self) -> int | None: ...
-  @property
   def temperature(self) -> float: ...
-  @property
-  def n(self) -> int: ...
   @property
   def win_rate(self) -> float: ...
   @property
   def low(self) -> float: ...
   @property
   def high(self) -> float: ...
+
+
+class Rate(Estimate, Protocol):
+  """What is drawn of a win rate; `winrates.WinRate` has it."""
+
+  @property
+  def step(self) -> int | None: ...
+  @property
+  def n(self) -> int: ...
+
+
+class Bin(Estimate, Protocol):
+  """What is drawn of the rate at some lengths; `lengths.LengthBin` has it."""
+
+  @property
+  def difference(self) -> float: ...
 
 
 def points(rates: Sequence[Rate]) -> list[tuple]:
@@ -108,23 +120,6 @@ def win_rate_by_step(
     axes.set_xlabel(f"{name}training step")
     _finish(axes, len(labels))
     return house.save(figure, path, points(steps))
-
-
-class Bin(Protocol):
-  """What is drawn of the rate at some lengths; `lengths.LengthBin` has it."""
-
-  @property
-  def model(self) -> str: ...
-  @property
-  def temperature(self) -> float: ...
-  @property
-  def difference(self) -> float: ...
-  @property
-  def win_rate(self) -> float: ...
-  @property
-  def low(self) -> float: ...
-  @property
-  def high(self) -> float: ...
 
 
 def length_points(bins: Sequence[Bin]) -> list[tuple]:
