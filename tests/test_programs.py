@@ -11,7 +11,7 @@ from jax import monitoring
 
 from dpo_jax import training
 from dpo_jax.rows import packing, placement
-from dpo_jax.running import programs
+from dpo_jax.running import loop, programs
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -36,7 +36,7 @@ def test_nothing_is_compiled_in_the_loop(tmp_path, monkeypatch, caplog):
   config = running.configs(files)()
   jax.clear_caches()
   caplog.set_level(logging.DEBUG, "jax._src.interpreters.pxla")
-  loop = training._Loop._loop
+  original = loop.Loop._loop
   before, after = [], []
 
   def compiling():
@@ -45,10 +45,10 @@ def test_nothing_is_compiled_in_the_loop(tmp_path, monkeypatch, caplog):
 
   def watched(self):
     before.extend(compiling())
-    loop(self)
+    original(self)
     after.extend(compiling())
 
-  monkeypatch.setattr(training._Loop, "_loop", watched)
+  monkeypatch.setattr(loop.Loop, "_loop", watched)
   training.run(config, tmp_path / "run")
   for name in ("train_step", "eval_step"):
     assert sum(name in line for line in before) == 1
