@@ -202,7 +202,7 @@ LEVELS = {
   "running.samples": 10,
   "training": 12,
   "report": 10,
-  "replicate": 12,
+  "replicate": 13,
   "verify": 11,
   "reporting.differences": 0,
 }
