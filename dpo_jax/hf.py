@@ -233,30 +233,31 @@ def fingerprint(base: Tree) -> str:
 def content_hash(base: Tree) -> str:
   """Sixteen hex digits of every bit of a model's weights.
 
-  Sums of mixed words, which wrap around and so do not depend on the mesh; it
-  reads each weight once, on the device.
+  Sums of mixed words, which wrap around and so do not depend on the mesh. They
+  are made on the device, one after the other: what is mixed is a copy of one
+  weight.
   """
-
-  def one(leaf):
-    width = jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32
-    bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
-    place = jnp.zeros(leaf.shape, jnp.uint32)
-    for axis in range(leaf.ndim):
-      place = place * jnp.uint32(leaf.shape[axis] % 2**32)
-      place += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    sums = []
-    for odd in (0x9E3779B1, 0x85EBCA77):
-      mixed = bits + place * jnp.uint32(odd)
-      for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
-      sums.append(jnp.sum(mixed, dtype=jnp.uint32))
-    return jnp.stack(sums)
-
   digest = hashlib.sha256()
-  sums = processes.fetch(jax.jit(lambda tree: jax.tree.map(one, tree))(base))
-  for leaf, words in zip(jax.tree.leaves(base), jax.tree.leaves(sums)):
-    digest.update(f"{leaf.dtype} {leaf.shape}".encode() + words.tobytes())
+  mix = jax.jit(_mixed_sum)
+  for leaf in jax.tree.leaves(base):
+    digest.update(f"{leaf.dtype} {leaf.shape}".encode())
+    for odd in (0x9E3779B1, 0x85EBCA77):
+      digest.update(processes.fetch(mix(leaf, jnp.uint32(odd))).tobytes())
   return digest.hexdigest()[:16]
+
+
+def _mixed_sum(leaf: jax.Array, odd: jax.Array) -> jax.Array:
+  """Sum of a weight's words, each mixed with its place times `odd`, uint32."""
+  width = jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32
+  bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
+  place = jnp.zeros(leaf.shape, jnp.uint32)
+  for axis in range(leaf.ndim):
+    place = place * jnp.uint32(leaf.shape[axis] % 2**32)
+    place += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+  mixed = bits + place * odd
+  for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+    mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+  return jnp.sum(mixed, dtype=jnp.uint32)
 
 
 def _read_config(directory: pathlib.Path) -> model.ModelConfig:

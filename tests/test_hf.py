@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -660,6 +661,31 @@ def test_the_content_hash_sees_every_weight():
   others += [rounded, jax.tree.map(lambda x: x.astype(jnp.bfloat16), base)]
   hashes = {hf.content_hash(tree) for tree in (base, *others)}
   assert len(hashes) == 1 + len(others)
+
+
+def test_the_content_hash_is_of_sums_of_mixed_words():
+  base = {"a": jnp.arange(6, dtype=jnp.float32).reshape(2, 3) - 2.5}
+  base["b"] = jnp.array([1.0, -3.0], jnp.bfloat16)
+  digest = hashlib.sha256()
+  for leaf, width in ((base["a"], np.uint32), (base["b"], np.uint16)):
+    words = np.asarray(leaf).reshape(-1).view(width).tolist()
+    digest.update(f"{leaf.dtype} {leaf.shape}".encode())
+    for odd in (0x9E3779B1, 0x85EBCA77):
+      total = 0
+      for place, word in enumerate(words):
+        word = (word + place * odd) % 2**32
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+          word = (word ^ word >> shift) * factor % 2**32
+        total += word
+      digest.update((total % 2**32).to_bytes(4, "little"))
+  assert hf.content_hash(base) == digest.hexdigest()[:16]
+
+
+def test_the_content_hash_needs_room_for_a_copy_of_one_weight():
+  weight = jax.ShapeDtypeStruct((256, 1024), jnp.float32)
+  program = jax.jit(hf._mixed_sum).lower(weight, jnp.uint32(1)).compile()
+  used = program.memory_analysis().temp_size_in_bytes
+  assert used < 1.2 * 4 * weight.size
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
