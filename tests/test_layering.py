@@ -45,6 +45,7 @@ LEVELS = {
   "judging.verdicts": 0,
   "logps": 0,
   "engine.draw": 0,
+  "attention.columns": -1,
   "attention.flash": 0,
   "engine.kv_cache": 0,
   "lora": 0,

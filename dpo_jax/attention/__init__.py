@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dpo_jax import partitioning
-from dpo_jax.attention import block_attention, flash
+from dpo_jax.attention import block_attention, columns, flash
 
 PROMPT = 0
 
@@ -160,16 +160,11 @@ def check(
 def dense(q: jax.Array, k: Any, v: Any, mask: jax.Array) -> jax.Array:
   """`attend` by a mask, bool [B, T, S]; scores and softmax in float32.
 
-  Keys and values may also be [B, S, N H], for one query a row, see `_folded`;
-  or tuples, of which each part has as many rows.
+  For one query a row keys and values may also be [B, S, N H], see `_folded`, or
+  keys be `columns.Columns`.
   """
-  if isinstance(k, tuple):
-    each = len(q) // len(k)
-    attended = [
-      dense(q[at : at + each], own_k, own_v, mask[at : at + each])
-      for at, own_k, own_v in zip(range(0, len(q), each), k, v, strict=True)
-    ]
-    return jnp.concatenate(attended)
+  if isinstance(k, columns.Columns):
+    return columns.attend(q, k, v, mask)
   if k.ndim == 3:
     return _folded(q, k, v, mask)
   scores = jnp.einsum(

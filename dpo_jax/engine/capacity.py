@@ -28,9 +28,6 @@ MOST_ROWS = 512
 # Of blocks' weights: decoding with layers apart holds a copy of them.
 _APART_BYTES = 2**29
 
-# Rows of a part of a layer's cache, and parts at most, as each is compiled.
-_PART_ROWS, _MOST_PARTS = 32, 8
-
 # A TPU pads the last axis of an array to a multiple of this.
 _LANES = 128
 
@@ -103,7 +100,6 @@ def layout(
       why = f"more than {MOST_ROWS} a shard gain little"
     if most <= size:
       size, why = most, f"{len(requests)} are asked for"
-  program = dataclasses.replace(program, parts=_parts(program, size))
   return Layout(plan(requests, engine, shards, wanted), program, size, why)
 
 
@@ -233,16 +229,6 @@ def _cache_layout(config, mesh) -> kv_cache.Layout:
   if platform != "cpu" or (mesh is not None and mesh.size > 1):
     return "stacked"
   return "apart" if _blocks_bytes(config) <= _APART_BYTES else "stacked"
-
-
-def _parts(program, size) -> int:
-  """Parts of a layer's cache: of about 32 rows, if they divide the rows."""
-  if not program.apart:
-    return 1
-  most = min(size // _PART_ROWS, _MOST_PARTS)
-  return next(
-    parts for parts in range(max(most, 1), 0, -1) if size % parts == 0
-  )
 
 
 def _blocks_bytes(config) -> int:

@@ -110,10 +110,8 @@ def enter(
     return jax.lax.fori_loop(0, len(new), layer, whole)
 
   if program.apart:
-    cache = tuple(
-      _copy_parts(whole, new, enters, prompt)
-      for whole, new in zip(state.cache, prefix.cache, strict=True)
-    )
+    own = functools.partial(_copy_apart, enters=enters, prompt=prompt)
+    cache = jax.tree.map(own, state.cache, prefix.cache)
   else:
     cache = jax.tree.map(copy, state.cache, prefix.cache)
   rows = jax.tree.map(merge, rows, state.rows)
@@ -200,23 +198,13 @@ def resume(
   )
 
 
-def _copy_parts(parts, prompts, enters, prompt):
-  """The parts of a layer's cache with the prompts of rows that enter."""
-  each = len(enters) // len(parts)
-
-  def copy(whole, new, enters, prompt):
-    start = (0,) * new.ndim
-    old = jax.lax.slice(whole, start, (each, *new.shape[1:]))
-    own = jnp.expand_dims(enters, (*range(1, new.ndim),))
-    kept = jnp.where(own, jnp.take(new, prompt, axis=0), old)
-    return jax.lax.dynamic_update_slice(whole, kept, start)
-
-  found = []
-  for at, part in enumerate(parts):
-    own = slice(at * each, (at + 1) * each)
-    one = functools.partial(copy, enters=enters[own], prompt=prompt[own])
-    found.append(jax.tree.map(one, part, prompts))
-  return tuple(found)
+def _copy_apart(whole, new, enters, prompt):
+  """A leaf of a layer's cache with the prompts of rows that enter."""
+  start = (0,) * new.ndim
+  old = jax.lax.slice(whole, start, (len(enters), *new.shape[1:]))
+  own = jnp.expand_dims(enters, (*range(1, new.ndim),))
+  kept = jnp.where(own, jnp.take(new, prompt, axis=0), old)
+  return jax.lax.dynamic_update_slice(whole, kept, start)
 
 
 def _take(program, state, logits, table, active):

@@ -35,7 +35,6 @@ class Program:
       cache are arrays of their own while tokens are decoded. A CPU copies a
       slice of a stack before it uses it, at every step; elsewhere a stack is
       one loop, which is compiled sooner.
-    parts: of a layer's cache, where layers are apart; they divide the rows.
   """
 
   config: model.ModelConfig
@@ -46,7 +45,6 @@ class Program:
   ways: draw.Ways
   cache: kv_cache.Kind
   layout: kv_cache.Layout
-  parts: int = 1
 
   @property
   def apart(self) -> bool:
@@ -94,8 +92,7 @@ class State:
     count: how many tokens are new, [B].
     done: whether the row takes no more; empty slots are done, [B].
     turn: how much of a human turn its text ends with, see `stops`, [B].
-    cache: see `kv_cache`; a tuple of single layers', each in parts, if they
-      are apart.
+    cache: see `kv_cache`; a tuple of single layers' if they are apart.
   """
 
   rows: Rows
@@ -158,10 +155,7 @@ def _resize(cache, slots):
 
 def _new_cache(program, batch, slots):
   cache = stacked_cache(program, batch, slots)
-  if not program.apart:
-    return cache
-  layers = kv_cache.split(cache)
-  return tuple(kv_cache.divide(layer, program.parts) for layer in layers)
+  return kv_cache.split(cache) if program.apart else cache
 
 
 def stacked_cache(program: Program, batch: int, slots: int) -> kv_cache.Tree:

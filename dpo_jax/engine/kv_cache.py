@@ -8,9 +8,8 @@ folded into its last axis: a TPU pads a last axis to a multiple of 128, and
 copies a cache whose head dim is not one into such a form and back. In int8 each
 key and each value has a scale of its own, its largest magnitude over 127.
 
-A layer's own cache may lie in parts of its rows, as `divide` gives them: on a
-CPU attention over two halves of 64 rows takes a fifth less time than over all
-of them at once (benchmarks/sampling.md).
+A layer's own cache holds its keys as columns, [B, N, H, S]: of many rows with
+one query each, a CPU's cores then share the sums (`attention.columns`).
 
 Letters: L layers, B rows, N heads, S slots, T tokens of this call, H head dim,
 C = N H.
@@ -21,9 +20,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.attention import columns
+
 Tree = dict[str, Any]
-# A layer's cache in parts of as many rows each, first rows first.
-Parts = tuple[Tree, ...]
 Kind = Literal["float32", "bfloat16", "int8"]
 Layout = Literal["stacked", "apart", "folded"]
 
@@ -75,46 +74,46 @@ def axes(name: str, dims: int) -> tuple[str, ...]:
 
 
 def split(cache: Tree) -> tuple[Tree, ...]:
-  """Caches of single layers, {"k", "v"} of [B, N, S, H], from one of all."""
+  """Caches of single layers from one of all.
+
+  "k" is [B, N, H, S] and "v" [B, N, S, H]; scales are [B, N, S].
+  """
+
+  def one(name, leaf):
+    return jnp.swapaxes(leaf, 2, 3) if name == "k" else leaf
+
   layers = cache["k"].shape[0]
   return tuple(
-    jax.tree.map(lambda leaf, at=at: leaf[at], cache) for at in range(layers)
+    {name: one(name, leaf[at]) for name, leaf in cache.items()}
+    for at in range(layers)
   )
 
 
-def divide(cache: Tree, parts: int) -> Parts:
-  """So many parts of a single layer's cache, which must divide its rows."""
-  divided = {name: jnp.split(leaf, parts) for name, leaf in cache.items()}
-  return tuple(
-    {name: leaves[at] for name, leaves in divided.items()}
-    for at in range(parts)
-  )
-
-
-def resize(cache: Tree | Parts, slots: int) -> Tree | Parts:
+def resize(cache: Tree, slots: int) -> Tree:
   """A single layer's cache with so many slots; new ones, at the end, are 0."""
 
-  def one(leaf):
-    more = slots - leaf.shape[2]
+  def one(name, leaf):
+    axis = 3 if name == "k" else 2
     ends = [(0, 0)] * leaf.ndim
-    ends[2] = (0, max(more, 0))
-    return jnp.pad(leaf[:, :, :slots], ends)
+    ends[axis] = (0, max(slots - leaf.shape[axis], 0))
+    kept = min(slots, leaf.shape[axis])
+    return jnp.pad(jax.lax.slice_in_dim(leaf, 0, kept, axis=axis), ends)
 
-  return jax.tree.map(one, cache)
+  return {name: one(name, leaf) for name, leaf in cache.items()}
 
 
 def remember(
-  cache: Tree | Parts,
+  cache: Tree,
   layer: jax.Array | None,
   index: jax.Array | int,
   k: jax.Array,
   v: jax.Array,
   span: int,
-) -> tuple[Any, Any, Tree | Parts]:
+) -> tuple[Any, Any, Tree]:
   """Writes a layer's keys and values and gives back all of its first slots.
 
   Args:
-    cache: see `init`; with `layer` None one of `split`, or all its parts.
+    cache: see `init`; with `layer` None one of `split`.
     layer: which layer's they are.
     index: the slot of the first token: one for all rows, or, for one token a
       row, int32 [B].
@@ -124,13 +123,13 @@ def remember(
 
   Returns:
     Keys and values [B, N, span, H] in the dtype of `k`, and the cache. Of a
-    folded cache, where each row has one token, they are [B, span, C]; of a
-    cache in parts they are tuples of as many.
+    folded cache, where each row has one token, they are [B, span, C]; of one of
+    `split` keys are `columns.Columns`.
   """
-  if isinstance(cache, tuple):
-    return _remember_parts(cache, layer, index, k, v, span)
+  if layer is None:
+    return _remember_apart(cache, index, k, v, span)
   cache = dict(cache)
-  folded = layer is not None and cache["k"].ndim == 4
+  folded = cache["k"].ndim == 4
   found = []
   for name, new in zip(_NAMES, (k, v), strict=True):
     parts = {name: new.astype(cache[name].dtype)}
@@ -152,13 +151,32 @@ def remember(
   return found[0], found[1], cache
 
 
-def _remember_parts(parts, layer, index, k, v, span):
-  each = len(k) // len(parts)
-  found = []
-  for at, part in enumerate(parts):
-    own = slice(at * each, (at + 1) * each)
-    found.append(remember(part, layer, index[own], k[own], v[own], span))
-  return tuple(zip(*found, strict=True))
+def _remember_apart(cache, index, k, v, span):
+  cache = dict(cache)
+  for name, new in zip(_NAMES, (k, v), strict=True):
+    parts = {name: new.astype(cache[name].dtype)}
+    if f"{name}_scale" in cache:
+      parts = _quantised(name, new)
+    for part, value in parts.items():
+      cache[part] = _write_apart(part, cache[part], index, value)
+  keys = cache["k"][..., :span].astype(k.dtype)
+  values = cache["v"][:, :, :span].astype(v.dtype)
+  if "k_scale" in cache:
+    keys *= cache["k_scale"][:, :, None, :span].astype(k.dtype)
+    values *= cache["v_scale"][:, :, :span, None].astype(v.dtype)
+  return columns.Columns(keys), values, cache
+
+
+def _write_apart(name, leaf, index, new):
+  if jnp.ndim(index) == 0:
+    if name == "k":
+      new, start = jnp.swapaxes(new, 2, 3), (0, 0, 0, index)
+    else:
+      start = (0, 0, index, 0)[: leaf.ndim]
+    return jax.lax.dynamic_update_slice(leaf, new, start)
+  rows = jnp.arange(leaf.shape[0])
+  at = leaf.at[rows, ..., index] if name == "k" else leaf.at[rows, :, index]
+  return at.set(new[:, :, 0], mode="promise_in_bounds", unique_indices=True)
 
 
 def _quantised(name, x):
@@ -172,14 +190,6 @@ def _quantised(name, x):
 
 
 def _write(leaf, layer, index, new):
-  if layer is None:
-    if jnp.ndim(index) == 0:
-      start = (0, 0, index, 0)[: leaf.ndim]
-      return jax.lax.dynamic_update_slice(leaf, new, start)
-    rows = jnp.arange(leaf.shape[0])
-    return leaf.at[rows, :, index].set(
-      new[:, :, 0], mode="promise_in_bounds", unique_indices=True
-    )
   if jnp.ndim(index) == 0:
     start = (layer, 0, 0, index, 0)[: leaf.ndim]
     return jax.lax.dynamic_update_slice(leaf, new[None], start)
@@ -190,8 +200,7 @@ def _write(leaf, layer, index, new):
 
 
 def _read(leaf, layer, span):
-  if layer is not None:
-    leaf = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+  leaf = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
   return leaf[:, :, :span]
 
 
