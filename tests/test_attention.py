@@ -10,6 +10,7 @@ import running
 
 from configs import dpo
 from dpo_jax import attention, training
+from dpo_jax.attention import columns
 from dpo_jax.interface import settings
 from dpo_jax.running import programs, recipe
 
@@ -123,3 +124,29 @@ def test_cudnn_gets_the_mask_and_head_dim_80(monkeypatch):
     # Queries without padding of the head dim, and the mask as a bias.
     assert f"tensor<{rows}x{length}x{heads}x{dim}xbf16>" in call
     assert f"tensor<{rows}x1x{length}x{length}xbf16>" in call
+
+
+@pytest.mark.parametrize("rows", [8, 16, 64])
+def test_a_rows_bits_do_not_depend_on_its_place_or_its_neighbours(rows):
+  """Of attention to keys as columns, by products and by sums."""
+  shape = (rows, 4, 96, 32)
+  keys = jax.random.split(jax.random.key(0), 4)
+  q = jax.random.normal(keys[0], (rows, 1, 4, 32))
+  k, v = (jax.random.normal(key, shape) for key in keys[1:3])
+  seen = jnp.arange(rows) * 7 % 96
+  mask = (jnp.arange(96)[None] <= seen[:, None])[:, None]
+  attend = jax.jit(
+    lambda q, k, v, mask: columns.attend(
+      q, columns.Columns(jnp.swapaxes(k, 2, 3)), v, mask
+    )
+  )
+  found = attend(q, k, v, mask)
+  np.testing.assert_allclose(
+    found, attention.dense(q, k, v, mask), atol=1e-6, rtol=0
+  )
+  order = jax.random.permutation(keys[3], rows)
+  moved = attend(q[order], k[order], v[order], mask[order])
+  np.testing.assert_array_equal(moved, found[order])
+  # Row 0 beside others than before.
+  others = attend(*(x.at[1:].set(jnp.flip(x[1:], 0)) for x in (q, k, v, mask)))
+  np.testing.assert_array_equal(others[0], found[0])
