@@ -48,7 +48,8 @@ def run(config: recipe.TrainSettings, workdir: pathlib.Path) -> pathlib.Path:
   """
   if config.keep_freed_memory:
     # First, as a backend begins with threads.
-    allocator.keep_freed()
+    if allocator.keep_freed():
+      programs.compute_at_call()
   programs.keep(config.compilation_cache)
   with interruption.Watch(config.grace_s) as watch:
     with processes.together("preparing the directory"):

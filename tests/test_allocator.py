@@ -107,3 +107,44 @@ def test_memory_that_is_free_now_is_given_back():
   kept, released = map(int, process.stdout.split())
   assert kept < 0.1 * 64 * 2**20
   assert released > 0.9 * 64 * 2**20
+
+
+ROOM = """
+import ctypes, os
+from dpo_jax.running import allocator
+allocator.keep_freed()
+library = ctypes.CDLL(None)
+library.malloc.restype = ctypes.c_void_p
+library.free.argtypes = [ctypes.c_void_p]
+size = 64 * 2**20
+
+def resident():
+  with open("/proc/self/statm") as file:
+    return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+room = allocator.Room()
+room.make(size)
+block = library.malloc(ctypes.c_size_t(size))
+ctypes.memset(block, 1, size)
+# Stays, so that the block is a hole below it.
+above = library.malloc(ctypes.c_size_t(2**20))
+before = resident()
+library.free(block)
+room.make(size // 2)
+print(before - resident())
+room.make(2 * size)
+print(before - resident())
+"""
+
+
+def test_what_is_free_is_given_back_where_a_block_lies_elsewhere():
+  process = subprocess.run(
+    [sys.executable, "-c", ROOM],
+    env=CLEAN,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  kept, released = map(int, process.stdout.split())
+  assert kept < 0.1 * 64 * 2**20
+  assert released > 0.9 * 64 * 2**20

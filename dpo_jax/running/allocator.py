@@ -24,6 +24,11 @@ _SETTINGS = {
   "MALLOC_ARENA_MAX": (-8, 2),
 }
 
+# Bytes that XLA asks for beside a block, to align it, and then some.
+_BESIDE = 2**12
+# Of the smaller of two blocks, what they share if they lie in one place.
+_COMMON = 7 / 8
+
 
 def release() -> None:
   """Gives back to the system the pages of all memory that is free now.
@@ -33,6 +38,40 @@ def release() -> None:
   library = ctypes.CDLL(None)
   if hasattr(library, "malloc_trim"):
     library.malloc_trim(ctypes.c_size_t(0))
+
+
+class Room:
+  """Where the large blocks of a thread lie, one at a time, again and again.
+
+  A block that lies elsewhere than the last one would be new memory beside it:
+  often it does not fit where the last one was, but for some small thing that
+  was put there since.
+  """
+
+  def __init__(self):
+    # First byte of what is kept, and the first one after it.
+    self._kept = (0, 0)
+
+  def make(self, size: int) -> None:
+    """Gives back what is free unless a block of `size` bytes lies in it.
+
+    To be called by the thread that will ask for the block, just before.
+    """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "malloc_trim"):
+      return
+    library.malloc.restype = ctypes.c_void_p
+    block = library.malloc(ctypes.c_size_t(size + _BESIDE))
+    if block is None:
+      return
+    library.free(ctypes.c_void_p(block))
+    (first, end), last = self._kept, block + size
+    common = min(last, end) - max(block, first)
+    if common >= _COMMON * min(size, end - first):
+      self._kept = (min(block, first), max(last, end))
+    else:
+      release()
+      self._kept = (block, last)
 
 
 def keep_freed() -> bool:

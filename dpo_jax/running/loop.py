@@ -62,6 +62,7 @@ class Loop:
     self.made, self.checkpoints, self.state = made, checkpoints, state
     self.steps = made.feed.steps
     self.start = int(jax.device_get(state.step))
+    self.at_call = programs.computed_at_call(config)
     # The last evaluation, by its step.
     self.evaluated: dict[int, dict[str, float]] = {}
 
@@ -109,16 +110,17 @@ class Loop:
     """All that the loop runs, so that no step waits for a compiler."""
     made, params = self.made, self.state.params
     train, held_out = made.feed.shapes()
+    room = allocator.Room() if self.at_call else None
     # Before and after, as the compiler's memory and the steps' lie apart: the
     # peak is the greater of them, and not their sum.
     allocator.release()
     self.made = dataclasses.replace(
       made,
       train_step=programs.ahead(
-        made.train_step, (self.state, made.reference), train
+        made.train_step, (self.state, made.reference), train, room
       ),
       eval_step=programs.ahead(
-        made.eval_step, (params, made.reference), held_out
+        made.eval_step, (params, made.reference), held_out, room
       ),
     )
     allocator.release()
@@ -145,7 +147,9 @@ class Loop:
       evaluate = self._due(done, self.config.eval_every)
       sample = self.sampler.due(done)
       save = self._due(done, self.config.checkpoint_every)
-      if evaluate or sample or save or stop or done == 1:
+      # Where it is computed there is nothing to wait for.
+      at_once = self.at_call or done == 1
+      if evaluate or sample or save or stop or at_once:
         self._record(*waiting)
         waiting = None
       if evaluate and not stop:

@@ -14,7 +14,7 @@ import optax
 
 from dpo_jax import attention, model, partitioning, quantised, steps
 from dpo_jax.rows import packing
-from dpo_jax.running import guards, recipe
+from dpo_jax.running import allocator, guards, recipe
 
 Tree = dict[str, Any]
 
@@ -113,7 +113,10 @@ def training(
 
 
 def ahead(
-  step: Callable, arguments: tuple[Any, ...], batches: Iterable[packing.Batch]
+  step: Callable,
+  arguments: tuple[Any, ...],
+  batches: Iterable[packing.Batch],
+  room: allocator.Room | None = None,
 ) -> Callable:
   """The step, compiled now for every shape of batch that is to come.
 
@@ -123,15 +126,45 @@ def ahead(
     step: from `training`.
     arguments: what it takes before the batch: arrays, or their shapes.
     batches: the shapes, one batch of each.
+    room: where its temporary memory lies, if it is computed by the thread that
+      calls it (`compute_at_call`).
   """
   compiled = {
     _sizes(batch): step.lower(*arguments, batch).compile() for batch in batches
   }
+  takes = {
+    sizes: _temporary_bytes(program) for sizes, program in compiled.items()
+  }
 
   def call(*arguments):
-    return compiled.get(_sizes(arguments[-1]), step)(*arguments)
+    sizes = _sizes(arguments[-1])
+    if room and sizes in takes:
+      room.make(takes[sizes])
+    return compiled.get(sizes, step)(*arguments)
 
   return call
+
+
+def compute_at_call() -> None:
+  """From now on a program for CPUs is computed by the thread that calls it.
+
+  Its temporary memory, one block, is then always taken from that thread's
+  arena, where the last one was freed. By XLA's threads it was taken from either
+  of two, and there were two such blocks. To be called before there is a
+  backend.
+  """
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def computed_at_call(config: recipe.TrainSettings) -> bool:
+  """Whether a step is computed when its call returns."""
+  return config.keep_freed_memory and jax.default_backend() == "cpu"
+
+
+def _temporary_bytes(program: jax.stages.Compiled) -> int:
+  """What a program takes beside its arguments and results, where it tells."""
+  found = program.memory_analysis()
+  return found.temp_size_in_bytes if found is not None else 0
 
 
 def _sizes(batch: packing.Batch) -> tuple[tuple[int, ...], ...]:
