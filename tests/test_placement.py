@@ -153,3 +153,33 @@ def real_lengths(shared):
     for name in ("prompt", "chosen", "rejected")
   ]
   return tables.from_columns([row.id for row in rows], columns)
+
+
+def test_micro_batches_of_lines_are_dealt_evenly():
+  sizes = (9, 8, 2, 1)
+  items = [
+    tables.Example(str(i), (10 + i,), (20 + i,) * (size - 1))
+    if size > 1
+    else tables.Example(str(i), (10 + i,), ())
+    for i, size in enumerate(sizes)
+  ]
+  table = tables.from_items(items)
+  how = placement.Packing("packed", 10, 1, 2, True, 1, runs_on=True)
+  # 9, then 8 to the other, 2 to where 8 is, 1 where there is still room.
+  assert placement.dealt(table.lengths, how).tolist() == [0, 3, 1, 2]
+  one = dataclasses.replace(how, microbatches=1)
+  apart = dataclasses.replace(how, runs_on=False)
+  for other in (one, apart):
+    assert placement.dealt(table.lengths, other).tolist() == [0, 1, 2, 3]
+  batch, counts = packing.pack(table, how)
+  assert np.count_nonzero(batch.pieces, (1, 2)).tolist() == [10, 10]
+  assert counts.ids == ("0", "1", "2", "3")
+  # Each token keeps its seat, by which dropout is drawn.
+  whole, _ = packing.pack(table, one)
+
+  def seated(x):
+    return sorted(zip(x.seats[x.pieces > 0], x.tokens[x.pieces > 0]))
+
+  assert seated(batch) == seated(whole)
+  settled = settling.settled(table, how, [np.arange(4)], 1)
+  assert settled.shapes[0].rows == 1

@@ -100,17 +100,20 @@ def pack(
       the micro-batches.
   """
   table = tables.from_items(items)
+  ids = table.ids
+  # A number for the first token of each part of each item; 0 is padding.
+  seats = 1 + _before(table.lengths.reshape(-1)).reshape(table.lengths.shape)
+  order = placement.dealt(table.lengths, how)
+  table, seats = table.take(order), seats[order]
   plans = placement.plans(table, how)
   shape = placement.shape_of(plans, how)
   batch = _empty(how, shape, reference is not None)
   share = len(table) // how.microbatches
-  # A number for the first token of each part of each item; 0 is padding.
-  seats = 1 + _before(table.lengths.reshape(-1)).reshape(table.lengths.shape)
   for m, plan in enumerate(plans):
     plan = dataclasses.replace(plan, item=plan.item + m * share)
     _fill(batch, m, m * share, table, plan, seats, how, reference)
   return batch, Counts(
-    ids=table.ids,
+    ids=ids,
     tokens=int(np.count_nonzero(batch.pieces)),
     completion_tokens=int(np.count_nonzero(batch.owner >= 0)),
     slots=batch.pieces.size,

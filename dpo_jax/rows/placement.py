@@ -153,6 +153,33 @@ def plans(table: tables.Table, how: Packing) -> list[Plan]:
   ]
 
 
+def dealt(lengths: np.ndarray, how: Packing) -> np.ndarray:
+  """The order of a step's items that evens out its micro-batches, [N].
+
+  All micro-batches have the rows of the greatest. Where pieces run on, rows are
+  as many as tokens ask for: the longest item goes first, to the micro-batch
+  with the fewest tokens of those that are not full. Otherwise, and for one
+  micro-batch, items keep the order they came in.
+
+  Args:
+    lengths: tokens of each part of each item, [N, P].
+    how: the layout.
+  """
+  count = len(lengths)
+  if how.microbatches == 1 or not how.runs_on or count % how.microbatches:
+    return np.arange(count)
+  item, size = _piece_sizes(lengths, how.layout)
+  size = np.bincount(item, size, minlength=count)
+  room = np.full(how.microbatches, count // how.microbatches)
+  tokens = np.zeros(how.microbatches)
+  of = np.zeros(count, np.int64)
+  for longest in np.argsort(-size, kind="stable"):
+    of[longest] = np.argmin(np.where(room > 0, tokens, np.inf))
+    room[of[longest]] -= 1
+    tokens[of[longest]] += size[longest]
+  return np.argsort(of, kind="stable")
+
+
 def _piece_sizes(
   lengths: np.ndarray, layout: Layout
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -31,9 +31,9 @@ def settled(
   needs = []
   free = dataclasses.replace(how, shapes=())
   for indices in steps:
-    shape = placement.shape_of(
-      placement.plans(table.take(indices), how), free, growth=1.0
-    )
+    taken = table.take(indices)
+    taken = taken.take(placement.dealt(taken.lengths, how))
+    shape = placement.shape_of(placement.plans(taken, how), free, growth=1.0)
     needs.append((shape.rows, shape.width, shape.seen))
   rows, *others = np.asarray(needs).T
   values, numbers = np.unique(rows, return_counts=True)
