@@ -46,10 +46,9 @@ def run(config: recipe.TrainSettings, workdir: pathlib.Path) -> pathlib.Path:
     mirror.NotCopied: all is done, but not all of it is in the bucket.
     lease.Held: another process writes to the bucket; lease.Lost: now it does.
   """
-  if config.keep_freed_memory:
-    # First, as a backend begins with threads.
-    if allocator.keep_freed():
-      programs.compute_at_call()
+  # First, as a backend begins with threads.
+  if config.keep_freed_memory and allocator.keep_freed():
+    programs.compute_at_call()
   programs.keep(config.compilation_cache)
   with interruption.Watch(config.grace_s) as watch:
     with processes.together("preparing the directory"):

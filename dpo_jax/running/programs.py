@@ -127,7 +127,7 @@ def ahead(
     arguments: what it takes before the batch: arrays, or their shapes.
     batches: the shapes, one batch of each.
     room: where its temporary memory lies, if it is computed by the thread that
-      calls it (`compute_at_call`).
+      calls it, see `compute_at_call`.
   """
   compiled = {
     _sizes(batch): step.lower(*arguments, batch).compile() for batch in batches
