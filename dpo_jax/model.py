@@ -153,9 +153,8 @@ class _Projection(nnx.Module):
   def __call__(self, x, dropout_key, adapter=None):
     y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
     y += jnp.expand_dims(self.bias[...].astype(x.dtype), (0, 1))
-    y = checkpoint_name(y, "projection")
     if self.lora is None:
-      return y
+      return checkpoint_name(y, "projection")
     flat = x.reshape(*x.shape[:2], -1)
     if dropout_key is not None and self.lora.dropout:
       keep = 1 - self.lora.dropout
@@ -173,7 +172,7 @@ class _Projection(nnx.Module):
       delta = (flat.reshape(-1, flat.shape[-1]) @ a * scale) @ b
     else:
       delta = lora_lib.product(flat, a, b, adapter) * scale
-    return y + delta.reshape(y.shape)
+    return checkpoint_name(y + delta.reshape(y.shape), "projection")
 
 
 class _Block(nnx.Module):

@@ -108,7 +108,8 @@ def _forward(q, k, v, visible, query, key):
   add = functools.partial(
     jax.ops.segment_sum, segment_ids=query, num_segments=len(q)
   )
-  q, k, v = _written((q, k, v))
+  q, k, v = _written(query, (q, k, v))
+  q, k, v = (checkpoint_name(x, SAVED) for x in (q, k, v))
   scores = jnp.einsum("PNkH,PNqH->PNkq", k[key], q[query])
   # A finite floor: what sees nothing stays free of NaN.
   floor = jnp.finfo(jnp.float32).min
@@ -136,7 +137,7 @@ def _backward(kept, grad):
 
   # `weights` lack their `share`: the gradient takes it, which is smaller.
   grad = grad * share[:, :, :, None]
-  common, grad = _written((jnp.sum(grad * out, axis=-1), grad))
+  common, grad = _written(query, (jnp.sum(grad * out, axis=-1), grad))
   common, grad = common[query][:, :, None, :], grad[query]
   slope = jnp.einsum("PNkH,PNqH->PNkq", v[key], grad)
   slope = weights * (slope - common)
@@ -153,10 +154,16 @@ def _backward(kept, grad):
 _attend.defvjp(_forward, _backward)
 
 
-def _written(rows):
+def _written(query, rows):
   """Rows that exist before they are gathered.
 
   XLA would compute a row, bias, rotation and transposition included, again for
-  each pair that has it.
+  each pair that has it, and through an optimisation barrier too; not through a
+  condition that it cannot decide. This one always holds.
   """
-  return jax.lax.optimization_barrier(rows)
+  return jax.lax.cond(
+    jnp.all(query >= 0),
+    lambda rows: rows,
+    lambda rows: jax.tree.map(jnp.zeros_like, rows),
+    rows,
+  )
