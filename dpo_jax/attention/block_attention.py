@@ -159,7 +159,8 @@ def _written(query, rows):
 
   XLA would compute a row, bias, rotation and transposition included, again for
   each pair that has it, and through an optimisation barrier too; not through a
-  condition that it cannot decide. This one always holds.
+  condition that it cannot decide. This one always holds. Of several shards it
+  makes a choice of values, and nothing is won.
   """
   return jax.lax.cond(
     jnp.all(query >= 0),
