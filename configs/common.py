@@ -247,8 +247,8 @@ def data() -> config_dict.ConfigDict:
   # Tokens of a row. Twice max_length always holds a pair. Under
   # model.attention "blocks" rows are shorter, and this is the longest pair.
   c.row_length = 1024
-  # Row counts, and so compiled steps, that a run may have: more waste less and
-  # compile longer.
+  # Shapes of batches, and so compiled steps, that a run may have: more waste
+  # less and compile longer.
   c.shapes = 4
   return c
 
