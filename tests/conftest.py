@@ -2,6 +2,12 @@
 
 import os
 import pathlib
+import signal
+
+# A shell starts what runs in its background with SIGINT ignored: tests that
+# send it to themselves and to their children would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
