@@ -56,6 +56,17 @@ def test_nothing_is_compiled_in_the_loop(tmp_path, monkeypatch, caplog):
   assert running.reached(tmp_path / "run", running.STEPS)
 
 
+def test_what_is_computed_at_the_call_is_what_jax_was_told():
+  before = jax.config.read(programs._DISPATCH)
+  try:
+    jax.config.update(programs._DISPATCH, True)
+    assert not programs.computed_at_call()
+    programs.compute_at_call()
+    assert programs.computed_at_call()
+  finally:
+    jax.config.update(programs._DISPATCH, before)
+
+
 def test_a_shape_that_was_not_planned_is_compiled_when_it_comes(compiled):
   step = jax.jit(lambda x, batch: x + jnp.sum(batch.tokens))
   how = placement.Packing("shared", 8, 1, 1, False, 1)

@@ -62,7 +62,7 @@ class Loop:
     self.made, self.checkpoints, self.state = made, checkpoints, state
     self.steps = made.feed.steps
     self.start = int(jax.device_get(state.step))
-    self.at_call = programs.computed_at_call(config)
+    self.at_call = programs.computed_at_call()
     # The last evaluation, by its step.
     self.evaluated: dict[int, dict[str, float]] = {}
 

@@ -17,6 +17,8 @@ from dpo_jax.rows import packing
 from dpo_jax.running import allocator, guards, recipe
 
 Tree = dict[str, Any]
+# Whether programs for CPUs are computed by threads of XLA's.
+_DISPATCH = "jax_cpu_enable_async_dispatch"
 
 
 def base(shape: model.ModelConfig, key: jax.Array, param_dtype: str) -> Tree:
@@ -153,12 +155,12 @@ def compute_at_call() -> None:
   of two, and there were two such blocks. To be called before there is a
   backend.
   """
-  jax.config.update("jax_cpu_enable_async_dispatch", False)
+  jax.config.update(_DISPATCH, False)
 
 
-def computed_at_call(config: recipe.TrainSettings) -> bool:
-  """Whether a step is computed when its call returns."""
-  return config.keep_freed_memory and jax.default_backend() == "cpu"
+def computed_at_call() -> bool:
+  """Whether programs for the devices at hand are so computed."""
+  return jax.default_backend() == "cpu" and not jax.config.read(_DISPATCH)
 
 
 def _temporary_bytes(program: jax.stages.Compiled) -> int:
