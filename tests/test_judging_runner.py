@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import sys
 import threading
 
 import judge_server
@@ -101,7 +102,11 @@ def test_judges_from_a_notebook(tmp_path):
     in_a_running_loop(lambda: runner.run(ORACLE, tmp_path / "nothing"))
 
 
-def test_a_notebooks_interrupt_ends_the_judging(tmp_path, monkeypatch):
+@pytest.mark.parametrize("interval", [1e-6, 5e-3])
+def test_a_notebooks_interrupt_ends_the_judging(
+  interval, tmp_path, monkeypatch
+):
+  """Wherever it meets the thread that waits: many turns meet many places."""
   ended = []
 
   async def endless(*unused):
@@ -112,9 +117,15 @@ def test_a_notebooks_interrupt_ends_the_judging(tmp_path, monkeypatch):
       ended.append(True)
 
   monkeypatch.setattr(runner, "_run", endless)
-  with pytest.raises(KeyboardInterrupt):
-    in_a_running_loop(lambda: runner.run(ORACLE, tmp_path))
-  assert ended == [True]
+  usual = sys.getswitchinterval()
+  sys.setswitchinterval(interval)
+  try:
+    for turn in range(1, 101):
+      with pytest.raises(KeyboardInterrupt):
+        in_a_running_loop(lambda: runner.run(ORACLE, tmp_path))
+      assert ended == [True] * turn
+  finally:
+    sys.setswitchinterval(usual)
 
 
 def test_both_orders_are_asked_and_read_back(tmp_path):

@@ -14,6 +14,7 @@ import dataclasses
 import os
 import pathlib
 import re
+import threading
 from collections.abc import Coroutine
 from typing import Any, Literal
 
@@ -96,15 +97,22 @@ def _in_thread(work: Coroutine[Any, Any, account.Summary]) -> account.Summary:
   begun = concurrent.futures.Future()
 
   async def cancellable():
+    if not begun.set_running_or_notify_cancel():
+      return work.close()
     begun.set_result((asyncio.get_running_loop(), asyncio.current_task()))
     return await work
 
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    # A pool interrupted while it starts a thread does not wait for it at its
+    # end, so the thread is started before there is anything to wait for.
+    pool.submit(threading.get_ident).result()
     try:
       return pool.submit(asyncio.run, cancellable()).result()
     except KeyboardInterrupt:
-      loop, task = begun.result()
-      loop.call_soon_threadsafe(task.cancel)
+      if not begun.cancel():
+        loop, task = begun.result()
+        with contextlib.suppress(RuntimeError):  # The loop has just ended.
+          loop.call_soon_threadsafe(task.cancel)
       raise
 
 
