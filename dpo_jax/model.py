@@ -132,12 +132,20 @@ class _LayerNorm(nnx.Module):
 
 
 class _Projection(nnx.Module):
-  """einsum(equation, x, kernel) + bias, and the low-rank branch beside it."""
+  """einsum(equation, x, kernel) + bias, and the low-rank branch beside it.
 
-  def __init__(self, equation, in_shape, out_shape, *, lora, rngs):
+  `turned`: the kernel is two-dimensional, its outputs first, as in `apart`.
+  """
+
+  def __init__(
+    self, equation, in_shape, out_shape, *, lora, rngs, turned=False
+  ):
     self.equation, self.lora, self.out_shape = equation, lora, out_shape
+    self.turned = turned
     fan_in, fan_out = math.prod(in_shape), math.prod(out_shape)
     shape = (*in_shape, *out_shape)
+    if turned:
+      shape = (fan_out, fan_in)
     self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
     self.bias = nnx.Param(jnp.zeros(out_shape))
     if lora is not None:
@@ -151,11 +159,15 @@ class _Projection(nnx.Module):
       self.lora_b = nnx.LoRAParam(jnp.zeros((lora.rank, fan_out)))
 
   def __call__(self, x, dropout_key, adapter=None):
-    y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
+    kernel, flat = self.kernel[...].astype(x.dtype), x.reshape(*x.shape[:2], -1)
+    if self.turned:
+      y = jnp.einsum("BTI,OI->BTO", flat, kernel)
+      y = y.reshape(*x.shape[:2], *self.out_shape)
+    else:
+      y = jnp.einsum(self.equation, x, kernel)
     y += jnp.expand_dims(self.bias[...].astype(x.dtype), (0, 1))
     if self.lora is None:
       return checkpoint_name(y, "projection")
-    flat = x.reshape(*x.shape[:2], -1)
     if dropout_key is not None and self.lora.dropout:
       keep = 1 - self.lora.dropout
       draw = functools.partial(
@@ -178,7 +190,9 @@ class _Projection(nnx.Module):
 class _Block(nnx.Module):
   """Attention and MLP read the same residual stream (parallel residual)."""
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+  def __init__(
+    self, config: ModelConfig, *, rngs: nnx.Rngs, turned: bool = False
+  ):
     D, N, H, F = config.width, config.heads, config.head_dim, config.mlp_width
     self.config = config
 
@@ -186,7 +200,9 @@ class _Block(nnx.Module):
       lora = (
         config.lora if config.lora and name in config.lora.targets else None
       )
-      return _Projection(equation, in_shape, out_shape, lora=lora, rngs=rngs)
+      return _Projection(
+        equation, in_shape, out_shape, lora=lora, rngs=rngs, turned=turned
+      )
 
     self.attention_norm = _LayerNorm(D, config.norm_eps)
     self.mlp_norm = _LayerNorm(D, config.norm_eps)
@@ -287,8 +303,8 @@ def apply(
     dropout_key: a key for each token, [B, T], of LoRA's dropout; None in
       evaluation and sampling.
     cache: keys and values of earlier tokens, see `init_cache`; its first S
-      slots are seen. With those of `kv_cache.split` the blocks of `base` and
-      `lora` are of single layers too, as `apart` gives them.
+      slots are seen. With those of `kv_cache.split` `base` and `lora` are of
+      single layers too, as `apart` gives them.
     index: the slot, in [0, S), where this call's first token is written; for
       one token a row it may be a row's own, [B].
     adapter: where `lora` is a stack of `lora.stack`, which of them each row
@@ -299,7 +315,7 @@ def apply(
   """
   lora_config = config.lora if lora is not None else None
   config = dataclasses.replace(config, lora=lora_config)
-  graph, _ = _blocks_graph(config)
+  graph, _ = _blocks_graph(config, turned=isinstance(cache, tuple))
   adapters = lora["blocks"] if lora is not None else {}
   x, rotation = _enter(config, base, tokens, positions)
   attend = attention_lib.bind(config.attention, visible)
@@ -394,23 +410,56 @@ def apply_both(
 
 
 def apart(weights: Tree | None) -> Tree | None:
-  """`base` or `lora` with a tuple of the single layers' blocks, copied."""
+  """`base` or `lora` as a CPU decodes with them: copies, a layer's by itself.
+
+  The blocks are a tuple of single layers'. Their kernels are [O, I], flattened
+  outputs and inputs, and the unembedding is "words", [V, D]: so a product of
+  few rows reads memory in the order in which it lies.
+  """
   if weights is None:
     return None
   layers = len(jax.tree.leaves(weights["blocks"])[0])
   blocks = tuple(
-    jax.tree.map(lambda leaf, at=at: leaf[at], weights["blocks"])
+    _turned(jax.tree.map(lambda leaf, at=at: leaf[at], weights["blocks"]))
     for at in range(layers)
   )
-  return {**weights, "blocks": blocks}
+  weights = {**weights, "blocks": blocks}
+  if "unembed" in weights:
+    weights["unembed"] = {"words": weights["unembed"]["kernel"].T}
+  return weights
 
 
 def unembed(base: Tree, hidden: jax.Array) -> jax.Array:
   """Logits in float32, [..., V], of hidden states [..., D]."""
-  kernel = base["unembed"]["kernel"].astype(hidden.dtype)
+  kernel = base["unembed"].get("kernel")
+  if kernel is None:
+    # `apart` laid it so.
+    equation, kernel = "...D,VD->...V", base["unembed"]["words"]
+  else:
+    equation = "...D,DV->...V"
   return jnp.einsum(
-    "...D,DV->...V", hidden, kernel, preferred_element_type=jnp.float32
+    equation,
+    hidden,
+    kernel.astype(hidden.dtype),
+    preferred_element_type=jnp.float32,
   )
+
+
+def _turned(block: Tree) -> Tree:
+  """A layer's block with kernels [O, I]: XLA would copy those of more axes."""
+
+  def turn(name, part):
+    inputs = len(quantised.INPUTS[name])
+
+    def flat(leaf):
+      return leaf.reshape(math.prod(leaf.shape[:inputs]), -1).T
+
+    return {**part, "kernel": jax.tree.map(flat, part["kernel"])}
+
+  return {
+    name: turn(name, part) if "kernel" in part else part
+    for name, part in block.items()
+  }
 
 
 def _enter(config, base, tokens, positions):
@@ -440,10 +489,12 @@ def _rematerialised(config, block):
 
 
 @functools.lru_cache
-def _blocks_graph(config: ModelConfig):
+def _blocks_graph(config: ModelConfig, turned: bool = False):
   """The static part of a block and its abstract state."""
   config = dataclasses.replace(config.shape(), lora=config.lora)
-  block = nnx.eval_shape(lambda: _Block(config, rngs=nnx.Rngs(0)))
+  block = nnx.eval_shape(
+    lambda: _Block(config, rngs=nnx.Rngs(0), turned=turned)
+  )
   return nnx.split(block)
 
 

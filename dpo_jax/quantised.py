@@ -22,7 +22,7 @@ import jax.numpy as jnp
 Tree = dict[str, Any]
 
 # Axes of a kernel's inputs, behind the stacked layers.
-_INPUTS = {
+INPUTS = {
   "query_key_value": (1,),
   "dense": (1, 2),
   "dense_h_to_4h": (1,),
@@ -54,8 +54,8 @@ def base(tree: Tree) -> Tree:
     return {"kernel": part["kernel"].astype(jnp.bfloat16)}
 
   blocks = {
-    name: {**part, "kernel": quantise(part["kernel"], _INPUTS[name])}
-    if name in _INPUTS
+    name: {**part, "kernel": quantise(part["kernel"], INPUTS[name])}
+    if name in INPUTS
     else part
     for name, part in tree["blocks"].items()
   }

@@ -11,6 +11,7 @@ import running
 import tiny
 
 from dpo_jax import attention, hf, model, partitioning, quantised, training
+from dpo_jax.engine import kv_cache
 from dpo_jax.running import assembly, programs
 
 
@@ -49,6 +50,36 @@ def test_each_output_channel_has_a_scale_and_half_of_it_is_the_error():
     np.testing.assert_array_equal(back[name]["bias"], bias)
   assert kept["embed"]["kernel"].dtype == jnp.bfloat16
   assert kept["unembed"]["kernel"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_layers_apart_decode_as_the_stack_does(bits):
+  """Their kernels lie turned; the sums are the same in another order."""
+  config = tiny.CONFIG
+  base = tiny.weights(config)
+  base = jax.jit(quantised.base)(base) if bits == 8 else base
+  apart = model.apart(base)
+  kernel = apart["blocks"][1]["query_key_value"]["kernel"]
+  kernel = kernel.values if bits == 8 else kernel
+  assert kernel.shape == (3 * config.width, config.width)
+  assert "kernel" not in apart["unembed"]
+  cache = model.init_cache(config, 2, 4)
+  found = []
+  for weights, own in ((base, cache), (apart, kv_cache.split(cache))):
+    for place in range(2):
+      hidden, own = model.apply(
+        config,
+        weights,
+        None,
+        jnp.array([[3 + place], [5]]),
+        jnp.full((2, 1), place),
+        jnp.broadcast_to(jnp.arange(4) <= place, (2, 1, 4)),
+        cache=own,
+        index=jnp.full((2,), place),
+      )
+    found.append(model.unembed(weights, hidden))
+  # Some 1e-7 of logits near 1.
+  np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)
 
 
 def test_the_model_computes_what_the_restored_weights_do():

@@ -197,8 +197,12 @@ def say(layout: Layout, engine: Any) -> None:
   )
   apart = ""
   if program.apart:
-    size = _blocks_bytes(shape) / 2**30
-    apart = f"; a second copy of the blocks, {size:.3g} GiB, while decoding"
+    itemsize = jnp.dtype(shape.dtype).itemsize
+    size = _blocks_bytes(shape) + shape.vocab_size * shape.width * itemsize
+    apart = (
+      f"; a second copy of blocks and unembedding, {size / 2**30:.3g} GiB,"
+      " while decoding"
+    )
   _say_once(
     f"{layout.size} answers at once ({layout.why}), up to {program.slots}"
     f" tokens each: {layout.size * each / 2**30:.3g} GiB of cache in"
