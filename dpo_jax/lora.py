@@ -69,7 +69,11 @@ def stack(config: Any, trees: Sequence[Tree]) -> Tree:
 
 
 def product(
-  x: jax.Array, a: jax.Array, b: jax.Array, adapter: jax.Array
+  x: jax.Array,
+  a: jax.Array,
+  b: jax.Array,
+  adapter: jax.Array,
+  turned: bool = False,
 ) -> jax.Array:
   """x A B with each row's own adapter, [B, T, O]; zero where it is -1.
 
@@ -79,17 +83,23 @@ def product(
 
   Args:
     x: inputs, [B, T, I].
-    a: [K, I, R].
+    a: [K, I, R]; or, for one token a row, [K, R, I] if `turned`.
     b: [K, R, O].
     adapter: in [-1, K), int32 [B].
+    turned: see `a`.
   """
   if x.shape[1] > 1:
     one = jnp.maximum(adapter, 0)
     low = jnp.einsum("BTI,BIR->BTR", x, a[one])
     low = jnp.where((adapter >= 0)[:, None, None], low, 0)
     return jnp.einsum("BTR,BRO->BTO", low, b[one])
-  count, rank = a.shape[0], a.shape[2]
-  low = jnp.einsum("BTI,KIR->BTKR", x, a)
+  count, rank = b.shape[:2]
+  if turned:
+    # By two axes: XLA would copy A for a product that names three.
+    low = jnp.einsum("BTI,OI->BTO", x, a.reshape(count * rank, -1))
+    low = low.reshape(*x.shape[:2], count, rank)
+  else:
+    low = jnp.einsum("BTI,KIR->BTKR", x, a)
   own = jnp.arange(count)[None] == adapter[:, None]
   low = jnp.where(own[:, None, :, None], low, 0)
   low = low.reshape(*x.shape[:2], count * rank)

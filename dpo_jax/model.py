@@ -134,7 +134,7 @@ class _LayerNorm(nnx.Module):
 class _Projection(nnx.Module):
   """einsum(equation, x, kernel) + bias, and the low-rank branch beside it.
 
-  `turned`: the kernel is two-dimensional, its outputs first, as in `apart`.
+  `turned`: the kernel is [O, I] and lora_a [R, I], as in `apart`.
   """
 
   def __init__(
@@ -151,10 +151,9 @@ class _Projection(nnx.Module):
     if lora is not None:
       # PEFT's start: A uniform in +-1/sqrt(fan_in), B zero.
       bound = 1 / math.sqrt(fan_in)
+      shape = (lora.rank, fan_in) if turned else (fan_in, lora.rank)
       self.lora_a = nnx.LoRAParam(
-        jax.random.uniform(
-          rngs.params(), (fan_in, lora.rank), minval=-bound, maxval=bound
-        )
+        jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
       )
       self.lora_b = nnx.LoRAParam(jnp.zeros((lora.rank, fan_out)))
 
@@ -177,13 +176,14 @@ class _Projection(nnx.Module):
       flat = jnp.where(kept, flat / jnp.asarray(keep, flat.dtype), 0)
     a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
     scale = jnp.asarray(self.lora.alpha / self.lora.rank, x.dtype)
-    if adapter is None:
+    if adapter is not None:
+      delta = lora_lib.product(flat, a, b, adapter, self.turned) * scale
+    else:
+      a = a.T if self.turned else a
       # By two axes: of a product of three XLA takes the gradient of B on a CPU
       # from a transposed copy, which cost a quarter of a small model's step.
       # Scaled where they are narrowest.
       delta = (flat.reshape(-1, flat.shape[-1]) @ a * scale) @ b
-    else:
-      delta = lora_lib.product(flat, a, b, adapter) * scale
     return checkpoint_name(y + delta.reshape(y.shape), "projection")
 
 
@@ -413,8 +413,9 @@ def apart(weights: Tree | None) -> Tree | None:
   """`base` or `lora` as a CPU decodes with them: copies, a layer's by itself.
 
   The blocks are a tuple of single layers'. Their kernels are [O, I], flattened
-  outputs and inputs, and the unembedding is "words", [V, D]: so a product of
-  few rows reads memory in the order in which it lies.
+  outputs and inputs, lora_a [R, I] or of a stack [K, R, I], and the unembedding
+  is "words", [V, D]: a product of few rows reads memory in the order in which
+  it lies so.
   """
   if weights is None:
     return None
@@ -446,18 +447,25 @@ def unembed(base: Tree, hidden: jax.Array) -> jax.Array:
 
 
 def _turned(block: Tree) -> Tree:
-  """A layer's block with kernels [O, I]: XLA would copy those of more axes."""
+  """A layer's block with kernels [O, I] and lora_a [R, I].
+
+  A kernel of more axes than two XLA would copy at each product.
+  """
 
   def turn(name, part):
-    inputs = len(quantised.INPUTS[name])
-
-    def flat(leaf):
-      return leaf.reshape(math.prod(leaf.shape[:inputs]), -1).T
-
-    return {**part, "kernel": jax.tree.map(flat, part["kernel"])}
+    part = dict(part)
+    if "kernel" in part:
+      inputs = len(quantised.INPUTS[name])
+      part["kernel"] = jax.tree.map(
+        lambda leaf: leaf.reshape(math.prod(leaf.shape[:inputs]), -1).T,
+        part["kernel"],
+      )
+    if "lora_a" in part:
+      part["lora_a"] = jnp.swapaxes(part["lora_a"], -2, -1)
+    return part
 
   return {
-    name: turn(name, part) if "kernel" in part else part
+    name: turn(name, part) if name in TARGETS else part
     for name, part in block.items()
   }
 

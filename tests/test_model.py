@@ -416,3 +416,26 @@ def test_each_layer_projection_and_token_draws_its_own_dropout(
   jax.effects_barrier()
   # Each layer has four projections.
   assert len(keys) == config.layers * 4 * 3
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_each_row_takes_its_own_adapter(turned):
+  """By NumPy, a row at a time; A lies as for training, or as for decoding."""
+  draw = np.random.default_rng(0).normal
+  x, a, b = (
+    draw(size=shape).astype(np.float32)
+    for shape in ((5, 1, 6), (3, 6, 2), (3, 2, 4))
+  )
+  adapter = np.array([2, 0, -1, 2, 1], np.int32)
+  expected = [
+    x[row] @ a[own] @ b[own] if own >= 0 else np.zeros((1, 4))
+    for row, own in enumerate(adapter)
+  ]
+  found = lora.product(
+    jnp.asarray(x),
+    jnp.asarray(np.swapaxes(a, 1, 2) if turned else a),
+    jnp.asarray(b),
+    jnp.asarray(adapter),
+    turned,
+  )
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
