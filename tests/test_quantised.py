@@ -52,9 +52,10 @@ def test_each_output_channel_has_a_scale_and_half_of_it_is_the_error():
   assert kept["unembed"]["kernel"].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("bits", [8, 32])
-def test_layers_apart_decode_as_the_stack_does(bits):
+@pytest.mark.parametrize(("bits", "widest"), [(8, 0), (32, 0), (32, 256)])
+def test_layers_apart_decode_as_the_stack_does(bits, widest, monkeypatch):
   """Their kernels lie turned; the sums are the same in another order."""
+  monkeypatch.setattr(model, "TURNED_WIDTH", widest)
   config = tiny.CONFIG
   base = tiny.weights(config)
   base = jax.jit(quantised.base)(base) if bits == 8 else base
@@ -62,7 +63,7 @@ def test_layers_apart_decode_as_the_stack_does(bits):
   kernel = apart["blocks"][1]["query_key_value"]["kernel"]
   kernel = kernel.values if bits == 8 else kernel
   assert kernel.shape == (3 * config.width, config.width)
-  assert "kernel" not in apart["unembed"]
+  assert list(apart["unembed"]) == ["kernel" if widest else "words"]
   cache = model.init_cache(config, 2, 4)
   found = []
   for weights, own in ((base, cache), (apart, kv_cache.split(cache))):

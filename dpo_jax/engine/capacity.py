@@ -197,12 +197,12 @@ def say(layout: Layout, engine: Any) -> None:
   )
   apart = ""
   if program.apart:
-    itemsize = jnp.dtype(shape.dtype).itemsize
-    size = _blocks_bytes(shape) + shape.vocab_size * shape.width * itemsize
-    apart = (
-      f"; a second copy of blocks and unembedding, {size / 2**30:.3g} GiB,"
-      " while decoding"
-    )
+    size, what = _blocks_bytes(shape), "the blocks"
+    if shape.width >= model.TURNED_WIDTH:
+      itemsize = jnp.dtype(shape.dtype).itemsize
+      size += shape.vocab_size * shape.width * itemsize
+      what = "blocks and unembedding"
+    apart = f"; a second copy of {what}, {size / 2**30:.3g} GiB, while decoding"
   _say_once(
     f"{layout.size} answers at once ({layout.why}), up to {program.slots}"
     f" tokens each: {layout.size * each / 2**30:.3g} GiB of cache in"
