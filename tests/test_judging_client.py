@@ -207,10 +207,9 @@ def test_retry_after_is_waited_for_by_every_question(headers):
   async def go(fake):
     async with client.connect(settings(fake.url), 8) as judge:
       first = asyncio.create_task(judge.ask(QUESTION))
-      while not fake.requests:
-        await asyncio.sleep(0.005)
       # Asked later, and held back by the answer that the first one got.
-      await asyncio.sleep(0.03)
+      while not (judge.limiter.open_at or first.done()):
+        await asyncio.sleep(0.001)
       return await asyncio.gather(first, judge.ask(QUESTION))
 
   with judge_server.Server(rule) as fake:

@@ -1,7 +1,9 @@
 import asyncio
 import collections
 import dataclasses
+import selectors
 import time
+import types
 
 import pytest
 from test_judging_client import ask, settings
@@ -17,6 +19,28 @@ def limiter(most=8, rpm=0.0, tpm=0.0, max_wait_s=5.0) -> limits.Limiter:
     tokens_per_minute=tpm,
     max_wait_s=max_wait_s,
   )
+
+
+@pytest.fixture
+def timed(monkeypatch):
+  """Runs a coroutine by a clock that only waiting moves, exactly."""
+  selector = selectors.DefaultSelector()
+  now = [1.0]
+
+  def select(timeout=None):
+    now[0] += timeout or 0.0
+    return found(0)
+
+  def loop():
+    made = asyncio.SelectorEventLoop(selector)
+    made.time = lambda: now[0]
+    return made
+
+  found, selector.select = selector.select, select
+  clock = types.SimpleNamespace(monotonic=lambda: now[0])
+  monkeypatch.setattr(limits, "time", clock)
+  with asyncio.Runner(loop_factory=loop) as runner:
+    yield lambda make: runner.run(make(clock.monotonic))
 
 
 def test_the_window_opens_shuts_and_stays_within_its_bounds():
@@ -85,33 +109,33 @@ def test_whoever_gives_up_waiting_takes_no_place():
 @pytest.mark.parametrize(
   ("caps", "tokens"), [({"rpm": 6000.0}, 1), ({"tpm": 600_000.0}, 100)]
 )
-def test_the_caps_space_requests_evenly(caps, tokens):
+def test_the_caps_space_requests_evenly(caps, tokens, timed):
   """A hundred requests a second, by either cap: a tenth takes 90 ms."""
 
-  async def go():
+  async def go(now):
     used = limiter(**caps)
-    begin = time.monotonic()
+    begin = now()
     for _ in range(10):
       used.release(await used.acquire(tokens), complaint=False, tokens=0)
-    return time.monotonic() - begin
+    return now() - begin
 
-  assert 0.09 <= asyncio.run(go()) < 0.5
+  assert timed(go) == pytest.approx(0.09)
 
 
-def test_tokens_that_were_counted_mend_the_pace():
-  async def go():
+def test_tokens_that_were_counted_mend_the_pace(timed):
+  async def go(now):
     used = limiter(tpm=60_000.0)  # a thousand a second
-    begin = time.monotonic()
+    begin = now()
     used.release(await used.acquire(10_000), complaint=False, tokens=100)
     await used.acquire(1)
-    return time.monotonic() - begin
+    return now() - begin
 
   # At the estimate's pace it would have been ten seconds.
-  assert 0.1 <= asyncio.run(go()) < 1.0
+  assert timed(go) == pytest.approx(0.1)
 
 
-def test_the_headers_of_the_server_are_kept_to():
-  async def go():
+def test_the_headers_of_the_server_are_kept_to(timed):
+  async def go(now):
     used = limiter()
     tickets = [await used.acquire(10) for _ in range(3)]
     # When it took in the first, it would have taken three more.
@@ -120,16 +144,16 @@ def test_the_headers_of_the_server_are_kept_to():
       "x-ratelimit-reset-requests": "200ms",
     }
     used.heard(tickets[0], headers)
-    begin = time.monotonic()
+    begin = now()
     used.release(tickets[0], complaint=False, tokens=0)
     flying = [await used.acquire(10)]
-    assert time.monotonic() - begin < 0.1
+    assert now() == begin
     used.release(tickets[1], complaint=False, tokens=0)
     # The other two might be among the three: their answers are waited for.
     for ticket in (tickets[2], *flying):
       used.release(ticket, complaint=False, tokens=0)
     flying = [await used.acquire(10)]
-    assert time.monotonic() - begin >= 0.19
+    assert now() - begin == pytest.approx(0.2)
     late = {
       "x-ratelimit-remaining-tokens": "0",
       "x-ratelimit-reset-tokens": "1h0m1s",
@@ -139,7 +163,7 @@ def test_the_headers_of_the_server_are_kept_to():
     with pytest.raises(judging.Stop, match=r"wait for 360. s"):
       await used.acquire(10)
 
-  asyncio.run(go())
+  timed(go)
 
 
 @pytest.mark.parametrize(
