@@ -214,20 +214,21 @@ def fingerprint(base: Tree) -> str:
   bfloat16: cheap at any size, and the same whatever dtype and mesh the weights
   are kept in.
   """
-
-  def first_rows(base):
-    def one(path, leaf):
-      name = partitioning.path_name(path)
-      if name.endswith("kernel"):
-        leaf = leaf[:, :1] if name.startswith("blocks/") else leaf[:1]
-      return leaf.astype(jnp.bfloat16)
-
-    return jax.tree.map_with_path(one, base)
-
   digest = hashlib.sha256()
-  for row in jax.tree.leaves(processes.fetch(jax.jit(first_rows)(base))):
+  for row in jax.tree.leaves(processes.fetch(_first_rows(base))):
     digest.update(repr(row.shape).encode() + row.tobytes())
   return digest.hexdigest()[:16]
+
+
+@jax.jit
+def _first_rows(base: Tree) -> Tree:
+  def one(path, leaf):
+    name = partitioning.path_name(path)
+    if name.endswith("kernel"):
+      leaf = leaf[:, :1] if name.startswith("blocks/") else leaf[:1]
+    return leaf.astype(jnp.bfloat16)
+
+  return jax.tree.map_with_path(one, base)
 
 
 def content_hash(base: Tree) -> str:
