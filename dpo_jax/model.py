@@ -1,11 +1,10 @@
 """GPT-NeoX, the architecture of every Pythia, with LoRA beside its kernels.
 
-Flax NNX defines the layers of one block; outside `apply` there are only plain
-nested dicts of arrays, `base` and `lora`, and `jax.*` transforms. The base path
-of a weight is the same with and without LoRA, so that the reference of DPO is
-the same base with `lora=None`: no second copy of the weights. Layers are
-stacked on a leading axis and run by `lax.scan`. This is the only file that
-imports flax.
+One block is defined in `blocks`; here there are only plain nested dicts of
+arrays, `base` and `lora`, and `jax.*` transforms. The base path of a weight is
+the same with and without LoRA, so that the reference of DPO is the same base
+with `lora=None`: no second copy of the weights. Layers are stacked on a leading
+axis and run by `lax.scan`.
 
 Einsum letters: B batch, T query tokens, S key tokens or cache slots, D width,
 N heads, H head dim, F mlp, V vocab, L layers, R rank, C the three of q, k, v.
@@ -18,16 +17,13 @@ References:
 
 import dataclasses
 import functools
-import math
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax import attention as attention_lib
-from dpo_jax import lora as lora_lib
+from dpo_jax import blocks as blocks_lib
 from dpo_jax import partitioning, quantised
 from dpo_jax.attention import block_attention
 from dpo_jax.engine import kv_cache
@@ -36,7 +32,7 @@ Tree = dict[str, Any]
 # What the backward pass finds and what it computes again: all is kept; the
 # outputs of the projections and of attention by blocks; one activation a layer.
 Remat = Literal["none", "save_projections", "full"]
-TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+TARGETS = blocks_lib.TARGETS
 # Of a narrower unembedding a CPU's product is faster as it lies; see `apart`.
 TURNED_WIDTH = 256
 
@@ -123,129 +119,16 @@ class ModelConfig:
     )
 
 
-class _LayerNorm(nnx.Module):
-  def __init__(self, width: int, eps: float):
-    self.eps = eps
-    self.scale = nnx.Param(jnp.ones((width,)))
-    self.bias = nnx.Param(jnp.zeros((width,)))
-
-  def __call__(self, x):
-    return _layer_norm(x, self.scale[...], self.bias[...], self.eps)
-
-
-class _Projection(nnx.Module):
-  """einsum(equation, x, kernel) + bias, and the low-rank branch beside it.
-
-  `turned`: the kernel is [O, I] and lora_a [R, I], as in `apart`.
-  """
-
-  def __init__(
-    self, equation, in_shape, out_shape, *, lora, rngs, turned=False
-  ):
-    self.equation, self.lora, self.out_shape = equation, lora, out_shape
-    self.turned = turned
-    fan_in, fan_out = math.prod(in_shape), math.prod(out_shape)
-    shape = (*in_shape, *out_shape)
-    if turned:
-      shape = (fan_out, fan_in)
-    self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
-    self.bias = nnx.Param(jnp.zeros(out_shape))
-    if lora is not None:
-      # PEFT's start: A uniform in +-1/sqrt(fan_in), B zero.
-      bound = 1 / math.sqrt(fan_in)
-      shape = (lora.rank, fan_in) if turned else (fan_in, lora.rank)
-      self.lora_a = nnx.LoRAParam(
-        jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
-      )
-      self.lora_b = nnx.LoRAParam(jnp.zeros((lora.rank, fan_out)))
-
-  def __call__(self, x, dropout_key, adapter=None):
-    kernel, flat = self.kernel[...].astype(x.dtype), x.reshape(*x.shape[:2], -1)
-    if self.turned:
-      y = jnp.einsum("BTI,OI->BTO", flat, kernel)
-      y = y.reshape(*x.shape[:2], *self.out_shape)
-    else:
-      y = jnp.einsum(self.equation, x, kernel)
-    y += jnp.expand_dims(self.bias[...].astype(x.dtype), (0, 1))
-    if self.lora is None:
-      return checkpoint_name(y, "projection")
-    if dropout_key is not None and self.lora.dropout:
-      keep = 1 - self.lora.dropout
-      draw = functools.partial(
-        jax.random.bernoulli, p=keep, shape=flat.shape[2:]
-      )
-      kept = jax.vmap(jax.vmap(draw))(dropout_key)
-      flat = jnp.where(kept, flat / jnp.asarray(keep, flat.dtype), 0)
-    a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
-    scale = jnp.asarray(self.lora.alpha / self.lora.rank, x.dtype)
-    if adapter is not None:
-      delta = lora_lib.product(flat, a, b, adapter, self.turned) * scale
-    else:
-      a = a.T if self.turned else a
-      # By two axes: of a product of three XLA takes the gradient of B on a CPU
-      # from a transposed copy, which cost a quarter of a small model's step.
-      # Scaled where they are narrowest.
-      delta = (flat.reshape(-1, flat.shape[-1]) @ a * scale) @ b
-    return checkpoint_name(y + delta.reshape(y.shape), "projection")
-
-
-class _Block(nnx.Module):
-  """Attention and MLP read the same residual stream (parallel residual)."""
-
-  def __init__(
-    self, config: ModelConfig, *, rngs: nnx.Rngs, turned: bool = False
-  ):
-    D, N, H, F = config.width, config.heads, config.head_dim, config.mlp_width
-    self.config = config
-
-    def projection(name, equation, in_shape, out_shape):
-      lora = (
-        config.lora if config.lora and name in config.lora.targets else None
-      )
-      return _Projection(
-        equation, in_shape, out_shape, lora=lora, rngs=rngs, turned=turned
-      )
-
-    self.attention_norm = _LayerNorm(D, config.norm_eps)
-    self.mlp_norm = _LayerNorm(D, config.norm_eps)
-    self.query_key_value = projection(
-      "query_key_value", "BTD,DNCH->BTNCH", (D,), (N, 3, H)
-    )
-    # h, not H: einsum sums over axes in the order of their letters, and in any
-    # order but the kernel's XLA transposes the kernel at each call.
-    self.dense = projection("dense", "BTNh,NhD->BTD", (N, H), (D,))
-    self.dense_h_to_4h = projection("dense_h_to_4h", "BTD,DF->BTF", (D,), (F,))
-    self.dense_4h_to_h = projection("dense_4h_to_h", "BTF,FD->BTD", (F,), (D,))
-
-  def __call__(self, x, rotation, attend, memory, dropout_key, adapter):
-    """The block's output, and the cache after `memory` took keys and values."""
-    keys = [None] * 4
-    if dropout_key is not None:
-      keys = [_fold_in(dropout_key, i) for i in range(4)]
-    qkv = self.query_key_value(self.attention_norm(x), keys[0], adapter)
-    qkv = partitioning.constrain(qkv, "batch", None, "heads", None, None)
-    q, k, v = jnp.unstack(qkv, axis=3)
-    q, k = _rotate(q, rotation), _rotate(k, rotation)
-    k, v, cache = memory(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
-    attended = self.dense(attend(q, k, v), keys[1], adapter)
-    hidden = self.dense_h_to_4h(self.mlp_norm(x), keys[2], adapter)
-    hidden = partitioning.constrain(hidden, "batch", None, "mlp")
-    hidden = _gelu(hidden)
-    x = x + attended + self.dense_4h_to_h(hidden, keys[3], adapter)
-    return partitioning.constrain(x, "batch", None, None), cache
-
-
 def init(
   config: ModelConfig, key: jax.Array, param_dtype: Any = jnp.float32
 ) -> Tree:
   """Random base weights: normal(0.02) kernels, zero biases, unit norms."""
   embed_key, unembed_key, blocks_key = jax.random.split(key, 3)
   shape = (config.vocab_size, config.width)
+  plain = dataclasses.replace(config, lora=None)
   base = {
     "embed": {"kernel": 0.02 * jax.random.normal(embed_key, shape)},
-    "blocks": _init_blocks(dataclasses.replace(config, lora=None), blocks_key)[
-      0
-    ],
+    "blocks": blocks_lib.init(plain, blocks_key)[0],
     "final_norm": {
       "scale": jnp.ones((config.width,)),
       "bias": jnp.zeros((config.width,)),
@@ -263,7 +146,7 @@ def init_lora(config: ModelConfig, key: jax.Array) -> Tree:
   """
   if config.lora is None:
     raise ValueError("config.lora is None: there are no adapters to make")
-  return {"blocks": _init_blocks(config, key)[1]}
+  return {"blocks": blocks_lib.init(config, key)[1]}
 
 
 def init_cache(
@@ -317,7 +200,7 @@ def apply(
   """
   lora_config = config.lora if lora is not None else None
   config = dataclasses.replace(config, lora=lora_config)
-  graph, _ = _blocks_graph(config, turned=isinstance(cache, tuple))
+  graph, _ = blocks_lib.graph(config, turned=isinstance(cache, tuple))
   adapters = lora["blocks"] if lora is not None else {}
   x, rotation = _enter(config, base, tokens, positions)
   attend = attention_lib.bind(config.attention, visible)
@@ -327,7 +210,7 @@ def apply(
     params, adapters, number = layer
     key = dropout_key
     if key is not None:
-      key = _fold_in(key, number)
+      key = blocks_lib.fold_in(key, number)
     params = quantised.restore(params, config.dtype)
     states = (params, adapters) if adapters else (params,)
     memory = _no_memory
@@ -335,7 +218,7 @@ def apply(
       memory = functools.partial(
         kv_cache.remember, cache, number, index, span=visible.shape[-1]
       )
-    x, cache = nnx.merge(graph, *states)(
+    x, cache = blocks_lib.merge(graph, *states)(
       x, rotation, attend, memory, key, adapter
     )
     return (x, cache), None
@@ -378,8 +261,8 @@ def apply_both(
   Returns:
     Hidden states of policy and reference, both [B, T, D] in `config.dtype`.
   """
-  with_adapters, _ = _blocks_graph(config)
-  without, _ = _blocks_graph(dataclasses.replace(config, lora=None))
+  with_adapters, _ = blocks_lib.graph(config)
+  without, _ = blocks_lib.graph(dataclasses.replace(config, lora=None))
   base = jax.lax.stop_gradient(base)
   x, rotation = _enter(config, base, tokens, positions)
   attend = attention_lib.bind(config.attention, visible)
@@ -390,7 +273,7 @@ def apply_both(
     params, adapters, number = layer
     key = dropout_key
     if key is not None:
-      key = _fold_in(key, number)
+      key = blocks_lib.fold_in(key, number)
     params = quantised.restore(params, config.dtype)
     # Cast here, and not by each of them, so that both read one array: two casts
     # would be gathered one by one.
@@ -399,10 +282,12 @@ def apply_both(
       for name in TARGETS
     }
     params = {**params, **cast}
-    policy, _ = nnx.merge(with_adapters, params, adapters)(
+    policy, _ = blocks_lib.merge(with_adapters, params, adapters)(
       policy, *common, key, None
     )
-    reference, _ = nnx.merge(without, params)(reference, *common, None, None)
+    reference, _ = blocks_lib.merge(without, params)(
+      reference, *common, None, None
+    )
     return (policy, reference), None
 
   layers = (base["blocks"], lora["blocks"], jnp.arange(config.layers))
@@ -422,8 +307,9 @@ def apart(weights: Tree | None) -> Tree | None:
   if weights is None:
     return None
   layers = len(jax.tree.leaves(weights["blocks"])[0])
+  stacks = weights["blocks"]
   blocks = tuple(
-    _turned(jax.tree.map(lambda leaf, at=at: leaf[at], weights["blocks"]))
+    blocks_lib.turned(jax.tree.map(lambda leaf, at=at: leaf[at], stacks))
     for at in range(layers)
   )
   weights = {**weights, "blocks": blocks}
@@ -448,43 +334,19 @@ def unembed(base: Tree, hidden: jax.Array) -> jax.Array:
   )
 
 
-def _turned(block: Tree) -> Tree:
-  """A layer's block with kernels [O, I] and lora_a [R, I].
-
-  A kernel of more axes than two XLA would copy at each product.
-  """
-
-  def turn(name, part):
-    part = dict(part)
-    if "kernel" in part:
-      inputs = len(quantised.INPUTS[name])
-      part["kernel"] = jax.tree.map(
-        lambda leaf: leaf.reshape(math.prod(leaf.shape[:inputs]), -1).T,
-        part["kernel"],
-      )
-    if "lora_a" in part:
-      part["lora_a"] = jnp.swapaxes(part["lora_a"], -2, -1)
-    return part
-
-  return {
-    name: turn(name, part) if name in TARGETS else part
-    for name, part in block.items()
-  }
-
-
 def _enter(config, base, tokens, positions):
   """What the first block reads, [B, T, D], and the rotation of all blocks."""
   # Rows of another split than the batch's would be replicated on their way.
   words = partitioning.constrain(base["embed"]["kernel"], "vocab", None)
   x = words[tokens].astype(config.dtype)
   x = partitioning.constrain(x, "batch", None, None)
-  return x, _rotation(config, positions)
+  return x, blocks_lib.rotation(config, positions)
 
 
 def _leave(config, base, x):
   """Hidden states after the final norm, of what the last block gives."""
   norm = base["final_norm"]
-  return _layer_norm(x, norm["scale"], norm["bias"], config.norm_eps)
+  return blocks_lib.layer_norm(x, norm["scale"], norm["bias"], config.norm_eps)
 
 
 def _rematerialised(config, block):
@@ -496,98 +358,6 @@ def _rematerialised(config, block):
     saved = ("projection", block_attention.SAVED)
   policy = jax.checkpoint_policies.save_only_these_names(*saved)
   return jax.checkpoint(block, prevent_cse=False, policy=policy)
-
-
-@functools.lru_cache
-def _blocks_graph(config: ModelConfig, turned: bool = False):
-  """The static part of a block and its abstract state."""
-  config = dataclasses.replace(config.shape(), lora=config.lora)
-  block = nnx.eval_shape(
-    lambda: _Block(config, rngs=nnx.Rngs(0), turned=turned)
-  )
-  return nnx.split(block)
-
-
-def _init_blocks(config: ModelConfig, key: jax.Array) -> tuple[Tree, Tree]:
-  """Base and LoRA weights of all blocks, stacked on axis 0."""
-
-  def one(key):
-    block = _Block(config, rngs=nnx.Rngs(key))
-    _, lora, base = nnx.split(block, nnx.LoRAParam, ...)
-    return _to_dict(base), _to_dict(lora)
-
-  return jax.vmap(one)(jax.random.split(key, config.layers))
-
-
-def _to_dict(state) -> Tree:
-  flat = nnx.traversals.flatten_mapping(nnx.as_pure(state))
-  return nnx.traversals.unflatten_mapping(flat)
-
-
-def _fold_in(keys: jax.Array, number: jax.Array | int) -> jax.Array:
-  """jax.random.fold_in for the keys of all tokens, [B, T]."""
-  fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
-  return fold(keys, number)
-
-
-def _layer_norm(x, scale, bias, eps):
-  y = x.astype(jnp.float32)
-  y = y - jnp.mean(y, axis=-1, keepdims=True)
-  y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-  lead = tuple(range(x.ndim - 1))
-  scale, bias = (
-    jnp.expand_dims(w.astype(jnp.float32), lead) for w in (scale, bias)
-  )
-  return (y * scale + bias).astype(x.dtype)
-
-
-@jax.custom_jvp
-def _gelu(x: jax.Array) -> jax.Array:
-  """x times the normal distribution function of x, as PyTorch computes it.
-
-  By erf in float32. `jax.nn.gelu`, the slow twin, takes erfc, whose branches
-  are slower on a CPU, and its derivative has them again.
-
-  References:
-    Hendrycks and Gimpel, Gaussian Error Linear Units, 2016 (arXiv 1606.08415).
-  """
-  y = x.astype(jnp.float32)
-  return (y * _normal(y)).astype(x.dtype)
-
-
-@_gelu.defjvp
-def _gelu_jvp(primals, tangents):
-  (x,), (along,) = primals, tangents
-  y = x.astype(jnp.float32)
-  below = _normal(y)
-  slope = below + y * jnp.exp(-y * y / 2) * (1 / math.sqrt(2 * math.pi))
-  return (y * below).astype(x.dtype), slope.astype(x.dtype) * along
-
-
-def _normal(y):
-  return 0.5 * (1 + jax.lax.erf(y * math.sqrt(0.5)))
-
-
-def _rotation(config: ModelConfig, positions: jax.Array) -> tuple:
-  """Cosine and sine of the rotary angles, each float32 [B, T, 1, H_rot/2]."""
-  half = jnp.arange(0, config.rotary_dim, 2, dtype=jnp.float32)
-  frequency = config.rotary_base ** (-half / config.rotary_dim)
-  angle = positions[:, :, None, None].astype(jnp.float32) * frequency.reshape(
-    1, 1, 1, -1
-  )
-  return jnp.cos(angle), jnp.sin(angle)
-
-
-def _rotate(x: jax.Array, rotation: tuple) -> jax.Array:
-  """Rotary embedding on the first dimensions of the head, in two halves."""
-  cosine, sine = rotation
-  size = cosine.shape[-1]
-  first, second, rest = jnp.split(x, [size, 2 * size], axis=-1)
-  a, b = first.astype(jnp.float32), second.astype(jnp.float32)
-  turned = jnp.concatenate(
-    [a * cosine - b * sine, b * cosine + a * sine], axis=-1
-  )
-  return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
 
 
 def _no_memory(k, v):

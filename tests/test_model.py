@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_jax import lora, model
+from dpo_jax import blocks, lora, model
 
 LORA = model.LoraConfig(3, 6.0, 0.0, model.TARGETS)
 CONFIG = model.ModelConfig(
@@ -179,9 +179,9 @@ def test_gelu_is_torchs(dtype):
   theirs = torch.tensor(np.asarray(ours, np.float32), requires_grad=True)
   wanted = torch.nn.functional.gelu(theirs)
   wanted.sum().backward()
-  value, slope = jax.jvp(model._gelu, (ours,), (jnp.ones_like(ours),))
+  value, slope = jax.jvp(blocks._gelu, (ours,), (jnp.ones_like(ours),))
   assert value.dtype == slope.dtype == dtype
-  np.testing.assert_array_equal(value, model._gelu(ours))
+  np.testing.assert_array_equal(value, blocks._gelu(ours))
   twin = functools.partial(jax.nn.gelu, approximate=False)
   full = jnp.asarray(ours, jnp.float32)
   twins = jax.jvp(twin, (full,), (jnp.ones_like(full),))
