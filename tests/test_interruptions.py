@@ -145,6 +145,29 @@ def test_a_signal_in_any_phase_loses_nothing(
   assert_same(workdir, whole)
 
 
+@pytest.mark.parametrize("turn", [0, 1])
+def test_a_signal_while_handlers_are_taken_over(turn, monkeypatch):
+  """Stops, with what was there before put back."""
+  before = [signal.getsignal(number) for number in interruption.SIGNALS]
+  taken = signal.signal
+  first = interruption.SIGNALS[turn]
+
+  def signalled(number, handler):
+    old = taken(number, handler)
+    if number == first and getattr(handler, "__self__", None) is watch:
+      os.kill(os.getpid(), number)
+    return old
+
+  monkeypatch.setattr(signal, "signal", signalled)
+  watch = interruption.Watch(60.0)
+  with pytest.raises(interruption.Interrupted, match=first.name), watch:
+    raise AssertionError("entered")
+  found = [signal.getsignal(number) for number in interruption.SIGNALS]
+  assert found == before
+  assert not watch._thread.is_alive()
+  assert signal.set_wakeup_fd(-1) == -1
+
+
 STUCK = """
 import hashlib
 from dpo_jax.running import interruption

@@ -63,9 +63,7 @@ class Watch:
       return self
     self._ended = threading.Event()
     self._service = _native_handler() if jax.process_count() > 1 else None
-    self._before = {
-      number: signal.signal(number, self._handle) for number in SIGNALS
-    }
+    self._before = {number: signal.getsignal(number) for number in SIGNALS}
     self._read_fd, self._write_fd = os.pipe()
     os.set_blocking(self._write_fd, False)
     self._fd_before = signal.set_wakeup_fd(
@@ -73,6 +71,13 @@ class Watch:
     )
     self._thread = threading.Thread(target=self._guard, daemon=True)
     self._thread.start()
+    # Last, so that whatever signal a handler takes, the thread bounds its time.
+    try:
+      for number in SIGNALS:
+        signal.signal(number, self._handle)
+    except Interrupted:
+      self.__exit__()
+      raise
     return self
 
   def __exit__(self, *exc_info) -> None:
