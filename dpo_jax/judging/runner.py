@@ -14,8 +14,9 @@ import dataclasses
 import os
 import pathlib
 import re
+import signal
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Literal
 
 from dpo_jax import judging, records
@@ -93,27 +94,58 @@ def run(settings: JudgeSettings, workdir: str | os.PathLike) -> account.Summary:
 
 
 def _in_thread(work: Coroutine[Any, Any, account.Summary]) -> account.Summary:
-  """The result of `work`, which an interrupt of this thread cancels."""
-  begun = concurrent.futures.Future()
+  """The result of `work`, which an interrupt of this thread cancels.
+
+  KeyboardInterrupt is raised when `work` has ended: raised wherever this thread
+  waits, it could leave a lock taken that the other one needs.
+  """
+  tasks, interrupts = [], []
+  outcome = concurrent.futures.Future()
 
   async def cancellable():
-    if not begun.set_running_or_notify_cancel():
-      return work.close()
-    begun.set_result((asyncio.get_running_loop(), asyncio.current_task()))
+    tasks.append((asyncio.get_running_loop(), asyncio.current_task()))
+    if interrupts:
+      work.close()
+      raise asyncio.CancelledError
     return await work
 
-  with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    # A pool interrupted while it starts a thread does not wait for it at its
-    # end, so the thread is started before there is anything to wait for.
-    pool.submit(threading.get_ident).result()
+  def run_it():
     try:
-      return pool.submit(asyncio.run, cancellable()).result()
-    except KeyboardInterrupt:
-      if not begun.cancel():
-        loop, task = begun.result()
-        with contextlib.suppress(RuntimeError):  # The loop has just ended.
-          loop.call_soon_threadsafe(task.cancel)
-      raise
+      outcome.set_result(asyncio.run(cancellable()))
+    except BaseException as error:
+      outcome.set_exception(error)
+
+  def note(number, frame):
+    interrupts.append(number)
+    for loop, task in tasks:
+      with contextlib.suppress(RuntimeError):  # The loop has just ended.
+        loop.call_soon_threadsafe(task.cancel)
+
+  thread = threading.Thread(target=run_it)
+  with _interrupts_to(note):
+    thread.start()
+    # In turns: a signal that comes as this thread begins to wait is seen when
+    # it has waited.
+    while thread.is_alive():
+      thread.join(0.2)
+  if interrupts:
+    raise KeyboardInterrupt
+  return outcome.result()
+
+
+@contextlib.contextmanager
+def _interrupts_to(note: Callable[[int, Any], None]) -> Iterator[None]:
+  """Calls `note` instead of raising KeyboardInterrupt, where that is raised."""
+  raised = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  here = threading.current_thread() is threading.main_thread()
+  if not (raised and here):
+    yield
+    return
+  signal.signal(signal.SIGINT, note)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def estimate(
