@@ -25,7 +25,8 @@ CACHE_SHARE = 0.6
 # More rows on one shard would gain little and wait long for each other.
 MOST_ROWS = 512
 
-# Of blocks' weights: decoding with layers apart holds a copy of them.
+# Of blocks' weights: decoding with layers apart holds a copy of them, and one
+# of the unembedding.
 _APART_BYTES = 2**29
 
 # A TPU pads the last axis of an array to a multiple of this.
