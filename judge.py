@@ -19,8 +19,7 @@ def main(config, workdir, estimate: bool) -> int:
     found = runner.estimate(built, workdir)
     console.result(str(found), "estimate", **dataclasses.asdict(found))
     return 0
-  summary = runner.run(built, workdir)
-  console.result(str(summary), **dataclasses.asdict(summary))
+  runner.run_and_say(built, workdir)
   return 0
 
 

@@ -157,7 +157,7 @@ def _stages(
     "sft": lambda: training.run(built.sft, workdir / "sft"),
     "dpo": lambda: training.run(built.dpo, workdir / "dpo"),
     "sample": lambda: answers.run(built.sample, workdir),
-    "judge": lambda: console.result(str(runner.run(built.judge, workdir))),
+    "judge": lambda: runner.run_and_say(built.judge, workdir),
     "report": lambda: _report(built, workdir),
   }
 

@@ -74,8 +74,10 @@ ORACLE = runner.JudgeSettings(
 )
 
 
-def verdicts(workdir, name="dpo.jsonl") -> list[records.Verdict]:
-  return records.read(workdir / "verdicts" / name, records.Verdict)
+def verdicts(
+  workdir, name="dpo.jsonl", directory="verdicts"
+) -> list[records.Verdict]:
+  return records.read(workdir / directory / name, records.Verdict)
 
 
 def in_a_running_loop(call):
@@ -140,11 +142,10 @@ def test_both_orders_are_asked_and_read_back(tmp_path):
     ("chosen_first", "chosen"),
   }
   with judge_server.Server(judge_server.prefer_longer) as server:
-    # Another judge, by its name: every question is a new one.
-    named = judge_with(server, model="longer")
+    named = judge_with(server, model="longer", verdicts="verdicts-longer")
     summary = runner.run(named, tmp_path)
   assert summary.asked == 4
-  rows = verdicts(tmp_path)
+  rows = verdicts(tmp_path, directory="verdicts-longer")
   assert {(row.prompt_id, row.order): row.verdict for row in rows} == {
     ("p0", "model_first"): "model",
     ("p0", "chosen_first"): "model",
@@ -258,18 +259,6 @@ def test_a_rerun_asks_only_what_is_new_or_changed(tmp_path):
   assert len({row.key for row in verdicts(tmp_path)}) == 14
 
 
-def test_an_edited_template_asks_again(tmp_path):
-  write(tmp_path, [response(0)])
-  path = tmp_path / "template.txt"
-  path.write_text("{prompt}{first}{second}")
-  with judge_server.Server(judge_server.prefer_longer) as server:
-    used = judge_with(server, template=str(path))
-    assert runner.run(used, tmp_path).asked == 2
-    assert runner.run(used, tmp_path).asked == 0
-    path.write_text("{prompt}{first}{second}.")
-    assert runner.run(used, tmp_path).asked == 2
-
-
 def test_equal_questions_are_asked_once(tmp_path):
   """Two models that answer alike, and two samples of one of them."""
   write(tmp_path, [response(0), response(0, sample_id=1)])
@@ -289,6 +278,54 @@ def test_equal_questions_are_asked_once(tmp_path):
   assert len({row.unit for row in rows}) == 8
   assert {row.verdict for row in rows} == {"model"}
   assert len({row.key for row in rows}) == 2
+
+
+def test_an_edited_template_is_another_one(tmp_path):
+  write(tmp_path, [response(0)])
+  path = tmp_path / "template.txt"
+  path.write_text("{prompt}{first}{second}")
+  with judge_server.Server(judge_server.prefer_longer) as server:
+    used = judge_with(server, template=str(path))
+    assert runner.run(used, tmp_path).asked == 2
+    assert runner.run(used, tmp_path).asked == 0
+    path.write_text("{prompt}{first}{second}.")
+    with pytest.raises(ValueError, match="another template"):
+      runner.run(used, tmp_path)
+    apart = dataclasses.replace(used, verdicts="verdicts-2")
+    assert runner.run(apart, tmp_path).asked == 2
+
+
+@pytest.mark.parametrize("other", ["judge", "template"])
+def test_another_judge_in_one_directory_is_refused_before_it_is_paid(
+  other, tmp_path
+):
+  write(tmp_path, [response(0), response(1)])
+  with judge_server.Server(judge_server.prefer_longer) as server:
+    runner.run(judge_with(server), tmp_path)
+    changes = {"judge": {"model": "m2"}, "template": {"template": "summary"}}
+    changed = judge_with(server, **changes[other])
+    asked = len(server.requests)
+    for call in (runner.run, runner.estimate):
+      with pytest.raises(ValueError, match=f"another {other}.*verdicts-NAME"):
+        call(changed, tmp_path)
+    assert len(server.requests) == asked
+    # A directory of its own takes it.
+    apart = dataclasses.replace(changed, verdicts="verdicts-other")
+    assert runner.run(apart, tmp_path).outcomes == {"model": 4}
+
+
+def test_a_judge_that_answered_nothing_may_be_replaced(tmp_path):
+  write(tmp_path, [response(0), response(1)])
+  garbage = judge_server.says("Hm.")
+  with judge_server.Server(lambda request, number: garbage) as server:
+    nothing = runner.run(judge_with(server), tmp_path)
+    assert nothing.outcomes == {"missing": 4}
+    assert nothing.nothing_read
+    assert "(4: no verdict in the reply)" in str(nothing)
+    server.rule = judge_server.prefer_longer
+    found = runner.run(judge_with(server, model="m2"), tmp_path)
+  assert found.outcomes == {"model": 4}
+  assert not found.nothing_read
 
 
 def test_missing_verdicts_are_reported_and_asked_again(tmp_path):

@@ -105,6 +105,19 @@ def test_an_interrupt_keeps_what_was_answered(tmp_path):
   ]
 
 
+def test_a_server_that_is_not_there_is_code_1_with_the_cause(tmp_path):
+  write(tmp_path, [response(0)])
+  # A port that was free a moment ago: nobody listens there.
+  with judge_server.Server(judge_server.prefer_longer) as server:
+    url = server.url
+  with script(tmp_path, url, "--config.server.max_retries=0") as child:
+    out, err = child.communicate(timeout=60)
+  assert child.returncode == 1, err
+  assert "INCOMPLETE: 2 of 2 verdicts are missing (2: connection failed" in out
+  assert f"no verdict was read from {url}" in err
+  assert "Traceback" not in err
+
+
 def test_a_second_judge_is_refused(tmp_path):
   write(tmp_path, [response(n, f" answer {n}") for n in range(4)])
 

@@ -172,6 +172,7 @@ LEVELS = {
   "reporting.gates": 5,
   "figures": 5,
   "judging.batch_api": 5,
+  "judging.inputs": 5,
   "reporting.page.browse": 5,
   "judging.fake_server": 5,
   "judging.asking": 6,

@@ -4,6 +4,7 @@ Numbers about models are made from verdict rows alone. judge.json says of the
 run what no row can: what was not asked, and what calls cost that left no row.
 """
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -17,6 +18,9 @@ from dpo_jax.storage import atomic, strict_json
 
 FILE = "judge.json"
 
+# Causes of missing verdicts that a summary names.
+_CAUSES = 3
+
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
@@ -29,6 +33,7 @@ class Summary:
     identical: verdicts that are ties without a call, as both texts are equal.
     outcomes: number of verdicts by outcome, those of earlier runs included.
     control_outcomes: the same of the controls.
+    causes: why verdicts that this run asked for are missing, and how many.
     not_dispatched: questions that were not asked, as the budget was reached.
     spending: what was paid, in words.
   """
@@ -39,6 +44,7 @@ class Summary:
   identical: int
   outcomes: dict[str, int]
   control_outcomes: dict[str, int]
+  causes: dict[str, int]
   not_dispatched: int
   spending: str
 
@@ -56,6 +62,11 @@ class Summary:
   @property
   def complete(self) -> bool:
     return not (self.missing or self.not_dispatched)
+
+  @property
+  def nothing_read(self) -> bool:
+    """Whether questions were asked, and no verdict stands at all."""
+    return bool(self.asked) and not {*self.outcomes} - {"missing"}
 
   def __str__(self) -> str:
     lines = [
@@ -82,9 +93,17 @@ class Summary:
     if self.missing:
       lines.append(
         f"INCOMPLETE: {self.missing} of {total} verdicts"
-        " are missing; the same command asks for them again"
+        f" are missing{self._why()}; the same command asks for them again"
       )
     return "\n".join(lines)
+
+  def _why(self) -> str:
+    """The commonest causes, each with its count, in brackets."""
+    causes = [
+      f"{count}: {cause:.100}"
+      for cause, count in list(self.causes.items())[:_CAUSES]
+    ]
+    return f" ({'; '.join(causes)})" if causes else ""
 
 
 def _listed(counts: dict[str, int]) -> str:
@@ -110,6 +129,7 @@ class Books:
   Attributes:
     directory: of the verdicts.
     asked: questions put to the judge in this run.
+    causes: how many verdicts of this run are missing, by their causes.
   """
 
   def __init__(
@@ -128,6 +148,7 @@ class Books:
     """
     self.directory = directory
     self.asked = 0
+    self.causes = collections.Counter()
     self._settings = settings
     self._judge = judge
     self._purse = purse
@@ -189,6 +210,8 @@ class Books:
 
   def put(self, row: records.Verdict) -> None:
     """Counts a row that this run made."""
+    if row.verdict == "missing":
+      self.causes[row.error] += 1
     self._tokens[0] += row.prompt_tokens
     self._tokens[1] += row.completion_tokens
     if self._purse and self._purse.price:

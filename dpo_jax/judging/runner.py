@@ -20,12 +20,14 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Literal
 
 from dpo_jax import judging, records
+from dpo_jax.interface import console
 from dpo_jax.judging import (
   account,
   asking,
   budget,
   client,
   controls,
+  inputs,
   oracle,
   questions,
   server,
@@ -91,6 +93,25 @@ def run(settings: JudgeSettings, workdir: str | os.PathLike) -> account.Summary:
   except RuntimeError:
     return asyncio.run(work)
   return _in_thread(work)
+
+
+def run_and_say(
+  settings: JudgeSettings, workdir: str | os.PathLike
+) -> account.Summary:
+  """As `run`, and prints what it did.
+
+  Raises:
+    judging.Stop: also where questions were asked and no verdict was read.
+  """
+  summary = run(settings, workdir)
+  console.result(str(summary), **dataclasses.asdict(summary))
+  if summary.nothing_read:
+    judge = settings.server.base_url if settings.server else "the oracle"
+    raise judging.Stop(
+      f"no verdict was read from {judge}: mend what is said above; the same"
+      " command asks again"
+    )
+  return summary
 
 
 def _in_thread(work: Coroutine[Any, Any, account.Summary]) -> account.Summary:
@@ -159,9 +180,9 @@ def estimate(
     ValueError: as `run`, for settings and files.
   """
   workdir = pathlib.Path(workdir)
-  files = read_responses(workdir / "responses")
+  files = inputs.read_responses(workdir / "responses")
   directory = workdir / settings.verdicts
-  _refuse_leftovers(directory, files)
+  inputs.refuse_leftovers(directory, files)
   stores = {
     name: row_store.Store(directory / name, records.Verdict).peek()
     for name in [*(path.name for path in files), controls.FILE]
@@ -171,6 +192,7 @@ def estimate(
     template = settings.server.load_template()
     judge = client.judge(settings.server, template, _unasked)
     purse = budget.Budget(settings.server.price, settings.server.budget_usd)
+  inputs.refuse_other_judge(directory, judge, stores.values())
   cases = _cases(settings, files, stores)
   plan = questions.plan(judge, cases, stores.values())
   books = account.Books(
@@ -191,9 +213,9 @@ async def _unasked(question: judging.Question) -> judging.Reply:
 async def _run(
   settings: JudgeSettings, workdir: pathlib.Path
 ) -> account.Summary:
-  files = read_responses(workdir / "responses")
+  files = inputs.read_responses(workdir / "responses")
   directory = workdir / settings.verdicts
-  _refuse_leftovers(directory, files)
+  inputs.refuse_leftovers(directory, files)
   async with contextlib.AsyncExitStack() as stack:
     used = None
     if settings.server is None:
@@ -208,6 +230,7 @@ async def _run(
       )
       for name in [*(path.name for path in files), controls.FILE]
     }
+    inputs.refuse_other_judge(directory, judge, stores.values())
     cases = _cases(settings, files, stores)
     plan = questions.plan(judge, cases, stores.values())
     books = account.Books(
@@ -228,6 +251,7 @@ async def _run(
         identical=plan.identical,
         outcomes=_count(plan, control=False),
         control_outcomes=_count(plan, control=True),
+        causes=dict(books.causes.most_common()),
         not_dispatched=len(cases) - len(plan.outcomes),
         spending=books.spending,
       )
@@ -253,7 +277,7 @@ def _cases(
   ordinary = []
   for path, responses in files.items():
     store = stores[path.name]
-    _refuse_strangers(store, responses)
+    inputs.refuse_strangers(store, responses)
     ordinary += [
       questions.Case(store, response, order)
       for response in responses
@@ -267,58 +291,3 @@ def _cases(
     ordinary,
     stores[controls.FILE],
   )
-
-
-def _refuse_leftovers(directory: pathlib.Path, files) -> None:
-  names = {path.name for path in files}
-  if controls.FILE in names:
-    raise ValueError(
-      f"responses/{controls.FILE} has the name of the controls' verdicts:"
-      " rename it"
-    )
-  extra = {path.name for path in directory.glob("*.jsonl")} - names
-  extra -= {controls.FILE}
-  if extra:
-    raise ValueError(
-      f"{directory} holds {sorted(extra)} without responses of that name: move"
-      " these verdicts away, or use another --workdir"
-    )
-
-
-def read_responses(
-  directory: pathlib.Path,
-) -> dict[pathlib.Path, list[records.Response]]:
-  """The responses of every file; ValueError unless each stands once."""
-  files = {
-    path: records.read(path, records.Response)
-    for path in sorted(directory.glob("*.jsonl"))
-  }
-  if not any(files.values()):
-    raise ValueError(
-      f"{directory} holds no responses (*.jsonl): run sample.py with the same"
-      " --workdir first"
-    )
-  seen: dict[tuple, pathlib.Path] = {}
-  for path, responses in files.items():
-    for response in responses:
-      if response.unit in seen:
-        raise ValueError(
-          f"{path}: (prompt id, model, step, temperature, sample id) ="
-          f" {response.unit} stands in {seen[response.unit]} already: keep one"
-        )
-      seen[response.unit] = path
-  return files
-
-
-def _refuse_strangers(
-  store: row_store.Store[records.Verdict], responses: list[records.Response]
-) -> None:
-  """Verdicts on responses that are gone would be counted as if they stood."""
-  known = {response.unit for response in responses}
-  strangers = [row for row in store.rows if row.unit[:5] not in known]
-  if strangers:
-    raise ValueError(
-      f"{store.path} holds {len(strangers)} verdicts on responses that are not"
-      f" in the responses file, such as {strangers[0].unit}: move the verdicts"
-      " away, or use another --workdir"
-    )
