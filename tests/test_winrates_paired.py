@@ -1,6 +1,7 @@
 """Differences, slopes, controls, lengths, ranking and plans, each by hand."""
 
 import dataclasses
+import itertools
 import math
 import subprocess
 import sys
@@ -225,6 +226,11 @@ def test_the_sign_test_equals_its_sum():
   assert controls.sign_test(35, 0) == pytest.approx(2 / 2**35)
   assert controls.sign_test(5, 5) == 1.0
   assert controls.sign_test(0, 0) == 1.0
+  for above, below in [*itertools.product(range(1, 9), repeat=2), (170, 230)]:
+    test = scipy.stats.binomtest(above, above + below)
+    found = controls.sign_test(above, below)
+    # Binomial sums by two libraries.
+    assert found == pytest.approx(test.pvalue, rel=1e-12)
 
 
 def test_the_first_slot_share_is_over_prompts():

@@ -20,7 +20,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 MIN_PROMPTS = 100
 """Below this many prompts the bootstrap is not used."""
@@ -68,7 +68,7 @@ def wilson(
     raise ValueError(f"successes={successes} must be in [0, n={n}]")
   if n == 0:
     return 0.0, 1.0
-  z = float(stats.norm.ppf(0.5 + confidence / 2))
+  z = float(special.ndtri(0.5 + confidence / 2))
   return _score_interval(successes / n, n, z)
 
 
@@ -94,7 +94,7 @@ def effective_wilson(
   variance = float(units.var(ddof=1)) if n > 1 else 0.0
   if not variance > 1e-12:
     return wilson(mean * n, n, confidence=confidence)
-  quantile = float(stats.t.ppf(0.5 + confidence / 2, n - 1))
+  quantile = float(special.stdtrit(n - 1, 0.5 + confidence / 2))
   return _score_interval(mean, mean * (1 - mean) / variance * n, quantile)
 
 

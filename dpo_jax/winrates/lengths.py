@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 from dpo_jax.winrates import calls, intervals
 
@@ -55,7 +55,7 @@ def length_controlled(
   """
   if not 0 < confidence < 1:
     raise ValueError(f"confidence={confidence} must be in (0, 1)")
-  quantile = float(stats.norm.ppf(0.5 + confidence / 2))
+  quantile = float(special.ndtri(0.5 + confidence / 2))
   found = []
   for cell, group in calls.by_cell(calls.ordinary(verdicts)).items():
     tables = [calls.units(group), calls.length_units(group)]

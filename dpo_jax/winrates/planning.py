@@ -8,7 +8,7 @@ call by a quarter of itself.
 import dataclasses
 import math
 
-from scipy import stats
+from scipy import special
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,11 +129,11 @@ def _deviation(rate: float, split: float) -> float:
 
 
 def _two_sided(plan: Plan, tests: int) -> float:
-  return float(stats.norm.isf((1 - plan.confidence) / (2 * tests)))
+  return float(-special.ndtri((1 - plan.confidence) / (2 * tests)))
 
 
 def _one_sided(plan: Plan) -> float:
-  return float(stats.norm.ppf(plan.power))
+  return float(special.ndtri(plan.power))
 
 
 def _whole(prompts: float) -> int:
