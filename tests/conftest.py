@@ -15,6 +15,12 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 )
+# Kept from run to run, for this process and those that tests start, and however
+# short a compilation was: there are thousands, most of a tenth of a second.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
+  pathlib.Path.home() / ".cache" / "dpo_jax" / "xla"
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -24,11 +30,6 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update(
-  "jax_compilation_cache_dir",
-  str(pathlib.Path.home() / ".cache" / "dpo_jax" / "xla"),
-)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 # Where eight devices share two loaded cores, one may come to a collective late:
 # after a minute XLA takes it for lost and ends the process ("Fatal Python

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import tiny
 
@@ -154,17 +153,10 @@ class Child:
     values = json.dumps(settings.to_dict(config))
     file.with_suffix(".json").write_text(values)
     self._printed = (directory / "printed").open("w+b")
-    cache = str(jax.config.jax_compilation_cache_dir)
     self.process = subprocess.Popen(
       [sys.executable, "train.py", f"--config={file}", f"--workdir={workdir}"],
       cwd=ROOT,
-      env=os.environ
-      | {
-        "JAX_COMPILATION_CACHE_DIR": cache,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-        "PYTHONPATH": str(ROOT),
-      }
-      | environ,
+      env=os.environ | {"PYTHONPATH": str(ROOT)} | environ,
       stdout=self._printed,
       stderr=subprocess.STDOUT,
     )

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 
-import jax
 import pytest
 import running
 import scripted
@@ -219,8 +218,6 @@ def test_two_processes_write_what_one_writes(
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": "2",
         "JAX_PROCESS_ID": str(number),
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
       },
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
