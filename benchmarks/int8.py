@@ -229,6 +229,7 @@ def scoring(path, pairs, output, reference, length) -> score.ScoreSettings:
     pairs=str(pairs),
     output=str(output),
     beta=demo.dpo().loss.beta,
+    profile=demo.dpo().data.profile,
     max_length=length,
     max_prompt_length=0,
     batch_size=32,

@@ -14,8 +14,10 @@ reference is --reference; with --adapter alone it is the model without the
 adapter, as in training; with neither there are no rewards. Policy and reference
 are in memory one after the other, never together.
 
-Texts are tokenised and cut by the rule that training uses, with EOS behind each
-response that is not cut.
+Texts are tokenised and cut by one of the rules that training uses, with EOS
+behind each response that is not cut. `--profile` names it, as `data.profile` of
+the run did: "paper", or "seed" for the LoRA recipes of configs/dpo.py, whose
+responses begin with another token.
 """
 
 import argparse
@@ -27,7 +29,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -35,7 +37,7 @@ import numpy as np
 from dpo_jax import batches, hf, partitioning, steps
 from dpo_jax import tokenizer as tokenizer_lib
 from dpo_jax.interface import console, redaction
-from dpo_jax.rows import placement, scored_pairs, settling, tables
+from dpo_jax.rows import placement, profiles, scored_pairs, settling, tables
 from dpo_jax.storage import atomic, buckets
 
 # Rows are a multiple of this many tokens, so that near lengths share a shape.
@@ -58,8 +60,10 @@ class ScoreSettings:
       {"chosen", "rejected"} transcripts.
     output: the .jsonl file to write.
     beta: strength of the KL penalty in the rewards.
+    profile: how texts become ids, and what is cut; see `rows.profiles`.
     max_length: tokens of a prompt with a response; 0 takes the model's own.
-    max_prompt_length: tokens of a prompt that is cut; 0 takes half of it.
+    max_prompt_length: tokens of a prompt that is cut; 0 takes half of it, or
+      none under "trl".
     batch_size: pairs in one call.
     dtype: what weights are kept in and computed in.
     fsdp: devices over which weights are split by width.
@@ -73,6 +77,7 @@ class ScoreSettings:
   pairs: str
   output: str
   beta: float
+  profile: profiles.Profile
   max_length: int
   max_prompt_length: int
   batch_size: int
@@ -228,7 +233,15 @@ def parse(arguments: Sequence[str] | None = None) -> ScoreSettings:
   text("--tokenizer", default="", help="where it is, if not with the model")
   text("--pairs", required=True, help="the .jsonl file to score")
   text("--output", required=True, help="the .jsonl file to write")
-  parser.add_argument("--beta", type=float, default=0.1)
+  parser.add_argument(
+    "--beta", type=float, default=0.1, help="of the rewards (default: 0.1)"
+  )
+  text(
+    "--profile",
+    default="paper",
+    choices=get_args(profiles.Profile),
+    help="how texts become ids, as in training (default: paper)",
+  )
   number("--max_length", default=0, help="default: the model's positions")
   number("--max_prompt_length", default=0, help="default: half of max_length")
   number("--batch_size", default=16, help="pairs in one call")

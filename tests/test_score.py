@@ -194,6 +194,42 @@ def test_what_is_too_long_is_cut_as_in_training(models, rows, pairs, tmp_path):
     )
 
 
+@pytest.mark.parametrize(("profile", "length"), [("seed", 60), ("trl", 70)])
+def test_texts_become_ids_by_the_rule_that_is_named(
+  profile, length, models, rows, pairs, tmp_path
+):
+  """seed strips the responses, so that their first token is another one; trl
+  keeps the first tokens of each whole text."""
+  directory, policy = models["policy"]
+  out = scored(
+    tmp_path,
+    pairs,
+    f"--model={directory}",
+    f"--profile={profile}",
+    f"--max_length={length}",
+  )
+  theirs = transformers.AutoTokenizer.from_pretrained(directory)
+  cut = []
+  for row, given in zip(out, rows, strict=True):
+    prompt = theirs(given.prompt)["input_ids"]
+    texts = given.chosen, given.rejected
+    if profile == "seed":
+      chosen, rejected = ([*theirs(t.strip())["input_ids"], 0] for t in texts)
+      # Half of it by default, and less beside a long response.
+      prompt = prompt[-(length // 2) :]
+      over = len(prompt) + max(len(chosen), len(rejected)) - length
+      prompt = prompt[max(0, over) :]
+    else:
+      chosen = [*theirs(given.chosen)["input_ids"], 0][: length - len(prompt)]
+    cut.append(row["cut"])
+    expected = torch_logps(policy, prompt, chosen)
+    np.testing.assert_allclose(
+      row["chosen_token_logps"], expected, rtol=0, atol=1e-3
+    )
+  assert any(cut)
+  assert not all(cut)
+
+
 def test_bad_rows_are_named_before_the_model_is_read(models, pairs, tmp_path):
   directory, _ = models["policy"]
   lines = pairs.read_text().splitlines()
@@ -236,6 +272,8 @@ def test_settings_that_cannot_be_met_are_refused(
   refused("max_length=513 is more than the model's 512", "--max_length=513")
   refused("beta=0", "--beta=0")
   refused("batch_size=0", "--batch_size=0")
+  no_prompt_length = ("--profile=trl", "--max_prompt_length=9")
+  refused("max_prompt_length=9 has no meaning in profile", *no_prompt_length)
   refused("directory cannot be written", f"--output={tmp_path}/no/out.jsonl")
   refused("other than the pairs", f"--output={pairs}")
   refused("cannot be read", f"--pairs={tmp_path / 'none.jsonl'}")

@@ -91,12 +91,13 @@ def tokenized(settings, tokenizer, rows) -> tuple[tables.Table, np.ndarray]:
     raise ValueError(
       f"max_length={max_length} is more than the model's {room} positions"
     )
+  half = 0 if settings.profile == "trl" else max_length // 2
   found = profiles.tokenize(
     tokenizer,
     rows,
-    profile="paper",
+    profile=settings.profile,
     max_length=max_length,
-    max_prompt_length=settings.max_prompt_length or max_length // 2,
+    max_prompt_length=settings.max_prompt_length or half,
   )
   if len(found.table) < len(rows):
     kept = set(found.table.ids)
