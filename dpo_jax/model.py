@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from dpo_jax import attention as attention_lib
 from dpo_jax import blocks as blocks_lib
 from dpo_jax import partitioning, quantised
-from dpo_jax.attention import block_attention
+from dpo_jax.attention import block_attention, shared
 from dpo_jax.engine import kv_cache
 
 Tree = dict[str, Any]
@@ -167,10 +167,11 @@ def apply(
   lora: Tree | None,
   tokens: jax.Array,
   positions: jax.Array,
-  visible: jax.Array | attention_lib.Segments,
+  visible: jax.Array | attention_lib.Segments | shared.Sharing,
   *,
   dropout_key: jax.Array | None = None,
   cache: Tree | tuple[Tree, ...] | None = None,
+  prompts: Tree | tuple[Tree, ...] | None = None,
   index: jax.Array | int | None = None,
   adapter: jax.Array | None = None,
 ) -> tuple[jax.Array, Tree | tuple[Tree, ...] | None]:
@@ -183,13 +184,14 @@ def apply(
       gives exactly the base: the reference of DPO.
     tokens: token ids, [B, T].
     positions: position of each token in its own sequence, [B, T].
-    visible: which keys a query sees: the segments of the rows, or a mask, bool
-      [B, T, S]; S is T without a cache.
+    visible: which keys a query sees: the segments of the rows; or a mask, bool
+      [B, T, S]; S is T without a cache; or, with `prompts`, who shares which.
     dropout_key: a key for each token, [B, T], of LoRA's dropout; None in
       evaluation and sampling.
     cache: keys and values of earlier tokens, see `init_cache`; its first S
       slots are seen. With those of `kv_cache.split` `base` and `lora` are of
       single layers too, as `apart` gives them.
+    prompts: such a cache of prompts that rows share, which is only read.
     index: the slot, in [0, S), where this call's first token is written; for
       one token a row it may be a row's own, [B].
     adapter: where `lora` is a stack of `lora.stack`, which of them each row
@@ -205,7 +207,7 @@ def apply(
   x, rotation = _enter(config, base, tokens, positions)
   attend = attention_lib.bind(config.attention, visible)
 
-  def block(carry, layer):
+  def block(carry, layer, prompts=prompts):
     x, cache = carry
     params, adapters, number = layer
     key = dropout_key
@@ -216,7 +218,7 @@ def apply(
     memory = _no_memory
     if cache is not None:
       memory = functools.partial(
-        kv_cache.remember, cache, number, index, span=visible.shape[-1]
+        _memory, cache, prompts, number, index, visible
       )
     x, cache = blocks_lib.merge(graph, *states)(
       x, rotation, attend, memory, key, adapter
@@ -229,7 +231,8 @@ def apply(
     caches = []
     for number, own in enumerate(cache):
       layer = (base["blocks"][number], adapters and adapters[number], None)
-      (x, own), _ = block((x, own), layer)
+      read = prompts and prompts[number]
+      (x, own), _ = block((x, own), layer, read)
       caches.append(own)
     cache = tuple(caches)
   else:
@@ -358,6 +361,18 @@ def _rematerialised(config, block):
     saved = ("projection", block_attention.SAVED)
   policy = jax.checkpoint_policies.save_only_these_names(*saved)
   return jax.checkpoint(block, prevent_cse=False, policy=policy)
+
+
+def _memory(cache, prompts, layer, index, visible, k, v):
+  """All keys and values to attend to, and the cache that now holds these."""
+  if prompts is None:
+    return kv_cache.remember(cache, layer, index, k, v, visible.shape[-1])
+  span = visible.mask.shape[-1]
+  *own, cache = kv_cache.remember(cache, layer, index, k, v, span)
+  span = visible.prompt_mask.shape[-1]
+  read = kv_cache.recall(prompts, layer, span, k.dtype)
+  k, v = (shared.Parts(*both) for both in zip(own, read, strict=True))
+  return k, v, cache
 
 
 def _no_memory(k, v):

@@ -10,7 +10,7 @@ import running
 
 from configs import dpo
 from dpo_jax import attention, training
-from dpo_jax.attention import columns
+from dpo_jax.attention import cached
 from dpo_jax.interface import settings
 from dpo_jax.running import programs, recipe
 
@@ -136,8 +136,8 @@ def test_a_rows_bits_do_not_depend_on_its_place_or_its_neighbours(rows):
   seen = jnp.arange(rows) * 7 % 96
   mask = (jnp.arange(96)[None] <= seen[:, None])[:, None]
   attend = jax.jit(
-    lambda q, k, v, mask: columns.attend(
-      q, columns.Columns(jnp.swapaxes(k, 2, 3)), v, mask
+    lambda q, k, v, mask: attention.dense(
+      q, cached.Columns(jnp.swapaxes(k, 2, 3)), v, mask
     )
   )
   found = attend(q, k, v, mask)

@@ -45,7 +45,8 @@ LEVELS = {
   "judging.verdicts": 0,
   "logps": 0,
   "engine.draw": 0,
-  "attention.columns": -1,
+  "attention.cached": -1,
+  "attention.shared": 0,
   "attention.flash": 0,
   "engine.kv_cache": 0,
   "lora": 0,
@@ -66,6 +67,7 @@ LEVELS = {
   "running.allocator": -1,
   "storage.atomic": -1,
   "storage.strict_json": -1,
+  "fence": -2,
   # Of `flash` alone.
   "attention.flash_kernels": -1,
   # Of `logps` alone.
@@ -162,6 +164,7 @@ LEVELS = {
   "judging.fake_batches": 4,
   "reporting.material": 4,
   "running.reference": 4,
+  "engine.seating": 4,
   "engine.slots": 5,
   "engine.capacity": 4,
   "score": 5,

@@ -4,7 +4,8 @@ A row holds several pieces; a piece is a sequence, or a prompt with two
 responses that both see the prompt and not each other. `Segments` says so with
 two numbers a token instead of a mask of T x T, so that an implementation may
 leave out what is masked whole. Sampling has a cache and no pieces: it passes
-the mask itself, as booleans, and such a mask is always attended densely.
+the mask itself, as booleans, or with it which rows share a prompt (`shared`),
+and these are always attended densely.
 
 Implementations, by the name in `model.attention`; which one runs is what the
 config says, and `check` refuses one that the devices cannot run:
@@ -31,7 +32,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dpo_jax import partitioning
-from dpo_jax.attention import block_attention, columns, flash
+from dpo_jax.attention import block_attention, cached, flash, shared
 
 PROMPT = 0
 
@@ -66,7 +67,7 @@ class Segments:
     return causal & same_piece & visible & (self.pieces > 0)[:, None, :]
 
 
-def bind(name: Name, visible: jax.Array | Segments) -> Attend:
+def bind(name: Name, visible: jax.Array | Segments | shared.Sharing) -> Attend:
   """The attention of one model call, (q, k, v) -> [B, T, N, H] as `v` is.
 
   Its arguments are queries [B, T, N, H], and keys and values [B, N, S, H], the
@@ -76,12 +77,15 @@ def bind(name: Name, visible: jax.Array | Segments) -> Attend:
 
   Args:
     name: how segments are attended; a mask is always attended densely.
-    visible: segments, for which S is T; or a mask, bool [B, T, S].
+    visible: segments, for which S is T; or a mask, bool [B, T, S]; or, where
+      keys and values are `shared.Parts`, who shares which.
 
   Raises:
     ValueError: pieces run through rows and `name` is not "blocks", or the other
       way round.
   """
+  if isinstance(visible, shared.Sharing):
+    return functools.partial(shared.attend, sharing=visible)
   if not isinstance(visible, Segments):
     return functools.partial(dense, mask=visible)
   if (name == "blocks") != (visible.seen is not None):
@@ -160,43 +164,13 @@ def check(
 def dense(q: jax.Array, k: Any, v: Any, mask: jax.Array) -> jax.Array:
   """`attend` by a mask, bool [B, T, S]; scores and softmax in float32.
 
-  For one query a row keys and values may also be [B, S, N H], see `_folded`, or
-  keys be `columns.Columns`.
+  Keys and values may be in any form of `cached`.
   """
-  if isinstance(k, columns.Columns):
-    return columns.attend(q, k, v, mask)
-  if k.ndim == 3:
-    return _folded(q, k, v, mask)
-  scores = jnp.einsum(
-    "BTNH,BNSH->BNTS", q, k, preferred_element_type=jnp.float32
-  )
-  scores = scores / math.sqrt(q.shape[-1])
+  scores = cached.scores(q, k) / math.sqrt(q.shape[-1])
   # A finite floor: a row that sees nothing (padding) stays free of NaN.
   scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  return jnp.einsum("BNTS,BNSH->BTNH", weights, v)
-
-
-def _folded(q, k, v, mask):
-  """`dense` where the heads of keys and values are folded, [B, S, C].
-
-  A query is spread over C with zeros where the other heads are, and of what
-  each head gets all but its own part is left out. That is N times the products,
-  but keys and values are read where and as they lie: decoding waits for memory.
-  """
-  rows, one, heads, head_dim = q.shape
-  own = jnp.eye(heads, dtype=q.dtype)[None, :, :, None]
-  wide = (q.reshape(rows, heads, 1, head_dim) * own).reshape(rows, heads, -1)
-  scores = jnp.einsum(
-    "BNC,BSC->BNS", wide, k, preferred_element_type=jnp.float32
-  )
-  scores = scores / math.sqrt(head_dim)
-  scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  every = jnp.einsum("BNS,BSC->BNC", weights, v)
-  every = every.reshape(rows, heads, heads, head_dim)
-  # Only one term of each sum is not zero.
-  return jnp.sum(every * own, axis=2).reshape(rows, one, heads, head_dim)
+  return cached.attended(weights, k, v)
 
 
 def cudnn(

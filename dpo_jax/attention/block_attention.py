@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from dpo_jax import fence
+
 # What rematerialisation may keep of attention, one value a query and head dim:
 # then scores and exponentials alone are computed again.
 SAVED = "attended"
@@ -158,13 +160,7 @@ def _written(query, rows):
   """Rows that exist before they are gathered.
 
   XLA would compute a row, bias, rotation and transposition included, again for
-  each pair that has it, and through an optimisation barrier too; not through a
-  condition that it cannot decide. This one always holds. Of several shards it
-  makes a choice of values, and nothing is won.
+  each pair that has it. Of several shards the condition is a choice of values,
+  and nothing is won.
   """
-  return jax.lax.cond(
-    jnp.all(query >= 0),
-    lambda rows: rows,
-    lambda rows: jax.tree.map(jnp.zeros_like, rows),
-    rows,
-  )
+  return fence.fence(rows, jnp.all(query >= 0))

@@ -25,6 +25,10 @@ CACHE_SHARE = 0.6
 # More rows on one shard would gain little and wait long for each other.
 MOST_ROWS = 512
 
+# Places for prompts that rows share, for each that would do if all rows of a
+# prompt ended together: it lies there until the last has.
+_PROMPTS = 3 / 2
+
 # Of blocks' weights: decoding with layers apart holds a copy of them, and one
 # of the unembedding.
 _APART_BYTES = 2**29
@@ -89,8 +93,14 @@ def layout(
     ValueError: the mesh does not divide the rows, or not one of them fits.
   """
   shards = partitioning.data_shards(mesh) if mesh is not None else 1
-  program = _program(config, tokenizer, requests, engine, mesh)
-  size = batch_size(config, engine, program.slots, mesh, free)
+  slots, prompt_slots = _slots(requests, engine)
+  places, prompts = _places(requests, shards)
+  row = slots
+  if places:
+    # A row's own and its part of its prompt's.
+    slots = _rounded(engine, max(r.max_new_tokens for r in requests))
+    row = slots + math.ceil(prompt_slots * _PROMPTS / places)
+  size = batch_size(config, engine, row, mesh, free)
   # At most as many as are asked for, in whole eights of each shard.
   most = -(-len(requests) // (8 * shards)) * 8 * shards
   why = "batch_size says so"
@@ -101,6 +111,12 @@ def layout(
       why = f"more than {MOST_ROWS} a shard gain little"
     if most <= size:
       size, why = most, f"{len(requests)} are asked for"
+  shared = None
+  if places:
+    places = min(places, size)
+    prompts = min(prompts, math.ceil(size * _PROMPTS / places))
+    shared = decoding_state.Shared(prompts, places, prompt_slots)
+  program = _program(config, tokenizer, requests, engine, mesh, slots, shared)
   return Layout(plan(requests, engine, shards, wanted), program, size, why)
 
 
@@ -192,21 +208,33 @@ def _say_once(text: str) -> None:
 
 def say(layout: Layout, engine: Any) -> None:
   """What was chosen; training samples at intervals, and says it once."""
-  shape, program = layout.program.config, layout.program
-  each = kv_cache.bytes_of(
-    shape.layers, shape.heads, program.slots, shape.head_dim, program.cache
+  program, size = layout.program, layout.size
+  shape, together = program.config, program.shared
+  slots, what = size * program.slots, f"up to {program.slots} tokens each"
+  if together is not None:
+    slots += together.prompts * together.slots
+    what += (
+      f" after {together.prompts} prompts of up to {together.slots}, each for"
+      f" {together.places} of them"
+    )
+  gib = (
+    slots
+    / 2**30
+    * kv_cache.bytes_of(
+      shape.layers, shape.heads, 1, shape.head_dim, program.cache
+    )
   )
   apart = ""
   if program.apart:
-    size, what = _blocks_bytes(shape), "the blocks"
+    copied, whose = _blocks_bytes(shape), "the blocks"
     if shape.width >= model.TURNED_WIDTH:
       itemsize = jnp.dtype(shape.dtype).itemsize
-      size += shape.vocab_size * shape.width * itemsize
-      what = "blocks and unembedding"
-    apart = f"; a second copy of {what}, {size / 2**30:.3g} GiB, while decoding"
+      copied += shape.vocab_size * shape.width * itemsize
+      whose = "blocks and unembedding"
+    copied /= 2**30
+    apart = f"; a second copy of {whose}, {copied:.3g} GiB, while decoding"
   _say_once(
-    f"{layout.size} answers at once ({layout.why}), up to {program.slots}"
-    f" tokens each: {layout.size * each / 2**30:.3g} GiB of cache in"
+    f"{size} answers at once ({layout.why}), {what}: {gib:.3g} GiB of cache in"
     f" {program.cache}; refilled after {engine.chunk} steps at most{apart}"
   )
 
@@ -241,14 +269,32 @@ def _blocks_bytes(config) -> int:
   return config.layers * each * jnp.dtype(config.dtype).itemsize
 
 
-def _program(
-  config, tokenizer, requests, engine, mesh
-) -> decoding_state.Program:
+def _places(requests, shards) -> tuple[int, int]:
+  """How many rows share a prompt, 0 if each has its own, and all prompts.
+
+  Not over several shards of the rows: a row and its prompt would be apart.
+  """
+  prompts = len({(r.prompt, r.adapter) for r in requests})
+  places = -(-len(requests) // prompts)
+  return (places if places > 1 and shards == 1 else 0), prompts
+
+
+def _slots(requests, engine) -> tuple[int, int]:
+  """Slots of the longest request and of the longest prompt."""
   longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
   padded = max(len(r.prompt) for r in requests)
   padded = -(-padded // engine.length_multiple) * engine.length_multiple
+  return _rounded(engine, max(longest, padded)), _rounded(engine, padded)
+
+
+def _rounded(engine, tokens) -> int:
   multiple = engine.span or engine.length_multiple
-  slots = math.ceil(max(longest, padded) / multiple) * multiple
+  return -(-tokens // multiple) * multiple
+
+
+def _program(
+  config, tokenizer, requests, engine, mesh, slots, shared
+) -> decoding_state.Program:
   parameters = {(r.temperature, r.top_k, r.top_p) for r in requests}
   return decoding_state.Program(
     config=config,
@@ -259,4 +305,5 @@ def _program(
     ways=draw.ways(parameters, tokenizer.vocab_size),
     cache=engine.cache,
     layout=_cache_layout(config, mesh),
+    shared=shared,
   )

@@ -2,12 +2,13 @@
 
 Each row lies in a slot of the cache from position 0 (see `decoding_state`), so
 that its arithmetic is the same wherever its neighbours are. Rows that end leave
-their slot to others between two calls. A prompt is read once and its keys and
-values are copied to every row that asks for it. Each row carries its own
-parameters and adapter as data: one compiled program serves them all.
+their slot to others between two calls. A prompt is read once; its keys and
+values are copied to every row that asks for it, or to one place where all of
+them look (`decoding_state.Shared`). Each row carries its own parameters and
+adapter as data: one compiled program serves them all.
 
-Letters: B rows, P prompts, T prompt tokens, S cache slots, M new tokens,
-V vocab, L layers, N heads, H head dim.
+Letters: B rows, P prompts, G places of a prompt, T prompt tokens, S cache
+slots, M new tokens, V vocab, L layers, N heads, H head dim.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax import model
+from dpo_jax.attention import shared
 from dpo_jax.engine import decoding_state, draw, kv_cache, stops
 
 
@@ -78,6 +80,7 @@ def enter(
   rows: decoding_state.Rows,
   table: jax.Array,
   seed: jax.Array,
+  laid: jax.Array | None = None,
 ) -> decoding_state.State:
   """Puts rows into slots and draws their first tokens.
 
@@ -89,6 +92,8 @@ def enter(
     rows: parameters, read where a row enters.
     table: see `stops.table`.
     seed: of all noise, uint32.
+    laid: where rows share prompts, which of the prefix takes the place of each,
+      -1 where the prompt stays as it is, [P].
   """
   enters = source >= 0
   prompt = jnp.maximum(source, 0)
@@ -96,24 +101,8 @@ def enter(
   def merge(new, old):
     return jnp.where(enters, new, old)
 
-  def copy(whole, new):
-    # A layer at a time: of all at once there would be a second cache.
-    def layer(at, whole):
-      start = (at, *(0,) * (new.ndim - 1))
-      size = (1, len(enters), *new.shape[2:])
-      old = jax.lax.dynamic_slice(whole, start, size)
-      own = jnp.expand_dims(enters, (0, *range(2, new.ndim)))
-      read = jax.lax.dynamic_index_in_dim(new, at)
-      kept = jnp.where(own, jnp.take(read, prompt, axis=1), old)
-      return jax.lax.dynamic_update_slice(whole, kept, start)
-
-    return jax.lax.fori_loop(0, len(new), layer, whole)
-
-  if program.apart:
-    own = functools.partial(_copy_apart, enters=enters, prompt=prompt)
-    cache = jax.tree.map(own, state.cache, prefix.cache)
-  else:
-    cache = jax.tree.map(copy, state.cache, prefix.cache)
+  name, taken = ("cache", source) if laid is None else ("prompts", laid)
+  copied = _copied(program, getattr(state, name), prefix.cache, taken)
   rows = jax.tree.map(merge, rows, state.rows)
   state = decoding_state.State(
     rows=rows,
@@ -123,8 +112,10 @@ def enter(
     count=merge(0, state.count),
     done=merge(rows.limit == 0, state.done),
     turn=merge(0, state.turn),
-    cache=cache,
+    cache=state.cache,
+    prompts=state.prompts,
   )
+  state = dataclasses.replace(state, **{name: copied})
   logits = jnp.take(prefix.logits, prompt, axis=0)
   return decoding_state.placed(_take(program, state, logits, table, enters))
 
@@ -139,21 +130,23 @@ def advance(
   table: jax.Array,
   steps: jax.Array,
   quota: jax.Array,
+  seats: decoding_state.Seats | None = None,
 ) -> decoding_state.State:
   """Decodes until `steps` tokens were added or `quota` slots are done.
 
   Args:
     program: static shapes.
-    span: slots that are attended to; no row may pass them in this call. Where
-      layers are apart, best all that the cache has.
+    span: slots of a row that are attended to; no row may pass them in this
+      call. Where layers are apart, best all that the cache has.
     base: base weights; where layers are apart, as `apart` gives them.
     lora: adapters, like them: None, one, or a stack.
     state: is donated: its cache is written in place.
     table: see `stops.table`.
     steps: int32.
     quota: int32.
+    seats: where rows share prompts, who sits where.
   """
-  place = jnp.arange(span)[None]
+  slot = jnp.arange(span)[None]
   axes = 2 if program.apart else 3
 
   def unfinished(carry):
@@ -164,15 +157,20 @@ def advance(
     step, state = carry
     # The token drawn last has not been read yet: it is this step's input.
     last = jnp.maximum(state.count - 1, 0)
-    index = jnp.minimum(state.rows.length + last, span - 1)
+    position = state.rows.length + last
+    index = jnp.minimum(position if seats is None else last, span - 1)
+    visible = (slot <= index[:, None])[:, None]
+    if seats is not None:
+      visible = _sharing(seats, visible)
     hidden, cache = model.apply(
       program.config,
       base,
       lora,
       jnp.take_along_axis(state.tokens, last[:, None], axis=1),
-      index[:, None],
-      (place <= index[:, None])[:, None],
+      position[:, None],
+      visible,
       cache=state.cache,
+      prompts=state.prompts,
       index=index,
       adapter=_stacked(lora, state.rows.adapter, axes),
     )
@@ -198,13 +196,42 @@ def resume(
   )
 
 
-def _copy_apart(whole, new, enters, prompt):
-  """A leaf of a layer's cache with the prompts of rows that enter."""
-  start = (0,) * new.ndim
-  old = jax.lax.slice(whole, start, (len(enters), *new.shape[1:]))
-  own = jnp.expand_dims(enters, (*range(1, new.ndim),))
-  kept = jnp.where(own, jnp.take(new, prompt, axis=0), old)
-  return jax.lax.dynamic_update_slice(whole, kept, start)
+def _copied(program, cache, new, source):
+  """The cache, where those that `source` [B] names take a prompt of `new`."""
+  enters, prompt = source >= 0, jnp.maximum(source, 0)
+
+  def chosen(old, read):
+    own = jnp.expand_dims(enters, (*range(1, read.ndim),))
+    return jnp.where(own, jnp.take(read, prompt, axis=0), old)
+
+  def copy(whole, new):
+    # A layer at a time: of all at once there would be a second cache.
+    def layer(at, whole):
+      start = (at, *(0,) * (new.ndim - 1))
+      size = (1, len(enters), *new.shape[2:])
+      (old,) = jax.lax.dynamic_slice(whole, start, size)
+      read = jax.lax.dynamic_index_in_dim(new, at, keepdims=False)
+      both = chosen(old, read)[None]
+      return jax.lax.dynamic_update_slice(whole, both, start)
+
+    return jax.lax.fori_loop(0, len(new), layer, whole)
+
+  def copy_layer(whole, new):
+    start = (0,) * new.ndim
+    old = jax.lax.slice(whole, start, (len(enters), *new.shape[1:]))
+    return jax.lax.dynamic_update_slice(whole, chosen(old, new), start)
+
+  return jax.tree.map(copy_layer if program.apart else copy, cache, new)
+
+
+def _sharing(seats, mask):
+  slot = jnp.arange(seats.span)[None]
+  return shared.Sharing(
+    mask=mask,
+    prompt_mask=(slot < seats.length[:, None])[:, None],
+    members=seats.members,
+    place=seats.place,
+  )
 
 
 def _take(program, state, logits, table, active):

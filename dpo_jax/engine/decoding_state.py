@@ -1,11 +1,13 @@
 """What decoding carries from call to call: rows, their tokens, their cache.
 
 A fixed number of rows is decoded together, each in a slot of the cache from
-position 0. What a row was asked for is data; what all rows have in common is
+position 0. Or, where many rows have one prompt, prompts lie in a cache of their
+own, and rows, which sit at their prompt's places, have slots for their answers
+alone. What a row was asked for is data; what all rows have in common is
 compiled in.
 
-Letters: B rows, P prompts, T prompt tokens, S cache slots, M new tokens,
-V vocab, L layers, N heads, H head dim.
+Letters: B rows, P prompts, G places of a prompt, T prompt tokens, S cache
+slots, M new tokens, V vocab, L layers, N heads, H head dim.
 """
 
 import dataclasses
@@ -17,6 +19,18 @@ import jax.numpy as jnp
 
 from dpo_jax import model, partitioning
 from dpo_jax.engine import draw, kv_cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+  """Where prompts lie that rows share: so many, P, of so many places, G.
+
+  `slots` is the cache slots of a prompt, T.
+  """
+
+  prompts: int
+  places: int
+  slots: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +49,7 @@ class Program:
       cache are arrays of their own while tokens are decoded. A CPU copies a
       slice of a stack before it uses it, at every step; elsewhere a stack is
       one loop, which is compiled sooner.
+    shared: where prompts lie; None: in the slots of each of their rows.
   """
 
   config: model.ModelConfig
@@ -45,6 +60,7 @@ class Program:
   ways: draw.Ways
   cache: kv_cache.Kind
   layout: kv_cache.Layout
+  shared: Shared | None = None
 
   @property
   def apart(self) -> bool:
@@ -70,6 +86,28 @@ class Rows:
   adapter: Any
 
 
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["members", "place", "length"],
+  meta_fields=["span"],
+)
+@dataclasses.dataclass(frozen=True)
+class Seats:
+  """Who sits where, and how much of the prompts there is.
+
+  Attributes:
+    members: the row in each place of each prompt, or any, int32 [P, G].
+    place: the place of each row, counted through all prompts, or any, [B].
+    length: tokens of each prompt; 0 for none, [P].
+    span: slots of a prompt that are attended to; none has more tokens.
+  """
+
+  members: Any
+  place: Any
+  length: Any
+  span: int
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefix:
@@ -93,6 +131,7 @@ class State:
     done: whether the row takes no more; empty slots are done, [B].
     turn: how much of a human turn its text ends with, see `stops`, [B].
     cache: see `kv_cache`; a tuple of single layers' if they are apart.
+    prompts: such a cache of the prompts that rows share; None if they do not.
   """
 
   rows: Rows
@@ -103,11 +142,21 @@ class State:
   done: jax.Array
   turn: jax.Array
   cache: Any
+  prompts: Any = None
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def empty(program: Program, batch: int, slots: int) -> State:
-  """A state whose rows are all free, with so many cache slots each."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def empty(
+  program: Program, batch: int, slots: int, prompt_slots: int = 0
+) -> State:
+  """A state whose rows are all free.
+
+  Args:
+    program: static shapes.
+    batch: rows.
+    slots: cache slots of a row.
+    prompt_slots: of a prompt, where rows share prompts.
+  """
   zeros = functools.partial(jnp.zeros, (batch,))
   rows = Rows(
     stream=zeros(jnp.uint32),
@@ -129,20 +178,28 @@ def empty(program: Program, batch: int, slots: int) -> State:
     turn=zeros(jnp.int32),
     cache=_new_cache(program, batch, slots),
   )
+  if program.shared is not None:
+    prompts = _new_cache(program, program.shared.prompts, prompt_slots)
+    state = dataclasses.replace(state, prompts=prompts)
   return placed(state)
 
 
-def resize(state: State, slots: int) -> State:
-  """The state with so many cache slots, where layers are apart.
+def resize(state: State, name: str, slots: int) -> State:
+  """The state with so many slots in a cache, where layers are apart.
 
   A layer at a time, each of which is freed before the next one is made.
+
+  Args:
+    state: of all rows.
+    name: "cache" or "prompts".
+    slots: that this cache shall have.
   """
-  caches = list(state.cache)
-  state = dataclasses.replace(state, cache=())
+  caches = list(getattr(state, name))
+  state = dataclasses.replace(state, **{name: ()})
   for at, cache in enumerate(caches):
     caches[at] = None
     caches[at] = _resize(cache, slots)
-  return dataclasses.replace(state, cache=tuple(caches))
+  return dataclasses.replace(state, **{name: tuple(caches)})
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -178,7 +235,7 @@ def axes(path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...]:
 
   The cache is split over rows and heads; what the host reads is everywhere.
   """
-  if path[0].name == "cache":
+  if path[0].name in ("cache", "prompts"):
     # A layer's own cache has numbers in its path, and no axis of layers.
     return cache_axes(path, leaf, 1 if len(path) == 2 else 0)
   return (None,) * leaf.ndim

@@ -9,7 +9,7 @@ copies a cache whose head dim is not one into such a form and back. In int8 each
 key and each value has a scale of its own, its largest magnitude over 127.
 
 A layer's own cache holds its keys as columns, [B, N, H, S]: of many rows with
-one query each, a CPU's cores then share the sums (`attention.columns`).
+one query each, a CPU's cores then share the sums (`attention.cached`).
 
 Letters: L layers, B rows, N heads, S slots, T tokens of this call, H head dim,
 C = N H.
@@ -20,7 +20,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.attention import columns
+from dpo_jax.attention import cached
 
 Tree = dict[str, Any]
 Kind = Literal["float32", "bfloat16", "int8"]
@@ -122,49 +122,58 @@ def remember(
     span: how many slots are given back; no row may have written behind them.
 
   Returns:
-    Keys and values [B, N, span, H] in the dtype of `k`, and the cache. Of a
-    folded cache, where each row has one token, they are [B, span, C]; of one of
-    `split` keys are `columns.Columns`.
+    Keys and values as `recall` gives them, but of a folded cache, where a row
+    has several tokens, [B, N, span, H]; and the cache.
   """
-  if layer is None:
-    return _remember_apart(cache, index, k, v, span)
   cache = dict(cache)
-  folded = cache["k"].ndim == 4
-  found = []
+  folded = cache["k"].ndim == 4 and layer is not None
   for name, new in zip(_NAMES, (k, v), strict=True):
     parts = {name: new.astype(cache[name].dtype)}
     if f"{name}_scale" in cache:
       parts = _quantised(name, new)
     for part, value in parts.items():
-      if folded and part == name:
+      if layer is None:
+        cache[part] = _write_apart(part, cache[part], index, value)
+      elif folded and part == name:
         cache[part] = _write_folded(cache[part], layer, index, value)
       else:
         cache[part] = _write(cache[part], layer, index, value)
-    if folded:
-      found.append(_read_folded(cache, name, layer, span, new))
-      continue
-    read = _read(cache[name], layer, span).astype(new.dtype)
-    if f"{name}_scale" in cache:
-      scale = _read(cache[f"{name}_scale"], layer, span)
-      read *= scale[..., None].astype(new.dtype)
-    found.append(read)
-  return found[0], found[1], cache
+  k, v, heads, tokens = *recall(cache, layer, span, k.dtype), *k.shape[1:3]
+  if folded and tokens > 1:
+    k, v = (
+      jnp.swapaxes(x.reshape(*x.shape[:2], heads, -1), 1, 2) for x in (k, v)
+    )
+  return k, v, cache
 
 
-def _remember_apart(cache, index, k, v, span):
-  cache = dict(cache)
-  for name, new in zip(_NAMES, (k, v), strict=True):
-    parts = {name: new.astype(cache[name].dtype)}
-    if f"{name}_scale" in cache:
-      parts = _quantised(name, new)
-    for part, value in parts.items():
-      cache[part] = _write_apart(part, cache[part], index, value)
-  keys = cache["k"][..., :span].astype(k.dtype)
-  values = cache["v"][:, :, :span].astype(v.dtype)
+def recall(
+  cache: Tree, layer: jax.Array | None, span: int, dtype: Any
+) -> tuple[Any, Any]:
+  """A layer's keys and values of the first slots, for one query a row.
+
+  Args:
+    cache: see `init`; with `layer` None one of `split`.
+    layer: which layer's they are.
+    span: how many slots are given back.
+    dtype: what they are given back in.
+
+  Returns:
+    Keys and values in a form of `attention.cached`: [B, N, span, H]; of a
+    folded cache [B, span, C]; of one of `split` keys are `cached.Columns`.
+  """
+  if layer is None:
+    return _recall_apart(cache, span, dtype)
+  read = _read_folded if cache["k"].ndim == 4 else _read_scaled
+  return tuple(read(cache, name, layer, span, dtype) for name in _NAMES)
+
+
+def _recall_apart(cache, span, dtype):
+  keys = cache["k"][..., :span].astype(dtype)
+  values = cache["v"][:, :, :span].astype(dtype)
   if "k_scale" in cache:
-    keys *= cache["k_scale"][:, :, None, :span].astype(k.dtype)
-    values *= cache["v_scale"][:, :, :span, None].astype(v.dtype)
-  return columns.Columns(keys), values, cache
+    keys *= cache["k_scale"][:, :, None, :span].astype(dtype)
+    values *= cache["v_scale"][:, :, :span, None].astype(dtype)
+  return cached.Columns(keys), values
 
 
 def _write_apart(name, leaf, index, new):
@@ -204,6 +213,14 @@ def _read(leaf, layer, span):
   return leaf[:, :, :span]
 
 
+def _read_scaled(cache, name, layer, span, dtype):
+  read = _read(cache[name], layer, span).astype(dtype)
+  if f"{name}_scale" in cache:
+    scale = _read(cache[f"{name}_scale"], layer, span)
+    read *= scale[..., None].astype(dtype)
+  return read
+
+
 def _write_folded(leaf, layer, index, new):
   rows, _, tokens, _ = new.shape
   new = jnp.swapaxes(new, 1, 2).reshape(rows, tokens, -1)
@@ -214,15 +231,12 @@ def _write_folded(leaf, layer, index, new):
   )
 
 
-def _read_folded(cache, name, layer, span, new):
-  """[B, span, C] for one token a row, else [B, N, span, H]."""
-  rows, heads, tokens, head_dim = new.shape
+def _read_folded(cache, name, layer, span, dtype):
   leaf = jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False)
-  read = leaf[:, :span].astype(new.dtype)
+  read = leaf[:, :span].astype(dtype)
   if f"{name}_scale" in cache:
-    scale = _read(cache[f"{name}_scale"], layer, span).astype(new.dtype)
+    scale = _read(cache[f"{name}_scale"], layer, span).astype(dtype)
     # One for each dimension of the head: the axes stay as they lie.
+    head_dim = read.shape[-1] // scale.shape[1]
     read *= jnp.repeat(jnp.swapaxes(scale, 1, 2), head_dim, axis=-1)
-  if tokens == 1:
-    return read
-  return jnp.swapaxes(read.reshape(rows, span, heads, head_dim), 1, 2)
+  return read

@@ -4,7 +4,8 @@ Requests wait in a queue, those of one prompt and adapter together, the longest
 prompts first so that a lack of memory shows at once. A batch of prompts of one
 padded length is read in one call; the rows that ask for them enter free slots,
 and what finds none waits beside the prompt's cache. Decoding stops as soon as a
-few rows have ended and others wait. None of this changes an answer.
+few rows have ended and others wait. Where rows share prompts, one for which
+there is no place waits too. None of this changes an answer.
 
 Letters: B rows, P prompts, T prompt tokens.
 """
@@ -18,7 +19,13 @@ import jax
 import numpy as np
 
 from dpo_jax import partitioning
-from dpo_jax.engine import capacity, decoding, decoding_state, stops
+from dpo_jax.engine import (
+  capacity,
+  decoding,
+  decoding_state,
+  seating,
+  stops,
+)
 
 # Refilling costs about a step; it waits until this share of the slots is free.
 _FREE = 1 / 8
@@ -50,8 +57,14 @@ class Slots:
     self.entered: dict[int, float] = {}
     self.waiting: list[tuple[int, int]] = []
     self.prefix: Any = None
-    # Tokens of the prompts in `prefix`, and cache slots that rows have now.
-    self.padded = self.held = 0
+    # How many were read, and the tokens of those in `prefix`.
+    self.read = self.padded = 0
+    # Cache slots that rows, and the prompts that they share, have now.
+    self.held = {"cache": self.program.slots, "prompts": 0}
+    self.seating = None
+    if self.program.shared is not None:
+      self.seating = seating.Seating(self.program.shared, self.size)
+      self.held["prompts"] = self.program.shared.slots
 
   def run(self) -> Iterator[Ended]:
     """Yields requests as they end."""
@@ -59,12 +72,15 @@ class Slots:
       return
     with self._context():
       self.table = self._put(stops.table(self.tokenizer))
-      self.held = self.program.slots
       if self.program.apart:
-        self.held = self._span(self.readings[0].padded)
+        # Prompts grow shorter, and each row has its own or looks at a shared.
+        name = "cache" if self.seating is None else "prompts"
+        self.held[name] = self._span(name, self.readings[0].padded)
         # Once, and not in each call of `advance`: it is a copy.
         self.decoded = decoding.apart(*self.weights)
-      self.state = decoding_state.empty(self.program, self.size, self.held)
+      self.state = decoding_state.empty(
+        self.program, self.size, self.held["cache"], self.held["prompts"]
+      )
     count = np.zeros(self.size, np.int64)
     while self.slot_of or self.waiting or self.readings:
       with self._context():
@@ -98,13 +114,29 @@ class Slots:
     while free and (self.waiting or self.readings):
       if not self.waiting:
         self._read(self.readings.pop(0))
-      entering = list(zip(free, self.waiting))
+      entering, laid = self._seated(list(zip(free, self.waiting)))
+      if not entering:
+        return
       free, self.waiting = free[len(entering) :], self.waiting[len(entering) :]
-      self._enter(entering)
+      self._enter(entering, laid)
       for slot, (index, _) in entering:
         self.slot_of[index] = slot
         self.entered[index] = time.perf_counter()
         count[slot] = 1
+
+  def _seated(self, entering):
+    """Those of them who have a place, and which prompts lie in new ones."""
+    if self.seating is None:
+      return entering, None
+    laid = np.full(len(self.seating.length), -1, np.int32)
+    for number, (slot, (index, prompt)) in enumerate(entering):
+      length = len(self.requests[index].prompt)
+      at, new = self.seating.take(slot, (self.read, prompt), length)
+      if at < 0:
+        return entering[:number], laid
+      if new:
+        laid[at] = prompt
+    return entering, laid
 
   def _read(self, reading: capacity.Reading) -> None:
     shape = (reading.size, reading.padded)
@@ -122,10 +154,11 @@ class Slots:
       inputs = jax.device_put(inputs)
     else:
       inputs = partitioning.place(inputs, self.mesh)
+    self.read += 1
     self.padded = reading.padded
     self.prefix = decoding.read(self.program, *self.weights, *inputs)
 
-  def _enter(self, entering) -> None:
+  def _enter(self, entering, laid) -> None:
     size = self.size
     source = np.full(size, -1, np.int32)
     rows = decoding_state.Rows(
@@ -152,11 +185,19 @@ class Slots:
         "adapter",
       ):
         getattr(rows, name)[slot] = getattr(request, name)
-    source, rows = self._put((source, rows))
+    source, rows, laid = self._put((source, rows, laid))
     seed = self._put(np.uint32(self.engine.seed))
-    self._hold(max(self.held, self._span(self.padded)))
+    name = "cache" if laid is None else "prompts"
+    self._hold(name, max(self.held[name], self._span(name, self.padded)))
     self.state = decoding.enter(
-      self.program, self.state, self.prefix, source, rows, self.table, seed
+      self.program,
+      self.state,
+      self.prefix,
+      source,
+      rows,
+      self.table,
+      seed,
+      laid,
     )
 
   def _advance(self, count) -> None:
@@ -165,37 +206,57 @@ class Slots:
     quota = self.size
     if self.waiting or self.readings:
       quota = min(idle + max(int(self.size * _FREE), 1), self.size)
-    furthest = max(
-      len(self.requests[index].prompt)
-      + min(
-        int(count[slot]) + self.engine.chunk,
-        self.requests[index].max_new_tokens,
-      )
-      for index, slot in self.slot_of.items()
-    )
-    span = self._span(furthest)
+    spans = self._spans(count)
     if self.program.apart:
-      if self.waiting:
-        # Not fewer than those who wait will bring.
-        span = max(span, self._span(self.padded))
-      self._hold(span)
+      for name, span in spans.items():
+        self._hold(name, span)
     steps, quota = self._put((np.int32(self.engine.chunk), np.int32(quota)))
+    seats = None
+    if self.seating is not None:
+      seats = self._put(self.seating.seats(spans["prompts"]))
     self.state = decoding.advance(
-      self.program, span, *self.decoded, self.state, self.table, steps, quota
+      self.program,
+      spans["cache"],
+      *self.decoded,
+      self.state,
+      self.table,
+      steps,
+      quota,
+      seats,
     )
 
-  def _span(self, tokens: int) -> int:
-    """Slots that are attended to so that so many tokens are."""
-    if not self.engine.span:
-      return self.program.slots
-    span = -(-tokens // self.engine.span) * self.engine.span
-    return min(span, self.program.slots)
+  def _spans(self, count) -> dict[str, int]:
+    """Slots that a call attends to, of each cache."""
+    # What rows will have at most, and their prompts.
+    new, prompts = [], []
+    for index, slot in self.slot_of.items():
+      request = self.requests[index]
+      most = int(count[slot]) + self.engine.chunk
+      new.append(min(most, request.max_new_tokens))
+      prompts.append(len(request.prompt))
+    # Where slots change, not fewer than those who wait will bring.
+    coming = self.padded if self.waiting and self.program.apart else 0
+    if self.seating is None:
+      longest = max(map(sum, zip(prompts, new, strict=True)))
+      return {"cache": self._span("cache", max(longest, coming))}
+    return {
+      "cache": self._span("cache", max(new)),
+      "prompts": self._span("prompts", max(*prompts, coming)),
+    }
 
-  def _hold(self, slots: int) -> None:
-    """Lets the cache have so many slots; only where layers are apart."""
-    if slots != self.held:
-      self.state = decoding_state.resize(self.state, slots)
-      self.held = slots
+  def _span(self, name: str, tokens: int) -> int:
+    """Slots of a cache that are attended to so that so many tokens are."""
+    shared = self.program.shared
+    most = self.program.slots if name == "cache" else shared.slots
+    if not self.engine.span:
+      return most
+    return min(-(-tokens // self.engine.span) * self.engine.span, most)
+
+  def _hold(self, name: str, slots: int) -> None:
+    """Lets a cache have so many slots; only where layers are apart."""
+    if slots != self.held[name]:
+      self.state = decoding_state.resize(self.state, name, slots)
+      self.held[name] = slots
 
   def _leave(self) -> tuple[Ended, np.ndarray]:
     """Those who have ended, and how many tokens every slot has."""
@@ -219,6 +280,8 @@ class Slots:
         again[slot] = True
         continue
       del self.slot_of[index]
+      if self.seating is not None:
+        self.seating.leave(slot)
       ended.append(
         (
           index,
