@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from dpo_jax import lora as lora_lib
 from dpo_jax import fence, partitioning, quantised
+from dpo_jax import lora as lora_lib
 
 Tree = dict[str, Any]
 # The kernels that LoRA may stand beside.

@@ -10,7 +10,7 @@ import running
 
 from configs import dpo
 from dpo_jax import attention, training
-from dpo_jax.attention import cached
+from dpo_jax.attention import cached, shared
 from dpo_jax.interface import settings
 from dpo_jax.running import programs, recipe
 
@@ -150,3 +150,64 @@ def test_a_rows_bits_do_not_depend_on_its_place_or_its_neighbours(rows):
   # Row 0 beside others than before.
   others = attend(*(x.at[1:].set(jnp.flip(x[1:], 0)) for x in (q, k, v, mask)))
   np.testing.assert_array_equal(others[0], found[0])
+
+
+@pytest.mark.parametrize("form", ["apart", "folded", "columns"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_that_share_prompts_see_what_rows_with_their_own_do(form, dtype):
+  """Twenty rows of five prompts, some places empty, rows in any order."""
+  keys = iter(jax.random.split(jax.random.key(0), 8))
+  rows, prompts, places, heads, dim = 20, 8, 6, 2, 16
+  # Prompts 2, 5 and 7 are not there; a prompt may have up to six rows.
+  there = jnp.array([0, 1, 3, 4, 6])
+  prompt = there[jnp.arange(rows) % 5]
+  place = prompt * places + (jnp.arange(rows) // 5 + prompt) % places
+  place = jax.random.permutation(next(keys), place)
+  members = jnp.full((prompts * places,), 3).at[place].set(jnp.arange(rows))
+  length = jnp.zeros((prompts,), int).at[there].set(jnp.array([9, 1, 4, 7, 8]))
+  count = jnp.arange(rows) % 6 + 1
+
+  def draw(*shape):
+    # Large, so that a peak of the wrong row would overflow.
+    return (4 * jax.random.normal(next(keys), shape)).astype(dtype)
+
+  q = draw(rows, 1, heads, dim)
+  read = [draw(prompts, heads, 9, dim) for _ in range(2)]
+  own = [draw(rows, heads, 6, dim) for _ in range(2)]
+  seen = jnp.arange(6)[None] < count[:, None]
+  of_prompt = jnp.arange(9)[None] < length[:, None]
+  wanted = attention.dense(
+    q,
+    *(
+      jnp.concatenate([whole[place // places], mine], axis=2)
+      for whole, mine in zip(read, own, strict=True)
+    ),
+    jnp.concatenate([of_prompt[place // places], seen], axis=1)[:, None],
+  )
+
+  def lie(k, v):
+    if form == "columns":
+      return cached.Columns(jnp.swapaxes(k, 2, 3)), v
+    if form == "folded":
+      return [
+        jnp.swapaxes(x, 1, 2).reshape(len(x), -1, heads * dim) for x in (k, v)
+      ]
+    return k, v
+
+  sharing = shared.Sharing(
+    mask=seen[:, None],
+    prompt_mask=of_prompt[:, None],
+    members=members.reshape(prompts, places),
+    place=place,
+  )
+  k, v = (shared.Parts(*both) for both in zip(lie(*own), lie(*read)))
+  found = attention.bind("dense", sharing)(q, k, v)
+  assert found.dtype == dtype
+  assert found.shape == q.shape
+  tolerance = 1e-4 if dtype == "float32" else 0.3
+  np.testing.assert_allclose(
+    found.astype(jnp.float32),
+    wanted.astype(jnp.float32),
+    atol=tolerance,
+    rtol=0,
+  )

@@ -237,11 +237,16 @@ class Watched:
     ]
 
 
-def test_the_sampler_is_planned_as_it_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  "sizes", [(4, 1, 2), (1, 1, 2)], ids=["own prompts", "shared prompts"]
+)
+def test_the_sampler_is_planned_as_it_runs(tmp_path, monkeypatch, sizes):
   """The planner lowers just what `generate` calls, on shapes and shardings."""
   tok = scripted.small_tokenizer(tmp_path)
   config, base = scripted.noisy(tok.vocab_size + 16)
-  mesh = partitioning.make_mesh(4, 1, 2)
+  mesh = partitioning.make_mesh(
+    *sizes, devices=jax.devices()[: math.prod(sizes)]
+  )
   how = sampling_config()
   seen = {
     n: Watched(getattr(decoding, n)) for n in ("read", "enter", "advance")

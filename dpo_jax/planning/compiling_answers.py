@@ -122,7 +122,7 @@ def compile_answers(
     rows=layout.size // shards,
     weights=weights,
     lookup=compiling.bytes_on_device(base["embed"]),
-    cache=compiling.bytes_on_device(state.cache),
+    cache=compiling.bytes_on_device((state.cache, state.prompts)),
     programs=found,
     steps=engine.chunk,
   )
@@ -144,9 +144,11 @@ def _weights(config, settings, mesh):
 
 
 def _state(layout, mesh) -> decoding_state.State:
+  program, shared = layout.program, layout.program.shared
+  prompt_slots = shared.slots if shared is not None else 0
   state = jax.eval_shape(
     lambda: decoding_state.empty(
-      layout.program, layout.size, layout.program.slots
+      program, layout.size, program.slots, prompt_slots
     )
   )
   return jax.tree.map_with_path(
@@ -200,6 +202,15 @@ def _compile(layout, base, stack, state, mesh, tokenizer, names, steps):
     compiling.bytes_on_device(x) for x in ((base, stack), state, prefix)
   )
   int32 = whole((), jnp.int32)
+  laid = seats = None
+  if (shared := program.shared) is not None:
+    laid = whole((shared.prompts,), jnp.int32)
+    seats = decoding_state.Seats(
+      members=whole((shared.prompts, shared.places), jnp.int32),
+      place=whole((layout.size,), jnp.int32),
+      length=laid,
+      span=shared.slots,
+    )
   decoded = (base, stack)
   if program.apart:
     decoded = jax.eval_shape(decoding.apart, base, stack)
@@ -218,12 +229,20 @@ def _compile(layout, base, stack, state, mesh, tokenizer, names, steps):
         rows,
         table,
         whole((), jnp.uint32),
+        laid,
       ),
     ),
     "decode": (
       kept,
       lambda: decoding.advance.lower(
-        program, program.slots, *decoded, state, table, int32, int32
+        program,
+        program.slots,
+        *decoded,
+        state,
+        table,
+        int32,
+        int32,
+        seats,
       ),
     ),
   }

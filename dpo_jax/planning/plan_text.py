@@ -89,10 +89,13 @@ def answers(
   device = mesh.devices.flat[0]
   chip = hardware.chip(device.device_kind)
   layout = found.layout
-  reading = layout.readings[0]
+  reading, shared = layout.readings[0], layout.program.shared
+  lie = ""
+  if shared is not None:
+    lie = f" beside {shared.prompts} prompts of {shared.slots}"
   lines = [
     f"answers as in {name}, mesh {dict(mesh.shape)}: {found.rows} rows a device"
-    f" of {layout.program.slots} slots, prompts read by {reading.size} of"
+    f" of {layout.program.slots} slots{lie}, prompts read by {reading.size} of"
     f" {reading.padded} tokens; {_gib(found.weights)} GiB of weights and"
     f" {_gib(found.cache)} GiB of {layout.program.cache} keys and values a"
     " device",
