@@ -437,9 +437,11 @@ def test_a_cache_that_a_tpu_would_pad_is_folded_or_counted(noisy):
   assert capacity._cache_layout(wide, tpus()) == "stacked"
 
 
-def test_a_step_copies_no_cache(noisy, tok):
+@pytest.mark.parametrize("places", [0, 4])
+def test_a_step_copies_no_cache(noisy, tok, places):
   """Keys and values are written in place, and read where they lie."""
   config, base = noisy
+  together = decoding_state.Shared(12, places, 72) if places else None
   program = decoding_state.Program(
     config=config,
     slots=96,
@@ -449,18 +451,29 @@ def test_a_step_copies_no_cache(noisy, tok):
     ways=draw.Ways(64, False, False),
     cache="float32",
     layout="apart",
+    shared=together,
   )
-  state = jax.eval_shape(lambda: decoding_state.empty(program, 8, 96))
+  state = jax.eval_shape(lambda: decoding_state.empty(program, 32, 96, 72))
   number = jax.ShapeDtypeStruct((), jnp.int32)
   table = jax.ShapeDtypeStruct((tok.vocab_size, stops.TURN + 1), jnp.int8)
   apart = jax.eval_shape(decoding.apart, base, None)
-  arguments = (*apart, state, table, number, number)
+  seats = None
+  if together is not None:
+    seats = seating.Seating(together, 32).seats(72)
+  arguments = (*apart, state, table, number, number, seats)
   compiled = decoding.advance.lower(program, 96, *arguments).compile()
-  # Rows, heads, and slots and head dim in either order, as a result.
-  whole = r"= f32\[8,2,(96,16|16,96)\]\S* "
   text = compiled.as_text()
-  assert len(re.findall(whole + "parameter", text)) >= 4
-  assert not re.findall(whole + "(copy|select|slice)", text)
+  # Rows or prompts, heads, and slots and head dim in either order, as a result.
+  shapes = [r"32,2,(96,16|16,96)"] + [r"12,2,(72,16|16,72)"] * bool(places)
+  for shape in shapes:
+    whole = rf"= f32\[{shape}\]\S* "
+    assert len(re.findall(whole + "parameter", text)) >= 4
+    assert not re.findall(whole + "(copy|select|slice)", text)
+  # No product is computed with the sum over values that it reads.
+  for body in re.findall(r"^%fused_computation\S* .*?^}", text, re.M | re.S):
+    if re.search(r" dot\(", body):
+      assert not re.search(whole, body)
+      assert " erf(" not in body or body.count(" dot(") == 1
 
 
 def test_tokens_do_not_depend_on_order_or_neighbours(noisy, tok, grid, told):
