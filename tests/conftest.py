@@ -21,6 +21,8 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
   pathlib.Path.home() / ".cache" / "dpo_jax" / "xla"
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# The threads of torch would wait for each other beside those of other tests.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
