@@ -13,7 +13,7 @@ import pathlib
 import jax
 
 from dpo_jax import checkpoint, mirror, trackers
-from dpo_jax.interface import settings
+from dpo_jax.interface import console, settings
 from dpo_jax.publishing import pushing
 from dpo_jax.running import (
   allocator,
@@ -92,7 +92,21 @@ def _run(
         copies.fetch(values, allowed)
     with processes.together("looking at the directory"):
       changed = rundir.check(workdir, values, allowed)
-    if not (workdir / "finished.json").exists():
+      finished = (workdir / "finished.json").exists()
+      if finished and (late := rundir.beyond(changed, recipe.FREE)):
+        raise ValueError(
+          f"{workdir} is finished, and nothing would come of\n  "
+          + "\n  ".join(late)
+          + "\nuse another --workdir"
+        )
+    if finished:
+      model = workdir / "export"
+      console.say(
+        f"{workdir.name} is finished: its model is in {model}",
+        "finished",
+        path=str(model),
+      )
+    else:
       _train(config, workdir, watch, changed, publisher, copies)
     try:
       if publisher and processes.first():

@@ -285,6 +285,8 @@ def test_strict_fails_once_a_flagged_report_is_written(tmp_path):
   [
     {"aa_alpha": 1.5},
     {"first_slot_limit": 0.4},
+    {"resamples": 5},
+    {"confidence": 1.5},
     {"gold_floor": -0.1},
     {"verdicts": "../verdicts"},
   ],

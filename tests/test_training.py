@@ -163,6 +163,18 @@ def test_all_weights_resume_with_their_reference(
 # --- what a directory was begun with
 
 
+def test_a_change_that_comes_too_late_is_refused(whole, config):
+  before = running.weights(whole)
+  late = {"loss.beta": 0.6, "allow_changes": ["loss"]}
+  with pytest.raises(
+    ValueError, match=r"(?s)is finished, .*config.loss.beta: 0.5 -> 0.6"
+  ):
+    training.run(config(**late), whole)
+  # What changes nothing of the model may be another.
+  training.run(config(grace_s=7.0), whole)
+  assert running.weights(whole) == before
+
+
 def test_another_config_is_refused_by_every_key(whole, config):
   before = running.weights(whole)
   other = config(
@@ -185,6 +197,7 @@ def test_another_config_is_refused_by_every_key(whole, config):
     "config.seed",
   ]
   assert "config.loss.beta: 0.5 -> 0.6" in str(error.value)
+  assert "in --config.allow_changes" in str(error.value)
   assert running.weights(whole) == before
 
 

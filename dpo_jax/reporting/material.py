@@ -16,7 +16,7 @@ from dpo_jax import metrics, records, winrates
 from dpo_jax.judging import questions
 from dpo_jax.judging import verdicts as parser
 from dpo_jax.storage import strict_json
-from dpo_jax.winrates import controls, lengths, paired, ranking
+from dpo_jax.winrates import controls, intervals, lengths, paired, ranking
 
 _MAX_ROWS_BYTES = 4 * 2**30
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -85,6 +85,7 @@ class ReportSettings:
         raise ValueError(
           f"{name}={getattr(self, name)} must be in [{low}, {high}]"
         )
+    intervals.check(self.resamples, self.confidence)
 
   @property
   def directory(self) -> str:

@@ -105,19 +105,22 @@ def refuse_other(
   """As `check`, of the values that the run at `where` was begun with."""
   what = "--workdir" if isinstance(where, pathlib.Path) else "checkpoint_bucket"
   found = settings.differing(begun_with, json.loads(json.dumps(values)))
-  names = [f"config.{name}" for name in allowed]
-  refused = [
-    line
-    for line in found
-    if not any(line.startswith((f"{name}:", f"{name}.")) for name in names)
-  ]
-  if refused:
+  if refused := beyond(found, allowed):
+    allow = ""
+    if "allow_changes" in values:
+      allow = ", or name in --config.allow_changes what may be another"
     raise ValueError(
       f"{where} was begun with another config:\n  "
       + "\n  ".join(refused)
-      + f"\nuse another {what}, or the values that it was begun with"
+      + f"\nuse another {what}, or the values that it was begun with{allow}"
     )
   return found
+
+
+def beyond(changed: Iterable[str], allowed: Iterable[str]) -> list[str]:
+  """Of the lines that `check` returns, those about none of `allowed`."""
+  starts = tuple(f"config.{name}{end}" for name in allowed for end in ":.")
+  return [line for line in changed if not line.startswith(starts)]
 
 
 def begun(workdir: pathlib.Path) -> dict[str, Any]:
