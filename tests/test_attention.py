@@ -1,5 +1,6 @@
 """Which attention runs: by its name, refused early where it cannot run."""
 
+import dataclasses
 import types
 
 import jax
@@ -211,3 +212,23 @@ def test_rows_that_share_prompts_see_what_rows_with_their_own_do(form, dtype):
     atol=tolerance,
     rtol=0,
   )
+  # Rows of another shard, at prompts of their own.
+  both = jax.tree.map(
+    lambda x: jnp.concatenate([x, x]),
+    dataclasses.replace(sharing, shards=2),
+  )
+  moved = [jax.tree.map(lambda x: -x, one) for one in (k, v)]
+  pairs = (
+    jax.tree.map(lambda a, b: jnp.concatenate([a, b]), one, other)
+    for one, other in zip((k, v), moved, strict=True)
+  )
+  first, second = jnp.split(
+    attention.bind("dense", both)(jnp.concatenate([q, q]), *pairs), 2
+  )
+  np.testing.assert_allclose(first, found, atol=tolerance)
+  np.testing.assert_allclose(
+    second,
+    attention.bind("dense", sharing)(q, *moved),
+    atol=tolerance,
+  )
+  assert not np.allclose(first, second, atol=1)

@@ -5,6 +5,8 @@ same prompt look too. The softmax is one over both, from its two parts: their
 larger maximum, and the sums that both have above it.
 
 A prompt has G places, and a row that is being answered sits in one of them.
+Rows that are split over devices sit at prompts of their own shard, so that none
+looks at another device's.
 
 Letters: B rows, P prompts, G places of a prompt, M a row's own slots, S slots
 of a prompt, N heads, H head dim.
@@ -14,6 +16,7 @@ References:
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -35,7 +38,11 @@ class Parts(NamedTuple):
   prompt: Any
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["mask", "prompt_mask", "members", "place"],
+  meta_fields=["shards"],
+)
 @dataclasses.dataclass(frozen=True)
 class Sharing:
   """Who looks where.
@@ -43,15 +50,18 @@ class Sharing:
   Attributes:
     mask: which of its own slots a row sees, bool [B, 1, M].
     prompt_mask: which slots of a prompt are of it, bool [P, 1, S].
-    members: the row in each place, int32 [P, G]; any row where there is none.
-    place: the place of each row, counted through all prompts, int32 [B]; any
-      place for a row that is in none, which gets something finite.
+    members: the row in each place, counted in its shard, int32 [P, G]; any row
+      where there is none.
+    place: the place of each row, counted through all prompts of its shard,
+      int32 [B]; any for a row that is in none, which gets something finite.
+    shards: of rows and prompts alike; each is a run of them.
   """
 
   mask: jax.Array
   prompt_mask: jax.Array
   members: jax.Array
   place: jax.Array
+  shards: int = 1
 
 
 def attend(q: jax.Array, k: Parts, v: Parts, sharing: Sharing) -> jax.Array:
@@ -66,15 +76,15 @@ def attend(q: jax.Array, k: Parts, v: Parts, sharing: Sharing) -> jax.Array:
   Returns:
     [B, 1, N, H] in the dtype of `q`; scores and softmax are float32.
   """
-  members, place = sharing.members, sharing.place
 
   def by_place(x):
     """[B, 1, ...] to [P, G, ...]."""
-    return x[:, 0][members]
+    return _taken(x[:, 0], sharing.members, sharing.shards)
 
   def by_row(x):
     """[P, G, ...] to [B, 1, ...]."""
-    return x.reshape(-1, *x.shape[2:])[place][:, None]
+    x = x.reshape(-1, *x.shape[2:])
+    return _taken(x, sharing.place, sharing.shards)[:, None]
 
   own = _masked_scores(q, k.own, sharing.mask)
   prompt = _masked_scores(by_place(q), k.prompt, sharing.prompt_mask)
@@ -90,6 +100,15 @@ def attend(q: jax.Array, k: Parts, v: Parts, sharing: Sharing) -> jax.Array:
   total = own_total + by_row(prompt_total)
   out = (own_sum + by_row(prompt_sum)) / total[..., None]
   return out.astype(q.dtype)
+
+
+def _taken(x, index, shards):
+  """Elements of the first axis, by an index that counts in each shard."""
+  if shards == 1:
+    return x[index]
+  x, own = (y.reshape(shards, -1, *y.shape[1:]) for y in (x, index))
+  taken = jax.vmap(lambda x, index: x[index])(x, own)
+  return taken.reshape(*index.shape, *x.shape[2:])
 
 
 def _masked_scores(q, k, mask):

@@ -94,7 +94,7 @@ def layout(
   """
   shards = partitioning.data_shards(mesh) if mesh is not None else 1
   slots, prompt_slots = _slots(requests, engine)
-  places, prompts = _places(requests, shards)
+  places, prompts = _places(requests)
   row = slots
   if places:
     # A row's own and its part of its prompt's.
@@ -113,9 +113,10 @@ def layout(
       size, why = most, f"{len(requests)} are asked for"
   shared = None
   if places:
-    places = min(places, size)
-    prompts = min(prompts, math.ceil(size * _PROMPTS / places))
-    shared = decoding_state.Shared(prompts, places, prompt_slots)
+    rows = size // shards
+    places = min(places, rows)
+    prompts = min(prompts, math.ceil(rows * _PROMPTS / places)) * shards
+    shared = decoding_state.Shared(prompts, places, prompt_slots, shards)
   program = _program(config, tokenizer, requests, engine, mesh, slots, shared)
   return Layout(plan(requests, engine, shards, wanted), program, size, why)
 
@@ -269,14 +270,11 @@ def _blocks_bytes(config) -> int:
   return config.layers * each * jnp.dtype(config.dtype).itemsize
 
 
-def _places(requests, shards) -> tuple[int, int]:
-  """How many rows share a prompt, 0 if each has its own, and all prompts.
-
-  Not over several shards of the rows: a row and its prompt would be apart.
-  """
+def _places(requests) -> tuple[int, int]:
+  """How many rows share a prompt, 0 if each has its own, and all prompts."""
   prompts = len({(r.prompt, r.adapter) for r in requests})
   places = -(-len(requests) // prompts)
-  return (places if places > 1 and shards == 1 else 0), prompts
+  return places if places > 1 else 0, prompts
 
 
 def _slots(requests, engine) -> tuple[int, int]:

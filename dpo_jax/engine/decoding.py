@@ -17,7 +17,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import model
+from dpo_jax import model, partitioning
 from dpo_jax.attention import shared
 from dpo_jax.engine import decoding_state, draw, kv_cache, stops
 
@@ -161,7 +161,7 @@ def advance(
     index = jnp.minimum(position if seats is None else last, span - 1)
     visible = (slot <= index[:, None])[:, None]
     if seats is not None:
-      visible = _sharing(seats, visible)
+      visible = _sharing(program.shared, seats, visible)
     hidden, cache = model.apply(
       program.config,
       base,
@@ -224,13 +224,14 @@ def _copied(program, cache, new, source):
   return jax.tree.map(copy_layer if program.apart else copy, cache, new)
 
 
-def _sharing(seats, mask):
+def _sharing(together, seats, mask):
   slot = jnp.arange(seats.span)[None]
   return shared.Sharing(
     mask=mask,
     prompt_mask=(slot < seats.length[:, None])[:, None],
-    members=seats.members,
-    place=seats.place,
+    members=partitioning.constrain(seats.members, "batch", None),
+    place=partitioning.constrain(seats.place, "batch"),
+    shards=together.shards,
   )
 
 

@@ -23,14 +23,19 @@ from dpo_jax.engine import draw, kv_cache
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-  """Where prompts lie that rows share: so many, P, of so many places, G.
+  """Where prompts lie that rows share.
 
-  `slots` is the cache slots of a prompt, T.
+  Attributes:
+    prompts: so many, P, in all shards.
+    places: rows of a prompt, G.
+    slots: cache slots of a prompt, T.
+    shards: parts in which rows and prompts are split; a row sits in its own.
   """
 
   prompts: int
   places: int
   slots: int
+  shards: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +101,10 @@ class Seats:
   """Who sits where, and how much of the prompts there is.
 
   Attributes:
-    members: the row in each place of each prompt, or any, int32 [P, G].
-    place: the place of each row, counted through all prompts, or any, [B].
+    members: the row in each place of each prompt, or any, counted in its shard,
+      int32 [P, G].
+    place: the place of each row, counted through its shard's prompts, or any,
+      int32 [B].
     length: tokens of each prompt; 0 for none, [P].
     span: slots of a prompt that are attended to; none has more tokens.
   """

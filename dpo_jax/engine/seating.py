@@ -2,12 +2,13 @@
 
 A prompt that rows share lies in one place of the cache for as long as one of
 them is being answered. A row that enters takes a place at its prompt, or with
-it a free place for the prompt; if there is neither it waits.
+it a free place for the prompt; if there is neither it waits. Where rows are
+split over devices, row and prompt are of one shard.
 
 Letters: B rows, P prompts, G places of a prompt.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -25,30 +26,40 @@ class Seating:
     self._members = np.full((shared.prompts, shared.places), -1, np.int32)
     self._place = np.full(size, -1, np.int32)
     self._prompts: list[Hashable] = [None] * shared.prompts
+    self._rows = size // shared.shards
+    self._each = shared.prompts // shared.shards
     self.length = np.zeros(shared.prompts, np.int32)
 
-  def take(self, row: int, prompt: Hashable, length: int) -> tuple[int, bool]:
+  def take(
+    self, free: Sequence[int], prompt: Hashable, length: int
+  ) -> tuple[int, int, bool]:
     """Seats a row.
 
     Args:
-      row: its slot.
+      free: slots that it may have.
       prompt: what tells its prompt from others.
       length: tokens of the prompt.
 
     Returns:
-      Where the prompt lies, or -1 if there is no place for the row; and whether
-      it is to be laid there.
+      The row's slot, or -1 if there is no place for it; where the prompt lies;
+      and whether it is to be laid there.
     """
+    shards = [slot // self._rows for slot in free]
     empty = self._members < 0
     for at in np.flatnonzero(empty.any(axis=1)):
-      if self._prompts[at] == prompt:
-        return self._sit(row, at), False
-    free = np.flatnonzero(empty.all(axis=1))
-    if not free.size:
-      return -1, False
-    at = free[0]
+      if self._prompts[at] == prompt and at // self._each in shards:
+        row = free[shards.index(at // self._each)]
+        return self._sit(row, at), at, False
+    # Where the most rows are free, so that those of the prompt will fit.
+    at = max(
+      np.flatnonzero(empty.all(axis=1)),
+      key=lambda at: shards.count(at // self._each),
+      default=-1,
+    )
+    if at < 0 or at // self._each not in shards:
+      return -1, -1, False
     self._prompts[at], self.length[at] = prompt, length
-    return self._sit(row, at), True
+    return self._sit(free[shards.index(at // self._each)], at), at, True
 
   def leave(self, row: int) -> None:
     """Frees a row's place, and its prompt's after the last of its rows."""
@@ -59,9 +70,10 @@ class Seating:
 
   def seats(self, span: int) -> decoding_state.Seats:
     """What a call of `decoding.advance` is told."""
+    of_shard = self._each * self._members.shape[1]
     return decoding_state.Seats(
-      members=np.maximum(self._members, 0),
-      place=np.maximum(self._place, 0),
+      members=np.where(self._members < 0, 0, self._members % self._rows),
+      place=np.where(self._place < 0, 0, self._place % of_shard),
       length=self.length.copy(),
       span=span,
     )
@@ -70,4 +82,4 @@ class Seating:
     place = int(np.argmax(self._members[at] < 0))
     self._members[at, place] = row
     self._place[row] = at * self._members.shape[1] + place
-    return int(at)
+    return row

@@ -114,26 +114,35 @@ class Slots:
     while free and (self.waiting or self.readings):
       if not self.waiting:
         self._read(self.readings.pop(0))
-      entering, laid = self._seated(list(zip(free, self.waiting)))
+      entering, laid = self._seated(free)
       if not entering:
         return
-      free, self.waiting = free[len(entering) :], self.waiting[len(entering) :]
+      self.waiting = self.waiting[len(entering) :]
       self._enter(entering, laid)
       for slot, (index, _) in entering:
         self.slot_of[index] = slot
         self.entered[index] = time.perf_counter()
         count[slot] = 1
 
-  def _seated(self, entering):
-    """Those of them who have a place, and which prompts lie in new ones."""
+  def _seated(self, free):
+    """Who of those that wait gets which slot, taken from `free`.
+
+    Returns:
+      Pairs of a slot and of what waited, and for each prompt that rows share
+      which of the prefix is to be laid there, -1 for none.
+    """
     if self.seating is None:
+      entering = list(zip(free, self.waiting))
+      del free[: len(entering)]
       return entering, None
-    laid = np.full(len(self.seating.length), -1, np.int32)
-    for number, (slot, (index, prompt)) in enumerate(entering):
+    entering, laid = [], np.full(len(self.seating.length), -1, np.int32)
+    for index, prompt in self.waiting:
       length = len(self.requests[index].prompt)
-      at, new = self.seating.take(slot, (self.read, prompt), length)
-      if at < 0:
-        return entering[:number], laid
+      slot, at, new = self.seating.take(free, (self.read, prompt), length)
+      if slot < 0:
+        break
+      free.remove(slot)
+      entering.append((slot, (index, prompt)))
       if new:
         laid[at] = prompt
     return entering, laid
