@@ -297,10 +297,14 @@ def test_flops_and_bytes_of_decoding_by_hand(monkeypatch):
   layers, width, mlp, words, rank = 3, 128, 256, 512, 4
   kernels = layers * (4 * width**2 + 2 * width * mlp)
   adapters = layers * rank * (4 * width + 2 * width + 2 * (width + mlp))
-  # A row's slots: 24 tokens of its prompt and 40 new ones.
-  assert found.layout.program.slots == 64
-  row = 2 * (kernels + adapters + width * words) + 4 * layers * width * 64
-  assert decode.cost.flops == 32 * 8 * row
+  # A row's slots: 40 new tokens in sixteens. Three prompts a device, for half
+  # as many rows again as it has, of five temperatures, 24 tokens in sixteens.
+  together = found.layout.program.shared
+  assert found.layout.program.slots == 48
+  assert (together.prompts, together.places, together.slots) == (24, 5, 32)
+  slot = 4 * layers * width
+  row = 2 * (kernels + adapters + width * words) + slot * 48
+  assert decode.cost.flops == 32 * (8 * row + 3 * 5 * slot * 32)
   assert decode.cost.open_loops == 1
   # Two prompts of 32 places would be one for two devices: each reads one.
   reading = found.layout.readings[0]
@@ -311,11 +315,11 @@ def test_flops_and_bytes_of_decoding_by_hand(monkeypatch):
   assert found.weights == pytest.approx(
     2 * (kernels + adapters + 2 * width * words), rel=0.03
   )
-  assert found.cache == 2 * 2 * layers * width * 64 * 8
+  assert found.cache == 2 * 2 * layers * width * (8 * 48 + 3 * 32)
   assert found.lookup == 2 * width * words
   assert found.least_bytes == found.weights - found.lookup + found.cache
   text = plan_text.answers(found, mesh, "this")
-  assert "8 rows a device of 64 slots, prompts read by 8 of 32" in text
+  assert "8 rows a device of 48 slots beside 3 prompts of 32, prompts" in text
   assert "no times: 'cpu'" in text
 
 
@@ -544,8 +548,9 @@ def test_decoding_eight_bits_with_heads_folded_for_a_slice():
   assert found.layout.program.layout == "folded"
   (decode,) = found.programs
   assert not decode.refusal
-  # Keys and values: 12 layers, 64 rows, 512 slots, 4 heads of 32 dimensions.
-  assert found.cache == 2 * 12 * 64 * 512 * 4 * (32 + 4)
+  # Keys and values: 12 layers, 64 rows of 496 slots and 13 prompts of 32, 4
+  # heads of 32 dimensions.
+  assert found.cache == 2 * 12 * (64 * 496 + 13 * 32) * 4 * (32 + 4)
   assert decode.memory.temporary < found.cache / 2
 
 
@@ -638,8 +643,9 @@ def test_the_real_sampler_is_planned(name, monkeypatch, request):
   for one in found.programs:
     assert not one.refusal
     assert one.memory.total < hbm
-  # Keys and values of 32 layers, 512 slots, 2,560 dimensions, two bytes each.
-  assert found.cache == 8 * 2 * 2 * 32 * 512 * 2560
+  # Keys and values of 32 layers, 256 slots of eight rows and three prompts, 2,560
+  # dimensions, two bytes each.
+  assert found.cache == (8 + 3) * 2 * 2 * 32 * 256 * 2560
   text = plan_text.answers(found, mesh, "this")
   assert "tokens/s of" in text
 

@@ -92,7 +92,8 @@ def answers(
   reading, shared = layout.readings[0], layout.program.shared
   lie = ""
   if shared is not None:
-    lie = f" beside {shared.prompts} prompts of {shared.slots}"
+    each = shared.prompts // shared.shards
+    lie = f" beside {each} prompts of {shared.slots}"
   lines = [
     f"answers as in {name}, mesh {dict(mesh.shape)}: {found.rows} rows a device"
     f" of {layout.program.slots} slots{lie}, prompts read by {reading.size} of"
