@@ -643,8 +643,8 @@ def test_the_real_sampler_is_planned(name, monkeypatch, request):
   for one in found.programs:
     assert not one.refusal
     assert one.memory.total < hbm
-  # Keys and values of 32 layers, 256 slots of eight rows and three prompts, 2,560
-  # dimensions, two bytes each.
+  # Keys and values of 32 layers, 256 slots of eight rows and three prompts,
+  # 2,560 dimensions, two bytes each.
   assert found.cache == (8 + 3) * 2 * 2 * 32 * 256 * 2560
   text = plan_text.answers(found, mesh, "this")
   assert "tokens/s of" in text
