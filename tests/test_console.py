@@ -82,6 +82,15 @@ def test_plain_lines_have_a_rate_and_what_is_left(mode, capsys, monkeypatch):
   ]
 
 
+def test_units_have_their_plural(mode, capsys):
+  mode("plain")
+  for unit in ("batch", "step"):
+    assert list(console.track([7], 1, "score", unit)) == [7]
+  said = capsys.readouterr().err
+  assert "score: 1/1 batches" in said
+  assert "score: 1/1 steps" in said
+
+
 def test_a_bar_shows_the_values(mode, capsys):
   mode("bar")
   speak()

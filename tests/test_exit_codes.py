@@ -4,8 +4,10 @@ Those of the scripts, and 130 and 143, are tested where the scripts are.
 """
 
 import json
+import os
 import pathlib
 import re
+import subprocess
 import sys
 
 import pytest
@@ -118,3 +120,23 @@ def test_a_command_by_its_name(monkeypatch, capsys):
     __main__.main()
   assert error.value.code == 0
   assert "With 150 prompts" in capsys.readouterr().out
+
+
+def test_help_may_be_read_in_part():
+  """As by `| head`: the reader is gone before the page is written."""
+  root = pathlib.Path(__file__).parents[1]
+  reader, writer = os.pipe()
+  os.close(reader)
+  try:
+    child = subprocess.run(
+      [sys.executable, root / "judge.py", "--help"],
+      cwd=root,
+      stdout=writer,
+      stderr=subprocess.PIPE,
+      text=True,
+      timeout=120,
+      check=False,
+    )
+  finally:
+    os.close(writer)
+  assert (child.returncode, child.stderr) == (0, "")

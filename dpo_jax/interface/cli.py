@@ -8,6 +8,7 @@ Exit codes:
 """
 
 import difflib
+import os
 import pathlib
 import re
 import sys
@@ -197,4 +198,9 @@ def _print_help(config: str, options: dict[str, tuple[Any, str]]) -> None:
     except (ValueError, OSError) as error:
       sys.exit(_refused(f"--config={config}: {error}"))
     lines += ["", f"Fields of {config}:", config_help.page(fields)]
-  print("\n".join(lines))
+  try:
+    print("\n".join(lines), flush=True)
+  except BrokenPipeError:
+    # Whoever read it has seen enough, as `head` has. What Python would still
+    # write as it exits goes nowhere.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

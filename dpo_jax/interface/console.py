@@ -208,7 +208,7 @@ class Bar:
       _emit(sys.stderr, "progress", fields | self._values)
     elif mode() == "plain":
       words = [
-        f"{self._what}: {self._done}/{self._total} {self._unit}s",
+        f"{self._what}: {self._done}/{self._total} {_plural(self._unit)}",
         f"{rate:.3g}/s",
       ]
       if left:
@@ -216,6 +216,10 @@ class Bar:
       if self._values:
         words.append(_words(self._values))
       print(", ".join(words), file=sys.stderr, flush=True)
+
+
+def _plural(unit: str) -> str:
+  return f"{unit}es" if unit.endswith("ch") else f"{unit}s"
 
 
 def track(items: Iterable, total: int, what: str, unit: str) -> Iterator:
