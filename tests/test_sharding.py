@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax import losses, model, partitioning, steps
@@ -128,10 +129,13 @@ def fresh(step, *arguments):
   """Compiles anew: a program from the cache logs nothing."""
   before = jax.config.jax_enable_compilation_cache
   jax.config.update("jax_enable_compilation_cache", False)
+  # JAX looks at the setting once a process, unless the cache is reset.
+  compilation_cache.reset_cache()
   try:
     return step.lower(*arguments).compile().as_text()
   finally:
     jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
 
 
 WARNING = "Involuntary full rematerialization"
