@@ -369,6 +369,24 @@ def test_rows_that_share_prompts_answer_as_rows_with_their_own(
     np.testing.assert_allclose(a.logps, b.logps, atol=atol)
 
 
+def test_prompts_are_shared_where_most_are_asked_for_again(noisy, tok):
+  """Not for the sake of one that is there twice."""
+  config, _ = noisy
+  for temperatures, doubled, places in (
+    ((1.0,), 1, None),
+    ((1.0,), 5, 2),
+    ((0.5, 1.0), 0, 2),
+    ((0.5, 1.0), 5, 3),
+  ):
+    requests = requests_for(tok, temperatures=temperatures)
+    requests += requests_for(tok, PROMPTS[:doubled], (1.0,), sample_id=1)
+    found = capacity.layout(
+      config, tok, requests, engine(), None, range(len(requests))
+    )
+    shared = found.program.shared
+    assert (shared and shared.places) == places
+
+
 def test_layers_are_apart_on_one_device_only(noisy):
   """Over several of a CPU, their collectives could wait for each other."""
   config, _ = noisy

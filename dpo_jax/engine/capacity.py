@@ -271,9 +271,12 @@ def _blocks_bytes(config) -> int:
 
 
 def _places(requests) -> tuple[int, int]:
-  """How many rows share a prompt, 0 if each has its own, and all prompts."""
+  """How many rows share a prompt, 0 if each has its own, and all prompts.
+
+  Rounded down: of a few prompts that are there twice, places would stay empty.
+  """
   prompts = len({(r.prompt, r.adapter) for r in requests})
-  places = -(-len(requests) // prompts)
+  places = len(requests) // prompts
   return places if places > 1 else 0, prompts
 
 

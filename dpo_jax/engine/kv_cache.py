@@ -138,12 +138,13 @@ def remember(
         cache[part] = _write_folded(cache[part], layer, index, value)
       else:
         cache[part] = _write(cache[part], layer, index, value)
-  k, v, heads, tokens = *recall(cache, layer, span, k.dtype), *k.shape[1:3]
+  found = recall(cache, layer, span, k.dtype)
+  _, heads, tokens, _ = k.shape
   if folded and tokens > 1:
-    k, v = (
-      jnp.swapaxes(x.reshape(*x.shape[:2], heads, -1), 1, 2) for x in (k, v)
+    found = (
+      jnp.swapaxes(x.reshape(*x.shape[:2], heads, -1), 1, 2) for x in found
     )
-  return k, v, cache
+  return *found, cache
 
 
 def recall(
