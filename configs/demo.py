@@ -11,7 +11,7 @@ oracle.
 Variants: none is the demo; `tiny` is the same line with everything small, to
 see in a minute or two that it runs; its numbers mean nothing.
 
-Made for: 2 CPU cores, about 6 minutes. Expect: base below SFT below DPO at
+Made for: 2 CPU cores, about 5 minutes. Expect: base below SFT below DPO at
 T = 0.75 and 1.0, with 95% intervals that do not overlap; README quotes a run.
 """
 

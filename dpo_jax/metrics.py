@@ -99,9 +99,14 @@ class Silent:
 
 
 class Throughput:
-  """Tokens and pairs per second between two calls."""
+  """Tokens and items per second between two calls.
 
-  def __init__(self):
+  Args:
+    items: what an item is, in the plural; the rate is called by it.
+  """
+
+  def __init__(self, items: str):
+    self._items = items
     self._then = time.perf_counter()
 
   def __call__(self, tokens: int, items: int) -> dict[str, float]:
@@ -110,7 +115,7 @@ class Throughput:
     seconds, self._then = max(now - self._then, 1e-9), now
     return {
       "tokens_per_second": tokens / seconds,
-      "pairs_per_second": items / seconds,
+      f"{self._items}_per_second": items / seconds,
     }
 
 

@@ -181,6 +181,17 @@ def _reports(path: pathlib.Path) -> list[pathlib.Path]:
   return sorted(file.parent for file in path.glob(f"report*/{compose.NUMBERS}"))
 
 
+def _results(path: pathlib.Path) -> list[pathlib.Path]:
+  """The result files of a directory without a report."""
+  try:
+    return recount.paths(path)
+  except ValueError as error:
+    raise ValueError(
+      f"{error}, and no report: `python -m dpo_jax.report {path}` writes one"
+      " of a working directory"
+    ) from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     prog="python -m dpo_jax.verify",
@@ -201,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       if reports:
         continue
       if path.is_dir():
-        files += recount.paths(path)
+        files += _results(path)
       elif path.is_file():
         files.append(path)
       else:

@@ -22,7 +22,12 @@ SHAPE = dataclasses.replace(tiny.CONFIG, vocab_size=320)
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 STEPS = 7
 # Of a row of metrics, what depends on the clock.
-SPEED = {"tokens_per_second", "pairs_per_second", "data_wait_seconds"}
+SPEED = {
+  "tokens_per_second",
+  "pairs_per_second",
+  "examples_per_second",
+  "data_wait_seconds",
+}
 
 
 def rows(count, seed):

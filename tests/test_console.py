@@ -225,6 +225,21 @@ def test_an_unknown_field_names_the_near_one(flag, near):
   assert f"did you mean {near}?" in str(error.value)
 
 
+@pytest.mark.parametrize(
+  ("flag", "near"),
+  [
+    ("--epochs=3", "--config.epochs"),
+    ("-loss.beta=0.3", "--config.loss.beta"),
+    ("--beta", "--config.loss.beta"),
+  ],
+)
+def test_a_field_without_its_config_is_told_where_it_is(flag, near):
+  config = test_configs.get("dpo")
+  with pytest.raises(ValueError, match="is no flag") as error:
+    cli._check_fields(config, ["--config=x", flag])
+  assert f"did you mean {near}?" in str(error.value)
+
+
 def test_known_fields_pass():
   cli._check_fields(
     test_configs.get("dpo"),

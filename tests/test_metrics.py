@@ -76,7 +76,7 @@ def test_what_json_has_no_number_for_is_a_word(tmp_path, value):
 
 
 def test_throughput():
-  clock = metrics.Throughput()
+  clock = metrics.Throughput("pairs")
   time.sleep(0.05)
   rates = clock(100, 10)
   assert 0 < rates["pairs_per_second"] <= 10 / 0.05

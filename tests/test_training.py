@@ -312,7 +312,7 @@ def test_wrong_input_is_refused_before_the_model_is_read(
     ({"epochs": 0}, "epochs=0"),
     ({"eval_every": -1}, "eval_every=-1"),
     ({"lora.rank": 0}, "export_adapters=True needs adapters"),
-    ({"lora.rank": -1}, "lora.rank=-1"),
+    ({"lora.rank": -1}, "lora.rank=-1 is negative; 0 trains all"),
     ({"lora.dropout": 1.0}, "lora.dropout=1.0"),
     ({"lora.targets": ["qkv"]}, "lora.targets"),
     (

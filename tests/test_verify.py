@@ -268,7 +268,7 @@ def test_the_vector_figures_are_verified_too(run, capsys):
 def test_what_cannot_be_verified(run, tmp_path, capsys):
   cases = {
     "none": "no such file",
-    "empty": "holds no files eval_",
+    "empty": "no report: `python -m dpo_jax.report ",
   }
   (tmp_path / "empty").mkdir()
   for name, message in cases.items():

@@ -131,6 +131,7 @@ def _check_fields(config: Any, arguments: list[str]) -> None:
   """ValueError for a --config.FIELD that does not exist, naming near ones."""
   names = list(config_help.names(config))
   for argument in arguments:
+    _check_bare(argument, names)
     found = re.match(r"--?(?:no)?(config\.[^=]*)", argument)
     if not found or found[1] in names:
       continue
@@ -145,6 +146,18 @@ def _check_fields(config: Any, arguments: list[str]) -> None:
     )
     hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
     raise ValueError(f"--{found[1]}: the config has no such field; {hint}")
+
+
+def _check_bare(argument: str, names: list[str]) -> None:
+  """ValueError for --FIELD that is no flag, but a field of the config."""
+  found = re.match(r"--?([\w.]+)", argument)
+  if not found or found[1] in flags.FLAGS:
+    return
+  near = [name for name in names if name.endswith(f".{found[1]}")]
+  if near:
+    raise ValueError(
+      f"--{found[1]} is no flag; did you mean --{' or --'.join(near[:3])}?"
+    )
 
 
 def _asks_for_help(arguments: list[str]) -> bool:

@@ -42,6 +42,9 @@ from dpo_jax.running import (
 )
 from dpo_jax.storage import atomic
 
+# What a batch is made of.
+_ITEMS = {"sft": "examples", "dpo": "pairs"}
+
 
 class Loop:
   """What lives through one run: the state, and the files it is written to."""
@@ -58,6 +61,7 @@ class Loop:
     sampler: samples.Sampler,
   ):
     self.watch, self.publisher, self.sampler = watch, publisher, sampler
+    self.items = _ITEMS[config.objective]
     self.config, self.workdir = config, workdir
     self.made, self.checkpoints, self.state = made, checkpoints, state
     self.steps = made.feed.steps
@@ -74,7 +78,7 @@ class Loop:
     else:
       self.writer = metrics.Silent(self.workdir, self.start)
       console.mute()
-    self.clock = metrics.Throughput()
+    self.clock = metrics.Throughput(self.items)
     what = f"{config.objective} {self.workdir.name}"
     self.bar = console.Bar(self.steps, what, "step", self.start)
     try:
@@ -158,7 +162,7 @@ class Loop:
         stop = not self.sampler.write(
           done, self.state.params, self.writer, self.watch
         )
-        self.clock = metrics.Throughput()
+        self.clock = metrics.Throughput(self.items)
       if save or stop:
         self._save(done, export=save)
       if stop:
@@ -207,7 +211,7 @@ class Loop:
     shown = {
       "loss": row["loss"],
       "tokens/s": rates["tokens_per_second"],
-      "pairs/s": rates["pairs_per_second"],
+      f"{self.items}/s": rates[f"{self.items}_per_second"],
     }
     if "mfu" in rates:
       shown["MFU"] = rates["mfu"]
@@ -244,7 +248,7 @@ class Loop:
     count = {"eval_items": len(made.feed.items.held_out.table)}
     self.writer.write({"step": done} | row | count)
     self.evaluated = {done: row}
-    self.clock = metrics.Throughput()
+    self.clock = metrics.Throughput(self.items)
     return True
 
   def _save(self, done: int, *, export: bool) -> None:

@@ -98,6 +98,10 @@ class LoraSettings:
   def config(self) -> model.LoraConfig | None:
     if not self.rank:
       return None
+    if self.rank < 0:
+      raise ValueError(
+        f"lora.rank={self.rank} is negative; 0 trains all weights instead"
+      )
     return model.LoraConfig(self.rank, self.alpha, self.dropout, self.targets)
 
 
