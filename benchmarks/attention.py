@@ -18,7 +18,7 @@ import numpy as np
 
 from dpo_jax import attention, hardware
 from dpo_jax.attention import flash
-from dpo_jax.planning import compiling, topology
+from dpo_jax.planning import compiling, roofline, topology
 
 # HH's means (dpo_jax/planning/compiling.py): a prompt and the two responses.
 PAIR = (116, 46, 45)
@@ -116,7 +116,7 @@ def compiled(name: str, arguments, device: jax.Device) -> str:
   if found.cost is None:
     return f"what it does cannot be read ({found.unread})"
   chip = hardware.chip(device.device_kind)
-  seconds = found.cost.seconds(chip.bf16_flops, chip.hbm_bandwidth)
+  seconds = roofline.estimate(found.cost, chip).compute
   return (
     f"{found.memory.temporary / 2**20:,.1f} MiB held beside the arguments,"
     f" {found.cost.bytes / 1e6:,.0f} MB moved, {found.cost.flops / 1e9:,.1f}"

@@ -157,9 +157,11 @@ def model() -> config_dict.ConfigDict:
   # user/name, or user/name@revision; or gs://bucket/path.
   c.path = "EleutherAI/pythia-2.8b"
   # What the blocks compute in: "float32" or "bfloat16". Norms, softmax,
-  # log-probs and losses are float32 whatever it says. Gradients of the blocks'
-  # weights are formed in it, and summed in it over a mesh's devices; sums over
-  # micro-batches, moments and updates are float32.
+  # log-probs and losses are float32 whatever it says. Products of float32 are
+  # rounded on no device, unless JAX_DEFAULT_MATMUL_PRECISION asks for it, and
+  # cost a TPU six of bfloat16. Gradients of the blocks' weights are formed in
+  # it, and summed in it over a mesh's devices; sums over micro-batches, moments
+  # and updates are float32.
   c.dtype = "bfloat16"
   # What base weights are stored in. Full fine-tuning needs float32. With LoRA
   # "bfloat16" takes half the memory, and "int8" about a quarter: kernels of

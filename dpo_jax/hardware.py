@@ -12,8 +12,9 @@ References:
   is given, is its pod's all-reduce bandwidth over 4,096 chips. Memory is what
   libtpu's compiler accepts, a little less than the page's number.
   GPU: NVIDIA's data sheets of A100, H100 and H200: Tensor Core rates without
-  sparsity, which are half of those printed with it, and half of NVLink's
-  bandwidth of both directions.
+  sparsity, which are half of those printed with it, FP32's rates, and half of
+  NVLink's bandwidth of both directions.
+  jax.lax.Precision: a TPU multiplies float32 by six products of bfloat16.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ class Chip:
   Attributes:
     name: what people call it.
     bf16_flops: dense bfloat16 multiplications and additions a second.
+    float32_flops: the same of float32 operands that are not rounded.
     hbm_bytes: memory on the device.
     hbm_bandwidth: bytes a second between memory and compute.
     link_bandwidth: bytes a second that it can send to the other devices of its
@@ -36,21 +38,27 @@ class Chip:
 
   name: str
   bf16_flops: float
+  float32_flops: float
   hbm_bytes: int
   hbm_bandwidth: float
   link_bandwidth: float
 
 
-_V4 = Chip("TPU v4", 275e12, int(30.75 * GIB), 1.2e12, 268e9)
-_V5E = Chip("TPU v5e", 197e12, int(15.75 * GIB), 8.19e11, 200e9)
-_V5P = Chip("TPU v5p", 459e12, int(95.73 * GIB), 2.765e12, 300e9)
-_V6E = Chip("TPU v6e", 918e12, int(31.24 * GIB), 1.638e12, 400e9)
-_A100_40 = Chip("A100 40GB", 312e12, 40 * GIB, 1.555e12, 300e9)
-_A100_80 = Chip("A100 80GB", 312e12, 80 * GIB, 2.039e12, 300e9)
-_A100_PCIE = Chip("A100 80GB PCIe", 312e12, 80 * GIB, 1.935e12, 300e9)
-_H100 = Chip("H100 SXM", 989.4e12, 80 * GIB, 3.35e12, 450e9)
-_H100_PCIE = Chip("H100 PCIe", 756e12, 80 * GIB, 2.0e12, 300e9)
-_H200 = Chip("H200 SXM", 989.4e12, 141 * 10**9, 4.8e12, 450e9)
+def _tpu(name: str, flops: float, memory: int, read: float, sent: float):
+  # Six products of bfloat16 make one of float32.
+  return Chip(name, flops, flops / 6, memory, read, sent)
+
+
+_V4 = _tpu("TPU v4", 275e12, int(30.75 * GIB), 1.2e12, 268e9)
+_V5E = _tpu("TPU v5e", 197e12, int(15.75 * GIB), 8.19e11, 200e9)
+_V5P = _tpu("TPU v5p", 459e12, int(95.73 * GIB), 2.765e12, 300e9)
+_V6E = _tpu("TPU v6e", 918e12, int(31.24 * GIB), 1.638e12, 400e9)
+_A100_40 = Chip("A100 40GB", 312e12, 19.5e12, 40 * GIB, 1.555e12, 300e9)
+_A100_80 = Chip("A100 80GB", 312e12, 19.5e12, 80 * GIB, 2.039e12, 300e9)
+_A100_PCIE = Chip("A100 80GB PCIe", 312e12, 19.5e12, 80 * GIB, 1.935e12, 300e9)
+_H100 = Chip("H100 SXM", 989.4e12, 66.9e12, 80 * GIB, 3.35e12, 450e9)
+_H100_PCIE = Chip("H100 PCIe", 756e12, 51.2e12, 80 * GIB, 2.0e12, 300e9)
+_H200 = Chip("H200 SXM", 989.4e12, 66.9e12, 141 * 10**9, 4.8e12, 450e9)
 
 CHIPS = {
   "TPU v4": _V4,

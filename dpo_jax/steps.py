@@ -15,7 +15,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax import attention, logps, losses, model, partitioning
+from dpo_jax import (
+  attention,
+  logps,
+  losses,
+  model,
+  partitioning,
+  precision,
+)
 from dpo_jax.rows import packing
 from dpo_jax.running import guards
 
@@ -124,14 +131,15 @@ def token_stats(
   Dropout is drawn for each token by its seat, so that it does not depend on
   how the step's items are laid out, split or sharded.
   """
-  hidden, _ = model.apply(
-    config,
-    base,
-    lora,
-    *_seen_by_model(batch),
-    dropout_key=_key_of_seats(dropout_key, batch),
-  )
-  return _stats(config, base["unembed"]["kernel"], hidden, batch)
+  with precision.products(config.dtype):
+    hidden, _ = model.apply(
+      config,
+      base,
+      lora,
+      *_seen_by_model(batch),
+      dropout_key=_key_of_seats(dropout_key, batch),
+    )
+    return _stats(config, base["unembed"]["kernel"], hidden, batch)
 
 
 def both_token_stats(
@@ -145,19 +153,20 @@ def both_token_stats(
 
   Of the second, the reference's, no gradient is formed.
   """
-  policy, reference = model.apply_both(
-    config,
-    base,
-    lora,
-    *_seen_by_model(batch),
-    dropout_key=_key_of_seats(dropout_key, batch),
-  )
-  kernel = base["unembed"]["kernel"].astype(policy.dtype)
-  kernel = partitioning.constrain(kernel, None, "vocab")
-  return tuple(
-    _stats(config, kernel, hidden, batch)
-    for hidden in (policy, jax.lax.stop_gradient(reference))
-  )
+  with precision.products(config.dtype):
+    policy, reference = model.apply_both(
+      config,
+      base,
+      lora,
+      *_seen_by_model(batch),
+      dropout_key=_key_of_seats(dropout_key, batch),
+    )
+    kernel = base["unembed"]["kernel"].astype(policy.dtype)
+    kernel = partitioning.constrain(kernel, None, "vocab")
+    return tuple(
+      _stats(config, kernel, hidden, batch)
+      for hidden in (policy, jax.lax.stop_gradient(reference))
+    )
 
 
 def make_train_step(
@@ -192,7 +201,9 @@ def make_train_step(
       return sums["loss"] * scale, sums
 
     def accumulate(grads, micro):
-      grad, sums = jax.grad(loss, has_aux=True)(state.params[name], micro)
+      # Around the backward pass, whose own rules are traced outside of `loss`.
+      with precision.products(config.dtype):
+        grad, sums = jax.grad(loss, has_aux=True)(state.params[name], micro)
       return jax.tree.map(jnp.add, grads, grad), sums
 
     zeros = jax.tree.map(

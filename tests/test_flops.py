@@ -103,6 +103,7 @@ def test_devices():
   for chip in hardware.CHIPS.values():
     assert 14 < chip.hbm_bytes / 2**30 < 142
     assert 1e14 < chip.bf16_flops < 1e15
+    assert 6 <= chip.bf16_flops / chip.float32_flops <= 16
     assert 8e11 < chip.hbm_bandwidth < 5e12
     assert 2e11 <= chip.link_bandwidth < 1e12
 

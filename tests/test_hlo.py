@@ -133,8 +133,8 @@ def test_what_the_tpu_compiler_writes():
   product = next(w for w in found.work if w.times == 4 and w.flops)
   assert product.bytes == 2 * 32 * 1024 * 80
   # A product that takes longer to compute than to read is bound by it.
-  assert found.seconds(1.0, 1e30) == found.flops
-  assert found.seconds(1e30, 1.0) == found.bytes
+  assert found.seconds(1.0, 1.0, 1e30) == found.flops
+  assert found.seconds(1e30, 1e30, 1.0) == found.bytes
 
 
 # One all-gather that is carried along by two products, as the TPU compiler

@@ -68,6 +68,8 @@ LEVELS = {
   "storage.atomic": -1,
   "storage.strict_json": -1,
   "fence": -2,
+  # Of whoever traces a model.
+  "precision": -2,
   # Of `flash` alone.
   "attention.flash_kernels": -1,
   # Of `logps` alone.

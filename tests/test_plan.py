@@ -137,6 +137,10 @@ def test_the_estimate_by_hand():
   # five were begun early.
   assert (found.compute, found.links, found.hidden) == (5.0, 6.0, 5.0)
   assert (found.best, found.worst, found.planned) == (6.0, 11.0, 22.0)
+  # Half of the products of float32, which are six of bfloat16 each.
+  work = (hlo.Work(1.0, 394e12, 1.0, 197e12),)
+  found = roofline.estimate(hlo.Cost(work, (), 0), chip)
+  assert found.compute == pytest.approx(1 + 6)
 
 
 @pytest.mark.parametrize("bend", [1.0, 1.3, 0.8])
@@ -380,7 +384,7 @@ def test_the_most_answers_are_found_in_eights(largest, monkeypatch):
       ]
     )
 
-  chip = hardware.Chip("a small one", 1e12, 8 * 2**30, 1e12, 1e12)
+  chip = hardware.Chip("a small one", 1e12, 1e12, 8 * 2**30, 1e12, 1e12)
   monkeypatch.setitem(hardware.CHIPS, "cpu", chip)
   monkeypatch.setattr(compiling_answers, "compile_answers", compiled)
   mesh = partitioning.make_mesh(8, 1, 1)
@@ -408,7 +412,7 @@ def test_a_sampler_that_does_not_fit_is_planned_with_fewer_rows(
   for rows in (16, 8):
     compiled(sampling_config(batch_size=8 * rows), SMALL, mesh, None)
   (_, much), (_, little) = sizes
-  chip = hardware.Chip("small", 1e12, (much + little) // 2, 1e12, 1e12)
+  chip = hardware.Chip("small", 1e12, 1e12, (much + little) // 2, 1e12, 1e12)
   monkeypatch.setitem(hardware.CHIPS, "cpu", chip)
   assert plan.plan_answers(how, SMALL, jax.devices(), "it", True)
   text = capsys.readouterr().out

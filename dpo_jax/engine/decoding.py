@@ -17,7 +17,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import model, partitioning
+from dpo_jax import model, partitioning, precision
 from dpo_jax.attention import shared
 from dpo_jax.engine import decoding_state, draw, kv_cache, stops
 
@@ -54,21 +54,23 @@ def read(
   causal = jnp.broadcast_to(
     place[:, None] <= place[..., None], (count, size, size)
   )
-  hidden, cache = model.apply(
-    program.config,
-    base,
-    lora,
-    prompts,
-    jnp.broadcast_to(place, (count, size)),
-    causal,
-    cache=decoding_state.stacked_cache(program, count, size),
-    index=0,
-    adapter=_stacked(lora, adapter, axes=3),
-  )
-  last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
+  with precision.products(program.config.dtype):
+    hidden, cache = model.apply(
+      program.config,
+      base,
+      lora,
+      prompts,
+      jnp.broadcast_to(place, (count, size)),
+      causal,
+      cache=decoding_state.stacked_cache(program, count, size),
+      index=0,
+      adapter=_stacked(lora, adapter, axes=3),
+    )
+    last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
+    logits = model.unembed(base, last[:, 0])
   if program.apart:
     cache = kv_cache.split(cache)
-  return decoding_state.Prefix(cache, model.unembed(base, last[:, 0]))
+  return decoding_state.Prefix(cache, logits)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -162,19 +164,20 @@ def advance(
     visible = (slot <= index[:, None])[:, None]
     if seats is not None:
       visible = _sharing(program.shared, seats, visible)
-    hidden, cache = model.apply(
-      program.config,
-      base,
-      lora,
-      jnp.take_along_axis(state.tokens, last[:, None], axis=1),
-      position[:, None],
-      visible,
-      cache=state.cache,
-      prompts=state.prompts,
-      index=index,
-      adapter=_stacked(lora, state.rows.adapter, axes),
-    )
-    logits = model.unembed(base, hidden[:, 0])
+    with precision.products(program.config.dtype):
+      hidden, cache = model.apply(
+        program.config,
+        base,
+        lora,
+        jnp.take_along_axis(state.tokens, last[:, None], axis=1),
+        position[:, None],
+        visible,
+        cache=state.cache,
+        prompts=state.prompts,
+        index=index,
+        adapter=_stacked(lora, state.rows.adapter, axes),
+      )
+      logits = model.unembed(base, hidden[:, 0])
     state = dataclasses.replace(state, cache=cache)
     state = _take(program, state, logits, table, ~state.done)
     return step + 1, state

@@ -40,11 +40,15 @@ _FREE = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """What one instruction costs each time, and how often it runs."""
+  """What one instruction costs each time, and how often it runs.
+
+  `exact` is the part of `flops` whose operands are float32 and not rounded.
+  """
 
   times: float
   flops: float
   bytes: float
+  exact: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +93,14 @@ class Cost:
       one.times * one.bytes for one in self.collectives if one.asynchronous
     )
 
-  def seconds(self, flops: float, bandwidth: float) -> float:
+  def seconds(self, flops: float, exact: float, bandwidth: float) -> float:
     """Time at peak rates: each instruction takes what bounds it."""
+
+    def products(one):
+      return (one.flops - one.exact) / flops + one.exact / exact
+
     return sum(
-      w.times * max(w.flops / flops, w.bytes / bandwidth) for w in self.work
+      w.times * max(products(w), w.bytes / bandwidth) for w in self.work
     )
 
 
@@ -143,10 +151,10 @@ class _Counter:
         for at in range(before, len(self.collectives)):
           self._overlap(at)
       elif one.op not in _FREE and not one.op.endswith(("-done", "-update")):
-        flops = self._flops(name, one)
+        flops, exact = self._flops(name, one)
         moved = hlo_bytes.moved(self.by_name, name, one)
         if flops or moved:
-          self.work.append(Work(times, flops, moved))
+          self.work.append(Work(times, flops, moved, exact))
       for found in hlo_traffic.collectives(
         self.computations, one, self.devices
       ):
@@ -199,23 +207,27 @@ class _Counter:
     same = f"index={place}" in value.attributes
     return step if value.op == "get-tuple-element" and same else 0
 
-  def _flops(self, name: str, one: hlo_text.Instruction) -> float:
+  def _flops(self, name: str, one: hlo_text.Instruction) -> tuple[float, float]:
+    """Flops, and those of them whose operands are float32 and not rounded."""
     if one.op == "fusion":
       called = hlo_text.called(one, "calls")[0]
-      return sum(self._flops(called, i) for i in self.computations[called])
-    if one.op == "dot":
-      left = self._array(name, one.operands[0])
-      axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
-      contracted = [left.shape[int(a)] for a in axes[1].split(",") if a]
-      return 2 * math.prod(one.arrays[0].shape) * math.prod(contracted)
-    if one.op == "convolution":
-      left, right = (self._array(name, o) for o in one.operands[:2])
-      return _convolution(one, left.shape, right.shape)
+      parts = [self._flops(called, i) for i in self.computations[called]]
+      return sum(part for part, _ in parts), sum(part for _, part in parts)
     if one.op == "custom-call":
       # A kernel of Pallas says itself what it costs; its inside is not text.
       said = re.search(r'"cost_estimate":\{"flops":"(\d+)"', one.attributes)
-      return float(said[1]) if said else 0.0
-    return 0.0
+      return (float(said[1]) if said else 0.0), 0.0
+    if one.op not in ("dot", "convolution"):
+      return 0.0, 0.0
+    left, right = (self._array(name, o) for o in one.operands[:2])
+    if one.op == "dot":
+      axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
+      contracted = [left.shape[int(a)] for a in axes[1].split(",") if a]
+      flops = 2 * math.prod(one.arrays[0].shape) * math.prod(contracted)
+    else:
+      flops = _convolution(one, left.shape, right.shape)
+    whole = "operand_precision={highest" in one.attributes
+    return flops, flops if whole and left.dtype == "f32" else 0.0
 
   def _array(self, name: str, operand: str) -> hlo_text.Array:
     return self.by_name[name][operand].arrays[0]

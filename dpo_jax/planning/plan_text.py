@@ -179,8 +179,9 @@ def program(
 def _assumptions(chip) -> str:
   return (
     "estimate, not measured: every instruction at the peak of what bounds it"
-    f" ({chip.bf16_flops / 1e12:.0f} Tflop/s, {chip.hbm_bandwidth / 1e9:.0f}"
-    f" GB/s), {chip.link_bandwidth / 1e9:.0f} GB/s of links; a host that is"
+    f" ({chip.bf16_flops / 1e12:.0f} Tflop/s, of float32"
+    f" {chip.float32_flops / 1e12:.0f}, {chip.hbm_bandwidth / 1e9:.0f} GB/s),"
+    f" {chip.link_bandwidth / 1e9:.0f} GB/s of links; a host that is"
     " never waited for"
   )
 

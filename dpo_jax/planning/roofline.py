@@ -48,7 +48,9 @@ class Estimate:
 
 def estimate(cost: hlo.Cost, chip: hardware.Chip) -> Estimate:
   return Estimate(
-    compute=cost.seconds(chip.bf16_flops, chip.hbm_bandwidth),
+    compute=cost.seconds(
+      chip.bf16_flops, chip.float32_flops, chip.hbm_bandwidth
+    ),
     links=cost.sent / chip.link_bandwidth,
     hidden=cost.sent_meanwhile / chip.link_bandwidth,
   )
