@@ -413,10 +413,11 @@ def test_plans_by_hand():
   )
   # (1.96 * .5 + .8416 * sqrt(.6 * .4))^2 / .1^2 = 193.9.
   assert planning.prompts_against_half(plan(), 0.1) == 194
-  # (1.96 * sqrt(.4) + .8416 * sqrt(.4 - .01))^2 / .01 = 311.9 (Connor).
-  assert planning.prompts_for_difference(plan(), 0.1) == 312
+  # n = (1.96 * sqrt(.4) + .8416 * sqrt(.4 - .01))^2 / .01 = 311.9 (Connor), and
+  # n / 4 * (1 + sqrt(1 + 4 / (n * .1)))^2 = 331.6 (Fleiss, Tytun and Ury).
+  assert planning.prompts_for_difference(plan(), 0.1) == 332
   # At the first step of Holm's four tests 2.4977 stands for 1.96: 443.2.
-  assert planning.prompts_for_difference(plan(tests=4), 0.1) == 444
+  assert planning.prompts_for_difference(plan(tests=4), 0.1) == 464
 
 
 def test_what_can_be_detected_is_the_inverse():
@@ -437,11 +438,28 @@ def test_the_planned_prompts_have_the_power_that_is_said():
   power = scipy.stats.binom.pmf(wins, n, 0.5 + effect)[low].sum()
   # The exact test is a little more careful than the formula.
   assert 0.74 < power < 0.83
-  n = planning.prompts_for_difference(plan(), 0.1)
-  generator = np.random.default_rng(8)
-  table = generator.multinomial(n, [0.25, 0.15, 0.6], size=4000)
-  found = [controls.sign_test(int(b), int(c)) < 0.05 for b, c, _ in table]
-  assert 0.74 < np.mean(found) < 0.83
+
+
+@pytest.mark.parametrize("tests", [1, 4])
+@pytest.mark.parametrize(
+  ("discordant", "effect"), [(0.3, 0.1), (0.4, 0.1), (0.4, 0.2), (0.6, 0.15)]
+)
+def test_mcnemars_exact_test_has_the_power_that_is_said(
+  discordant, effect, tests
+):
+  planned = plan(discordant=discordant, tests=tests)
+  n = planning.prompts_for_difference(planned, effect)
+  ours = (discordant + effect) / 2 / discordant
+  power = 0.0
+  for pairs in range(n + 1):
+    share = scipy.stats.binom.pmf(pairs, n, discordant)
+    if share < 1e-9:
+      continue
+    wins = np.arange(pairs + 1)
+    tail = scipy.stats.binom.cdf(np.minimum(wins, pairs - wins), pairs, 0.5)
+    sure = np.minimum(1, 2 * tail) < 0.05 / tests
+    power += share * scipy.stats.binom.pmf(wins, pairs, ours)[sure].sum()
+  assert 0.795 < power < 0.84
 
 
 @pytest.mark.parametrize(
@@ -476,7 +494,7 @@ def test_the_planner_prints_its_numbers(capsys):
   text = capsys.readouterr().out
   assert "about +-8.0 points" in text
   assert "as distance from 50%, 80% power: 194" in text
-  assert "as difference of two models, 80% power: 312" in text
+  assert "as difference of two models, 80% power: 332" in text
   assert __main__.main(["--plan", "--effect=2"]) == 2
   assert "error: effect=2.0 must be in (0, 1)" in capsys.readouterr().err
 

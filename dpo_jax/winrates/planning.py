@@ -81,13 +81,17 @@ def prompts_against_half(plan: Plan, effect: float) -> int:
 def prompts_for_difference(plan: Plan, effect: float) -> int:
   """Prompts to tell two models apart whose rates differ by `effect`.
 
-  For McNemar's test, where one model wins on (discordant + effect) / 2 of the
-  prompts and the other on (discordant - effect) / 2, at the first and hardest
-  of Holm's `tests` steps.
+  For McNemar's exact test, where one model wins on (discordant + effect) / 2 of
+  the prompts and the other on (discordant - effect) / 2, at the first and
+  hardest of Holm's `tests` steps. What a normal curve needs is raised by about
+  2 / effect for the test's whole numbers: without it the power was 1 to 3
+  points less than was planned.
 
   References:
     Connor, Sample size for testing differences in proportions for the
-    paired-sample design, Biometrics 43, 1987.
+    paired-sample design, Biometrics 43, 1987;
+    Fleiss, Tytun and Ury, A simple approximation for calculating sample sizes
+    for comparing independent proportions, Biometrics 36, 1980: the correction.
   """
   _check_effect(effect)
   if effect > plan.discordant:
@@ -97,7 +101,8 @@ def prompts_for_difference(plan: Plan, effect: float) -> int:
     )
   null = _two_sided(plan, plan.tests) * math.sqrt(plan.discordant)
   other = _one_sided(plan) * math.sqrt(plan.discordant - effect**2)
-  return _whole(((null + other) / effect) ** 2)
+  smooth = ((null + other) / effect) ** 2
+  return _whole(smooth / 4 * (1 + math.sqrt(1 + 4 / (smooth * effect))) ** 2)
 
 
 def detectable_against_half(plan: Plan, n: int) -> float:
