@@ -1,5 +1,6 @@
 """Eight CPU devices, a compilation cache shared by all tests, real data."""
 
+import functools
 import os
 import pathlib
 import signal
@@ -11,10 +12,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-# Tiny shapes cost more to compile than to run: spare LLVM's optimisations.
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-)
+# Tiny shapes cost more to compile than to run: spare LLVM's optimisations, and
+# fusions the way through MLIR, which takes half of all compiling.
+if "--xla_cpu_use_fusion_emitters" not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false"
+  )
 # Kept from run to run, for this process and those that tests start, and however
 # short a compilation was: there are thousands, most of a tenth of a second.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
@@ -28,6 +33,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import jax
 import pytest
+from jax.experimental import topologies
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -41,6 +47,30 @@ with pytest.MonkeyPatch.context() as patch:
   longer = " --xla_cpu_collective_call_terminate_timeout_seconds=180"
   patch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"] + longer)
   jax.devices()
+
+
+def _for_libtpu(describe):
+  """Hides, as libtpu reads the flags too, what it would end the process for.
+
+  It reads them as it is loaded, and once more as it first compiles.
+  """
+
+  @functools.wraps(describe)
+  def call(*arguments, **options):
+    flags = os.environ["XLA_FLAGS"].split()
+    known = [flag for flag in flags if "fusion_emitters" not in flag]
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setenv("XLA_FLAGS", " ".join(known))
+      found = describe(*arguments, **options)
+      here = jax.sharding.SingleDeviceSharding(found.devices[0])
+      number = jax.ShapeDtypeStruct((), "float32", sharding=here)
+      jax.jit(jax.numpy.negative).lower(number).compile()
+      return found
+
+  return call
+
+
+topologies.get_topology_desc = _for_libtpu(topologies.get_topology_desc)
 
 
 @pytest.fixture(scope="session")
