@@ -71,9 +71,10 @@ def attend(
   visible: jax.Array,
   seen: jax.Array,
 ) -> jax.Array:
-  """Softmax attention in float32, [S * B, T, N, H] in the dtype of `v`.
+  """Attention, [S * B, T, N, H] in the dtype of `v`; the softmax in float32.
 
-  A query that sees nothing (padding) gets zero.
+  Operands of the products keep the dtype of `v`, and their sums are float32. A
+  query that sees nothing (padding) gets zero.
 
   Args:
     q: queries, [S * B, T, N, H].
@@ -82,14 +83,11 @@ def attend(
     visible: `mask` of the rows.
     seen: what `mask` was made with; every key that a query sees must be in it.
   """
-  scale = 1 / math.sqrt(q.shape[-1])
-  q, k, v, dtype = *(x.astype(jnp.float32) for x in (q, k, v)), v.dtype
-
   def by_shard(x):
     return x.reshape(len(seen), -1, *x.shape[1:])
 
   query, key = (jnp.maximum(seen[:, :, i], 0) for i in (0, 1))
-  rows = (by_shard(x) for x in (jnp.swapaxes(q * scale, 1, 2), k, v))
+  rows = (by_shard(x) for x in (jnp.swapaxes(q, 1, 2), k, v))
   if len(seen) == 1:
     # Gathers without an axis of shards are quicker.
     rows = (x[0] for x in rows)
@@ -97,7 +95,7 @@ def attend(
   else:
     out = jax.vmap(_attend)(*rows, visible, query, key)
   out = jnp.swapaxes(out.reshape(q.shape[0], *out.shape[-3:]), 1, 2)
-  return out.astype(dtype)
+  return out.astype(v.dtype)
 
 
 @jax.custom_vjp
@@ -112,7 +110,7 @@ def _forward(q, k, v, visible, query, key):
   )
   q, k, v = _written(query, (q, k, v))
   q, k, v = (checkpoint_name(x, SAVED) for x in (q, k, v))
-  scores = jnp.einsum("PNkH,PNqH->PNkq", k[key], q[query])
+  scores = _product("PNkH,PNqH->PNkq", k[key], q[query]) * _scale(q)
   # A finite floor: what sees nothing stays free of NaN.
   floor = jnp.finfo(jnp.float32).min
   scores = jnp.where(visible[:, None], scores, floor)
@@ -126,7 +124,7 @@ def _forward(q, k, v, visible, query, key):
   # Real queries see themselves: their total is at least one.
   share = jnp.where(total > 0, 1 / jnp.maximum(total, 1), 0)
   share = checkpoint_name(share, SAVED)
-  out = add(jnp.einsum("PNkq,PNkH->PNqH", weights, v[key]))
+  out = add(_product("PNkq,PNkH->PNqH", weights, v[key]))
   out = checkpoint_name(out * share[:, :, :, None], SAVED)
   return out, (q, k, v, weights, out, share, query, key)
 
@@ -139,21 +137,30 @@ def _backward(kept, grad):
 
   # `weights` lack their `share`: the gradient takes it, which is smaller.
   grad = grad * share[:, :, :, None]
-  common, grad = _written(query, (jnp.sum(grad * out, axis=-1), grad))
+  common = jnp.sum(grad * out, axis=-1)
+  common, grad = _written(query, (common, grad.astype(v.dtype)))
   common, grad = common[query][:, :, None, :], grad[query]
-  slope = jnp.einsum("PNkH,PNqH->PNkq", v[key], grad)
-  slope = weights * (slope - common)
-  return (
-    add(jnp.einsum("PNkq,PNkH->PNqH", slope, k[key]), query),
-    add(jnp.einsum("PNkq,PNqH->PNkH", slope, q[query]), key),
-    add(jnp.einsum("PNkq,PNqH->PNkH", weights, grad), key),
-    None,
-    None,
-    None,
-  )
+  slope = _product("PNkH,PNqH->PNkq", v[key], grad)
+  slope = weights * (slope - common) * _scale(q)
+  of_q = add(_product("PNkq,PNkH->PNqH", slope, k[key]), query)
+  of_k = add(_product("PNkq,PNqH->PNkH", slope, q[query]), key)
+  of_v = add(_product("PNkq,PNqH->PNkH", weights, grad), key)
+  grads = (x.astype(v.dtype) for x in (of_q, of_k, of_v))
+  return *grads, None, None, None
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _product(equation, a, b):
+  """An einsum of what the model computes in, the dtype of `b`, in float32."""
+  return jnp.einsum(
+    equation, a.astype(b.dtype), b, preferred_element_type=jnp.float32
+  )
+
+
+def _scale(q):
+  return 1 / math.sqrt(q.shape[-1])
 
 
 def _written(query, rows):
