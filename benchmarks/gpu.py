@@ -71,7 +71,7 @@ def main():
   parser.add_argument("--steps", type=int, default=12)
   parser.add_argument("--rows", type=int, default=128, help="answers at once")
   parser.add_argument("--new_tokens", type=int, default=256)
-  parser.add_argument("--attention", default="dense,flash,cudnn")
+  parser.add_argument("--attention", default="dense,blocks,flash,cudnn")
   parser.add_argument("--set", default="{}", help="settings, as JSON")
   parser.add_argument("--trl", default="")
   parser.add_argument("--trl_settings", default=TRL_SETTINGS)

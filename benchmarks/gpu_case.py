@@ -44,6 +44,7 @@ def config(flags: argparse.Namespace, attention: str) -> recipe.TrainSettings:
   c.microbatches = flags.microbatches
   c.model.dtype = c.model.param_dtype = "bfloat16"
   c.model.remat, c.model.attention = "full", attention
+  c.model.attention_block = 128
   c.precompute_reference = True
   # As TRL has it unless told otherwise.
   c.lora.dropout = 0.0

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 
 from benchmarks import gpu_case
 from dpo_jax import batches, flops, model, optim, partitioning, steps
@@ -41,15 +42,13 @@ def measure(flags: argparse.Namespace) -> dict:
   seconds, losses = [], []
   with jax.set_mesh(mesh):
     # Each shape is compiled before the clock starts.
-    compiled = {
-      size: update.lower(state, None, batch).compile()
-      for size, batch in {b.tokens.shape: b for b, _ in ready}.items()
-    }
+    shapes = {str(jax.tree.map(jnp.shape, batch)): batch for batch, _ in ready}
+    compiled = programs.ahead(update, (state, None), shapes.values())
     if flags.profile:
       jax.profiler.start_trace(str(flags.profile / flags.attention))
     for number, (batch, _) in enumerate(ready):
       started = time.perf_counter()
-      state, values = compiled[batch.tokens.shape](state, None, batch)
+      state, values = compiled(state, None, batch)
       losses.append(float(values["loss"]))
       seconds.append(time.perf_counter() - started)
       if number == 2 and flags.profile:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import hypothesis
 import jax
@@ -123,6 +124,43 @@ def test_blocks_give_the_numbers_of_dense(items):
     # The sine carries the sums' difference into gradients as large as these.
     scale = max(1.0, np.abs(b).max())
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5 * scale)
+
+
+def gradients(q, k, v, visible, seen):
+  """Attention, and the gradients of a sum of it."""
+
+  def loss(q, k, v):
+    out = block_attention.attend(q, k, v, visible, seen)
+    return jnp.sum(jnp.sin(out.astype(jnp.float32))), out
+
+  grads, out = jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+  return out, *grads
+
+
+def test_bfloat16_is_multiplied_as_such():
+  items = tables.from_items(tiny.pairs(6, 4))
+  batch, _ = packing.pack(items, BLOCKS)
+  micro = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
+  visible = block_attention.mask(micro.pieces, micro.parts, micro.seen)
+  rows, size = micro.tokens.shape
+  keys = jax.random.split(jax.random.key(3), 3)
+  shapes = ((rows, size, 2, 8), (rows, 2, size, 8), (rows, 2, size, 8))
+  exact = [jax.random.normal(*both) for both in zip(keys, shapes)]
+  rounded = [x.astype(jnp.bfloat16) for x in exact]
+  step = jax.jit(gradients)
+  text = step.lower(*rounded, visible, micro.seen).as_text()
+  products = [x for x in text.splitlines() if "stablehlo.dot_general" in x]
+  assert len(products) == 6
+  for line in products:
+    assert re.search(r": \(tensor<\w+xbf16>, tensor<\w+xbf16>\) -> ", line)
+    assert re.search(r"-> tensor<\w+xf32>", line)
+  found = step(*rounded, visible, micro.seen)
+  wanted = step(*(x.astype(jnp.float32) for x in rounded), visible, micro.seen)
+  for a, b in zip(found, wanted, strict=True):
+    assert a.dtype == jnp.bfloat16
+    # Eight bits of each operand, and of the result.
+    scale = float(jnp.abs(b).max())
+    np.testing.assert_allclose(a.astype(jnp.float32), b, atol=2**-6 * scale)
 
 
 @pytest.mark.parametrize("layout", ["packed", "shared"])

@@ -165,7 +165,8 @@ def test_the_script_runs(tmp_path):
   )
   found = json.loads(output.read_text())
   updates, answers = found["updates"], found["answers"]
-  assert updates["dense"]["losses"][0] == pytest.approx(np.log(2), abs=1e-3)
+  for name in ("dense", "blocks"):
+    assert updates[name]["losses"][0] == pytest.approx(np.log(2), abs=1e-3)
   for name in ("flash", "cudnn"):
     assert "model.attention" in updates[name]["refused"]
   assert answers["tokens"] <= 8 * 8

@@ -83,6 +83,7 @@ def attend(
     visible: `mask` of the rows.
     seen: what `mask` was made with; every key that a query sees must be in it.
   """
+
   def by_shard(x):
     return x.reshape(len(seen), -1, *x.shape[1:])
 
