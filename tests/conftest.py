@@ -1,6 +1,7 @@
 """Eight CPU devices, a compilation cache shared by all tests, real data."""
 
 import functools
+import importlib.metadata
 import os
 import pathlib
 import signal
@@ -14,12 +15,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 # Tiny shapes cost more to compile than to run: spare LLVM's optimisations, and
 # fusions the way through MLIR, which takes half of all compiling.
-if "--xla_cpu_use_fusion_emitters" not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_backend_optimization_level=0"
-    + " --xla_cpu_use_fusion_emitters=false"
-  )
+_FLAGS = ["--xla_backend_optimization_level=0"]
+# A flag that is not known ends the process, and later ones may not know it.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+  _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+if _FLAGS[0] not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
 # Kept from run to run, for this process and those that tests start, and however
 # short a compilation was: there are thousands, most of a tenth of a second.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
