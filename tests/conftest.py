@@ -14,13 +14,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 # Tiny shapes cost more to compile than to run: spare LLVM's optimisations, and
-# fusions the way through MLIR, which takes half of all compiling.
-_FLAGS = ["--xla_backend_optimization_level=0"]
-# A flag that is not known ends the process, and later ones may not know it.
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-  _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-if _FLAGS[0] not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
+# fusions the way through MLIR, which takes half of all compiling. A flag that
+# is not known ends the process, and a later jaxlib may not know the second.
+os.environ.setdefault("XLA_FLAGS", "")
+if "--xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
+  os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+  if importlib.metadata.version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # Kept from run to run, for this process and those that tests start, and however
 # short a compilation was: there are thousands, most of a tenth of a second.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
