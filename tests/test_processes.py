@@ -341,6 +341,7 @@ def test_what_one_process_meets_all_of_them_learn(tmp_path):
 
 
 SLURM = slurm(2)[1]
+ALL = {"local_device_ids": []}
 
 
 @pytest.mark.parametrize(
@@ -361,9 +362,22 @@ SLURM = slurm(2)[1]
     ),
     (SLURM, {}),
     (SLURM | {"SLURM_NTASKS": "1"}, None),
+    # One task a node, which has all GPUs of it.
+    (SLURM | {"SLURM_STEP_NUM_NODES": "2"}, ALL),
+    (SLURM | {"SLURM_STEP_NUM_NODES": "1"}, {}),
+    # Two, that see the same GPUs, or each its own.
+    (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1"}, {}),
+    (SLURM | {"CUDA_VISIBLE_DEVICES": "0"}, ALL),
+    (
+      SLURM | {"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "a100:2"},
+      ALL,
+    ),
+    (SLURM | {"SLURM_STEP_NUM_NODES": "2", "JAX_LOCAL_DEVICE_IDS": "3"}, {}),
     # A shell of salloc or a batch script, not a task of srun.
     ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, None),
     ({"OMPI_COMM_WORLD_SIZE": "2"}, {}),
+    ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, {}),
+    ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, ALL),
     ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
     ({"TPU_WORKER_HOSTNAMES": "a,b"}, None),
     ({"TPU_ML_PLATFORM": "JAX", "TPU_WORKER_HOSTNAMES": "a,b"}, {}),
@@ -375,6 +389,37 @@ SLURM = slurm(2)[1]
 )
 def test_what_the_environment_says(environ, wanted):
   assert processes.arguments_of(environ) == wanted
+
+
+@pytest.mark.parametrize(("nodes", "gpus"), [("1", "1"), ("2", "all")])
+def test_the_only_task_of_a_node_takes_all_its_gpus(nodes, gpus):
+  """What jax makes of it: of several tasks, each takes the one of its number.
+
+  It is asked of a process that is alone, and does not wait for others.
+  """
+  code = """
+import os, jax
+from dpo_jax.running import processes
+arguments = processes.arguments_of(os.environ)
+jax.distributed.initialize(
+  os.environ["ADDRESS"], num_processes=1, process_id=0, **arguments
+)
+print(jax.config.read("jax_cuda_visible_devices"))
+"""
+  environ = SLURM | {
+    "SLURM_STEP_NUM_NODES": nodes,
+    "ADDRESS": f"localhost:{free_port()}",
+  }
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=ROOT,
+    env=os.environ | environ,
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=True,
+  )
+  assert done.stdout.splitlines()[-1] == gpus
 
 
 @pytest.mark.parametrize(

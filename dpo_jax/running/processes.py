@@ -93,8 +93,8 @@ def _start(heartbeat_s: int) -> None:
 def arguments_of(environ: Mapping[str, str]) -> dict[str, Any] | None:
   """How to call jax.distributed.initialize; None for one process alone.
 
-  Explicit variables come first; where there are none, jax finds the rest out
-  by itself for Slurm, Open MPI and Cloud TPU, so there are no arguments.
+  Explicit variables come first; where there are none, jax finds addresses and
+  numbers out by itself for Slurm, Open MPI and Cloud TPU.
 
   Raises:
     ValueError: just some of the explicit variables are set, or not to numbers.
@@ -115,9 +115,11 @@ def arguments_of(environ: Mapping[str, str]) -> dict[str, Any] | None:
       "process_id": int(given[names[2]]),
     }
   if all(name in environ for name in _SLURM):
-    return {} if int(environ["SLURM_NTASKS"]) > 1 else None
+    tasks = environ["SLURM_NTASKS"]
+    nodes = environ.get("SLURM_STEP_NUM_NODES")
+    return _gpus(environ, nodes == tasks) if int(tasks) > 1 else None
   if int(environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-    return {}
+    return _gpus(environ, environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1")
   # Importing jax marks a Cloud TPU host so. Without its workers' names in the
   # environment, only the metadata server knows how many there are.
   if environ.get("TPU_ML_PLATFORM") == "JAX":
@@ -128,6 +130,21 @@ def arguments_of(environ: Mapping[str, str]) -> dict[str, Any] | None:
       return {} if "," in workers else None
     return None if environ.get("TPU_SKIP_MDS_QUERY") else {}
   return None
+
+
+def _gpus(environ: Mapping[str, str], only: bool) -> dict[str, Any]:
+  """Which of the GPUs that it sees a task of a launcher takes.
+
+  jax would have it take one, by the task's number on its node: right where all
+  tasks of a node see all of its GPUs. No restriction, which is an empty list,
+  is right where it is the `only` task there, or sees just its own.
+  """
+  if "JAX_LOCAL_DEVICE_IDS" in environ:
+    return {}
+  seen = [x for x in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x]
+  # With the kind of GPU before it: "a100:2".
+  own = environ.get("SLURM_GPUS_PER_TASK", "1").rpartition(":")[2]
+  return {"local_device_ids": []} if only or str(len(seen)) == own else {}
 
 
 def first() -> bool:
