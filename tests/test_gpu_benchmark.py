@@ -17,7 +17,8 @@ import pytest
 
 from benchmarks import gpu, gpu_answers, gpu_case, gpu_step
 from dpo_jax import model
-from dpo_jax.rows import packing
+from dpo_jax.rows import packing, tables
+from dpo_jax.running import programs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -88,6 +89,50 @@ def test_rates_of_updates_by_hand():
   useful = 2 * 2 * (kernels * 80 + width * words * 18)
   useful += 3 * 2 * adapters * 80 + 3 * 4 * layers * width * 200
   assert found["useful_flops_per_second"] == useful / 5
+
+
+def test_shapes_of_as_many_rows_are_told_apart(monkeypatch):
+  """As with real lengths: updates of 64 pairs have three shapes of 4 rows."""
+
+  def pairs(count, words):
+    rng = np.random.default_rng(0)
+
+    def text(size):
+      return tuple(map(int, rng.integers(2, words, size)))
+
+    sizes = [(9, 5, 6), (8, 50, 40)]
+    # Two long ones predict 180 tokens, other twos fewer than 128: in one row.
+    return tables.from_items(
+      [tables.Pair(f"pair-{i}", *map(text, sizes[i % 2])) for i in range(count)]
+    )
+
+  monkeypatch.setattr(gpu_case, "pairs", pairs)
+  changes = {
+    "data.row_length": 256,
+    "data.max_length": 128,
+    "data.max_prompt_length": 64,
+  }
+  flags = argparse.Namespace(
+    size="tiny",
+    batch_size=2,
+    microbatches=1,
+    steps=6,
+    attention="dense",
+    set=json.dumps(changes),
+    profile=None,
+  )
+  compiled, ahead = [], programs.ahead
+
+  def noted(step, arguments, batches):
+    compiled.extend(batch.target.shape for batch in batches)
+    return ahead(step, arguments, batches)
+
+  monkeypatch.setattr(programs, "ahead", noted)
+  found = gpu_step.measure(flags)
+  assert found["shapes"] == ["(1, 1, 256)"]
+  assert sorted(compiled) == [(1, 1, 128), (1, 1, 256)]
+  assert len(found["losses"]) == 6
+  assert found["losses"][0] == pytest.approx(np.log(2), abs=1e-3)
 
 
 def test_ratios_by_hand():
