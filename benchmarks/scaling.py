@@ -52,8 +52,9 @@ def run_of(size: str, kind: str, shards: int) -> recipe.TrainSettings:
   c = dpo.get_config(f"pythia-{size}" + ("-lora" if kind == "lora" else ""))
   c.batch_size = c.eval_batch_size = BATCH
   # Those of the recipes for accelerators, for the smallest sizes too.
-  c.model.remat, c.model.logit_chunk = "full", 1024
-  c.model.attention = "dense"
+  c.model.dtype, c.model.remat, c.model.attention = "bfloat16", "full", "dense"
+  c.model.logit_chunk, c.model.logit_words = 1024, 0
+  c.precompute_reference = False
   c.microbatches = 1
   run = settings.build(recipe.TrainSettings, c.to_dict())
   while mean_items.rows_of(run, BATCH // run.microbatches, shards) > ROWS:

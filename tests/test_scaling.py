@@ -15,7 +15,16 @@ def test_a_chip_has_at_most_two_rows(shards, microbatches, rows):
   run = scaling.run_of("14m", "lora", shards)
   assert run.microbatches == microbatches
   assert mean_items.rows_of(run, 64 // microbatches, shards) == rows
-  assert (run.model.attention, run.model.remat) == ("dense", "full")
+
+
+@pytest.mark.parametrize("kind", scaling.KINDS)
+def test_all_sizes_are_planned_alike(kind):
+  """The smallest too, whose own recipe is for a CPU."""
+  small, large = (scaling.run_of(size, kind, 8) for size in ("14m", "2.8b"))
+  assert small.model == large.model
+  assert (small.model.dtype, small.model.attention) == ("bfloat16", "dense")
+  assert not small.precompute_reference
+  assert not large.precompute_reference
 
 
 def test_the_table_names_the_first_slice_that_fits():
