@@ -7,15 +7,17 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from dpo_jax import losses
 from dpo_jax.interface import errors
 from dpo_jax.running import guards, recipe
 
 _log = logging.getLogger(__name__)
 
-# How far the loss of an untrained policy may be from its known value. On CPU
-# both are exact; an accelerator may choose other bfloat16 kernels for the
-# reference than for the policy.
+# How far the loss of an untrained policy may be from its known value, by what
+# products are rounded to. On CPU both are exact; an accelerator may choose
+# other bfloat16 kernels for the reference than for the policy.
 START_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2}
 
 
@@ -37,7 +39,7 @@ def start(config: recipe.TrainSettings, loss: float) -> None:
   if config.objective != "dpo":
     return
   wanted = losses.loss_at_start(config.loss)
-  dtype = config.model.dtype
+  dtype = _rounded_to(config.model.dtype)
   tolerance = START_TOLERANCE[dtype] * max(wanted, 1)
   if config.precompute_reference:
     slope = losses.slope_at_start(config.loss)
@@ -47,6 +49,16 @@ def start(config: recipe.TrainSettings, loss: float) -> None:
       f"the loss of step 0 is {loss:.8f}, not {wanted:.8f}: policy and"
       " reference differ before training, so their rewards mean nothing"
     )
+
+
+def _rounded_to(dtype: str) -> str:
+  """What products are rounded to in a model that computes in `dtype`.
+
+  Those of float32 are rounded on TPUs and GPUs where jax was told so.
+  """
+  told = jax.config.jax_default_matmul_precision
+  exact = told in (None, "highest", "float32")
+  return dtype if exact or jax.default_backend() == "cpu" else "bfloat16"
 
 
 def incident(
