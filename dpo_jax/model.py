@@ -17,6 +17,7 @@ References:
 
 import dataclasses
 import functools
+import math
 from typing import Any, Literal
 
 import jax
@@ -49,8 +50,8 @@ class LoraConfig:
   def __post_init__(self):
     if self.rank < 1:
       raise ValueError(f"lora.rank={self.rank} must be at least 1")
-    if self.alpha <= 0:
-      raise ValueError(f"lora.alpha={self.alpha} must be positive")
+    if not 0 < self.alpha < math.inf:
+      raise ValueError(f"lora.alpha={self.alpha} must be positive and finite")
     if not 0 <= self.dropout < 1:
       raise ValueError(f"lora.dropout={self.dropout} must be in [0, 1)")
     unknown = [name for name in self.targets if name not in TARGETS]

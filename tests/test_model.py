@@ -6,6 +6,7 @@ whole sequence at once against one token at a time, packed against alone.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -366,6 +367,8 @@ def test_dropout_keeps_the_expected_branch(base, adapters, tokens):
   [
     ({"rank": 0}, "rank=0"),
     ({"alpha": 0.0}, "alpha=0"),
+    ({"alpha": math.nan}, "alpha=nan"),
+    ({"alpha": math.inf}, "alpha=inf"),
     ({"dropout": 1.0}, "dropout=1"),
     ({"targets": ("query",)}, "query"),
     ({"targets": ()}, r"targets=\(\)"),
