@@ -15,7 +15,7 @@ import running
 import tiny
 
 from dpo_jax import hf, metrics, sources, tokenizer, training
-from dpo_jax.running import checks, guards, incidents, interruption
+from dpo_jax.running import checks, guards, incidents, interruption, programs
 
 
 def settings(**changes):
@@ -247,6 +247,23 @@ def test_what_the_guard_knows_survives_a_stop(
   assert running.weights(workdir) == running.weights(whole)
   paths = [directory / incidents.FILE for directory in (workdir, whole)]
   assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_what_is_told_a_step_late_is_the_same(
+  config, whole, tmp_path, monkeypatch
+):
+  """As on an accelerator, which has begun step 7 when step 6 is known."""
+  monkeypatch.setattr(programs, "computed_at_call", lambda: False)
+  run, stopped = tmp_path / "run", tmp_path / "stopped"
+  training.run(config(), run)
+  assert running.read(run) == running.read(whole)
+  assert running.weights(run) == running.weights(whole)
+  paths = [directory / incidents.FILE for directory in (run, whole)]
+  assert paths[0].read_bytes() == paths[1].read_bytes()
+  with pytest.raises(checks.TrainingError, match="step 6: loss is nan"):
+    training.run(config(**{"guards.not_finite": "stop"}), stopped)
+  assert train_rows(stopped) == train_rows(whole)[:6]
+  assert {p.name for p in (stopped / "checkpoints").iterdir()} == {"5"}
 
 
 def test_a_spike_stops_where_it_is_told_to(config, whole, tmp_path):

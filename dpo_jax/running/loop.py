@@ -78,7 +78,6 @@ class Loop:
     else:
       self.writer = metrics.Silent(self.workdir, self.start)
       console.mute()
-    self.clock = metrics.Throughput(self.items)
     what = f"{config.objective} {self.workdir.name}"
     self.bar = console.Bar(self.steps, what, "step", self.start)
     try:
@@ -136,6 +135,7 @@ class Loop:
     )
     fed = self.made.feed.training(self.start)
     now = next(fed, None)
+    self.clock = metrics.Throughput(self.items)
     waiting = None
     for done in range(self.start + 1, self.steps + 1):
       self.state, values = self.made.train_step(
@@ -258,6 +258,7 @@ class Loop:
       self._write_checkpoint(done)
     if export and self.publisher and processes.first():
       self.publisher.checkpoint()
+    self.clock = metrics.Throughput(self.items)
 
   def _export_step(self, name: str) -> None:
     """Adapters, to sample from or to push; or all weights, only to push."""
