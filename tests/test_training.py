@@ -7,6 +7,7 @@ compiled.
 import dataclasses
 import json
 import os
+import re
 import shutil
 
 import jax
@@ -348,6 +349,13 @@ def test_a_model_that_does_not_fit_is_refused(config, files, tmp_path):
 # --- guards
 
 
+def test_a_warm_up_that_never_ends_is_said(config, tmp_path, caplog):
+  long = {"optimizer.warmup_steps": 5, "max_steps": 2, "eval_every": 0}
+  training.run(config(**long), tmp_path / "run")
+  said = "warmup_steps=5 is more than the run's 2 updates: .* 0.004 and .* 0.01"
+  assert re.search(said, caplog.text)
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_update(
   config, files, tmp_path
 ):
@@ -402,6 +410,31 @@ def test_a_policy_that_is_not_its_reference_is_not_trained(
     training.run(config(precompute_reference=kept), tmp_path / "run")
   assert not list((tmp_path / "run" / "checkpoints").iterdir())
   assert not (tmp_path / "run" / "export").exists()
+
+
+@pytest.mark.parametrize(
+  ("platform", "precision", "off", "passes"),
+  [
+    ("cpu", None, 5e-7, True),
+    ("cpu", None, 5e-5, False),
+    # Factors of float32 products are rounded there unless jax is told not to.
+    ("tpu", None, 5e-5, True),
+    ("gpu", "tensorfloat32", 5e-5, True),
+    ("tpu", "highest", 5e-5, False),
+    ("gpu", "float32", 5e-5, False),
+    ("gpu", None, 0.02, False),
+  ],
+)
+def test_how_near_the_first_loss_must_be(
+  config, monkeypatch, platform, precision, off, passes
+):
+  monkeypatch.setattr(jax, "default_backend", lambda: platform)
+  with jax.default_matmul_precision(precision):
+    if passes:
+      checks.start(config(), np.log(2) + off)
+      return
+    with pytest.raises(checks.TrainingError, match="policy and reference"):
+      checks.start(config(), np.log(2) + off)
 
 
 def test_a_kept_reference_gives_the_same_run(config, whole, tmp_path):
@@ -460,8 +493,10 @@ def assert_same_metrics(found, wanted):
       assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-4), name
 
 
-def test_bfloat16(config, tmp_path):
-  half = config(**{"model.dtype": "bfloat16", "max_steps": 2})
+@pytest.mark.parametrize("kept", ["float32", "bfloat16"])
+def test_bfloat16(config, files, tmp_path, kept):
+  half = {"model.dtype": "bfloat16", "model.param_dtype": kept}
+  half = config(**half, max_steps=2)
   workdir = tmp_path / "run"
   training.run(half, workdir)
   losses = [row["loss"] for row in running.read(workdir) if "loss" in row]
@@ -469,5 +504,20 @@ def test_bfloat16(config, tmp_path):
   assert np.isfinite(losses).all()
   # Adapters stay float32.
   file = workdir / "adapters/step-000002/adapter_model.safetensors"
-  leaves = safetensors.numpy.load(file.read_bytes()).values()
+  leaves = list(safetensors.numpy.load(file.read_bytes()).values())
   assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
+  assert {np.abs(leaf).max() > 1e-4 for leaf in leaves} == {True}
+  # What is exported is of the kernels as they were kept, rounded once.
+  options = {"dtype": "float32", "remat": "none", "lora": None}
+  shape, base = hf.load(files / "model", param_dtype=kept, **options)
+  lora, adapters = hf.load_adapter(file.parent, shape)
+  _, merged = hf.load(workdir / "export", param_dtype=kept, **options)
+  base, merged = (
+    np.asarray(tree["blocks"]["dense"]["kernel"], np.float32)
+    for tree in (base, merged)
+  )
+  adapter = adapters["blocks"]["dense"]
+  delta = np.einsum("lir,lro->lio", adapter["lora_a"], adapter["lora_b"])
+  wanted = base + delta.reshape(base.shape) * lora.alpha / lora.rank
+  digits = {"float32": 1e-6, "bfloat16": 2**-8}[kept]
+  np.testing.assert_allclose(merged, wanted, rtol=digits, atol=1e-6)

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import logging
 import pathlib
 import shlex
 import sys
@@ -13,6 +14,8 @@ from dpo_jax import lora, steps
 from dpo_jax.interface import console, redaction
 from dpo_jax.running import assembly, provenance, recipe
 from dpo_jax.storage import atomic, strict_json
+
+_log = logging.getLogger(__name__)
 
 
 def write(
@@ -77,6 +80,16 @@ def write(
       for key in ("devices", "mesh", "parameters", "bytes", "steps")
     },
   )
+  optimizer = config.optimizer
+  if optimizer.warmup_steps > made.feed.steps:
+    _log.warning(
+      "optimizer.warmup_steps=%d is more than the run's %d updates: the"
+      " learning rate ends at %.3g and never reaches %.3g",
+      optimizer.warmup_steps,
+      made.feed.steps,
+      made.rates[-1],
+      optimizer.learning_rate,
+    )
 
 
 def _command() -> str:
