@@ -128,6 +128,23 @@ def test_micro_batches_change_nothing(single):
   assert_trained_alike(whole, single)
 
 
+def test_micro_batches_share_one_compiled_body():
+  base = tiny.weights(tiny.CONFIG)
+
+  def products(microbatches):
+    step, tx = trainer(tiny.CONFIG, "dpo", PAIRS // microbatches)
+    batch = pack(tiny.pairs(PAIRS, 1), microbatches, rows=8)
+    lowered = step.lower(steps.init_state(base, {}, tx), base, batch)
+    text = lowered.compile().as_text()
+    return lowered.as_text().count("stablehlo.dot_general"), text.count(" dot(")
+
+  (traced, compiled), *others = (products(m) for m in (2, 4, 8))
+  assert others == [(traced, compiled)] * 2
+  assert compiled > 0
+  # One alone is the same program with a loop that goes round once.
+  assert products(1)[0] == traced
+
+
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_meshes_give_the_numbers_of_one_device(single, sizes):
   mesh = partitioning.make_mesh(*sizes)
