@@ -26,7 +26,7 @@ from benchmarks import dpo_step_jax
 from configs import dpo
 from dpo_jax import data, optim, partitioning, steps, tokenizer
 from dpo_jax.interface import settings
-from dpo_jax.planning import compiling, topology
+from dpo_jax.planning import compiling, mean_items, topology
 from dpo_jax.rows import packing, placement
 from dpo_jax.running import programs, recipe
 
@@ -64,6 +64,9 @@ def compiled(flags: argparse.Namespace) -> None:
   print("|---" * 7 + "|")
   c = dpo.get_config("pythia-2.8b-lora")
   c.microbatches = 1
+  # As many as fill the rows.
+  places = flags.rows * partitioning.data_shards(mesh) * c.data.row_length
+  c.eval_batch_size = int(places / mean_items.PAIRS[c.data.layout].places)
   c.model.remat = flags.remat
   for kept in flags.kept.split(","):
     c.model.param_dtype = kept

@@ -85,12 +85,12 @@ def plan_training(
         raise
       console.result(f"{flags_of(mesh)}: {error}")
       continue
-    fits = _fits(train, mesh)
     found = [train]
-    if fits:
-      if number:
-        console.result(f"with {flags_of(mesh)}:")
+    if _fits(train, mesh):
       found += compiling.compile_steps(config, shape, mesh, rows, ("eval",))
+    fits = all(_fits(one, mesh) for one in found)
+    if fits and number:
+      console.result(f"with {flags_of(mesh)}:")
     console.result(plan_text.training(config, shape, mesh, found, rows))
     if fits:
       if search:

@@ -97,6 +97,40 @@ def test_flops_of_a_step_in_blocks_by_hand():
   assert found.cost.open_loops == 0
 
 
+def test_an_evaluation_is_planned_at_its_own_batch():
+  """64 pairs on eight devices take four rows of 512, whatever training's do."""
+  run = config(eval_batch_size=64)
+  mesh = partitioning.make_mesh(8, 1, 1)
+  (found,) = compiling.compile_steps(run, SMALL, mesh, 1, ("eval",))
+  width = mean_items.batch_of(run, mesh, 4, 1).target.shape[-1]
+  work = flops.Work(4 * 512, width, 4 * 512**2)
+  wanted = sum(flops.forward(SMALL, work, adapters=x) for x in (True, False))
+  assert found.cost.flops == pytest.approx(wanted, rel=1e-6)
+  text = plan_text.training(run, SMALL, mesh, [found], 1)
+  assert "evaluations of 64, at once: 4 row(s) a device" in text
+
+
+def test_a_mesh_that_no_evaluation_fits_is_not_taken(monkeypatch, capsys):
+  """As if evaluations needed nine gibibytes of eight until split by four."""
+
+  def compiled(config, shape, mesh, rows, names):
+    (name,) = names
+    large = name == "eval" and mesh.shape["fsdp"] < 4
+    memory = compiling.Memory((9 if large else 4) * 2**30, 0, 0, 0, 0)
+    cost = hlo.Cost((hlo.Work(1.0, 1e12, 1.0),), (), 0)
+    return [compiling.Compiled(name, memory, cost, "", 1.0)]
+
+  chip = hardware.Chip("a small one", 1e12, 8 * 2**30, 1e9, 1e9)
+  monkeypatch.setitem(hardware.CHIPS, "cpu", chip)
+  monkeypatch.setattr(compiling, "compile_steps", compiled)
+  assert plan.plan_training(config(), SMALL, jax.devices(), 0)
+  *before, last = capsys.readouterr().out.split("with --config.mesh.")
+  assert "".join(before).count("eval: DOES NOT FIT (9.00 of 8.00 GiB") == 2
+  assert "or a lower --config.eval_batch_size" in before[0]
+  assert last.startswith("data=2 --config.mesh.fsdp=4")
+  assert "DOES NOT FIT" not in last
+
+
 def test_memory_and_text_of_a_plan_for_this_machine():
   run = config()
   mesh = partitioning.make_mesh(8, 1, 1)

@@ -175,7 +175,8 @@ def compile_steps(
     config: of the run.
     shape: its model.
     mesh: of the devices to compile for.
-    rows: rows on one device, in one micro-batch.
+    rows: of a training micro-batch on one device; an evaluation's batch, which
+      is not split, has `mean_items.eval_rows`.
     names: which of "train" and "eval".
   """
   programs.check(config, shape, mesh)
@@ -205,7 +206,11 @@ def compile_steps(
         state, reference, mean_items.batch_of(config, mesh, rows, many)
       ),
       "eval": lambda: evaluate.lower(
-        state.params, reference, mean_items.batch_of(config, mesh, rows, 1)
+        state.params,
+        reference,
+        mean_items.batch_of(
+          config, mesh, mean_items.eval_rows(config, mesh), 1
+        ),
       ),
     }
     with uncached(mesh):

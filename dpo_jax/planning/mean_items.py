@@ -65,6 +65,12 @@ def rows_of(config: recipe.TrainSettings, items: int, shards: int) -> int:
   return max(math.ceil(needed / shards), 1)
 
 
+def eval_rows(config: recipe.TrainSettings, mesh: jax.sharding.Mesh) -> int:
+  """Rows on one device that hold an evaluation's batch."""
+  shards = partitioning.data_shards(mesh)
+  return rows_of(config, config.eval_batch_size, shards)
+
+
 def batch_of(
   config: recipe.TrainSettings,
   mesh: jax.sharding.Mesh,

@@ -30,13 +30,18 @@ def training(
     f"batches of {config.batch_size}, by HH's means: {mean.tokens:.0f} tokens,"
     f" {mean.completion:.0f} of them predicted, in {mean.places:.0f} places",
   ]
-  for one in compiled:
-    lines += program(
-      one,
-      chip,
-      "Try a greater --config.mesh.fsdp or .tensor, or more"
-      " --config.microbatches",
+  eval_rows = mean_items.eval_rows(config, mesh)
+  if eval_rows != rows:
+    lines.append(
+      f"evaluations of {config.eval_batch_size}, at once: {eval_rows} row(s) a"
+      " device"
     )
+  for one in compiled:
+    less = "more --config.microbatches"
+    if one.name == "eval":
+      less = "a lower --config.eval_batch_size"
+    mend = f"Try a greater --config.mesh.fsdp or .tensor, or {less}"
+    lines += program(one, chip, mend)
   train = next((c for c in compiled if c.name == "train" and c.cost), None)
   # Why it is None was said in its own lines.
   if train is None:
