@@ -164,6 +164,16 @@ def _search(config, shape, mesh, rows, train, limit) -> None:
     f"{how} {most} row(s) a device fit: {_items(config, mesh, most)} items a"
     f" micro-batch (compiled for {looked})"
   )
+  widest = mean_items.widest_rows(
+    config,
+    config.batch_size // config.microbatches,
+    partitioning.data_shards(mesh),
+  )
+  if most < min(widest, limit):
+    console.result(
+      f"THE WIDEST BATCHES DO NOT FIT: they take about {widest} row(s) a"
+      " device. Try more --config.microbatches"
+    )
 
 
 def plan_answers(

@@ -13,8 +13,17 @@ import running
 import scripted
 from jax.experimental.compilation_cache import compilation_cache
 
+from benchmarks import gpu_case
 from configs import dpo, models, sample, sft
-from dpo_jax import flops, hardware, model, partitioning, plan, sampling
+from dpo_jax import (
+  batches,
+  flops,
+  hardware,
+  model,
+  partitioning,
+  plan,
+  sampling,
+)
 from dpo_jax.answering import grid
 from dpo_jax.engine import decoding
 from dpo_jax.interface import settings
@@ -29,6 +38,7 @@ from dpo_jax.planning import (
   row_search,
   topology,
 )
+from dpo_jax.rows import placement, settling
 from dpo_jax.running import recipe
 
 # Big enough for the TPU's tiles, small enough to compile in seconds.
@@ -110,25 +120,71 @@ def test_an_evaluation_is_planned_at_its_own_batch():
   assert "evaluations of 64, at once: 4 row(s) a device" in text
 
 
-def test_a_mesh_that_no_evaluation_fits_is_not_taken(monkeypatch, capsys):
-  """As if evaluations needed nine gibibytes of eight until split by four."""
+def compiling_as_if(monkeypatch, gibibytes):
+  """Compiles nothing; devices have eight, programs need what a function says.
+
+  Args:
+    gibibytes: of a program's name, a mesh and rows.
+  """
 
   def compiled(config, shape, mesh, rows, names):
     (name,) = names
-    large = name == "eval" and mesh.shape["fsdp"] < 4
-    memory = compiling.Memory((9 if large else 4) * 2**30, 0, 0, 0, 0)
+    memory = compiling.Memory(gibibytes(name, mesh, rows) * 2**30, 0, 0, 0, 0)
     cost = hlo.Cost((hlo.Work(1.0, 1e12, 1.0),), (), 0)
     return [compiling.Compiled(name, memory, cost, "", 1.0)]
 
   chip = hardware.Chip("a small one", 1e12, 8 * 2**30, 1e9, 1e9)
   monkeypatch.setitem(hardware.CHIPS, "cpu", chip)
   monkeypatch.setattr(compiling, "compile_steps", compiled)
+
+
+def test_a_mesh_that_no_evaluation_fits_is_not_taken(monkeypatch, capsys):
+  """As if evaluations needed nine gibibytes of eight until split by four."""
+
+  def needs(name, mesh, rows):
+    return 9 if name == "eval" and mesh.shape["fsdp"] < 4 else 4
+
+  compiling_as_if(monkeypatch, needs)
   assert plan.plan_training(config(), SMALL, jax.devices(), 0)
   *before, last = capsys.readouterr().out.split("with --config.mesh.")
   assert "".join(before).count("eval: DOES NOT FIT (9.00 of 8.00 GiB") == 2
   assert "or a lower --config.eval_batch_size" in before[0]
   assert last.startswith("data=2 --config.mesh.fsdp=4")
   assert "DOES NOT FIT" not in last
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_that_the_widest_batches_do_not_fit_is_said(most, monkeypatch, capsys):
+  """Sixteen pairs in four parts: a row of 1,024 each in the mean, or two."""
+  compiling_as_if(monkeypatch, lambda name, mesh, rows: 4 + 5 * (rows > most))
+  run = config(batch_size=16, microbatches=4, **{"data.row_length": 1024})
+  run = dataclasses.replace(run, mesh=partitioning.MeshSettings(1, 1, 1))
+  assert plan.plan_training(run, SMALL, jax.devices()[:1], 8)
+  text = capsys.readouterr().out
+  assert "; 1 row(s) of 1024 tokens a device" in text
+  assert "the widest batches of a run take about 2 row(s) a device" in text
+  assert f"at most {most} row(s) a device fit" in text
+  assert ("THE WIDEST BATCHES DO NOT FIT" in text) == (most == 1)
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+@pytest.mark.parametrize(
+  ("items", "microbatches", "shards"),
+  [(16, 4, 1), (16, 1, 1), (64, 8, 1), (64, 1, 1), (64, 1, 8)],
+)
+def test_the_widest_batches_are_those_of_real_lengths(
+  layout, items, microbatches, shards
+):
+  table = gpu_case.pairs(1551, 512)
+  how = placement.Packing(layout, 1024, shards, microbatches, False, 1)
+  order = batches.Schedule((1551,), (1.0,), items, 0, 1)
+  steps = map(order.items, range(order.steps))
+  *_, largest = settling.settled(table, how, steps, 4).shapes
+  run = config(**{"data.row_length": 1024, "data.layout": layout})
+  part = items // microbatches
+  found = mean_items.widest_rows(run, part, shards)
+  assert abs(found - largest.rows / shards) <= 1 + found // 16
+  assert found > mean_items.rows_of(run, part, shards) or shards > 1
 
 
 def test_memory_and_text_of_a_plan_for_this_machine():

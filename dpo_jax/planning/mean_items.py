@@ -27,25 +27,29 @@ _BESIDE, _WIDEST = 1.67, 1.15
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-  """Mean tokens of an item, and the places in rows that it takes."""
+  """Mean tokens of an item, and the places in rows that it takes.
+
+  `deviation` is the standard deviation of what an item takes.
+  """
 
   tokens: float
   places: float
   completion: float
   visible: float
+  deviation: float
 
 
 # Measured on the 1,551 good pairs of HH's harmless-base at hand, profile
 # "paper", 512 tokens, prompt 256, and the fill of rows of 1,024 tokens on one
 # shard (benchmarks/data.md). By layout; SFT's items are chosen responses.
 PAIRS = {
-  "shared": Lengths(207.2, 221.1, 91.2, 27_126),
-  "packed": Lengths(323.3, 344.8, 91.2, 38_137),
-  "padded": Lengths(323.3, 1024.0, 91.2, 38_137),
+  "shared": Lengths(207.2, 221.1, 91.2, 27_126, 127.0),
+  "packed": Lengths(323.3, 344.8, 91.2, 38_137, 211.4),
+  "padded": Lengths(323.3, 1024.0, 91.2, 38_137, 0.0),
 }
 EXAMPLES = {
-  "packed": Lengths(156.8, 166.3, 40.8, 18_031),
-  "padded": Lengths(156.8, 512.0, 40.8, 18_031),
+  "packed": Lengths(156.8, 166.3, 40.8, 18_031, 106.4),
+  "padded": Lengths(156.8, 512.0, 40.8, 18_031, 0.0),
 }
 
 
@@ -63,6 +67,16 @@ def rows_of(config: recipe.TrainSettings, items: int, shards: int) -> int:
   """Rows on one device that hold so many items."""
   needed = items * lengths(config).places / config.row_length
   return max(math.ceil(needed / shards), 1)
+
+
+def widest_rows(config: recipe.TrainSettings, items: int, shards: int) -> int:
+  """About how many rows on one device hold any so many items of a run.
+
+  A sum of items is rarely more than three deviations above its mean.
+  """
+  mean = lengths(config)
+  needed = items * mean.places + 3 * mean.deviation * math.sqrt(items)
+  return max(math.ceil(needed / config.row_length / shards), 1)
 
 
 def eval_rows(config: recipe.TrainSettings, mesh: jax.sharding.Mesh) -> int:

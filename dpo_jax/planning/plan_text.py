@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from dpo_jax import flops, hardware, model
+from dpo_jax import flops, hardware, model, partitioning
 from dpo_jax.planning import compiling, compiling_answers, mean_items, roofline
 from dpo_jax.running import recipe
 
@@ -30,6 +30,15 @@ def training(
     f"batches of {config.batch_size}, by HH's means: {mean.tokens:.0f} tokens,"
     f" {mean.completion:.0f} of them predicted, in {mean.places:.0f} places",
   ]
+  widest = mean_items.widest_rows(
+    config,
+    config.batch_size // config.microbatches,
+    partitioning.data_shards(mesh),
+  )
+  if widest > rows:
+    lines.append(
+      f"the widest batches of a run take about {widest} row(s) a device"
+    )
   eval_rows = mean_items.eval_rows(config, mesh)
   if eval_rows != rows:
     lines.append(
