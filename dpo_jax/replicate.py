@@ -77,6 +77,11 @@ class InitSettings:
   tokenizer: str
   directory: str
 
+  def __post_init__(self):
+    # More bits than these jax.random.key would not keep.
+    if not 0 <= self.seed < 2**32:
+      raise ValueError(f"init.seed={self.seed} must be in [0, 2**32)")
+
 
 @dataclasses.dataclass(frozen=True)
 class ReplicateSettings:

@@ -119,7 +119,9 @@ class Engine:
       value = getattr(self, field.name)
       low = lowest.get(field.name, 1)
       if field.type is int and not low <= value < 2**32:
-        raise ValueError(f"{field.name}={value} must be at least {low}")
+        raise ValueError(
+          f"{field.name}={value} must be at least {low}, and below 2**32"
+        )
     if not 0 < self.cache_gib < math.inf:
       raise ValueError(f"cache_gib={self.cache_gib} must be positive")
 

@@ -504,6 +504,7 @@ def test_refuses_policies(world, tmp_path, changes, message):
     ({"max_prompt_tokens": 250}, "lower max_prompt_tokens or max_new_tokens"),
     ({"tokenizer": "./nowhere"}, "no tokenizer at './nowhere'"),
     ({"seed": -1}, "seed=-1 must be at least 0"),
+    ({"seed": 2**32}, "seed=4294967296 .* below 2"),
   ],
 )
 def test_refuses_settings(world, tmp_path, changes, message):

@@ -182,3 +182,9 @@ def test_tiles_of_a_vocabulary_that_a_mesh_splits_are_refused():
   c.mesh.tensor, c.model.logit_words = 1, -1
   with pytest.raises(ValueError, match="logit_words=-1 must not be negative"):
     settings.build(recipe.TrainSettings, c.to_dict())
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_jax_would_cut_is_refused(seed):
+  with pytest.raises(ValueError, match=rf"init.seed={seed} must be in"):
+    replicate.InitSettings(None, seed, "tokenizer", "model")

@@ -191,6 +191,9 @@ class TrainSettings:
     ):
       if getattr(self, name) < 0:
         raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+    # jax.random.key keeps 32 bits: 2**32 would be 0 again.
+    if self.seed >= 2**32:
+      raise ValueError(f"seed={self.seed} must be below 2**32")
     if self.batch_size % self.microbatches:
       raise ValueError(
         f"batch_size={self.batch_size} must be a multiple of"
