@@ -35,28 +35,35 @@ def late(monkeypatch):
 
 @pytest.fixture
 def events(monkeypatch):
-  """What the loop does, in order: "give N" to the device, "read N"."""
+  """What the loop does, in order, numbered apart.
+
+  "give" hands a step to the device and "score" a batch of an evaluation; "read"
+  and "add" ask for what they made.
+  """
   found = []
-  ahead, record = programs.ahead, loop.Loop._record
+  ahead = programs.ahead
 
-  def noted(step, arguments, *rest):
-    call = ahead(step, arguments, *rest)
-    if not isinstance(arguments[0], steps.TrainState):
-      return call
-
-    def given(*arguments):
-      number = 1 + sum(event.startswith("give") for event in found)
-      found.append(f"give {number}")
+  def noted(name, call):
+    def counted(*arguments):
+      number = 1 + sum(event.startswith(name) for event in found)
+      found.append(f"{name} {number}")
       return call(*arguments)
 
-    return given
+    return counted
 
-  def read(self, done, *rest):
-    found.append(f"read {done}")
-    record(self, done, *rest)
+  def compiled(step, arguments, *rest):
+    train = isinstance(arguments[0], steps.TrainState)
+    return noted("give" if train else "score", ahead(step, arguments, *rest))
 
-  monkeypatch.setattr(programs, "ahead", noted)
-  monkeypatch.setattr(loop.Loop, "_record", read)
+  def add(totals, sums):
+    if sums:
+      found.append(f"add {1 + sum(x.startswith('add') for x in found)}")
+    original(totals, sums)
+
+  original = loop._add
+  monkeypatch.setattr(programs, "ahead", compiled)
+  monkeypatch.setattr(loop, "_add", add)
+  monkeypatch.setattr(loop.Loop, "_record", noted("read", loop.Loop._record))
   return found
 
 
@@ -65,11 +72,15 @@ def test_a_step_is_read_when_the_next_was_given(
 ):
   rare = config(eval_every=0, checkpoint_every=0)
   training.run(rare, tmp_path / "run")
+  # Four held-out pairs and two, before training and after it.
+  evaluated = ["score 1", "score 2", "add 1", "add 2"]
+  assert events[:4] == evaluated
+  assert events[-4:] == [f"{x[:-1]}{int(x[-1]) + 2}" for x in evaluated]
   # The first at once, as its loss is known; the last has no next.
   wanted = ["give 1", "read 1", "give 2"]
   for number in range(3, running.STEPS + 1):
     wanted += [f"give {number}", f"read {number - 1}"]
-  assert events == [*wanted, f"read {running.STEPS}"]
+  assert events[4:-4] == [*wanted, f"read {running.STEPS}"]
   found, known = (
     [row for row in running.read(path) if "loss" in row]
     for path in (tmp_path / "run", whole)

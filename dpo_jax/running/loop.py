@@ -238,12 +238,15 @@ class Loop:
     """
     made = self.made
     totals: dict[str, float] = {}
+    waiting: dict[str, Any] = {}
     for batch in made.feed.evaluation():
       sums = made.eval_step(self.state.params, made.reference, batch)
-      for key, value in jax.device_get(sums).items():
-        totals[key] = totals.get(key, 0.0) + float(value)
+      # As with steps, the device has the next batch before this is asked for.
+      _add(totals, waiting)
+      waiting = sums
       if self.watch.requested():
         return False
+    _add(totals, waiting)
     row = {f"eval_{key}": value for key, value in steps.means(totals).items()}
     count = {"eval_items": len(made.feed.items.held_out.table)}
     self.writer.write({"step": done} | row | count)
@@ -308,3 +311,9 @@ class Loop:
     if model.lora is not None:
       base = lora.merge(model, base, params["lora"])
     hf.export(self.workdir / "export", model, base, self.made.tokenizer)
+
+
+def _add(totals: dict[str, float], sums: dict[str, Any]) -> None:
+  """Fetches sums of one batch and adds them."""
+  for key, value in jax.device_get(sums).items():
+    totals[key] = totals.get(key, 0.0) + float(value)
