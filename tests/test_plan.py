@@ -133,7 +133,7 @@ def compiling_as_if(monkeypatch, gibibytes):
     cost = hlo.Cost((hlo.Work(1.0, 1e12, 1.0),), (), 0)
     return [compiling.Compiled(name, memory, cost, "", 1.0)]
 
-  chip = hardware.Chip("a small one", 1e12, 8 * 2**30, 1e9, 1e9)
+  chip = hardware.Chip("a small one", 1e12, 1e12, 8 * 2**30, 1e9, 1e9)
   monkeypatch.setitem(hardware.CHIPS, "cpu", chip)
   monkeypatch.setattr(compiling, "compile_steps", compiled)
 
