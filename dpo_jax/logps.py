@@ -26,7 +26,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import vocabulary
+from dpo_jax import partitioning, vocabulary
 
 
 @jax.tree_util.register_dataclass
@@ -130,8 +130,16 @@ def _stats(rows, kernel, target, chunk, words):
   return _visited(rows, kernel, target, chunk, words)[:3]
 
 
+def _read(kernel, dtype):
+  """The unembedding as the chunks read it: once for all, if it is split.
+
+  Left to itself XLA for TPUs gathers it again for each chunk.
+  """
+  return partitioning.constrain(kernel.astype(dtype), None, "vocab")
+
+
 def _visited(rows, kernel, target, chunk, words):
-  kernel = kernel.astype(rows.dtype)
+  kernel = _read(kernel, rows.dtype)
 
   def one(rows, target):
     return vocabulary.visit(rows, kernel, target, words)[0]
@@ -145,7 +153,7 @@ def _forward(rows, kernel, target, chunk, words):
   if trained:
     *stats, level = _visited(rows, kernel, target, chunk, words)
     return tuple(stats), (rows, kernel, target, stats[1], level)
-  kernel = kernel.astype(rows.dtype)
+  kernel = _read(kernel, rows.dtype)
 
   def one(rows, target):
     stats, slopes = vocabulary.visit(rows, kernel, target, words)
@@ -173,7 +181,7 @@ def _of_both(chunk, words, kept, factors):
   """Gradients of rows and of the unembedding, by another visit."""
   rows, kernel, target, *found = kept
   shards, count, width = rows.shape
-  cast = kernel.astype(rows.dtype)
+  cast = _read(kernel, rows.dtype)
   zero = jnp.zeros((shards, count), jnp.float32)
   factors = [zero if factor is None else factor for factor in factors]
 

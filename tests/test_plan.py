@@ -577,11 +577,15 @@ def test_slices_of_libtpu(name, count):
 
 
 @pytest.mark.parametrize(
-  ("name", "variant"),
-  [("v5e:2x4", "pythia-410m-lora"), ("v5e:4x4", "pythia-14m")],
+  ("name", "variant", "kept"),
+  [
+    ("v5e:2x4", "pythia-410m-lora", False),
+    ("v5e:2x4", "pythia-410m-lora", True),
+    ("v5e:4x4", "pythia-14m", False),
+  ],
 )
-def test_a_step_for_a_slice(name, variant):
-  run = config(variant)
+def test_a_step_for_a_slice(name, variant, kept):
+  run = dataclasses.replace(config(variant), precompute_reference=kept)
   shape = dataclasses.replace(
     SMALL, dtype="bfloat16", lora=SMALL.lora if run.lora.rank else None
   )
@@ -591,7 +595,7 @@ def test_a_step_for_a_slice(name, variant):
   batch = mean_items.batch_of(run, mesh, 1, run.microbatches)
   rows, width = run.microbatches, batch.target.shape[-1]
   work = flops.Work(rows * 512, rows * width, rows * 512**2)
-  wanted = flops.step(shape, work, reference=True)
+  wanted = flops.step(shape, work, reference=not kept)
   if not shape.lora:
     # The gradient of the unembedding visits the vocabulary once more.
     wanted += 2 * shape.width * shape.vocab_size * rows * width
@@ -609,6 +613,10 @@ def test_a_step_for_a_slice(name, variant):
   others = (len(devices) - 1) / len(devices)
   for one in sent:
     assert one.bytes == pytest.approx(2 * math.prod(one.shape) * others)
+  # The unembedding once for a tree of weights, not for each chunk of tokens.
+  assert width > 2 * shape.logit_chunk
+  words = [one for one in sent if one.shape == (128, 512)]
+  assert 1 <= sum(one.times for one in words) <= (1 if shape.lora else 2)
   text = plan_text.training(run, shape, mesh, [found], 1)
   assert f"{len(devices)} x TPU v5 lite" in text
   assert "of 15.75 GiB a device" in text
