@@ -115,6 +115,9 @@ def test_real_rows_and_tokenizer_go_through_the_whole_line(shared, tmp_path):
       f"--config.judge.server.base_url={server.url}",
       "--config.judge.server.api_key_env=OPENAI_API_KEY",
       "--config.sft.data.max_train=0",
+      # Enough for two steps of eight; unoptimised programs are slow.
+      "--config.dpo.data.max_train=24",
+      "--config.init.architecture.layers=2",
     )
   assert done.returncode == 0, done.stderr
   counts = json.loads((tmp_path / "sft" / "manifest.json").read_text())["data"]
