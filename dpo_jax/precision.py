@@ -2,8 +2,7 @@
 
 Left to itself a TPU rounds the operands of a float32 product to bfloat16, and
 an NVIDIA GPU to TF32, whose ten bits of mantissa are as few as float16's: what
-was asked for as float32 would differ from a CPU's in the third digit of a
-log-prob, and nothing would say so.
+was asked for as float32 would be as exact as that, and nothing would say so.
 
 References:
   jax.lax.Precision: what its members mean on which device.
@@ -27,3 +26,13 @@ def products(dtype: str) -> contextlib.AbstractContextManager:
   if dtype != "float32" or jax.config.jax_default_matmul_precision is not None:
     return contextlib.nullcontext()
   return jax.default_matmul_precision("highest")
+
+
+def rounded_to(dtype: str) -> str:
+  """What products are rounded to in a model that computes in `dtype`.
+
+  Those of float32 are rounded on TPUs and GPUs where jax was told so.
+  """
+  told = jax.config.jax_default_matmul_precision
+  exact = told in (None, "highest", "float32")
+  return dtype if exact or jax.default_backend() == "cpu" else "bfloat16"

@@ -7,9 +7,7 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
-from dpo_jax import losses
+from dpo_jax import losses, precision
 from dpo_jax.interface import errors
 from dpo_jax.running import guards, recipe
 
@@ -39,7 +37,7 @@ def start(config: recipe.TrainSettings, loss: float) -> None:
   if config.objective != "dpo":
     return
   wanted = losses.loss_at_start(config.loss)
-  dtype = _rounded_to(config.model.dtype)
+  dtype = precision.rounded_to(config.model.dtype)
   tolerance = START_TOLERANCE[dtype] * max(wanted, 1)
   if config.precompute_reference:
     slope = losses.slope_at_start(config.loss)
@@ -49,16 +47,6 @@ def start(config: recipe.TrainSettings, loss: float) -> None:
       f"the loss of step 0 is {loss:.8f}, not {wanted:.8f}: policy and"
       " reference differ before training, so their rewards mean nothing"
     )
-
-
-def _rounded_to(dtype: str) -> str:
-  """What products are rounded to in a model that computes in `dtype`.
-
-  Those of float32 are rounded on TPUs and GPUs where jax was told so.
-  """
-  told = jax.config.jax_default_matmul_precision
-  exact = told in (None, "highest", "float32")
-  return dtype if exact or jax.default_backend() == "cpu" else "bfloat16"
 
 
 def incident(
