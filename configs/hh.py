@@ -9,8 +9,8 @@ configs/sft.py and configs/dpo.py, answer HH's test prompts at four
 temperatures (LoRA: every DPO checkpoint at two) and ask the judge of
 configs/judge.py:openai, which needs OPENAI_API_KEY. `smoke` is a handful of
 steps of a Pythia-14m shape with random weights, to see on any machine that real
-rows and the real tokenizer go through; its judge is a local server, and its
-numbers mean nothing.
+rows and the real tokenizer go through; its judge prefers the longer text, and
+its numbers mean nothing.
 
 What is read is named once, so that local copies need three flags:
   --config.paths.data=DIR --config.paths.tokenizer=DIR --config.paths.model=DIR
@@ -54,7 +54,7 @@ def get_config(variant: str = "pythia-2.8b"):
   c.sft = stage(sft.get_config(recipe), "{model}")
   c.dpo = stage(dpo.get_config(recipe), "{workdir}/sft/export")
   c.sample = answers(lora)
-  c.judge = judge.get_config("local" if smoke else "openai")
+  c.judge = judge.get_config("length" if smoke else "openai")
   c.report = demo.report(f"DPO on HH, {variant}", ("sft", "dpo"))
   if smoke:
     shrink(c)

@@ -6,6 +6,8 @@ Reads DIR/responses, writes DIR/verdicts; needs no accelerator. Variants:
 
 - oracle: the true reward of the synthetic world. Free; 12,000 verdicts take
   a few seconds. Only for responses to that world's prompts.
+- length: the longer text wins. Free, for any prompts and without a server: it
+  shows that a run goes through, and its verdicts mean nothing.
 - openai: gpt-4o-mini over OpenAI's API, OPENAI_API_KEY in the environment.
   150 prompts at 4 temperatures for 3 models are 3,600 questions in both
   orders: six minutes at 16 in flight if a reply takes 1.6 s, longer under a
@@ -89,8 +91,10 @@ def _server(**values) -> ml_collections.ConfigDict:
 
 def get_config(variant: str = "oracle") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
-  # "server": a model behind an OpenAI-compatible server. "oracle": the world's.
-  config.kind = "oracle" if variant == "oracle" else "server"
+  # "server": a model behind an OpenAI-compatible server. Or a reward that is
+  # computed here, of which the higher wins: "oracle", the synthetic world's
+  # true one, or "length", the characters of any text.
+  config.kind = variant if variant in ("oracle", "length") else "server"
   # "both": every pair twice, each text first once. "random": one drawn order,
   # as in the paper; half the calls, but a judge's taste for a slot stays in.
   config.orders = "both"
@@ -109,9 +113,9 @@ def get_config(variant: str = "oracle") -> ml_collections.ConfigDict:
   config.controls.gold = 50
   # Ordinary questions asked once more: is it consistent?
   config.controls.retests = 50
-  if variant == "oracle":
+  if config.kind != "server":
     config.concurrency = 64
-    # The oracle has none.
+    # A reward has none.
     config.server = None
   elif variant == "openai":
     config.server = _server(
@@ -128,5 +132,7 @@ def get_config(variant: str = "oracle") -> ml_collections.ConfigDict:
       timeout_s=300.0,
     )
   else:
-    raise ValueError(f"variant {variant!r} must be oracle, openai or local")
+    raise ValueError(
+      f"variant {variant!r} must be oracle, length, openai or local"
+    )
   return config

@@ -25,7 +25,7 @@ CONFIGS = {
   "demo": (replicate.ReplicateSettings, ("", "tiny")),
   "dpo": (recipe.TrainSettings, RECIPES),
   "hh": (replicate.ReplicateSettings, (*RECIPES, "smoke")),
-  "judge": (runner.JudgeSettings, ("oracle", "openai", "local")),
+  "judge": (runner.JudgeSettings, ("oracle", "length", "openai", "local")),
   "sample": (grid.AnswerSettings, ("paper", "seed", "best-of-n")),
   "sft": (recipe.TrainSettings, RECIPES),
 }

@@ -12,7 +12,7 @@ import pytest
 from test_judging_client import KEY, settings
 
 from dpo_jax import judging, records, synthetic
-from dpo_jax.judging import controls, oracle, questions, runner
+from dpo_jax.judging import controls, questions, rewards, runner
 from dpo_jax.storage import row_store
 
 PROMPT = "\n\nHuman: hi\n\nAssistant:"
@@ -467,13 +467,29 @@ def test_the_oracle_prefers_the_higher_reward_in_either_order(tmp_path):
 
 def test_the_oracle_ties_on_equal_rewards_and_knows_its_world():
   (row,) = world_rows(1)
-  judge = oracle.oracle()
+  judge = rewards.judge("oracle")
   # The reward reads words, so a newline after them changes nothing.
   twin = row.chosen + "\n"
   same = asyncio.run(judge.ask(judging.Question(row.prompt, row.chosen, twin)))
   assert same.choice == "tie"
   with pytest.raises(ValueError, match="hi"):
     asyncio.run(judge.ask(judging.Question(PROMPT, "a", "b")))
+
+
+def test_length_prefers_the_longer_text_of_any_prompt(tmp_path):
+  texts = [(" abc", " ab"), (" a", " ab"), (" ab", " cd")]
+  write(tmp_path, [response(n, *pair) for n, pair in enumerate(texts)])
+  used = dataclasses.replace(ORACLE, kind="length")
+  assert runner.run(used, tmp_path).asked == 6
+  rows = {(row.prompt_id, row.order): row for row in verdicts(tmp_path)}
+  assert {unit: row.verdict for unit, row in rows.items()} == {
+    (f"p{number}", order): outcome
+    for number, outcome in enumerate(["model", "chosen", "tie"])
+    for order in questions.ORDERS
+  }
+  row = rows["p0", "chosen_first"]
+  assert row.raw == "reward 3 against 4"
+  assert (row.judge, row.judge_returned) == ("length", "length")
 
 
 def test_a_prompt_of_another_world_ends_an_oracle_run(tmp_path):

@@ -124,7 +124,7 @@ LEVELS = {
   "weights.hf_weights": 2,
   "judging.budget": 2,
   "judging.limits": 2,
-  "judging.oracle": 4,
+  "judging.rewards": 4,
   "judging.prompts": 2,
   "judging.questions": 3,
   "judging.replies": 2,

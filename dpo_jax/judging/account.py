@@ -190,7 +190,7 @@ class Books:
   def estimate(self, plan: questions.Plan, concurrency: int) -> budget.Estimate:
     """What asking the open questions of a plan will take."""
     if not self._settings or not self._purse:
-      # The oracle is asked here, for nothing.
+      # A reward is computed here, for nothing.
       calls = len(plan.questions)
       return budget.Estimate(calls, 0, 0, 0.0, 0.0, 0.0, 0.0)
     template = self._settings.load_template()

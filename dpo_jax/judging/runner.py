@@ -28,8 +28,8 @@ from dpo_jax.judging import (
   client,
   controls,
   inputs,
-  oracle,
   questions,
+  rewards,
   server,
 )
 from dpo_jax.storage import row_store
@@ -40,8 +40,8 @@ class JudgeSettings:
   """Who judges, and what is asked.
 
   Attributes:
-    kind: "server" for a model behind an OpenAI-compatible server, "oracle" for
-      the true reward of the synthetic world.
+    kind: "server" for a model behind an OpenAI-compatible server; or the name
+      of a reward, whose higher value wins.
     orders: "both" asks about every pair twice, each text first once; "random"
       asks once, in an order drawn with `seed` for each prompt and sample.
     seed: of the random orders, and of the samples of controls.
@@ -49,10 +49,10 @@ class JudgeSettings:
     verdicts: directory of the verdicts, beside `responses`; another one for
       each criterion.
     controls: questions about the judge itself.
-    server: how to reach the server; None for the oracle.
+    server: how to reach the server; None for a reward.
   """
 
-  kind: Literal["server", "oracle"]
+  kind: Literal["server", rewards.Name]
   orders: Literal["both", "random"]
   seed: int
   concurrency: int
@@ -72,7 +72,7 @@ class JudgeSettings:
     if (self.kind == "server") != (self.server is not None):
       raise ValueError(
         f"kind={self.kind!r} with server={self.server}: a judge of kind"
-        " 'server' needs its server, the oracle has none"
+        " 'server' needs its server, a reward has none"
       )
 
 
@@ -106,7 +106,7 @@ def run_and_say(
   summary = run(settings, workdir)
   console.result(str(summary), **dataclasses.asdict(summary))
   if summary.nothing_read:
-    judge = settings.server.base_url if settings.server else "the oracle"
+    judge = settings.server.base_url if settings.server else settings.kind
     raise judging.Stop(
       f"no verdict was read from {judge}: mend what is said above; the same"
       " command asks again"
@@ -187,8 +187,11 @@ def estimate(
     name: row_store.Store(directory / name, records.Verdict).peek()
     for name in [*(path.name for path in files), controls.FILE]
   }
-  judge, purse = oracle.oracle(), None
-  if settings.server is not None:
+  purse = None
+  if settings.kind != "server":
+    judge = rewards.judge(settings.kind)
+  else:
+    assert settings.server is not None  # JudgeSettings saw to it
     template = settings.server.load_template()
     judge = client.judge(settings.server, template, _unasked)
     purse = budget.Budget(settings.server.price, settings.server.budget_usd)
@@ -218,9 +221,10 @@ async def _run(
   inputs.refuse_leftovers(directory, files)
   async with contextlib.AsyncExitStack() as stack:
     used = None
-    if settings.server is None:
-      judge = oracle.oracle()
+    if settings.kind != "server":
+      judge = rewards.judge(settings.kind)
     else:
+      assert settings.server is not None
       connection = client.connect(settings.server, settings.concurrency)
       used = await stack.enter_async_context(connection)
       judge = used.judge
