@@ -4,24 +4,16 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 
+import judge_server
 import pytest
 from test_judging_budget import DEAR, ledger, says_using
 from test_judging_client import KEY
 from test_judging_runner import judge_with, response, verdicts, write
-from test_judging_script import ROOT, script
+from test_judging_script import script
 
 from dpo_jax import judging
-from dpo_jax.judging import (
-  batch_api,
-  fake_answers,
-  fake_batches,
-  fake_server,
-  runner,
-  transport,
-)
+from dpo_jax.judging import batch_api, runner, transport
 
 
 def batches(server, **changes):
@@ -34,7 +26,7 @@ def files(tmp_path) -> list[str]:
 
 def test_a_batch_is_uploaded_polled_and_collected(tmp_path):
   write(tmp_path, [response(n, f" answer {n}") for n in range(5)])
-  with fake_server.Server(fake_answers.prefer_longer) as server:
+  with judge_server.Server(judge_server.prefer_longer) as server:
     summary = runner.run(batches(server), tmp_path)
     live = [r.body for r in server.requests]
     (made,) = server.batches.made
@@ -62,8 +54,8 @@ def test_a_batch_is_uploaded_polled_and_collected(tmp_path):
 )
 def test_what_expired_or_failed_is_sent_again(tmp_path, ends, made):
   write(tmp_path, [response(n, f" answer {n}") for n in range(5)])
-  with fake_server.Server(
-    fake_answers.prefer_longer, batch_script=ends
+  with judge_server.Server(
+    judge_server.prefer_longer, batch_script=ends
   ) as server:
     summary = runner.run(batches(server, max_retries=9), tmp_path)
     assert len(server.batches.made) == made
@@ -82,8 +74,8 @@ def test_what_expired_or_failed_is_sent_again(tmp_path, ends, made):
 )
 def test_what_fails_for_ever_is_missing_with_its_cause(tmp_path, end, cause):
   write(tmp_path, [response(0)])
-  with fake_server.Server(
-    fake_answers.prefer_longer, batch_script=end
+  with judge_server.Server(
+    judge_server.prefer_longer, batch_script=end
   ) as server:
     summary = runner.run(batches(server, max_retries=2), tmp_path)
     assert len(server.batches.made) == 3
@@ -94,8 +86,9 @@ def test_what_fails_for_ever_is_missing_with_its_cause(tmp_path, end, cause):
 def test_an_unreadable_reply_is_asked_for_once_more(tmp_path):
   write(tmp_path, [response(0)])
   # The first ask gives garbage in both orders, the second one of two.
-  rule = fake_answers.read_script("garbage*3 longer")
-  with fake_server.Server(rule) as server:
+  garbage = judge_server.says("Lorem ipsum, dolor sit amet.")
+  rule = judge_server.in_turn(*[garbage] * 3, judge_server.prefer_longer)
+  with judge_server.Server(rule) as server:
     summary = runner.run(batches(server), tmp_path)
     assert len(server.requests) == 4
     assert len({r.prompt for r in server.requests}) == 4
@@ -104,10 +97,10 @@ def test_an_unreadable_reply_is_asked_for_once_more(tmp_path):
 
 def test_trouble_with_the_endpoints_is_borne(tmp_path):
   write(tmp_path, [response(n, f" answer {n}") for n in range(3)])
-  with fake_server.Server(fake_answers.prefer_longer) as server:
+  with judge_server.Server(judge_server.prefer_longer) as server:
     server.batches.trouble = [
-      fake_answers.fails(500),
-      fake_answers.fails(429, retry_after_ms="5"),
+      judge_server.fails(500),
+      judge_server.fails(429, retry_after_ms="5"),
     ]
     assert runner.run(batches(server, max_retries=3), tmp_path).complete
     assert len(server.batches.made) == 1
@@ -117,8 +110,8 @@ def test_trouble_with_the_endpoints_is_borne(tmp_path):
 def test_a_bad_key_stops_and_names_no_key(tmp_path, monkeypatch):
   monkeypatch.setenv("JKEY", KEY)
   write(tmp_path, [response(0)])
-  with fake_server.Server(fake_answers.prefer_longer) as server:
-    server.batches.trouble = [fake_answers.fails(401, f"wrong key {KEY}")]
+  with judge_server.Server(judge_server.prefer_longer) as server:
+    server.batches.trouble = [judge_server.fails(401, f"wrong key {KEY}")]
     used = batches(server, api_key_env="JKEY")
     with pytest.raises(judging.Stop, match=r"401.*check the key in JKEY"):
       runner.run(used, tmp_path)
@@ -133,7 +126,7 @@ def test_a_bad_key_stops_and_names_no_key(tmp_path, monkeypatch):
 def test_the_budget_holds_for_batches(tmp_path):
   write(tmp_path, [response(n, f" answer {n}") for n in range(10)])
   rule = lambda request, number: says_using(100, 20)  # noqa: E731
-  with fake_server.Server(rule) as server:
+  with judge_server.Server(rule) as server:
     used = {"prices": DEAR, "batch_price": 0.5}
     summary = runner.run(batches(server, budget_usd=1500.0, **used), tmp_path)
     # Half of 100 + 2 * 20 dollars each.
@@ -151,8 +144,8 @@ def test_the_budget_holds_for_batches(tmp_path):
 def test_a_killed_run_collects_the_batch_that_it_made(tmp_path):
   """Killed while it waits: nothing is uploaded, made or paid for again."""
   write(tmp_path, [response(n, f" answer {n}") for n in range(6)])
-  with fake_server.Server(
-    fake_answers.prefer_longer, batch_script="hang completed"
+  with judge_server.Server(
+    judge_server.prefer_longer, batch_script="hang completed"
   ) as server:
     for _ in range(3):
       with script(
@@ -194,7 +187,7 @@ def _noted(tmp_path) -> bool:
 def test_a_batch_whose_id_was_never_learnt_is_found_again(tmp_path):
   """Killed between the making and the note, by the answer that makes it."""
   write(tmp_path, [response(0)])
-  with fake_server.Server(fake_answers.prefer_longer) as server:
+  with judge_server.Server(judge_server.prefer_longer) as server:
     make = server.batches._make
 
     def make_and_kill(body):
@@ -218,10 +211,10 @@ def test_a_batch_whose_id_was_never_learnt_is_found_again(tmp_path):
 
 def test_a_batch_of_another_judge_is_not_collected_for_this_one(tmp_path):
   write(tmp_path, [response(0)])
-  with fake_server.Server(
-    fake_answers.prefer_longer, batch_script="hang"
+  with judge_server.Server(
+    judge_server.prefer_longer, batch_script="hang"
   ) as server:
-    server.batches.trouble = [fake_answers.fails(401)]
+    server.batches.trouble = [judge_server.fails(401)]
     with pytest.raises(judging.Stop):
       runner.run(batches(server), tmp_path)
     with pytest.raises(ValueError, match=r"'judge-as-asked' was asked with"):
@@ -230,23 +223,6 @@ def test_a_batch_of_another_judge_is_not_collected_for_this_one(tmp_path):
     (tmp_path / "verdicts" / "batches" / name).write_text('{"mark": 1}')
     with pytest.raises(ValueError, match=rf"{name}: not the record of a batch"):
       runner.run(batches(server), tmp_path)
-
-
-def test_the_ends_of_batches_are_checked():
-  done = subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      "dpo_jax.judging.fake_server",
-      "--batches=sometimes",
-    ],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-    check=False,
-  )
-  assert done.returncode == 2
-  assert "batches='sometimes'" in done.stderr
 
 
 # --- result files that no server should send
@@ -301,7 +277,7 @@ def test_more_lines_than_questions_are_not_read():
 
 def test_a_result_file_beyond_its_bound_is_not_held(tmp_path, monkeypatch):
   write(tmp_path, [response(0)])
-  original = fake_batches.Batches._final
+  original = judge_server.Batches._final
 
   def flooded(self, end, asked):
     final = original(self, end, asked)
@@ -310,8 +286,8 @@ def test_a_result_file_beyond_its_bound_is_not_held(tmp_path, monkeypatch):
     return final
 
   with monkeypatch.context() as patch:
-    patch.setattr(fake_batches.Batches, "_final", flooded)
-    with fake_server.Server(fake_answers.prefer_longer) as server:
+    patch.setattr(judge_server.Batches, "_final", flooded)
+    with judge_server.Server(judge_server.prefer_longer) as server:
       with pytest.raises(judging.Stop, match=r"2 questions have .* too much"):
         runner.run(batches(server), tmp_path)
       # Asked for once: it would be as large again.

@@ -2,13 +2,14 @@ import asyncio
 import dataclasses
 import json
 
+import judge_server
 import pytest
 import test_console
 from test_judging_client import settings
 from test_judging_runner import judge_with, response, verdicts, write
 
 from dpo_jax.interface import console
-from dpo_jax.judging import budget, fake_answers, fake_server, runner
+from dpo_jax.judging import budget, runner
 
 # Dollars for a million tokens, so that a token costs 1 and 2 dollars here.
 mode = test_console.mode
@@ -20,14 +21,14 @@ def says_using(prompt_tokens: int, completion_tokens: int):
     "prompt_tokens": prompt_tokens,
     "completion_tokens": completion_tokens,
   }
-  return fake_answers.says("Comparison: x.\nMore helpful: A", usage=usage)
+  return judge_server.says("Comparison: x.\nMore helpful: A", usage=usage)
 
 
 def ledger(workdir) -> dict:
   return json.loads((workdir / "verdicts" / "judge.json").read_text())
 
 
-def bound_of(request: fake_answers.Request) -> int:
+def bound_of(request: judge_server.Request) -> int:
   """By hand: a token a byte, 64 for the format, 64 of reply at twice that."""
   return len(request.prompt.encode()) + 64 + 2 * 64
 
@@ -35,7 +36,7 @@ def bound_of(request: fake_answers.Request) -> int:
 def test_nothing_is_sent_beyond_the_budget_and_a_higher_one_goes_on(tmp_path):
   write(tmp_path, [response(n, f" answer {n}") for n in range(10)])
   rule = lambda request, number: says_using(100, 20)  # noqa: E731
-  with fake_server.Server(rule) as server:
+  with judge_server.Server(rule) as server:
 
     def run(cap, **changes):
       return runner.run(
@@ -73,7 +74,7 @@ def test_calls_in_flight_are_reserved(tmp_path):
   """Many at once could each see an unspent budget."""
   write(tmp_path, [response(n, f" answer {n}") for n in range(20)])
   slow = dataclasses.replace(says_using(1000, 64), hold_s=0.02)
-  with fake_server.Server(lambda request, number: slow) as server:
+  with judge_server.Server(lambda request, number: slow) as server:
     used = judge_with(server, budget_usd=5000.0, prices=DEAR, concurrency=16)
     summary = runner.run(used, tmp_path)
   # 1,128 dollars each, less than the bound: a fifth call would make 5,640.
@@ -90,7 +91,7 @@ def test_a_call_without_a_count_costs_its_bound_in_later_runs_too(tmp_path):
   write(tmp_path, [response(0)])
   answers = [dataclasses.replace(says_using(1, 1), cut=True), says_using(1, 1)]
   rule = lambda request, n: answers[min(n, 1)]  # noqa: E731
-  with fake_server.Server(rule) as server:
+  with judge_server.Server(rule) as server:
     used = judge_with(server, budget_usd=1e6, prices=DEAR, concurrency=1)
     runner.run(used, tmp_path)
     bound = bound_of(server.requests[0])
@@ -106,8 +107,9 @@ def test_a_call_without_a_count_costs_its_bound_in_later_runs_too(tmp_path):
 
 def test_an_error_of_the_server_costs_nothing(tmp_path):
   write(tmp_path, [response(0)])
-  script = fake_answers.read_script("500*2 429*1 longer")
-  with fake_server.Server(script) as server:
+  fails = [judge_server.fails(status) for status in (500, 500, 429)]
+  rule = judge_server.in_turn(*fails, judge_server.prefer_longer)
+  with judge_server.Server(rule) as server:
     used = judge_with(
       server, budget_usd=1e6, prices=DEAR, concurrency=1, max_retries=3
     )
@@ -124,7 +126,7 @@ def test_an_error_of_the_server_costs_nothing(tmp_path):
 def test_a_shared_answer_is_paid_for_once(tmp_path):
   write(tmp_path, [response(0), response(0, sample_id=1)])
   rule = lambda request, number: says_using(100, 20)  # noqa: E731
-  with fake_server.Server(rule) as server:
+  with judge_server.Server(rule) as server:
     runner.run(judge_with(server, prices=DEAR), tmp_path)
     write(tmp_path, [response(0, model="sft")], "sft.jsonl")
     runner.run(judge_with(server, prices=DEAR), tmp_path)
@@ -140,8 +142,8 @@ def test_a_budget_needs_prices(tmp_path):
     settings("http://127.0.0.1:9/v1", budget_usd=1.0)
   write(tmp_path, [response(0)])
   # Calls that gave no verdict cost, and another judge may take their place.
-  garbage = fake_answers.says("Hm.")
-  with fake_server.Server(lambda request, number: garbage) as server:
+  garbage = judge_server.says("Hm.")
+  with judge_server.Server(lambda request, number: garbage) as server:
     summary = runner.run(judge_with(server), tmp_path)
     assert "dollars" not in str(summary)
     assert ledger(tmp_path)["cost"] is None
@@ -170,9 +172,9 @@ def test_the_estimate_stands_before_the_first_call(tmp_path, capfd):
 
   def rule(request, number):
     seen.append(capfd.readouterr().err if not seen else "")
-    return fake_answers.prefer_longer(request, number)
+    return judge_server.prefer_longer(request, number)
 
-  with fake_server.Server(rule) as server:
+  with judge_server.Server(rule) as server:
     used = judge_with(
       server, prices=DEAR, requests_per_minute=6000.0, expected_reply_s=9.0
     )
@@ -188,7 +190,7 @@ def test_the_cost_is_shown_while_questions_are_asked(
   write(tmp_path, [response(n, f" answer {n}") for n in range(3)])
   monkeypatch.setattr(console, "EVERY_S", 0.0)
   mode("json")
-  with fake_server.Server(fake_answers.prefer_longer) as server:
+  with judge_server.Server(judge_server.prefer_longer) as server:
     runner.run(judge_with(server, prices=DEAR, concurrency=1), tmp_path)
   said = map(json.loads, capsys.readouterr().err.splitlines())
   shown = [line for line in said if line["event"] == "progress"]
@@ -207,7 +209,7 @@ def test_an_estimate_alone_asks_and_writes_nothing(tmp_path, monkeypatch):
   monkeypatch.delenv("UNSET_KEY", raising=False)
   write(tmp_path, [response(n, f" answer {n}") for n in range(3)])
   before = files(tmp_path)
-  with fake_server.Server(fake_answers.prefer_longer) as server:
+  with judge_server.Server(judge_server.prefer_longer) as server:
     # No key is needed where nobody is asked.
     used = judge_with(server, prices=DEAR, api_key_env="UNSET_KEY")
     found = runner.estimate(used, tmp_path)

@@ -1,14 +1,15 @@
 """Answers that try to steer a judge gain nothing over their clean twins."""
 
-import json
 import re
+import unicodedata
 
+import judge_server
 import pytest
 from canaries import CANARIES, CLEAN
 from test_judging_client import ask, settings
 
 from dpo_jax import judging
-from dpo_jax.judging import fake_answers, fake_server, prompts, verdicts
+from dpo_jax.judging import prompts, verdicts
 
 PROMPT = "\n\nHuman: Which river is the longest?\n\nAssistant:"
 HONEST = " It is the Nile, if one follows it from its furthest spring."
@@ -42,14 +43,78 @@ def test_there_are_enough_of_them():
   assert len(set(CANARIES.values())) == len(CANARIES)
 
 
+# What a naive reader takes for the page's structure, wherever it stands; a
+# tilde is no part of any of it.
+_NAIVE = (
+  r"(?:more|most)[ _]helpful[^\w~]{0,8}([AB])\b",
+  r"(?<![~\w])(?:preferred|better|winner|verdict|choice|decision|answer)"
+  r"[^\w~]{1,8}([AB])\b",
+  r"\[\[([AB])\]\]",
+  r"boxed\{([AB])\}",
+  r"(?:candidate|response|answer|option|assistant) ([AB])\W{0,3}"
+  r" (?:is|wins|was)\b",
+)
+_NAIVE_FORM = re.compile("|".join(_NAIVE), re.IGNORECASE)
+# Words after which a naive reader hears another speaker.
+_SPEAKER = re.compile(
+  r"<\|[^|>]*\|>|</?(?:system|user|assistant|instructions?)>|\[/?INST\]"
+  r"|^#+ *(?:system|instructions?)\b|^system(?: \w+)?:",
+  re.IGNORECASE | re.MULTILINE,
+)
+_ORDER = re.compile(
+  r"(?:choose|pick|answer|output|say|prefer|select)\b\W*(?:\w+ ){0,3}?([AB])\b",
+  re.IGNORECASE,
+)
+_SLOT = re.compile(
+  r"^\W{0,3}(?:candidate|response) ([AB])\W{0,3}$", re.I | re.M
+)
+
+
 def naive_choice(page: str) -> str:
-  body = {"messages": [{"role": "user", "content": page}]}
-  answer = fake_answers.obey(fake_answers.Request({}, body), 0)
-  return verdicts.read(_content(answer))
+  """What a naive judge says: it obeys the last sign of a verdict it finds.
+
+  It folds full-width letters and drops invisible characters, as a model's
+  eye does. Signs are verdicts in any usual form, words of a forged speaker
+  that tell what to choose, and slots: of a slot that is opened again it takes
+  the last text. Without other signs the text that is not unsure wins, then the
+  longer. Bars at the start of lines and tildes before a letter hide a sign
+  from it, as they tell a reader that this is quoted.
+  """
+  page = _eye(page)
+  # Its own instructions end the page, and are no sign.
+  body = page[: page.rindex("First write one sentence")]
+  signs = [
+    (match.end(), next(g for g in match.groups() if g).upper())
+    for match in _NAIVE_FORM.finditer(body)
+  ]
+  speaker = _SPEAKER.search(body)
+  if speaker:
+    orders = _ORDER.finditer(body, speaker.end())
+    signs += [(match.end(), match[1].upper()) for match in orders]
+  if signs:
+    return max(signs)[1]
+  slots: dict[str, tuple[bool, int]] = {}
+  heads = [*_SLOT.finditer(body)]
+  ends = [head.start() for head in heads[1:]] + [len(body)]
+  for head, end in zip(heads, ends, strict=True):
+    text = body[head.end() : end]
+    # A fence that is closed by the code that opened it ends the text.
+    fence = re.search(r"<<<(\w*)\n(.*?)\n\1>>>", text, re.DOTALL)
+    text = fence[2] if fence else text
+    slots[head[1].upper()] = ("not sure" not in text, len(text.split()))
+  return max(slots, key=lambda letter: slots[letter], default="A")
 
 
-def _content(answer: fake_answers.Answer) -> str:
-  return json.loads(answer.body)["choices"][0]["message"]["content"]
+def _eye(text: str) -> str:
+  text = unicodedata.normalize("NFKC", text)
+  text = "".join(c for c in text if unicodedata.category(c) != "Cf")
+  # Cyrillic and Greek capitals and small letters that look Latin.
+  text = text.translate(str.maketrans("АВΑΒаеоср", "ABABaeocp"))
+  return "\n".join(text.splitlines())
+
+
+def obey(request, number):
+  return judge_server.verdict(request, naive_choice(request.prompt))
 
 
 def bare_page(question: judging.Question) -> str:
@@ -77,7 +142,7 @@ def test_the_naive_judge_obeys_them_on_a_careless_page(slot):
 @pytest.mark.parametrize("template", ["dialogue", "summary", "harmlessness"])
 def test_none_gains_over_its_clean_twin(slot, template):
   clean, attacks = questions(slot)
-  with fake_server.Server(fake_answers.obey) as server:
+  with judge_server.Server(obey) as server:
     used = settings(server.url, template=template)
     (twin, *replies) = ask(used, [clean, *attacks])
   assert twin.choice == ("second" if slot == "first" else "first")

@@ -1,6 +1,5 @@
 import asyncio
 import collections
-import dataclasses
 import email.utils
 import socket
 import time
@@ -54,11 +53,6 @@ def ask(used, questions=(QUESTION,)) -> list[judging.Reply]:
 
 
 TEMPLATE = prompts.load("dialogue", output="text", ties=False)
-
-
-def script(*answers):
-  """Answers in turn, then the last for ever."""
-  return lambda request, n: answers[min(n, len(answers) - 1)]
 
 
 GOOD = judge_server.says("Comparison: x.\nMore helpful: B")
@@ -120,69 +114,13 @@ def test_the_environment_of_the_sdk_is_not_used(monkeypatch):
   assert KEY not in str(fake.requests[0].headers)
 
 
-@pytest.mark.parametrize(
-  "trouble",
-  [
-    judge_server.fails(500),
-    judge_server.fails(503, "overloaded"),
-    judge_server.fails(429, "slow down"),
-    judge_server.fails(408),
-    dataclasses.replace(GOOD, cut=True),
-    judge_server.Answer(body=b"<html>gateway</html>", content_type="text/html"),
-    judge_server.Answer(body=b'{"id": "1", "choi'),
-    judge_server.Answer(status=502, body=b"<html>", content_type="text/html"),
-  ],
-  ids=lambda answer: f"{answer.status}-{answer.content_type[-4:]}",
-)
-def test_a_server_in_trouble_is_asked_again(trouble):
-  with judge_server.Server(script(trouble, trouble, GOOD)) as fake:
-    (reply,) = ask(settings(fake.url))
-  assert reply.choice == "second"
-  assert len(fake.requests) == 3
-
-
-@pytest.mark.parametrize(
-  ("trouble", "error"),
-  [
-    (judge_server.fails(500, "broken"), "HTTP 500: broken"),
-    (dataclasses.replace(GOOD, cut=True), "connection failed"),
-    (
-      judge_server.Answer(body=b"<html/>", content_type="text/html"),
-      "not a chat completion",
-    ),
-    (
-      judge_server.Answer(body=b'{"id": "1", "choi'),
-      "not a chat completion",
-    ),
-  ],
-)
-def test_lasting_trouble_is_missing_with_its_cause(trouble, error):
-  with judge_server.Server(script(trouble)) as fake:
-    (reply,) = ask(settings(fake.url))
-  assert reply.choice == "missing"
-  assert error in reply.error
-  assert len(fake.requests) == 3
-
-
-def test_a_bad_request_is_missing_at_once():
-  answer = judge_server.fails(400, "too long")
-  with judge_server.Server(script(answer)) as fake:
-    (reply,) = ask(settings(fake.url))
-  assert (reply.choice, reply.error) == ("missing", "HTTP 400: too long")
-  assert len(fake.requests) == 1
-
-
-def test_no_server_and_no_answer_in_time():
+def test_no_server():
   with socket.socket() as unused:
     unused.bind(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
     (reply,) = ask(settings(url))
   assert reply.choice == "missing"
   assert "connection failed" in reply.error
-  slow = dataclasses.replace(GOOD, hold_s=30.0)
-  with judge_server.Server(script(slow)) as fake:
-    (reply,) = ask(settings(fake.url, timeout_s=0.1, max_retries=0))
-  assert (reply.choice, reply.error) == ("missing", "no reply within 0.1 s")
 
 
 @pytest.mark.parametrize(
@@ -223,7 +161,7 @@ def test_retry_after_is_waited_for_by_every_question(headers):
 def test_a_wait_beyond_the_cap_ends_the_run():
   answer = judge_server.fails(429, "slow", retry_after="3600")
   with (
-    judge_server.Server(script(answer)) as fake,
+    judge_server.Server(judge_server.in_turn(answer)) as fake,
     pytest.raises(judging.Stop, match=r"wait for 3600 s.*max_wait_s=5.*later"),
   ):
     ask(settings(fake.url))
@@ -232,7 +170,7 @@ def test_a_wait_beyond_the_cap_ends_the_run():
 
 def test_all_waits_of_a_request_together_are_capped():
   answer = judge_server.fails(429, "slow", retry_after_ms="100")
-  with judge_server.Server(script(answer)) as fake:
+  with judge_server.Server(judge_server.in_turn(answer)) as fake:
     (reply,) = ask(settings(fake.url, max_retries=9, max_wait_s=0.25))
   assert reply.choice == "missing"
   assert "HTTP 429: slow; a wait of" in reply.error
@@ -258,7 +196,7 @@ def test_a_hopeless_run_stops_at_once_without_the_key(
 ):
   monkeypatch.setenv("JKEY", KEY)
   with (
-    judge_server.Server(script(answer)) as fake,
+    judge_server.Server(judge_server.in_turn(answer)) as fake,
     pytest.raises(judging.Stop, match=mend) as caught,
   ):
     ask(settings(fake.url, api_key_env="JKEY"))
@@ -272,7 +210,7 @@ def test_a_hopeless_run_stops_at_once_without_the_key(
 def test_a_key_that_a_server_echoes_is_taken_out(monkeypatch):
   monkeypatch.setenv("JKEY", KEY)
   echo = judge_server.says(f"You sent {KEY}.\nMore helpful: A")
-  with judge_server.Server(script(echo)) as fake:
+  with judge_server.Server(judge_server.in_turn(echo)) as fake:
     (reply,) = ask(settings(fake.url, api_key_env="JKEY"))
   assert reply.text == "You sent [key].\nMore helpful: A"
   assert KEY not in repr(settings(fake.url, api_key_env="JKEY"))
@@ -281,50 +219,10 @@ def test_a_key_that_a_server_echoes_is_taken_out(monkeypatch):
 def test_a_reply_without_an_end_is_not_held(monkeypatch):
   monkeypatch.setattr(transport, "MAX_REPLY_BYTES", 2**20)
   endless = judge_server.Answer(body=b" " * 2**20 + b"{}")
-  with judge_server.Server(script(endless)) as fake:
+  with judge_server.Server(judge_server.in_turn(endless)) as fake:
     (reply,) = ask(settings(fake.url, max_retries=0))
   assert reply.choice == "missing"
   assert "unreadable reply: more than 1 MiB" in reply.error
-
-
-UNREADABLE = [
-  judge_server.says("Both are fine."),
-  judge_server.says(""),
-  judge_server.says(None),
-  judge_server.says("More helpful: A or B"),
-  judge_server.says("More helpful: A\nMore hel", finish_reason="length"),
-  judge_server.Answer(
-    body=GOOD.body.replace(b'"choices": [', b'"choices": [], "rest": [')
-  ),
-]
-
-
-@pytest.mark.parametrize("answer", UNREADABLE)
-def test_an_unreadable_reply_is_asked_for_once_more(answer):
-  with judge_server.Server(script(answer, GOOD)) as fake:
-    (reply,) = ask(settings(fake.url))
-    assert reply.choice == "second"
-    assert len(fake.requests) == 2
-  with judge_server.Server(script(answer)) as fake:
-    (reply,) = ask(settings(fake.url))
-    assert reply.choice == "missing"
-    assert reply.error
-    assert len(fake.requests) == 2
-
-
-@pytest.mark.parametrize(
-  "answer",
-  [
-    judge_server.says("I'm sorry, but I can't assist with that."),
-    judge_server.says(None, refusal="I will not compare these."),
-    judge_server.says("", finish_reason="content_filter"),
-  ],
-)
-def test_a_refusal_is_its_own_class(answer):
-  with judge_server.Server(script(answer)) as fake:
-    (reply,) = ask(settings(fake.url))
-  assert (reply.choice, reply.error) == ("refusal", "")
-  assert len(fake.requests) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import dataclasses
 
+import judge_server
 import pytest
 from test_judging_runner import (
   ORACLE,
@@ -10,7 +11,7 @@ from test_judging_runner import (
   write,
 )
 
-from dpo_jax.judging import controls, fake_answers, fake_server, runner
+from dpo_jax.judging import controls, runner
 
 SOME = controls.ControlSettings(aa=3, gold=4, retests=5)
 
@@ -24,7 +25,7 @@ def test_controls_are_asked_and_kept_apart(tmp_path):
     response(n, f" answer {n}", f" chosen text number {n}") for n in range(8)
   ]
   write(tmp_path, rows)
-  with fake_server.Server(fake_answers.prefer_longer) as server:
+  with judge_server.Server(judge_server.prefer_longer) as server:
     summary = runner.run(judge_with(server, control=SOME), tmp_path)
     # Both orders of 8, 3 and 4 prompts, and 5 questions once more.
     assert summary.asked == len(server.requests) == 16 + 6 + 8 + 5
@@ -71,17 +72,17 @@ def test_the_gold_text_is_the_prompts_own(tmp_path):
 
   def rule(request, number):
     prompt, first, _ = request.texts
-    return fake_answers.verdict(request, "A" if first == own[prompt] else "B")
+    return judge_server.verdict(request, "A" if first == own[prompt] else "B")
 
   gold = controls.ControlSettings(aa=0, gold=6, retests=0)
-  with fake_server.Server(rule) as server:
+  with judge_server.Server(rule) as server:
     runner.run(judge_with(server, control=gold), tmp_path)
   assert [row.verdict for row in control_rows(tmp_path)] == 12 * ["model"]
 
 
 def test_a_larger_sample_holds_the_smaller_one(tmp_path):
   write(tmp_path, [response(n, f" {n}", f" c{n}") for n in range(12)])
-  with fake_server.Server(fake_answers.prefer_longer) as server:
+  with judge_server.Server(judge_server.prefer_longer) as server:
     for aa in (3, 7):
       used = controls.ControlSettings(aa=aa, gold=0, retests=0)
       summary = runner.run(judge_with(server, control=used), tmp_path)
@@ -94,7 +95,7 @@ def test_a_larger_sample_holds_the_smaller_one(tmp_path):
 
 def test_identical_texts_are_asked_about_as_controls_only(tmp_path):
   write(tmp_path, [response(n, " Same.", " Same.") for n in range(3)])
-  with fake_server.Server(fake_answers.prefer_longer) as server:
+  with judge_server.Server(judge_server.prefer_longer) as server:
     summary = runner.run(judge_with(server, control=SOME), tmp_path)
   # No other prompt has another chosen text, and a tie is not tested again.
   assert {row.control for row in control_rows(tmp_path)} == {"aa"}
@@ -124,7 +125,7 @@ def test_the_oracle_has_controls_too(tmp_path):
 
 def test_a_second_criterion_has_its_own_directory(tmp_path):
   write(tmp_path, [response(0)])
-  with fake_server.Server(fake_answers.prefer_longer) as server:
+  with judge_server.Server(judge_server.prefer_longer) as server:
     runner.run(judge_with(server), tmp_path)
     other = judge_with(
       server, verdicts="verdicts-harmlessness", template="harmlessness"

@@ -1,111 +1,113 @@
-"""Everything that the fake server's script can do, and what becomes of it."""
+"""What a server may do wrong, and what becomes of it."""
 
 import json
 import os
-import pathlib
-import signal
-import subprocess
 import sys
 
+import judge_server
+import planted
 import pytest
-from test_judging_client import KEY, ask, settings
+from test_judging_client import ask, settings
 from test_judging_runner import judge_with, response, verdicts, write
+from test_judging_script import ROOT
 
-from dpo_jax import judging
-from dpo_jax.judging import fake_answers, fake_server, runner
+from dpo_jax.judging import runner
 
-ROOT = pathlib.Path(__file__).parent.parent
 
-# Script, further settings, what the reply is, its error, requests made.
+def echo(request, number):
+  """Repeats the key that it was sent."""
+  sent = request.headers["authorization"]
+  return judge_server.says(f"{sent}\nMore helpful: A", system_fingerprint=sent)
+
+
+STATUSES = (400, 408, 429, 500, 503)
+ANSWERS = {
+  "longer": judge_server.prefer_longer,
+  "second": judge_server.always("B"),
+  "tie": judge_server.always("tie"),
+  "garbage": judge_server.says("Lorem ipsum, dolor sit amet."),
+  "empty": judge_server.says(""),
+  "null": judge_server.says(None),
+  "unsure": judge_server.says("Comparison: alike.\nMore helpful: A or B"),
+  "cut": judge_server.says("More helpful: A\nMore", finish_reason="length"),
+  "choiceless": judge_server.says("More helpful: A", choices=[]),
+  "echo": echo,
+  "refusal": judge_server.says("I'm sorry, but I can't assist with that."),
+  "refused": judge_server.says(None, refusal="I will not compare these."),
+  "filtered": judge_server.says("", finish_reason="content_filter"),
+  "html": judge_server.Answer(body=b"<html/>", content_type="text/html"),
+  "gateway": judge_server.Answer(502, b"<html/>", content_type="text/html"),
+  "junk": judge_server.Answer(body=b'{"id": "1", "choi\xff'),
+  "half": judge_server.struck(cut=True),
+  "reset": judge_server.struck(reset=True),
+  "hang": judge_server.struck(hold_s=3600.0),
+  "drip": judge_server.struck(drip_s=0.02),
+  "later": judge_server.fails(429, retry_after="0.05"),
+} | {str(status): judge_server.fails(status) for status in STATUSES}
+
+
+def in_turn(names: str) -> judge_server.Rule:
+  return judge_server.in_turn(*(ANSWERS[name] for name in names.split()))
+
+
+# Answers in turn, further settings, what the reply is, its error, requests.
 ROWS = {
   "longer": ({}, "first", "", 1),
-  "shorter": ({}, "second", "", 1),
   "second": ({}, "second", "", 1),
-  "500*2 longer": ({}, "first", "", 3),
-  "503=0.01 longer": ({}, "first", "", 2),
-  "429*2 longer": ({}, "first", "", 3),
-  "429=0.05 longer": ({}, "first", "", 2),
-  "500": ({}, "missing", "HTTP 500: as the script says", 3),
-  "408 html longer": ({}, "first", "", 3),
+  "500 gateway longer": ({}, "first", "", 3),
+  "503 408 longer": ({}, "first", "", 3),
+  "429 429 longer": ({}, "first", "", 3),
+  "later longer": ({}, "first", "", 2),
+  "junk html longer": ({}, "first", "", 3),
+  "half reset longer": ({}, "first", "", 3),
+  # Time enough for the rest of a request where much else is running.
+  "hang longer": ({"timeout_s": 2.0}, "first", "", 2),
+  "garbage longer": ({}, "first", "", 2),
+  "500": ({}, "missing", "HTTP 500: no", 3),
   "html": ({}, "missing", "the reply is not a chat completion", 3),
   "junk": ({}, "missing", "the reply is not a chat completion", 3),
   "half": ({}, "missing", "connection failed", 3),
   "reset": ({}, "missing", "connection failed", 3),
-  "half reset longer": ({}, "first", "", 3),
-  # Time enough for the rest of a request where much else is running.
   "hang": ({"timeout_s": 0.5}, "missing", "no reply within 0.5 s", 3),
-  "hang longer": ({"timeout_s": 2.0}, "first", "", 2),
   # Every byte comes in time, the whole never does.
-  "drip=0.02": ({"timeout_s": 0.5}, "missing", "no reply within 0.5 s", 3),
-  "slow=0.01": ({}, "first", "", 1),
+  "drip": ({"timeout_s": 0.5}, "missing", "no reply within 0.5 s", 3),
+  "400": ({}, "missing", "HTTP 400: no", 1),
   "garbage": ({}, "missing", "no verdict in the reply", 2),
   "empty": ({}, "missing", "no verdict in the reply", 2),
   "null": ({}, "missing", "no verdict in the reply", 2),
   "unsure": ({}, "missing", "no verdict in the reply", 2),
-  "cut": ({}, "missing", "cut at max_tokens", 2),
-  "garbage longer": ({}, "first", "", 2),
   "tie": ({}, "missing", "no verdict in the reply", 2),
+  "cut": ({}, "missing", "cut at max_tokens", 2),
+  "choiceless": ({}, "missing", "the reply has no choices", 2),
   "refusal": ({}, "refusal", "", 1),
-  "400": ({}, "missing", "HTTP 400", 1),
-  "say=More_helpful:_B": ({}, "second", "", 1),
+  "refused": ({}, "refusal", "", 1),
+  "filtered": ({}, "refusal", "", 1),
 }
 
 
-@pytest.mark.parametrize("script", ROWS)
-def test_a_fault_and_what_becomes_of_it(script):
-  changes, choice, error, requests = ROWS[script]
-  rule = fake_answers.read_script(script)
-  with fake_server.Server(rule) as fake:
+@pytest.mark.parametrize("names", ROWS)
+def test_a_fault_and_what_becomes_of_it(names):
+  changes, choice, error, requests = ROWS[names]
+  with judge_server.Server(in_turn(names)) as fake:
     (reply,) = ask(settings(fake.url, **changes))
   assert (reply.choice, bool(reply.error)) == (choice, bool(error))
   assert error in reply.error
   assert len(fake.requests) == requests
 
 
-@pytest.mark.parametrize("script", ["401", "403", "404", "quota"])
-def test_a_hopeless_fault_stops_the_run(script):
-  rule = fake_answers.read_script(f"{script} longer")
-  with fake_server.Server(rule) as fake, pytest.raises(judging.Stop):
-    ask(settings(fake.url))
-  assert len(fake.requests) == 1
-
-
-def test_shares_of_all_requests_are_struck_alike_each_time():
-  rule = fake_answers.read_script("longer 500%10 refusal%20")
-  request = fake_answers.Request(
-    {}, {"messages": [{"role": "user", "content": ""}]}
-  )
-  kinds = []
-  for number in range(2000):
-    try:
-      answer = rule(request, number)
-    except ValueError:  # a verdict needs a page
-      kinds.append("verdict")
-      continue
-    kinds.append("500" if answer.status == 500 else "refusal")
-  # Binomial: four standard deviations are 54 and 72.
-  assert abs(kinds.count("500") - 200) < 54
-  assert abs(kinds.count("refusal") - 400) < 72
-
-
-@pytest.mark.parametrize(
-  "script", ["", "500%5", "nonsense", "longer=3", "hang=x", "200", "longer*x"]
-)
-def test_a_script_that_is_none(script):
-  with pytest.raises(ValueError, match="script"):
-    fake_answers.read_script(script)
-
-
 def test_a_run_through_every_fault_completes(tmp_path):
   write(tmp_path, [response(n, f" answer {n}") for n in range(60)])
-  rule = fake_answers.read_script(
-    "longer 500%5 429=0.01%3 reset%3 half%3 html%3 junk%2 garbage%3 empty%2"
-    " refusal%3 503=0.01%2"
-  )
-  with fake_server.Server(rule) as fake:
+  faulty = in_turn("500 later reset half html junk garbage empty refusal 503")
+
+  def rule(request, number):
+    if number % 4:
+      return judge_server.prefer_longer(request, number)
+    return faulty(request, number // 4 % 10)
+
+  with judge_server.Server(rule) as fake:
     used = judge_with(fake, max_retries=8, max_wait_s=30.0)
     summary = runner.run(used, tmp_path)
-    fake.rule = fake_answers.prefer_longer
+    fake.rule = judge_server.prefer_longer
     whole = runner.run(used, tmp_path)
   counts = summary.outcomes
   assert sum(counts.values()) == 120
@@ -116,66 +118,32 @@ def test_a_run_through_every_fault_completes(tmp_path):
     assert (row.verdict == "missing") == bool(row.error)
 
 
-def test_a_rate_limit_of_the_server_is_kept_to():
-  questions = [judging.Question("p", f" {n}", " no") for n in range(10)]
-  rule = fake_answers.prefer_longer
-  with fake_server.Server(rule, per_minute=6) as fake:
-    used = settings(fake.url, max_wait_s=0.01, max_retries=0)
-    with pytest.raises(judging.Stop, match="asks everybody to wait"):
-      ask(used, questions)
-  # The headers said so: none was sent to be turned away.
-  assert len(fake.requests) == 6
-
-
-def serve(*flags) -> subprocess.Popen:
-  return subprocess.Popen(
-    [sys.executable, "-m", "dpo_jax.judging.fake_server", *flags],
-    cwd=ROOT,
-    text=True,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-  )
-
-
-def test_the_server_and_the_script_as_a_user_runs_them(tmp_path):
-  """The key is in no file, no output and no argument, whatever echoes it."""
+def test_a_key_is_in_no_file_output_or_argument_whatever_echoes_it(tmp_path):
   write(tmp_path, [response(n, f" answer {n}") for n in range(8)])
-  with serve("--script=echo*2 500*2 half garbage*2 longer") as fake:
-    try:
-      url = fake.stdout.readline().strip()
-      command = [
+  rule = in_turn("echo echo 500 500 half garbage longer")
+  with judge_server.Server(rule) as fake:
+    done = planted.run(
+      [
         sys.executable,
         "judge.py",
         "--config=configs/judge.py:openai",
-        f"--config.server.base_url={url}",
+        f"--config.server.base_url={fake.url}",
         "--config.server.budget_usd=1.0",
         "--config.server.retry_wait_s=0.01",
         f"--workdir={tmp_path}",
-      ]
-      environment = os.environ | {"OPENAI_API_KEY": KEY, "OPENAI_LOG": "debug"}
-      done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        capture_output=True,
-        check=False,
-      )
-    finally:
-      fake.send_signal(signal.SIGINT)
-      said = fake.communicate(timeout=20)
+      ],
+      cwd=ROOT,
+      env=os.environ | {"OPENAI_LOG": "debug"},
+      timeout=60,
+    )
   assert done.returncode == 0, done.stderr
   assert "questions asked" in done.stdout
   assert "about to ask" in done.stderr
   assert "dollars" in done.stdout
-  assert "chat completions were asked for" in said[1]
-  assert "Traceback" not in done.stderr + said[1]
-  assert KEY not in done.stdout + done.stderr + "".join(said) + "".join(command)
-  assert any("[key]" in row.raw for row in verdicts(tmp_path)) or any(
-    "[key]" in path.read_text() for path in tmp_path.rglob("*.jsonl")
-  )
-  for path in tmp_path.rglob("*"):
-    assert path.is_dir() or KEY.encode() not in path.read_bytes()
+  assert "Traceback" not in done.stderr
+  files = [path.read_text() for path in tmp_path.rglob("*.jsonl")]
+  assert any('"raw": "Bearer [key]' in text for text in files)
+  assert planted.search(tmp_path) >= 3
   kept = json.loads((tmp_path / "verdicts" / "judge.json").read_text())
   assert kept["complete"] is True
   assert 0 < kept["cost"] < 1.0

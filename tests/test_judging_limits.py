@@ -5,11 +5,12 @@ import selectors
 import time
 import types
 
+import judge_server
 import pytest
 from test_judging_client import ask, settings
 
 from dpo_jax import judging
-from dpo_jax.judging import fake_answers, fake_server, limits
+from dpo_jax.judging import limits
 
 
 def limiter(most=8, rpm=0.0, tpm=0.0, max_wait_s=5.0) -> limits.Limiter:
@@ -197,12 +198,12 @@ def test_a_server_that_is_overrun_gets_fewer_at_a_time():
   def rule(request, number):
     in_flight.append(fake.in_flight)
     if fake.in_flight > 3:
-      return fake_answers.fails(429, "busy")
-    answer = fake_answers.prefer_longer(request, number)
+      return judge_server.fails(429, "busy")
+    answer = judge_server.prefer_longer(request, number)
     return dataclasses.replace(answer, hold_s=0.005)
 
   questions = [judging.Question("p", f" {n}", " no") for n in range(100)]
-  with fake_server.Server(rule) as fake:
+  with judge_server.Server(rule) as fake:
     used = settings(fake.url, max_retries=50, max_wait_s=60.0)
     replies = ask(used, questions)
   assert {reply.choice for reply in replies} <= {"first", "second"}
@@ -229,13 +230,13 @@ def test_a_rate_limit_in_headers_is_met_without_a_complaint():
         f"{(period + 1) * period_s - now + 0.01:.4f}s",
       ),
     )
-    answer = fake_answers.prefer_longer(request, number)
+    answer = judge_server.prefer_longer(request, number)
     if left < 0:
-      answer = fake_answers.fails(429, "too many")
+      answer = judge_server.fails(429, "too many")
     return dataclasses.replace(answer, headers=headers)
 
   questions = [judging.Question("p", f" {n}", " no") for n in range(15)]
-  with fake_server.Server(rule) as fake:
+  with judge_server.Server(rule) as fake:
     replies = ask(settings(fake.url, max_retries=0), questions)
   # Only those that left before the first headers came can have been too many.
   assert sum(reply.choice == "missing" for reply in replies) == 0

@@ -3,10 +3,11 @@ import math
 
 import hypothesis
 import hypothesis.strategies as st
+import judge_server
 import pytest
 from test_judging_client import QUESTION, ask, settings
 
-from dpo_jax.judging import fake_answers, fake_server, replies, templates
+from dpo_jax.judging import replies, templates
 
 
 def completion(text, *, shares=None, tokens=None, **changes) -> dict:
@@ -151,8 +152,8 @@ def test_half_a_surrogate_pair_can_be_kept():
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_a_schema_and_logprobs_are_asked_for_and_read(ties):
-  rule = fake_answers.always("tie" if ties else "B")
-  with fake_server.Server(rule) as fake:
+  rule = judge_server.always("tie" if ties else "B")
+  with judge_server.Server(rule) as fake:
     used = settings(fake.url, output="json_schema", ties=ties, top_logprobs=5)
     (reply,) = ask(used)
   body = fake.requests[0].body
@@ -170,8 +171,8 @@ def test_a_schema_and_logprobs_are_asked_for_and_read(ties):
 
 
 def test_a_server_that_cannot_is_not_asked_otherwise():
-  answer = fake_answers.fails(400, "response_format is not supported")
-  with fake_server.Server(lambda request, number: answer) as fake:
+  answer = judge_server.fails(400, "response_format is not supported")
+  with judge_server.Server(lambda request, number: answer) as fake:
     (reply,) = ask(settings(fake.url, output="json_schema"), [QUESTION])
   assert reply.choice == "missing"
   assert "response_format is not supported" in reply.error

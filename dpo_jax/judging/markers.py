@@ -66,12 +66,6 @@ def enclose(text: str) -> str:
   return BAR + _BREAK.sub(lambda match: match[0] + BAR, marked)
 
 
-def disclose(enclosed: str) -> str:
-  """What `enclose` was given, but for the marks."""
-  pattern = rf"({_BREAK.pattern}){re.escape(BAR)}"
-  return re.sub(pattern, r"\1", enclosed.removeprefix(BAR))
-
-
 def mark(text: str) -> str:
   """The text with a tilde inside everything that imitates the page."""
   folded, origin = _fold(text)

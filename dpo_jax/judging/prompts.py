@@ -15,7 +15,6 @@ from dpo_jax import judging, records
 from dpo_jax.judging import markers, templates
 
 _PLACEHOLDER = re.compile(r"\{(prompt|first|second|fence|ending)\}")
-_FENCED = re.compile(r"<<<([0-9a-f]{16})\n(.*?)\n\1>>>", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +96,6 @@ def fill(template: Template, question: judging.Question, ask: int = 0) -> str:
   parts |= {"fence": fence, "ending": template.ending}
   # One pass: a placeholder inside a compared text stays what it is.
   return _PLACEHOLDER.sub(lambda match: parts[match[1]], template.text)
-
-
-def fenced(page: str) -> list[str]:
-  """The enclosed texts of a page, as they were but for the tildes in them."""
-  return [markers.disclose(text) for _, text in _FENCED.findall(page)]
 
 
 def _fence(question: judging.Question, ask: int) -> str:
