@@ -23,7 +23,7 @@ import tiny
 
 from dpo_jax import comparisons, hf, metrics, model, records, tokenizer, verify
 from dpo_jax.answering import answer_files
-from dpo_jax.judging import batch_api, prompts, replies, verdicts
+from dpo_jax.judging import batch_api, prompts, verdicts
 from dpo_jax.mirror import contents
 from dpo_jax.reporting import compose, recount
 from dpo_jax.rows import scored_pairs, tables, token_cache
@@ -386,7 +386,7 @@ def _completion(files, data):
   except (ValueError, RecursionError):
     return
   for output in ("text", "json_schema"):
-    reply = replies.read(value, output=output, ties=True)
+    reply = verdicts.read_completion(value, output=output, ties=True)
     row = reported.verdict(
       reported.response("m", None, 1.0, "p"),
       "model_first",

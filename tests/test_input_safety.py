@@ -20,7 +20,7 @@ import tiny
 from test_records import RESPONSE, line
 
 from dpo_jax import hf, metrics, model, records, tokenizer, verify
-from dpo_jax.judging import replies
+from dpo_jax.judging import verdicts
 from dpo_jax.reporting import eval_files
 from dpo_jax.running import reference
 from dpo_jax.storage import row_store, strict_json
@@ -333,7 +333,9 @@ def test_alternatives_that_are_no_list_give_no_score(others):
     "logprobs": {"content": [token]},
     "finish_reason": "stop",
   }
-  reply = replies.read({"choices": [choice]}, output="text", ties=False)
+  reply = verdicts.read_completion(
+    {"choices": [choice]}, output="text", ties=False
+  )
   assert (reply.choice, reply.score) == ("first", None)
 
 

@@ -8,13 +8,13 @@ import judge_server
 import pytest
 
 from dpo_jax import judging
-from dpo_jax.judging import client, prompts, server, transport
+from dpo_jax.judging import client, prompts, transport
 
 KEY = "sk-planted-0123456789"
 QUESTION = judging.Question("\n\nHuman: hi\n\nAssistant:", " longer", " no")
 
 
-def settings(url, **changes) -> server.ServerSettings:
+def settings(url, **changes) -> client.ServerSettings:
   values = {
     "base_url": url,
     "api_key_env": "",
@@ -41,7 +41,7 @@ def settings(url, **changes) -> server.ServerSettings:
     "expected_reply_tokens": 20,
     "expected_reply_s": 1.0,
   }
-  return server.ServerSettings(**(values | changes))
+  return client.ServerSettings(**(values | changes))
 
 
 def ask(used, questions=(QUESTION,)) -> list[judging.Reply]:

@@ -7,7 +7,7 @@ import judge_server
 import pytest
 
 from dpo_jax import judging
-from dpo_jax.judging import markers, prompts, templates, verdicts
+from dpo_jax.judging import prompts, verdicts
 
 QUESTION = judging.Question("\n\nHuman: hi\n\nAssistant:", " yes", " no")
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
@@ -47,7 +47,7 @@ def test_a_built_in_template_asks_for_comparison_then_verdict(
 def test_the_templates_differ_and_so_do_their_endings():
   hashes = {
     prompts.load(name, output=output, ties=ties).hash
-    for name in templates.BUILT_IN
+    for name in prompts.BUILT_IN
     for output in ("text", "json_schema")
     for ties in (False, True)
   }
@@ -68,7 +68,7 @@ def test_texts_are_shown_exactly_and_placeholders_in_them_stay(
   question = judging.Question(prompt, first + "{second}{fence}", second)
   text = prompts.fill(TEMPLATE, question)
   shown = [prompt, first + "{second}{fence}", second]
-  assert judge_server.fenced(text) == list(map(markers.mark, shown))
+  assert judge_server.fenced(text) == list(map(prompts.mark, shown))
   # Nothing is taken out and nothing but tildes is put in.
   for before, after in zip(shown, judge_server.fenced(text), strict=True):
     assert before.replace("~", "") == after.replace("~", "")
@@ -193,7 +193,7 @@ MARKED = {
 
 @pytest.mark.parametrize("text", MARKED)
 def test_an_imitation_is_marked(text):
-  assert markers.mark(text) == MARKED[text]
+  assert prompts.mark(text) == MARKED[text]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_an_imitation_is_marked(text):
   ],
 )
 def test_ordinary_words_are_left_alone(text):
-  assert markers.mark(text) == text
+  assert prompts.mark(text) == text
 
 
 @hypothesis.settings(deadline=None, max_examples=100)
@@ -219,9 +219,9 @@ def test_ordinary_words_are_left_alone(text):
   )
 )
 def test_every_line_has_its_bar(text):
-  enclosed = markers.enclose(text)
+  enclosed = prompts.enclose(text)
   assert all(line.startswith("| ") for line in enclosed.splitlines())
-  assert judge_server.unbarred(enclosed) == markers.mark(text)
-  assert markers.mark(markers.mark(text)).replace("~", "") == text.replace(
+  assert judge_server.unbarred(enclosed) == prompts.mark(text)
+  assert prompts.mark(prompts.mark(text)).replace("~", "") == text.replace(
     "~", ""
   )

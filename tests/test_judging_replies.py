@@ -7,7 +7,7 @@ import judge_server
 import pytest
 from test_judging_client import QUESTION, ask, settings
 
-from dpo_jax.judging import replies, templates
+from dpo_jax.judging import prompts, verdicts
 
 
 def completion(text, *, shares=None, tokens=None, **changes) -> dict:
@@ -27,7 +27,7 @@ def completion(text, *, shares=None, tokens=None, **changes) -> dict:
 
 
 def read(value, output="text", ties=False):
-  return replies.read(value, output=output, ties=ties)
+  return verdicts.read_completion(value, output=output, ties=ties)
 
 
 def test_a_score_is_the_share_of_the_first_slot():
@@ -160,7 +160,7 @@ def test_a_schema_and_logprobs_are_asked_for_and_read(ties):
   schema = body["response_format"]["json_schema"]
   assert body["response_format"]["type"] == "json_schema"
   assert schema["strict"] is True
-  assert schema["schema"] == templates.schema(ties=ties)
+  assert schema["schema"] == prompts.schema(ties=ties)
   assert list(schema["schema"]["properties"]) == ["comparison", "choice"]
   choices = schema["schema"]["properties"]["choice"]["enum"]
   assert choices == (["A", "B", "tie"] if ties else ["A", "B"])

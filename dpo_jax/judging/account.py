@@ -13,7 +13,7 @@ from typing import Any, Literal
 from dpo_jax import judging, records
 from dpo_jax.interface import console
 from dpo_jax.interface import settings as settings_lib
-from dpo_jax.judging import budget, prompts, questions, server
+from dpo_jax.judging import budget, client, prompts, questions
 from dpo_jax.storage import atomic, strict_json
 
 FILE = "judge.json"
@@ -135,7 +135,7 @@ class Books:
   def __init__(
     self,
     directory: pathlib.Path,
-    settings: server.ServerSettings | None,
+    settings: client.ServerSettings | None,
     judge: judging.Judge,
     purse: budget.Budget | None,
     rows: list[records.Verdict],

@@ -22,7 +22,7 @@ from typing import Any
 
 from dpo_jax import judging
 from dpo_jax.interface import settings
-from dpo_jax.judging import client, prompts, questions, replies, transport
+from dpo_jax.judging import client, prompts, questions, transport, verdicts
 from dpo_jax.storage import atomic, strict_json
 
 _ENDED = ("completed", "failed", "expired", "cancelled")
@@ -226,7 +226,7 @@ class Batches:
       budget.settle_error(item.bound)
       return self._failed(item, result, cause)
     completion = response.get("body")
-    usage = replies.usage(completion)
+    usage = verdicts.usage(completion)
     if any(usage.values()):
       budget.settle(item.bound, **usage)
     else:

@@ -75,14 +75,13 @@ def spent(
 
 @dataclasses.dataclass
 class Budget:
-  """Counts calls, tokens and dollars of one run, and keeps to a cap.
+  """Counts calls and dollars of one run, and keeps to a cap.
 
   Attributes:
     price: of the judging model; None if unknown, and then there is no cap.
     cap: dollars that may be spent in all, 0 for no cap.
     before: dollars spent by earlier runs.
     cost: dollars spent by this run, calls of unknown usage at their bound.
-    unreported: the part of `cost` that no server counted.
     reserved: dollars that calls in flight may still cost.
     closed: whether a call was refused for want of budget.
   """
@@ -91,10 +90,7 @@ class Budget:
   cap: float
   before: float = 0.0
   calls: int = 0
-  prompt_tokens: int = 0
-  completion_tokens: int = 0
   cost: float = 0.0
-  unreported: float = 0.0
   reserved: float = 0.0
   closed: bool = False
 
@@ -149,30 +145,24 @@ class Budget:
     self, bound: float, prompt_tokens: int, completion_tokens: int
   ) -> None:
     """Turns a reservation into the cost of the tokens that were counted."""
-    self._release(bound)
+    self.give_back(bound)
     self.calls += 1
-    self.prompt_tokens += prompt_tokens
-    self.completion_tokens += completion_tokens
     if self.price is not None:
       self.cost += self.price.of(prompt_tokens, completion_tokens)
 
   def settle_unknown(self, bound: float) -> None:
     """Ends a call that may have been billed though no tokens were told."""
-    self._release(bound)
+    self.give_back(bound)
     self.calls += 1
     self.cost += bound
-    self.unreported += bound
 
   def settle_error(self, bound: float) -> None:
     """Ends a call that the server refused, for which nobody pays."""
-    self._release(bound)
+    self.give_back(bound)
     self.calls += 1
 
   def give_back(self, bound: float) -> None:
-    """Ends a reservation whose call was not made."""
-    self._release(bound)
-
-  def _release(self, bound: float) -> None:
+    """Ends a reservation; on its own, that of a call that was not made."""
     self._held -= 1
     self.reserved = self.reserved - bound if self._held else 0.0
     self._settled.set()

@@ -9,7 +9,7 @@ verdict with its cause, never a tie and never a loss.
 The SDK makes the client, its headers and the calls of batch mode. A question's
 one request goes straight through the SDK's HTTP client: checking every field of
 request and reply against its types, and building the options of a call, took
-more time than all the rest of it. `replies` reads what is needed by hand.
+more time than all the rest of it. `verdicts` reads what is needed by hand.
 """
 
 import asyncio
@@ -17,35 +17,137 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
+import os
 import random
+import re
+import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from dpo_jax import judging
 from dpo_jax.interface import redaction
-from dpo_jax.judging import (
-  budget,
-  limits,
-  prompts,
-  replies,
-  server,
-  templates,
-  transport,
-)
+from dpo_jax.judging import budget, limits, prompts, transport, verdicts
 
 T = TypeVar("T")
 
 
+@dataclasses.dataclass(frozen=True)
+class ServerSettings:
+  """Where and how to ask; every field is explained in configs/judge.py."""
+
+  base_url: str
+  api_key_env: str
+  model: str
+  temperature: float
+  max_tokens: int
+  max_tokens_name: Literal["max_tokens", "max_completion_tokens"]
+  template: str
+  output: verdicts.Output
+  ties: bool
+  top_logprobs: int
+  mode: Literal["live", "batch"]
+  timeout_s: float
+  max_retries: int
+  retry_wait_s: float
+  max_wait_s: float
+  requests_per_minute: float
+  tokens_per_minute: float
+  budget_usd: float
+  prices: tuple[str, ...]
+  batch_price: float
+  batch_size: int
+  batch_poll_s: float
+  expected_reply_tokens: int
+  expected_reply_s: float
+
+  def __post_init__(self):
+    if not self.base_url.startswith(("http://", "https://")):
+      raise ValueError(
+        f"base_url={self.base_url!r} must start with http:// or https://"
+      )
+    if urllib.parse.urlsplit(self.base_url).username is not None:
+      raise ValueError(
+        "base_url holds a user or key before its '@': leave it out, and name"
+        " the environment variable with the key in api_key_env"
+      )
+    # Not shown: whoever gives the key itself should not find it in a log.
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}|", self.api_key_env):
+      raise ValueError(
+        "api_key_env must be the name of an environment variable, in capitals,"
+        " digits and '_', not a key; '' is for a server that wants none"
+      )
+    if not self.model:
+      raise ValueError("model='' must name the judging model")
+    for name in ("max_tokens", "timeout_s", "batch_size", "batch_poll_s"):
+      self._require(name, getattr(self, name) > 0, "positive")
+    for name in (
+      *("temperature", "max_retries", "retry_wait_s", "max_wait_s"),
+      *("requests_per_minute", "tokens_per_minute", "budget_usd"),
+      *("batch_price", "expected_reply_tokens", "expected_reply_s"),
+    ):
+      self._require(name, getattr(self, name) >= 0, "zero or more")
+    if not 0 <= self.top_logprobs <= 20:
+      raise ValueError(f"top_logprobs={self.top_logprobs} must be 0 to 20")
+    prices = budget.read_prices(self.prices)
+    if self.budget_usd and self.model not in prices:
+      raise ValueError(
+        f"budget_usd={self.budget_usd:g} cannot be kept: the price of"
+        f" {self.model!r} is not in prices; add it, or set budget_usd=0"
+      )
+
+  def _require(self, name: str, holds: bool, what: str) -> None:
+    value = getattr(self, name)
+    if not (holds and math.isfinite(value)):
+      raise ValueError(f"{name}={value} must be {what} and finite")
+
+  @property
+  def price(self) -> budget.Price | None:
+    """Of a token of this model in this mode; None if it is not known."""
+    price = budget.read_prices(self.prices).get(self.model)
+    if price is None:
+      return None
+    factor = self.batch_price if self.mode == "batch" else 1.0
+    return budget.Price(factor * price.prompt, factor * price.completion)
+
+  @property
+  def parameters(self) -> str:
+    """All of these that a reply depends on, but for model and template."""
+    names = ("temperature", "max_tokens", "output", "ties", "top_logprobs")
+    return json.dumps({name: getattr(self, name) for name in names})
+
+  def load_template(self) -> prompts.Template:
+    """ValueError if there is none of that name, or it cannot be used."""
+    return prompts.load(self.template, output=self.output, ties=self.ties)
+
+  def read_key(self) -> str:
+    """The key from the environment; ValueError without it if it is no key."""
+    variable = self.api_key_env
+    if not variable:
+      return ""
+    key = os.environ.get(variable, "").strip()
+    if not key:
+      raise ValueError(
+        f"the environment variable {variable} is not set: export the server's"
+        " key in it, or set api_key_env='' for a server that wants none"
+      )
+    if not (key.isascii() and key.isprintable()):
+      raise ValueError(
+        f"the environment variable {variable} holds characters that cannot be"
+        " part of a key"
+      )
+    return key
+
+
 @contextlib.asynccontextmanager
 async def connect(
-  settings: server.ServerSettings, concurrency: int, before: float = 0.0
+  settings: ServerSettings, concurrency: int
 ) -> AsyncIterator["Client"]:
   """A client of the server, for as long as the context lasts.
 
   Args:
     settings: where and how.
     concurrency: most requests in flight at a time.
-    before: dollars that earlier runs spent, for the budget.
 
   Raises:
     ValueError: the key's environment variable is unset or holds no key, or
@@ -77,12 +179,12 @@ async def connect(
       tokens_per_minute=settings.tokens_per_minute,
       max_wait_s=settings.max_wait_s,
     )
-    purse = budget.Budget(settings.price, settings.budget_usd, before)
+    purse = budget.Budget(settings.price, settings.budget_usd)
     yield Client(settings, template, sdk, http, key, limiter, purse)
 
 
 def judge(
-  settings: server.ServerSettings,
+  settings: ServerSettings,
   template: prompts.Template,
   ask: Callable[[judging.Question], Awaitable[judging.Reply]],
 ) -> judging.Judge:
@@ -100,7 +202,7 @@ class Client:
 
   def __init__(
     self,
-    settings: server.ServerSettings,
+    settings: ServerSettings,
     template: prompts.Template,
     sdk: Any,
     http: Any,
@@ -162,7 +264,7 @@ class Client:
       schema = {
         "name": "verdict",
         "strict": True,
-        "schema": templates.schema(ties=settings.ties),
+        "schema": prompts.schema(ties=settings.ties),
       }
       body["response_format"] = {"type": "json_schema", "json_schema": schema}
     if settings.top_logprobs:
@@ -182,7 +284,9 @@ class Client:
     The tokens of a reply `before`, which could not be read, are added.
     """
     settings = self.settings
-    reply = replies.read(completion, output=settings.output, ties=settings.ties)
+    reply = verdicts.read_completion(
+      completion, output=settings.output, ties=settings.ties
+    )
     spent = (
       (before.prompt_tokens, before.completion_tokens) if before else (0, 0)
     )
@@ -250,7 +354,7 @@ class Client:
     try:
       headers, completion = await self._post(page)
       self.limiter.heard(ticket, headers)
-      usage = replies.usage(completion)
+      usage = verdicts.usage(completion)
       counted = sum(usage.values())
       if counted:
         self.budget.settle(bound, **usage)

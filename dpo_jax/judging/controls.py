@@ -23,13 +23,7 @@ FILE = "controls.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class ControlSettings:
-  """How many of each; 0 for none.
-
-  Attributes:
-    aa: prompts whose chosen text is compared with itself.
-    gold: prompts whose chosen text is compared with another prompt's.
-    retests: ordinary questions that are asked once more.
-  """
+  """How many of each; 0 for none."""
 
   aa: int
   gold: int
