@@ -207,15 +207,6 @@ def test_a_hopeless_run_stops_at_once_without_the_key(
     error = error.__cause__ or error.__context__
 
 
-def test_a_key_that_a_server_echoes_is_taken_out(monkeypatch):
-  monkeypatch.setenv("JKEY", KEY)
-  echo = judge_server.says(f"You sent {KEY}.\nMore helpful: A")
-  with judge_server.Server(judge_server.in_turn(echo)) as fake:
-    (reply,) = ask(settings(fake.url, api_key_env="JKEY"))
-  assert reply.text == "You sent [key].\nMore helpful: A"
-  assert KEY not in repr(settings(fake.url, api_key_env="JKEY"))
-
-
 def test_a_reply_without_an_end_is_not_held(monkeypatch):
   monkeypatch.setattr(transport, "MAX_REPLY_BYTES", 2**20)
   endless = judge_server.Answer(body=b" " * 2**20 + b"{}")

@@ -17,9 +17,7 @@ from test_judging_runner import (
   write,
 )
 
-from dpo_jax import records
 from dpo_jax.judging import runner
-from dpo_jax.storage import row_store
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -134,6 +132,7 @@ def test_a_second_judge_is_refused(tmp_path):
       _, err = second.communicate(timeout=60)
     assert second.returncode == 1
     assert f"is held by pid {first.pid} on" in err
+    assert "Traceback" not in err
     first.kill()
     first.communicate()
     # Two were in flight when it was killed; the second judge asked nothing.
@@ -149,16 +148,10 @@ def test_the_script_says_what_it_did_and_resumes(tmp_path):
     assert child.returncode == 0, err
     assert "2 questions asked; verdicts: 2 model, 2 tie" in out
     assert "judge Qwen" in err
-    # The same directory is refused while another judge holds it.
-    with (
-      row_store.Store(tmp_path / "verdicts" / "dpo.jsonl", records.Verdict),
-      script(tmp_path, server.url) as child,
-    ):
+    with script(tmp_path, server.url) as child:
       out, err = child.communicate(timeout=60)
-    assert child.returncode == 1
-    assert f"held by pid {os.getpid()} on " in err
-    assert "Traceback" not in err
-    assert len(server.requests) == 2
+    assert child.returncode == 0, err
+    assert "0 questions asked; verdicts: 2 model, 2 tie" in out
 
 
 @pytest.mark.parametrize(
