@@ -131,8 +131,6 @@ def test_the_report_compares_models_prompt_by_prompt(finished):
   # 18 and 30 prompts of 40 at steps 50 and 100; slopes are 0 or 1.
   assert "DPO with training: it improves. One least-squares slope" in text
   assert "from step 50 to 100 the rate changes by +30.0 [+" in text
-  ranks = [row for row in rows if row[2:3] == ["chosen"]]
-  assert ranks == [["5", "5 to 9", "chosen", "", "", "40", "0"]]
 
 
 def test_a_flat_training_is_said_to_be_undecided(tmp_path):
@@ -385,7 +383,7 @@ def test_hostile_answers_leave_the_tables_whole(tmp_path):
   assert "<h1" not in text
   assert "](java" not in text
   headings = [line for line in lines if line.startswith("#")]
-  assert len(headings) == 11
+  assert len(headings) == 10
   (answer,) = [line for line in lines if line.startswith("| answer")][:1]
   assert "Use a fork." in answer
   assert "U+2028" in answer or "characters)" in answer

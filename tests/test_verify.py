@@ -119,11 +119,11 @@ def test_a_report_agrees_with_its_rows(run, capsys):
     ),
     (
       "numbers.json",
-      '"strength": 0.0,',
-      '"strength": 0.0, "elo": 1,',
+      '"step": null,',
+      '"step": null, "elo": 1,',
       ".elo is not from the rows",
     ),
-    ("numbers.json", '"strength": 0.0,', '"stolen": 0,', "strength is missing"),
+    ("numbers.json", '"step": null,', '"stolen": 0,', "step is missing"),
   ],
 )
 def test_an_edited_number_is_named(run, capsys, name, old, new, message):

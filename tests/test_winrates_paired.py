@@ -1,4 +1,4 @@
-"""Differences, slopes, controls, lengths, ranking and plans, each by hand."""
+"""Differences, slopes, controls, lengths and plans, each by hand."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,6 @@ from dpo_jax.winrates import (
   lengths,
   paired,
   planning,
-  ranking,
 )
 
 SETTINGS = {"seed": 0, "resamples": 500}
@@ -321,74 +320,6 @@ def test_length_control_takes_the_effect_of_length_away():
   (row,) = lengths.length_controlled(calls)
   assert sum(c.verdict == "model" for c in calls) / 2000 > 0.55
   assert row.low < scipy.special.expit(-0.4) < row.high < 0.5
-
-
-def test_the_ranking_maximises_the_bradley_terry_likelihood():
-  scores = {("base", 1.0): [0, 0, 0.5, 0, 1], ("sft", 1.0): [1, 0.5, 1, 0, 1]}
-  calls = [
-    row
-    for (model, t), values in scores.items()
-    for row in judged.scored(values, model=model, temperature=t)
-  ]
-  players = ranking.bradley_terry(calls, **SETTINGS)
-  assert [p.model for p in players] == ["sft", "chosen", "base"]
-  assert [p.rank for p in players] == [1, 2, 3]
-  # Wins of base and sft against chosen, and of chosen, with the drawn one.
-  wins = {"base": (2.0, 4.0), "sft": (4.0, 2.0)}
-
-  def loss(strengths):
-    return -sum(
-      won * math.log(scipy.special.expit(s))
-      + lost * math.log(scipy.special.expit(-s))
-      for (won, lost), s in zip(wins.values(), strengths)
-    )
-
-  found = scipy.optimize.minimize(loss, [0, 0], method="BFGS").x
-  by_name = {player.model: player for player in players}
-  assert by_name["base"].strength == pytest.approx(found[0], abs=1e-4)
-  assert by_name["sft"].strength == pytest.approx(found[1], abs=1e-4)
-  assert by_name["chosen"].strength == 0
-  for player in players:
-    assert player.low <= player.strength <= player.high
-    assert 1 <= player.rank_low <= player.rank <= player.rank_high <= 3
-
-
-def test_ranks_that_are_sure_and_ranks_that_are_not():
-  generator = np.random.default_rng(7)
-  calls = [
-    *judged.scored(generator.choice([0, 0.5], size=120), model="base"),
-    *judged.scored(generator.choice([0.5, 1], size=120), model="dpo"),
-    *judged.scored(generator.choice([0.5, 1], size=120), model="sft"),
-  ]
-  players = ranking.bradley_terry(calls, **SETTINGS)
-  ends = {p.model: (p.rank_low, p.rank_high) for p in players}
-  assert ends["dpo"] == ends["sft"] == (1, 2)
-  assert ends["chosen"] == (3, 3)
-  assert ends["base"] == (4, 4)
-
-
-def test_a_player_that_wins_half_is_as_strong_as_chosen():
-  calls = [*judged.scored([1, 0] * 3), *judged.scored([0] * 6, model="sft")]
-  players = ranking.bradley_terry(calls, **SETTINGS)
-  assert [(p.model, p.rank) for p in players] == [
-    ("dpo", 1),
-    ("chosen", 1),
-    ("sft", 3),
-  ]
-  assert players[0].strength == pytest.approx(0, abs=1e-12)
-
-
-def test_players_that_always_won_or_lost_stay_finite():
-  calls = [
-    *judged.scored([1] * 5, model="a"),
-    *judged.scored([0] * 5, model="b"),
-  ]
-  best, chosen, worst = ranking.bradley_terry(calls, **SETTINGS)
-  assert best.strength == pytest.approx(math.log(5.5 / 0.5))
-  assert worst.strength == pytest.approx(-math.log(5.5 / 0.5))
-  assert chosen.model == "chosen"
-  assert best.low < best.strength <= best.high < math.inf
-  assert ranking.bradley_terry([judged.call("missing")], **SETTINGS) == []
 
 
 def plan(**changes):

@@ -85,7 +85,6 @@ def compose(
     shown.get("win_rate_length.png", []),
     sections.subset_table(found),
     sections.differences(found),
-    sections.ranking(found),
     ["## Judge health", "", *judge_sections.health(found)],
     ["## Implicit reward on held-out pairs", "", *excerpts.accuracy(found)],
     shown.get("reward_margins.png", []),
@@ -170,8 +169,6 @@ def _page(
           *sections.subset_table(found),
           "",
           *sections.differences(found),
-          "",
-          *sections.ranking(found),
         ],
       ),
       page.Section("judge", "Judge health", judge_sections.health(found)),
@@ -200,7 +197,7 @@ def _numbers(
       "data_fingerprint": found.data_fingerprint,
       **{
         name: getattr(found, name)
-        for name in (*names, "by_subset", "lengths", "by_length", "ranking")
+        for name in (*names, "by_subset", "lengths", "by_length")
       },
     }
   )

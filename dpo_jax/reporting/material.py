@@ -16,7 +16,7 @@ from dpo_jax import metrics, records, winrates
 from dpo_jax.judging import questions
 from dpo_jax.judging import verdicts as parser
 from dpo_jax.storage import strict_json
-from dpo_jax.winrates import controls, intervals, lengths, paired, ranking
+from dpo_jax.winrates import controls, intervals, lengths, paired
 
 _MAX_ROWS_BYTES = 4 * 2**30
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -120,7 +120,6 @@ class Material:
   slopes: list[paired.Slope]
   lengths: list[lengths.LengthControlled]
   by_length: list[lengths.LengthBin]
-  ranking: list[ranking.Player]
   odd: list[records.Verdict]
 
   @property
@@ -174,7 +173,6 @@ def read(settings: ReportSettings, workdir: str | os.PathLike) -> Material:
     slopes=paired.slopes(ordinary, **sizes),
     lengths=lengths.length_controlled(ordinary, confidence=settings.confidence),
     by_length=lengths.by_length(ordinary, confidence=settings.confidence),
-    ranking=ranking.bradley_terry(ordinary, **sizes),
     odd=odd(every),
   )
 

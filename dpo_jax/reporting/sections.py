@@ -236,35 +236,6 @@ def differences(found: material.Material) -> list[str]:
   ]
 
 
-def ranking(found: material.Material) -> list[str]:
-  """All models, steps and temperatures, and chosen, by strength."""
-  if len(found.ranking) < 3:
-    return []
-  rows = [
-    (
-      str(row.rank),
-      f"{row.rank_low} to {row.rank_high}",
-      name(row.model),
-      step(row.step),
-      "" if row.temperature is None else str(row.temperature),
-      str(row.n),
-      f"{_plus(row.strength, 2)} [{_plus(row.low, 2)}, {_plus(row.high, 2)}]"
-      if row.temperature is not None
-      else "0",
-    )
-    for row in found.ranking
-  ]
-  header = ("rank", f"{found.level} of ranks", "model", "step", "T", "prompts")
-  return [
-    "### Ranking",
-    "",
-    "Bradley-Terry strengths in log-odds of winning against chosen, which is"
-    " the zero. Each player has one drawn comparison more than was made.",
-    "",
-    *markdown.table((*header, "strength"), rows),
-  ]
-
-
 def name(model: str) -> str:
   """How a model or run is called in a report, as Markdown."""
   return PLAIN_NAMES.get(model) or markdown.literal(model)
@@ -291,11 +262,7 @@ def ends(low: float, high: float, shown=percent) -> str:
 
 
 def _signed(share: float) -> str:
-  return _plus(100 * share, 1)
-
-
-def _plus(value: float, digits: int) -> str:
-  text = f"{value:+.{digits}f}"
+  text = f"{100 * share:+.1f}"
   # What rounds to zero has no sign.
   return text[1:] if float(text) == 0 else text
 

@@ -2,8 +2,8 @@
 
 What stands here is what other modules use; the rest by submodule: `calls`
 which calls count, `intervals`, `rates` a table's rows, `controls` the judge's
-own record, `paired` differences, `lengths` rates at equal length, `ranking`,
-and `planning` sizes beforehand (`python -m dpo_jax.winrates --plan`).
+own record, `paired` differences, `lengths` rates at equal length, and
+`planning` sizes beforehand (`python -m dpo_jax.winrates --plan`).
 """
 
 from dpo_jax.winrates import calls, controls, intervals, rates
