@@ -8,8 +8,9 @@ import matplotlib.style
 import numpy as np
 import PIL.Image
 import pytest
+import reported
 
-from dpo_jax import figures
+from dpo_jax import figures, winrates
 from dpo_jax.figures import house, layout, runs
 from dpo_jax.winrates import lengths
 
@@ -52,22 +53,34 @@ def lab(color, vision):
   return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
+def cycle():
+  colors = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
+  return [f"#{color.lstrip('#')}" for color in colors]
+
+
+@pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("vision", sorted(VISION))
-def test_colours_are_told_apart_by_all_eyes(vision):
+def test_colours_are_told_apart_by_all_eyes(vision, dark):
+  with house.style(dark):
+    colors = cycle()
   # About 2.3 is just noticeable; lines of three models need much more.
-  for one, other in itertools.combinations(house.COLORS[:3], 2):
+  for one, other in itertools.combinations(colors[:3], 2):
     assert np.linalg.norm(lab(one, vision) - lab(other, vision)) > 25
-  for one, other in itertools.combinations(house.COLORS, 2):
+  for one, other in itertools.combinations(colors, 2):
     assert np.linalg.norm(lab(one, vision) - lab(other, vision)) > 9
 
 
-def test_the_style_file_has_the_colours_that_are_tested():
+def test_the_style_files_are_those_of_figures_of_ones_own():
   with house.style():
-    cycle = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
-    assert [f"#{color.lstrip('#')}" for color in cycle] == list(house.COLORS)
+    assert cycle() == list(house.COLORS)
     assert matplotlib.rcParams["pdf.fonttype"] == 42
-  with matplotlib.style.context("dpo_jax.figures.house"):
+  with matplotlib.style.context(
+    ["dpo_jax.figures.house", "dpo_jax.figures.dark"]
+  ):
     assert matplotlib.rcParams["font.size"] == 7.5
+    own = cycle()
+  with house.style(dark=True):
+    assert own == cycle()
 
 
 def rows(n=60):
@@ -146,7 +159,9 @@ def test_lengths_are_drawn_where_they_are(monkeypatch):
   (bars,) = axes.containers
   assert list(bars[0].get_xdata()) == [-20.0, 30.0]
   assert list(bars[0].get_ydata()) == [25.0, 75.0]
-  assert bars[0].get_color() == house.COLORS[2]
+  with house.style():
+    color = matplotlib.colors.to_hex(bars[0].get_color())
+  assert color.upper() == house.COLORS[2]
 
 
 def test_a_figure_is_png_and_pdf_of_one_size(tmp_path):
@@ -163,6 +178,36 @@ def test_a_figure_is_png_and_pdf_of_one_size(tmp_path):
     "margins.pdf",
     "margins.png",
   ]
+
+
+def test_an_svg_is_of_one_theme_and_the_same_every_time(tmp_path):
+  rate = winrates.win_rates(
+    [
+      reported.verdict(
+        reported.response("dpo", None, 0.7, "p"), "model_first", "model"
+      )
+    ],
+    seed=0,
+  )
+  svgs = [
+    figures.win_rate_by_temperature(rate, tmp_path / "x.svg", dark=dark)
+    .read_text()
+    .lower()
+    for dark in (False, True, False)
+  ]
+  assert svgs[0] == svgs[2]
+  assert [path.name for path in tmp_path.iterdir()] == ["x.svg"]
+  light, dark = svgs[:2]
+  # DPO's color of each theme, and the labels'; nothing is painted white.
+  for svg, has, lacks in (
+    (light, ("#d55e00", "#222222"), ("#f08a3c", "#ebe7de", "#ffffff")),
+    (dark, ("#f08a3c", "#ebe7de"), ("#d55e00", "#222222", "#ffffff")),
+  ):
+    assert all(color in svg for color in has)
+    assert not any(color in svg for color in lacks)
+    assert figures.fingerprint(figures.points(rate)) in svg
+    assert "dc:date" not in svg
+    assert 'width="234pt" height="165.6pt"' in svg
 
 
 def test_a_mask_is_coloured_by_who_sees():

@@ -6,7 +6,7 @@ import paged
 import pytest
 import reported
 
-from dpo_jax.reporting import compose
+from dpo_jax import report
 from dpo_jax.reporting.page import browse
 
 pytestmark = pytest.mark.browser
@@ -135,6 +135,11 @@ def press(driver, key, target="body"):
 
 def current(driver):
   return driver.execute_script("return state.found[state.current]?.[0]")
+
+
+def prefer(driver, value):
+  feature = {"name": "prefers-color-scheme", "value": value}
+  driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
 
 
 def test_filters_find_what_they_say(shown):
@@ -289,22 +294,16 @@ def test_light_and_dark(shown):
       "return getComputedStyle(document.body).backgroundColor"
     )
 
-  def prefer(value):
-    feature = {"name": "prefers-color-scheme", "value": value}
-    driver.execute_cdp_cmd(
-      "Emulation.setEmulatedMedia", {"features": [feature]}
-    )
-
-  prefer("light")
+  prefer(driver, "light")
   light = paper()
-  prefer("dark")
+  prefer(driver, "dark")
   dark = paper()
   assert light != dark
   press(driver, "t")
   assert paper() == light
   driver.find_element("id", "theme").click()
   assert paper() == dark
-  prefer("light")
+  prefer(driver, "light")
 
 
 def test_hostile_texts_are_inert_and_visible(shown):
@@ -406,9 +405,7 @@ def test_five_thousand_prompts_stay_responsive(shown):
 
 def test_a_phone_needs_no_sideways_scroll(phone, tmp_path):
   reported.make_run(tmp_path, text=" " + "long" * 300)
-  made = compose.compose(reported.SETTINGS, tmp_path)
-  path = tmp_path / "report.html"
-  path.write_text(made.texts["report.html"], encoding="utf-8")
+  path = report.write(reported.SETTINGS, tmp_path).with_name("report.html")
   phone.get(path.as_uri())
   width, inner = phone.execute_script(
     "return [document.documentElement.scrollWidth, innerWidth]"
@@ -428,11 +425,31 @@ def test_a_phone_needs_no_sideways_scroll(phone, tmp_path):
   assert phone.get_log("browser") == []
 
 
-def test_charts_follow_the_theme(shown, tmp_path):
+def test_figures_follow_the_theme(browser, tmp_path):
   reported.make_run(tmp_path)
-  made = compose.compose(reported.SETTINGS, tmp_path)
-  driver = shown(made.texts["report.html"])
-  labels = driver.find_elements("css selector", "svg.chart text.label")
-  assert [label.text for label in labels] == ["base", "SFT", "DPO", "T = 1"]
-  colors = [label.value_of_css_property("fill") for label in labels[:3]]
-  assert colors == ["rgb(115, 115, 115)", "rgb(0, 114, 178)", "rgb(213, 94, 0)"]
+  path = report.write(reported.SETTINGS, tmp_path).with_name("report.html")
+
+  def shown():
+    """Whether each image is its dark one; all must be decoded."""
+    return browser.execute_async_script(
+      """
+      const done = arguments[0], images = [...document.images];
+      requestAnimationFrame(() => setTimeout(() =>
+        Promise.all(images.map((image) => image.decode())).then(() => done(
+          images.map((image) => image.currentSrc ===
+            image.parentElement.querySelector("source").srcset))), 50));
+      """
+    )
+
+  prefer(browser, "dark")
+  browser.get(path.as_uri())
+  assert shown() == [True, True]
+  press(browser, "t")
+  assert shown() == [False, False]
+  prefer(browser, "light")
+  assert shown() == [False, False]
+  press(browser, "t")
+  assert shown() == [True, True]
+  browser.refresh()
+  assert shown() == [False, False]
+  assert browser.get_log("browser") == []

@@ -102,7 +102,7 @@ def test_a_report_agrees_with_its_rows(run, capsys):
       '<td class="number">95.0 [',
       "95.0 stands there, the rows give 85.0",
     ),
-    ("report.html", "T = 1: 85.0%", "T = 1: 95.0%", "report.html:"),
+    ("report.html", "85.0% at T = 1.0", "95.0% at T = 1.0", "report.html:"),
     ("report.html", '"model_first", "model"', '"model_first", "tie"', "there"),
     ("report.md", "> **INCOMPLETE**", "> **COMPLETE**", "COMPLETE"),
     (
@@ -232,6 +232,18 @@ def test_a_figure_of_other_numbers_is_found(run, capsys):
   assert found == [f"{path} is missing"]
   path.write_bytes(before)
   assert check(capsys, run)[0] == 0
+
+
+def test_an_image_of_other_numbers_on_the_page_is_found(run, capsys):
+  path = run / "report" / "report.html"
+  text = path.read_text()
+  finals, steps = re.findall(r' src="(data:[^"]*)"', text)
+  for other in (steps, "data:image/svg+xml;base64,A"):
+    path.write_text(text.replace(finals, other))
+    code, _, found = check(capsys, run)
+    assert code == 1
+    assert len(found) == 1
+    assert found[0].startswith(f"{path}:")
 
 
 def test_the_fingerprint_in_a_png_is_read_as_pillow_reads_it(run):

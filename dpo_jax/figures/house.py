@@ -2,7 +2,7 @@
 
 The style is a file, house.mplstyle, for other people's figures too. Figures are
 made with the object API, so that nothing global is set and no display is
-needed: a figure is drawn whole, as PNG and as PDF, or not at all.
+needed: a figure is drawn whole, as PNG and as PDF or as SVG, or not at all.
 """
 
 import contextlib
@@ -29,17 +29,30 @@ HEIGHT_IN = 2.3
 COLORS = ("#737373", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 NAMES = {"base": "base", "sft": "SFT", "dpo": "DPO"}
-GUIDE: dict[str, Any] = {
-  "color": "#444444",
-  "linewidth": 0.7,
-  "linestyle": (0, (4, 3)),
-}
 
 
-def style() -> contextlib.AbstractContextManager[None]:
-  """Within it, figures are drawn in the house style, whatever a user set."""
-  path = importlib.resources.files(__package__).joinpath("house.mplstyle")
-  return matplotlib.rc_context(fname=os.fspath(path))
+def style(dark: bool = False) -> contextlib.AbstractContextManager[None]:
+  """Within it, figures are drawn in the house style, whatever a user set.
+
+  Args:
+    dark: with the colors of dark.mplstyle, for a dark page.
+  """
+  files = importlib.resources.files(__package__)
+  colors = matplotlib.rc_params_from_file(
+    os.fspath(files.joinpath("dark.mplstyle")), use_default_template=False
+  )
+  return matplotlib.rc_context(
+    colors if dark else None, fname=os.fspath(files.joinpath("house.mplstyle"))
+  )
+
+
+def guide() -> dict[str, Any]:
+  """Keywords of the dashed line at what chance or nothing gives."""
+  return {
+    "color": matplotlib.rcParams["axes.edgecolor"],
+    "linewidth": 0.7,
+    "linestyle": (0, (4, 3)),
+  }
 
 
 def new(width: float = COLUMN_IN, height: float = HEIGHT_IN):
@@ -61,18 +74,26 @@ def save(
 ) -> pathlib.Path:
   """Writes the PNG and, beside it, the PDF, each whole or not at all.
 
-  The same data give the same bytes. Their fingerprint stands in both files,
-  under Description and Subject.
+  A path that ends in .svg is one SVG with a transparent background, for a page.
+
+  The same data give the same bytes. Their fingerprint stands in every file,
+  under Description or Subject.
   """
   path = pathlib.Path(path)
   mark = fingerprint(data)
   unsaid = dict.fromkeys(("Creator", "Producer", "CreationDate"))
-  for target, kind, metadata in (
+  files = [
     (vector(path), "pdf", unsaid | {"Subject": mark}),
     (path, "png", {"Software": None, "Description": mark}),
-  ):
+  ]
+  if path.suffix == ".svg":
+    unsaid = dict.fromkeys(("Creator", "Date"))
+    files = [(path, "svg", unsaid | {"Description": mark})]
+  for target, kind, metadata in files:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, metadata=metadata)
+    figure.savefig(
+      buffer, format=kind, metadata=metadata, transparent=kind == "svg"
+    )
     with atomic.replacing(target) as temporary:
       temporary.write_bytes(buffer.getvalue())
   return path

@@ -52,14 +52,15 @@ def points(rates: Sequence[Rate]) -> list[tuple]:
 
 
 def win_rate_by_temperature(
-  rates: Sequence[Rate], path: str | os.PathLike
+  rates: Sequence[Rate], path: str | os.PathLike, *, dark: bool = False
 ) -> pathlib.Path:
   """Win rate of the final models against sampling temperature.
 
   Args:
     rates: rows; those of checkpoints (step not None) and those without a
       verdict (n = 0) are not drawn.
-    path: of the PNG file; the PDF stands beside it.
+    path: of the PNG file; the PDF stands beside it. Or of an SVG file.
+    dark: in the colors of a dark page.
 
   Returns:
     The path.
@@ -68,7 +69,7 @@ def win_rate_by_temperature(
   series = _group(finals, lambda rate: rate.model)
   xs = sorted({rate.temperature for rate in finals})
   labels = [house.NAMES.get(model, model) for model in series]
-  with house.style():
+  with house.style(dark):
     figure = house.new()
     axes = figure.subplots()
     offset = _offset(xs, len(series))
@@ -82,14 +83,15 @@ def win_rate_by_temperature(
 
 
 def win_rate_by_step(
-  rates: Sequence[Rate], path: str | os.PathLike
+  rates: Sequence[Rate], path: str | os.PathLike, *, dark: bool = False
 ) -> pathlib.Path:
   """Win rate of checkpoints against the training step, a line a temperature.
 
   Args:
     rates: rows; those of final models (step None) and those without a verdict
       (n = 0) are not drawn.
-    path: of the PNG file; the PDF stands beside it.
+    path: of the PNG file; the PDF stands beside it. Or of an SVG file.
+    dark: in the colors of a dark page.
 
   Returns:
     The path.
@@ -103,7 +105,7 @@ def win_rate_by_step(
     + f"T = {temperature}"
     for model, temperature in series
   ]
-  with house.style():
+  with house.style(dark):
     figure = house.new()
     axes = figure.subplots()
     offset = _offset(xs, len(series))
@@ -146,7 +148,7 @@ def win_rate_by_length(
   with house.style():
     figure = house.new()
     axes = figure.subplots()
-    axes.axvline(0, **house.GUIDE)
+    axes.axvline(0, **house.guide())
     labels = [house.NAMES.get(model, model) for model in series]
     looks = _looks(series)
     _draw(axes, series.values(), labels, lambda b: b.difference, 0.0, looks)
@@ -177,7 +179,7 @@ def _draw(axes, series, labels, x_of, offset: float, looks) -> None:
       100 * rate,
       # A bootstrap's end may miss the rate by a rounding error.
       yerr=100 * np.maximum(bars, 0.0),
-      color=house.COLORS[look],
+      color=f"C{look}",
       marker=house.MARKERS[look],
       elinewidth=0.9,
       label=label,
@@ -186,7 +188,7 @@ def _draw(axes, series, labels, x_of, offset: float, looks) -> None:
 
 def _finish(axes, entries: int) -> None:
   """The parts that both win-rate figures share."""
-  axes.axhline(50, zorder=1.5, **house.GUIDE)
+  axes.axhline(50, zorder=1.5, **house.guide())
   axes.set_ylabel("win rate against chosen (%)")
   # The whole scale, so that figures can be laid side by side.
   axes.set_ylim(0, 100)

@@ -58,7 +58,7 @@ def training_curves(runs: Runs, path: str | os.PathLike) -> pathlib.Path:
           axes.set_axis_off()
           continue
         if key == "rewards/accuracies":
-          axes.axhline(0.5, **house.GUIDE)
+          axes.axhline(0.5, **house.guide())
         handles |= _curves(axes, rows, key)
         axes.set_title(f"{house.NAMES.get(run, run)}: {title}")
         axes.xaxis.set_major_locator(house.whole_numbers(5))
@@ -84,7 +84,7 @@ def reward_margins(rows: Rows, path: str | os.PathLike) -> pathlib.Path:
   with house.style():
     figure = house.new()
     axes = figure.subplots()
-    axes.axhline(0, **house.GUIDE)
+    axes.axhline(0, **house.guide())
     handles = {}
     for key, label, color in kinds:
       found = _curves(axes, rows, key, color, color)
@@ -112,7 +112,7 @@ def reward_accuracy(
   with house.style():
     figure = house.new()
     axes = figure.subplots()
-    axes.axhline(50, **house.GUIDE)
+    axes.axhline(50, **house.guide())
     handles = _curves(axes, rows, key, scale=100)
     for step, share in _points(rows, _held(key)):
       if n := items.get(step):

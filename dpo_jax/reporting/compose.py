@@ -28,7 +28,7 @@ from dpo_jax.reporting import (
   page,
   sections,
 )
-from dpo_jax.reporting.page import browse, charts
+from dpo_jax.reporting.page import browse
 from dpo_jax.storage import atomic
 
 TEXT = "report.md"
@@ -50,7 +50,10 @@ FIRST_COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """A report before it is written; texts are by file name."""
+  """A report before it is written.
+
+  Texts are by file name; the page's images are drawn when it is written.
+  """
 
   figures: list[drawings.Figure]
   flags: list[gates.Flag]
@@ -128,6 +131,8 @@ def save(made: Report, directory: pathlib.Path) -> pathlib.Path:
   )
   atomic.write_text(directory / NUMBERS, numbers + "\n")
   for name, text in made.texts.items():
+    if name == PAGE:
+      text = page.illustrate(text, made.figures)
     atomic.write_text(directory / name, text)
   return directory / TEXT
 
@@ -142,7 +147,6 @@ def _page(
   drawn: list[drawings.Figure],
 ) -> str:
   """The same sections as a page, with the answers to browse."""
-  captions = {figure.name: figure.caption for figure in drawn}
   names = sections.PLAIN_NAMES
   return page.render(
     found.settings.title,
@@ -152,13 +156,7 @@ def _page(
         "rates",
         "Win rates",
         lead=["### Is base < SFT < DPO?", "", *sections.ordering(found)],
-        charts=[
-          (chart, captions.get(name, ""))
-          for name, chart in (
-            (drawings.NAMES[0], charts.by_temperature(found.rates, names)),
-            (drawings.NAMES[1], charts.by_step(found.rates, names)),
-          )
-        ],
+        figures=[figure for figure in drawn if figure.ends],
         rest=[
           *sections.judged(found),
           "",

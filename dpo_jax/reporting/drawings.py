@@ -1,8 +1,9 @@
 """The figures of a report: what there is to draw, from which numbers."""
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dpo_jax import figures
@@ -27,22 +28,32 @@ class Figure:
     data: what is drawn, from which its fingerprint is made.
     draw: draws it into a path.
     caption: Markdown; its first sentence is the figure's title.
+    ends: where the lines of a figure on the page begin and end, in words.
   """
 
   name: str
   data: Any
-  draw: Callable[[pathlib.Path], pathlib.Path]
+  draw: Callable[..., pathlib.Path]
   caption: str
+  ends: str = ""
 
   @property
   def fingerprint(self) -> str:
     return figures.fingerprint(self.data)
 
   @property
+  def title(self) -> str:
+    return self.caption.partition(".")[0]
+
+  @property
+  def alt(self) -> str:
+    """What an image of it says to those who do not see it, as plain text."""
+    return f"{self.title}. {self.ends}"
+
+  @property
   def lines(self) -> list[str]:
     """Markdown that shows the figure."""
-    title = self.caption.partition(".")[0]
-    return [f"![{title}]({self.name})", "", self.caption]
+    return [f"![{self.title}]({self.name})", "", self.caption]
 
 
 def of(found: material.Material) -> list[Figure]:
@@ -57,9 +68,10 @@ def of(found: material.Material) -> list[Figure]:
       Figure(
         NAMES[0],
         figures.points(finals),
-        lambda path: figures.win_rate_by_temperature(finals, path),
+        functools.partial(figures.win_rate_by_temperature, finals),
         "Win rate of the final models against sampling temperature."
         f" {bars} 50%.",
+        by_temperature(finals),
       )
     )
   if steps:
@@ -67,8 +79,13 @@ def of(found: material.Material) -> list[Figure]:
       Figure(
         NAMES[1],
         figures.points(steps),
-        lambda path: figures.win_rate_by_step(steps, path),
+        functools.partial(figures.win_rate_by_step, steps),
         f"Win rate of checkpoints against the training step. {bars} 50%.",
+        _ends(
+          steps,
+          lambda r: f"{_plain(r.model)}, T = {r.temperature}",
+          lambda r: f"step {r.step}",
+        ),
       )
     )
   if len({row.difference for row in found.by_length}) > 1:
@@ -76,7 +93,7 @@ def of(found: material.Material) -> list[Figure]:
       Figure(
         NAMES[2],
         figures.length_points(found.by_length),
-        lambda path: figures.win_rate_by_length(found.by_length, path),
+        functools.partial(figures.win_rate_by_length, found.by_length),
         "Win rate against the difference in length. A point is the mean of one"
         f" group of prompts, T = {found.by_length[0].temperature}; bars are"
         f" {level} intervals.",
@@ -87,7 +104,7 @@ def of(found: material.Material) -> list[Figure]:
       Figure(
         NAMES[3],
         found.metrics,
-        lambda path: figures.training_curves(found.metrics, path),
+        functools.partial(figures.training_curves, found.metrics),
         "Training curves. Pale: every step; dark: running mean; points: held"
         " out.",
       )
@@ -110,15 +127,38 @@ def _reward_figures(found: material.Material) -> list[Figure]:
     Figure(
       NAMES[4],
       figures.shown(rows, keys),
-      lambda path: figures.reward_margins(rows, path),
+      functools.partial(figures.reward_margins, rows),
       f"Implicit rewards of {name}. Pale: every step; dark: running mean;"
       " points: held out.",
     ),
     Figure(
       NAMES[5],
       [*accuracy.values(), confidence],
-      lambda path: figures.reward_accuracy(rows, path, confidence=confidence),
+      functools.partial(figures.reward_accuracy, rows, confidence=confidence),
       f"Reward accuracy of {name}. Bars are {found.level} Wilson intervals of"
       " the held-out pairs.",
     ),
   ]
+
+
+def by_temperature(rates: Sequence) -> str:
+  """Where the lines of rates against temperature begin and end."""
+  return _ends(
+    rates, lambda r: _plain(r.model), lambda r: f"T = {r.temperature}"
+  )
+
+
+def _ends(rates, line_of, place_of) -> str:
+  """First and last rate of each line, in words; rates as a table has them."""
+  lines = {}
+  for rate in rates:
+    text = f"{sections.percent(rate.win_rate)}% at {place_of(rate)}"
+    lines.setdefault(line_of(rate), []).append(text)
+  return " ".join(
+    f"{line}: {' to '.join(dict.fromkeys((texts[0], texts[-1])))}."
+    for line, texts in lines.items()
+  )
+
+
+def _plain(model: str) -> str:
+  return sections.PLAIN_NAMES.get(model, model)

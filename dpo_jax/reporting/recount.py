@@ -2,6 +2,7 @@
 
 import collections
 import csv
+import functools
 import io
 import math
 import os
@@ -18,7 +19,7 @@ from dpo_jax.reporting import (
   page,
   sections,
 )
-from dpo_jax.reporting.page import browse, charts
+from dpo_jax.reporting.page import browse
 
 FIGURE = "win_rate_temperature.png"
 _TITLE = "Result files, recounted"
@@ -67,9 +68,10 @@ def compose_report(source: str | os.PathLike) -> compose.Report:
       drawings.Figure(
         FIGURE,
         figures.points(drawn),
-        lambda path: figures.win_rate_by_temperature(drawn, path),
+        functools.partial(figures.win_rate_by_temperature, drawn),
         "Recounted win rate against sampling temperature. Bars are 95% Wilson"
         " intervals, drawn side by side; the dashed line is 50%.",
+        drawings.by_temperature(drawn),
       )
     )
   flags = _flags(files)
@@ -117,12 +119,7 @@ def compose_report(source: str | os.PathLike) -> compose.Report:
             "rates",
             "Win rates",
             [method],
-            [
-              (
-                charts.by_temperature(recounts, sections.PLAIN_NAMES),
-                "".join(figure.caption for figure in pictures),
-              )
-            ],
+            pictures,
             _table(recounts),
           ),
           page.Section(

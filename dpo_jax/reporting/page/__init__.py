@@ -3,6 +3,9 @@
 The page takes nothing from anywhere: its style and its script stand in it, and
 its policy (Content-Security-Policy) lets nothing else run or load. Foreign text
 comes in as entities or as JSON and is only ever shown as text.
+
+A figure is an image of a light and a dark SVG. A page is made with their
+fingerprints in place of the SVGs, so that it can be compared without drawing.
 """
 
 import base64
@@ -10,13 +13,19 @@ import dataclasses
 import hashlib
 import html
 import importlib.resources
+import pathlib
 import re
+import tempfile
 from collections.abc import Sequence
 
+from dpo_jax.reporting import drawings
 from dpo_jax.reporting.page import browse, prose
 
 _SCRIPTS = ("filter.js", "view.js", "list.js", "keys.js")
 _HOLE = re.compile(r"\{\{(\w+)\}\}")
+_SVG = "data:image/svg+xml;base64,"
+_IMAGE = re.compile(f'(?<=[ct]="){re.escape(_SVG)}([^"]*)(?=")')
+_FINGERPRINT = re.compile(rb"<dc:description>(\w+)</dc:description>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,15 +35,15 @@ class Section:
   Attributes:
     id: of its heading, for links.
     title: of the heading, as Markdown, and in the page's contents.
-    lead: Markdown before the charts.
-    charts: (SVG, caption as Markdown); an empty SVG is left out.
+    lead: Markdown before the figures.
+    figures: shown side by side.
     rest: Markdown after them.
   """
 
   id: str
   title: str
   lead: Sequence[str] = ()
-  charts: Sequence[tuple[str, str]] = ()
+  figures: Sequence[drawings.Figure] = ()
   rest: Sequence[str] = ()
 
 
@@ -45,7 +54,7 @@ def render(
   prompts: Sequence[browse.Prompt],
   names: dict[str, str],
 ) -> str:
-  """The page as text.
+  """The page as text, to be given its images by `illustrate`.
 
   Args:
     title: as plain text.
@@ -67,6 +76,7 @@ def render(
         "default-src 'none'",
         f"style-src '{_digest(style)}'",
         f"script-src '{_digest(script)}'",
+        "img-src data:",
         "base-uri 'none'",
         "form-action 'none'",
       )
@@ -89,15 +99,47 @@ def render(
   return _HOLE.sub(lambda match: values[match[1]], _asset("page.html"))
 
 
+def illustrate(text: str, figures: Sequence[drawings.Figure]) -> str:
+  """A page with its figures drawn, in light and in dark."""
+  with tempfile.TemporaryDirectory() as directory:
+    for figure in figures:
+      for name, dark in (("src", False), ("srcset", True)):
+        hole = f'{name}="{figure.fingerprint}"'
+        if hole in text:
+          path = figure.draw(pathlib.Path(directory) / "x.svg", dark=dark)
+          image = base64.b64encode(path.read_bytes()).decode()
+          text = text.replace(hole, f'{name}="{_SVG}{image}"')
+  return text
+
+
+def unillustrated(text: str) -> str:
+  """A page as `render` made it: what its images say of their data for them."""
+
+  def fingerprint(match) -> str:
+    try:
+      found = _FINGERPRINT.search(base64.b64decode(match[1]))
+    except ValueError:
+      found = None
+    return found[1].decode() if found else "an image without a fingerprint"
+
+  return _IMAGE.sub(fingerprint, text)
+
+
 def _body(section: Section) -> str:
-  charts = "".join(
-    f"<figure>{svg}<figcaption>{prose.html([caption])}</figcaption></figure>"
-    for svg, caption in section.charts
-    if svg
+  figures = "".join(map(_figure, section.figures))
+  if figures:
+    figures = f'<div class="figures">{figures}</div>\n'
+  return prose.html(section.lead) + figures + prose.html(section.rest)
+
+
+def _figure(figure: drawings.Figure) -> str:
+  # The script sets `media` for whoever overrules the system's theme.
+  return (
+    '<figure><picture><source media="(prefers-color-scheme: dark)"'
+    f' srcset="{figure.fingerprint}"><img src="{figure.fingerprint}"'
+    f' alt="{html.escape(figure.alt)}"></picture>'
+    f"<figcaption>{prose.html([figure.caption])}</figcaption></figure>\n"
   )
-  if charts:
-    charts = f'<div class="charts">{charts}</div>\n'
-  return prose.html(section.lead) + charts + prose.html(section.rest)
 
 
 def _inline(markdown: str) -> str:

@@ -37,6 +37,9 @@ function toggleTheme() {
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
   const now = root.dataset.theme || (dark ? "dark" : "light");
   root.dataset.theme = now === "dark" ? "light" : "dark";
+  for (const source of document.querySelectorAll("picture source")) {
+    source.media = now === "dark" ? "not all" : "all";
+  }
 }
 
 function onKey(event) {
