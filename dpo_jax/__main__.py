@@ -21,7 +21,6 @@ _MODULES = (
   "checkpoint",
   "mirror",
   "hub",
-  "trackers",
 )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from dpo_jax import hf, model, report, sources, synthetic, trackers, training
+from dpo_jax import hf, model, report, sources, synthetic, training
 from dpo_jax import tokenizer as tokenizer_lib
 from dpo_jax.answering import answers, grid
 from dpo_jax.interface import cli, console, settings
@@ -163,16 +163,8 @@ def _stages(
     "dpo": lambda: training.run(built.dpo, workdir / "dpo"),
     "sample": lambda: answers.run(built.sample, workdir),
     "judge": lambda: runner.run_and_say(built.judge, workdir),
-    "report": lambda: _report(built, workdir),
+    "report": lambda: report.write(built.report, workdir),
   }
-
-
-def _report(built: ReplicateSettings, workdir: pathlib.Path) -> None:
-  """Writes the report, and hands its win rates to the runs' trackers."""
-  path = report.write(built.report, workdir)
-  for name in _TRAININGS:
-    if (stage := getattr(built, name)) is not None:
-      trackers.add_report(stage.trackers, workdir / name, path.parent)
 
 
 def _push(built: ReplicateSettings, workdir: pathlib.Path) -> None:

@@ -3,44 +3,177 @@
 metrics.jsonl is always written and is the one file that later stages read. A
 tracker only repeats it for people who watch, so none can stop a run: the first
 error of one is warned of, the tracker is left alone from then on, and the end
-of the run says so. What it missed is sent again from metrics.jsonl by
-
-  python -m dpo_jax.trackers runs/dpo --use csv tensorboard
+of the run says so.
 
 A run that is resumed goes on in the same tracker run, each step standing once:
 the CSV is cut like metrics.jsonl, TensorBoard is told from which step on
-earlier events are void, and W&B, which takes nothing back, is sent only steps
+earlier events are void, and W&B, which takes nothing back, is sent only rows
 that it does not have.
 """
 
-import argparse
 import csv
 import dataclasses
 import importlib.util
 import json
 import logging
+import os
 import pathlib
 import re
+import secrets
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from dpo_jax import metrics, tracker_sinks
-from dpo_jax.interface import console
+from dpo_jax import metrics
+from dpo_jax.interface import console, markdown
 
 _log = logging.getLogger(__name__)
 
-NAMES = ("csv", "tensorboard", "wandb")
 # What a tracker imports, and the extra that installs it.
 _NEEDS = {"tensorboard": ("tensorboardX", "tb"), "wandb": ("wandb", "wandb")}
-_OPEN = {
-  "csv": tracker_sinks.Csv,
-  "tensorboard": tracker_sinks.TensorBoard,
-  "wandb": tracker_sinks.Wandb,
-}
 
 Rows = Sequence[Sequence[Any]]
+
+
+class Csv:
+  """metrics.csv: a line a row, a column a metric.
+
+  All trackers are opened with (settings, directory, rows, start_step, about):
+  the run's `TrackerSettings`, its directory, the rows of metrics.jsonl up to
+  and including `start_step`, and its config and manifest by name. They let
+  every error out; `Trackers` keeps it from the run.
+  """
+
+  def __init__(self, settings, directory, rows, start_step, about):
+    del settings, start_step, about
+    self._directory = directory
+    self._rows = list(rows)
+    self._columns: list[str] = []
+    self._file = None
+    self._begin()
+
+  def write(self, row) -> None:
+    self._rows.append(row)
+    if row.keys() <= set(self._columns):
+      self._writer.writerow(row)
+      self._file.flush()
+    else:
+      # A metric that was never seen: the header changes.
+      self._begin()
+
+  def table(self, step, name, columns, rows) -> None:
+    file_name = re.sub(r"[^\w.-]", "_", name)
+    path = self._directory / "tables" / f"{file_name}-{step:06d}.csv"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+      csv.writer(file).writerows([columns, *rows])
+
+  def close(self) -> None:
+    self._file.close()
+
+  def _begin(self) -> None:
+    if self._file is not None:
+      self._file.close()
+    seen = dict.fromkeys(key for row in self._rows for key in row)
+    self._columns = ["step", *(key for key in seen if key != "step")]
+    path = self._directory / "metrics.csv"
+    scratch = path.with_suffix(".tmp")
+    with scratch.open("w", encoding="utf-8", newline="") as file:
+      writer = csv.DictWriter(file, self._columns)
+      writer.writeheader()
+      writer.writerows(self._rows)
+    os.replace(scratch, path)
+    self._file = path.open("a", encoding="utf-8", newline="")
+    self._writer = csv.DictWriter(self._file, self._columns)
+
+
+class TensorBoard:
+  """Event files in tensorboard/, for `tensorboard --logdir`."""
+
+  def __init__(self, settings, directory, rows, start_step, about):
+    import tensorboardX
+
+    del settings
+    path = directory / "tensorboard"
+    if not start_step and path.exists():
+      shutil.rmtree(path)
+    resumed = path.exists()
+    self._writer = tensorboardX.SummaryWriter(
+      str(path),
+      purge_step=start_step + 1 if resumed else None,
+      # Files of one second would have one name; and they are read by name.
+      filename_suffix=f".{start_step:09d}.{secrets.token_hex(4)}",
+    )
+    if not resumed:
+      for name, values in about.items():
+        text = json.dumps(values, indent=2)
+        self._writer.add_text(name, f"```json\n{text}\n```", 0)
+      for row in rows:
+        self.write(row)
+
+  def write(self, row) -> None:
+    for key, value in row.items():
+      if key != "step" and isinstance(value, int | float):
+        self._writer.add_scalar(key, value, row["step"])
+
+  def table(self, step, name, columns, rows) -> None:
+    cells = [[markdown.literal(str(cell)) for cell in row] for row in rows]
+    text = "\n".join(markdown.table(columns, cells))
+    self._writer.add_text(name, text, step)
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+class Wandb:
+  """A run of Weights & Biases, its files in wandb/."""
+
+  def __init__(self, settings, directory, rows, start_step, about):
+    import wandb
+
+    del start_step
+    self._wandb = wandb
+    # Which run this is, and the place of the last row that it was sent.
+    self._file = directory / "wandb_run.json"
+    self._mark = {"id": secrets.token_hex(4), "sent": [-1, False]}
+    if self._file.is_file():
+      self._mark = json.loads(self._file.read_text("utf-8"))
+    self._run = wandb.init(
+      project=settings.wandb_project,
+      id=self._mark["id"],
+      # Two directories may have one name: dpo in runs/a and in runs/b.
+      name="/".join(directory.parts[-2:]),
+      dir=str(directory),
+      mode=settings.wandb_mode,
+      resume="allow" if settings.wandb_mode == "online" else None,
+      config=about.get("config", {}) | {"manifest": about.get("manifest", {})},
+      settings=wandb.Settings(
+        silent=True, console="off", disable_git=True, save_code=False
+      ),
+    )
+    console.say(f"W&B: {self._run.url or self._run.dir}", "tracker")
+    for row in rows:
+      self.write(row)
+
+  def write(self, row) -> None:
+    # A step's evaluation comes after its update.
+    place = [row["step"], "eval_items" in row]
+    if place <= self._mark["sent"]:
+      return
+    values = {key: value for key, value in row.items() if key != "step"}
+    self._run.log(values, step=row["step"])
+    self._mark["sent"] = place
+    self._file.write_text(json.dumps(self._mark) + "\n", encoding="utf-8")
+
+  def table(self, step, name, columns, rows) -> None:
+    table = self._wandb.Table(list(columns), [list(row) for row in rows])
+    self._run.log({name: table}, step=max(step, self._mark["sent"][0]))
+
+  def close(self) -> None:
+    self._run.finish()
+
+
+_OPEN = {"csv": Csv, "tensorboard": TensorBoard, "wandb": Wandb}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +186,9 @@ class TrackerSettings:
 
   def __post_init__(self):
     for name in self.use:
-      if name not in NAMES:
+      if name not in _OPEN:
         raise ValueError(
-          f"trackers.use={self.use}: {name!r} must be one of {list(NAMES)}"
+          f"trackers.use={self.use}: {name!r} must be one of {list(_OPEN)}"
         )
     if len(set(self.use)) != len(self.use):
       raise ValueError(f"trackers.use={self.use} names one twice")
@@ -95,8 +228,7 @@ class Trackers:
       rows: of metrics.jsonl, up to and including `start_step`.
       start_step: updates that are done; 0 begins anew.
     """
-    self.use = settings.use
-    self._sinks: dict[str, Any] = {}
+    self._open: dict[str, Any] = {}
     # The tracker, the step it had come to, and why it was left alone.
     self.failed: dict[str, tuple[int, str]] = {}
     self._step = start_step
@@ -107,7 +239,7 @@ class Trackers:
     }
     for name in settings.use:
       try:
-        self._sinks[name] = _OPEN[name](
+        self._open[name] = _OPEN[name](
           settings, directory, rows, start_step, about
         )
       except Exception as error:  # Whatever a library or the network raises.
@@ -116,40 +248,35 @@ class Trackers:
   def write(self, row: dict[str, Any]) -> None:
     """A row of metrics.jsonl."""
     self._step = row["step"]
-    self._each(lambda sink: sink.write(row))
+    self._each(lambda tracker: tracker.write(row))
 
   def table(
     self, step: int, name: str, columns: Sequence[str], rows: Rows
   ) -> None:
     """Texts and numbers in columns, such as sampled answers."""
-    self._each(lambda sink: sink.table(step, name, columns, rows))
-
-  def figure(self, step: int, name: str, path: pathlib.Path) -> None:
-    """A PNG file."""
-    self._each(lambda sink: sink.figure(step, name, path))
+    self._each(lambda tracker: tracker.table(step, name, columns, rows))
 
   def close(self) -> None:
     """Ends the trackers, and says which of them do not have everything."""
-    self._each(lambda sink: sink.close())
-    self._sinks = {}
+    self._each(lambda tracker: tracker.close())
+    self._open = {}
     for name, (step, why) in self.failed.items():
       console.say(
-        f"{name} has nothing after step {step} ({why}); metrics.jsonl is whole,"
-        " and python -m dpo_jax.trackers sends it again",
+        f"{name} has nothing after step {step} ({why}); metrics.jsonl is whole",
         "tracker_failed",
         tracker=name,
         step=step,
       )
 
   def _each(self, call: Callable[[Any], None]) -> None:
-    for name, sink in list(self._sinks.items()):
+    for name, tracker in list(self._open.items()):
       try:
-        call(sink)
+        call(tracker)
       except Exception as error:  # As in __init__.
         self._fail(name, error)
 
   def _fail(self, name: str, error: Exception) -> None:
-    self._sinks.pop(name, None)
+    self._open.pop(name, None)
     why = f"{type(error).__name__}: {error}"
     self.failed[name] = (self._step, why)
     _log.warning("tracker %s failed and is left alone: %s", name, why)
@@ -181,99 +308,6 @@ class Writer:
   def sync(self) -> None:
     self._metrics.sync()
 
-  def conclude(
-    self, step: int, draw: Callable[[list[dict[str, Any]]], list[pathlib.Path]]
-  ) -> None:
-    """Hands the trackers a table of all evaluations, and figures.
-
-    Args:
-      step: the last one.
-      draw: makes PNG files of the rows of metrics.jsonl. It is called only if
-        there is a tracker, and can stop a run as little as one.
-    """
-    if not self.trackers.use:
-      return
-    rows = self._metrics.rows
-    evaluated = [row for row in rows if "eval_items" in row]
-    columns = list(dict.fromkeys(key for row in evaluated for key in row))
-    cells = [[row.get(key, "") for key in columns] for row in evaluated]
-    self.trackers.table(step, "evaluations", columns, cells)
-    try:
-      drawn = draw(rows)
-    except Exception as error:  # Whatever of matplotlib, fonts or the disk.
-      _log.warning("no figures: %s: %s", type(error).__name__, error)
-      return
-    for path in drawn:
-      self.trackers.figure(step, path.stem, path)
-
   def close(self) -> None:
     self._metrics.close()
     self.trackers.close()
-
-
-def add_report(
-  settings: TrackerSettings, directory: pathlib.Path, report: pathlib.Path
-) -> None:
-  """Hands a finished run's trackers the win rates that were made of it.
-
-  Args:
-    settings: which trackers.
-    directory: of the run.
-    report: directory of a report, whose win_rates.csv and PNG files are read.
-  """
-  if not settings.use:
-    return
-  rows = metrics.read(directory / metrics.FILE)
-  step = rows[-1]["step"]
-  opened = Trackers(settings, directory, rows, step)
-  with (report / "win_rates.csv").open(encoding="utf-8", newline="") as file:
-    columns, *cells = csv.reader(file)
-  opened.table(step, "report/win_rates", columns, cells)
-  for path in sorted(report.glob("win_rate_*.png")):
-    opened.figure(step, f"report/{path.stem}", path)
-  opened.close()
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(
-    prog="python -m dpo_jax.trackers",
-    description="Sends the metrics of a training run to trackers again, from"
-    " its metrics.jsonl, and its figures; tables are not sent again.",
-  )
-  parser.add_argument("directory", type=pathlib.Path, help="of the run")
-  parser.add_argument("--use", nargs="+", required=True, choices=NAMES)
-  parser.add_argument("--wandb_project", default="dpo_jax")
-  parser.add_argument(
-    "--wandb_mode", default="online", choices=("online", "offline")
-  )
-  console.add_flag(parser)
-  flags = parser.parse_args(arguments)
-  path = flags.directory.absolute()
-  try:
-    settings = TrackerSettings(
-      tuple(flags.use), flags.wandb_project, flags.wandb_mode
-    )
-    check(settings)
-    if not (path / metrics.FILE).is_file():
-      raise ValueError(f"{path} holds no {metrics.FILE}: name a training run")
-    rows = metrics.read(path / metrics.FILE)
-  except ValueError as error:
-    console.error(str(error))
-    return 2
-  for name in settings.use:
-    # Anew: a run of W&B that has a part of it cannot be filled up.
-    found = path / {"wandb": "wandb_run.json"}.get(name, name)
-    if name == "wandb":
-      found.unlink(missing_ok=True)
-    elif name == "tensorboard":
-      shutil.rmtree(found, ignore_errors=True)
-  last = rows[-1]["step"] if rows else 0
-  sent = Trackers(settings, path, rows, last)
-  for figure in sorted((path / "figures").glob("*.png")):
-    sent.figure(last, figure.stem, figure)
-  sent.close()
-  return 1 if sent.failed else 0
-
-
-if __name__ == "__main__":
-  sys.exit(main())

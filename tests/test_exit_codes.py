@@ -13,7 +13,7 @@ import sys
 import pytest
 import test_console
 
-from dpo_jax import __main__, hub, report, score, trackers, verify
+from dpo_jax import __main__, hub, report, score, verify
 from dpo_jax.checkpoint import __main__ as checkpoint
 from dpo_jax.interface import console
 from dpo_jax.mirror import __main__ as mirror
@@ -30,7 +30,6 @@ COMMANDS = {
   "checkpoint": checkpoint.main,
   "mirror": mirror.main,
   "hub": hub.main,
-  "trackers": trackers.main,
   "score": lambda arguments: score.main(),
 }
 REFUSED = {
@@ -40,7 +39,6 @@ REFUSED = {
   "checkpoint": ("list", "nowhere"),
   "mirror": ("list", "nowhere"),
   "hub": ("nowhere", "--repo=a/b"),
-  "trackers": ("nowhere", "--use", "csv"),
   "score": ("--model=m", "--pairs=p", "--output=nowhere/x"),
 }
 DONE = {

@@ -17,7 +17,6 @@ import numpy as np
 import planted
 import pytest
 import running
-from matplotlib import image
 
 from dpo_jax import data, metrics, trackers, training
 
@@ -46,18 +45,21 @@ def directory(tmp_path):
   return path
 
 
-def interrupted_at_5_resumed_from_3(directory, *use):
-  """Two processes' worth of writing: 0 to 5, then on from a checkpoint at 3."""
-  for start, last in ((0, 5), (3, 6)):
+def interrupted_at_6_resumed_from_3(directory, *use):
+  """Two processes' worth of writing: to step 6, and on from a checkpoint at 3.
+
+  The first one never comes to the evaluation of step 6.
+  """
+  for start, written in ((0, [*rows(0, 6)][:-1]), (3, rows(4, 6))):
     writer = trackers.Writer(settings(*use), directory, start)
-    for row in rows(start + (start > 0), last):
+    for row in written:
       writer.write(row)
     writer.close()
     assert writer.trackers.failed == {}
 
 
 def test_csv_has_a_line_a_row_and_a_column_a_metric(directory):
-  interrupted_at_5_resumed_from_3(directory, "csv")
+  interrupted_at_6_resumed_from_3(directory, "csv")
   with (directory / "metrics.csv").open(newline="") as file:
     found = list(csv.DictReader(file))
   wanted = metrics.read(directory / metrics.FILE)
@@ -68,7 +70,7 @@ def test_csv_has_a_line_a_row_and_a_column_a_metric(directory):
 
 
 def events(directory):
-  """(scalars, texts, images) by tag, read by TensorBoard itself."""
+  """(scalars, texts) by tag, read by TensorBoard itself."""
   from tensorboard.backend.event_processing import event_accumulator
 
   reader = event_accumulator.EventAccumulator(str(directory / "tensorboard"))
@@ -85,21 +87,12 @@ def events(directory):
     ]
     for tag in tags["tensors"]
   }
-  images = {tag: reader.Images(tag) for tag in tags["images"]}
-  return scalars, texts, images
-
-
-def figure(directory):
-  path = directory / "figure.png"
-  pixels = np.zeros((3, 5, 3), np.uint8)
-  pixels[1, 2] = (255, 0, 128)
-  image.imsave(path, pixels)
-  return path
+  return scalars, texts
 
 
 def test_tensorboard_has_each_step_once(directory):
-  interrupted_at_5_resumed_from_3(directory, "tensorboard")
-  scalars, texts, _ = events(directory)
+  interrupted_at_6_resumed_from_3(directory, "tensorboard")
+  scalars, texts = events(directory)
   assert scalars.keys() == {
     "loss",
     "rewards/margins",
@@ -127,22 +120,19 @@ def test_tensorboard_starts_over_with_a_run_that_does(directory):
   assert [step for step, _ in events(directory)[0]["loss"]] == [1, 2]
 
 
-def test_tensorboard_shows_tables_and_figures(directory):
+def test_tensorboard_shows_tables(directory):
   writer = trackers.Trackers(settings("tensorboard"), directory, [], 0)
   cells = [["one | two\n<b>three</b>", 0.5]]
   writer.table(4, "answers", ["text", "reward"], cells)
-  writer.figure(4, "report/win_rate", figure(directory))
   writer.close()
   assert writer.failed == {}
-  _, texts, images = events(directory)
+  _, texts = events(directory)
   ((step, text),) = texts["answers/text_summary"]
   assert step == 4
   assert (
     text.splitlines()[2]
     == "| one &#124; two<br>&#60;b&#62;three&#60;/b&#62; | 0.5 |"
   )
-  ((event),) = images["report/win_rate"]
-  assert (event.step, event.height, event.width) == (4, 3, 5)
 
 
 # --- W&B
@@ -206,11 +196,10 @@ import pathlib, sys
 sys.path[:0] = sys.argv[2:]
 import test_trackers
 path = pathlib.Path(sys.argv[1])
-test_trackers.interrupted_at_5_resumed_from_3(path, "wandb")
+test_trackers.interrupted_at_6_resumed_from_3(path, "wandb")
 writer = test_trackers.trackers.Writer(
   test_trackers.settings("wandb"), path, 6)
 writer.trackers.table(6, "answers", ["text", "reward"], [["hello", 0.5]])
-writer.conclude(6, lambda rows: [test_trackers.figure(path)])
 writer.close()
 assert writer.trackers.failed == {}, writer.trackers.failed
 """
@@ -241,43 +230,15 @@ assert writer.trackers.failed == {}, writer.trackers.failed
   ]
   assert [row["_step"] for row in evaluated] == [0, 2, 4, 6]
   last = {key: x for row in found[-1][2] for key, x in row.items()}
-  for name, cells in (
-    ("answers", [["hello", 0.5]]),
-    ("evaluations", [[0, 2.0, 3], [2, 4.0, 3], [4, 6.0, 3], [6, 8.0, 3]]),
-  ):
-    assert last[f"{name}/_type"] == "table-file"
-    (file,) = directory.glob(
-      f"wandb/offline-run-*/files/{last[f'{name}/path']}"
-    )
-    assert json.loads(file.read_text())["data"] == cells
-  assert last["figure/_type"] == "image-file"
-  (file,) = directory.glob(f"wandb/offline-run-*/files/{last['figure/path']}")
-  assert file.read_bytes() == (directory / "figure.png").read_bytes()
+  assert last["answers/_type"] == "table-file"
+  (file,) = directory.glob(f"wandb/offline-run-*/files/{last['answers/path']}")
+  assert json.loads(file.read_text())["data"] == [["hello", 0.5]]
   for file in directory.rglob("*"):
     if file.is_file():
       assert b"0" * 40 not in file.read_bytes(), file
 
 
 # --- faults
-
-
-def test_figures_that_cannot_be_drawn_stop_nothing(directory, caplog):
-  def draw(rows):
-    raise OSError("no font")
-
-  writer = trackers.Writer(settings("csv"), directory, 0)
-  for row in rows(0, 2):
-    writer.write(row)
-  writer.conclude(2, draw)
-  writer.close()
-  assert "no figures: OSError: no font" in caplog.text
-  assert writer.trackers.failed == {}
-  table = directory / "tables" / "evaluations-000002.csv"
-  assert table.read_text().splitlines()[1:] == ["0,2.0,3", "2,4.0,3"]
-  # Without a tracker nothing is drawn.
-  writer = trackers.Writer(settings(), directory, 2)
-  writer.conclude(2, pytest.fail)
-  writer.close()
 
 
 @pytest.mark.parametrize(
@@ -321,7 +282,7 @@ def test_a_tracker_that_fails_is_named_once_and_stops_nothing(
     for row in rows(4, 6):
       writer.write(row)
     # On a full disk.
-    closed = writer.trackers._sinks["csv"]
+    closed = writer.trackers._open["csv"]
     closed._file.close()
     for row in rows(7, 8):
       writer.write(row)
@@ -343,20 +304,6 @@ def test_a_tracker_that_fails_is_named_once_and_stops_nothing(
   said = capsys.readouterr().err
   assert "tensorboard has nothing after step 3" in said
   assert "csv has nothing after step 7" in said
-
-
-def test_what_was_missed_is_sent_again(directory, capsys):
-  writer = metrics.Writer(directory, 0)
-  for row in rows(0, 4):
-    writer.write(row)
-  writer.close()
-  arguments = [str(directory), "--use", "csv", "tensorboard"]
-  for _ in range(2):
-    assert trackers.main(arguments) == 0
-    assert [s for s, _ in events(directory)[0]["loss"]] == [1, 2, 3, 4]
-    assert len((directory / "metrics.csv").read_text().splitlines()) == 1 + 7
-  assert trackers.main([str(directory / "none"), "--use", "csv"]) == 2
-  assert "holds no metrics.jsonl" in capsys.readouterr().err
 
 
 # --- a run
@@ -384,47 +331,13 @@ def test_a_run_that_is_interrupted_goes_on_in_its_trackers(
   with (workdir / "metrics.csv").open(newline="") as file:
     found = [float(r["loss"]) for r in csv.DictReader(file) if r["loss"]]
   assert found == [row["loss"] for row in wanted if "loss" in row]
-  scalars, texts, images = events(workdir)
+  scalars, texts = events(workdir)
   assert [step for step, _ in scalars["loss"]] == [1, 2, 3, 4, 5, 6, 7]
   assert [step for step, _ in scalars["eval_loss"]] == [0, 3, 6, 7]
   # The fingerprints of the data are attached.
   manifest = json.loads((workdir / "manifest.json").read_text())
   ((_, text),) = texts["manifest/text_summary"]
   assert manifest["data"]["train"]["tokens"] in text
-  # All evaluations in one table, and the curves, at the last step.
-  evaluated = [row for row in wanted if "eval_items" in row]
-  ((step, text),) = texts["evaluations/text_summary"]
-  assert step == 7
-  assert [line.split(" | ")[0] for line in text.splitlines()[2:]] == [
-    f"| {row['step']}" for row in evaluated
-  ]
-  with (workdir / "tables" / "evaluations-000007.csv").open(newline="") as file:
-    losses = [float(row["eval_loss"]) for row in csv.DictReader(file)]
-  assert losses == [row["eval_loss"] for row in evaluated]
-  drawn = sorted((workdir / "figures").glob("*.png"))
-  assert [path.stem for path in drawn] == [
-    "reward_accuracy",
-    "reward_margins",
-    "training_curves",
-  ]
-  for path in drawn:
-    ((event),) = images[path.stem]
-    assert event.step == 7
-    height, width, _ = image.imread(path).shape
-    assert (event.height, event.width) == (height, width)
-
-  # A report that is made later.
-  report = tmp_path / "report"
-  report.mkdir()
-  (report / "win_rates.csv").write_text("model,win_rate\ndpo,0.625000\n")
-  figure(report).rename(report / "win_rate_temperature.png")
-  trackers.add_report(config.trackers, workdir, report)
-  again, texts, images = events(workdir)
-  assert again == scalars
-  ((step, text),) = texts["report/win_rates/text_summary"]
-  assert text.splitlines()[2] == "| dpo | 0.625000 |"
-  ((event),) = images["report/win_rate_temperature"]
-  assert (event.step, event.height, event.width) == (7, 3, 5)
 
 
 def test_a_missing_library_is_refused_before_anything_is_read(

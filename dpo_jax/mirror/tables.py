@@ -28,7 +28,7 @@ _RECORDS = (
   "hub.json",
   "wandb_run.json",
 )
-_FOLDERS = ("adapters", "reference", "tensorboard", "wandb", "figures")
+_FOLDERS = ("adapters", "reference", "tensorboard", "wandb")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,6 @@ for the host, and nothing else crosses between the two inside the loop.
 """
 
 import dataclasses
-import functools
 import json
 import pathlib
 from typing import Any
@@ -29,7 +28,6 @@ from dpo_jax.running import (
   allocator,
   assembly,
   checks,
-  curves,
   feed,
   guards,
   incidents,
@@ -101,9 +99,6 @@ class Loop:
           if self.start < self.steps:
             self._compile()
           self._loop()
-        if processes.first():
-          draw = functools.partial(curves.draw, self.workdir)
-          self.writer.conclude(self.steps, draw)
       finally:
         self.bar.close()
         self.writer.close()
