@@ -36,7 +36,7 @@ def measure(flags: argparse.Namespace) -> dict:
   base, _ = gpu_case.weights(run, shape)
   ready = packed(flags, run, shape, table, base)
   tx = optim.make(run.optimizer, flags.steps, steps.trainable(shape))
-  start = jax.jit(programs.initial(shape, tx, run.guards), donate_argnums=0)
+  start = jax.jit(programs.initial(shape, tx), donate_argnums=0)
   state = start(base, jax.random.key(1))
   update, _ = programs.training(run, shape, tx, state, mesh)
   seconds, losses = [], []

@@ -107,7 +107,7 @@ def timed(flags: argparse.Namespace) -> None:
   )
   mesh = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
   tx = optim.make(run.optimizer, 9, "lora")
-  state = programs.initial(shape, tx, run.guards)(base, jax.random.key(0))
+  state = programs.initial(shape, tx)(base, jax.random.key(0))
   pairs = items.train.table.take(range(run.batch_size))
   how = placement.Packing(
     layout=run.data.layout,
@@ -123,7 +123,7 @@ def timed(flags: argparse.Namespace) -> None:
   made = {}
   for how in PASSES:
     with passes(how):
-      step = steps.make_train_step(shape, objective, tx, 0, run.guards)
+      step = steps.make_train_step(shape, objective, tx, 0)
       step = jax.jit(step, compiler_options=steps.COMPILER_OPTIONS)
       made[how] = step.lower(state, None, batch).compile()
     print(how, made[how].memory_analysis().temp_size_in_bytes / 2**20, "MiB")

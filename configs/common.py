@@ -298,13 +298,6 @@ def guards() -> config_dict.ConfigDict:
   # Where the loss or the gradient's norm is not finite: "stop" the run, or
   # "skip" the update and go on. The items are written to incidents.jsonl.
   c.not_finite = "stop"
-  # The same where the loss is a spike: "off", "stop" or "skip".
-  c.spike = "off"
-  # A spike is a loss above m + spike_factor * max(d, m / 100): m is the median
-  # loss of the last `spike_window` updates, d the median distance from it.
-  c.spike_factor = 10.0
-  # There is no spike before so many updates were made.
-  c.spike_window = 64
   # Stop after more skipped updates than these, over the whole run.
   c.max_skipped = 10
   return c

@@ -73,14 +73,11 @@ def trainable(config: model.ModelConfig) -> str:
 
 
 def init_state(
-  base: Tree,
-  lora: Tree,
-  tx: optax.GradientTransformation,
-  guard: guards.GuardSettings = guards.PLAIN,
+  base: Tree, lora: Tree, tx: optax.GradientTransformation
 ) -> TrainState:
   params = {"base": base, "lora": lora}
   step = jnp.zeros((), jnp.int32)
-  return TrainState(step, params, tx.init(params), guards.init(guard))
+  return TrainState(step, params, tx.init(params), guards.init())
 
 
 def sequence_logps(
@@ -174,7 +171,6 @@ def make_train_step(
   objective: Objective,
   tx: optax.GradientTransformation,
   seed: int,
-  guard: guards.GuardSettings = guards.PLAIN,
 ) -> Callable[[TrainState, Tree | None, packing.Batch], tuple]:
   """The update: (state, reference, batch) -> (state, metrics).
 
@@ -213,7 +209,7 @@ def make_train_step(
     metrics = {key: jnp.sum(value) * scale for key, value in sums.items()}
     metrics["grad_norm"] = optax.tree.norm(grads)
     make, guarded, told = guards.decide(
-      guard, state.guard, metrics["loss"], metrics["grad_norm"]
+      state.guard, metrics["loss"], metrics["grad_norm"]
     )
     updates, opt_state = tx.update(
       {"base": None, "lora": None} | {name: grads},

@@ -27,7 +27,7 @@ from dpo_jax.judging import batch_api, prompts, verdicts
 from dpo_jax.mirror import contents
 from dpo_jax.reporting import compose, recount
 from dpo_jax.rows import scored_pairs, tables, token_cache
-from dpo_jax.running import incidents, reference
+from dpo_jax.running import guards, reference
 from dpo_jax.storage import row_store, rundir, step_files, strict_json
 from dpo_jax.weights import safetensors_files
 
@@ -163,10 +163,8 @@ METRICS = [
 INCIDENT = {
   "step": 6,
   "cause": "loss is nan",
-  "not_finite": True,
   "loss": "nan",
   "grad_norm": "nan",
-  "limit": 0.7,
   "skipped": 1,
   "items": ["044ba5bef89dc888", "e07787d1dfe0fb60"],
 }
@@ -605,7 +603,7 @@ READERS = {
   "incidents": Reader(
     "lines",
     lambda f: [_lines(INCIDENT, INCIDENT | {"step": 9})],
-    lambda f, data: incidents.read(f.put("incidents.jsonl", data)),
+    lambda f, data: guards.read_incidents(f.put("incidents.jsonl", data)),
   ),
   "report of responses": Reader(
     "lines",

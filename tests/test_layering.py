@@ -39,7 +39,6 @@ LEVELS = {
   "hardware": 0,
   "weights.hf_layout": 0,
   "planning.hlo_text": 0,
-  "running.incidents": 0,
   "judging.verdicts": 2,
   "engine.draw": 0,
   "attention.cached": -1,

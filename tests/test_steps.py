@@ -186,15 +186,14 @@ def test_a_loss_that_is_not_finite_changes_nothing():
 
 
 def test_an_update_that_is_refused_changes_not_a_bit():
-  """Loss finite but gradient not; and a spike, in the same program."""
+  """The loss is finite, but the gradient is not."""
   base = tiny.weights(tiny.CONFIG)
   tx = optim.make(OPTIMIZER, 9, "base")
-  guard = guards.GuardSettings("skip", "skip", 2.0, 2, 9)
   loss = losses.LossSettings("sigmoid", 1e22, 0.0)
   share = steps.Objective("dpo", loss, PAIRS)
-  step = jax.jit(steps.make_train_step(tiny.CONFIG, share, tx, 0, guard))
+  step = jax.jit(steps.make_train_step(tiny.CONFIG, share, tx, 0))
   batch = pack(tiny.pairs(PAIRS, 1), 1, rows=8)
-  state = steps.init_state(base, {}, tx, guard)
+  state = steps.init_state(base, {}, tx)
   after, metrics = step(state, base, batch)
   # The gradient's squares do not fit float32; the loss does.
   assert np.isfinite(metrics["loss"])
@@ -202,27 +201,6 @@ def test_an_update_that_is_refused_changes_not_a_bit():
   assert_close(after.params, state.params, 0, 0)
   assert_close(after.opt_state, state.opt_state, 0, 0)
   assert (int(after.step), int(after.guard.skipped)) == (1, 1)
-  loss = dataclasses.replace(loss, beta=0.5)
-  share = dataclasses.replace(share, loss=loss)
-  step = jax.jit(steps.make_train_step(tiny.CONFIG, share, tx, 0, guard))
-  for losses_so_far, made in (((0.5, 0.6), False), ((0.6, 0.7), True)):
-    known = guards.GuardState(
-      jnp.asarray(losses_so_far), jnp.int32(2), jnp.int32(0)
-    )
-    state = dataclasses.replace(state, guard=known)
-    after, metrics = step(state, base, batch)
-    # Medians 0.55 and 0.65, distances 0.05: limits 0.65 and 0.75.
-    assert float(metrics["loss"]) == pytest.approx(np.log(2))
-    assert int(after.guard.made) == 2 + made
-    same = [
-      np.array_equal(a, b)
-      for a, b in zip(
-        jax.tree.leaves((after.params, after.opt_state)),
-        jax.tree.leaves((state.params, state.opt_state)),
-      )
-    ]
-    assert all(same) is not made
-    assert int(after.step) == 1
 
 
 # --- evaluation

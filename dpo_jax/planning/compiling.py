@@ -184,7 +184,7 @@ def compile_steps(
   key = jax.eval_shape(lambda: jax.random.key(0))
   kept = config.model.param_dtype
   base = jax.eval_shape(lambda key: programs.base(shape, key, kept), key)
-  state = jax.eval_shape(programs.initial(shape, tx, config.guards), base, key)
+  state = jax.eval_shape(programs.initial(shape, tx), base, key)
   state = laid(state, mesh)
   reference = laid(base, mesh) if programs.keeps_reference(config) else None
   train, evaluate = programs.training(config, shape, tx, state, mesh)

@@ -199,7 +199,7 @@ def _make_state(
   unless one is the reference.
   """
 
-  make = programs.initial(shape, tx, config.guards)
+  make = programs.initial(shape, tx)
   # Another stream than the one of dropout, which folds steps into the seed.
   key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
   lying = partitioning.shardings(jax.eval_shape(make, base, key), mesh)

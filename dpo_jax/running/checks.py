@@ -50,31 +50,23 @@ def start(config: recipe.TrainSettings, loss: float) -> None:
 
 
 def incident(
-  step: int, row: dict[str, float], told: dict[str, float], ids: Sequence[str]
+  step: int, row: dict[str, float], skipped: int, ids: Sequence[str]
 ) -> dict[str, Any]:
   """What there is to say of an update that was not made.
 
   Args:
     step: its number.
     row: its metrics.
-    told: what the guard told; see `guards.told`.
+    skipped: updates so far that were not made.
     ids: its items.
   """
-  bad = [k for k in ("loss", "grad_norm") if not math.isfinite(row[k])]
-  if bad:
-    cause = f"{bad[0]} is {row[bad[0]]}"
-  else:
-    cause = (
-      f"loss is {row['loss']:.6g}, a spike: it is above {told['limit']:.6g}"
-    )
+  bad = "grad_norm" if math.isfinite(row["loss"]) else "loss"
   return {
     "step": step,
-    "cause": cause,
-    "not_finite": bool(bad),
+    "cause": f"{bad} is {row[bad]}",
     "loss": row["loss"],
     "grad_norm": row["grad_norm"],
-    "limit": told["limit"],
-    "skipped": int(told["skipped"]),
+    "skipped": skipped,
     "items": list(ids),
   }
 
@@ -86,9 +78,8 @@ def stop(settings: guards.GuardSettings, found: dict[str, Any]) -> None:
     TrainingError: the settings say to stop, or it is one skipped update too
       many.
   """
-  policy = settings.not_finite if found["not_finite"] else settings.spike
   text = f"step {found['step']}: {found['cause']}; the update was not made"
-  if policy == "skip":
+  if settings.not_finite == "skip":
     if found["skipped"] <= settings.max_skipped:
       _log.warning("%s; it is skipped (%d so far)", text, found["skipped"])
       return

@@ -1,23 +1,28 @@
-"""Which updates are made: decided on the device, before they are.
+"""Which updates are made, decided on the device; and a record of the others.
 
-An update whose loss or gradient norm is not finite, or whose loss is a spike,
-leaves weights, optimizer and the guard's own losses as they were. The host
-reads the decision with the step's metrics, one step late, and stops the run or
-lets it go on, as its config says: the device never waits.
+An update whose loss or gradient norm is not finite leaves weights and optimizer
+as they were. The host reads the decision with the step's metrics, one step
+late, and stops the run or lets it go on, as its config says: the device never
+waits. incidents.jsonl, there once an update was not made, holds each such step
+once: a resumed run drops the lines after the step that it goes on from.
 """
 
 import dataclasses
+import json
 import math
+import os
+import pathlib
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.storage import strict_json
+
+INCIDENTS = "incidents.jsonl"
+
 # What the step's metrics tell the host of the decision.
 _TOLD = "guard/"
-# The least distance from the median that counts, as a share of the median:
-# losses that are all but equal have no spread to measure a spike by.
-_LEAST_SPREAD = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,28 +30,13 @@ class GuardSettings:
   """See configs/common.py for what each field means."""
 
   not_finite: Literal["stop", "skip"]
-  spike: Literal["off", "stop", "skip"]
-  spike_factor: float
-  spike_window: int
   max_skipped: int
 
   def __post_init__(self):
-    if not 0 < self.spike_factor < math.inf:
-      raise ValueError(
-        f"guards.spike_factor={self.spike_factor} must be positive and finite"
-      )
-    if self.spike_window < 2:
-      raise ValueError(
-        f"guards.spike_window={self.spike_window} must be at least 2"
-      )
     if self.max_skipped < 0:
       raise ValueError(
         f"guards.max_skipped={self.max_skipped} must not be negative"
       )
-
-
-# Stops at what is not finite, and looks at nothing else.
-PLAIN = GuardSettings("stop", "off", 10.0, 2, 0)
 
 
 @jax.tree_util.register_dataclass
@@ -55,40 +45,26 @@ class GuardState:
   """What the guard knows of earlier steps; a part of the training state.
 
   Attributes:
-    losses: of the last updates that were made, in a ring, float32 [window].
     made: updates that were made, int32 [].
     skipped: updates that were not, int32 [].
   """
 
-  losses: jax.Array
   made: jax.Array
   skipped: jax.Array
 
 
-def init(settings: GuardSettings) -> GuardState:
-  """The state of step 0.
-
-  The losses are kept whatever the policy, which may change on the way.
-  """
+def init() -> GuardState:
+  """The state of step 0."""
   zero = jnp.zeros((), jnp.int32)
-  losses = jnp.zeros(settings.spike_window, jnp.float32)
-  return GuardState(losses, zero, zero)
+  return GuardState(zero, zero)
 
 
 def decide(
-  settings: GuardSettings,
-  state: GuardState,
-  loss: jax.Array,
-  grad_norm: jax.Array,
+  state: GuardState, loss: jax.Array, grad_norm: jax.Array
 ) -> tuple[jax.Array, GuardState, dict[str, jax.Array]]:
   """Whether to make an update of this loss and gradient norm.
 
-  A spike is a loss above m + spike_factor * max(d, 0.01 |m|), where m is the
-  median of the losses of the last `spike_window` updates that were made, and d
-  the median of their distances from m. Until there were as many, none is.
-
   Args:
-    settings: the policies.
     state: before this step.
     loss: float32 [].
     grad_norm: float32 [].
@@ -96,34 +72,83 @@ def decide(
   Returns:
     The decision, bool []; the state after it; and metrics for `told`.
   """
-  limit = jnp.float32(jnp.inf)
-  if settings.spike != "off":
-    middle = jnp.median(state.losses)
-    spread = jnp.median(jnp.abs(state.losses - middle))
-    spread = jnp.maximum(spread, _LEAST_SPREAD * jnp.abs(middle))
-    full = state.made >= settings.spike_window
-    limit = jnp.where(full, middle + settings.spike_factor * spread, limit)
-  make = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss <= limit)
-  place = state.made % len(state.losses)
-  losses = jnp.where(make, state.losses.at[place].set(loss), state.losses)
+  make = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
   after = GuardState(
-    losses,
     state.made + make.astype(jnp.int32),
     state.skipped + (~make).astype(jnp.int32),
   )
-  told = {"made": make, "skipped": after.skipped, "limit": limit}
-  return make, after, {_TOLD + key: value for key, value in told.items()}
+  return make, after, {_TOLD + "made": make, _TOLD + "skipped": after.skipped}
 
 
 def told(metrics: dict[str, Any]) -> dict[str, Any]:
   """Takes the decision out of a step's metrics.
 
   Returns:
-    "made", whether the update was; "skipped", how many so far were not; and
-    "limit", the loss above which one is a spike.
+    "made", whether the update was; and "skipped", how many so far were not.
   """
   return {
     key.removeprefix(_TOLD): metrics.pop(key)
     for key in list(metrics)
     if key.startswith(_TOLD)
   }
+
+
+def read_incidents(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """The incidents of a file; an interrupted last line is left out.
+
+  Raises:
+    ValueError: naming file and line, if one is no incident.
+  """
+  rows = []
+  for number, row in strict_json.appended(path):
+    if not (
+      isinstance(row, dict)
+      and type(row.get("step")) is int
+      and isinstance(row.get("cause"), str)
+      and isinstance(row.get("items"), list)
+    ):
+      raise ValueError(
+        f"{path}:{number} is not an incident with step, cause and items"
+      )
+    rows.append(row)
+  return rows
+
+
+class IncidentWriter:
+  """Appends incidents; each is on disk when `write` returns."""
+
+  def __init__(self, directory: pathlib.Path, start_step: int):
+    """Keeps the incidents up to and including `start_step`."""
+    self._path = directory / INCIDENTS
+    if not self._path.exists():
+      return
+    kept = [
+      row for row in read_incidents(self._path) if row["step"] <= start_step
+    ]
+    scratch = self._path.with_suffix(".tmp")
+    with scratch.open("wb") as file:
+      _commit(file, kept)
+    os.replace(scratch, self._path)
+
+  def write(self, row: dict[str, Any]) -> None:
+    with self._path.open("ab") as file:
+      _commit(file, [row])
+
+
+def _commit(file, rows: list[dict[str, Any]]) -> None:
+  file.writelines(
+    json.dumps(
+      {key: _plain(value) for key, value in row.items()}, ensure_ascii=False
+    ).encode()
+    + b"\n"
+    for row in rows
+  )
+  file.flush()
+  os.fsync(file.fileno())
+
+
+def _plain(value: Any) -> Any:
+  """JSON has no NaN: a number that is not finite is written as its name."""
+  if isinstance(value, float) and not math.isfinite(value):
+    return str(value)
+  return value

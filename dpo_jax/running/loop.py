@@ -30,7 +30,6 @@ from dpo_jax.running import (
   checks,
   feed,
   guards,
-  incidents,
   interruption,
   processes,
   programs,
@@ -72,7 +71,7 @@ class Loop:
     config = self.config
     if processes.first():
       self.writer = trackers.Writer(config.trackers, self.workdir, self.start)
-      self.incidents = incidents.Writer(self.workdir, self.start)
+      self.incidents = guards.IncidentWriter(self.workdir, self.start)
     else:
       self.writer = metrics.Silent(self.workdir, self.start)
       console.mute()
@@ -197,7 +196,7 @@ class Loop:
     rates |= self._utilisation(counts, rates)
     self.writer.write({"step": done} | row | rate | rates)
     if not made:
-      found = checks.incident(done, row, told, counts.ids)
+      found = checks.incident(done, row, int(told["skipped"]), counts.ids)
       if processes.first():
         self.incidents.write(found)
       checks.stop(self.config.guards, found)

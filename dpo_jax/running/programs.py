@@ -14,7 +14,7 @@ import optax
 
 from dpo_jax import attention, model, partitioning, quantised, steps
 from dpo_jax.rows import packing
-from dpo_jax.running import allocator, guards, recipe
+from dpo_jax.running import allocator, recipe
 
 Tree = dict[str, Any]
 # Whether programs for CPUs are computed by threads of XLA's.
@@ -35,15 +35,13 @@ def quantise(base: Tree, mesh: jax.sharding.Mesh) -> Tree:
 
 
 def initial(
-  shape: model.ModelConfig,
-  tx: optax.GradientTransformation,
-  guard: guards.GuardSettings,
+  shape: model.ModelConfig, tx: optax.GradientTransformation
 ) -> Callable[[Tree, jax.Array], steps.TrainState]:
   """(base, key) -> the state of step 0, with fresh adapters if it has any."""
 
   def make(base, key):
     adapters = model.init_lora(shape, key) if shape.lora else {}
-    return steps.init_state(base, adapters, tx, guard)
+    return steps.init_state(base, adapters, tx)
 
   return make
 
@@ -100,7 +98,7 @@ def training(
   )
   here = partitioning.replicated(mesh)
   train_step = jax.jit(
-    steps.make_train_step(shape, objective, tx, config.seed, config.guards),
+    steps.make_train_step(shape, objective, tx, config.seed),
     donate_argnums=0,
     out_shardings=(partitioning.shardings(state, mesh), here),
     compiler_options=steps.COMPILER_OPTIONS,
