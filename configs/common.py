@@ -86,8 +86,8 @@ def training() -> config_dict.ConfigDict:
   # same peak memory. What the environment sets by MALLOC_* or GLIBC_TUNABLES is
   # left alone.
   c.keep_freed_memory = True
-  # Seconds after SIGTERM or SIGINT in which a run saves and stops by itself;
-  # then it is ended. What was committed is whole either way.
+  # Seconds after SIGTERM or SIGINT was seen in which a run saves and stops by
+  # itself; then it is ended. What was committed is whole either way.
   c.grace_s = 30.0
   # How long, in seconds, a process of several may not be heard of until the
   # others take it for dead and end; whole seconds.

@@ -20,7 +20,7 @@ import pytest
 import running
 
 from dpo_jax import checkpoint, data, hf, metrics, partitioning, training
-from dpo_jax.running import feed, interruption
+from dpo_jax.running import feed, interruption, programs
 from dpo_jax.storage import step_files
 
 
@@ -76,6 +76,8 @@ PHASES = [
   # Where the signal comes, and what the run then says of itself.
   ("data", feed, "make", {}, "before or after training", None),
   ("model", hf, "load", {}, "before or after training", None),
+  # Its programs are compiled to their end; the first evaluation then asks.
+  ("compile", programs, "ahead", {}, "in the evaluation at step 0", None),
   (
     "first evaluation",
     feed.Feed,
@@ -145,56 +147,51 @@ def test_a_signal_in_any_phase_loses_nothing(
   assert_same(workdir, whole)
 
 
-@pytest.mark.parametrize("turn", [0, 1])
-def test_a_signal_while_handlers_are_taken_over(turn, monkeypatch):
-  """Stops, with what was there before put back."""
-  before = [signal.getsignal(number) for number in interruption.SIGNALS]
-  taken = signal.signal
-  first = interruption.SIGNALS[turn]
-
-  def signalled(number, handler):
-    old = taken(number, handler)
-    if number == first and getattr(handler, "__self__", None) is watch:
-      os.kill(os.getpid(), number)
-    return old
-
-  monkeypatch.setattr(signal, "signal", signalled)
-  watch = interruption.Watch(60.0)
-  with pytest.raises(interruption.Interrupted, match=first.name), watch:
-    raise AssertionError("entered")
-  found = [signal.getsignal(number) for number in interruption.SIGNALS]
-  assert found == before
-  assert not watch._thread.is_alive()
-  assert signal.set_wakeup_fd(-1) == -1
-
-
 STUCK = """
-import hashlib
+import sys, time
 from dpo_jax.running import interruption
 
-with interruption.Watch(0.5) as watch, watch.deferred():
+with interruption.Watch(float(sys.argv[1])) as watch, watch.deferred():
   print("ready", flush=True)
-  # Minutes of native code, which no handler of Python interrupts.
-  hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+  # It never asks whether to stop.
+  while True:
+    time.sleep(0.01)
 """
 
 
-def test_a_process_stuck_in_native_code_is_ended():
-  child = subprocess.Popen(
-    [sys.executable, "-c", STUCK],
+@contextlib.contextmanager
+def stuck(grace_s):
+  """A process that does not stop by itself."""
+  with subprocess.Popen(
+    [sys.executable, "-c", STUCK, str(grace_s)],
     cwd=running.ROOT,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
-  )
-  try:
-    assert child.stdout.readline() == "ready\n"
+  ) as child:
+    try:
+      assert child.stdout.readline() == "ready\n"
+      yield child
+    finally:
+      child.kill()
+
+
+def test_a_run_that_does_not_stop_is_ended():
+  with stuck(0.5) as child:
     child.send_signal(signal.SIGTERM)
     _, stderr = child.communicate(timeout=30)
-  finally:
-    child.kill()
   assert child.returncode == 143
   assert "not stopped 0.5 s after SIGTERM" in stderr
+
+
+def test_a_second_interrupt_ends_it_at_once():
+  with stuck(600) as child:
+    child.send_signal(signal.SIGINT)
+    # One that comes within a second is taken for the same key.
+    time.sleep(1.5)
+    child.send_signal(signal.SIGINT)
+    child.communicate(timeout=30)
+  assert child.returncode == 130
 
 
 # --- kill -9
