@@ -23,7 +23,7 @@ and all loss curves are the same.
 glibc's allocator gives large blocks back to the system as soon as they are
 freed, and every page of the next one is a fault again: half of a small model's
 step in torch. This package sees to that by itself, as installed
-(dpo_jax/running/allocator.py); the others run with variables that keep memory,
+(programs.keep_freed_memory); the others run with variables that keep memory,
 unless `--malloc=default` asks for what happens without them.
 
 `--output` is appended to, one JSON line a process, and what it already has is

@@ -82,9 +82,8 @@ def training() -> config_dict.ConfigDict:
   # Under glibc: keep the host's memory that was freed and use it again, instead
   # of having it mapped and faulted in anew. On a CPU, where each step's
   # temporary memory is such, a step of the smallest models is quicker by a
-  # quarter to a half, and computed by the thread that calls it, at about the
-  # same peak memory. What the environment sets by MALLOC_* or GLIBC_TUNABLES is
-  # left alone.
+  # tenth to a half, at about the same peak memory. What the environment sets by
+  # MALLOC_* or GLIBC_TUNABLES is left alone.
   c.keep_freed_memory = True
   # Seconds after SIGTERM or SIGINT was seen in which a run saves and stops by
   # itself; then it is ended. What was committed is whole either way.

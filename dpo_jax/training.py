@@ -16,7 +16,6 @@ from dpo_jax import checkpoint, mirror, trackers
 from dpo_jax.interface import console, settings
 from dpo_jax.publishing import pushing
 from dpo_jax.running import (
-  allocator,
   assembly,
   checks,
   interruption,
@@ -47,8 +46,8 @@ def run(config: recipe.TrainSettings, workdir: pathlib.Path) -> pathlib.Path:
     lease.Held: another process writes to the bucket; lease.Lost: now it does.
   """
   # First, as a backend begins with threads.
-  if config.keep_freed_memory and allocator.keep_freed():
-    programs.compute_at_call()
+  if config.keep_freed_memory:
+    programs.keep_freed_memory()
   programs.keep(config.compilation_cache)
   with interruption.Watch(config.grace_s) as watch:
     with processes.together("preparing the directory"):

@@ -60,7 +60,6 @@ LEVELS = {
   "interface.settings": 0,
   "sources.hub": 0,
   # Below all, since whoever opens a file may need them.
-  "running.allocator": -1,
   "storage.atomic": -1,
   "storage.strict_json": -1,
   "fence": -2,

@@ -1,6 +1,10 @@
 """Programs of a run: compiled before its loop, kept from run to run."""
 
 import logging
+import os
+import platform
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -56,17 +60,6 @@ def test_nothing_is_compiled_in_the_loop(tmp_path, monkeypatch, caplog):
   assert running.reached(tmp_path / "run", running.STEPS)
 
 
-def test_what_is_computed_at_the_call_is_what_jax_was_told():
-  before = jax.config.read(programs._DISPATCH)
-  try:
-    jax.config.update(programs._DISPATCH, True)
-    assert not programs.computed_at_call()
-    programs.compute_at_call()
-    assert programs.computed_at_call()
-  finally:
-    jax.config.update(programs._DISPATCH, before)
-
-
 def test_a_shape_that_was_not_planned_is_compiled_when_it_comes(compiled):
   step = jax.jit(lambda x, batch: x + jnp.sum(batch.tokens))
   how = placement.Packing("shared", 8, 1, 1, False, 1)
@@ -85,6 +78,80 @@ def test_a_shape_that_was_not_planned_is_compiled_when_it_comes(compiled):
   assert not compiled
   assert float(ready(x, sizes[1])) == 25
   assert len(compiled) == 1
+
+
+# --- memory that was freed
+
+SCRIPT = """
+import ctypes, resource, sys
+from dpo_jax.running import programs
+if "keep" in sys.argv:
+  programs.keep_freed_memory()
+library = ctypes.CDLL(None)
+library.malloc.restype = ctypes.c_void_p
+library.free.argtypes = [ctypes.c_void_p]
+
+def touch():
+  block = library.malloc(ctypes.c_size_t(96 * 2**20))
+  ctypes.memset(block, 1, 96 * 2**20)
+  library.free(block)
+
+touch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+  touch()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(programs.computed_at_call())
+"""
+# Of four blocks of 96 MiB, were each of their pages faulted in.
+ALL = 4 * 96 * 2**20 // os.sysconf("SC_PAGE_SIZE")
+CLEAN = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+CLEAN.pop("GLIBC_TUNABLES", None)
+
+
+def run(*flags, **environment):
+  """Page faults of blocks after the first, and where steps are computed."""
+  process = subprocess.run(
+    [sys.executable, "-c", SCRIPT, *flags],
+    env=CLEAN | environment,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  faults, at_call = process.stdout.split()
+  return int(faults), at_call
+
+
+glibc = pytest.mark.skipif(
+  platform.libc_ver()[0] != "glibc", reason="only glibc has these settings"
+)
+
+
+@glibc
+def test_freed_memory_is_not_faulted_in_again():
+  faults, at_call = run("keep")
+  assert faults < 0.01 * ALL
+  assert at_call == "True"
+  faults, at_call = run()
+  assert faults > 0.9 * ALL
+  assert at_call == "False"
+
+
+@glibc
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    ("GLIBC_TUNABLES", "glibc.malloc.top_pad=0"),
+    # A block of 96 MiB is over any threshold that glibc finds by itself.
+    ("MALLOC_MMAP_MAX_", "65536"),
+  ],
+)
+def test_settings_of_the_environment_are_left_alone(name, value):
+  faults, _ = run("keep", **{name: value})
+  assert faults > 0.9 * ALL
+
+
+# --- kept from run to run
 
 
 @pytest.mark.parametrize("told", [None, "/elsewhere"])

@@ -25,7 +25,6 @@ from dpo_jax.interface import console, settings
 from dpo_jax.publishing import pushing
 from dpo_jax.rows import packing
 from dpo_jax.running import (
-  allocator,
   assembly,
   checks,
   feed,
@@ -107,20 +106,15 @@ class Loop:
     """All that the loop runs, so that no step waits for a compiler."""
     made, params = self.made, self.state.params
     train, held_out = made.feed.shapes()
-    room = allocator.Room() if self.at_call else None
-    # Before and after, as the compiler's memory and the steps' lie apart: the
-    # peak is the greater of them, and not their sum.
-    allocator.release()
     self.made = dataclasses.replace(
       made,
       train_step=programs.ahead(
-        made.train_step, (self.state, made.reference), train, room
+        made.train_step, (self.state, made.reference), train
       ),
       eval_step=programs.ahead(
-        made.eval_step, (params, made.reference), held_out, room
+        made.eval_step, (params, made.reference), held_out
       ),
     )
-    allocator.release()
 
   def _loop(self) -> None:
     self._catch_up()

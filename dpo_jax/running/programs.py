@@ -4,7 +4,9 @@ Training calls them with arrays, the planner lowers them with shapes alone: what
 is planned is what is run.
 """
 
+import ctypes
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,11 +16,21 @@ import optax
 
 from dpo_jax import attention, model, partitioning, quantised, steps
 from dpo_jax.rows import packing
-from dpo_jax.running import allocator, recipe
+from dpo_jax.running import recipe
 
 Tree = dict[str, Any]
 # Whether programs for CPUs are computed by threads of XLA's.
 _DISPATCH = "jax_cpu_enable_async_dispatch"
+# By the environment's name for it: glibc's number (malloc.h) and a value, an
+# int, so that a threshold is at most 2 GiB less one. Two arenas: with one, what
+# threads keep lies between the steps' large blocks, and the heap has grown by a
+# half in some runs; with many, more of what is freed waits where nobody asks.
+_MALLOC = {
+  "MALLOC_MMAP_MAX_": (-4, 0),
+  "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1),
+  "MALLOC_TOP_PAD_": (-2, 2**28),
+  "MALLOC_ARENA_MAX": (-8, 2),
+}
 
 
 def base(shape: model.ModelConfig, key: jax.Array, param_dtype: str) -> Tree:
@@ -116,7 +128,6 @@ def ahead(
   step: Callable,
   arguments: tuple[Any, ...],
   batches: Iterable[packing.Batch],
-  room: allocator.Room | None = None,
 ) -> Callable:
   """The step, compiled now for every shape of batch that is to come.
 
@@ -126,45 +137,46 @@ def ahead(
     step: from `training`.
     arguments: what it takes before the batch: arrays, or their shapes.
     batches: the shapes, one batch of each.
-    room: where its temporary memory lies, if it is computed by the thread that
-      calls it, see `compute_at_call`.
   """
   compiled = {
     _sizes(batch): step.lower(*arguments, batch).compile() for batch in batches
   }
-  takes = {
-    sizes: _temporary_bytes(program) for sizes, program in compiled.items()
-  }
 
   def call(*arguments):
-    sizes = _sizes(arguments[-1])
-    if room and sizes in takes:
-      room.make(takes[sizes])
-    return compiled.get(sizes, step)(*arguments)
+    return compiled.get(_sizes(arguments[-1]), step)(*arguments)
 
   return call
 
 
-def compute_at_call() -> None:
-  """From now on a program for CPUs is computed by the thread that calls it.
+def keep_freed_memory() -> None:
+  """From now on this process keeps freed memory and uses it again.
 
-  Its temporary memory, one block, is then always taken from that thread's
-  arena, where the last one was freed. By XLA's threads it was taken from either
-  of two, and there were two such blocks. To be called before there is a
-  backend.
+  XLA on a CPU takes the temporary memory of a step, one block, from malloc.
+  glibc gives it back to the system as it is freed, so that each page of the
+  next step is mapped, zeroed and faulted in again. Steps are also computed by
+  the thread that calls them: threads of XLA's would take blocks from either of
+  two arenas, for a fifth more peak memory.
+
+  To be called before there is a backend, whose threads keep their arenas. Under
+  another C library nothing is done. What the environment sets, each by its
+  variable or all by GLIBC_TUNABLES, is left alone.
+
+  References:
+    mallopt(3), M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD and M_ARENA_MAX.
   """
+  library = ctypes.CDLL(None)
+  glibc = hasattr(library, "gnu_get_libc_version")
+  if not glibc or "GLIBC_TUNABLES" in os.environ:
+    return
+  for name, setting in _MALLOC.items():
+    if name not in os.environ:
+      library.mallopt(*setting)
   jax.config.update(_DISPATCH, False)
 
 
 def computed_at_call() -> bool:
-  """Whether programs for the devices at hand are so computed."""
+  """Whether a step is computed when its call returns."""
   return jax.default_backend() == "cpu" and not jax.config.read(_DISPATCH)
-
-
-def _temporary_bytes(program: jax.stages.Compiled) -> int:
-  """What a program takes beside its arguments and results, where it tells."""
-  found = program.memory_analysis()
-  return found.temp_size_in_bytes if found is not None else 0
 
 
 def _sizes(batch: packing.Batch) -> tuple[tuple[int, ...], ...]:
