@@ -18,7 +18,7 @@ from dpo_jax import batches, data, model, partitioning
 from dpo_jax import tokenizer as tokenizer_lib
 from dpo_jax.interface import console
 from dpo_jax.rows import packing, placement, settling
-from dpo_jax.running import recipe, reference
+from dpo_jax.running import processes, recipe, reference
 
 # Steps whose shapes are looked at beforehand, spread over the run.
 _PLANNED = 4096
@@ -187,7 +187,8 @@ def with_reference(
       "shape": repr(shape.shape()),
       "dtype": f"{config.model.dtype} of {config.model.param_dtype}",
     }
-    if _on_all_hosts(path.exists()):
+    # All hosts take the same branch.
+    if processes.everywhere(path.exists()).all():
       logps = reference.load(path, items.table, made_of)
     else:
       how = _in_order(feed.held_out, items, feed.eval_batch_size)
@@ -197,19 +198,10 @@ def with_reference(
       total = -(-len(items.table) // feed.eval_batch_size)
       bar = console.track(packed, total, f"reference of {side}", "batch")
       logps = reference.compute(shape, base, bar, feed.mesh)
-      if jax.process_index() == 0:
+      if processes.first():
         reference.save(path, logps, made_of)
     found[f"{side}_reference"] = reference.spread(items.table, logps)
   return dataclasses.replace(feed, **found)
-
-
-def _on_all_hosts(here: bool) -> bool:
-  """Whether something holds on every host, so that all take the same branch."""
-  if jax.process_count() == 1:
-    return here
-  from jax.experimental import multihost_utils
-
-  return bool(multihost_utils.process_allgather(np.asarray(here)).all())
 
 
 def _in_order(
