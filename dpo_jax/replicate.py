@@ -17,12 +17,11 @@ from typing import Any
 
 import jax
 
-from dpo_jax import hf, model, report, sources, synthetic, training
+from dpo_jax import hf, hub, model, report, sources, synthetic, training
 from dpo_jax import tokenizer as tokenizer_lib
 from dpo_jax.answering import answers, grid
 from dpo_jax.interface import cli, console, settings
 from dpo_jax.judging import runner
-from dpo_jax.publishing import pushing
 from dpo_jax.running import recipe
 from dpo_jax.storage import atomic, locks, rundir
 
@@ -134,7 +133,7 @@ def run(config: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
       console.say(f"[{number}/{len(stages)}] {name}", "stage", stage=name)
       try:
         stage()
-      except pushing.NotPushed as error:
+      except hub.NotPushed as error:
         # The line goes on; it is tried again at its end.
         console.say(str(error), "not_pushed", stage=name)
       if name not in _REPEATABLE:
@@ -171,19 +170,19 @@ def _push(built: ReplicateSettings, workdir: pathlib.Path) -> None:
   """Pushes what failed, and the cards anew: there are win rates now.
 
   Raises:
-    pushing.NotPushed: something could not be pushed.
+    hub.NotPushed: something could not be pushed.
   """
   failed = []
   for name in _TRAININGS:
     stage = getattr(built, name)
     if stage is not None and (push := stage.push()):
-      with pushing.Publisher(push, workdir / name) as publisher:
+      with hub.Publisher(push, workdir / name) as publisher:
         try:
           publisher.finish()
-        except pushing.NotPushed as error:
+        except hub.NotPushed as error:
           failed.append(str(error))
   if failed:
-    raise pushing.NotPushed("\n".join(failed))
+    raise hub.NotPushed("\n".join(failed))
 
 
 def _world(config: WorldSettings, directory: pathlib.Path) -> None:

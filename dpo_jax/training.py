@@ -12,9 +12,8 @@ import pathlib
 
 import jax
 
-from dpo_jax import checkpoint, mirror, trackers
+from dpo_jax import checkpoint, hub, mirror, trackers
 from dpo_jax.interface import console, settings
-from dpo_jax.publishing import pushing
 from dpo_jax.running import (
   assembly,
   checks,
@@ -41,7 +40,7 @@ def run(config: recipe.TrainSettings, workdir: pathlib.Path) -> pathlib.Path:
       or gradient is not finite.
     checkpoint.SaveError: a checkpoint could not be written.
     interruption.Interrupted: a signal asked for it.
-    pushing.NotPushed: all is done, but not all of it is on the hub.
+    hub.NotPushed: all is done, but not all of it is on the hub.
     mirror.NotCopied: all is done, but not all of it is in the bucket.
     lease.Held: another process writes to the bucket; lease.Lost: now it does.
   """
@@ -76,13 +75,13 @@ def _run(
     rundir.refuse_foreign(workdir)
     rundir.check(workdir, values, allowed)
     if (push := config.push()) and processes.first():
-      pushing.check(push)
+      hub.check(push)
   processes.agree("the config", json.dumps(values))
   trackers.check(config.trackers)
   with contextlib.ExitStack() as stack:
     publisher = copies = None
     if push:
-      publisher = stack.enter_context(pushing.Publisher(push, workdir))
+      publisher = stack.enter_context(hub.Publisher(push, workdir))
     with processes.together("looking at the bucket"):
       if config.checkpoint_bucket and processes.first():
         copies = stack.enter_context(
@@ -121,7 +120,7 @@ def _train(
   workdir: pathlib.Path,
   watch: interruption.Watch,
   changed: list[str],
-  publisher: pushing.Publisher | None,
+  publisher: hub.Publisher | None,
   copies: mirror.Mirror | None,
 ) -> None:
   checkpoints = checkpoint.Checkpoints(

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,9 +15,9 @@ import push_server
 import pytest
 import running
 
-from dpo_jax import hf, model, sources, tokenizer, training
+from dpo_jax import hf, hub, model, sources, tokenizer, training
 from dpo_jax.interface import settings as recipe_settings
-from dpo_jax.publishing import model_card, pushing, revisions
+from dpo_jax.publishing import model_card
 from dpo_jax.running import recipe
 from dpo_jax.storage import remote
 from dpo_jax.weights import peft_layout
@@ -45,7 +47,7 @@ def whole(tmp_path_factory):
   with push_server.serve() as server, pytest.MonkeyPatch.context() as patch:
     hubbed(patch, server, files / "home")
     server.broken = lambda method, path: True
-    with pytest.raises(pushing.NotPushed) as error:
+    with pytest.raises(hub.NotPushed) as error:
       training.run(config, files / "dpo")
   return Whole(files, config, files / "dpo", str(error.value))
 
@@ -95,7 +97,17 @@ def push(server, workdir, *flags):
 def settings(**changes):
   values = {"repo": REPO, "public": False, "licence": "", "dry_run": False}
   values["checkpoints"] = True
-  return revisions.PushSettings(**values | changes)
+  return hub.PushSettings(**values | changes)
+
+
+def pushed(run, branch, **changes):
+  """What a branch gets: its card, and all its files."""
+  (found,) = (
+    revision
+    for revision in hub.revisions(run, settings(**changes))
+    if revision.branch == branch
+  )
+  return found.files["README.md"].decode(), found.files
 
 
 # Reads everything back as a stranger would, by name and revision.
@@ -207,10 +219,10 @@ def test_a_dry_run_writes_all_and_sends_nothing(run):
       for path in (run / "push" / branch).rglob("*")
       if path.is_file()
     }
-    (wanted,) = (r for r in revisions.of(run, settings()) if r.branch == branch)
+    _, wanted = pushed(run, branch)
     assert written == {
       name: x if isinstance(x, bytes) else x.read_bytes()
-      for name, x in wanted.files.items()
+      for name, x in wanted.items()
     }
   assert not (run / "hub.json").exists()
 
@@ -274,7 +286,7 @@ def test_all_weights_are_kept_until_they_are_pushed(
   with push_server.serve() as server:
     hubbed(monkeypatch, server, tmp_path / "home")
     server.broken = lambda method, path: True
-    with pytest.raises(pushing.NotPushed):
+    with pytest.raises(hub.NotPushed):
       training.run(config, tmp_path / "dpo")
     # Two may wait; the third is said to be left out.
     waiting = [n for n, _ in remote.steps(str(tmp_path / "dpo" / "models"))]
@@ -293,7 +305,7 @@ def test_leaving_ends_a_push_that_hangs(run, monkeypatch):
   with push_server.serve() as server:
     hubbed(monkeypatch, server, run.parent / "home")
     asked = server.hang()
-    with pushing.Publisher(settings(), run) as publisher:
+    with hub.Publisher(settings(), run) as publisher:
       publisher.checkpoint()
       assert asked.wait(60)
     assert publisher._child.poll() is not None
@@ -311,12 +323,11 @@ def test_a_run_without_a_token_is_refused_before_it_begins(
       sys.executable,
       "-c",
       "import sys\n"
-      "from dpo_jax import hub;"
-      " from dpo_jax.publishing import pushing, revisions\n"
+      "from dpo_jax import hub\n"
       # A second process that takes the accelerator would stop the first.
       "assert 'jax' not in sys.modules\n"
-      "pushing.check(revisions.PushSettings('a/b', False, '', True, True))\n"
-      "pushing.check(revisions.PushSettings('a/b', False, '', True, False))",
+      "hub.check(hub.PushSettings('a/b', False, '', True, True))\n"
+      "hub.check(hub.PushSettings('a/b', False, '', True, False))",
     ],
     capture_output=True,
     text=True,
@@ -326,12 +337,74 @@ def test_a_run_without_a_token_is_refused_before_it_begins(
   assert "line 5" in done.stderr
 
 
-# --- the card
+# --- what is pushed
+
+PLANTED = "/data/pe ople/jo"
+
+
+@pytest.mark.parametrize(
+  ("path", "known", "repo", "revision"),
+  [
+    ("user/base@v2", "user/base@v2", "user/base", "v2"),
+    ("gs://bucket/sft", "gs://bucket/sft", None, None),
+    ("gpt2", "gpt2", None, None),
+    (f"{PLANTED}/runs/sft/export", "sft", None, None),
+    ("~jo/my models/base", "base", None, None),
+    ("../../jo/sft/export/", "sft", None, None),
+    ("{run}/export", "user/sft@abc", "user/sft", "abc"),
+  ],
+)
+def test_no_directory_of_the_machine_is_named(run, path, known, repo, revision):
+  """Paths of all forms in every file that tells where things were."""
+  path = path.format(run=run)
+  noted = {"a/b": {STEPS[0]: {}}, "user/sft": {"main": {"commit": "abc"}}}
+  (run / "hub.json").write_text(json.dumps(noted))
+  config = json.loads((run / "config.json").read_text())
+  config["tokenizer"] = config["model"]["path"] = path
+  config["reference_cache"] = f"{PLANTED}/it's here"
+  source = config["data"]["sources"]["files"]
+  source["train_path"], source["eval_path"] = path, f"{PLANTED}/a,b/test.jsonl"
+  (run / "config.json").write_text(json.dumps(config))
+  manifest = json.loads((run / "manifest.json").read_text())
+  manifest["base"]["source"] = path
+  manifest["starts"][0] |= {
+    "command": f"python {shlex.quote(PLANTED)}/train.py --config=configs/x.py:y"
+    f" '--workdir={PLANTED}/run' --config.data.use=\"('{PLANTED}/c',)\" ~/jo/d",
+    "changed": [f"config.compilation_cache: '{PLANTED}/e' -> '~/jo/f'"],
+  }
+  (run / "manifest.json").write_text(json.dumps(manifest))
+  for branch in (*STEPS, "main"):
+    for name, content in pushed(run, branch)[1].items():
+      if isinstance(content, bytes):
+        assert not re.search(r"pe ople|jo\b|here/", content.decode()), name
+  card, files = pushed(run, "main")
+  assert f"# DPO of {known}\n" in card
+  assert ("base_model" in card) == ("datasets" in card) == bool(repo)
+  told = json.loads(files["run/config.json"])
+  assert told["tokenizer"] == told["model"]["path"] == known
+  assert told["reference_cache"] == "it's here"
+  source = told["data"]["sources"]["files"]
+  assert (source["train_path"], source["eval_path"]) == (known, "test.jsonl")
+  told = json.loads(files["run/manifest.json"])
+  assert told["base"]["source"] == known
+  start = told["starts"][0]
+  assert shlex.split(start["command"]) == [
+    "python",
+    "train.py",
+    "--config=configs/x.py:y",
+    "--workdir=run",
+    "--config.data.use=('c',)",
+    "d",
+  ]
+  assert start["changed"] == ["config.compilation_cache: 'e' -> 'f'"]
+  adapter = json.loads(files["adapter/adapter_config.json"])
+  assert adapter["base_model_name_or_path"] == repo
+  assert adapter["revision"] == revision
 
 
 def test_the_card_says_what_the_files_say(run, whole):
-  card, figure = model_card.of_run(run, REPO, "mit")
-  assert figure is None
+  card, files = pushed(run, "main", licence="mit")
+  assert model_card.FIGURE not in files
   front = card.split("---")[1]
   assert 'license: "mit"' in front
   # A local base is no base_model of the hub's, and its place is not told.
@@ -354,8 +427,8 @@ def test_the_card_says_what_the_files_say(run, whole):
     f"| eval&#95;loss | {last['eval_loss']:.4g} |",
   ):
     assert words in card, words
-  assert "license" not in model_card.of_run(run, REPO, "")[0].split("---")[1]
-  step = model_card.of_checkpoint(run, "step-000002", REPO, "mit")
+  assert "license" not in pushed(run, "main")[0].split("---")[1]
+  step, _ = pushed(run, "step-000002")
   assert f'"{REPO}", revision="step-000002"' in step
 
 
@@ -379,8 +452,8 @@ def test_the_card_has_the_reports_intervals(run):
   }
   (report / "numbers.json").write_text(json.dumps(numbers))
   (report / model_card.FIGURE).write_bytes(b"png")
-  card, figure = model_card.of_run(run, REPO, "")
-  assert figure == report / model_card.FIGURE
+  card, files = pushed(run, "main")
+  assert files[model_card.FIGURE] == report / model_card.FIGURE
   assert "| dpo | 0.75 | 12 | 62.5 | &#91;50.0, 75.0&#93; |" in card
   assert "10.0" not in card.split("## Win rates")[1].split("##")[0]
   assert "one judge's (oracle), on 12 prompts" in card

@@ -4,6 +4,7 @@ Every number is read from the files that the run left; what a file does not say
 the card does not say either.
 """
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -12,8 +13,7 @@ from typing import Any
 
 from dpo_jax import metrics
 from dpo_jax.interface import markdown
-from dpo_jax.publishing import portable
-from dpo_jax.storage import strict_json
+from dpo_jax.storage import remote, strict_json
 
 FIGURE = "win_rate_temperature.png"
 _LIMITS = """\
@@ -34,37 +34,48 @@ _JUDGED = (
 )
 
 
-def of_run(
-  directory: pathlib.Path, repo: str, licence: str
-) -> tuple[str, pathlib.Path | None]:
-  """The card of a finished run's model, and the figure that it shows.
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A run to be pushed.
 
-  Args:
+  Attributes:
     directory: of the run. A report beside it, or above it as `replicate` lays
       them, gives win rates and their figure.
+    config: its config.json, the paths as `hub.named` has them.
+    manifest: its manifest.json, likewise.
     repo: user/name that it is pushed to.
     licence: as the hub names it; "" states none.
   """
-  config, manifest = _read(directory)
-  report = _report(directory)
+
+  directory: pathlib.Path
+  config: dict[str, Any]
+  manifest: dict[str, Any]
+  repo: str
+  licence: str
+
+
+def of_run(run: Run) -> tuple[str, pathlib.Path | None]:
+  """The card of a finished run's model, and the figure that it shows."""
+  config, manifest = run.config, run.manifest
+  report = _report(run.directory)
   numbers = strict_json.read(report / "numbers.json") if report else {}
   figure = report / FIGURE if report and (report / FIGURE).is_file() else None
   dpo = config["objective"] == "dpo"
   title = "DPO" if dpo else "Supervised fine-tuning"
   parts = [
-    _front(config, licence, "transformers"),
-    f"# {title} of {_named(config['model']['path'])}",
+    _front(run, "transformers"),
+    f"# {title} of {config['model']['path']}",
     f"Trained with dpo_jax: {manifest['parameters']['trained']:,} of"
     f" {sum(manifest['parameters'][k] for k in ('base', 'lora')):,} parameters,"
     f" {manifest['steps']:,} updates of {config['batch_size']}"
     f" {'pairs' if dpo else 'examples'}.{_where(config)}",
-    _usage(repo),
+    _usage(run.repo),
     "## Recipe",
     _recipe(config),
     "## Data",
     _data(manifest),
     "## Metrics",
-    _last(directory),
+    _last(run.directory),
   ]
   if numbers.get("rates"):
     parts += ["## Win rates against the preferred answer", _rates(numbers)]
@@ -78,50 +89,46 @@ def of_run(
     "## Limitations",
     _LIMITS.format(judged=judged, dtype=config["model"]["dtype"]),
     "## Licence",
-    _licence(licence),
+    _licence(run.licence),
     "## To reproduce",
     _command(manifest),
   ]
   return "\n\n".join(parts) + "\n", figure
 
 
-def of_checkpoint(
-  directory: pathlib.Path, step: str, repo: str, licence: str
-) -> str:
+def of_checkpoint(run: Run, step: str) -> str:
   """The card of a checkpoint's branch, "step-000100"."""
-  config, manifest = _read(directory)
+  config, manifest = run.config, run.manifest
   number = int(step.removeprefix("step-"))
   lora = config["lora"]["rank"] > 0
   base = manifest.get("base", {})
   lines = [
-    _front(config, licence, "peft" if lora else "transformers"),
+    _front(run, "peft" if lora else "transformers"),
     f"# {config['objective'].upper()} after {number:,} of"
     f" {manifest['steps']:,} updates",
   ]
   if lora:
     lines.append(
-      f"LoRA adapters for {_named(config['model']['path'])}, whose weights have"
+      f"LoRA adapters for {config['model']['path']}, whose weights have"
       f" the fingerprint `{base.get('hash', 'unknown')}`. The merged model and"
       " the whole card are on branch `main` once the run is finished.\n\n"
       "```python\nimport peft\n\nmodel = peft.PeftModel.from_pretrained(\n"
-      f'  base, "{repo}", revision="{step}"\n)\n```'
+      f'  base, "{run.repo}", revision="{step}"\n)\n```'
     )
   else:
     lines.append(
       "All weights at this step. The whole card is on branch `main` once the"
       " run is finished."
     )
-  rows = [r for r in _rows(directory) if r["step"] == number]
+  rows = [r for r in _rows(run.directory) if r["step"] == number]
   if rows:
     lines.append(_metrics(rows))
   return "\n\n".join([*lines, "## To reproduce", _command(manifest)]) + "\n"
 
 
-def _read(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
-  return (
-    strict_json.read_object(directory / "config.json"),
-    strict_json.read_object(directory / "manifest.json"),
-  )
+def on_hub(name: str) -> bool:
+  """Whether a name is user/name or user/name@revision."""
+  return remote.is_repository(name.partition("@")[0])
 
 
 def _rows(directory: pathlib.Path) -> list[dict[str, Any]]:
@@ -137,37 +144,24 @@ def _report(directory: pathlib.Path) -> pathlib.Path | None:
   return None
 
 
-def _front(config: Mapping[str, Any], licence: str, library: str) -> str:
+def _front(run: Run, library: str) -> str:
   """The hub's YAML. Strings are JSON's, which YAML reads too."""
-  sources = config["data"]["sources"]
-  read = [sources[name] for name in config["data"]["use"]]
-  datasets = {
-    path.partition("@")[0]
-    for source in read
-    for path in [source["train_path"]]
-    if portable.is_id(path)
-  }
+  config = run.config
   values: dict[str, Any] = {
     "library_name": library,
     "pipeline_tag": "text-generation",
     "tags": ["dpo_jax", "jax", config["objective"]],
   }
-  if licence:
-    values["license"] = licence
-  if base := portable.hub_name(config["model"]["path"]):
-    values["base_model"] = base[0]
-  if datasets:
+  if run.licence:
+    values["license"] = run.licence
+  if on_hub(base := config["model"]["path"]):
+    values["base_model"] = base.partition("@")[0]
+  sources = config["data"]["sources"]
+  read = [sources[name]["train_path"] for name in config["data"]["use"]]
+  if datasets := {x.partition("@")[0] for x in read if on_hub(x)}:
     values["datasets"] = sorted(datasets)
   lines = [f"{key}: {json.dumps(value)}" for key, value in values.items()]
   return "\n".join(["---", *lines, "---"])
-
-
-def _named(path: str) -> str:
-  """What the hub calls a model, or the end of its path: not where it lay."""
-  known = portable.hub_name(path)
-  if known is None:
-    return portable.path(path)
-  return known[0] + (f"@{known[1]}" if known[1] else "")
 
 
 def _where(config: Mapping[str, Any]) -> str:
@@ -294,7 +288,7 @@ def _licence(licence: str) -> str:
 
 def _command(manifest: Mapping[str, Any]) -> str:
   starts = manifest.get("starts") or [{}]
-  command = portable.text(starts[0].get("command", ""))
+  command = starts[0].get("command", "")
   versions = ", ".join(
     f"{name} {version}" for name, version in manifest["versions"].items()
   )

@@ -16,13 +16,13 @@ from dpo_jax import (
   flops,
   hardware,
   hf,
+  hub,
   lora,
   metrics,
   steps,
   trackers,
 )
 from dpo_jax.interface import console, settings
-from dpo_jax.publishing import pushing
 from dpo_jax.rows import packing
 from dpo_jax.running import (
   assembly,
@@ -53,7 +53,7 @@ class Loop:
     checkpoints: checkpoint.Checkpoints,
     state: steps.TrainState,
     watch: interruption.Watch,
-    publisher: pushing.Publisher | None,
+    publisher: hub.Publisher | None,
     sampler: samples.Sampler,
   ):
     self.watch, self.publisher, self.sampler = watch, publisher, sampler

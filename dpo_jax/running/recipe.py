@@ -6,6 +6,7 @@ from typing import Literal
 from dpo_jax import (
   attention,
   data,
+  hub,
   losses,
   model,
   optim,
@@ -14,7 +15,6 @@ from dpo_jax import (
   trackers,
 )
 from dpo_jax.mirror import objects
-from dpo_jax.publishing import revisions
 from dpo_jax.running import guards
 from dpo_jax.storage import buckets, step_files
 
@@ -253,11 +253,11 @@ class TrainSettings:
 
     self.push()
 
-  def push(self) -> revisions.PushSettings | None:
+  def push(self) -> hub.PushSettings | None:
     """Where the run's models are pushed to; None for nowhere."""
     if not self.push_to_hub:
       return None
-    return revisions.PushSettings(
+    return hub.PushSettings(
       repo=self.push_to_hub,
       public=self.push_public,
       licence=self.push_licence,
