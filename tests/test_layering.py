@@ -64,8 +64,6 @@ LEVELS = {
   "fence": -2,
   # Of whoever traces a model.
   "precision": -2,
-  # Of `flash` alone.
-  "attention.flash_kernels": -1,
   # Of `logps` alone.
   "vocabulary": -1,
   "world.synthetic_tables": 0,

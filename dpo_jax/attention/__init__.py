@@ -14,7 +14,8 @@ config says, and `check` refuses one that the devices cannot run:
   cudnn: the fused kernels of NVIDIA's cuDNN, in bfloat16; what is hidden it
     gets as a bias of T x T, and computes.
   flash: our own kernels (`flash`) for TPUs and NVIDIA GPUs, which leave out
-    blocks that are hidden whole and hold no array of T x T.
+    blocks that are hidden whole and hold no array of T x T. Like cudnn, it has
+    run on no device yet.
   flash_interpreted: the same kernels step by step on any device, some hundred
     times slower: to check them.
 

@@ -1,1 +1,1 @@
-"""What goes to the hub: branches, files, cards, and the pushing itself."""
+"""What goes to the hub beside the model: its card."""
