@@ -64,8 +64,6 @@ LEVELS = {
   "fence": -2,
   # Of whoever traces a model.
   "precision": -2,
-  # Of `logps` alone.
-  "vocabulary": -1,
   "world.synthetic_tables": 0,
   "world.synthetic_text": 1,
   "rows.tables": 0,
