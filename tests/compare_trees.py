@@ -30,7 +30,7 @@ from safetensors import numpy as safetensors
 HERE = pathlib.Path(__file__).resolve().parent
 TRAININGS = ("pretrain", "sft", "dpo")
 # Fields that AFTER no longer writes, as (file pattern, field pattern).
-REMOVED: tuple[tuple[str, str], ...] = ()
+REMOVED: tuple[tuple[str, str], ...] = (("report/numbers.json", "ranking*"),)
 # Fields that AFTER writes under another name: (file pattern, before, after).
 RENAMED: tuple[tuple[str, str, str], ...] = ()
 # Files that AFTER writes under another name: (before, after).
