@@ -218,6 +218,7 @@ def test_an_estimate_alone_asks_and_writes_nothing(tmp_path, monkeypatch):
     # What is asked then is what was estimated; 40 tokens a reply, as expected.
     runner.run(judge_with(server, prices=DEAR), tmp_path)
     assert found.calls == len(server.requests) == 6
+    assert found.prompts == 3
     size = sum(len(r.prompt.encode()) for r in server.requests)
     assert found.prompt_tokens == round(size / 4)
     assert found.completion_tokens == 6 * used.server.expected_reply_tokens
@@ -237,6 +238,7 @@ def test_an_estimate_by_hand():
   made = budget.estimate(
     purse,
     [4000] * 1000,
+    prompts=150,
     reply_tokens=50,
     reply_s=3.0,
     concurrency=10,
@@ -246,10 +248,13 @@ def test_an_estimate_by_hand():
   # 1,000 calls of 1,000 + 50 tokens: 1 + 0.2 dollars; 5 minutes by ten at a
   # time, 20 by the requests, 30 by the tokens.
   assert made == budget.Estimate(
-    1000, 1_000_000, 50_000, 30.0, pytest.approx(1.2), 2.0, 10.0
+    1000, 1_000_000, 50_000, 30.0, pytest.approx(1.2), 2.0, 10.0, 150
   )
   assert "will not do" not in str(made)
   assert "will not do" in str(dataclasses.replace(made, cap=3.0))
+  # See the tests of intervals.
+  assert "with 150 prompts, differences of 16.9 points between" in str(made)
+  assert "points" not in str(dataclasses.replace(made, prompts=1))
 
 
 def test_whoever_waits_for_room_learns_when_there_is_none():

@@ -287,3 +287,54 @@ def test_differences_are_covered_as_often_as_is_said(n, p):
 @pytest.mark.parametrize("n", [20, 50, 150, 256])
 def test_coverage_of_differences_over_sizes(n, p):
   assert 0.93 <= difference_coverage(n, p, 4000) <= 0.98
+
+
+def test_the_detectable_difference_by_hand():
+  # Student's t of 149 degrees 1.97601, the resamples' 0.06, and 0.84162 for
+  # 80%, times sqrt(1 / 300); and half a step of the means, 1 / 300.
+  found = intervals.detectable_difference(150)
+  assert found == pytest.approx(2.87763 / math.sqrt(300) + 1 / 300, abs=1e-6)
+  # Of 5 prompts: (2.77645 + 0.84162) * sqrt(0.1) + 0.1 is more than 1.
+  assert [intervals.detectable_difference(n) for n in (0, 1, 5)] == [None] * 3
+  assert intervals.detectable_difference(20) < 0.5
+
+
+def power(n, p, values):
+  """How often the 95% interval of n differences is above 0, exact."""
+  first = np.arange(n + 1)
+  tables = np.stack(np.meshgrid(first, first, indexing="ij"), -1).reshape(-1, 2)
+  tables = np.column_stack([tables, n - tables.sum(axis=1)])
+  tables = tables[tables[:, 2] >= 0]
+  weights = scipy.stats.multinomial.pmf(tables, n, p)
+  kept = weights > 1e-5
+  tables, weights = tables[kept], weights[kept]
+  found = [
+    intervals.of_mean(
+      np.repeat(values, table),
+      bound=1.0,
+      seed=0,
+      resamples=2000,
+      confidence=0.95,
+    ).low
+    > 0
+    for table in tables
+  ]
+  return weights[found].sum() / weights.sum()
+
+
+@pytest.mark.parametrize("n", [30, 75, 100, 150, 256])
+def test_the_detectable_difference_has_a_power_of_80_percent(n):
+  upper = (1 + intervals.detectable_difference(n)) / 2
+  lower = 1 - upper
+  chance = [lower**2, 2 * upper * lower, upper**2]
+  assert 0.8 <= power(n, chance, [-1.0, 0.0, 1.0]) <= 0.85
+
+
+@pytest.mark.parametrize("n", [30, 150])
+def test_scores_that_agree_or_are_split_have_more_power(n):
+  gap = intervals.detectable_difference(n)
+  alike = [(0.4 - gap) / 2, 0.6, (0.4 + gap) / 2]
+  assert power(n, alike, [-1.0, 0.0, 1.0]) > 0.85
+  # One model always split, the other won or lost: half the size each time.
+  split = [0.5 - gap, 0.0, 0.5 + gap]
+  assert power(n, split, [-0.5, 0.0, 0.5]) > 0.95

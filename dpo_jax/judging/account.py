@@ -153,6 +153,7 @@ class Books:
     self._judge = judge
     self._purse = purse
     self._fingerprint = questions.fingerprint(responses)
+    self._prompts = len({row.prompt_id for row in responses})
     self._tokens = [
       sum(row.prompt_tokens for row in rows),
       sum(row.completion_tokens for row in rows),
@@ -192,7 +193,7 @@ class Books:
     if not self._settings or not self._purse:
       # A reward is computed here, for nothing.
       calls = len(plan.questions)
-      return budget.Estimate(calls, 0, 0, 0.0, 0.0, 0.0, 0.0)
+      return budget.Estimate(calls, 0, 0, 0.0, 0.0, 0.0, 0.0, self._prompts)
     template = self._settings.load_template()
     pages = [
       len(prompts.fill(template, questions.question(cases[0])).encode())
@@ -201,6 +202,7 @@ class Books:
     return budget.estimate(
       self._purse,
       pages,
+      prompts=self._prompts,
       reply_tokens=self._settings.expected_reply_tokens,
       reply_s=self._settings.expected_reply_s,
       concurrency=concurrency,

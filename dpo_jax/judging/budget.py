@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 from dpo_jax import judging, records
+from dpo_jax.winrates import intervals
 
 # What a chat format may put around a message; its words are not ours.
 _FORMAT_TOKENS = 64
@@ -177,7 +178,10 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """What a run will take if all goes well; dollars are None without a price."""
+  """What a run will take if all goes well, and what it can show.
+
+  Dollars are None without a price. `prompts` have a response to be judged.
+  """
 
   calls: int
   prompt_tokens: int
@@ -186,8 +190,19 @@ class Estimate:
   dollars: float | None
   before: float
   cap: float
+  prompts: int
 
   def __str__(self) -> str:
+    difference = intervals.detectable_difference(self.prompts)
+    if difference is None:
+      return self._cost()
+    return (
+      f"{self._cost()}\nwith {self.prompts:,} prompts, differences of"
+      f" {100 * difference:.1f} points between two models are told apart (95%"
+      " interval, 80% power; smaller ones where their scores agree)"
+    )
+
+  def _cost(self) -> str:
     text = (
       f"about to ask {self.calls:,} questions: some {self.prompt_tokens:,} +"
       f" {self.completion_tokens:,} tokens, {self.minutes:.1f} minutes"
@@ -208,6 +223,7 @@ def estimate(
   budget: Budget,
   page_bytes: list[int],
   *,
+  prompts: int,
   reply_tokens: int,
   reply_s: float,
   concurrency: int,
@@ -234,4 +250,5 @@ def estimate(
     dollars=dollars,
     before=budget.before,
     cap=budget.cap,
+    prompts=prompts,
   )
