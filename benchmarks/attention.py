@@ -4,7 +4,7 @@
   python -m benchmarks.attention
 
 With a topology, one chip's program is compiled for a TPU slice that need not be
-there: bytes it holds beside its arguments, bytes moved, flops. Without one, the
+there: bytes that it holds beside its arguments. Without one, the
 implementations that this machine's first device can run are run and timed: the
 best of several calls. Rows hold pairs of HH's mean lengths, prompts shared.
 """
@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import attention, hardware
+from dpo_jax import attention
 from dpo_jax.attention import flash
-from dpo_jax.planning import compiling, roofline, topology
+from dpo_jax.planning import compiling, topology
 
-# HH's means (dpo_jax/planning/compiling.py): a prompt and the two responses.
+# HH's means (dpo_jax/planning/mean_items.py): a prompt and the two responses.
 PAIR = (116, 46, 45)
 
 
@@ -113,15 +113,7 @@ def compiled(name: str, arguments, device: jax.Device) -> str:
   )
   if found.memory is None:
     return f"does not fit ({found.refusal})"
-  if found.cost is None:
-    return f"what it does cannot be read ({found.unread})"
-  chip = hardware.chip(device.device_kind)
-  seconds = roofline.estimate(found.cost, chip).compute
-  return (
-    f"{found.memory.temporary / 2**20:,.1f} MiB held beside the arguments,"
-    f" {found.cost.bytes / 1e6:,.0f} MB moved, {found.cost.flops / 1e9:,.1f}"
-    f" Gflop, at best {seconds * 1e3:.2f} ms; compiled in {found.seconds:.0f} s"
-  )
+  return f"{found.memory.temporary / 2**20:,.1f} MiB held beside the arguments"
 
 
 def timed(name: str, arguments, segments: attention.Segments) -> str:

@@ -60,8 +60,8 @@ def compiled(flags: argparse.Namespace) -> None:
     f" tensor={flags.tensor}, {flags.layers} layers,"
     f" {flags.rows} row(s) a device, remat={flags.remat}"
   )
-  print("| base | step | passes | GB sent | all-gathers | Tflop | MiB held |")
-  print("|---" * 7 + "|")
+  print("| base | step | passes | MiB held |")
+  print("|---" * 4 + "|")
   c = dpo.get_config("pythia-2.8b-lora")
   c.microbatches = 1
   # As many as fill the rows.
@@ -79,13 +79,8 @@ def compiled(flags: argparse.Namespace) -> None:
           run, shape, mesh, flags.rows, tuple(flags.steps.split(","))
         )
       for one in found:
-        count, _ = one.cost.traffic()["all-gather"]
-        print(
-          f"| {kept} | {one.name} | {how} | {one.cost.sent / 1e9:.3f} |"
-          f" {count:.0f} | {one.cost.flops / 1e12:.3f} |"
-          f" {one.memory.temporary / 2**20:.0f} |",
-          flush=True,
-        )
+        held = one.memory.temporary / 2**20
+        print(f"| {kept} | {one.name} | {how} | {held:.0f} |", flush=True)
 
 
 def timed(flags: argparse.Namespace) -> None:

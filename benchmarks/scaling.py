@@ -7,8 +7,7 @@ The first compiles the training step of configs/dpo.py with batches of 64 pairs
 for slices of 1, 4, 8, 16 and 32 chips, smallest first, until one fits, for each
 size and recipe; a minute or two each. Lines are appended to the file and what
 is there is skipped, so that it can be made in pieces: --size and --kind choose.
-The second prints the table of docs/scaling.md. Nothing runs on a TPU: times are
-estimates, as `dpo_jax.planning.roofline` makes them.
+The second prints the table of docs/scaling.md. Nothing runs on a TPU.
 """
 
 import argparse
@@ -26,8 +25,6 @@ from dpo_jax.interface import settings
 from dpo_jax.planning import (
   compiling,
   mean_items,
-  plan_text,
-  roofline,
   topology,
 )
 from dpo_jax.running import recipe
@@ -81,7 +78,6 @@ def compile_for(size: str, kind: str, name: str) -> dict:
     "rows": rows,
     "microbatches": run.microbatches,
     "hbm_bytes": chip.hbm_bytes,
-    "compile_seconds": round(found.seconds),
     "refusal": found.refusal,
     "trains": steps.trainable(shape),
     "versions": {
@@ -90,23 +86,9 @@ def compile_for(size: str, kind: str, name: str) -> dict:
   }
   if found.memory is None:
     return row
-  if found.cost is None:
-    raise SystemExit(f"{size} {kind} {name}: unread: {found.unread}")
-  estimate = roofline.estimate(found.cost, chip)
-  useful = plan_text.useful_flops(run, shape)
   return row | {
     "memory": dataclasses.asdict(found.memory),
     "total_bytes": found.memory.total,
-    "flops": found.cost.flops,
-    "useful_flops": useful,
-    "bytes": found.cost.bytes,
-    "sent": found.cost.sent,
-    "sent_meanwhile": found.cost.sent_meanwhile,
-    "traffic": found.cost.traffic(),
-    "best_seconds": estimate.best,
-    "worst_seconds": estimate.worst,
-    "planned_seconds": estimate.planned,
-    "mfu_best": hardware.mfu(useful, estimate.best, len(devices), chip),
   }
 
 
@@ -133,11 +115,8 @@ def fits(row: dict) -> bool:
 def table(rows: list[dict]) -> str:
   """The smallest slice of each size and kind, as Markdown."""
   lines = [
-    "| model | trained | smallest slice | GiB a chip, of 15.75 | flops a step"
-    " and chip | GB sent a step and chip (of which begun early) | at best: s a"
-    " step, pairs/s | planned: s a step, pairs/s | hours (device-hours) of an"
-    " epoch, planned |",
-    "|---" * 9 + "|",
+    "| model | trained | smallest slice | GiB a chip, of 15.75 |",
+    "|---" * 4 + "|",
   ]
   for size in models.PYTHIA:
     for kind in KINDS:
@@ -145,18 +124,9 @@ def table(rows: list[dict]) -> str:
       row = next((r for r in own if fits(r)), None)
       if row is None:
         continue
-      hours = plan_text.HH_PAIRS / BATCH * row["planned_seconds"] / 3600
-      best, planned = row["best_seconds"], row["planned_seconds"]
-      sent = "none"
-      if row["sent"]:
-        early = row["sent_meanwhile"] / row["sent"]
-        sent = f"{row['sent'] / 1e9:.2f} ({early:.0%})"
       lines.append(
         f"| {size} | {'LoRA' if kind == 'lora' else 'all'} | {row['slice']}"
-        f" | {row['total_bytes'] / hardware.GIB:.2f} | {row['flops']:.3g}"
-        f" | {sent} | {best:.3g}, {BATCH / best:.3g}"
-        f" | {planned:.3g}, {BATCH / planned:.3g}"
-        f" | {hours:.3g} ({hours * row['devices']:.3g}) |"
+        f" | {row['total_bytes'] / hardware.GIB:.2f} |"
       )
   return "\n".join(lines)
 

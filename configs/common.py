@@ -179,12 +179,11 @@ def model() -> config_dict.ConfigDict:
   # row_length for each row and head, and is what the recipes for TPUs and GPUs
   # say, since the others have not run on one yet. "blocks" cuts rows of
   # `attention_block` tokens that pairs run through, instead of data.row_length,
-  # and leaves out what is hidden: the quick one on a CPU, and by an estimate
-  # quicker than "dense" on a TPU. "flash", for TPUs and NVIDIA GPUs, holds no
-  # scores and leaves out what is hidden. benchmarks/attention.md compares them.
-  # "cudnn" is NVIDIA's, in bfloat16. What the devices cannot run is refused
-  # before anything compiles. "flash_interpreted" checks flash on any device,
-  # slowly.
+  # and leaves out what is hidden: the quick one on a CPU. "flash", for TPUs and
+  # NVIDIA GPUs, holds no scores and leaves out what is hidden.
+  # benchmarks/attention.md compares them. "cudnn" is NVIDIA's, in bfloat16.
+  # What the devices cannot run is refused before anything compiles.
+  # "flash_interpreted" checks flash on any device, slowly.
   c.attention = "dense"
   # Tokens of a row under "blocks"; 64 and 128 are equally quick on a CPU.
   c.attention_block = 64

@@ -4,9 +4,10 @@
 
 compiles the run's own training, evaluation and sampling programs for a TPU
 slice that need not be there, or without --topology for the devices that are,
-and prints bytes, flops, traffic and an estimate of the time. Nothing runs, and
-weights are neither read nor made: everything is shapes. The items of a batch
-are not read either; what stands for them is in `compiling`, the means of HH.
+and prints the bytes of a device, whether that fits, the rows that do, and a
+lower bound of a step's time (`lower_bound`). Nothing runs, and weights are
+neither read nor made: everything is shapes. The items of a batch are not read
+either; what stands for them is in `mean_items`, the means of HH.
 
 Where the config's own mesh does not fit, meshes that split the weights further
 are tried, and the first that fits is planned and named. --config may also be a
@@ -31,7 +32,6 @@ from dpo_jax.planning import (
   compiling_answers,
   mean_items,
   plan_text,
-  row_search,
   topology,
 )
 from dpo_jax.running import recipe
@@ -60,7 +60,7 @@ def meshes(
     size *= 2
 
 
-def flags_of(mesh: jax.sharding.Mesh) -> str:
+def _flags(mesh: jax.sharding.Mesh) -> str:
   return " ".join(
     f"--config.mesh.{axis}={size}" for axis, size in mesh.shape.items()
   )
@@ -73,107 +73,76 @@ def plan_training(
   search: int,
 ) -> bool:
   """Prints the plan of a training run; False if no mesh fits."""
+  chip = hardware.chip(devices[0].device_kind)
   for number, mesh in enumerate(meshes(config.mesh, "fsdp", devices)):
     shards = partitioning.data_shards(mesh)
-    rows = mean_items.rows_of(
-      config, config.batch_size // config.microbatches, shards
-    )
+    items = config.batch_size // config.microbatches
+    rows = mean_items.rows_of(config, items, shards)
     try:
-      (train,) = compiling.compile_steps(config, shape, mesh, rows, ("train",))
+      found = compiling.compile_steps(config, shape, mesh, rows, ("train",))
+      if found[0].fits(chip):
+        found += compiling.compile_steps(config, shape, mesh, rows, ("eval",))
     except ValueError as error:
       if not number:
         raise
-      console.result(f"{flags_of(mesh)}: {error}")
+      console.result(f"{_flags(mesh)}: {error}")
       continue
-    found = [train]
-    if _fits(train, mesh):
-      found += compiling.compile_steps(config, shape, mesh, rows, ("eval",))
-    fits = all(_fits(one, mesh) for one in found)
+    fits = all(one.fits(chip) for one in found)
     if fits and number:
-      console.result(f"with {flags_of(mesh)}:")
+      console.result(f"with {_flags(mesh)}:")
     console.result(plan_text.training(config, shape, mesh, found, rows))
     if fits:
-      if search:
-        _search(config, shape, mesh, rows, train, search)
+      if search and chip:
+        most_rows(config, shape, mesh, rows, search)
       return True
   return False
-
-
-def _fits(one: compiling.Compiled, mesh: jax.sharding.Mesh) -> bool:
-  chip = hardware.chip(mesh.devices.flat[0].device_kind)
-  if one.memory is None:
-    return False
-  return chip is None or one.memory.total <= chip.hbm_bytes
 
 
 def most_rows(
   config: recipe.TrainSettings,
   shape: model.ModelConfig,
   mesh: jax.sharding.Mesh,
-  known: dict[int, int],
+  rows: int,
   limit: int,
-) -> tuple[int, dict[int, int | None]]:
-  """The most rows of a device and micro-batch that fit, by compiling.
+) -> int:
+  """Finds and prints the most rows of a device and micro-batch that fit.
+
+  1, 2, 4, ... and those of a run's widest batches are compiled, in this order,
+  until some do not fit.
 
   Args:
     config: of the run; its batches grow with the rows.
     shape: its model.
     mesh: of devices whose memory is known.
-    known: bytes for a count of rows that was compiled already.
+    rows: that are known to fit.
     limit: more rows are not tried.
-
-  Returns:
-    The rows, and the bytes of every count that was tried, None if refused.
   """
   chip = hardware.chip(mesh.devices.flat[0].device_kind)
-  tried: dict[int, int | None] = dict(known)
-
-  def needs(count):
-    if count not in tried:
-      items = _items(config, mesh, count) * config.microbatches
-      wider = dataclasses.replace(config, batch_size=items)
-      (one,) = compiling.compile_steps(wider, shape, mesh, count, ("train",))
-      tried[count] = one.memory and one.memory.total
-    return tried[count]
-
-  (start,) = known
-  most = row_search.largest_rows(needs, start, limit, chip.hbm_bytes)
-  return most, tried
-
-
-def _items(config, mesh, rows) -> int:
-  """Items of a micro-batch that fill so many rows a device."""
-  places = rows * partitioning.data_shards(mesh) * config.row_length
-  return max(int(places / mean_items.lengths(config).places), 1)
-
-
-def _search(config, shape, mesh, rows, train, limit) -> None:
-  """Prints the most rows a device that fit."""
-  if hardware.chip(mesh.devices.flat[0].device_kind) is None:
-    console.result("no search for more rows: the device's memory is not known")
-    return
-  most, tried = most_rows(
-    config, shape, mesh, {rows: train.memory.total}, limit
-  )
-  looked = ", ".join(
-    f"{count}: {f'{size / hardware.GIB:.2f} GiB' if size else 'refused'}"
-    for count, size in sorted(tried.items())
-  )
-  how = "at least" if most == limit else "at most"
+  shards = partitioning.data_shards(mesh)
+  items = config.batch_size // config.microbatches
+  widest = mean_items.widest_rows(config, items, shards)
+  counts = {2**power for power in range(limit.bit_length())}
+  tried = ""
+  for count in sorted(counts | {widest}):
+    if not rows < count <= limit:
+      continue
+    items = mean_items.items_of(config, count, shards) * config.microbatches
+    wider = dataclasses.replace(config, batch_size=items)
+    (one,) = compiling.compile_steps(wider, shape, mesh, count, ("train",))
+    if not one.fits(chip):
+      tried = f", {count} do not"
+      break
+    rows = count
   console.result(
-    f"{how} {most} row(s) a device fit: {_items(config, mesh, most)} items a"
-    f" micro-batch (compiled for {looked})"
+    f"{rows} row(s) a device fit{tried}:"
+    f" {mean_items.items_of(config, rows, shards)} items a micro-batch"
   )
-  widest = mean_items.widest_rows(
-    config,
-    config.batch_size // config.microbatches,
-    partitioning.data_shards(mesh),
-  )
-  if most < min(widest, limit):
+  if rows < min(widest, limit):
     console.result(
       f"THE WIDEST BATCHES DO NOT FIT: they take about {widest} row(s) a"
       " device. Try more --config.microbatches"
     )
+  return rows
 
 
 def plan_answers(
@@ -181,7 +150,7 @@ def plan_answers(
   shape: model.ModelConfig,
   devices: list[jax.Device],
   name: str,
-  search: bool,
+  search: int,
 ) -> bool:
   """Prints the plan of a sampling run; False if no mesh fits.
 
@@ -197,31 +166,24 @@ def plan_answers(
     try:
       found = compiling_answers.compile_answers(config, shape, mesh, hbm)
     except ValueError as error:
-      console.result(f"answers, {flags_of(mesh)}: {error}")
+      console.result(f"answers, {_flags(mesh)}: {error}")
       continue
     if number:
-      console.result(f"answers with {flags_of(mesh)}:")
+      console.result(f"answers with {_flags(mesh)}:")
     console.result(plan_text.answers(found, mesh, name))
-    if all(_fits(one, mesh) for one in found.programs):
+    if all(one.fits(chip) for one in found.programs):
       return True
-    if search and hbm:
-      rows = most_answers(config, shape, mesh, found.rows // 8)
-      if rows:
-        _answer_fewer(config, shape, mesh, rows, name)
-        return True
+    fewer = None
+    if search and chip:
+      fewer = most_answers(config, shape, mesh, found.rows)
+    if fewer:
+      console.result(
+        f"{fewer.rows} rows a device fit: with batch_size={fewer.layout.size}"
+        " in the sampling config,"
+      )
+      console.result(plan_text.answers(fewer, mesh, name))
+      return True
   return False
-
-
-def _answer_fewer(config, shape, mesh, rows, name) -> None:
-  """Prints the plan of a sampling run with so many rows a device."""
-  size = rows * partitioning.data_shards(mesh)
-  console.result(
-    f"{rows} rows a device fit: with batch_size={size} in the sampling config,"
-  )
-  hbm = hardware.chip(mesh.devices.flat[0].device_kind).hbm_bytes
-  fewer = dataclasses.replace(config, batch_size=size)
-  found = compiling_answers.compile_answers(fewer, shape, mesh, hbm)
-  console.result(plan_text.answers(found, mesh, name))
 
 
 def most_answers(
@@ -229,54 +191,45 @@ def most_answers(
   shape: model.ModelConfig,
   mesh: jax.sharding.Mesh,
   limit: int,
-) -> int:
-  """The most rows a device with which all fits, in whole eights.
-
-  The program that reads the prompts takes the same at any count of rows: it is
-  not looked at.
+) -> compiling_answers.Answering | None:
+  """The programs of the most of 8, 16, 32, ... rows a device that fit.
 
   Args:
     config: of the sampling run; its batch size is what is looked for.
     shape: the model.
     mesh: of devices whose memory is known.
-    limit: more eights are not tried.
+    limit: fewer rows than this are tried.
   """
-  hbm = hardware.chip(mesh.devices.flat[0].device_kind).hbm_bytes
-  shards = partitioning.data_shards(mesh)
-
-  def needs(eights):
-    fewer = dataclasses.replace(config, batch_size=8 * eights * shards)
+  chip = hardware.chip(mesh.devices.flat[0].device_kind)
+  most, rows = None, 8
+  while rows < limit:
+    size = rows * partitioning.data_shards(mesh)
+    fewer = dataclasses.replace(config, batch_size=size)
     found = compiling_answers.compile_answers(
-      fewer, shape, mesh, hbm, ("enter", "decode")
+      fewer, shape, mesh, chip.hbm_bytes
     )
-    sizes = [one.memory and one.memory.total for one in found.programs]
-    return None if None in sizes else max(sizes)
-
-  if limit < 1:
-    return 0
-  return 8 * row_search.largest_rows(needs, limit // 2, limit, hbm)
+    if not all(one.fits(chip) for one in found.programs):
+      break
+    most, rows = found, 2 * rows
+  return most
 
 
 def main(config: dict[str, Any], workdir: pathlib.Path, **options: Any) -> int:
   del workdir  # Nothing is written.
   devices = topology.devices(options["topology"])
-  name = options["model"]
+  name, search = options["model"], options["search"]
   if "policies" in config:
     built = settings.build(grid.AnswerSettings, config)
     shape = compiling.shape_named(name, built.tokenizer)
-    fits = plan_answers(
-      built, shape, devices, "the config", bool(options["search"])
-    )
+    fits = plan_answers(built, shape, devices, "the config", search)
     return 0 if fits else 1
   built = settings.build(recipe.TrainSettings, config)
   shape = compiling.shape_of(built, name)
-  fits = plan_training(built, shape, devices, options["search"])
+  fits = plan_training(built, shape, devices, search)
   if options["answers"]:
     values = config_help.load(options["answers"]).to_dict()
     how = settings.build(grid.AnswerSettings, values)
-    fits &= plan_answers(
-      how, shape, devices, options["answers"], bool(options["search"])
-    )
+    fits &= plan_answers(how, shape, devices, options["answers"], search)
   return 0 if fits else 1
 
 

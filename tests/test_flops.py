@@ -4,9 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import operations
 import pytest
 import tiny
-from jax.extend import core
 
 from configs import models
 from dpo_jax import flops, hardware, model
@@ -69,26 +69,8 @@ def test_products_of_a_traced_forward_pass():
   traced = jax.make_jaxpr(run)(base, lora, jnp.zeros((rows, size), int))
   # Nothing is masked: every query sees all keys of its row.
   work = flops.Work(rows * size, rows * size, rows * size * size)
-  assert products(traced.jaxpr) == flops.forward(config, work, adapters=True)
-
-
-def products(jaxpr):
-  """Flops of the dot_generals of a jaxpr, bodies of scans many times."""
-  total = 0
-  for equation in jaxpr.eqns:
-    if equation.primitive.name == "dot_general":
-      left = equation.invars[0].aval.shape
-      (contracted, _), _ = equation.params["dimension_numbers"]
-      size = 1
-      for axis in contracted:
-        size *= left[axis]
-      for axis in equation.outvars[0].aval.shape:
-        size *= axis
-      total += 2 * size
-    for inner in core.jaxprs_in_params(equation.params):
-      times = equation.params.get("length", 1)
-      total += times * products(inner)
-  return total
+  found = operations.flops(traced.jaxpr)
+  assert found == flops.forward(config, work, adapters=True)
 
 
 def test_devices():

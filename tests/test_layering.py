@@ -38,7 +38,6 @@ LEVELS = {
   "running.guards": 0,
   "hardware": 0,
   "weights.hf_layout": 0,
-  "planning.hlo_text": 0,
   "judging.verdicts": 2,
   "engine.draw": 0,
   "attention.cached": -1,
@@ -77,9 +76,6 @@ LEVELS = {
   "blocks": 1,
   "attention.block_attention": 0,
   "interface.cli": 1,
-  "planning.hlo": 3,
-  "planning.hlo_bytes": 2,
-  "planning.hlo_traffic": 1,
   "running.interruption": 1,
   "trackers": 2,
   "judging": 1,
@@ -131,7 +127,6 @@ LEVELS = {
   "engine.decoding_state": 3,
   "flops": 3,
   "hf": 3,
-  "planning.roofline": 4,
   "judging.controls": 4,
   "judging.transport": 3,
   "sources.hh_rlhf": 3,
@@ -177,7 +172,6 @@ LEVELS = {
   "running.loop": 11,
   "running.manifest": 10,
   "planning.mean_items": 8,
-  "planning.row_search": 0,
   "planning.compiling": 9,
   "reporting.compose": 9,
   "reporting.drawings": 7,
@@ -191,6 +185,7 @@ LEVELS = {
   "replicate": 13,
   "verify": 12,
   "reporting.differences": 0,
+  "planning.lower_bound": 10,
 }
 
 # The only modules that may import a library; everything else stays plain JAX

@@ -8,6 +8,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import operations
 import pytest
 import running
 import scripted
@@ -30,16 +31,13 @@ from dpo_jax.interface import settings
 from dpo_jax.planning import (
   compiling,
   compiling_answers,
-  hlo,
-  hlo_traffic,
+  lower_bound,
   mean_items,
   plan_text,
-  roofline,
-  row_search,
   topology,
 )
 from dpo_jax.rows import placement, settling
-from dpo_jax.running import recipe
+from dpo_jax.running import programs, recipe
 
 # Big enough for the TPU's tiles, small enough to compile in seconds.
 SMALL = model.ModelConfig(
@@ -67,28 +65,54 @@ def config(variant="pythia-410m-lora", make=dpo, **changes):
   return settings.build(recipe.TrainSettings, c.to_dict())
 
 
+class Traced:
+  """A jitted step whose lowering gives the flops of its products instead."""
+
+  def __init__(self, step):
+    self.step = step
+
+  def lower(self, *arguments):
+    return operations.flops(self.step.trace(*arguments).jaxpr.jaxpr)
+
+
+@pytest.fixture
+def traced_flops(monkeypatch):
+  """Compiles nothing; `compile_steps` gives the flops of all devices."""
+  real = programs.training
+
+  def training(*arguments):
+    return [Traced(step) for step in real(*arguments)]
+
+  def lowered(name, lower, beside):
+    return lower()
+
+  monkeypatch.setattr(programs, "training", training)
+  monkeypatch.setattr(compiling, "compile_one", lowered)
+  return compiling.compile_steps
+
+
 @pytest.mark.parametrize("lora", [True, False])
-def test_flops_of_a_step_by_hand(lora):
-  """What the compiled step does is what the maths needs, with all places full.
+def test_flops_of_a_step_by_hand(lora, traced_flops):
+  """What a step does is what the maths needs, with all places full.
 
   One row a device and micro-batch; each of its 512 tokens sees all others in a
-  dense mask, and 256 predict.
+  dense mask.
   """
   shape = SMALL if lora else dataclasses.replace(SMALL, lora=None)
   run = config() if lora else config("pythia-14m")
   mesh = partitioning.make_mesh(*((8, 1) if lora else (1, 8)), 1)
-  (found,) = compiling.compile_steps(run, shape, mesh, 1, ("train",))
+  (found,) = traced_flops(run, shape, mesh, 1, ("train",))
   width = mean_items.batch_of(run, mesh, 1, 1).target.shape[-1]
   work = flops.Work(2 * 512, 2 * width, 2 * 512**2)
   wanted = flops.step(shape, work, reference=True)
+  assert lower_bound.of_step(run, shape, mesh, 1).flops == wanted
   if not lora:
     # The gradient of the unembedding visits the vocabulary once more.
     wanted += 2 * shape.width * shape.vocab_size * 2 * width
-  assert found.cost.flops == pytest.approx(wanted, rel=1e-6)
-  assert found.cost.open_loops == 0
+  assert found == 8 * wanted
 
 
-def test_flops_of_a_step_in_blocks_by_hand():
+def test_flops_of_a_step_in_blocks_by_hand(traced_flops):
   """Scores of the listed pairs of blocks alone, and no reference: it is kept.
 
   Nor a gradient of a frozen kernel, by `flops.step`.
@@ -97,26 +121,30 @@ def test_flops_of_a_step_in_blocks_by_hand():
   assert run.precompute_reference
   shape = dataclasses.replace(SMALL, attention="blocks")
   mesh = partitioning.make_mesh(8, 1, 1)
-  (found,) = compiling.compile_steps(run, shape, mesh, 8, ("train",))
+  (found,) = traced_flops(run, shape, mesh, 8, ("train",))
   batch = mean_items.batch_of(run, mesh, 8, 1)
   pairs, width = batch.seen.shape[2], batch.target.shape[2]
   assert batch.tokens.shape == (1, 8 * 8, 64)
   work = flops.Work(2 * 512, 2 * width, 2 * pairs * 64**2)
   wanted = flops.step(shape, work, reference=False)
-  assert found.cost.flops == pytest.approx(wanted, rel=1e-6)
-  assert found.cost.open_loops == 0
+  assert found == 8 * wanted
+  # Of the scores, the bound has those of two tokens that see each other.
+  bound = lower_bound.of_step(run, shape, mesh, 8)
+  scores = run.batch_size / 8 * mean_items.lengths(run).visible
+  work = dataclasses.replace(work, visible=scores)
+  assert bound.flops == flops.step(shape, work, reference=False) < wanted
 
 
-def test_an_evaluation_is_planned_at_its_own_batch():
+def test_an_evaluation_is_planned_at_its_own_batch(traced_flops):
   """64 pairs on eight devices take four rows of 512, whatever training's do."""
   run = config(eval_batch_size=64)
   mesh = partitioning.make_mesh(8, 1, 1)
-  (found,) = compiling.compile_steps(run, SMALL, mesh, 1, ("eval",))
+  (found,) = traced_flops(run, SMALL, mesh, 1, ("eval",))
   width = mean_items.batch_of(run, mesh, 4, 1).target.shape[-1]
   work = flops.Work(4 * 512, width, 4 * 512**2)
   wanted = sum(flops.forward(SMALL, work, adapters=x) for x in (True, False))
-  assert found.cost.flops == pytest.approx(wanted, rel=1e-6)
-  text = plan_text.training(run, SMALL, mesh, [found], 1)
+  assert found == 8 * wanted
+  text = plan_text.training(run, SMALL, mesh, [], 1)
   assert "evaluations of 64, at once: 4 row(s) a device" in text
 
 
@@ -130,8 +158,7 @@ def compiling_as_if(monkeypatch, gibibytes):
   def compiled(config, shape, mesh, rows, names):
     (name,) = names
     memory = compiling.Memory(gibibytes(name, mesh, rows) * 2**30, 0, 0, 0, 0)
-    cost = hlo.Cost((hlo.Work(1.0, 1e12, 1.0),), (), 0)
-    return [compiling.Compiled(name, memory, cost, "", 1.0)]
+    return [compiling.Compiled(name, memory)]
 
   chip = hardware.Chip("a small one", 1e12, 1e12, 8 * 2**30, 1e9, 1e9)
   monkeypatch.setitem(hardware.CHIPS, "cpu", chip)
@@ -153,18 +180,26 @@ def test_a_mesh_that_no_evaluation_fits_is_not_taken(monkeypatch, capsys):
   assert "DOES NOT FIT" not in last
 
 
-@pytest.mark.parametrize("most", [1, 2, 3])
-def test_that_the_widest_batches_do_not_fit_is_said(most, monkeypatch, capsys):
-  """Sixteen pairs in four parts: a row of 1,024 each in the mean, or two."""
-  compiling_as_if(monkeypatch, lambda name, mesh, rows: 4 + 5 * (rows > most))
-  run = config(batch_size=16, microbatches=4, **{"data.row_length": 1024})
+@pytest.mark.parametrize(
+  ("fit", "most", "said"),
+  [
+    (2, 2, ", 3 do not"),
+    (3, 3, ", 4 do not"),
+    (5, 4, ", 8 do not"),
+    (9, 8, ""),
+  ],
+)
+def test_the_most_rows_that_fit(fit, most, said, monkeypatch, capsys):
+  """Sixteen pairs take a row of 1,024 in the mean each four, 3 rows at most."""
+  compiling_as_if(monkeypatch, lambda name, mesh, rows: 4 + 5 * (rows > fit))
+  run = config(batch_size=24, microbatches=4, **{"data.row_length": 1024})
   run = dataclasses.replace(run, mesh=partitioning.MeshSettings(1, 1, 1))
   assert plan.plan_training(run, SMALL, jax.devices()[:1], 8)
   text = capsys.readouterr().out
-  assert "; 1 row(s) of 1024 tokens a device" in text
-  assert "the widest batches of a run take about 2 row(s) a device" in text
-  assert f"at most {most} row(s) a device fit" in text
-  assert ("THE WIDEST BATCHES DO NOT FIT" in text) == (most == 1)
+  assert "in 2 row(s) of 1024 tokens a device" in text
+  assert "the widest batches of a run take about 3 row(s) a device" in text
+  assert f"{most} row(s) a device fit{said}: " in text
+  assert ("THE WIDEST BATCHES DO NOT FIT" in text) == (most == 2)
 
 
 @pytest.mark.parametrize("layout", ["shared", "packed"])
@@ -199,8 +234,7 @@ def test_memory_and_text_of_a_plan_for_this_machine():
   assert train.total >= train.arguments + train.temporary
   text = plan_text.training(run, SMALL, mesh, found, 1)
   assert "8 x cpu, mesh {'data': 8, 'fsdp': 1, 'tensor': 1}" in text
-  assert "all-reduce" in text
-  assert "no times: 'cpu' is not in dpo_jax/hardware.py" in text
+  assert "no bound and no more rows: 'cpu' is not in dpo_jax/ha" in text
 
 
 def test_full_fine_tuning_is_planned_with_its_reference_and_moments():
@@ -215,47 +249,76 @@ def test_full_fine_tuning_is_planned_with_its_reference_and_moments():
   assert found.memory.arguments < 3.5 * 4 * kernels / 8
 
 
-def test_the_estimate_by_hand():
-  work = (hlo.Work(2.0, 394e12, 1.0), hlo.Work(1.0, 0.0, 819e9))
-  sent = (
-    hlo_traffic.Collective("all-gather", 5.0, 200e9, (1,), True, True),
-    hlo_traffic.Collective("all-reduce", 1.0, 200e9, (1,), False),
-  )
+@pytest.mark.parametrize(
+  ("variant", "sizes", "trees", "width"),
+  [
+    ("pythia-410m-lora", (8, 1, 1), 1, 2),
+    ("pythia-410m-lora", (1, 4, 2), 1, 2),
+    ("pythia-14m-lora", (1, 8, 1), 1, 4),
+    ("pythia-14m", (1, 8, 1), 2, 2),
+  ],
+)
+def test_weights_that_are_read_and_gathered(variant, sizes, trees, width):
+  """A reference that is a second tree is read too; the embedding is not."""
+  run = config(variant)
+  shape = SMALL if run.lora.rank else dataclasses.replace(SMALL, lora=None)
+  mesh = partitioning.make_mesh(*sizes)
+  found = lower_bound.of_step(run, shape, mesh, 1)
+  kernels = 3 * (4 * 128**2 + 2 * 128 * 256) + 128 * 512
+  wanted = trees * width * kernels / mesh.shape["tensor"]
+  # Beside them biases and norms.
+  assert wanted < found.read < 1.03 * wanted
+  others = 1 - 1 / mesh.shape["fsdp"]
+  assert found.gathered == pytest.approx(others * wanted, rel=0.02)
+
+
+def test_the_bound_by_hand():
   chip = hardware.chip("TPU v5e")
-  found = roofline.estimate(hlo.Cost(work, sent, 0), chip)
-  # Twice two seconds of products and one of reading; six of sending, of which
-  # five were begun early.
-  assert (found.compute, found.links, found.hidden) == (5.0, 6.0, 5.0)
-  assert (found.best, found.worst, found.planned) == (6.0, 11.0, 22.0)
-  # Half of the products of float32, which are six of bfloat16 each.
-  work = (hlo.Work(1.0, 394e12, 1.0, 197e12),)
-  found = roofline.estimate(hlo.Cost(work, (), 0), chip)
-  assert found.compute == pytest.approx(1 + 6)
+  bound = lower_bound.Bound(
+    microbatches=4,
+    fill=0.5,
+    flops=394e12,
+    useful=98.5e12,
+    read=819e9,
+    gathered=100e9,
+    dtype="bfloat16",
+  )
+  # Two seconds of products, four of reading, two of gathering; of the four the
+  # useful products take half a second.
+  assert bound.seconds(chip) == (2.0, 4.0, 2.0)
+  assert bound.utilisation(chip) == 0.125
+  # A float32 product takes six of bfloat16.
+  exact = dataclasses.replace(bound, dtype="float32")
+  assert exact.seconds(chip)[0] == pytest.approx(12.0)
+  assert exact.utilisation(chip) == pytest.approx(3 / 12)
 
 
-@pytest.mark.parametrize("bend", [1.0, 1.3, 0.8])
-@pytest.mark.parametrize("most", [0, 1, 2, 5, 8])
-@pytest.mark.parametrize("start", [1, 4, 64])
-def test_the_search_finds_the_most_rows(most, start, bend):
-  """Whether memory grows as a line or as a curve, refused or just too much."""
-  asked = []
-
-  def needs(rows):
-    asked.append(rows)
-    return None if rows > most + 2 else 100 + round(100 * rows**bend)
-
-  room = 100 + round(100 * most**bend)
-  assert row_search.largest_rows(needs, start, 64, room) == most
-  assert len(asked) == len(set(asked)) <= 8
-  if bend == 1.0 and start < most:
-    # Two for the line, and two for where it meets the room.
-    assert len(asked) <= 4
-
-
-def test_the_search_ends_at_its_limit_and_beyond_eight_at_an_eighth():
-  assert row_search.largest_rows(lambda rows: 1, 3, 64, 1) == 64
-  found = row_search.largest_rows(lambda rows: 1 + (rows > 53), 3, 512, 1)
-  assert 53 - 53 // 8 <= found <= 53
+@pytest.mark.parametrize(
+  ("microbatches", "said"),
+  [
+    (
+      4,
+      "4 micro-batch(es) of 0.5 item(s) in 1 row(s) of 1024 tokens a device:"
+      " 10% of the token positions hold a token, the weights are read 4"
+      " time(s) a step; at best 9% of peak. --config.microbatches=1 takes",
+    ),
+    (
+      1,
+      "1 micro-batch(es) of 2 item(s) in 1 row(s) of 1024 tokens a device:"
+      " 40% of the token positions hold a token, the weights are read 1"
+      " time(s) a step; at best 37% of peak. Fewer devices or a greater",
+    ),
+  ],
+)
+def test_a_wasteful_split_is_said(microbatches, said, monkeypatch, request):
+  """Sixteen pairs of 207 tokens in rows of 1,024 on eight chips."""
+  monkeypatch.chdir(request.config.rootpath)
+  c = dpo.get_config("pythia-2.8b-lora")
+  c.microbatches, c.mesh.data, c.mesh.fsdp = microbatches, 1, 8
+  run = settings.build(recipe.TrainSettings, c.to_dict())
+  shape = compiling.shape_of(run, "")
+  mesh = partitioning.make_mesh(1, 8, 1, devices=topology.devices("v5e:2x4"))
+  assert said in plan_text.training(run, shape, mesh, [], 1)
 
 
 def test_rows_hold_the_items():
@@ -358,9 +421,8 @@ def test_the_sampler_is_planned_as_it_runs(tmp_path, monkeypatch, sizes):
     lower()
 
   monkeypatch.setattr(compiling, "compile_one", lowered)
-  compiling_answers.compile_answers(
-    how, config, mesh, None, tokens=tok.vocab_size
-  )
+  monkeypatch.setattr(compiling_answers, "TOKENS", tok.vocab_size)
+  compiling_answers.compile_answers(how, config, mesh, None)
   for name, watched in seen.items():
     (planned,) = watched.planned
     assert watched.ran
@@ -380,14 +442,11 @@ def test_the_sampler_is_planned_as_it_runs(tmp_path, monkeypatch, sizes):
         )
 
 
-def test_flops_and_bytes_of_decoding_by_hand(monkeypatch):
+def test_bytes_of_decoding_by_hand():
   """On this machine's devices, without running: eight rows on each."""
   how = sampling_config(batch_size=64, max_new_tokens=40, dtype="bfloat16")
   mesh = partitioning.make_mesh(8, 1, 1)
-  found = compiling_answers.compile_answers(
-    how, SMALL, mesh, None, ("read", "decode")
-  )
-  read, decode = found.programs
+  found = compiling_answers.compile_answers(how, SMALL, mesh, None)
   layers, width, mlp, words, rank = 3, 128, 256, 512, 4
   kernels = layers * (4 * width**2 + 2 * width * mlp)
   adapters = layers * rank * (4 * width + 2 * width + 2 * (width + mlp))
@@ -396,25 +455,18 @@ def test_flops_and_bytes_of_decoding_by_hand(monkeypatch):
   together = found.layout.program.shared
   assert found.layout.program.slots == 48
   assert (together.prompts, together.places, together.slots) == (24, 5, 32)
-  slot = 4 * layers * width
-  row = 2 * (kernels + adapters + width * words) + slot * 48
-  assert decode.cost.flops == 32 * (8 * row + 3 * 5 * slot * 32)
-  assert decode.cost.open_loops == 1
   # Two prompts of 32 places would be one for two devices: each reads one.
   reading = found.layout.readings[0]
   assert (reading.size, reading.padded) == (8, 32)
-  place = 2 * (kernels + adapters) + 4 * layers * width * 32
-  assert read.cost.flops == 32 * place + 2 * width * words
   # Weights at two bytes but for biases and norms; keys and values of all rows.
   assert found.weights == pytest.approx(
     2 * (kernels + adapters + 2 * width * words), rel=0.03
   )
   assert found.cache == 2 * 2 * layers * width * (8 * 48 + 3 * 32)
-  assert found.lookup == 2 * width * words
-  assert found.least_bytes == found.weights - found.lookup + found.cache
   text = plan_text.answers(found, mesh, "this")
   assert "8 rows a device of 48 slots beside 3 prompts of 32, prompts" in text
-  assert "no times: 'cpu'" in text
+  for name in ("read", "enter", "decode"):
+    assert re.search(rf"^{name}: \d+\.\d\d GiB a device", text, re.M)
 
 
 def test_the_command_plans_for_this_machine(tmp_path, capsys):
@@ -426,17 +478,16 @@ def test_the_command_plans_for_this_machine(tmp_path, capsys):
   options = {"topology": "", "model": "", "search": 8, "answers": ""}
   assert plan.main(values, tmp_path, **options) == 0
   text = capsys.readouterr().out
-  assert "8 x cpu, mesh {'data': 8, 'fsdp': 1, 'tensor': 1}; 1 row(s)" in text
+  assert "8 x cpu, mesh {'data': 8, 'fsdp': 1, 'tensor': 1}; batches" in text
   for name in ("train", "eval"):
     assert re.search(rf"^{name}: \d+\.\d\d GiB a device", text, re.M)
-  assert "no search for more rows: the device's memory is not known" in text
   with pytest.raises(ValueError, match="pass the model's 64 positions"):
     plan.plan_answers(
       sampling_config(max_prompt_tokens=60),
       running.SHAPE,
       jax.devices(),
       "it",
-      False,
+      0,
     )
 
 
@@ -453,105 +504,56 @@ def test_a_mesh_that_splits_the_weights_is_tried_after_the_configs():
   assert sizes == [(1, 4, 2)]
 
 
-@pytest.mark.parametrize("largest", ["enter", "decode"])
-def test_the_most_answers_are_found_in_eights(largest, monkeypatch):
+@pytest.mark.parametrize("largest", ["read", "enter", "decode"])
+@pytest.mark.parametrize(("limit", "most"), [(8, 0), (64, 32), (500, 64)])
+def test_the_most_answers_that_fit(largest, limit, most, monkeypatch):
   """As if a row took a sixteenth of a gibibyte beside weights of four."""
-  asked = []
 
-  def compiled(config, shape, mesh, hbm, names):
-    assert (shape, hbm) == (SMALL, 8 * 2**30)
-    assert names == ("enter", "decode")
+  def compiled(config, shape, mesh, hbm):
     rows = config.batch_size // 8
-    asked.append(rows)
     memory = compiling.Memory(4 * 2**30, 0, 0, rows * 2**26, 0)
     least = compiling.Memory(2**30, 0, 0, 0, 0)
     return types.SimpleNamespace(
+      rows=rows,
       programs=[
-        compiling.Compiled(
-          name, memory if name == largest else least, None, "", 0
-        )
-        for name in names
-      ]
+        compiling.Compiled(name, memory if name == largest else least)
+        for name in ("read", "enter", "decode")
+      ],
     )
 
   chip = hardware.Chip("a small one", 1e12, 1e12, 8 * 2**30, 1e12, 1e12)
   monkeypatch.setitem(hardware.CHIPS, "cpu", chip)
   monkeypatch.setattr(compiling_answers, "compile_answers", compiled)
   mesh = partitioning.make_mesh(8, 1, 1)
-  assert plan.most_answers(sampling_config(), SMALL, mesh, 20) == 64
-  assert all(rows % 8 == 0 for rows in asked)
-  assert len(asked) <= 5
-  assert plan.most_answers(sampling_config(), SMALL, mesh, 0) == 0
+  found = plan.most_answers(sampling_config(), SMALL, mesh, limit)
+  assert (found.rows if found else 0) == most
 
 
 def test_a_sampler_that_does_not_fit_is_planned_with_fewer_rows(
   monkeypatch, capsys
 ):
-  """It is said how many rows fit, and what they need and do."""
+  """It is said how many rows fit, and what they need."""
   mesh = partitioning.make_mesh(8, 1, 1)
   how = sampling_config(batch_size=8 * 16)
-  real = compiling_answers.compile_answers
-  sizes = []
-
-  def compiled(config, shape, mesh, hbm, *names):
-    found = real(config, shape, mesh, hbm, *names)
-    sizes.append((found.rows, max(p.memory.total for p in found.programs)))
-    return found
-
-  monkeypatch.setattr(compiling_answers, "compile_answers", compiled)
-  for rows in (16, 8):
-    compiled(sampling_config(batch_size=8 * rows), SMALL, mesh, None)
-  (_, much), (_, little) = sizes
+  much, little = (
+    max(
+      program.memory.total
+      for program in compiling_answers.compile_answers(
+        dataclasses.replace(how, batch_size=8 * rows), SMALL, mesh, None
+      ).programs
+    )
+    for rows in (16, 8)
+  )
   chip = hardware.Chip("small", 1e12, 1e12, (much + little) // 2, 1e12, 1e12)
   monkeypatch.setitem(hardware.CHIPS, "cpu", chip)
-  assert plan.plan_answers(how, SMALL, jax.devices(), "it", True)
+  assert plan.plan_answers(how, SMALL, jax.devices(), "it", 1)
   text = capsys.readouterr().out
-  first, second = re.split(r"\d+ rows a device fit: with batch_size=", text)
+  first, second = text.split("8 rows a device fit: with batch_size=")
   assert "16 rows a device of" in first
   assert "DOES NOT FIT" in first
   assert second.startswith("64 ")
   assert "8 rows a device of" in second
   assert "DOES NOT FIT" not in second
-  assert "tokens/s of" in second
-  assert sizes[-1][0] == 8
-
-
-@pytest.mark.parametrize("twin", [True, False])
-def test_a_program_that_xla_cannot_read(twin):
-  """Its bytes are known; the rest is of a twin, or is said not to be known."""
-  real = jax.jit(lambda x: x @ x).lower(jnp.ones((64, 64))).compile()
-
-  class Program:
-    def __init__(self, readable):
-      self.readable = readable
-
-    def memory_analysis(self):
-      return real.memory_analysis()
-
-    def as_text(self):
-      if self.readable:
-        return real.as_text()
-      raise jax.errors.JaxRuntimeError("INTERNAL: async-update\na trace")
-
-  class Lowered:
-    def compile(self, compiler_options=None):
-      return Program(readable=twin and compiler_options is not None)
-
-  found = compiling.compile_one("train", Lowered)
-  # An operand and a result of 16 KiB.
-  assert found.memory.total >= 2 * 4 * 64**2
-  assert (found.refusal, found.twin) == ("", twin)
-  run, mesh = config(), partitioning.make_mesh(8, 1, 1)
-  text = plan_text.training(run, SMALL, mesh, [found], 1)
-  assert "train: 0.00 GiB a device (arguments 0.00" in text
-  assert "DOES NOT FIT" not in text
-  assert ("of a twin whose scatters stay off the SparseCores" in text) == twin
-  if twin:
-    assert found.cost.flops == 2 * 64**3
-    return
-  assert (found.cost, found.unread) == (None, "INTERNAL: async-update")
-  assert "no flops, traffic or times: XLA cannot read the compiled" in text
-  assert "(INTERNAL: async-update)" in text
 
 
 # --- TPU slices that are not there
@@ -584,59 +586,34 @@ def test_slices_of_libtpu(name, count):
     ("v5e:4x4", "pythia-14m", False),
   ],
 )
-def test_a_step_for_a_slice(name, variant, kept):
+def test_a_step_for_a_slice(name, variant, kept, monkeypatch):
+  """Weights are sent as two bytes each, the unembedding once a step."""
   run = dataclasses.replace(config(variant), precompute_reference=kept)
   shape = dataclasses.replace(
     SMALL, dtype="bfloat16", lora=SMALL.lora if run.lora.rank else None
   )
-  devices = topology.devices(name)
-  mesh = partitioning.make_mesh(1, -1, 1, devices=devices)
+  mesh = partitioning.make_mesh(1, -1, 1, devices=topology.devices(name))
+
+  def compiled(name, lower, beside):
+    return operations.collectives(lower().compile().as_text())
+
+  monkeypatch.setattr(compiling, "compile_one", compiled)
   (found,) = compiling.compile_steps(run, shape, mesh, 1, ("train",))
-  batch = mean_items.batch_of(run, mesh, 1, run.microbatches)
-  rows, width = run.microbatches, batch.target.shape[-1]
-  work = flops.Work(rows * 512, rows * width, rows * 512**2)
-  wanted = flops.step(shape, work, reference=not kept)
-  if not shape.lora:
-    # The gradient of the unembedding visits the vocabulary once more.
-    wanted += 2 * shape.width * shape.vocab_size * rows * width
-  # The compiler may turn a product of few columns into something else.
-  assert found.cost.flops == pytest.approx(wanted, rel=0.02)
-  assert found.cost.open_loops == 0
-  # Float32 kernels are cast where they lie, and sent as two bytes a weight.
+  # Float32 kernels are cast where they lie.
   kernels = {128 * 384, 128 * 128, 128 * 256, 128 * 512}
   sent = [
     one
-    for one in found.cost.collectives
+    for one in found
     if one.kind == "all-gather" and math.prod(one.shape) in kernels
   ]
   assert len(sent) >= 4
-  others = (len(devices) - 1) / len(devices)
-  for one in sent:
-    assert one.bytes == pytest.approx(2 * math.prod(one.shape) * others)
+  assert {one.dtype for one in sent} == {"bf16"}
   # The unembedding once for a tree of weights, not for each chunk of tokens.
+  width = mean_items.batch_of(run, mesh, 1, 1).target.shape[-1]
   assert width > 2 * shape.logit_chunk
   words = [one for one in sent if one.shape == (128, 512)]
-  assert 1 <= sum(one.times for one in words) <= (1 if shape.lora else 2)
-  text = plan_text.training(run, shape, mesh, [found], 1)
-  assert f"{len(devices)} x TPU v5 lite" in text
-  assert "of 15.75 GiB a device" in text
-  assert "estimate, not measured" in text
-
-
-def test_decoding_for_a_slice():
-  """Bytes beside the flops: weights once a step, not once a layer."""
-  devices = topology.devices("v5e:4x4")
-  mesh = partitioning.make_mesh(-1, 1, 1, devices=devices)
-  how = sampling_config(batch_size=8 * 16, dtype="bfloat16")
-  hbm = hardware.chip("TPU v5e").hbm_bytes
-  found = compiling_answers.compile_answers(how, SMALL, mesh, hbm, ("decode",))
-  (decode,) = found.programs
-  assert decode.memory.total < hbm
-  assert decode.cost.open_loops == 1
-  each = decode.cost.bytes / found.steps
-  assert found.rows == 8
-  assert each < 3 * found.least_bytes
-  assert "tokens/s of 128 rows" in plan_text.answers(found, mesh, "this")
+  assert not any(one.looped for one in words)
+  assert 1 <= len(words) <= (1 if shape.lora else 2)
 
 
 def test_decoding_eight_bits_with_heads_folded_for_a_slice():
@@ -646,9 +623,9 @@ def test_decoding_eight_bits_with_heads_folded_for_a_slice():
     batch_size=64, dtype="bfloat16", cache="int8", max_new_tokens=488
   )
   deep = dataclasses.replace(SMALL, layers=12)
-  found = compiling_answers.compile_answers(how, deep, mesh, None, ("decode",))
+  found = compiling_answers.compile_answers(how, deep, mesh, None)
   assert found.layout.program.layout == "folded"
-  (decode,) = found.programs
+  *_, decode = found.programs
   assert not decode.refusal
   # Keys and values: 12 layers, 64 rows of 496 slots and 13 prompts of 32, 4
   # heads of 32 dimensions.
@@ -703,17 +680,16 @@ def test_what_does_not_fit_is_said():
 
 @pytest.mark.slow
 def test_the_most_rows_are_found_by_the_real_compiler():
-  """They fit, and one more does not."""
+  """They fit, and twice as many do not."""
   run = config(**{"data.row_length": 4096})
   mesh = partitioning.make_mesh(1, 1, 1, devices=topology.devices("v5e:1x1"))
-  (one,) = compiling.compile_steps(run, SMALL, mesh, 1, ("train",))
-  most, tried = plan.most_rows(run, SMALL, mesh, {1: one.memory.total}, 64)
-  room = hardware.chip("TPU v5e").hbm_bytes
+  most = plan.most_rows(run, SMALL, mesh, 1, 64)
   assert 1 < most < 64
-  assert tried[most] <= room
-  more = min(count for count in tried if count > most)
-  assert more - most <= max(1, most // 8)
-  assert tried[more] is None or tried[more] > room
+  for rows in (most, 2 * most):
+    items = mean_items.items_of(run, rows, 1) * run.microbatches
+    wider = dataclasses.replace(run, batch_size=items)
+    (one,) = compiling.compile_steps(wider, SMALL, mesh, rows, ("train",))
+    assert one.fits(hardware.chip("TPU v5e")) == (rows == most)
 
 
 @pytest.mark.slow
@@ -722,11 +698,7 @@ def test_a_step_for_other_kinds(name):
   run = config()
   mesh = partitioning.make_mesh(1, 4, 1, devices=topology.devices(name))
   (found,) = compiling.compile_steps(run, SMALL, mesh, 1, ("train",))
-  text = plan_text.training(run, SMALL, mesh, [found], 1)
-  assert "estimate, not measured" in text
-  # Those whose scatters go to SparseCores are counted by a twin.
-  assert found.twin == (name != "v4:2x2x1")
-  assert found.memory.total < hardware.GIB
+  assert 0 < found.memory.total < hardware.GIB
 
 
 @pytest.mark.slow
@@ -748,8 +720,6 @@ def test_the_real_sampler_is_planned(name, monkeypatch, request):
   # Keys and values of 32 layers, 256 slots of eight rows and three prompts,
   # 2,560 dimensions, two bytes each.
   assert found.cache == (8 + 3) * 2 * 2 * 32 * 256 * 2560
-  text = plan_text.answers(found, mesh, "this")
-  assert "tokens/s of" in text
 
 
 @pytest.mark.slow
@@ -767,4 +737,3 @@ def test_the_real_sizes_fit(name, variant, make, monkeypatch, request):
   for one in found:
     assert not one.refusal
     assert one.memory.total < hardware.chip("TPU v5e").hbm_bytes
-    assert one.cost.open_loops == 0

@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import operations
 import optax
 import pytest
 import tiny
@@ -14,7 +15,6 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax import losses, model, partitioning, steps
-from dpo_jax.planning import hlo
 from dpo_jax.rows import packing, placement
 
 # Five layers: an array of all of them is told apart by its size.
@@ -167,7 +167,7 @@ def test_weights_are_gathered_a_layer_at_a_time(name, config, capfd):
   ]
   gathered = {
     math.prod(one.shape)
-    for one in hlo.cost(text).collectives
+    for one in operations.collectives(text)
     if one.kind == "all-gather"
   }
   tensor = mesh_of(name).shape["tensor"]

@@ -1,1 +1,1 @@
-"""What a plan is made of: programs compiled ahead, their cost as read."""
+"""What a plan is made of: programs compiled ahead, and a lower bound."""

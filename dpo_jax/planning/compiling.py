@@ -8,7 +8,6 @@ import dataclasses
 import math
 import pathlib
 import re
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,13 +17,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from dpo_jax import hardware, hf, model, optim, partitioning, steps
 from dpo_jax.interface import config_help
-from dpo_jax.planning import hlo, mean_items
+from dpo_jax.planning import mean_items
 from dpo_jax.running import programs, recipe
-
-# XLA cannot read a program whose scatters libtpu gives to the SparseCores, as
-# for v5p and v6e ("async-update instruction should have 1 operands"). With this
-# they stay where all else is done.
-_READABLE = {"xla_tpu_enable_offloading_scatter_to_sparsecore": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,24 +48,22 @@ class Compiled:
   Attributes:
     name: "train", "eval", or of `compiling_answers`.
     memory: None where it does not fit.
-    cost: what it does; None where it does not fit, or where `unread` is not "".
     refusal: the compiler's words, "" where it fits.
-    seconds: how long it took to compile.
-    unread: why what it does cannot be counted, in the words of XLA.
-    twin: whether `cost` is of a program that differs in `_READABLE`.
   """
 
   name: str
   memory: Memory | None
-  cost: hlo.Cost | None
-  refusal: str
-  seconds: float
-  unread: str = ""
-  twin: bool = False
+  refusal: str = ""
+
+  def fits(self, chip: hardware.Chip | None) -> bool:
+    """Whether it fits a device; its memory may be unknown."""
+    if self.memory is None:
+      return False
+    return chip is None or self.memory.total <= chip.hbm_bytes
 
 
 def compile_one(
-  name: str, lower: Callable[[], Any], beside: int = 0, rounds: int = 1
+  name: str, lower: Callable[[], Any], beside: int = 0
 ) -> Compiled:
   """Lowers and compiles a program; too little memory is a result.
 
@@ -79,12 +71,9 @@ def compile_one(
     name: of the program.
     lower: gives the lowered program.
     beside: bytes that stay on the device and that it does not take.
-    rounds: of its loops whose end depends on data.
   """
-  started = time.perf_counter()
   try:
-    lowered = lower()
-    compiled = lowered.compile()
+    compiled = lower().compile()
   except jax.errors.JaxRuntimeError as error:
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
@@ -93,7 +82,7 @@ def compile_one(
       r"[Uu]sed [\d.]+\w+ of [\d.]+\w+|total.*?\(.*?\).*?\)", text
     )
     refusal = wanted[0] if wanted else text.splitlines()[0]
-    return Compiled(name, None, None, refusal, time.perf_counter() - started)
+    return Compiled(name, None, refusal)
   found = compiled.memory_analysis()
   memory = Memory(
     found.argument_size_in_bytes,
@@ -103,18 +92,7 @@ def compile_one(
     found.generated_code_size_in_bytes,
     beside,
   )
-  took = time.perf_counter() - started
-  made = Compiled(name, memory, None, "", took)
-  try:
-    text = compiled.as_text()
-  except jax.errors.JaxRuntimeError as error:
-    unread = str(error).splitlines()[0]
-    try:
-      text = lowered.compile(compiler_options=_READABLE).as_text()
-    except jax.errors.JaxRuntimeError:
-      return dataclasses.replace(made, unread=unread)
-    made = dataclasses.replace(made, twin=True)
-  return dataclasses.replace(made, cost=hlo.cost(text, rounds))
+  return Compiled(name, memory)
 
 
 def shape_of(config: recipe.TrainSettings, name: str) -> model.ModelConfig:
@@ -175,8 +153,8 @@ def compile_steps(
     config: of the run.
     shape: its model.
     mesh: of the devices to compile for.
-    rows: of a training micro-batch on one device; an evaluation's batch, which
-      is not split, has `mean_items.eval_rows`.
+    rows: of a training micro-batch on one device; an evaluation's batch is not
+      split.
     names: which of "train" and "eval".
   """
   programs.check(config, shape, mesh)
@@ -189,6 +167,9 @@ def compile_steps(
   reference = laid(base, mesh) if programs.keeps_reference(config) else None
   train, evaluate = programs.training(config, shape, tx, state, mesh)
   many = config.microbatches
+  at_once = mean_items.rows_of(
+    config, config.eval_batch_size, partitioning.data_shards(mesh)
+  )
   least = bytes_on_device((state, reference))
   chip = hardware.chip(mesh.devices.flat[0].device_kind)
   if chip and least > chip.hbm_bytes:
@@ -197,7 +178,7 @@ def compile_steps(
       f"state and reference alone take {least / hardware.GIB:.2f} of"
       f" {chip.hbm_bytes / hardware.GIB:.2f} GiB a device"
     )
-    return [Compiled(name, None, None, refusal, 0.0) for name in names]
+    return [Compiled(name, None, refusal) for name in names]
   # An evaluation has no use for the optimizer's state, but it is there.
   beside = {"train": 0, "eval": bytes_on_device(state.opt_state)}
   with jax.set_mesh(mesh):
@@ -206,11 +187,7 @@ def compile_steps(
         state, reference, mean_items.batch_of(config, mesh, rows, many)
       ),
       "eval": lambda: evaluate.lower(
-        state.params,
-        reference,
-        mean_items.batch_of(
-          config, mesh, mean_items.eval_rows(config, mesh), 1
-        ),
+        state.params, reference, mean_items.batch_of(config, mesh, at_once, 1)
       ),
     }
     with uncached(mesh):

@@ -28,24 +28,15 @@ class Answering:
     layout: the run's shapes.
     rows: rows decoded on one device.
     weights: bytes of the base and adapters on a device.
-    lookup: bytes of the embedding among them, of which a step reads few rows.
     cache: bytes of the keys and values on a device.
     programs: "read", "enter" and "decode".
-    steps: of a call of "decode"; each gives every row a token.
   """
 
   layout: capacity.Layout
   rows: int
   weights: int
-  lookup: int
   cache: int
   programs: list[compiling.Compiled]
-  steps: int
-
-  @property
-  def least_bytes(self) -> int:
-    """Bytes that a step must read, with every row at its full length."""
-    return self.weights - self.lookup + self.cache
 
 
 def stand_ins(
@@ -78,8 +69,6 @@ def compile_answers(
   shape: model.ModelConfig,
   mesh: jax.sharding.Mesh,
   hbm: int | None,
-  names: tuple[str, ...] = ("read", "enter", "decode"),
-  tokens: int = TOKENS,
 ) -> Answering:
   """The programs with which a model would answer.
 
@@ -88,8 +77,6 @@ def compile_answers(
     shape: the model; with `shape.lora` one adapter stands beside the base.
     mesh: of the devices to compile for.
     hbm: bytes of a device; None takes `settings.cache_gib` for the cache.
-    names: which of the programs to compile.
-    tokens: of the tokenizer.
 
   Raises:
     ValueError: not one row fits beside the weights.
@@ -107,24 +94,20 @@ def compile_answers(
   most = engine.batch_size or capacity.MOST_ROWS * shards
   requests = stand_ins(settings, most, 0 if adapted else -1)
   tokenizer = types.SimpleNamespace(
-    eos_id=0, vocab_size=min(tokens, config.vocab_size)
+    eos_id=0, vocab_size=min(TOKENS, config.vocab_size)
   )
   layout = capacity.layout(
     config, tokenizer, requests, engine, mesh, range(len(requests)), free
   )
   with jax.set_mesh(mesh), compiling.uncached(mesh):
     state = _state(layout, mesh)
-    found = _compile(
-      layout, base, stack, state, mesh, tokenizer, names, engine.chunk
-    )
+    found = _compile(layout, base, stack, state, mesh, tokenizer)
   return Answering(
     layout=layout,
     rows=layout.size // shards,
     weights=weights,
-    lookup=compiling.bytes_on_device(base["embed"]),
     cache=compiling.bytes_on_device((state.cache, state.prompts)),
     programs=found,
-    steps=engine.chunk,
   )
 
 
@@ -161,8 +144,8 @@ def _state(layout, mesh) -> decoding_state.State:
   )
 
 
-def _compile(layout, base, stack, state, mesh, tokenizer, names, steps):
-  """The programs by their names, each with what lies beside it meanwhile."""
+def _compile(layout, base, stack, state, mesh, tokenizer):
+  """The programs, each with what lies beside it meanwhile."""
   program, reading = layout.program, layout.readings[0]
   everywhere = partitioning.replicated(mesh)
 
@@ -247,6 +230,6 @@ def _compile(layout, base, stack, state, mesh, tokenizer, names, steps):
     ),
   }
   return [
-    compiling.compile_one(name, lower[name][1], lower[name][0], steps)
-    for name in names
+    compiling.compile_one(name, lowered, beside)
+    for name, (beside, lowered) in lower.items()
   ]

@@ -69,6 +69,12 @@ def rows_of(config: recipe.TrainSettings, items: int, shards: int) -> int:
   return max(math.ceil(needed / shards), 1)
 
 
+def items_of(config: recipe.TrainSettings, rows: int, shards: int) -> int:
+  """Items that fill so many rows on one device."""
+  places = rows * shards * config.row_length
+  return max(int(places / lengths(config).places), 1)
+
+
 def widest_rows(config: recipe.TrainSettings, items: int, shards: int) -> int:
   """About how many rows on one device hold any so many items of a run.
 
@@ -77,12 +83,6 @@ def widest_rows(config: recipe.TrainSettings, items: int, shards: int) -> int:
   mean = lengths(config)
   needed = items * mean.places + 3 * mean.deviation * math.sqrt(items)
   return max(math.ceil(needed / config.row_length / shards), 1)
-
-
-def eval_rows(config: recipe.TrainSettings, mesh: jax.sharding.Mesh) -> int:
-  """Rows on one device that hold an evaluation's batch."""
-  shards = partitioning.data_shards(mesh)
-  return rows_of(config, config.eval_batch_size, shards)
 
 
 def batch_of(
