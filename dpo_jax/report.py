@@ -5,9 +5,7 @@ of verdicts/, responses/ and the runs' metrics, and `dpo_jax.verify` makes them
 again and compares.
 
   python -m dpo_jax.report runs/hh --strict
-  python -m dpo_jax.report --seed_results=DIR --output=DIR
 
-The second form recounts the eval_*.json files of the re-implemented system.
 Exit codes: 0 written; 1 flagged, with --strict; 2 nothing to be written from.
 """
 
@@ -19,7 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from dpo_jax.interface import console, errors, settings
-from dpo_jax.reporting import compose, eval_files, material, recount
+from dpo_jax.reporting import compose, material
 from dpo_jax.storage import strict_json
 
 ReportSettings = material.ReportSettings
@@ -51,38 +49,25 @@ def write(
 
 
 def of(path: str | os.PathLike) -> compose.Report:
-  """The report of a run, or of eval_*.json files, with nothing written.
+  """The report of a run, with nothing written.
 
   Args:
     path: a working directory, whose report is made with the settings of the
-      one that is there, or with defaults; or a directory of eval_*.json files
-      of the re-implemented system.
+      one that is there, or with defaults.
 
   Raises:
     ValueError: there is nothing to report, or a row is malformed.
   """
   path = pathlib.Path(path)
-  if next(path.glob(eval_files.PATTERN), None):
-    return recount.compose_report(path)
   numbers = path / _DEFAULTS.directory / compose.NUMBERS
   found = recorded(numbers) if numbers.is_file() else _DEFAULTS
   return compose.compose(found, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  parser = _parser()
-  flags = parser.parse_args(arguments)
-  if (flags.directory is None) == (flags.seed_results is None):
-    parser.error("give either a working directory or --seed_results")
-  if (flags.seed_results is None) != (flags.output is None):
-    parser.error("--seed_results and --output go together")
+  flags = _parser().parse_args(arguments)
   try:
-    if flags.seed_results is not None:
-      path = recount.write(
-        flags.seed_results, flags.output, strict=flags.strict
-      )
-    else:
-      path = write(_settings(flags), flags.directory)
+    path = write(_settings(flags), flags.directory)
   except (ValueError, OSError) as error:
     console.error(str(error))
     return 2
@@ -114,9 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     description="Makes DIRECTORY/report from the rows beneath DIRECTORY. What"
     " is not given is as in the report that is there, or as said here.",
   )
-  parser.add_argument("directory", nargs="?", help="of a run")
-  parser.add_argument("--seed_results", help="directory of eval_*.json files")
-  parser.add_argument("--output", help="where their report is written")
+  parser.add_argument("directory", help="of a run")
   console.add_flag(parser)
   for field in dataclasses.fields(ReportSettings):
     default = getattr(_DEFAULTS, field.name)

@@ -4,9 +4,9 @@
   python -m dpo_jax.verify results/eval_one.json results/
 
 A path is a working directory or its report/, an eval_*.json file of the
-re-implemented system, a directory of such files, or a report of their recount.
-Every difference is printed with its file and both numbers. Exit codes: 0 all
-numbers agree; 1 some do not; 2 there is nothing that can be verified.
+dpo-replication system, or a directory of such files. Every difference is
+printed with its file and both numbers. Exit codes: 0 all numbers agree; 1 some
+do not; 2 there is nothing that can be verified.
 """
 
 import argparse
@@ -25,10 +25,9 @@ from dpo_jax.interface import console
 from dpo_jax.reporting import (
   compose,
   differences,
-  eval_files,
   material,
   page,
-  recount,
+  seed_files,
 )
 from dpo_jax.storage import strict_json
 
@@ -40,8 +39,7 @@ def check_report(directory: pathlib.Path) -> list[str]:
   """What differs between a report and its rows; empty if nothing does.
 
   Args:
-    directory: the report's own directory; its rows lie beside it, or where its
-      numbers.json says.
+    directory: the report's own directory; its rows lie beside it.
 
   Raises:
     ValueError: there is no report, or its rows cannot be read.
@@ -49,14 +47,9 @@ def check_report(directory: pathlib.Path) -> list[str]:
   numbers = strict_json.read(directory / compose.NUMBERS)
   if not isinstance(numbers, dict):
     raise ValueError(f"{directory / compose.NUMBERS} must hold a JSON object")
-  found = []
-  if isinstance(source := numbers.get("source"), str):
-    made = recount.compose_report(directory / source)
-    made.numbers["source"] = source
-  else:
-    settings = report.recorded(directory / compose.NUMBERS)
-    made = compose.compose(settings, directory.parent)
-    found += _odd(settings, directory.parent)
+  settings = report.recorded(directory / compose.NUMBERS)
+  made = compose.compose(settings, directory.parent)
+  found = _odd(settings, directory.parent)
   figures = numbers.pop("figures", None)
   expected = json.loads(json.dumps(made.numbers))
   path = directory / compose.NUMBERS
@@ -72,19 +65,6 @@ def check_report(directory: pathlib.Path) -> list[str]:
     if name == compose.PAGE:
       text = page.unillustrated(text)
     found += differences.of_texts(path, text, made.texts[name])
-  return found
-
-
-def check_files(files: Sequence[eval_files.EvalFile]) -> list[str]:
-  """What the headers of result files say and their rows do not."""
-  found = []
-  for file in files:
-    found += [f"{file.path}: {line}" for line in file.differences]
-    found += [
-      f"{file.path}: results[{index}].verdict is {file.rows[index].verdict},"
-      f" its raw text says {file.rows[index].reread}"
-      for index in file.contradicted
-    ]
   return found
 
 
@@ -188,7 +168,7 @@ def _reports(path: pathlib.Path) -> list[pathlib.Path]:
 def _results(path: pathlib.Path) -> list[pathlib.Path]:
   """The result files of a directory without a report."""
   try:
-    return recount.paths(path)
+    return seed_files.paths(path)
   except ValueError as error:
     raise ValueError(
       f"{error}, and no report: `python -m dpo_jax.report {path}` writes one"
@@ -222,17 +202,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
       else:
         raise ValueError(f"{path}: no such file or directory")
     if files:
-      read, recounts = eval_files.read_all(files)
-      found += check_files(read)
-      wrong = sum(bool(check_files([file])) for file in read)
-      _print("\n".join(recount.lines(read, recounts)))
-      for file in read:
-        if file.missed or file.refusals:
-          _print(
-            f"NOTE {file.path}: {len(file.missed)} verdicts missed, in results"
-            f" {file.missed}; {len(file.refusals)} refusals, {file.refusals}"
-          )
-      _print(f"{wrong} of {len(read)} files disagree with their own rows.")
+      read = seed_files.read_all(files)
+      wrong = [seed_files.differences(file) for file in read]
+      found += [line for lines in wrong for line in lines]
+      _print("\n".join(seed_files.lines(read)))
+      count = sum(map(bool, wrong))
+      _print(f"{count} of {len(read)} files disagree with their own rows.")
   except (ValueError, OSError) as error:
     console.error(str(error))
     return 2

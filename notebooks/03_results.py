@@ -16,9 +16,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/dpo-jax/dpo_jax/blob/main/notebooks/03_results.ipynb)
 #
-# Shows any run's directory, and any directory of `eval_*.json` files of the
-# dpo-replication system, whose every verdict is counted again. Nothing is
-# written but figures in a temporary folder.
+# Shows any run's directory. Nothing is written but figures in a temporary
+# folder.
 
 # %%
 # On Colab: fetch the project. Its own jax and jaxlib are named as they are, so
@@ -92,10 +91,4 @@ display(Markdown(made.sections["Win rates"]))
 # ## The judge
 
 # %%
-for title in (
-  "Judge health",
-  "Verdicts without a winner",
-  "Habits of the judge",
-):
-  if title in made.sections:
-    display(Markdown(made.sections[title]))
+display(Markdown(made.sections["Judge health"]))

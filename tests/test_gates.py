@@ -330,6 +330,5 @@ def test_the_command_line(tmp_path, capsys):
   assert "metrics.jsonl is missing" in capsys.readouterr().err
   assert report.main([str(tmp_path / "none")]) == 2
   assert report.main([str(tmp_path), "--gold_floor=7"]) == 2
-  for arguments in ([], ["a", "--seed_results=b"], ["--seed_results=b"]):
-    with pytest.raises(SystemExit):
-      report.main(arguments)
+  with pytest.raises(SystemExit):
+    report.main([])

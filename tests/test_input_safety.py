@@ -21,7 +21,7 @@ from test_records import RESPONSE, line
 
 from dpo_jax import hf, metrics, model, records, tokenizer, verify
 from dpo_jax.judging import verdicts
-from dpo_jax.reporting import eval_files
+from dpo_jax.reporting import seed_files
 from dpo_jax.running import reference
 from dpo_jax.storage import row_store, strict_json
 from dpo_jax.weights import safetensors_files
@@ -99,7 +99,7 @@ def load_adapter(files):
     ("model/tokenizer_config.json", lambda f: tokenizer.load(f / "model")),
     ("adapter/adapter_model.safetensors", load_adapter),
     ("adapter/adapter_config.json", load_adapter),
-    ("eval_x.json", lambda f: eval_files.read(f / "eval_x.json")),
+    ("eval_x.json", lambda f: seed_files.read(f / "eval_x.json")),
     ("rows.jsonl", lambda f: sourcing.load(f / "rows.jsonl")),
     ("rows.jsonl.gz", lambda f: sourcing.load(f / "rows.jsonl.gz")),
     ("dpo.jsonl", lambda f: records.read(f / "dpo.jsonl", records.Response)),
@@ -195,7 +195,7 @@ def test_real_rows_stay_far_below_the_bounds(shared):
     (
       "eval_x.json",
       33,
-      lambda f: eval_files.read(f / "eval_x.json"),
+      lambda f: seed_files.read(f / "eval_x.json"),
       r"eval_x\.json: more than 32 MiB",
     ),
   ],

@@ -13,7 +13,7 @@ import pytest
 import reported
 
 from dpo_jax import records, report, verify
-from dpo_jax.reporting import eval_files
+from dpo_jax.reporting import seed_files
 from dpo_jax.storage import strict_json
 
 
@@ -344,25 +344,6 @@ def test_real_result_files(shared, capsys):
   assert longer > 0.6 * unequal
 
 
-def test_a_report_of_real_result_files(shared, tmp_path, capsys):
-  output = tmp_path / "recount"
-  arguments = ["--seed_results", str(shared / "seed_results")]
-  arguments += ["--output", str(output)]
-  assert report.main(arguments) == 0
-  assert report.main([*arguments, "--strict"]) == 1
-  assert "flagged" in capsys.readouterr().err
-  text = (output / "report.md").read_text()
-  assert text.count("> **INCONSISTENT**") == 3
-  assert "| DPO | 0.5 | 150 | 36.0 [28.8, 43.9] | 64.0 | 36.0 of 150 |" in text
-  assert "| SFT | 1.0 | 150 | 46.0 [38.2, 54.0] | 46.0 | 46.7 of 150 |" in text
-  assert "(win_rate_temperature.png)" in text
-  assert check(capsys, output)[0] == 0
-  replace(output / "report.md", "36.0 [28.8", "64.0 [28.8")
-  code, _, found = check(capsys, output)
-  assert code == 1
-  assert "64.0 stands there, the rows give 36.0" in found[0]
-
-
 def content():
   """A result file of four rows: model, model (missed), chosen, refusal."""
   texts = ["More helpful: A", 'More helpful: "A"', "More helpful: B"]
@@ -410,7 +391,7 @@ def test_a_consistent_file_passes(tmp_path, capsys):
   assert "dpo  25.0 [5,70]" in text
   assert "1 verdicts that the judge's text states were missed" in text
   assert "The longer text won 1 of 2 decided rows (50.0%)" in text
-  file = eval_files.read(path)
+  file = seed_files.read(path)
   assert (file.model, file.missed, file.refusals) == ("dpo", [1], [3])
 
 
@@ -456,35 +437,24 @@ def test_no_rows_are_no_crash(tmp_path, capsys):
   code, text, _ = check(capsys, tmp_path)
   assert code == 0
   assert "dpo  n/a [0,100]" in text
-  output = tmp_path / "out"
-  arguments = ["--seed_results", str(tmp_path), "--output", str(output)]
-  assert report.main(arguments) == 0
-  assert check(capsys, output)[0] == 0
 
 
-def test_a_report_of_files_is_not_written_among_them(tmp_path, capsys):
-  write(tmp_path, content())
-  arguments = ["--seed_results", str(tmp_path), "--output", str(tmp_path)]
-  assert report.main(arguments) == 2
-  assert "must not be the directory of the files" in capsys.readouterr().err
+def test_two_files_of_one_model_are_called_by_their_names(tmp_path, capsys):
+  for name in ("eval_one.json", "eval_two.json"):
+    write(tmp_path, content(), name)
+  code, text, _ = check(capsys, tmp_path)
+  assert code == 0
+  assert "eval_one  25.0 [5,70]" in text
+  assert "eval_two  25.0 [5,70]" in text
 
 
-def test_hostile_names_do_not_break_the_report(tmp_path):
+def test_hostile_names_do_not_steer_the_terminal(tmp_path, capsys):
   value = content()
-  value["metadata"]["run_name"] = "a | b\n# <script>alert(1)</script>"
-  value["win_counts"]["Model"] = 3
-  write(tmp_path, value, "eval_a|b<img>.json")
-  arguments = ["--seed_results", str(tmp_path), "--output", str(tmp_path / "o")]
-  assert report.main(arguments) == 0
-  text = (tmp_path / "o" / "report.md").read_text()
-  assert "<script" not in text
-  assert "<img" not in text
-  assert [x for x in text.split("\n") if x.startswith("#")] == [
-    "# Result files, recounted",
-    "## Win rates",
-    "## Verdicts without a winner",
-    "## Habits of the judge",
-  ]
+  value["metadata"]["run_name"] = "a\x1b[2J\u202e\nb"
+  write(tmp_path, value)
+  code, text, _ = check(capsys, tmp_path)
+  assert code == 0
+  assert not set(text) & set("\x1b\u202e")
 
 
 def without(*path):
@@ -542,7 +512,7 @@ def test_malformed_files_are_refused_by_field(
   assert str(path) in error
   assert re.search(message, error), error
   with pytest.raises(ValueError, match=message):
-    eval_files.read(path)
+    seed_files.read(path)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ needed: a figure is drawn whole, as PNG and as PDF or as SVG, or not at all.
 
 import contextlib
 import hashlib
-import importlib.resources
 import io
 import json
 import os
@@ -37,12 +36,12 @@ def style(dark: bool = False) -> contextlib.AbstractContextManager[None]:
   Args:
     dark: with the colors of dark.mplstyle, for a dark page.
   """
-  files = importlib.resources.files(__package__)
+  here = pathlib.Path(__file__).parent
   colors = matplotlib.rc_params_from_file(
-    os.fspath(files.joinpath("dark.mplstyle")), use_default_template=False
+    here / "dark.mplstyle", use_default_template=False
   )
   return matplotlib.rc_context(
-    colors if dark else None, fname=os.fspath(files.joinpath("house.mplstyle"))
+    colors if dark else None, fname=here / "house.mplstyle"
   )
 
 
