@@ -14,9 +14,9 @@ import paged
 import pytest
 import reported
 
-from dpo_jax import records, report
+from dpo_jax import figures, records, report
 from dpo_jax.interface import markdown
-from dpo_jax.reporting import compose, drawings, page
+from dpo_jax.reporting import compose, page
 from dpo_jax.reporting.page import browse, prose
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -139,7 +139,7 @@ def test_hostile_texts_add_no_element_and_come_back_whole():
     literal = markdown.literal(texts[0])
     lines = [f"> **FLAG**: {literal}"]
     table = markdown.table(("a", literal), [(literal, "1")])
-    figure = drawings.Figure("x.png", texts, print, literal, ends=texts[0])
+    figure = figures.Figure("x.png", texts, print, literal, ends=texts[0])
     sections = [page.Section("x", literal, [literal], [figure], table)]
     return prompts, paged.render(prompts, texts[0], lines, sections)
 

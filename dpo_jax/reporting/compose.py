@@ -20,7 +20,6 @@ from typing import Any
 from dpo_jax import figures, winrates
 from dpo_jax.interface import markdown
 from dpo_jax.reporting import (
-  drawings,
   excerpts,
   gates,
   judge_sections,
@@ -55,7 +54,7 @@ class Report:
   Texts are by file name; the page's images are drawn when it is written.
   """
 
-  figures: list[drawings.Figure]
+  figures: list[figures.Figure]
   flags: list[gates.Flag]
   texts: dict[str, str]
   numbers: dict[str, Any]
@@ -74,7 +73,7 @@ def compose(
   """The report of `workdir`, with nothing written; errors as `report.write`."""
   found = material.read(settings, workdir)
   flags = gates.flags(found)
-  drawn = drawings.of(found)
+  drawn = figures.of(found)
   shown = {figure.name: figure.lines for figure in drawn}
   parts = [
     [f"# {markdown.literal(settings.title)}"],
@@ -123,7 +122,7 @@ def save(made: Report, directory: pathlib.Path) -> pathlib.Path:
       "sha256": digest(path),
       "vector_sha256": digest(figures.vector(path)),
     }
-  for name in set(drawings.NAMES) - drawn.keys():
+  for name in set(figures.NAMES) - drawn.keys():
     (directory / name).unlink(missing_ok=True)
     figures.vector(directory / name).unlink(missing_ok=True)
   numbers = json.dumps(
@@ -144,7 +143,7 @@ def digest(path: pathlib.Path) -> str:
 def _page(
   found: material.Material,
   flags: list[gates.Flag],
-  drawn: list[drawings.Figure],
+  drawn: list[figures.Figure],
 ) -> str:
   """The same sections as a page, with the answers to browse."""
   names = sections.PLAIN_NAMES
@@ -156,7 +155,7 @@ def _page(
         "rates",
         "Win rates",
         lead=["### Is base < SFT < DPO?", "", *sections.ordering(found)],
-        figures=[figure for figure in drawn if figure.ends],
+        pictures=[figure for figure in drawn if figure.ends],
         rest=[
           *sections.judged(found),
           "",

@@ -18,7 +18,7 @@ import re
 import tempfile
 from collections.abc import Sequence
 
-from dpo_jax.reporting import drawings
+from dpo_jax import figures
 from dpo_jax.reporting.page import browse, prose
 
 _SCRIPTS = ("filter.js", "view.js", "list.js", "keys.js")
@@ -36,14 +36,14 @@ class Section:
     id: of its heading, for links.
     title: of the heading, as Markdown, and in the page's contents.
     lead: Markdown before the figures.
-    figures: shown side by side.
+    pictures: figures shown side by side.
     rest: Markdown after them.
   """
 
   id: str
   title: str
   lead: Sequence[str] = ()
-  figures: Sequence[drawings.Figure] = ()
+  pictures: Sequence[figures.Figure] = ()
   rest: Sequence[str] = ()
 
 
@@ -99,10 +99,10 @@ def render(
   return _HOLE.sub(lambda match: values[match[1]], _asset("page.html"))
 
 
-def illustrate(text: str, figures: Sequence[drawings.Figure]) -> str:
+def illustrate(text: str, drawn: Sequence[figures.Figure]) -> str:
   """A page with its figures drawn, in light and in dark."""
   with tempfile.TemporaryDirectory() as directory:
-    for figure in figures:
+    for figure in drawn:
       for name, dark in (("src", False), ("srcset", True)):
         hole = f'{name}="{figure.fingerprint}"'
         if hole in text:
@@ -126,13 +126,13 @@ def unillustrated(text: str) -> str:
 
 
 def _body(section: Section) -> str:
-  figures = "".join(map(_figure, section.figures))
-  if figures:
-    figures = f'<div class="figures">{figures}</div>\n'
-  return prose.html(section.lead) + figures + prose.html(section.rest)
+  shown = "".join(map(_figure, section.pictures))
+  if shown:
+    shown = f'<div class="figures">{shown}</div>\n'
+  return prose.html(section.lead) + shown + prose.html(section.rest)
 
 
-def _figure(figure: drawings.Figure) -> str:
+def _figure(figure: figures.Figure) -> str:
   # The script sets `media` for whoever overrules the system's theme.
   return (
     '<figure><picture><source media="(prefers-color-scheme: dark)"'
