@@ -11,7 +11,7 @@ import pathlib
 import time
 from typing import Any
 
-from dpo_jax.storage import strict_json
+from dpo_jax.storage import atomic, strict_json
 
 FILE = "metrics.jsonl"
 
@@ -48,13 +48,7 @@ class Writer:
     kept = []
     if start_step and path.exists():
       kept = [row for row in read(path) if row["step"] <= start_step]
-    text = "".join(_line(row) for row in kept)
-    scratch = path.with_suffix(".tmp")
-    with scratch.open("w", encoding="utf-8") as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(scratch, path)
+    atomic.write_text(path, "".join(map(_line, kept)))
     self.rows = kept
     self._file = path.open("a", encoding="utf-8")
 

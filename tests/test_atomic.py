@@ -1,123 +1,66 @@
-"""What a writer that is killed leaves, and who may remove it."""
+"""Files that are there whole or not at all, and what a killed writer leaves."""
 
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from dpo_jax import comparisons, tokenizer
-from dpo_jax.rows import token_cache
 from dpo_jax.storage import atomic
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-LENGTHS = {"profile": "paper", "max_length": 24, "max_prompt_length": 8}
+DAY_S = 24 * 3600
 
-# The temporary of an entry stands, half-written, until the input ends.
 WRITER = """
-import sys
-from dpo_jax import comparisons
-from dpo_jax.rows import profiles, token_cache
-from dpo_jax.weights import safetensors_files
-
-class Words:
-  fingerprint = sys.argv[2]
-
-def half(path, *_):
-  path.write_bytes(b"half of it")
+import pathlib, sys
+from dpo_jax.storage import atomic
+with atomic.replacing(pathlib.Path(sys.argv[1])) as temporary:
+  temporary.write_text("half")
   print("half", flush=True)
   sys.stdin.read()
-  raise ValueError("asked to end")
-
-profiles.tokenize = lambda *_, **__: None
-token_cache._write = half
-token_cache.tokenize(
-  sys.argv[1], Words(), [], profile="paper", max_length=24, max_prompt_length=8
-)
 """
 
 
-def writer(directory, mark):
-  child = subprocess.Popen(
-    [sys.executable, "-c", WRITER, directory, mark],
+def test_a_killed_writer_leaves_the_file_and_what_it_began_goes(tmp_path):
+  path = tmp_path / "a.json"
+  atomic.write_text(path, "before")
+  with subprocess.Popen(
+    [sys.executable, "-c", WRITER, path],
     cwd=ROOT,
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
-    stderr=subprocess.DEVNULL,
     text=True,
-  )
-  assert child.stdout.readline() == "half\n"
-  return child
+  ) as child:
+    assert child.stdout.readline() == "half\n"
+    child.send_signal(signal.SIGKILL)
+  (left,) = set(tmp_path.iterdir()) - {path}
+  assert (path.read_text(), left.read_text()) == ("before", "half")
+  # It might belong to a living writer: for a day it stays.
+  atomic.write_text(path, "after")
+  assert left.exists()
+  others = [tmp_path / name for name in (".a.json.tmp", "b.tmp", ".c.txt")]
+  for file in (left, *others):
+    file.touch()
+    os.utime(file, (time.time() - DAY_S - 60,) * 2)
+  atomic.write_text(tmp_path / "b", "other")
+  assert set(tmp_path.iterdir()) == {path, tmp_path / "b", *others}
+  assert path.read_text() == "after"
 
 
-def test_what_a_killed_writer_left_is_removed_and_a_living_ones_is_not(
-  tmp_path,
-):
-  cache = tmp_path / "cache"
-  dead = writer(cache, "one")
-  (left,) = cache.iterdir()
-  living = writer(cache, "two")
-  try:
-    # Two live ones leave each other alone.
-    assert len(set(cache.iterdir())) == 2
-    (written,) = set(cache.iterdir()) - {left}
-    dead.send_signal(signal.SIGKILL)
-    assert dead.wait(60) == -signal.SIGKILL
-    assert left.read_bytes() == b"half of it"
-    texts = ["a pen is a tool", "ink is wet"] * 4
-    words = tokenizer.train(texts, 280, tmp_path / "words")
-    row = comparisons.Comparison("a", "is ink", " pen", " wet")
-    made = token_cache.tokenize(cache, words, [row], **LENGTHS)
-    (entry,) = set(cache.iterdir()) - {written}
-    assert entry.suffix == ".safetensors"
-    assert written.read_bytes() == b"half of it"
-    again = token_cache.tokenize(cache, words, [row], **LENGTHS)
-    assert again.table.fingerprint() == made.table.fingerprint()
-  finally:
-    dead.kill()
-    dead.communicate(timeout=60)
-    living.communicate(timeout=60)
-  # One that fails cleans up after itself.
-  assert living.returncode == 1
-  assert list(cache.iterdir()) == [entry]
-
-
-def test_only_temporaries_of_this_host_are_removed(tmp_path, monkeypatch):
-  path = tmp_path / "a.json"
-  name = f".a.json.{atomic._host()}.0123456789ab.tmp"
-  with monkeypatch.context() as patch:
-    patch.setattr(atomic.socket, "gethostname", lambda: "elsewhere")
-    other = f".a.json.{atomic._host()}.0123456789ab.tmp"
-  kept = [other, ".a.json.tmp", f"{name}.txt", "a.json.tmp", "link"]
-  for left in (name, *kept):
-    (tmp_path / left).write_text("half")
-  os.symlink(tmp_path / "link", tmp_path / name.replace("a.json", "b.json"))
-  atomic.write_text(path, "whole")
-  assert path.read_text() == "whole"
-  kept += [path.name, name.replace("a.json", "b.json")]
-  assert sorted(os.listdir(tmp_path)) == sorted(kept)
-
-
-def test_one_that_is_taken_for_left_is_begun_again(tmp_path, monkeypatch):
-  """As if another process had swept between creating and locking."""
-  lock, swept = atomic.fcntl.flock, []
-
-  def late(handle, how):
-    if not swept:
-      swept.append(os.listdir(tmp_path))
-      (tmp_path / swept[0][0]).unlink()
-    lock(handle, how)
-
-  monkeypatch.setattr(atomic.fcntl, "flock", late)
-  with atomic.replacing(tmp_path / "a") as temporary:
-    # Another one, whose lock is held.
-    assert os.listdir(tmp_path) == [temporary.name]
-    temporary.write_text("whole")
-  assert len(swept[0]) == 1
-  assert os.listdir(tmp_path) == ["a"]
-  assert (tmp_path / "a").read_text() == "whole"
+def test_a_written_text_is_the_old_or_the_new_one(tmp_path):
+  path = tmp_path / "report.md"
+  atomic.write_text(path, "first\r\n\u2028")
+  assert path.read_bytes() == "first\r\n\u2028".encode()
+  with pytest.raises(UnicodeEncodeError):
+    atomic.write_text(path, "\ud83d")
+  path.with_name("sub").mkdir()
+  with pytest.raises(IsADirectoryError):
+    atomic.write_text(path.with_name("sub"), "text")
+  assert path.read_bytes() == "first\r\n\u2028".encode()
+  assert sorted(os.listdir(tmp_path)) == ["report.md", "sub"]
 
 
 def test_what_fails_leaves_what_was_there(tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import records
-from dpo_jax.storage import atomic, locks, row_store
+from dpo_jax.storage import locks, row_store
 
 RESPONSE = records.Response(
   prompt_id="p1",
@@ -237,19 +237,6 @@ def test_the_fields_of_a_verdict_are_checked(changes, message):
   else:
     with pytest.raises(ValueError, match=message):
       records.encode(row)
-
-
-def test_a_written_text_is_the_old_or_the_new_one(tmp_path):
-  path = tmp_path / "report.md"
-  atomic.write_text(path, "first\r\n\u2028")
-  assert path.read_bytes() == "first\r\n\u2028".encode()
-  with pytest.raises(UnicodeEncodeError):
-    atomic.write_text(path, "\ud83d")
-  path.with_name("sub").mkdir()
-  with pytest.raises(IsADirectoryError):
-    atomic.write_text(path.with_name("sub"), "text")
-  assert path.read_bytes() == "first\r\n\u2028".encode()
-  assert sorted(os.listdir(tmp_path)) == ["report.md", "sub"]
 
 
 def test_a_full_disk_keeps_what_was_committed(tmp_path):

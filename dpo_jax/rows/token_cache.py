@@ -2,10 +2,9 @@
 
 An entry is one safetensors file named by a hash of everything that makes its
 ids: the rows' texts, the tokenizer, the profile and its lengths. It is written
-beside its place and moved there whole, so that processes may write it at the
-same time and what a killed one leaves is removed by the next, and it carries a
-hash of its content, which every reading compares. Token ids are mapped, not
-loaded.
+whole or not at all, so that processes may write it at the same time, and it
+carries a hash of its content, which every reading compares. Token ids are
+mapped, not loaded.
 """
 
 import contextlib
@@ -93,8 +92,7 @@ def tokenize(
     done = profiles.tokenize(tokenizer, rows, **settings)
     with _naming(directory):
       _write(temporary, done, key)
-  with _naming(directory):
-    atomic.sync(path.parent)
+      stack.close()
   return done
 
 

@@ -17,6 +17,8 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from dpo_jax.storage import atomic
+
 _SCHEME = "gs://"
 
 
@@ -117,16 +119,12 @@ def _copy(source: Any, target: pathlib.Path) -> None:
     if (found.st_size, int(found.st_mtime)) == (about.length, int(changed)):
       return
   target.parent.mkdir(parents=True, exist_ok=True)
-  staged = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-  try:
+  with atomic.replacing(target) as staged:
     with source.open("rb") as reader, staged.open("wb") as writer:
       shutil.copyfileobj(reader, writer, 2**20)
     if (size := staged.stat().st_size) != about.length:
       raise OSError(f"{source} has {about.length} bytes, but {size} came")
-    os.utime(staged, (changed, changed))
-    staged.replace(target)
-  finally:
-    staged.unlink(missing_ok=True)
+  os.utime(target, (changed, changed))
 
 
 @contextlib.contextmanager
