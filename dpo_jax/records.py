@@ -1,23 +1,18 @@
 """The rows that the stages hand to each other, one JSON object a line.
 
-A row is committed when its line, newline included, is on disk. So an
-interrupted append can only leave a last line without its newline, and
-everything before that line is whole: this is what makes every stage
-resumable. Lines are split on the byte 0x0a alone, because texts hold other
-line separators (U+2028, U+0085, a carriage return) that belong to them.
+A row is committed when its line, newline included, is on disk; see
+`strict_json.scan`.
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
-import math
 import os
-import types
-import typing
 from collections.abc import Iterable
 from typing import Any, Literal, TypeVar
 
+from dpo_jax.interface import settings
 from dpo_jax.storage import strict_json
 
 Order = Literal["model_first", "chosen_first"]
@@ -145,8 +140,15 @@ def encode(row: Response | Verdict) -> bytes:
       surrogate pair, which UTF-8 cannot carry; or the line would be longer
       than what is read again.
   """
-  values = {f.name: getattr(row, f.name) for f in dataclasses.fields(row)}
-  values = _checked(type(row), values)
+  values = vars(_typed(type(row), vars(row)))
+  for name, value in values.items():
+    try:
+      str(value).encode()
+    except UnicodeEncodeError as error:
+      raise ValueError(
+        f"row.{name} holds half of a surrogate pair at character"
+        f" {error.start}, which UTF-8 cannot carry"
+      ) from None
   line = json.dumps(values, ensure_ascii=False).encode() + b"\n"
   if len(line) > strict_json.MAX_LINE_BYTES:
     raise ValueError(
@@ -158,10 +160,23 @@ def encode(row: Response | Verdict) -> bytes:
 
 def decode(line: bytes, cls: type[Row]) -> Row:
   """The row that a line holds; ValueError names the field that is wrong."""
-  values = strict_json.parse_line(line)
-  if not isinstance(values, dict):
-    raise ValueError(f"expected a JSON object, got {type(values).__name__}")
-  return cls(**_checked(cls, values))
+  return _typed(cls, strict_json.parse_line(line))
+
+
+def _typed(cls: type[Row], values: Any) -> Row:
+  # Fields that have a default came later: older files do not have them.
+  if isinstance(values, dict):
+    values = _later(cls) | values
+  return settings.build(cls, values, "row")
+
+
+@functools.cache
+def _later(cls: type) -> dict[str, Any]:
+  return {
+    field.name: field.default
+    for field in dataclasses.fields(cls)
+    if field.default is not dataclasses.MISSING
+  }
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
@@ -186,86 +201,15 @@ def read(path: str | os.PathLike, cls: type[Row]) -> list[Row]:
   """
   rows, rest, _ = scan(path, cls)
   if rest:
-    rows.append(_decode_at(path, len(rows) + 1, rest, cls))
+    try:
+      rows.append(decode(rest, cls))
+    except ValueError as error:
+      raise ValueError(f"{path}:{len(rows) + 1}: {error}") from error
   return latest(rows) if cls is Verdict else rows
 
 
 def scan(
   path: str | os.PathLike, cls: type[Row]
 ) -> tuple[list[Row], bytes, int]:
-  """The rows of whole lines, what follows the last one, their bytes."""
-  rows, size = [], 0
-  for number, line in strict_json.lines(path):
-    # No append was ever that long: an interrupted one cannot have left it.
-    if not line.endswith(b"\n") and len(line) <= strict_json.MAX_LINE_BYTES:
-      return rows, line, size
-    rows.append(_decode_at(path, number, line, cls))
-    size += len(line)
-  return rows, b"", size
-
-
-def _decode_at(path, number: int, line: bytes, cls: type[Row]) -> Row:
-  try:
-    return decode(line, cls)
-  except ValueError as error:
-    raise ValueError(f"{path}:{number}: {error}") from error
-
-
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-  return typing.get_type_hints(cls)
-
-
-def _checked(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-  """The values in field order with their declared types, or ValueError.
-
-  Fields that have a default came later: older files do not have them.
-  """
-  hints = _hints(cls)
-  later = {
-    field.name: field.default
-    for field in dataclasses.fields(cls)
-    if field.default is not dataclasses.MISSING
-  }
-  values = later | values
-  missing = sorted(hints.keys() - values.keys())
-  unknown = sorted(values.keys() - hints.keys())
-  if missing or unknown:
-    raise ValueError(
-      f"not a {cls.__name__} row: missing fields {missing}, unknown"
-      f" {unknown!s:.200}"
-    )
-  return {name: _typed(name, values[name], hints[name]) for name in hints}
-
-
-def _typed(name: str, value: Any, hint: Any) -> Any:
-  if typing.get_origin(hint) is Literal:
-    if value not in typing.get_args(hint):
-      allowed = ", ".join(typing.get_args(hint))
-      raise ValueError(
-        f"field {name} is {value!r:.80}, must be one of {allowed}"
-      )
-    return value
-  if isinstance(hint, types.UnionType):
-    if value is None:
-      return None
-    (hint,) = (h for h in typing.get_args(hint) if h is not types.NoneType)
-  if hint is float and type(value) is int:
-    value = float(value)
-  # `type` and not isinstance: True is an int, and np.float64 is a float.
-  if type(value) is not hint:
-    raise ValueError(
-      f"field {name} is {value!r:.80}, a {type(value).__name__}; must be"
-      f" {hint.__name__}"
-    )
-  if hint is float and not math.isfinite(value):
-    raise ValueError(f"field {name} is {value}, must be finite")
-  if hint is str:
-    try:
-      value.encode()
-    except UnicodeEncodeError as error:
-      raise ValueError(
-        f"field {name} holds half of a surrogate pair at character"
-        f" {error.start}, which UTF-8 cannot carry"
-      ) from None
-  return value
+  """`strict_json.scan` of rows of one kind."""
+  return strict_json.scan(path, lambda line: decode(line, cls))

@@ -474,7 +474,7 @@ def test_refuses_to_go_on_with_other_weights(world, whole):
   ("changes", "message"),
   [
     ({"temperatures": (-1.0,)}, "temperature=-1.0 must be finite"),
-    ({"temperatures": (float("nan"),)}, "temperature=nan must be finite"),
+    ({"temperatures": (float("nan"),)}, r"s\[0\]=nan must be finite"),
     ({"temperatures": ()}, "has no temperatures"),
     ({"temperatures": (1.0, 1.0)}, "repeats a temperature"),
     ({"name": "../../x"}, "names a file"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from typing import Literal
 
@@ -74,6 +75,7 @@ def test_optional_values_are_built_when_they_are_there():
     ({"on": 1}, ["config.on", "1", "bool"]),
     ({"kind": "c"}, ["config.kind", "'c'", "'a'", "'b'"]),
     ({"kind": ["a"]}, ["config.kind"]),
+    ({"inner": {"rate": math.nan, "names": ()}}, ["inner.rate=nan", "finite"]),
     ({"inner": 3}, ["config.inner", "3"]),
     ({"inner": None}, ["config.inner", "None"]),
     ({"inner": {"rate": 1.0}}, ["config.inner", "lacks", "'names'"]),

@@ -1,4 +1,4 @@
-"""Plain dicts into frozen dataclasses, checked before anything compiles.
+"""Plain dicts into typed dataclasses: settings, and rows of files.
 
 A settings dataclass has no defaults: every value stands, with its comment, in
 a file of configs/. Types are checked here; what a type cannot say is checked
@@ -7,6 +7,8 @@ in the dataclass's own `__post_init__`.
 
 import dataclasses
 import difflib
+import functools
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -17,35 +19,39 @@ def build(cls, values: Mapping[str, Any], name: str = "config"):
   """A `cls` from a mapping, nested dataclasses included.
 
   Args:
-    cls: a frozen dataclass; fields may be bool, int, float, str, tuples of one
-      type, `dict[str, X]`, literals, optional values and further dataclasses.
+    cls: a dataclass; fields may be bool, int, float, str, tuples of one type,
+      `dict[str, X]`, literals, optional values and further dataclasses.
     values: one entry for each field.
     name: how error messages call the mapping, such as "config.data".
 
   Raises:
-    ValueError: a field is unknown (the nearest name is given), missing, or of
-      another type.
+    ValueError: a field is unknown (the nearest name is given), missing, of
+      another type, or not finite.
   """
   if not isinstance(values, Mapping):
-    raise ValueError(f"{name} must be a dict of settings, not {values!r}")
-  hints = typing.get_type_hints(cls)
-  fields = [field.name for field in dataclasses.fields(cls)]
+    raise ValueError(f"{name} must be a dict, not {values!r:.80}")
+  hints = _hints(cls)
   for key in values:
-    if key not in fields:
-      near = difflib.get_close_matches(str(key), fields, n=1)
-      hint = f"did you mean {near[0]!r}?" if near else f"known: {fields}"
-      raise ValueError(f"{name} has no field {key!r}; {hint}")
-  for field in fields:
+    if key not in hints:
+      near = difflib.get_close_matches(str(key)[:80], hints, n=1)
+      hint = f"did you mean {near[0]!r}?" if near else f"known: {[*hints]}"
+      raise ValueError(f"{name} has no field {key!r:.80}; {hint}")
+  for field in hints:
     if field not in values:
-      raise ValueError(
-        f"{name} lacks the field {field!r}: set it in the config"
-      )
+      raise ValueError(f"{name} lacks the field {field!r}")
   return cls(
     **{
-      field: _convert(hints[field], values[field], f"{name}.{field}")
-      for field in fields
+      field: _convert(hint, values[field], f"{name}.{field}")
+      for field, hint in hints.items()
     }
   )
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+  """The fields' types in their order."""
+  hints = typing.get_type_hints(cls)
+  return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
@@ -80,18 +86,18 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     return build(hint, value, name)
   if origin is typing.Literal:
     if value not in arguments:
-      raise ValueError(f"{name}={value!r} must be one of {list(arguments)}")
+      raise ValueError(f"{name}={value!r:.80} must be one of {list(arguments)}")
     return value
   if origin is tuple:
     if isinstance(value, str) or not isinstance(value, list | tuple):
-      raise ValueError(f"{name}={value!r} must be a tuple")
+      raise ValueError(f"{name}={value!r:.80} must be a tuple")
     return tuple(
       _convert(arguments[0], item, f"{name}[{i}]")
       for i, item in enumerate(value)
     )
   if origin is dict:
     if not isinstance(value, Mapping):
-      raise ValueError(f"{name}={value!r} must be a dict")
+      raise ValueError(f"{name}={value!r:.80} must be a dict")
     return {
       key: _convert(arguments[1], item, f"{name}.{key}")
       for key, item in value.items()
@@ -100,10 +106,15 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
 
 
 def _scalar(hint: type, value: Any, name: str) -> Any:
-  if hint is float and type(value) is int:
-    return float(value)
+  # Beyond, `float` overflows.
+  if hint is float and type(value) is int and abs(value) < 2**1023:
+    value = float(value)
+  # `type` and not isinstance: True is an int, and np.float64 is a float.
   if type(value) is not hint:
     raise ValueError(
-      f"{name}={value!r} must be {hint.__name__}, not {type(value).__name__}"
+      f"{name}={value!r:.80} must be {hint.__name__}, not"
+      f" {type(value).__name__}"
     )
+  if hint is float and not math.isfinite(value):
+    raise ValueError(f"{name}={value} must be finite")
   return value

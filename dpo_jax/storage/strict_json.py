@@ -13,8 +13,8 @@ import math
 import os
 import pathlib
 import zlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 # Of a file that is one JSON value. Published result files have 0.2 MiB, the
 # record of a batch of 50,000 questions some 7 MiB; the values of 32 MiB of
@@ -30,6 +30,8 @@ MAX_DEPTH = 32
 MAX_GZIP_RATIO = 200
 # What a gzip may become in any case: too little to do harm.
 FREE_GZIP_BYTES = 16 * 2**20
+
+T = TypeVar("T")
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _IS_POINTER = (
@@ -96,8 +98,10 @@ def refuse_pointer(path: str | os.PathLike) -> None:
 def lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
   """(number, line with its end) of a file of lines, gzip if named `.gz`.
 
-  Lines end with the byte 0x0a alone. Of one that is too long only so much is
-  given as makes `parse_line` refuse it; its rest is passed over.
+  Lines end with the byte 0x0a alone, since texts hold other line separators
+  (U+2028, U+0085, a carriage return) that belong to them. Of one that is too
+  long only so much is given as makes `parse_line` refuse it; its rest is passed
+  over.
 
   Raises:
     ValueError: the file is a pointer of git-LFS, a gzip of another name, or a
@@ -122,22 +126,42 @@ def lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
       ) from error
 
 
-def appended(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
-  """Numbers, from 1, and values of the lines of a file that is appended to.
+def scan(
+  path: str | os.PathLike, decode: Callable[[bytes], T]
+) -> tuple[list[T], bytes, int]:
+  """The lines of a file that is appended to.
 
-  A last line without its end was cut as it was written, and is left out.
+  A line is committed when its newline is on disk. An interrupted append leaves
+  a last line without one, and everything before it is whole: this is what makes
+  every stage resumable.
+
+  Args:
+    path: the file.
+    decode: `parse_line`, or what checks a row, too.
+
+  Returns:
+    Whole lines, decoded; what follows the last of them, b"" after no
+    interruption; and the bytes of the whole lines.
 
   Raises:
-    ValueError: naming the line, see `parse_line`.
+    ValueError: `decode` raised it; file and line are named.
   """
+  values, size = [], 0
   for number, line in lines(path):
+    # No append was ever that long: an interrupted one cannot have left it.
     if not line.endswith(b"\n") and len(line) <= MAX_LINE_BYTES:
-      return
+      return values, line, size
     try:
-      row = parse_line(line)
+      values.append(decode(line))
     except ValueError as error:
       raise ValueError(f"{path}:{number}: {error}") from error
-    yield number, row
+    size += len(line)
+  return values, b"", size
+
+
+def appended(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
+  """Numbers, from 1, and values of the whole lines of a file; see `scan`."""
+  return iter(enumerate(scan(path, parse_line)[0], 1))
 
 
 def _bounded(path, raw, file) -> Iterator[tuple[int, bytes]]:
