@@ -6,14 +6,13 @@ A row is committed when its line, newline included, is on disk; see
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 from collections.abc import Iterable
 from typing import Any, Literal, TypeVar
 
 from dpo_jax.interface import settings
-from dpo_jax.storage import strict_json
+from dpo_jax.storage import hashing, strict_json
 
 Order = Literal["model_first", "chosen_first"]
 Control = Literal["", "aa", "gold", "retest"]
@@ -122,14 +121,7 @@ class Verdict:
 Row = TypeVar("Row", Response, Verdict)
 
 
-def content_hash(*parts: str) -> str:
-  """SHA-256 of the parts, hex. Length prefixes keep parts from running over."""
-  digest = hashlib.sha256()
-  for part in parts:
-    data = part.encode()
-    digest.update(b"%d:" % len(data))
-    digest.update(data)
-  return digest.hexdigest()
+content_hash = hashing.content_hash
 
 
 def encode(row: Response | Verdict) -> bytes:

@@ -184,6 +184,7 @@ LEVELS = {
   "verify": 11,
   "reporting.differences": 0,
   "planning.lower_bound": 10,
+  "storage.hashing": -3,
 }
 
 # The only modules that may import a library; everything else stays plain JAX

@@ -12,13 +12,12 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import pathlib
 import shutil
 from collections.abc import Set
 from typing import Literal
 
-from dpo_jax.storage import atomic, strict_json
+from dpo_jax.storage import atomic, hashing, strict_json
 
 MANIFEST = "manifest.json"
 # A step being deleted: a killed deletion must not look like a damaged step.
@@ -89,8 +88,13 @@ def complete(
   """
   path = directory / str(step)
   files = _files(path)
+
+  def flushed(name):
+    atomic.sync(path / name)
+    return hashing.file_hash(path / name)
+
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    hashes = list(pool.map(lambda name: _sha256(path / name, sync=True), files))
+    hashes = list(pool.map(flushed, files))
   for folder in (*filter(pathlib.Path.is_dir, path.rglob("*")), path):
     atomic.sync(folder)
   manifest = {
@@ -126,7 +130,7 @@ def problem(directory: pathlib.Path, step: int) -> str:
     size = (path / name).stat().st_size
     if size != wanted[name]["bytes"]:
       return f"{name} has {size} bytes, not {wanted[name]['bytes']}"
-    if _sha256(path / name) != wanted[name]["sha256"]:
+    if hashing.file_hash(path / name) != wanted[name]["sha256"]:
       return f"{name} is not what was written"
     return ""
 
@@ -280,11 +284,3 @@ def _files(path: pathlib.Path) -> list[str]:
     for file in path.rglob("*")
     if not file.is_dir() and file != path / MANIFEST
   )
-
-
-def _sha256(path: pathlib.Path, sync: bool = False) -> str:
-  with path.open("rb") as file:
-    digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if sync:
-      os.fsync(file.fileno())
-  return digest
