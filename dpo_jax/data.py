@@ -12,7 +12,7 @@ from typing import Any, Literal
 from dpo_jax import batches, comparisons, sources
 from dpo_jax import tokenizer as tokenizer_lib
 from dpo_jax.rows import placement, profiles, tables, token_cache
-from dpo_jax.storage import buckets
+from dpo_jax.storage import remote
 
 # Kinds whose prompts are posts, which keep their start where they are cut, as
 # in the official DPO code; a dialogue keeps its end.
@@ -57,7 +57,7 @@ class DataSettings:
     for name in ("max_train", "max_eval"):
       if getattr(self, name) < 0:
         raise ValueError(f"data.{name}={getattr(self, name)} is negative")
-    buckets.refuse("data.token_cache", self.token_cache)
+    remote.refuse_address("data.token_cache", self.token_cache)
     if self.shapes < 1:
       raise ValueError(f"data.shapes={self.shapes} must be at least 1")
 

@@ -28,23 +28,27 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
 
-from dpo_jax import batches, hf, partitioning, steps
+from dpo_jax import batches, comparisons, hf, partitioning, steps
 from dpo_jax import tokenizer as tokenizer_lib
 from dpo_jax.interface import console, redaction
-from dpo_jax.rows import placement, profiles, scored_pairs, settling, tables
-from dpo_jax.storage import atomic, buckets
+from dpo_jax.rows import placement, profiles, settling, tables
+from dpo_jax.sources import files
+from dpo_jax.storage import atomic, remote
 
 # Rows are a multiple of this many tokens, so that near lengths share a shape.
 _ROW_MULTIPLE = 64
 
 # Shapes that are compiled at most.
 _SHAPES = 2
+
+# How many bad lines an error lists.
+_LISTED = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +107,7 @@ def run(settings: ScoreSettings) -> list[dict[str, Any]]:
       special token, or a setting does not fit the model; all before weights
       are read.
   """
-  buckets.refuse("output", settings.output)
+  remote.refuse_address("output", settings.output)
   output = pathlib.Path(settings.output)
   if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
     raise ValueError(f"output={output}: its directory cannot be written")
@@ -113,8 +117,8 @@ def run(settings: ScoreSettings) -> list[dict[str, Any]]:
   ):
     raise ValueError(f"output={output} must be a file other than the pairs")
   tokenizer = tokenizer_lib.load(settings.tokenizer or settings.model)
-  rows = scored_pairs.read(settings.pairs, tokenizer)
-  pairs, cut = scored_pairs.tokenized(settings, tokenizer, rows)
+  rows = read_pairs(settings.pairs, tokenizer)
+  pairs, cut = _tokenized(settings, tokenizer, rows)
   mesh = partitioning.make_mesh(-1, settings.fsdp, settings.tensor)
   policy, reference = _score_policy(settings, mesh, pairs)
   if settings.reference:
@@ -129,6 +133,94 @@ def run(settings: ScoreSettings) -> list[dict[str, Any]]:
   lines = (json.dumps(row, allow_nan=False) + "\n" for row in scored)
   atomic.write_text(output, "".join(lines))
   return scored
+
+
+def read_pairs(
+  path: str, tokenizer: tokenizer_lib.Tokenizer
+) -> list[comparisons.Comparison]:
+  """The comparisons of a file, all of them.
+
+  Raises:
+    ValueError: lines that cannot be scored, each with file, number and cause.
+  """
+  rows, bad = [], []
+  for where, raw in _lines(path):
+    try:
+      if isinstance(raw, ValueError):
+        raise raw
+      row = comparisons.parse(raw)
+      for name in ("prompt", "chosen", "rejected"):
+        if special := tokenizer.special_in(getattr(row, name)):
+          raise ValueError(f"{name} holds the special token {special!r}")
+      rows.append(row)
+    except ValueError as error:
+      bad.append(f"\n  {where}: {error}")
+  if bad:
+    more = len(bad) - _LISTED
+    listed = "".join(bad[:_LISTED]) + (f"\n  and {more} more" * (more > 0))
+    raise ValueError(
+      f"{len(bad)} lines cannot be scored; mend or remove them:{listed}"
+    )
+  if not rows:
+    raise ValueError(f"pairs={path} holds no row")
+  return rows
+
+
+def _lines(path: str) -> Iterator[tuple[str, Any]]:
+  """Where each row of a file stands, and the row or what is wrong with it."""
+  try:
+    local = remote.fetch_objects(path, ()) if remote.is_address(path) else path
+    yield from files.rows(pathlib.Path(local), {})
+  except OSError as error:
+    raise ValueError(f"pairs={path} cannot be read: {error}") from error
+
+
+def _tokenized(settings, tokenizer, rows) -> tuple[tables.Table, np.ndarray]:
+  """A table of pairs in order, and which of them were cut, bool [N].
+
+  Raises:
+    ValueError: tokenizer or lengths do not fit the model or its reference, or
+      a pair cannot be scored.
+  """
+  sizes = [hf.read_config(settings.model)]
+  if settings.reference:
+    sizes.append(hf.read_config(settings.reference))
+    own = pathlib.Path(settings.reference, "tokenizer.json")
+    if own.is_file() and tokenizer.backend.get_vocab() != (
+      tokenizer_lib.load(own.parent).backend.get_vocab()
+    ):
+      raise ValueError(
+        f"reference={settings.reference} has another tokenizer than the model;"
+        " its log-probs cannot be compared"
+      )
+  room = min(config.max_positions for config in sizes)
+  vocabulary = min(config.vocab_size for config in sizes)
+  if tokenizer.vocab_size > vocabulary:
+    raise ValueError(
+      f"the tokenizer has {tokenizer.vocab_size} tokens, but the model or its"
+      f" reference has vocab_size={vocabulary}; give the model's own tokenizer"
+    )
+  max_length = settings.max_length or room
+  if max_length > room:
+    raise ValueError(
+      f"max_length={max_length} is more than the model's {room} positions"
+    )
+  half = 0 if settings.profile == "trl" else max_length // 2
+  found = profiles.tokenize(
+    tokenizer,
+    rows,
+    profile=settings.profile,
+    max_length=max_length,
+    max_prompt_length=settings.max_prompt_length or half,
+  )
+  if len(found.table) < len(rows):
+    kept = set(found.table.ids)
+    lost = [row.id for row in rows if row.id not in kept]
+    raise ValueError(
+      f"pairs={settings.pairs}: {len(lost)} pairs cannot be scored"
+      f" ({found.counts}), the first is {lost[0]}; mend or remove them"
+    )
+  return found.table, found.cut
 
 
 def _load(settings: ScoreSettings, path: str, mesh: Any):

@@ -21,12 +21,21 @@ import reported
 import sourcing
 import tiny
 
-from dpo_jax import comparisons, hf, metrics, model, records, tokenizer, verify
+from dpo_jax import (
+  comparisons,
+  hf,
+  metrics,
+  model,
+  records,
+  score,
+  tokenizer,
+  verify,
+)
 from dpo_jax.answering import answer_files
 from dpo_jax.judging import batch_api, prompts, verdicts
 from dpo_jax.mirror import contents
 from dpo_jax.reporting import compose
-from dpo_jax.rows import scored_pairs, tables, token_cache
+from dpo_jax.rows import tables, token_cache
 from dpo_jax.running import guards, reference
 from dpo_jax.storage import row_store, rundir, step_files, strict_json
 from dpo_jax.weights import safetensors_files
@@ -516,7 +525,7 @@ READERS = {
   "pairs to score": Reader(
     "lines",
     lambda f: [b"".join(f.hh)],
-    lambda f, data: scored_pairs.read(
+    lambda f, data: score.read_pairs(
       str(f.put("score.jsonl", data)), f.tokenizer
     ),
   ),

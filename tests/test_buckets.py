@@ -15,11 +15,10 @@ import running
 from etils.epath import backend
 from fsspec.implementations import memory
 
-from dpo_jax import hf, sources, tokenizer
+from dpo_jax import hf, score, sources, tokenizer
 from dpo_jax.answering import answer_files
 from dpo_jax.interface import cli
-from dpo_jax.rows import scored_pairs
-from dpo_jax.storage import buckets, remote
+from dpo_jax.storage import remote
 
 HERE = "gs://bucket/files"
 
@@ -96,8 +95,7 @@ def test_models_tokenizers_and_data_are_those_of_the_files(bucket, files):
   assert len(hashes) == 1
   pairs = sources.read_file(f"{HERE}/train.jsonl")
   assert pairs.rows == sources.read_file(str(files / "train.jsonl")).rows
-  rows = [row for _, row in scored_pairs.lines(f"{HERE}/train.jsonl")]
-  assert len(rows) == 30
+  assert len(score.read_pairs(f"{HERE}/train.jsonl", words)) == 30
 
 
 def test_an_object_is_copied_again_only_when_it_changed(bucket):
@@ -105,15 +103,15 @@ def test_an_object_is_copied_again_only_when_it_changed(bucket):
   bucket.pipe_file(f"{HERE}/b.json", b"2")
   bucket.pipe_file(f"{HERE}/deep/c.json", b"3")
   for _ in range(2):
-    path = buckets.fetch(HERE, ["*.json"])
+    path = remote.fetch_objects(HERE, ["*.json"])
     assert {p.name for p in path.iterdir()} == {"a.json", "b.json"}
   assert sorted(Bucket.opened) == ["a.json", "b.json"]
   bucket.pipe_file(f"{HERE}/a.json", b"11")
   bucket.rm(f"{HERE}/b.json")
-  path = buckets.fetch(HERE, ["*.json"])
+  path = remote.fetch_objects(HERE, ["*.json"])
   assert [p.read_bytes() for p in path.iterdir()] == [b"11"]
   assert sorted(Bucket.opened) == ["a.json", "a.json", "b.json"]
-  path = buckets.fetch(HERE, ["*.json"], deep=True)
+  path = remote.fetch_objects(HERE, ["*.json"], deep=True)
   assert (path / "deep" / "c.json").read_bytes() == b"3"
 
 
@@ -124,7 +122,7 @@ def test_a_copy_that_is_cut_is_never_taken(bucket, monkeypatch):
     Bucket, "info", lambda self, path: whole(self, path) | {"size": 6}
   )
   with pytest.raises(ValueError, match="has 6 bytes, but 5 came"):
-    buckets.fetch(f"{HERE}/a.json", ())
+    remote.fetch_objects(f"{HERE}/a.json", ())
   left = pathlib.Path.home().rglob("*.json*")
   assert [path for path in left if path.is_file()] == []
 
@@ -156,7 +154,7 @@ def test_nothing_is_written_to_a_bucket(bucket, files, tmp_path):
     lambda: cli._directory("gs://bucket/run"),
     lambda: config(**{"data.token_cache": "gs://bucket/cache"}),
     lambda: config(reference_cache="gs://bucket/cache"),
-    lambda: buckets.refuse("output", "s3://bucket/x"),
+    lambda: remote.refuse_address("output", "s3://bucket/x"),
   ):
     with pytest.raises(ValueError, match="neither locks nor renames"):
       call()

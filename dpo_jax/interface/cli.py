@@ -25,7 +25,7 @@ from dpo_jax.interface import (
   errors,
   redaction,
 )
-from dpo_jax.storage import buckets
+from dpo_jax.storage import remote
 
 Main = Callable[..., int]
 
@@ -96,7 +96,7 @@ _FLAGS = {
 
 def _directory(name: str) -> pathlib.Path:
   """The path of --workdir; ValueError if no file system could hold it."""
-  buckets.refuse("--workdir", name)
+  remote.refuse_address("--workdir", name)
   path = pathlib.Path(name).absolute()
   parts = [part.encode("utf-8", "surrogateescape") for part in path.parts]
   if "\0" in name or max(map(len, parts)) > 255:

@@ -16,7 +16,7 @@ from dpo_jax import (
 )
 from dpo_jax.mirror import objects
 from dpo_jax.running import guards
-from dpo_jax.storage import buckets, step_files
+from dpo_jax.storage import remote, step_files
 
 # What a checkpoint has in common with the run that goes on from it, beside its
 # config.
@@ -225,7 +225,7 @@ class TrainSettings:
         f"precompute_reference=True with objective={self.objective!r}: only DPO"
         " has a reference; set it to False"
       )
-    buckets.refuse("reference_cache", self.reference_cache)
+    remote.refuse_address("reference_cache", self.reference_cache)
     if self.checkpoint_bucket:
       try:
         objects.split(self.checkpoint_bucket)

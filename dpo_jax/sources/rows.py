@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from dpo_jax.sources import files, hub
-from dpo_jax.storage import buckets, remote
+from dpo_jax.storage import remote
 
 _DATA = ("*.jsonl", "*.jsonl.gz", "*.json", "*.parquet")
 
@@ -38,8 +38,8 @@ def read(
   Raises:
     ValueError: nothing is there, or it cannot be read.
   """
-  if buckets.is_address(path):
-    path = str(buckets.fetch(path, _DATA, deep=True))
+  if remote.is_address(path):
+    path = str(remote.fetch_objects(path, _DATA, deep=True))
   local = pathlib.Path(path)
   if path and local.is_file():
     if subsets:

@@ -1,20 +1,29 @@
-"""Models by name: a directory, user/name@revision on the hub, or gs://...
+"""Local copies of models and data of the Hugging Face hub and of gs://.
 
-What is fetched is weights in safetensors, JSON, and a tokenizer's word lists,
-never code and never a pickle, and only the repository's top folder. Everything
-that is read afterwards is a local file, held to the same checks as any other.
+A model is named by a directory, user/name@revision on the hub, or an address
+gs://bucket/path. What is fetched of it is weights in safetensors, JSON, and a
+tokenizer's word lists, never code and never a pickle, and only the repository's
+top folder. Everything that is read afterwards is a local file, mapped and held
+to the same checks as any other.
+
+An object of a bucket is copied into ~/.cache/dpo_jax/buckets, and again only
+when its size or its time of change is another.
 """
 
 import contextlib
 import difflib
+import fnmatch
+import hashlib
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from dpo_jax.storage import buckets
+from dpo_jax.storage import atomic
 
+_SCHEME = "gs://"
 # user/name, or a name of the hub's own such as "gpt2"; and a revision of it: a
 # branch, a tag or a commit.
 _ID = re.compile(r"(\w[\w.-]*(?:/[\w.-]+)?)(?:@(\w[\w./-]*))?")
@@ -23,6 +32,14 @@ _WEIGHTS = "*.safetensors"
 # A repository of a user.
 _USER = re.compile(r"\w[\w.-]*/[\w.-]{1,96}")
 _STEP = re.compile(r"step-(\d+)")
+_MEND_HUB = (
+  "it is no local directory, so check the name, the revision, the network and"
+  " HF_HUB_OFFLINE, and HF_TOKEN if it is private"
+)
+_MEND_BUCKET = (
+  "it needs the extra gcs (pip install 'dpo-jax[gcs]') and credentials of"
+  " Google Cloud, or copy it to this machine: gcloud storage cp -r"
+)
 
 
 def split(name: str) -> tuple[str, str | None]:
@@ -80,13 +97,13 @@ def fetch(path: str | os.PathLike, *, weights: bool = True) -> pathlib.Path:
   if name and pathlib.Path(name).is_dir():
     return pathlib.Path(name)
   wanted = [*_WORDS, *([_WEIGHTS] if weights else [])]
-  if buckets.is_address(name):
-    return buckets.fetch(name, wanted)
+  if is_address(name):
+    return fetch_objects(name, wanted)
   repo, revision = split(name)
   refuse_missing(name)
   import huggingface_hub
 
-  with _reachable(name):
+  with _reachable(name, _MEND_HUB):
     directory = huggingface_hub.snapshot_download(
       repo,
       revision=revision,
@@ -113,8 +130,8 @@ def steps(path: str) -> list[tuple[int, str]]:
       if match and child.is_dir():
         found.append((int(match[1]), str(child)))
     return sorted(found)
-  if buckets.is_address(path):
-    for name in buckets.folders(path):
+  if is_address(path):
+    for name in _folders(path):
       if match := _STEP.fullmatch(name):
         found.append((int(match[1]), f"{path.rstrip('/')}/{name}"))
     return sorted(found)
@@ -122,7 +139,7 @@ def steps(path: str) -> list[tuple[int, str]]:
     return []
   import huggingface_hub
 
-  with _reachable(path):
+  with _reachable(path, _MEND_HUB):
     refs: Any = huggingface_hub.HfApi().list_repo_refs(path)
   for branch in refs.branches:
     if match := _STEP.fullmatch(branch.name):
@@ -130,15 +147,120 @@ def steps(path: str) -> list[tuple[int, str]]:
   return sorted(found)
 
 
+def is_address(name: str) -> bool:
+  """Whether a name is gs://bucket/path."""
+  return name.startswith(_SCHEME)
+
+
+def refuse_address(what: str, name: str) -> None:
+  """Refuses an address where something is to be written.
+
+  A run's directory needs locks, renames and appends.
+
+  Raises:
+    ValueError: `name`, the value of `what`, has a scheme.
+  """
+  if "://" in name:
+    raise ValueError(
+      f"{what}={name!r}: an object store has neither locks nor renames, which"
+      " keep these files whole. Name a directory of this machine, or of a file"
+      " system that its hosts share, and copy from it: gcloud storage rsync -r"
+      " DIR gs://..."
+    )
+
+
+def fetch_objects(
+  address: str, patterns: Sequence[str], *, deep: bool = False
+) -> pathlib.Path:
+  """A local copy of an object, or of those of a folder that are wanted.
+
+  Args:
+    address: gs://bucket/path of one object or of a folder.
+    patterns: which names of a folder are wanted, such as "*.json".
+    deep: whether those of its folders are, too.
+
+  Returns:
+    The copy; a folder's holds what the folder holds now, and nothing else.
+
+  Raises:
+    ValueError: there is no such thing, or it was not copied.
+  """
+  digest = hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:16]
+  copies = pathlib.Path.home() / ".cache" / "dpo_jax" / "buckets" / digest
+  with _reachable(address, _MEND_BUCKET):
+    source = _open(address)
+    if source.is_file():
+      _copy(source, copies / source.name)
+      return copies / source.name
+    names = {}
+    for file in _files(source, deep):
+      if any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns):
+        names[_relative(file, source)] = file
+    if not names:
+      raise FileNotFoundError(f"no object like {', '.join(patterns)}")
+    for name, file in names.items():
+      _copy(file, copies / name)
+  for left in copies.rglob("*"):
+    if left.is_file() and str(left.relative_to(copies)) not in names:
+      left.unlink()
+  return copies
+
+
+def _folders(address: str) -> list[str]:
+  """The names of a folder's folders; [] if it is none."""
+  with _reachable(address, _MEND_BUCKET):
+    source = _open(address)
+    if not source.is_dir():
+      return []
+    return sorted(path.name for path in source.iterdir() if path.is_dir())
+
+
+def _open(address: str) -> Any:
+  from etils import epath
+
+  return epath.Path(address)
+
+
+def _files(source: Any, deep: bool) -> Iterable[Any]:
+  for path in source.iterdir():
+    if path.is_file():
+      yield path
+    elif deep and path.is_dir():
+      yield from _files(path, deep)
+
+
+def _relative(file: Any, source: Any) -> str:
+  """A file's name below a folder; an object may be called anything."""
+  name = pathlib.PurePosixPath(os.fspath(file)).relative_to(os.fspath(source))
+  if ".." in name.parts or "\0" in str(name):
+    raise ValueError(f"the object {str(name)!r} would leave the folder")
+  return str(name)
+
+
+def _copy(source: Any, target: pathlib.Path) -> None:
+  """Copies an object, unless the copy is of the same size and time."""
+  about = source.stat()
+  changed = float(about.mtime or 0)
+  if target.is_file():
+    found = target.stat()
+    if (found.st_size, int(found.st_mtime)) == (about.length, int(changed)):
+      return
+  target.parent.mkdir(parents=True, exist_ok=True)
+  with atomic.replacing(target) as staged:
+    with source.open("rb") as reader, staged.open("wb") as writer:
+      shutil.copyfileobj(reader, writer, 2**20)
+    if (size := staged.stat().st_size) != about.length:
+      raise OSError(f"{source} has {about.length} bytes, but {size} came")
+  os.utime(target, (changed, changed))
+
+
 @contextlib.contextmanager
-def _reachable(name: str) -> Iterator[None]:
-  """Turns the hub's many errors into one that says what to do."""
+def _reachable(name: str, mend: str) -> Iterator[None]:
+  """Turns the errors of many libraries into one that says what to do."""
   try:
     yield
   # The client's, the network's, the disk's: no list of them would be whole.
   except Exception as error:
     raise ValueError(
-      f"{name!r} is not a local directory, and was not fetched from the hub"
-      f" ({type(error).__name__}); check the name, the revision, the network"
-      " and HF_HUB_OFFLINE, and HF_TOKEN if it is private"
+      f"{name!r} was not fetched ({type(error).__name__}: {error}); {mend}"
     ) from error
