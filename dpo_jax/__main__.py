@@ -17,7 +17,6 @@ _MODULES = (
   "score",
   "plan",
   "inspect_data",
-  "winrates",
   "checkpoint",
   "mirror",
   "hub",

@@ -11,13 +11,13 @@ import subprocess
 import sys
 
 import pytest
+import readers
 import test_console
 
 from dpo_jax import __main__, hub, report, score, verify
 from dpo_jax.checkpoint import __main__ as checkpoint
 from dpo_jax.interface import console
 from dpo_jax.mirror import __main__ as mirror
-from dpo_jax.winrates import __main__ as winrates
 
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "commands.md"
 mode = test_console.mode
@@ -26,7 +26,6 @@ mode = test_console.mode
 COMMANDS = {
   "report": report.main,
   "verify": verify.main,
-  "winrates": winrates.main,
   "checkpoint": checkpoint.main,
   "mirror": mirror.main,
   "hub": hub.main,
@@ -35,14 +34,10 @@ COMMANDS = {
 REFUSED = {
   "report": ("nowhere",),
   "verify": ("nowhere",),
-  "winrates": ("--plan", "--power=2"),
   "checkpoint": ("list", "nowhere"),
   "mirror": ("list", "nowhere"),
   "hub": ("nowhere", "--repo=a/b"),
   "score": ("--model=m", "--pairs=p", "--output=nowhere/x"),
-}
-DONE = {
-  "winrates": ("--plan", "--prompts=150"),
 }
 
 
@@ -85,12 +80,18 @@ def test_wrong_flags_are_code_2(name, monkeypatch):
   assert error.value.code == 2
 
 
-@pytest.mark.parametrize("name", DONE)
-def test_a_result_is_code_0_and_json(name, mode, monkeypatch, capsys):
-  assert call(name, (*DONE[name], "--log=json"), monkeypatch) == 0
+@pytest.fixture
+def results(tmp_path):
+  """A directory of one result file that agrees with its rows."""
+  (tmp_path / "eval_one.json").write_text(json.dumps(readers.EVAL))
+  return str(tmp_path)
+
+
+def test_a_result_is_code_0_and_json(mode, monkeypatch, capsys, results):
+  assert call("verify", (results, "--log=json"), monkeypatch) == 0
   said = capsys.readouterr()
-  (line,) = said.out.splitlines()
-  assert json.loads(line)["event"] == "result"
+  lines = [json.loads(line) for line in said.out.splitlines()]
+  assert {line["event"] for line in lines} == {"result"}
 
 
 def test_a_check_that_fails_is_code_1(monkeypatch, capsys, shared):
@@ -108,16 +109,14 @@ def test_an_unknown_command_is_code_2(monkeypatch, capsys):
   assert "train, sample, judge" in capsys.readouterr().out
 
 
-def test_a_command_by_its_name(monkeypatch, capsys):
-  monkeypatch.setattr(
-    sys, "argv", ["dpo-jax", "winrates", "--plan", "--prompts=150"]
-  )
+def test_a_command_by_its_name(monkeypatch, capsys, results):
+  monkeypatch.setattr(sys, "argv", ["dpo-jax", "verify", results])
   # As a new process would import it.
-  monkeypatch.delitem(sys.modules, "dpo_jax.winrates.__main__")
+  monkeypatch.delitem(sys.modules, "dpo_jax.verify")
   with pytest.raises(SystemExit) as error:
     __main__.main()
   assert error.value.code == 0
-  assert "With 150 prompts" in capsys.readouterr().out
+  assert "0 of 1 files disagree" in capsys.readouterr().out
 
 
 def test_help_may_be_read_in_part():

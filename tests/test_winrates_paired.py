@@ -1,10 +1,8 @@
-"""Differences, slopes, controls, lengths and plans, each by hand."""
+"""Differences, slopes, controls and lengths, each by hand."""
 
 import dataclasses
 import itertools
 import math
-import subprocess
-import sys
 
 import judged
 import numpy as np
@@ -13,13 +11,7 @@ import scipy.optimize
 import scipy.special
 import scipy.stats
 
-from dpo_jax.winrates import (
-  __main__,
-  controls,
-  lengths,
-  paired,
-  planning,
-)
+from dpo_jax.winrates import controls, lengths, paired
 
 SETTINGS = {"seed": 0, "resamples": 500}
 
@@ -320,126 +312,6 @@ def test_length_control_takes_the_effect_of_length_away():
   (row,) = lengths.length_controlled(calls)
   assert sum(c.verdict == "model" for c in calls) / 2000 > 0.55
   assert row.low < scipy.special.expit(-0.4) < row.high < 0.5
-
-
-def plan(**changes):
-  values = {
-    "confidence": 0.95,
-    "power": 0.8,
-    "rate": 0.5,
-    "split": 0.0,
-    "discordant": 0.4,
-    "tests": 1,
-  }
-  return planning.Plan(**values | changes)
-
-
-def test_plans_by_hand():
-  # 1.96 * sqrt(.25 / 150) and its inverse.
-  assert planning.half_width(plan(), 150) == pytest.approx(0.0800, abs=1e-4)
-  assert planning.prompts_for_width(plan(), 0.08) == 151
-  # A fifth of split verdicts takes .05 off the variance of .25.
-  assert planning.half_width(plan(split=0.2), 150) == pytest.approx(
-    1.959964 * math.sqrt(0.2 / 150), rel=1e-6
-  )
-  # (1.96 * .5 + .8416 * sqrt(.6 * .4))^2 / .1^2 = 193.9.
-  assert planning.prompts_against_half(plan(), 0.1) == 194
-  # n = (1.96 * sqrt(.4) + .8416 * sqrt(.4 - .01))^2 / .01 = 311.9 (Connor), and
-  # n / 4 * (1 + sqrt(1 + 4 / (n * .1)))^2 = 331.6 (Fleiss, Tytun and Ury).
-  assert planning.prompts_for_difference(plan(), 0.1) == 332
-  # At the first step of Holm's four tests 2.4977 stands for 1.96: 443.2.
-  assert planning.prompts_for_difference(plan(tests=4), 0.1) == 464
-
-
-def test_what_can_be_detected_is_the_inverse():
-  for n in (50, 150, 1000):
-    effect = planning.detectable_difference(plan(), n)
-    assert planning.prompts_for_difference(plan(), effect) == n
-    effect = planning.detectable_against_half(plan(split=0.1), n)
-    assert planning.prompts_against_half(plan(split=0.1), effect) == n
-  assert math.isnan(planning.detectable_difference(plan(discordant=0.05), 5))
-
-
-def test_the_planned_prompts_have_the_power_that_is_said():
-  n, effect = planning.prompts_against_half(plan(), 0.1), 0.1
-  wins = np.arange(n + 1)
-  low = np.asarray(
-    [scipy.stats.binomtest(int(w), n).pvalue < 0.05 for w in wins]
-  )
-  power = scipy.stats.binom.pmf(wins, n, 0.5 + effect)[low].sum()
-  # The exact test is a little more careful than the formula.
-  assert 0.74 < power < 0.83
-
-
-@pytest.mark.parametrize("tests", [1, 4])
-@pytest.mark.parametrize(
-  ("discordant", "effect"), [(0.3, 0.1), (0.4, 0.1), (0.4, 0.2), (0.6, 0.15)]
-)
-def test_mcnemars_exact_test_has_the_power_that_is_said(
-  discordant, effect, tests
-):
-  planned = plan(discordant=discordant, tests=tests)
-  n = planning.prompts_for_difference(planned, effect)
-  ours = (discordant + effect) / 2 / discordant
-  power = 0.0
-  for pairs in range(n + 1):
-    share = scipy.stats.binom.pmf(pairs, n, discordant)
-    if share < 1e-9:
-      continue
-    wins = np.arange(pairs + 1)
-    tail = scipy.stats.binom.cdf(np.minimum(wins, pairs - wins), pairs, 0.5)
-    sure = np.minimum(1, 2 * tail) < 0.05 / tests
-    power += share * scipy.stats.binom.pmf(wins, pairs, ours)[sure].sum()
-  assert 0.795 < power < 0.84
-
-
-@pytest.mark.parametrize(
-  ("changes", "message"),
-  [
-    ({"confidence": 1}, "confidence=1"),
-    ({"power": 0.0}, "power=0"),
-    ({"rate": 0.1, "split": 0.3}, r"split=0.3 must be in \[0, 0.2\)"),
-    ({"discordant": 0}, "discordant=0"),
-    ({"tests": 0}, "tests=0"),
-  ],
-)
-def test_plans_out_of_range_are_refused(changes, message):
-  with pytest.raises(ValueError, match=message):
-    plan(**changes)
-
-
-def test_effects_out_of_range_are_refused():
-  with pytest.raises(ValueError, match="effect=5"):
-    planning.prompts_for_width(plan(), 5)
-  with pytest.raises(ValueError, match=r"at most discordant=0\.4"):
-    planning.prompts_for_difference(plan(), 0.5)
-  with pytest.raises(ValueError, match=r"effect=0\.5 must be below"):
-    planning.prompts_against_half(plan(split=0.1), 0.5)
-  with pytest.raises(ValueError, match="prompts=1"):
-    planning.half_width(plan(), 1)
-
-
-def test_the_planner_prints_its_numbers(capsys):
-  arguments = ["--plan", "--split=0", "--prompts=150", "--effect=0.1"]
-  assert __main__.main(arguments) == 0
-  text = capsys.readouterr().out
-  assert "about +-8.0 points" in text
-  assert "as distance from 50%, 80% power: 194" in text
-  assert "as difference of two models, 80% power: 332" in text
-  assert __main__.main(["--plan", "--effect=2"]) == 2
-  assert "error: effect=2.0 must be in (0, 1)" in capsys.readouterr().err
-
-
-def test_the_planner_is_a_command():
-  done = subprocess.run(
-    [sys.executable, "-m", "dpo_jax.winrates", "--plan", "--tests=4"],
-    capture_output=True,
-    text=True,
-    timeout=120,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr
-  assert "Holm over 4" in done.stdout
 
 
 def test_rates_by_length_are_those_of_groups_of_prompts():

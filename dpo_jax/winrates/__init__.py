@@ -2,8 +2,7 @@
 
 What stands here is what other modules use; the rest by submodule: `calls`
 which calls count, `intervals`, `rates` a table's rows, `controls` the judge's
-own record, `paired` differences, `lengths` rates at equal length, and
-`planning` sizes beforehand (`python -m dpo_jax.winrates --plan`).
+own record, `paired` differences, and `lengths` rates at equal length.
 """
 
 from dpo_jax.winrates import calls, controls, intervals, rates
