@@ -12,7 +12,7 @@ import reported
 
 from dpo_jax import figures, winrates
 from dpo_jax.figures import house, layout, runs
-from dpo_jax.winrates import lengths
+from dpo_jax.winrates import rates
 
 # Machado, Oliveira and Fernandes, A physiologically-based model for simulation
 # of color vision deficiency, 2009: severity 1.0, on linear RGB.
@@ -152,8 +152,8 @@ def test_accuracy_has_a_wilson_interval(monkeypatch):
 
 def test_lengths_are_drawn_where_they_are(monkeypatch):
   bins = [
-    lengths.LengthBin("dpo", 0.75, -20.0, 10, 0.25, 0.1, 0.5),
-    lengths.LengthBin("dpo", 0.75, 30.0, 10, 0.75, 0.5, 0.9),
+    rates.LengthBin("dpo", 0.75, -20.0, 10, 0.25, 0.1, 0.5),
+    rates.LengthBin("dpo", 0.75, 30.0, 10, 0.75, 0.5, 0.9),
   ]
   (axes,) = drawn(monkeypatch, figures.win_rate_by_length, bins)
   (bars,) = axes.containers

@@ -96,7 +96,6 @@ LEVELS = {
   "synthetic": 3,
   "world.synthetic_answers": 2,
   "world.synthetic_claims": 2,
-  "winrates.lengths": 1,
   "winrates.rates": 1,
   "answering.answer_files": 2,
   "answering.answer_table": 2,
@@ -203,8 +202,8 @@ CONFINED = {
   "scipy": {
     "winrates.controls",
     "winrates.intervals",
-    "winrates.lengths",
     "winrates.paired",
+    "winrates.rates",
   },
   "tensorboardX": {"trackers"},
   "tensorstore": {"mirror.objects"},

@@ -11,7 +11,7 @@ import scipy.optimize
 import scipy.special
 import scipy.stats
 
-from dpo_jax.winrates import controls, lengths, paired
+from dpo_jax.winrates import controls, paired, rates
 
 SETTINGS = {"seed": 0, "resamples": 500}
 
@@ -244,7 +244,7 @@ def test_two_lengths_give_the_mean_of_the_log_odds():
     *[length_call(f"l{i}", i < 15, 140) for i in range(20)],
     *[length_call(f"s{i}", i < 8, 60) for i in range(20)],
   ]
-  (row,) = lengths.length_controlled(calls)
+  (row,) = rates.length_controlled(calls)
   odds = [math.log(15 / 5), math.log(8 / 12)]
   assert row.scale == pytest.approx(40)
   assert row.rate == pytest.approx(scipy.special.expit(sum(odds) / 2))
@@ -271,7 +271,7 @@ def test_the_logistic_fit_equals_scipy():
   gaps = generator.normal(0.3, 1, size=150)
   scores = generator.choice([0, 0.5, 1], size=150)
   scores[gaps > 1] = 1
-  intercept, slope, error = lengths.fit_logistic(gaps, scores)
+  intercept, slope, error = rates.fit_logistic(gaps, scores)
 
   def loss(weights):
     odds = weights[0] + weights[1] * np.tanh(gaps)
@@ -285,7 +285,7 @@ def test_the_logistic_fit_equals_scipy():
   refits = []
   for _ in range(400):
     drawn = generator.integers(150, size=150)
-    refits.append(lengths.fit_logistic(gaps[drawn], scores[drawn])[0])
+    refits.append(rates.fit_logistic(gaps[drawn], scores[drawn])[0])
   assert error == pytest.approx(np.std(refits), rel=0.15)
 
 
@@ -294,9 +294,9 @@ def test_length_says_nothing_where_scores_do_not_determine_it():
   one_length = [length_call(f"p{i}", i % 2, 120) for i in range(20)]
   apart = [length_call(f"p{i}", i >= 10, 90 + i) for i in range(20)]
   for calls in (all_won, one_length, apart, all_won[:2]):
-    (row,) = lengths.length_controlled(calls)
+    (row,) = rates.length_controlled(calls)
     assert math.isnan(row.rate)
-  (row,) = lengths.length_controlled([judged.call("missing")])
+  (row,) = rates.length_controlled([judged.call("missing")])
   assert row.n == 0
 
 
@@ -309,7 +309,7 @@ def test_length_control_takes_the_effect_of_length_away():
     for i, (gap, chance) in enumerate(zip(gaps, truth))
   ]
   calls = [dataclasses.replace(row, chosen_chars=500) for row in calls]
-  (row,) = lengths.length_controlled(calls)
+  (row,) = rates.length_controlled(calls)
   assert sum(c.verdict == "model" for c in calls) / 2000 > 0.55
   assert row.low < scipy.special.expit(-0.4) < row.high < 0.5
 
@@ -330,7 +330,7 @@ def test_rates_by_length_are_those_of_groups_of_prompts():
   ]
   others = judged.both("model", "model", "p00", temperature=1.0)
   others += judged.both("model", "model", "p00", temperature=0.7, step=50)
-  bins = lengths.by_length([*rows, *others], confidence=0.95)
+  bins = rates.by_length([*rows, *others], confidence=0.95)
   # Five groups would have 8 prompts each; four have 10.
   assert [b.n for b in bins] == [10] * 4
   assert [b.difference for b in bins] == [-15.5, -5.5, 4.5, 14.5]
@@ -341,4 +341,4 @@ def test_rates_by_length_are_those_of_groups_of_prompts():
     interval = scipy.stats.binomtest(wins, 10).proportion_ci(0.95, "wilson")
     assert (found.low, found.high) == pytest.approx(interval, abs=1e-12)
   with pytest.raises(ValueError, match="confidence"):
-    lengths.by_length(rows, confidence=1.0)
+    rates.by_length(rows, confidence=1.0)

@@ -38,7 +38,7 @@ class Rate(Estimate, Protocol):
 
 
 class Bin(Estimate, Protocol):
-  """What is drawn of the rate at some lengths; `lengths.LengthBin` has it."""
+  """What is drawn of the rate at some lengths; `winrates.rates` has it."""
 
   @property
   def difference(self) -> float: ...

@@ -16,7 +16,8 @@ from dpo_jax import metrics, records, winrates
 from dpo_jax.judging import questions
 from dpo_jax.judging import verdicts as parser
 from dpo_jax.storage import strict_json
-from dpo_jax.winrates import controls, intervals, lengths, paired
+from dpo_jax.winrates import controls, intervals, paired
+from dpo_jax.winrates import rates as rates_lib
 
 _MAX_ROWS_BYTES = 4 * 2**30
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -118,8 +119,8 @@ class Material:
   controls: controls.Controls
   differences: list[paired.Difference]
   slopes: list[paired.Slope]
-  lengths: list[lengths.LengthControlled]
-  by_length: list[lengths.LengthBin]
+  lengths: list[rates_lib.LengthControlled]
+  by_length: list[rates_lib.LengthBin]
   odd: list[records.Verdict]
 
   @property
@@ -171,8 +172,10 @@ def read(settings: ReportSettings, workdir: str | os.PathLike) -> Material:
     controls=controls.controls(every, **sizes),
     differences=paired.differences(ordinary, **sizes),
     slopes=paired.slopes(ordinary, **sizes),
-    lengths=lengths.length_controlled(ordinary, confidence=settings.confidence),
-    by_length=lengths.by_length(ordinary, confidence=settings.confidence),
+    lengths=rates_lib.length_controlled(
+      ordinary, confidence=settings.confidence
+    ),
+    by_length=rates_lib.by_length(ordinary, confidence=settings.confidence),
     odd=odd(every),
   )
 

@@ -1,8 +1,8 @@
 """Win rates against the dataset's chosen answers, from judge calls.
 
 What stands here is what other modules use; the rest by submodule: `calls`
-which calls count, `intervals`, `rates` a table's rows, `controls` the judge's
-own record, `paired` differences, and `lengths` rates at equal length.
+which calls count, `intervals`, `rates` a table's rows and rates at equal
+length, `controls` the judge's own record, and `paired` differences.
 """
 
 from dpo_jax.winrates import calls, controls, intervals, rates

@@ -47,8 +47,18 @@ def check(resamples: int, confidence: float) -> None:
       f"resamples={resamples} must be at least {MIN_RESAMPLES}: fewer do not"
       " find the ends of an interval"
     )
+  check_confidence(confidence)
+
+
+def check_confidence(confidence: float) -> None:
+  """ValueError unless it is in (0, 1)."""
   if not 0 < confidence < 1:
     raise ValueError(f"confidence={confidence} must be in (0, 1)")
+
+
+def normal_quantile(confidence: float) -> float:
+  """Half the width of a two-sided interval, in standard errors."""
+  return float(special.ndtri(0.5 + confidence / 2))
 
 
 def wilson(
@@ -68,8 +78,7 @@ def wilson(
     raise ValueError(f"successes={successes} must be in [0, n={n}]")
   if n == 0:
     return 0.0, 1.0
-  z = float(special.ndtri(0.5 + confidence / 2))
-  return _score_interval(successes / n, n, z)
+  return _score_interval(successes / n, n, normal_quantile(confidence))
 
 
 def effective_wilson(
@@ -96,24 +105,6 @@ def effective_wilson(
     return wilson(mean * n, n, confidence=confidence)
   quantile = float(special.stdtrit(n - 1, 0.5 + confidence / 2))
   return _score_interval(mean, mean * (1 - mean) / variance * n, quantile)
-
-
-def percentile(
-  units: Sequence[float] | np.ndarray,
-  *,
-  seed: int,
-  resamples: int,
-  confidence: float,
-) -> tuple[float, float]:
-  """Percentile bootstrap interval of the mean of prompts' scores, [n].
-
-  References:
-    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 13.
-  """
-  means = resampled_means(units, seed=seed, resamples=resamples)
-  tail = (1 - confidence) / 2
-  low, high = np.quantile(means, [tail, 1 - tail])
-  return float(low), float(high)
 
 
 def bca(
