@@ -181,24 +181,31 @@ def test_going_on_after_sigkill_gives_the_same_file(
   assert path.read_bytes() == whole.read_bytes()
   # No answer that was there is generated again.
   assert len(entered) == 12 - committed
-  seconds = path.with_suffix(".seconds").read_text().splitlines()
-  assert len(seconds) >= 12
-  assert all(json.loads(line)["seconds"] >= 0 for line in seconds)
 
 
 @pytest.mark.parametrize(
-  ("over", "devices", "answered"),
+  ("over", "devices", "begun", "answered"),
   [
     # Each answers three of the six prompts, with as many devices as here: the
     # same shapes, so the same roundings.
-    ("process", "8", "6/6 answers"),
+    ("process", "8", False, "6/6 answers"),
+    # Two answers are there, and a part of one: the first has five to give.
+    pytest.param("process", "8", True, "7/7 answers", marks=pytest.mark.slow),
     # Both answer all of them, with half of these devices each.
-    pytest.param("all", "4", "12/12 answers", marks=pytest.mark.slow),
+    pytest.param("all", "4", True, "12/12 answers", marks=pytest.mark.slow),
   ],
 )
 def test_two_processes_write_what_one_writes(
-  world, whole, tmp_path, over, devices, answered
+  world, whole, tmp_path, over, devices, begun, answered
 ):
+  directory = tmp_path / "run" / "responses"
+  if begun:
+    directory.mkdir(parents=True)
+    origin = whole.with_suffix(".json").read_bytes()
+    (directory / "sft.json").write_bytes(origin)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    (directory / "sft.jsonl").write_bytes(lines[0])
+    (directory / "sft@1.part").write_bytes(lines[11] + lines[10][:30])
   (tmp_path / "config.py").write_text(running.CONFIG)
   values = world.values | {"mesh_over": over}
   (tmp_path / "config.json").write_text(json.dumps(values))
@@ -227,32 +234,30 @@ def test_two_processes_write_what_one_writes(
   ]
   said = [child.communicate(timeout=300) for child in children]
   assert [child.returncode for child in children] == [0, 0], said
-  directory = tmp_path / "run" / "responses"
   assert (directory / "sft.jsonl").read_bytes() == whole.read_bytes()
   names = {path.name for path in directory.iterdir()}
-  assert names == {"sft.jsonl", "sft.json", "sft.seconds"}
-  assert len((directory / "sft.seconds").read_text().splitlines()) == 12
+  assert names == {"sft.jsonl", "sft.json"}
   # One speaks for both.
   assert answered in said[0][1]
   assert str(directory / "sft.jsonl") in said[0][0]
-  assert "sft" not in said[1][0] + said[1][1]
+  for text in ("answers", "sft.jsonl"):
+    assert text not in said[1][0] + said[1][1]
 
 
-def test_parts_of_processes_that_were_killed_are_taken_in(
+def test_rows_of_processes_that_were_killed_are_merged(
   world, whole, tmp_path, monkeypatch
 ):
   path = tmp_path / "responses" / "sft.jsonl"
-  (path.parent / "parts").mkdir(parents=True)
+  path.parent.mkdir()
   path.with_suffix(".json").write_bytes(whole.with_suffix(".json").read_bytes())
   lines = whole.read_bytes().splitlines(keepends=True)
-  path.write_bytes(b"".join(lines[:2]))
-  parts = [path.parent / "parts" / f"sft.part-{n}.jsonl" for n in (1, 12)]
+  path.write_bytes(lines[1] + lines[0])
+  parts = [path.with_name(f"sft@{number}.part") for number in (1, 12)]
   # One row that the file has already, and one that was cut.
   parts[0].write_bytes(b"".join(lines[1:5]) + lines[5][:30])
   parts[1].write_bytes(lines[8])
-  parts[1].with_suffix(".seconds").write_text('{"seconds": 1.5}\n')
   # Of another policy, whose name begins alike.
-  other = path.parent / "parts" / "sft.part-1.part-1.jsonl"
+  other = path.with_name("sft.1@1.part")
   other.write_bytes(b"")
   asked = []
   generate = sampling.generate
@@ -265,37 +270,22 @@ def test_parts_of_processes_that_were_killed_are_taken_in(
   answers.run(world.build(), tmp_path)
   assert asked == [5, 6, 7, 9, 10, 11]
   assert path.read_bytes() == whole.read_bytes()
-  assert list((path.parent / "parts").iterdir()) == [other]
-  assert '{"seconds": 1.5}' in path.with_suffix(".seconds").read_text()
+  assert set(path.parent.iterdir()) == {path, path.with_suffix(".json"), other}
 
 
-def test_parts_of_other_weights_are_refused(world, whole, tmp_path):
+def test_rows_of_other_weights_are_refused_where_another_process_wrote_them(
+  world, whole, tmp_path
+):
   """Even where the first process had no answer yet."""
   path = tmp_path / "responses" / "sft.jsonl"
-  (path.parent / "parts").mkdir(parents=True)
+  path.parent.mkdir()
   origin = json.loads(whole.with_suffix(".json").read_text())
   path.with_suffix(".json").write_text(json.dumps(origin | {"model": "x"}))
-  part = path.parent / "parts" / "sft.part-1.jsonl"
+  part = path.with_name("sft@1.part")
   part.write_bytes(whole.read_bytes())
   with pytest.raises(ValueError, match=r"sft\.model: 'x' -> "):
     answers.run(world.build(), tmp_path)
   assert part.read_bytes() == whole.read_bytes()
-
-
-def test_rows_that_are_there_are_not_generated_again(world, whole, tmp_path):
-  path = tmp_path / "responses" / "sft.jsonl"
-  path.parent.mkdir()
-  path.with_suffix(".json").write_bytes(whole.with_suffix(".json").read_bytes())
-  lines = whole.read_bytes().splitlines(keepends=True)
-  kept = [json.loads(line) for line in lines[1::2]]
-  kept[0]["response"] = "kept"
-  mixed = [json.dumps(row).encode() + b"\n" for row in kept[::-1]]
-  path.write_bytes(b"".join(mixed))
-  answers.run(world.build(), tmp_path)
-  made = records.read(path, records.Response)
-  told = records.read(whole, records.Response)
-  assert made[1].response == "kept"
-  assert made[:1] + made[2:] == told[:1] + told[2:]
 
 
 def test_steps_of_a_run_are_policies_of_their_own(world, whole, tmp_path):
@@ -553,17 +543,6 @@ def test_configs_ask_for_the_papers_experiments(
   for own in asked:
     keys = {(one.stream, one.sample_id, one.temperature) for one in own}
     assert len(keys) == len(own)
-
-
-@pytest.mark.parametrize("variant", ["paper", "seed"])
-def test_configs_are_complete(variant):
-  values = sample_config.get_config(variant).to_dict()
-  built = settings.build(grid.AnswerSettings, values)
-  assert {p.name for p in built.policies.values()} == {"base", "sft", "dpo"}
-  assert built.policies["dpo"].temperatures == (0.25, 0.5, 0.75, 1.0)
-  assert built.policies["checkpoints"].temperatures == (0.7, 1.0)
-  with pytest.raises(ValueError, match="'paper', 'seed' or 'best-of-n'"):
-    sample_config.get_config("papers")
 
 
 def test_the_script_samples_on_real_prompts(world, shared, tmp_path):

@@ -1,26 +1,133 @@
-"""What keeps a file of answers honest across interruptions and new settings.
+"""Response files: what is there already, appending to it, merging at the end.
+
+Each process appends to a file of its own: the first one to NAME.jsonl itself,
+process k to NAME@k.part beside it. A run that goes on, with however many
+processes, has the rows of all of them; at the end the first process writes
+NAME.jsonl in order and removes the parts.
 
 A row says which prompt, temperature, sample and parameters it belongs to. What
-it does not say (which weights, which tokenizer) stands in a small JSON file
-beside it, as hashes of the files' contents. Going on with a file is refused as
-soon as either differs.
+it does not say (which weights, which tokenizer) is in NAME.json, as hashes of
+the files' contents. Going on with a file is refused as soon as either differs.
 """
 
+import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
-import re
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from dpo_jax import records
+from dpo_jax.answering import grid
+from dpo_jax.engine import draw
+from dpo_jax.interface import errors
 from dpo_jax.interface import settings as settings_lib
-from dpo_jax.storage import atomic, remote, strict_json
+from dpo_jax.running import processes
+from dpo_jax.storage import atomic, remote, row_store, strict_json
 
 # What of a row is the answer, and not the question.
 _ANSWER = ("response", "token_count", "finish_reason", "mean_logp")
+
+
+@dataclasses.dataclass(eq=False)
+class File:
+  """One job's response file, as a process sees it.
+
+  Attributes:
+    path: NAME.jsonl.
+    origin: see `origins`.
+    wanted: every row of the file, in order, without its answer.
+    done: rows that are on disk, by their index.
+    store: what this process appends to; None if it writes nothing.
+  """
+
+  path: pathlib.Path
+  origin: dict[str, Any]
+  wanted: Sequence[records.Response]
+  done: dict[int, records.Response] = dataclasses.field(default_factory=dict)
+  store: row_store.Store | None = None
+
+  def append(self, rows: dict[int, records.Response]) -> None:
+    """Adds rows by their index, on disk if this process writes them."""
+    if self.store is not None:
+      self.store.append_many(rows.values())
+    self.done |= rows
+
+
+def open_all(
+  stack: contextlib.ExitStack, files: Sequence[File], writes: bool
+) -> None:
+  """Opens and reads the files; all processes must call it.
+
+  Nobody appends before everybody has read, so that all find the same rows.
+
+  Args:
+    stack: holds what this process appends to, locked.
+    files: on return with `done` and `store`.
+    writes: whether this process appends rows; the first one must.
+
+  Raises:
+    ValueError: a file holds rows of other weights, another tokenizer or other
+      parameters.
+    locks.Held: another run writes the same files.
+    errors.Stopped: another process failed.
+  """
+  with processes.together("opening the response files"):
+    for file in files if writes else ():
+      path = file.path
+      if not processes.first():
+        path = path.with_name(f"{path.stem}@{jax.process_index()}.part")
+      store = row_store.Store(path, records.Response)
+      file.store = stack.enter_context(store)
+  with processes.together("reading the response files"):
+    for file in files:
+      processes.shared(file.path)
+      found = _read(file.path, *_parts(file.path))
+      if processes.first():
+        claim(file.path, file.origin, any(found.values()))
+      for path, rows in found.items():
+        file.done = match(path, rows, file.wanted) | file.done
+
+
+def merge(file: File) -> list[records.Response]:
+  """Writes a complete file in order and removes its parts; its rows.
+
+  Only the first process calls it, when all have appended their last row.
+
+  Raises:
+    errors.Stopped: the file is not complete.
+  """
+  done, parts = file.done, _parts(file.path)
+  for path, rows in _read(*parts).items():
+    done = match(path, rows, file.wanted) | done
+  missing = len(file.wanted) - len(done)
+  if missing:
+    raise errors.Stopped(
+      f"{file.path} lacks {missing} answers that another process was to give:"
+      " run the same command again"
+    )
+  ordered = [done[index] for index in range(len(file.wanted))]
+  text = b"".join(map(records.encode, ordered))
+  if file.path.read_bytes() != text:
+    atomic.write_text(file.path, text.decode())
+  for part in parts:
+    part.unlink()
+  return ordered
+
+
+def _parts(path):
+  # A policy's name holds no "@": no other file's part matches.
+  return sorted(path.parent.glob(f"{path.stem}@*.part"))
+
+
+def _read(*paths):
+  """The rows of each file; a last line that was cut is none."""
+  return {
+    path: row_store.Store(path, records.Response).peek().rows for path in paths
+  }
 
 
 def match(
@@ -97,59 +204,29 @@ def claim(path: pathlib.Path, origin: dict[str, Any], begun: bool) -> None:
     )
 
 
-def part(path: pathlib.Path, number: int) -> pathlib.Path:
-  """Where another process than the first keeps its rows of a file.
-
-  It lies in a directory of its own: who reads all files of answers, reads no
-  row twice.
-  """
-  return path.parent / "parts" / f"{path.stem}.part-{number}.jsonl"
-
-
-def parts(path: pathlib.Path) -> list[pathlib.Path]:
-  """The parts of a file that are there."""
-  name = re.compile(rf"{re.escape(path.stem)}\.part-\d+\.jsonl")
-  return sorted(
-    found
-    for found in (path.parent / "parts").glob("*.jsonl")
-    if name.fullmatch(found.name)
+def origins(
+  settings: grid.AnswerSettings, jobs: Sequence[grid.Job]
+) -> list[dict[str, Any]]:
+  """What the rows of each job depend on and do not say themselves."""
+  # A base that serves many adapters is read once.
+  paths = dict.fromkeys(
+    x for job in jobs for x in (job.policy.path, job.adapter)
   )
-
-
-class Seconds:
-  """How long each answer took, beside the file of answers.
-
-  Times are not reproducible, and the file of answers is, to the byte: so they
-  stand in NAME.seconds, a line {"prompt_id", "temperature", "sample_id",
-  "seconds"} an answer, from entering a slot to leaving it. A line is written
-  before its answer is, and nothing is ever read from it.
-  """
-
-  def __init__(self, path: pathlib.Path):
-    self._path = path.with_suffix(".seconds")
-
-  def append(self, rows: Sequence[tuple[int, records.Response, float]]) -> None:
-    """Adds the answers (index, row, seconds)."""
-    lines = []
-    for _, row, seconds in rows:
-      prompt_id, temperature, sample_id = _key(row)
-      line = {
-        "prompt_id": prompt_id,
-        "temperature": temperature,
-        "sample_id": sample_id,
-        "seconds": round(seconds, 3),
-      }
-      lines.append(json.dumps(line) + "\n")
-    with open(self._path, "a", encoding="utf-8") as file:
-      file.write("".join(lines))
-
-  def take(self, part: pathlib.Path) -> None:
-    """Adds the lines beside a part of the file, and removes them there."""
-    theirs = part.with_suffix(".seconds")
-    if theirs.exists():
-      with open(self._path, "a", encoding="utf-8") as file:
-        file.write(theirs.read_text("utf-8"))
-      theirs.unlink()
+  hashes = {path: weights(path) if path else "" for path in paths}
+  words = tokenizer(settings.tokenizer)
+  return [
+    {
+      "model": hashes[job.policy.path],
+      "adapter": hashes[job.adapter],
+      "tokenizer": words,
+      "max_prompt_tokens": settings.max_prompt_tokens,
+      "dtype": settings.dtype,
+      "cache": settings.cache,
+      "merge_adapters": settings.merge_adapters and bool(job.adapter),
+      "noise": draw.SCHEME,
+    }
+    for job in jobs
+  ]
 
 
 def weights(path: str) -> str:
@@ -168,15 +245,11 @@ def _digest(directory: pathlib.Path, patterns: tuple[str, ...]) -> str:
   files = sorted(
     {file for pattern in patterns for file in directory.glob(pattern)}
   )
-  digests = (_file_digest(file, file.stat().st_mtime_ns) for file in files)
+  digests = []
+  for path in files:
+    with open(path, "rb") as file:
+      digests.append(hashlib.file_digest(file, "sha256").hexdigest())
   return records.content_hash(*digests)
-
-
-@functools.cache
-def _file_digest(path: pathlib.Path, changed_ns: int) -> str:
-  """SHA-256; one base that serves many adapters is read once."""
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _key(row: records.Response) -> tuple[str, float, int]:

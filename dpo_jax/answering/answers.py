@@ -10,10 +10,8 @@ temperatures and sample ids and equals, byte for byte, the file of a run that
 nothing interrupted.
 
 With several processes each answers a share of the prompts on its own devices
-and needs nothing of the others meanwhile. The first one writes the files, the
-others parts of them, which the first one takes in at the end, or when the run
-goes on, with however many processes. Or all of them answer every prompt
-together, on one mesh, and the first one writes.
+and needs nothing of the others meanwhile (`answer_files`). Or all of them
+answer every prompt together, on one mesh, and the first one writes.
 """
 
 import contextlib
@@ -26,10 +24,10 @@ from typing import Any
 
 import jax
 
-from dpo_jax import hf, model, partitioning, sampling
+from dpo_jax import hf, model, partitioning, records, sampling
 from dpo_jax import lora as lora_lib
 from dpo_jax import tokenizer as tokenizer_lib
-from dpo_jax.answering import answer_parts, answer_table, grid
+from dpo_jax.answering import answer_files, answer_table, grid
 from dpo_jax.interface import console
 from dpo_jax.interface import settings as settings_lib
 from dpo_jax.running import processes
@@ -73,32 +71,38 @@ def run(
     console.mute()
   with processes.together("reading what is to be answered"):
     mesh, jobs, tokenizer, prompts = _prepare(settings)
-  _agree(settings, jobs, prompts)
-  directory = workdir / "responses"
-  with contextlib.ExitStack() as kept:
-    with contextlib.ExitStack() as parts:
-      stack = kept if processes.first() else parts
-      files = answer_parts.open_all(stack, settings, jobs, prompts, directory)
-      left = [
-        job for job in jobs if len(files[job].done) < len(files[job].wanted)
-      ]
-      for group in _groups(settings, left, mesh):
-        _generate(settings, group, files, tokenizer, prompts, mesh)
+    origins = answer_files.origins(settings, jobs)
+  _agree(settings, origins, prompts)
+  files = {}
+  for job, origin in zip(jobs, origins, strict=True):
+    path = workdir / "responses" / f"{job.stem}.jsonl"
+    wanted, _ = grid.wanted(settings, job, prompts, -1)
+    files[job] = answer_files.File(path, origin, wanted)
+  with contextlib.ExitStack() as stack:
+    writes = processes.first() or settings.mesh_over == "process"
+    answer_files.open_all(stack, list(files.values()), writes)
+    left = [
+      job for job in jobs if len(files[job].done) < len(files[job].wanted)
+    ]
+    for group in _groups(settings, left, mesh):
+      _generate(settings, group, files, tokenizer, prompts, mesh)
+    if not processes.first():
+      # The first process reads and removes what the others wrote.
+      stack.close()
     processes.wait("all prompts are answered")
-    with processes.together("gathering the answers"):
+    rows = []
+    with processes.together("merging the response files"):
       if processes.first():
         for file in files.values():
-          answer_parts.take_parts(file)
-          answer_parts.order(file)
+          rows += answer_files.merge(file)
   if processes.first():
-    rows = [row for file in files.values() for row in file.done.values()]
     table = answer_table.summary(rows)
     console.result(
       "\n".join(answer_table.lines(table)),
       "answers",
       lines=[dataclasses.asdict(line) for line in table],
     )
-  return [directory / f"{job.stem}.jsonl" for job in jobs]
+  return [file.path for file in files.values()]
 
 
 def _prepare(settings: grid.AnswerSettings):
@@ -128,13 +132,9 @@ def _prepare(settings: grid.AnswerSettings):
   return mesh, jobs, tokenizer, grid.prompts(settings, tokenizer)
 
 
-def _agree(settings, jobs, prompts) -> None:
+def _agree(settings, origins, prompts) -> None:
   """Checks that all processes are to answer the same, from the same files."""
-  if jax.process_count() == 1:
-    return
   processes.agree("the config", json.dumps(settings_lib.to_dict(settings)))
-  with processes.together("reading the models"):
-    origins = [answer_parts.origin(settings, job) for job in jobs]
   processes.agree("a model or tokenizer", json.dumps(origins))
   ids = [prompt.comparison.id for prompt in prompts]
   processes.agree("the prompts", json.dumps(ids))
@@ -194,7 +194,7 @@ def _generate(settings, group, files, tokenizer, prompts, mesh) -> None:
   ]
   missing = left
   if settings.mesh_over == "process":
-    missing = answer_parts.share(places, left)
+    missing = _share(places, left)
   started, tokens = time.perf_counter(), 0
   name = group.jobs[0].stem
   if len(group.jobs) > 1:
@@ -216,21 +216,25 @@ def _generate(settings, group, files, tokenizer, prompts, mesh) -> None:
       missing,
     ):
       tokens += sum(len(sample.tokens) for _, sample in ended)
-      for file, rows in _by_file(places, ended):
-        file.seconds.append(rows)
-        file.store.append_many(row for _, row, _ in rows)
-        file.done |= {index: row for index, row, _ in rows}
+      for file, rows in _by_file(places, ended).items():
+        file.append(rows)
       rate = tokens / (time.perf_counter() - started)
       bar.update(len(ended), {"tokens/s": round(rate)})
 
 
-def _by_file(places, ended):
-  """(file, [(index, row, seconds)]) of answers that ended together."""
-  found: dict[pathlib.Path, tuple[answer_parts.File, list]] = {}
+def _share(places, left) -> list[int]:
+  """Of the requests that are left, those of this process's prompts."""
+  ids = {at: places[at][0].wanted[places[at][1]].prompt_id for at in left}
+  prompts = list(dict.fromkeys(ids.values()))
+  mine = set(prompts[jax.process_index() :: jax.process_count()])
+  return [at for at in left if ids[at] in mine]
+
+
+def _by_file(places, ended) -> dict[answer_files.File, dict]:
+  """The rows of samples that ended together, by their index in each file."""
+  found: dict[answer_files.File, dict[int, records.Response]] = {}
   for at, sample in ended:
     file, index = places[at]
     row = grid.answered(file.wanted[index], sample)
-    found.setdefault(file.store.path, (file, []))[1].append(
-      (index, row, sample.seconds)
-    )
-  return found.values()
+    found.setdefault(file, {})[index] = row
+  return found
