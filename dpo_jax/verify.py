@@ -11,20 +11,21 @@ do not; 2 there is nothing that can be verified.
 
 import argparse
 import collections
+import csv
+import difflib
+import io
 import json
+import math
 import pathlib
 import re
-import struct
 import sys
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dpo_jax import report
+from dpo_jax import figures, report
 from dpo_jax.interface import console
 from dpo_jax.reporting import (
   compose,
-  differences,
   material,
   page,
   seed_files,
@@ -32,7 +33,7 @@ from dpo_jax.reporting import (
 from dpo_jax.storage import strict_json
 
 _SHOWN = 20
-_SUBJECT = re.compile(rb"/Subject \(([0-9a-f]{64})\)")
+_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
 def check_report(directory: pathlib.Path) -> list[str]:
@@ -50,21 +51,19 @@ def check_report(directory: pathlib.Path) -> list[str]:
   settings = report.recorded(directory / compose.NUMBERS)
   made = compose.compose(settings, directory.parent)
   found = _odd(settings, directory.parent)
-  figures = numbers.pop("figures", None)
+  recorded = numbers.pop("figures", None)
   expected = json.loads(json.dumps(made.numbers))
   path = directory / compose.NUMBERS
-  found += [
-    f"{path}: {line}" for line in differences.of_values(numbers, expected)
-  ]
-  found += _figures(directory, made, figures)
+  found += [f"{path}: {line}" for line in _value_differences(numbers, expected)]
+  found += _figures(directory, made, recorded)
   path = directory / compose.TABLE
-  found += differences.of_tables(path, _text(path), made.texts[compose.TABLE])
+  found += _table_differences(path, _text(path), made.texts[compose.TABLE])
   for name in (compose.TEXT, compose.PAGE):
     path = directory / name
     text = _text(path)
     if name == compose.PAGE:
       text = page.unillustrated(text)
-    found += differences.of_texts(path, text, made.texts[name])
+    found += _text_differences(path, text, made.texts[name])
   return found
 
 
@@ -85,58 +84,34 @@ def _figures(
     if not path.is_file():
       found.append(f"{path} is missing")
       continue
-    vector = path.with_suffix(".pdf")
+    vector = figures.vector(path)
     if not vector.is_file():
       found.append(f"{vector} is missing")
       continue
-    drawn = description(strict_json.read_bytes(path))
     entry = recorded.get(figure.name)
     entry = entry if isinstance(entry, dict) else {}
-    for what, value, expected in (
-      ("its file's sha256", compose.digest(path), entry.get("sha256")),
-      ("the fingerprint of its data", drawn, figure.fingerprint),
-      ("its data in numbers.json", entry.get("data"), figure.fingerprint),
-    ):
-      if value != expected:
-        found.append(
-          f"{path}: {what} is {str(value)[:16]}, not {str(expected)[:16]}"
-        )
-    for what, value, expected in (
-      ("its file's sha256", compose.digest(vector), entry.get("vector_sha256")),
+    data = "the fingerprint of its data"
+    for file, what, value, expected in (
+      (path, "its file's sha256", compose.digest(path), entry.get("sha256")),
+      (path, data, _drawn(path), figure.fingerprint),
+      (path, "its data in numbers.json", entry.get("data"), figure.fingerprint),
       (
-        "the fingerprint of its data",
-        subject(strict_json.read_bytes(vector)),
-        figure.fingerprint,
+        vector,
+        "its file's sha256",
+        compose.digest(vector),
+        entry.get("vector_sha256"),
       ),
+      (vector, data, _drawn(vector), figure.fingerprint),
     ):
       if value != expected:
         found.append(
-          f"{vector}: {what} is {str(value)[:16]}, not {str(expected)[:16]}"
+          f"{file}: {what} is {str(value)[:16]}, not {str(expected)[:16]}"
         )
   return found
 
 
-def description(data: bytes) -> str | None:
-  """The text under the keyword Description of a PNG; None if it has none."""
-  if not data.startswith(b"\x89PNG\r\n\x1a\n"):
-    return None
-  at = 8
-  while at + 12 <= len(data):
-    length, kind = struct.unpack(">I4s", data[at : at + 8])
-    body = data[at + 8 : at + 8 + length]
-    check = data[at + 8 + length : at + 12 + length]
-    if struct.pack(">I", zlib.crc32(kind + body)) != check:
-      return None
-    if kind == b"tEXt" and body.startswith(b"Description\0"):
-      return body.partition(b"\0")[2].decode("latin-1")
-    at += 12 + length
-  return None
-
-
-def subject(data: bytes) -> str | None:
-  """The hash under Subject of a PDF that `figures` wrote; None without one."""
-  match = _SUBJECT.search(data) if data.startswith(b"%PDF-") else None
-  return match[1].decode() if match else None
+def _drawn(path: pathlib.Path) -> str | None:
+  return figures.drawn(strict_json.read_bytes(path))
 
 
 def _odd(settings: material.ReportSettings, workdir: pathlib.Path) -> list[str]:
@@ -149,6 +124,110 @@ def _odd(settings: material.ReportSettings, workdir: pathlib.Path) -> list[str]:
       for row in material.odd(rows)
     ]
   return found
+
+
+def _value_differences(
+  found: Any, expected: Any, name: str = ""
+) -> Iterator[str]:
+  """Lines "a[1].b is 1, the rows give 2" for all in which two values differ."""
+  if isinstance(found, dict) and isinstance(expected, dict):
+    for key in [*expected, *(key for key in found if key not in expected)]:
+      inner = f"{name}.{key}" if name else str(key)
+      if key not in found or key not in expected:
+        where = "missing" if key not in found else "not from the rows"
+        yield f"{inner:.200} is {where}"
+      else:
+        yield from _value_differences(found[key], expected[key], inner)
+  elif isinstance(found, list) and isinstance(expected, list):
+    if len(found) != len(expected):
+      yield f"{name} has {len(found)} rows, the rows give {len(expected)}"
+    for index, (one, other) in enumerate(zip(found, expected)):
+      yield from _value_differences(one, other, f"{name}[{index}]")
+  elif not _same(found, expected):
+    yield f"{name} is {_shown(found)}, the rows give {_shown(expected)}"
+
+
+def _same(found: Any, expected: Any) -> bool:
+  numbers = (int, float)
+  if type(found) in numbers and type(expected) in numbers:
+    # Another machine may add in another order; counts are exact all the same.
+    return math.isclose(found, expected, rel_tol=1e-9, abs_tol=1e-12)
+  return type(found) is type(expected) and found == expected
+
+
+def _shown(value: Any) -> str:
+  text = json.dumps(value)
+  return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def _table_differences(
+  path: pathlib.Path, text: str, expected: str
+) -> list[str]:
+  """Differences of two CSV texts, cell by cell."""
+  try:
+    rows, right = (list(csv.reader(io.StringIO(t))) for t in (text, expected))
+  except csv.Error as error:
+    raise ValueError(f"{path}: {error}") from error
+  found = []
+  if len(rows) != len(right):
+    found.append(f"{path} has {len(rows)} lines, the rows give {len(right)}")
+  for number, (row, other) in enumerate(zip(rows, right), start=1):
+    if len(row) != len(other):
+      found.append(
+        f"{path}:{number} has {len(row)} cells, the rows give {len(other)}"
+      )
+    found += [
+      f"{path}:{number}: {column} is {cell:.100}, the rows give {made}"
+      for column, cell, made in zip(right[0], row, other)
+      if not _same_cell(cell, made)
+    ]
+  return found
+
+
+def _same_cell(cell: str, made: str) -> bool:
+  if cell == made:
+    return True
+  try:
+    # The sixth digit may be rounded otherwise on another machine.
+    return "." in made and abs(float(cell) - float(made)) < 1.5e-6
+  except ValueError:
+    return False
+
+
+def _text_differences(
+  path: pathlib.Path, text: str, expected: str
+) -> list[str]:
+  """Differences of two texts, each with the numbers that differ."""
+  if text == expected:
+    return []
+  one, other = text.split("\n"), expected.split("\n")
+  if len(one) > 2 * len(other) + 1000:
+    # Not an edit; matching these lines one by one would take very long.
+    return [f"{path} has {len(one)} lines, the rows give {len(other)}"]
+  matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
+  found = []
+  for tag, start, end, begin, stop in matcher.get_opcodes():
+    if tag == "equal":
+      continue
+    for offset in range(max(end - start, stop - begin)):
+      left = one[start + offset] if start + offset < end else None
+      right = other[begin + offset] if begin + offset < stop else None
+      line = start + offset + 1
+      if left is None:
+        found.append(f"{path}:{line}: a line is missing: {right:.100}")
+      elif right is None:
+        found.append(f"{path}:{line}: the rows do not give: {left:.100}")
+      else:
+        found.append(f"{path}:{line}: {_pair(left, right)}")
+  return found
+
+
+def _pair(left: str, right: str) -> str:
+  """The first number in which two lines differ, else their first words."""
+  for one, other in zip(_NUMBER.findall(left), _NUMBER.findall(right)):
+    if one != other:
+      return f"{one} stands there, the rows give {other} ({right:.100})"
+  return f"{left[:100]!r} stands there, the rows give {right[:100]!r}"
 
 
 def _text(path: pathlib.Path) -> str:

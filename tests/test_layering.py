@@ -160,7 +160,6 @@ LEVELS = {
   "running.feed": 8,
   "inspect_data": 8,
   "running.programs": 8,
-  "reporting.judge_sections": 7,
   "judging.runner": 7,
   "running.assembly": 9,
   "running.loop": 11,
@@ -176,7 +175,6 @@ LEVELS = {
   "report": 10,
   "replicate": 13,
   "verify": 11,
-  "reporting.differences": 0,
   "planning.lower_bound": 10,
   "storage.hashing": -3,
 }

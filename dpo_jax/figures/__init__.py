@@ -16,6 +16,7 @@ from dpo_jax.figures import house, layout, rates, runs
 from dpo_jax.interface import markdown
 from dpo_jax.reporting import material
 
+drawn = house.drawn
 fingerprint = house.fingerprint
 points = rates.points
 length_points = rates.length_points
@@ -84,9 +85,9 @@ def of(found: material.Material) -> list[Figure]:
   finals = [rate for rate in found.rates if rate.step is None and rate.n]
   steps = [rate for rate in found.rates if rate.step is not None and rate.n]
   bars = f"Bars are {level} intervals, drawn side by side; the dashed line is"
-  drawn = []
+  made = []
   if finals:
-    drawn.append(
+    made.append(
       Figure(
         NAMES[0],
         points(finals),
@@ -99,7 +100,7 @@ def of(found: material.Material) -> list[Figure]:
       )
     )
   if steps:
-    drawn.append(
+    made.append(
       Figure(
         NAMES[1],
         points(steps),
@@ -113,7 +114,7 @@ def of(found: material.Material) -> list[Figure]:
       )
     )
   if len({row.difference for row in found.by_length}) > 1:
-    drawn.append(
+    made.append(
       Figure(
         NAMES[2],
         length_points(found.by_length),
@@ -124,7 +125,7 @@ def of(found: material.Material) -> list[Figure]:
       )
     )
   if any(found.metrics.values()):
-    drawn.append(
+    made.append(
       Figure(
         NAMES[3],
         found.metrics,
@@ -133,7 +134,7 @@ def of(found: material.Material) -> list[Figure]:
         " out.",
       )
     )
-  return [*drawn, *_reward_figures(found)]
+  return [*made, *_reward_figures(found)]
 
 
 def _reward_figures(found: material.Material) -> list[Figure]:

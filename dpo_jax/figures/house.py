@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,9 @@ HEIGHT_IN = 2.3
 # As in the style file; the markers differ as well, for print without colour.
 COLORS = ("#737373", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+_CARRIED = re.compile(
+  rb"(?:tEXtDescription\0|/Subject \(|<dc:description>)([0-9a-f]{64})"
+)
 NAMES = {"base": "base", "sft": "SFT", "dpo": "DPO"}
 
 
@@ -96,6 +100,12 @@ def save(
     with atomic.replacing(target) as temporary:
       temporary.write_bytes(buffer.getvalue())
   return path
+
+
+def drawn(data: bytes) -> str | None:
+  """The fingerprint that a file of `save` carries; None if it has none."""
+  match = _CARRIED.search(data)
+  return match[1].decode() if match else None
 
 
 def fingerprint(data: Any) -> str:

@@ -22,7 +22,6 @@ from dpo_jax.interface import markdown
 from dpo_jax.reporting import (
   excerpts,
   gates,
-  judge_sections,
   material,
   page,
   sections,
@@ -35,16 +34,10 @@ PAGE = "report.html"
 NUMBERS = "numbers.json"
 TABLE = "win_rates.csv"
 
-FIRST_COLUMNS = (
-  "model",
-  "step",
-  "temperature",
-  "n",
-  "win_rate",
-  "low",
-  "high",
+_FIRST_COLUMNS = (
+  *("model", "step", "temperature"),
+  *("n", "win_rate", "low", "high"),
 )
-"""Of the table; what a figure shows of a rate as well."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +80,7 @@ def compose(
     shown.get("win_rate_length.png", []),
     sections.subset_table(found),
     sections.differences(found),
-    ["## Judge health", "", *judge_sections.health(found)],
+    ["## Judge health", "", *sections.judge_health(found)],
     ["## Implicit reward on held-out pairs", "", *excerpts.accuracy(found)],
     shown.get("reward_margins.png", []),
     shown.get("reward_accuracy.png", []),
@@ -100,7 +93,7 @@ def compose(
     figures=drawn,
     flags=flags,
     texts={
-      TABLE: table(found.rates),
+      TABLE: _table(found.rates),
       PAGE: _page(found, flags, drawn),
       TEXT: text + "\n",
     },
@@ -168,7 +161,7 @@ def _page(
           *sections.differences(found),
         ],
       ),
-      page.Section("judge", "Judge health", judge_sections.health(found)),
+      page.Section("judge", "Judge health", sections.judge_health(found)),
       page.Section(
         "reward",
         "Implicit reward on held-out pairs",
@@ -187,7 +180,7 @@ def _numbers(
 ) -> dict[str, Any]:
   """What a machine reads of a report: every estimate, to its last digit."""
   names = ("health", "controls", "rates", "differences", "slopes")
-  return plain(
+  return _plain(
     {
       "settings": dataclasses.asdict(found.settings),
       "flags": [dataclasses.asdict(flag) for flag in flags],
@@ -200,23 +193,23 @@ def _numbers(
   )
 
 
-def plain(value: Any) -> Any:
+def _plain(value: Any) -> Any:
   """`value` as JSON holds it; a number that is not finite is None."""
   if dataclasses.is_dataclass(value) and not isinstance(value, type):
     value = dataclasses.asdict(value)
   if isinstance(value, dict):
-    return {key: plain(item) for key, item in value.items()}
+    return {key: _plain(item) for key, item in value.items()}
   if isinstance(value, list | tuple):
-    return [plain(item) for item in value]
+    return [_plain(item) for item in value]
   if isinstance(value, float) and not math.isfinite(value):
     return None
   return value
 
 
-def table(rates: Sequence[winrates.WinRate]) -> str:
-  """The rates as CSV, a column for each field, `FIRST_COLUMNS` first."""
+def _table(rates: Sequence[winrates.WinRate]) -> str:
+  """The rates as CSV, a column for each field, `_FIRST_COLUMNS` first."""
   fields = [field.name for field in dataclasses.fields(winrates.WinRate)]
-  columns = sorted(fields, key=lambda name: name not in FIRST_COLUMNS)
+  columns = sorted(fields, key=lambda name: name not in _FIRST_COLUMNS)
   buffer = io.StringIO()
   writer = csv.writer(buffer, lineterminator="\n")
   writer.writerow(columns)

@@ -41,8 +41,7 @@ def accuracy(found: material.Material) -> list[str]:
         last[key] * n, n, confidence=found.settings.confidence
       )
       share += (
-        f" of {n:g} pairs, {found.level} interval"
-        f" [{sections.percent(low)}, {sections.percent(high)}]"
+        f" of {n:g} pairs, {found.level} interval {sections.ends(low, high)}"
       )
     lines.append(
       f"{sections.name(run)}: the implicit reward ranks chosen above rejected"

@@ -155,8 +155,10 @@ def read(settings: ReportSettings, workdir: str | os.PathLike) -> Material:
     verdicts=ordinary,
     responses=responses,
     metrics={run: _metrics(workdir / run) for run in settings.runs},
-    manifests={run: _manifest(workdir / run) for run in settings.runs},
-    judge_run=_judge_run(workdir / settings.verdicts),
+    manifests={
+      run: _object(workdir / run / "manifest.json") for run in settings.runs
+    },
+    judge_run=_object(workdir / settings.verdicts / "judge.json"),
     data_fingerprint=questions.fingerprint(
       # An empty reference says nothing about a model: it is not judged.
       row
@@ -282,13 +284,6 @@ def _rows(path: pathlib.Path, cls) -> list:
   return records.read(path, cls)
 
 
-def _judge_run(directory: pathlib.Path) -> dict[str, Any]:
-  path = directory / "judge.json"
-  if not path.is_file():
-    return {}
-  return strict_json.read_object(path)
-
-
 def _metrics(run: pathlib.Path) -> list[dict]:
   path = run / metrics.FILE
   if not path.is_file():
@@ -296,8 +291,6 @@ def _metrics(run: pathlib.Path) -> list[dict]:
   return metrics.read(path)
 
 
-def _manifest(run: pathlib.Path) -> dict:
-  path = run / "manifest.json"
-  if not path.is_file():
-    return {}
-  return strict_json.read_object(path)
+def _object(path: pathlib.Path) -> dict:
+  """A JSON object; {} without the file."""
+  return strict_json.read_object(path) if path.is_file() else {}

@@ -1,9 +1,10 @@
-"""The sections of a report about win rates.
+"""The sections of a report about win rates and their judge.
 
 Each is a list of Markdown lines; a section that has nothing to say is an empty
 list. Nothing is estimated here: numbers come from the material.
 """
 
+import collections
 import math
 
 from dpo_jax import winrates
@@ -12,6 +13,7 @@ from dpo_jax.reporting import gates, material
 
 PLAIN_NAMES = {"base": "base", "sft": "SFT", "dpo": "DPO", "chosen": "chosen"}
 """How known models are called; see `name`."""
+_CAUSE_CHARS = 600
 
 _METHODS = {
   "wilson": "Wilson score, one call a prompt",
@@ -216,8 +218,8 @@ def differences(found: material.Material) -> list[str]:
       str(row.n),
       f"{_signed(row.difference)} {ends(row.low, row.high, _signed)}",
       f"{row.wins} : {row.losses}",
-      p_value(row.p),
-      p_value(row.p_holm),
+      _p_value(row.p),
+      _p_value(row.p_holm),
     )
     for row in found.differences
   ]
@@ -234,6 +236,102 @@ def differences(found: material.Material) -> list[str]:
     "",
     *markdown.table((*header, "higher : lower", "p", "p, Holm"), rows),
   ]
+
+
+def judge_health(found: material.Material) -> list[str]:
+  """The judge's own record, and what calls without a verdict could change."""
+  judge = found.health
+  slot = judge.first_slot
+  fingerprints = {call.judge_fingerprint for call in found.verdicts} - {""}
+  tokens = [
+    sum(getattr(call, field) for call in found.verdicts)
+    for field in ("prompt_tokens", "completion_tokens")
+  ]
+  rows = [
+    ("calls", str(judge.calls)),
+    ("missing, no verdict", str(judge.missing)),
+    ("refusals", str(judge.refusals)),
+    (
+      "first slot won, % of decided calls",
+      percent(judge.first_slot_rate),
+    ),
+    ("first slot won, % over prompts", _share(slot)),
+    ("comparisons read in both orders", str(judge.both_orders)),
+    (
+      "same verdict in both orders, %",
+      percent(judge.order_consistency),
+    ),
+    ("fingerprints of the judge's server", str(len(fingerprints))),
+    ("tokens read and written by the judge", f"{tokens[0]} and {tokens[1]}"),
+  ]
+  lines = markdown.table(("judge", "value"), rows)
+  lines += ["", *_judge_controls(found), *_bounds(found)]
+  causes = collections.Counter(
+    call.error for call in found.verdicts if call.verdict == "missing"
+  )
+  if causes:
+    rows = [
+      (markdown.literal(cause[:_CAUSE_CHARS] or "(none given)"), str(count))
+      for cause, count in causes.most_common(5)
+    ]
+    lines += ["", *markdown.table(("most frequent causes", "calls"), rows)]
+  return lines
+
+
+def _judge_controls(found: material.Material) -> list[str]:
+  control = found.controls
+  if not any(share.n for share in (control.aa, control.gold, control.retest)):
+    return ["No controls were asked."]
+  rows = [
+    (
+      "a text against itself: won",
+      "50",
+      _share(control.aa),
+      _p_value(control.aa_p),
+    ),
+    ("a text against itself: first won", "50", _share(control.aa_first_slot)),
+    ("own answer against another prompt's", "100", _share(control.gold)),
+    ("same verdict when asked again", "100", _share(control.retest)),
+  ]
+  table = [(*row, "")[:4] for row in rows]
+  header = ("control", "ideal %", f"found %, {found.level}", "p")
+  lines = markdown.table(header, table)
+  if control.unread:
+    lines += ["", f"{control.unread} control calls gave no verdict."]
+  return lines
+
+
+def _bounds(found: material.Material) -> list[str]:
+  bounds = [
+    (
+      name(rate.model),
+      step(rate.step),
+      str(rate.temperature),
+      percent(rate.win_rate),
+      f"{percent(rate.worst)} to {percent(rate.best)}",
+      str(rate.missing),
+      str(rate.refusals),
+    )
+    for rate in found.rates
+    if rate.missing or rate.refusals
+  ]
+  if not bounds:
+    return []
+  header = ("model", "step", "T", "win rate %", "bounds %")
+  return [
+    "",
+    "Bounds are the win rate if every call without a verdict were lost, and"
+    " if it were won.",
+    "",
+    *markdown.table((*header, "missing", "refusals"), bounds),
+  ]
+
+
+def _share(share) -> str:
+  if not share.n:
+    return "n/a"
+  interval = ends(share.low, share.high)
+  return f"{percent(share.rate)} {interval} ({share.n} prompts)"
 
 
 def name(model: str) -> str:
@@ -267,12 +365,12 @@ def _signed(share: float) -> str:
   return text[1:] if float(text) == 0 else text
 
 
-def p_value(value: float) -> str:
+def _p_value(value: float) -> str:
   if math.isnan(value):
     return "n/a"
   return "< 0.0001" if value < 0.0001 else f"{value:.4f}"
 
 
 def _p_text(value: float) -> str:
-  text = p_value(value)
+  text = _p_value(value)
   return f"p {text}" if text.startswith("<") else f"p = {text}"

@@ -25,7 +25,6 @@ _SCRIPTS = ("filter.js", "view.js", "list.js", "keys.js")
 _HOLE = re.compile(r"\{\{(\w+)\}\}")
 _SVG = "data:image/svg+xml;base64,"
 _IMAGE = re.compile(f'(?<=[ct]="){re.escape(_SVG)}([^"]*)(?=")')
-_FINGERPRINT = re.compile(rb"<dc:description>(\w+)</dc:description>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,10 +116,10 @@ def unillustrated(text: str) -> str:
 
   def fingerprint(match) -> str:
     try:
-      found = _FINGERPRINT.search(base64.b64decode(match[1]))
+      found = figures.drawn(base64.b64decode(match[1]))
     except ValueError:
       found = None
-    return found[1].decode() if found else "an image without a fingerprint"
+    return found or "an image without a fingerprint"
 
   return _IMAGE.sub(fingerprint, text)
 

@@ -37,8 +37,8 @@ class Answer:
     cell: of the model, its step and the temperature.
     sample: number of the sample.
     text: as generated.
-    tokens: of the answer; None where nobody counted them.
-    finish: why it ended, "" where it is not known.
+    tokens: of the answer.
+    finish: why it ended.
     flags: what is odd about it or about its calls, in words.
     calls: about it, that with the answer shown first first.
   """
@@ -46,7 +46,7 @@ class Answer:
   cell: calls.Cell
   sample: int
   text: str
-  tokens: int | None
+  tokens: int
   finish: str
   flags: tuple[str, ...]
   calls: tuple[Call, ...]

@@ -85,9 +85,7 @@ function answerCard(prompt, answer, matched) {
   if (sample) head.append(element("small", "", ` sample ${sample}`));
   head.append(element("span", `badge ${name}`, WORDS[name]));
   card.append(head, textBlock(text, "answer"));
-  const facts = [`${text.length} characters`];
-  if (tokens !== null) facts.push(`${tokens} tokens`);
-  if (finish) facts.push(ENDS[finish] || finish);
+  const facts = [`${text.length} characters`, `${tokens} tokens`, ENDS[finish]];
   card.append(element("p", "facts", facts.join(" · ")));
   for (const flag of flags) card.append(element("p", "flag", `⚑ ${flag}`));
   const list = element("ul", "verdicts");
