@@ -74,14 +74,13 @@ class Sample:
   that completed a new human turn, or the last that was allowed. `text` leaves
   out EOS, and everything from the human turn on. `logps` has the log-prob of
   each token under the model itself, in nats: at temperature 1, before top_k and
-  top_p. `seconds` is how long it held a slot.
+  top_p.
   """
 
   tokens: tuple[int, ...]
   text: str
   finish_reason: Literal["eos", "turn", "length"]
   logps: tuple[float, ...] = dataclasses.field(default=(), compare=False)
-  seconds: float = dataclasses.field(default=0.0, compare=False)
 
   @property
   def mean_logp(self) -> float:
@@ -197,8 +196,8 @@ def generate(
   )
   for ended in serving.run():
     yield [
-      (index, finish(tokenizer, tokens, logps, seconds))
-      for index, tokens, logps, seconds in ended
+      (index, finish(tokenizer, tokens, logps))
+      for index, tokens, logps in ended
     ]
 
 
@@ -229,7 +228,6 @@ def finish(
   tokenizer: tokenizer_lib.Tokenizer,
   tokens: list[int],
   logps: list[float],
-  seconds: float = 0.0,
 ) -> Sample:
   """The sample that a row's tokens make; the text has the last word."""
   end = stops.turn_end(tokenizer, tokens) or len(tokens)
@@ -238,7 +236,7 @@ def finish(
   text = tokenizer.decode(ids[:-1] if ended else ids)
   before, turn, _ = text.partition(comparisons.HUMAN)
   reason = "turn" if turn else "eos" if ended else "length"
-  return Sample(tuple(ids), before, reason, tuple(logps[:end]), seconds)
+  return Sample(tuple(ids), before, reason, tuple(logps[:end]))
 
 
 def _check_adapters(lora: model.Tree | None, requests) -> None:

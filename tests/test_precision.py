@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import tiny
 
 from dpo_jax import losses, model, optim, steps
-from dpo_jax.engine import decoding, decoding_state, draw, stops
+from dpo_jax.engine import decoding, draw, stops
 from dpo_jax.rows import packing, placement
 
 LOSS = losses.LossSettings("sigmoid", 0.5, 0.0)
@@ -69,7 +69,7 @@ def sampling(config):
   """The lowered reading of prompts and decoding, by both layouts."""
   base, adapters = tiny.weights(config), tiny.adapters(config)
   for layout in ("stacked", "apart"):
-    program = decoding_state.Program(
+    program = decoding.Program(
       config=config,
       slots=16,
       room=4,
@@ -83,7 +83,7 @@ def sampling(config):
     prompts = jax.ShapeDtypeStruct((4, 8), jnp.int32)
     yield decoding.read.lower(program, base, adapters, prompts, count, count)
     state = jax.eval_shape(
-      lambda program=program: decoding_state.empty(program, 4, 16, 0)
+      lambda program=program: decoding.empty(program, 4, 16, 0)
     )
     number = jax.ShapeDtypeStruct((), jnp.int32)
     table = jax.ShapeDtypeStruct((config.vocab_size, stops.TURN + 1), jnp.int8)

@@ -23,7 +23,7 @@ from dpo_jax import (
   training,
 )
 from dpo_jax.answering import grid
-from dpo_jax.engine import decoding, decoding_state, draw, stops
+from dpo_jax.engine import decoding, draw, stops
 from dpo_jax.running import samples
 
 # Three prompts of six, at steps 0, 3, 6 and, the last, 7.
@@ -408,10 +408,8 @@ def test_decoding_makes_no_copy_of_the_weights(dtype):
   base = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
   how = draw.ways({(1.0, 0, 1.0)}, 8192)
   # With layers apart, as small models are decoded on a CPU, blocks are copied.
-  program = decoding_state.Program(
-    config, 64, 16, 0, 8192, how, dtype, "stacked"
-  )
-  state = jax.eval_shape(lambda: decoding_state.empty(program, 8, 64))
+  program = decoding.Program(config, 64, 16, 0, 8192, how, dtype, "stacked")
+  state = jax.eval_shape(lambda: decoding.empty(program, 8, 64))
   table = jax.ShapeDtypeStruct((8192, stops.TURN + 1), np.int8)
   count = jax.ShapeDtypeStruct((), np.int32)
   compiled = decoding.advance.lower(

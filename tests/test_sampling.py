@@ -29,10 +29,9 @@ from dpo_jax import (
 from dpo_jax.engine import (
   capacity,
   decoding,
-  decoding_state,
   draw,
   kv_cache,
-  seating,
+  slots,
   stops,
 )
 
@@ -349,13 +348,13 @@ def test_rows_that_share_prompts_answer_as_rows_with_their_own(
   own = run(noisy, tok, uneven, how)
   assert len({len(sample.tokens) for sample in own}) > 9
   seated = []
-  take = seating.Seating.take
+  take = slots.Seating.take
 
   def watched(self, *arguments):
     seated.append(take(self, *arguments))
     return seated[-1]
 
-  monkeypatch.setattr(seating.Seating, "take", watched)
+  monkeypatch.setattr(slots.Seating, "take", watched)
   monkeypatch.setattr(capacity, "_places", places)
   monkeypatch.setattr(capacity, "_PROMPTS", 1 / 2)
   told = run(noisy, tok, uneven, how)
@@ -458,8 +457,8 @@ def test_a_cache_that_a_tpu_would_pad_is_folded_or_counted(noisy):
 def test_a_step_copies_no_cache(noisy, tok, places):
   """Keys and values are written in place, and read where they lie."""
   config, base = noisy
-  together = decoding_state.Shared(12, places, 72) if places else None
-  program = decoding_state.Program(
+  together = decoding.Shared(12, places, 72) if places else None
+  program = decoding.Program(
     config=config,
     slots=96,
     room=8,
@@ -470,13 +469,13 @@ def test_a_step_copies_no_cache(noisy, tok, places):
     layout="apart",
     shared=together,
   )
-  state = jax.eval_shape(lambda: decoding_state.empty(program, 32, 96, 72))
+  state = jax.eval_shape(lambda: decoding.empty(program, 32, 96, 72))
   number = jax.ShapeDtypeStruct((), jnp.int32)
   table = jax.ShapeDtypeStruct((tok.vocab_size, stops.TURN + 1), jnp.int8)
   apart = jax.eval_shape(decoding.apart, base, None)
   seats = None
   if together is not None:
-    seats = seating.Seating(together, 32).seats(72)
+    seats = slots.Seating(together, 32).seats(72)
   arguments = (*apart, state, table, number, number, seats)
   compiled = decoding.advance.lower(program, 96, *arguments).compile()
   text = compiled.as_text()

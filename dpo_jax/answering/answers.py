@@ -28,6 +28,7 @@ from dpo_jax import hf, model, partitioning, records, sampling
 from dpo_jax import lora as lora_lib
 from dpo_jax import tokenizer as tokenizer_lib
 from dpo_jax.answering import answer_files, answer_table, grid
+from dpo_jax.engine import capacity
 from dpo_jax.interface import console
 from dpo_jax.interface import settings as settings_lib
 from dpo_jax.running import processes
@@ -117,12 +118,7 @@ def _prepare(settings: grid.AnswerSettings):
       "batch_size=0 takes what memory each process finds free, but with"
       " mesh_over='all' all must decode as many answers: set batch_size"
     )
-  shards = partitioning.data_shards(mesh)
-  if settings.batch_size % shards:
-    raise ValueError(
-      f"batch_size={settings.batch_size} must be a multiple of the data shards"
-      f" of the mesh ({shards})"
-    )
+  capacity.shards_of(settings.batch_size, mesh)
   jobs = grid.jobs(settings)
   for path in {job.policy.path for job in jobs}:
     sampling.check_positions(

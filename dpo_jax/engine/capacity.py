@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax import model, partitioning
-from dpo_jax.engine import decoding_state, draw, kv_cache
+from dpo_jax.engine import decoding, draw, kv_cache
 from dpo_jax.interface import console
 
 # Share of a device's free memory that the cache may take: prefill, logits and
@@ -64,7 +64,7 @@ class Layout:
   """
 
   readings: list[Reading]
-  program: decoding_state.Program
+  program: decoding.Program
   size: int
   why: str
 
@@ -92,7 +92,7 @@ def layout(
   Raises:
     ValueError: the mesh does not divide the rows, or not one of them fits.
   """
-  shards = partitioning.data_shards(mesh) if mesh is not None else 1
+  shards = shards_of(engine.batch_size, mesh)
   slots, prompt_slots = _slots(requests, engine)
   places, prompts = _places(requests)
   row = slots
@@ -100,24 +100,25 @@ def layout(
     # A row's own and its part of its prompt's.
     slots = _rounded(engine, max(r.max_new_tokens for r in requests))
     row = slots + math.ceil(prompt_slots * _PROMPTS / places)
-  size = batch_size(config, engine, row, mesh, free)
-  # At most as many as are asked for, in whole eights of each shard.
-  most = -(-len(requests) // (8 * shards)) * 8 * shards
-  why = "batch_size says so"
-  if not engine.batch_size:
-    free = free_bytes(engine) if free is None else free
-    why = f"{free / 2**30:.3g} GiB for the cache hold no more"
-    if size == MOST_ROWS * shards:
-      why = f"more than {MOST_ROWS} a shard gain little"
-    if most <= size:
-      size, why = most, f"{len(requests)} are asked for"
+  size, why = _rows(config, engine, row, mesh, free, len(requests))
   shared = None
   if places:
     rows = size // shards
     places = min(places, rows)
     prompts = min(prompts, math.ceil(rows * _PROMPTS / places)) * shards
-    shared = decoding_state.Shared(prompts, places, prompt_slots, shards)
-  program = _program(config, tokenizer, requests, engine, mesh, slots, shared)
+    shared = decoding.Shared(prompts, places, prompt_slots, shards)
+  parameters = {(r.temperature, r.top_k, r.top_p) for r in requests}
+  program = decoding.Program(
+    config=config,
+    slots=slots,
+    room=max(r.max_new_tokens for r in requests),
+    eos_id=tokenizer.eos_id,
+    vocab_size=tokenizer.vocab_size,
+    ways=draw.ways(parameters, tokenizer.vocab_size),
+    cache=engine.cache,
+    layout=_cache_layout(config, mesh),
+    shared=shared,
+  )
   return Layout(plan(requests, engine, shards, wanted), program, size, why)
 
 
@@ -156,6 +157,21 @@ def free_bytes(engine: Any) -> int:
   return int(engine.cache_gib * 2**30)
 
 
+def shards_of(batch_size: int, mesh: Any) -> int:
+  """Parts in which a mesh splits rows, 1 without a mesh.
+
+  Raises:
+    ValueError: they do not divide `batch_size`; 0 is not set.
+  """
+  shards = partitioning.data_shards(mesh) if mesh is not None else 1
+  if batch_size % shards:
+    raise ValueError(
+      f"batch_size={batch_size} must be a multiple of the data shards of the"
+      f" mesh ({shards})"
+    )
+  return shards
+
+
 def batch_size(
   config: model.ModelConfig,
   engine: Any,
@@ -168,14 +184,9 @@ def batch_size(
   Raises:
     ValueError: the mesh does not divide them, or not one of them fits.
   """
-  shards = partitioning.data_shards(mesh) if mesh is not None else 1
+  shards = shards_of(engine.batch_size, mesh)
   tensor = mesh.shape["tensor"] if mesh is not None else 1
   if engine.batch_size:
-    if engine.batch_size % shards:
-      raise ValueError(
-        f"batch_size={engine.batch_size} must be a multiple of the data shards"
-        f" of the mesh ({shards})"
-      )
     return engine.batch_size
   shape = (config.layers, config.heads // tensor, cache_slots, config.head_dim)
   each = kv_cache.bytes_of(*shape, engine.cache)
@@ -192,6 +203,22 @@ def batch_size(
   # Whole eights: matrix products round alike in all places of such a batch.
   fit = fit // 8 * 8 if fit >= 8 else fit
   return min(fit, MOST_ROWS) * shards
+
+
+def _rows(config, engine, row, mesh, free, asked) -> tuple[int, str]:
+  """Rows decoded at once of those that are asked for, and why so many."""
+  size = batch_size(config, engine, row, mesh, free)
+  if engine.batch_size:
+    return size, "batch_size says so"
+  shards = shards_of(0, mesh)
+  # At most as many as are asked for, in whole eights of each shard.
+  most = -(-asked // (8 * shards)) * 8 * shards
+  if most <= size:
+    return most, f"{asked} are asked for"
+  if size == MOST_ROWS * shards:
+    return size, f"more than {MOST_ROWS} a shard gain little"
+  free = free_bytes(engine) if free is None else free
+  return size, f"{free / 2**30:.3g} GiB for the cache hold no more"
 
 
 def _padded_bytes(shape, kind) -> int:
@@ -225,18 +252,9 @@ def say(layout: Layout, engine: Any) -> None:
       shape.layers, shape.heads, 1, shape.head_dim, program.cache
     )
   )
-  apart = ""
-  if program.apart:
-    copied, whose = _blocks_bytes(shape), "the blocks"
-    if shape.width >= model.TURNED_WIDTH:
-      itemsize = jnp.dtype(shape.dtype).itemsize
-      copied += shape.vocab_size * shape.width * itemsize
-      whose = "blocks and unembedding"
-    copied /= 2**30
-    apart = f"; a second copy of {whose}, {copied:.3g} GiB, while decoding"
   _say_once(
     f"{size} answers at once ({layout.why}), {what}: {gib:.3g} GiB of cache in"
-    f" {program.cache}; refilled after {engine.chunk} steps at most{apart}"
+    f" {program.cache}; refilled after {engine.chunk} steps at most"
   )
 
 
@@ -291,20 +309,3 @@ def _slots(requests, engine) -> tuple[int, int]:
 def _rounded(engine, tokens) -> int:
   multiple = engine.span or engine.length_multiple
   return -(-tokens // multiple) * multiple
-
-
-def _program(
-  config, tokenizer, requests, engine, mesh, slots, shared
-) -> decoding_state.Program:
-  parameters = {(r.temperature, r.top_k, r.top_p) for r in requests}
-  return decoding_state.Program(
-    config=config,
-    slots=slots,
-    room=max(r.max_new_tokens for r in requests),
-    eos_id=tokenizer.eos_id,
-    vocab_size=tokenizer.vocab_size,
-    ways=draw.ways(parameters, tokenizer.vocab_size),
-    cache=engine.cache,
-    layout=_cache_layout(config, mesh),
-    shared=shared,
-  )

@@ -1,11 +1,12 @@
-"""The device half of sampling: prompts read, rows entered, tokens decoded.
+"""Device half of sampling: prefill, rows that enter, decoded tokens.
 
-Each row lies in a slot of the cache from position 0 (see `decoding_state`), so
-that its arithmetic is the same wherever its neighbours are. Rows that end leave
-their slot to others between two calls. A prompt is read once; its keys and
-values are copied to every row that asks for it, or to one place where all of
-them look (`decoding_state.Shared`). Each row carries its own parameters and
-adapter as data: one compiled program serves them all.
+A fixed number of rows is decoded together, each in a slot of the KV cache from
+position 0, so that its arithmetic is the same wherever its neighbours are. Rows
+that end leave their slot to others between two calls. A prompt is read once;
+its keys and values are copied to every row that asks for it, or, where many
+rows have one prompt, to one place of a cache of prompts where all of them look
+(`Shared`): rows then have slots for their answers alone. Each row carries its
+own parameters and adapter as data: one compiled program serves them all.
 
 Letters: B rows, P prompts, G places of a prompt, T prompt tokens, S cache
 slots, M new tokens, V vocab, L layers, N heads, H head dim.
@@ -13,13 +14,263 @@ slots, M new tokens, V vocab, L layers, N heads, H head dim.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpo_jax import model, partitioning, precision
 from dpo_jax.attention import shared
-from dpo_jax.engine import decoding_state, draw, kv_cache, stops
+from dpo_jax.engine import draw, kv_cache, stops
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+  """Where prompts lie that rows share.
+
+  Attributes:
+    prompts: so many, P, in all shards.
+    places: rows of a prompt, G.
+    slots: cache slots of a prompt, T.
+    shards: parts in which rows and prompts are split; a row sits in its own.
+  """
+
+  prompts: int
+  places: int
+  slots: int
+  shards: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What is compiled in; programs with equal fields are compiled once.
+
+  Attributes:
+    config: the model's shape.
+    slots: cache slots of a row, S.
+    room: new tokens of a row at most, M.
+    eos_id: the token that ends a row.
+    vocab_size: tokens at or past it do not exist and are never drawn.
+    ways: how rows draw.
+    cache: what keys and values are kept in.
+    layout: how the cache lies, see `kv_cache`. "apart": a layer's weights and
+      cache are arrays of their own while tokens are decoded. A CPU copies a
+      slice of a stack before it uses it, at every step; elsewhere a stack is
+      one loop, which is compiled sooner.
+    shared: where prompts lie; None: in the slots of each of their rows.
+  """
+
+  config: model.ModelConfig
+  slots: int
+  room: int
+  eos_id: int
+  vocab_size: int
+  ways: draw.Ways
+  cache: kv_cache.Kind
+  layout: kv_cache.Layout
+  shared: Shared | None = None
+
+  @property
+  def apart(self) -> bool:
+    return self.layout == "apart"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """What each row was asked for; all [B].
+
+  `limit` is the new tokens that it may have, `length` those of its prompt;
+  `adapter` is an index of the stack, -1 for none.
+  """
+
+  stream: Any
+  sample_id: Any
+  temperature: Any
+  top_k: Any
+  top_p: Any
+  limit: Any
+  length: Any
+  adapter: Any
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["members", "place", "length"],
+  meta_fields=["span"],
+)
+@dataclasses.dataclass(frozen=True)
+class Seats:
+  """Who sits where, and how much of the prompts there is.
+
+  Attributes:
+    members: the row in each place of each prompt, or any, counted in its shard,
+      int32 [P, G].
+    place: the place of each row, counted through its shard's prompts, or any,
+      int32 [B].
+    length: tokens of each prompt; 0 for none, [P].
+    span: slots of a prompt that are attended to; none has more tokens.
+  """
+
+  members: Any
+  place: Any
+  length: Any
+  span: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+  """Prompts that were read: their cache of T slots, and logits [P, V]."""
+
+  cache: Any
+  logits: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+  """All rows between two calls.
+
+  Attributes:
+    rows: what they were asked for.
+    keys: a key for each row, [B].
+    tokens: new tokens, int32 [B, M].
+    logps: log-prob of each under the model at temperature 1, [B, M].
+    count: how many tokens are new, [B].
+    done: whether the row takes no more; empty slots are done, [B].
+    turn: how much of a human turn its text ends with, see `stops`, [B].
+    cache: see `kv_cache`; a tuple of single layers' if they are apart.
+    prompts: such a cache of the prompts that rows share; None if they do not.
+  """
+
+  rows: Rows
+  keys: jax.Array
+  tokens: jax.Array
+  logps: jax.Array
+  count: jax.Array
+  done: jax.Array
+  turn: jax.Array
+  cache: Any
+  prompts: Any = None
+
+
+def free_rows(count: int) -> Rows:
+  """Rows that were asked for nothing, in NumPy."""
+  return Rows(
+    stream=np.zeros(count, np.uint32),
+    sample_id=np.zeros(count, np.uint32),
+    temperature=np.zeros(count, np.float32),
+    top_k=np.zeros(count, np.int32),
+    top_p=np.ones(count, np.float32),
+    limit=np.zeros(count, np.int32),
+    length=np.ones(count, np.int32),
+    adapter=np.full(count, -1, np.int32),
+  )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def empty(
+  program: Program, batch: int, slots: int, prompt_slots: int = 0
+) -> State:
+  """A state whose rows are all free.
+
+  Args:
+    program: static shapes.
+    batch: rows.
+    slots: cache slots of a row.
+    prompt_slots: of a prompt, where rows share prompts.
+  """
+  zeros = functools.partial(jnp.zeros, (batch,))
+  rows = jax.tree.map(jnp.asarray, free_rows(batch))
+  state = State(
+    rows=rows,
+    keys=_keys(rows, jnp.uint32(0)),
+    tokens=jnp.zeros((batch, program.room), jnp.int32),
+    logps=jnp.zeros((batch, program.room), jnp.float32),
+    count=zeros(jnp.int32),
+    done=jnp.ones((batch,), bool),
+    turn=zeros(jnp.int32),
+    cache=_new_cache(program, batch, slots),
+  )
+  if program.shared is not None:
+    prompts = _new_cache(program, program.shared.prompts, prompt_slots)
+    state = dataclasses.replace(state, prompts=prompts)
+  return _placed(state)
+
+
+def resize(state: State, name: str, slots: int) -> State:
+  """The state with so many slots in a cache, where layers are apart.
+
+  A layer at a time, each of which is freed before the next one is made.
+
+  Args:
+    state: of all rows.
+    name: "cache" or "prompts".
+    slots: that this cache shall have.
+  """
+  caches = list(getattr(state, name))
+  state = dataclasses.replace(state, **{name: ()})
+  for at, cache in enumerate(caches):
+    caches[at] = None
+    caches[at] = _resize(cache, slots)
+  return dataclasses.replace(state, **{name: tuple(caches)})
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _resize(cache, slots):
+  return jax.tree.map_with_path(
+    lambda path, leaf: partitioning.constrain(leaf, *cache_axes(path, leaf, 0)),
+    kv_cache.resize(cache, slots),
+  )
+
+
+def _new_cache(program, batch, slots):
+  cache = _stacked_cache(program, batch, slots)
+  return kv_cache.split(cache) if program.apart else cache
+
+
+def _stacked_cache(program: Program, batch: int, slots: int) -> kv_cache.Tree:
+  """An empty cache of all layers, for so many rows."""
+  folded = program.layout == "folded"
+  return model.init_cache(program.config, batch, slots, program.cache, folded)
+
+
+def _keys(rows: Rows, seed: jax.Array) -> jax.Array:
+  """A key for each row, of (seed, prompt, sample id)."""
+  root = jax.random.key(seed)
+  fold = jax.random.fold_in
+  return jax.vmap(lambda one, two: fold(fold(root, one), two))(
+    rows.stream, rows.sample_id
+  )
+
+
+def axes(path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...]:
+  """Logical axes of a leaf of the state.
+
+  The cache is split over rows and heads; what the host reads is everywhere.
+  """
+  if path[0].name in ("cache", "prompts"):
+    # A layer's own cache has numbers in its path, and no axis of layers.
+    return cache_axes(path, leaf, 1 if len(path) == 2 else 0)
+  return (None,) * leaf.ndim
+
+
+def cache_axes(
+  path: tuple[Any, ...], leaf: Any, before: int
+) -> tuple[str | None, ...]:
+  """Logical axes of a leaf of a cache with so many axes before its rows."""
+  names = kv_cache.axes(path[-1].key, leaf.ndim - before)
+  split = [name if name in ("batch", "heads") else None for name in names]
+  return (*(None,) * before, *split)
+
+
+def _placed(state: State) -> State:
+  """The state as `axes` lay it on the mesh."""
+  return jax.tree.map_with_path(
+    lambda path, leaf: partitioning.constrain(leaf, *axes(path, leaf)), state
+  )
 
 
 @jax.jit
@@ -32,13 +283,13 @@ def apart(
 
 @functools.partial(jax.jit, static_argnums=0)
 def read(
-  program: decoding_state.Program,
+  program: Program,
   base: model.Tree,
   lora: model.Tree | None,
   prompts: jax.Array,
   length: jax.Array,
   adapter: jax.Array,
-) -> decoding_state.Prefix:
+) -> Prefix:
   """Reads prompts, each once, for all the rows that will ask for it.
 
   Args:
@@ -62,28 +313,28 @@ def read(
       prompts,
       jnp.broadcast_to(place, (count, size)),
       causal,
-      cache=decoding_state.stacked_cache(program, count, size),
+      cache=_stacked_cache(program, count, size),
       index=0,
-      adapter=_stacked(lora, adapter, axes=3),
+      adapter=_stacked(lora, adapter, ndim=3),
     )
     last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
     logits = model.unembed(base, last[:, 0])
   if program.apart:
     cache = kv_cache.split(cache)
-  return decoding_state.Prefix(cache, logits)
+  return Prefix(cache, logits)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def enter(
-  program: decoding_state.Program,
-  state: decoding_state.State,
-  prefix: decoding_state.Prefix,
+  program: Program,
+  state: State,
+  prefix: Prefix,
   source: jax.Array,
-  rows: decoding_state.Rows,
+  rows: Rows,
   table: jax.Array,
   seed: jax.Array,
   laid: jax.Array | None = None,
-) -> decoding_state.State:
+) -> State:
   """Puts rows into slots and draws their first tokens.
 
   Args:
@@ -106,9 +357,9 @@ def enter(
   name, taken = ("cache", source) if laid is None else ("prompts", laid)
   copied = _copied(program, getattr(state, name), prefix.cache, taken)
   rows = jax.tree.map(merge, rows, state.rows)
-  state = decoding_state.State(
+  state = State(
     rows=rows,
-    keys=decoding_state.keys(rows, seed),
+    keys=_keys(rows, seed),
     tokens=state.tokens,
     logps=state.logps,
     count=merge(0, state.count),
@@ -119,21 +370,21 @@ def enter(
   )
   state = dataclasses.replace(state, **{name: copied})
   logits = jnp.take(prefix.logits, prompt, axis=0)
-  return decoding_state.placed(_take(program, state, logits, table, enters))
+  return _placed(_take(program, state, logits, table, enters))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def advance(
-  program: decoding_state.Program,
+  program: Program,
   span: int,
   base: model.Tree,
   lora: model.Tree | None,
-  state: decoding_state.State,
+  state: State,
   table: jax.Array,
   steps: jax.Array,
   quota: jax.Array,
-  seats: decoding_state.Seats | None = None,
-) -> decoding_state.State:
+  seats: Seats | None = None,
+) -> State:
   """Decodes until `steps` tokens were added or `quota` slots are done.
 
   Args:
@@ -149,7 +400,7 @@ def advance(
     seats: where rows share prompts, who sits where.
   """
   slot = jnp.arange(span)[None]
-  axes = 2 if program.apart else 3
+  ndim = 2 if program.apart else 3
 
   def unfinished(carry):
     step, state = carry
@@ -175,7 +426,7 @@ def advance(
         cache=state.cache,
         prompts=state.prompts,
         index=index,
-        adapter=_stacked(lora, state.rows.adapter, axes),
+        adapter=_stacked(lora, state.rows.adapter, ndim),
       )
       logits = model.unembed(base, hidden[:, 0])
     state = dataclasses.replace(state, cache=cache)
@@ -183,13 +434,11 @@ def advance(
     return step + 1, state
 
   _, state = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))
-  return decoding_state.placed(state)
+  return _placed(state)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def resume(
-  state: decoding_state.State, again: jax.Array
-) -> decoding_state.State:
+def resume(state: State, again: jax.Array) -> State:
   """Lets rows go on that seemed to have begun a turn, bool [B]."""
   full = state.count >= state.rows.limit
   return dataclasses.replace(
@@ -268,8 +517,8 @@ def _take(program, state, logits, table, active):
   )
 
 
-def _stacked(lora, adapter, axes):
+def _stacked(lora, adapter, ndim):
   """The rows' adapters if `lora`, of so many axes if one, is a stack."""
-  if lora is None or jax.tree.leaves(lora)[0].ndim == axes:
+  if lora is None or jax.tree.leaves(lora)[0].ndim == ndim:
     return None
   return adapter

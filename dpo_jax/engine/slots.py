@@ -7,31 +7,102 @@ and what finds none waits beside the prompt's cache. Decoding stops as soon as a
 few rows have ended and others wait. Where rows share prompts, one for which
 there is no place waits too. None of this changes an answer.
 
-Letters: B rows, P prompts, T prompt tokens.
+Letters: B rows, P prompts, G places of a prompt.
 """
 
 import contextlib
-import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from dpo_jax import partitioning
-from dpo_jax.engine import (
-  capacity,
-  decoding,
-  decoding_state,
-  seating,
-  stops,
-)
+from dpo_jax.engine import capacity, decoding, stops
 
 # Refilling costs about a step; it waits until this share of the slots is free.
 _FREE = 1 / 8
 
-# Index of a request, its tokens, their log-probs, seconds in a slot.
-Ended = list[tuple[int, list[int], list[float], float]]
+# What a row takes from its request as it is.
+_ASKED = ("stream", "sample_id", "temperature", "top_k", "top_p", "adapter")
+
+# Index of a request, its tokens, their log-probs.
+Ended = list[tuple[int, list[int], list[float]]]
+
+
+class Seating:
+  """Which prompt lies where, and which rows sit at it.
+
+  A prompt that rows share lies in one place of the cache for as long as one of
+  them is being answered. A row that enters takes a place at its prompt, or with
+  it a free place for the prompt; if there is neither it waits. Where rows are
+  split over devices, row and prompt are of one shard.
+
+  Attributes:
+    length: tokens of each prompt that is there; 0 for none, [P].
+  """
+
+  def __init__(self, shared: decoding.Shared, size: int):
+    self._members = np.full((shared.prompts, shared.places), -1, np.int32)
+    self._place = np.full(size, -1, np.int32)
+    self._prompts: list[Hashable] = [None] * shared.prompts
+    self._rows = size // shared.shards
+    self._each = shared.prompts // shared.shards
+    self.length = np.zeros(shared.prompts, np.int32)
+
+  def take(
+    self, free: Sequence[int], prompt: Hashable, length: int
+  ) -> tuple[int, int, bool]:
+    """Seats a row.
+
+    Args:
+      free: slots that it may have.
+      prompt: what tells its prompt from others.
+      length: tokens of the prompt.
+
+    Returns:
+      The row's slot, or -1 if there is no place for it; where the prompt lies;
+      and whether it is to be laid there.
+    """
+    shards = [slot // self._rows for slot in free]
+    empty = self._members < 0
+    for at in np.flatnonzero(empty.any(axis=1)):
+      if self._prompts[at] == prompt and at // self._each in shards:
+        row = free[shards.index(at // self._each)]
+        return self._sit(row, at), at, False
+    # Where the most rows are free, so that those of the prompt will fit.
+    at = max(
+      np.flatnonzero(empty.all(axis=1)),
+      key=lambda at: shards.count(at // self._each),
+      default=-1,
+    )
+    if at < 0 or at // self._each not in shards:
+      return -1, -1, False
+    self._prompts[at], self.length[at] = prompt, length
+    return self._sit(free[shards.index(at // self._each)], at), at, True
+
+  def leave(self, row: int) -> None:
+    """Frees a row's place, and its prompt's after the last of its rows."""
+    at, place = divmod(self._place[row], self._members.shape[1])
+    self._members[at, place] = self._place[row] = -1
+    if (self._members[at] < 0).all():
+      self._prompts[at], self.length[at] = None, 0
+
+  def seats(self, span: int) -> decoding.Seats:
+    """What a call of `decoding.advance` is told."""
+    of_shard = self._each * self._members.shape[1]
+    return decoding.Seats(
+      members=np.where(self._members < 0, 0, self._members % self._rows),
+      place=np.where(self._place < 0, 0, self._place % of_shard),
+      length=self.length.copy(),
+      span=span,
+    )
+
+  def _sit(self, row, at) -> int:
+    place = int(np.argmax(self._members[at] < 0))
+    self._members[at, place] = row
+    self._place[row] = at * self._members.shape[1] + place
+    return row
 
 
 class Slots:
@@ -54,7 +125,6 @@ class Slots:
     self.size = found.size
     capacity.say(found, engine)
     self.slot_of: dict[int, int] = {}
-    self.entered: dict[int, float] = {}
     self.waiting: list[tuple[int, int]] = []
     self.prefix: Any = None
     # How many were read, and the tokens of those in `prefix`.
@@ -63,7 +133,7 @@ class Slots:
     self.held = {"cache": self.program.slots, "prompts": 0}
     self.seating = None
     if self.program.shared is not None:
-      self.seating = seating.Seating(self.program.shared, self.size)
+      self.seating = Seating(self.program.shared, self.size)
       self.held["prompts"] = self.program.shared.slots
 
   def run(self) -> Iterator[Ended]:
@@ -78,7 +148,7 @@ class Slots:
         self.held[name] = self._span(name, self.readings[0].padded)
         # Once, and not in each call of `advance`: it is a copy.
         self.decoded = decoding.apart(*self.weights)
-      self.state = decoding_state.empty(
+      self.state = decoding.empty(
         self.program, self.size, self.held["cache"], self.held["prompts"]
       )
     count = np.zeros(self.size, np.int64)
@@ -121,7 +191,6 @@ class Slots:
       self._enter(entering, laid)
       for slot, (index, _) in entering:
         self.slot_of[index] = slot
-        self.entered[index] = time.perf_counter()
         count[slot] = 1
 
   def _seated(self, free):
@@ -168,31 +237,14 @@ class Slots:
     self.prefix = decoding.read(self.program, *self.weights, *inputs)
 
   def _enter(self, entering, laid) -> None:
-    size = self.size
-    source = np.full(size, -1, np.int32)
-    rows = decoding_state.Rows(
-      stream=np.zeros(size, np.uint32),
-      sample_id=np.zeros(size, np.uint32),
-      temperature=np.zeros(size, np.float32),
-      top_k=np.zeros(size, np.int32),
-      top_p=np.ones(size, np.float32),
-      limit=np.zeros(size, np.int32),
-      length=np.ones(size, np.int32),
-      adapter=np.full(size, -1, np.int32),
-    )
+    source = np.full(self.size, -1, np.int32)
+    rows = decoding.free_rows(self.size)
     for slot, (index, prompt) in entering:
       request = self.requests[index]
       source[slot] = prompt
       rows.limit[slot] = request.max_new_tokens
       rows.length[slot] = len(request.prompt)
-      for name in (
-        "stream",
-        "sample_id",
-        "temperature",
-        "top_k",
-        "top_p",
-        "adapter",
-      ):
+      for name in _ASKED:
         getattr(rows, name)[slot] = getattr(request, name)
     source, rows, laid = self._put((source, rows, laid))
     seed = self._put(np.uint32(self.engine.seed))
@@ -264,7 +316,7 @@ class Slots:
   def _hold(self, name: str, slots: int) -> None:
     """Lets a cache have so many slots; only where layers are apart."""
     if slots != self.held[name]:
-      self.state = decoding_state.resize(self.state, name, slots)
+      self.state = decoding.resize(self.state, name, slots)
       self.held[name] = slots
 
   def _leave(self) -> tuple[Ended, np.ndarray]:
@@ -274,7 +326,6 @@ class Slots:
       (state.tokens, state.logps, state.count, state.done, state.turn)
     )
     ended, again = [], np.zeros(self.size, bool)
-    now = time.perf_counter()
     for index, slot in list(self.slot_of.items()):
       if not done[slot]:
         continue
@@ -291,14 +342,7 @@ class Slots:
       del self.slot_of[index]
       if self.seating is not None:
         self.seating.leave(slot)
-      ended.append(
-        (
-          index,
-          own,
-          logps[slot, : count[slot]].tolist(),
-          now - self.entered.pop(index),
-        )
-      )
+      ended.append((index, own, logps[slot, : count[slot]].tolist()))
     if again.any():
       self.state = decoding.resume(state, self._put(again))
     return ended, count.astype(np.int64)

@@ -25,15 +25,23 @@ TURN = len(comparisons.HUMAN)
 
 @functools.lru_cache(maxsize=8)
 def table(tokenizer: tokenizer_lib.Tokenizer) -> np.ndarray:
-  """State after each token, int8 [V, TURN + 1], from the states before it."""
+  """State after each token, int8 [V, TURN + 1], from the states before it.
+
+  Pythia's takes half a second; training asks for it at every interval.
+  """
   texts = tokenizer.decode_each()
   found = np.zeros((len(texts), TURN + 1), np.int8)
   found[:, TURN] = TURN
-  characters = set(comparisons.HUMAN)
+  after = {character: _after(character) for character in comparisons.HUMAN}
+  other = _after("")
   for token, text in enumerate(texts):
     # No other token leaves a text that ends like the turn's beginning.
-    if not characters.isdisjoint(text):
-      found[token, :TURN] = [_after(state, text) for state in range(TURN)]
+    if not after.keys().isdisjoint(text):
+      states = list(range(TURN + 1))
+      for character in text:
+        following = after.get(character, other)
+        states = [following[state] for state in states]
+      found[token] = states
   return found
 
 
@@ -56,19 +64,16 @@ def turn_end(tokenizer: tokenizer_lib.Tokenizer, tokens: list[int]) -> int:
   return high
 
 
-def _after(state: int, text: str) -> int:
-  for character in text:
-    state = _next(state, character)
-    if state == TURN:
-      break
-  return state
-
-
-@functools.cache
-def _next(state: int, character: str) -> int:
-  seen = comparisons.HUMAN[:state] + character
-  return next(
-    size
-    for size in range(state + 1, -1, -1)
-    if seen.endswith(comparisons.HUMAN[:size])
-  )
+def _after(character: str) -> list[int]:
+  """The state after a character from each state; "" is any other one."""
+  turn = comparisons.HUMAN
+  if not character:
+    return [0] * TURN + [TURN]
+  return [
+    max(
+      size
+      for size in range(state + 2)
+      if (turn[:state] + character).endswith(turn[:size])
+    )
+    for state in range(TURN)
+  ] + [TURN]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from dpo_jax import lora, model, partitioning, sampling
 from dpo_jax.answering import grid
-from dpo_jax.engine import capacity, decoding, decoding_state, stops
+from dpo_jax.engine import capacity, decoding, stops
 from dpo_jax.planning import compiling
 
 # Pythia's tokenizer; rows of the unembedding beyond it are padding.
@@ -126,19 +126,17 @@ def _weights(config, settings, mesh):
   return base, compiling.laid(stack, mesh)
 
 
-def _state(layout, mesh) -> decoding_state.State:
+def _state(layout, mesh) -> decoding.State:
   program, shared = layout.program, layout.program.shared
   prompt_slots = shared.slots if shared is not None else 0
   state = jax.eval_shape(
-    lambda: decoding_state.empty(
-      program, layout.size, program.slots, prompt_slots
-    )
+    lambda: decoding.empty(program, layout.size, program.slots, prompt_slots)
   )
   return jax.tree.map_with_path(
     lambda path, leaf: jax.ShapeDtypeStruct(
       leaf.shape,
       leaf.dtype,
-      sharding=partitioning.laid(mesh, *decoding_state.axes(path, leaf)),
+      sharding=partitioning.laid(mesh, *decoding.axes(path, leaf)),
     ),
     state,
   )
@@ -169,9 +167,7 @@ def _compile(layout, base, stack, state, mesh, tokenizer):
     lambda path, x: jax.ShapeDtypeStruct(
       x.shape,
       x.dtype,
-      sharding=partitioning.laid(
-        mesh, *decoding_state.cache_axes(path, x, before)
-      ),
+      sharding=partitioning.laid(mesh, *decoding.cache_axes(path, x, before)),
     ),
     prefix.cache,
   )
@@ -180,7 +176,7 @@ def _compile(layout, base, stack, state, mesh, tokenizer):
     prefix.logits.dtype,
     sharding=partitioning.laid(mesh, "batch", "vocab"),
   )
-  prefix = decoding_state.Prefix(cache, logits)
+  prefix = decoding.Prefix(cache, logits)
   weights, waiting, kept = (
     compiling.bytes_on_device(x) for x in ((base, stack), state, prefix)
   )
@@ -188,7 +184,7 @@ def _compile(layout, base, stack, state, mesh, tokenizer):
   laid = seats = None
   if (shared := program.shared) is not None:
     laid = whole((shared.prompts,), jnp.int32)
-    seats = decoding_state.Seats(
+    seats = decoding.Seats(
       members=whole((shared.prompts, shared.places), jnp.int32),
       place=whole((layout.size,), jnp.int32),
       length=laid,
