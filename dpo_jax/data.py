@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from dpo_jax import batches, comparisons, sources
 from dpo_jax import tokenizer as tokenizer_lib
+from dpo_jax.interface import settings as settings_lib
 from dpo_jax.rows import placement, profiles, tables, token_cache
 from dpo_jax.storage import remote
 
@@ -54,12 +55,8 @@ class DataSettings:
         f"data.row_length={self.row_length} must be at least"
         f" data.max_length={self.max_length}"
       )
-    for name in ("max_train", "max_eval"):
-      if getattr(self, name) < 0:
-        raise ValueError(f"data.{name}={getattr(self, name)} is negative")
+    settings_lib.check(self, "data.")
     remote.refuse_address("data.token_cache", self.token_cache)
-    if self.shapes < 1:
-      raise ValueError(f"data.shapes={self.shapes} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

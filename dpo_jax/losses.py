@@ -12,6 +12,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.interface import settings as settings_lib
+
 # Nats by which a margin of a thousand float32 log-probs may be off; two models
 # that differ by less prefer nothing over the other.
 ROUNDING = 1e-4
@@ -26,12 +28,7 @@ class LossSettings:
   label_smoothing: float
 
   def __post_init__(self):
-    if not (self.beta > 0 and math.isfinite(self.beta)):
-      raise ValueError(f"loss.beta={self.beta} must be positive and finite")
-    if not 0 <= self.label_smoothing < 0.5:
-      raise ValueError(
-        f"loss.label_smoothing={self.label_smoothing} must be in [0, 0.5)"
-      )
+    settings_lib.check(self, "loss.")
     if self.label_smoothing and self.kind != "sigmoid":
       raise ValueError(
         f"loss.label_smoothing={self.label_smoothing} is defined for"

@@ -17,7 +17,6 @@ References:
 
 import dataclasses
 import functools
-import math
 from typing import Any, Literal
 
 import jax
@@ -28,6 +27,7 @@ from dpo_jax import blocks as blocks_lib
 from dpo_jax import partitioning, quantised
 from dpo_jax.attention import block_attention, shared
 from dpo_jax.engine import kv_cache
+from dpo_jax.interface import settings
 
 Tree = dict[str, Any]
 # What the backward pass finds and what it computes again: all is kept; the
@@ -48,12 +48,7 @@ class LoraConfig:
   targets: tuple[str, ...]
 
   def __post_init__(self):
-    if self.rank < 1:
-      raise ValueError(f"lora.rank={self.rank} must be at least 1")
-    if not 0 < self.alpha < math.inf:
-      raise ValueError(f"lora.alpha={self.alpha} must be positive and finite")
-    if not 0 <= self.dropout < 1:
-      raise ValueError(f"lora.dropout={self.dropout} must be in [0, 1)")
+    settings.check(self, "lora.")
     unknown = [name for name in self.targets if name not in TARGETS]
     if unknown or not self.targets:
       raise ValueError(f"lora.targets={self.targets} must be some of {TARGETS}")
@@ -86,6 +81,7 @@ class ModelConfig:
   lora: LoraConfig | None = None
 
   def __post_init__(self):
+    settings.check(self)
     if self.width % self.heads:
       raise ValueError(
         f"width={self.width} must be a multiple of heads={self.heads}"
@@ -95,10 +91,6 @@ class ModelConfig:
         f"rotary_fraction={self.rotary_fraction} of head dim {self.head_dim}"
         f" gives {self.rotary_dim} rotated dimensions; it must be even"
       )
-    if self.logit_chunk < 1:
-      raise ValueError(f"logit_chunk={self.logit_chunk} must be at least 1")
-    if self.logit_words < 0:
-      raise ValueError(f"logit_words={self.logit_words} must not be negative")
 
   @property
   def head_dim(self) -> int:

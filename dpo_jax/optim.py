@@ -6,13 +6,13 @@ base has no gradients to be clipped by.
 """
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 import jax
 import optax
 
 from dpo_jax import partitioning
+from dpo_jax.interface import settings as settings_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,20 +30,7 @@ class OptimizerSettings:
   clip_norm: float
 
   def __post_init__(self):
-    for name in ("learning_rate", "eps", "clip_norm"):
-      value = getattr(self, name)
-      if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"optimizer.{name}={value} must be positive")
-    if self.warmup_steps < 0 or not 0 <= self.weight_decay < math.inf:
-      raise ValueError(
-        f"optimizer.warmup_steps={self.warmup_steps} and"
-        f" weight_decay={self.weight_decay} must be finite and not negative"
-      )
-    for name in ("b1", "b2"):
-      if not 0 <= getattr(self, name) < 1:
-        raise ValueError(
-          f"optimizer.{name}={getattr(self, name)} must be in [0, 1)"
-        )
+    settings_lib.check(self, "optimizer.")
     if self.name == "rmsprop" and self.weight_decay:
       raise ValueError(
         f"optimizer.weight_decay={self.weight_decay} is for adamw; rmsprop"

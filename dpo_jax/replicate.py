@@ -42,6 +42,9 @@ class WorldSettings:
   test: int
   scale: float
 
+  def __post_init__(self):
+    settings.check(self, "world.")
+
 
 @dataclasses.dataclass(frozen=True)
 class VocabularySettings:
@@ -77,9 +80,7 @@ class InitSettings:
   directory: str
 
   def __post_init__(self):
-    # More bits than these jax.random.key would not keep.
-    if not 0 <= self.seed < 2**32:
-      raise ValueError(f"init.seed={self.seed} must be in [0, 2**32)")
+    settings.check(self, "init.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,9 +25,7 @@ import jax
 from dpo_jax import comparisons, model
 from dpo_jax import tokenizer as tokenizer_lib
 from dpo_jax.engine import kv_cache, slots, stops
-
-# Below this a float32 temperature only adds rounding to what greedy gives.
-LOWEST_TEMPERATURE = 1e-4
+from dpo_jax.interface import settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +54,9 @@ class Request:
   adapter: int = -1
 
   def __post_init__(self):
-    check(self.temperature, self.top_k, self.top_p, self.max_new_tokens)
+    settings.check(self)
     if not self.prompt:
       raise ValueError("a request's prompt must have at least one token")
-    if not 0 <= self.stream < 2**32 or not 0 <= self.sample_id < 2**32:
-      raise ValueError(
-        f"stream={self.stream} and sample_id={self.sample_id} must be in"
-        " [0, 2^32)"
-      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,35 +106,7 @@ class Engine:
   seed: int
 
   def __post_init__(self):
-    lowest = {"seed": 0, "batch_size": 0, "span": 0}
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      low = lowest.get(field.name, 1)
-      if field.type is int and not low <= value < 2**32:
-        raise ValueError(
-          f"{field.name}={value} must be at least {low}, and below 2**32"
-        )
-    if not 0 < self.cache_gib < math.inf:
-      raise ValueError(f"cache_gib={self.cache_gib} must be positive")
-
-
-def check(temperature, top_k, top_p, max_new_tokens) -> None:
-  """Refuses sampling parameters that mean nothing, with ValueError."""
-  if not math.isfinite(temperature) or temperature < 0:
-    raise ValueError(
-      f"temperature={temperature} must be finite and at least 0 (0 is greedy)"
-    )
-  if 0 < temperature < LOWEST_TEMPERATURE:
-    raise ValueError(
-      f"temperature={temperature} is too small for float32: use 0 for greedy"
-      f" decoding or at least {LOWEST_TEMPERATURE}"
-    )
-  if top_k < 0:
-    raise ValueError(f"top_k={top_k} must be at least 0 (0 is off)")
-  if not 0 < top_p <= 1:
-    raise ValueError(f"top_p={top_p} must be in (0, 1] (1 is off)")
-  if max_new_tokens < 1:
-    raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    settings.check(self)
 
 
 def stream(prompt_id: str) -> int:

@@ -24,7 +24,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import math
 import os
 import pathlib
 import sys
@@ -37,6 +36,7 @@ import numpy as np
 from dpo_jax import batches, comparisons, hf, partitioning, steps
 from dpo_jax import tokenizer as tokenizer_lib
 from dpo_jax.interface import console, redaction
+from dpo_jax.interface import settings as settings_lib
 from dpo_jax.rows import placement, profiles, settling, tables
 from dpo_jax.sources import files
 from dpo_jax.storage import atomic, remote
@@ -90,13 +90,7 @@ class ScoreSettings:
   tensor: int
 
   def __post_init__(self):
-    if not 0 < self.beta < math.inf:
-      raise ValueError(f"beta={self.beta} must be positive and finite")
-    if self.batch_size < 1:
-      raise ValueError(f"batch_size={self.batch_size} must be at least 1")
-    for name in ("max_length", "max_prompt_length"):
-      if getattr(self, name) < 0:
-        raise ValueError(f"{name}={getattr(self, name)} is negative")
+    settings_lib.check(self)
 
 
 def run(settings: ScoreSettings) -> list[dict[str, Any]]:

@@ -463,7 +463,7 @@ def test_refuses_to_go_on_with_other_weights(world, whole):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"temperatures": (-1.0,)}, "temperature=-1.0 must be finite"),
+    ({"temperatures": (-1.0,)}, "'sft': temperatures=-1.0 must be finite"),
     ({"temperatures": (float("nan"),)}, r"s\[0\]=nan must be finite"),
     ({"temperatures": ()}, "has no temperatures"),
     ({"temperatures": (1.0, 1.0)}, "repeats a temperature"),
@@ -486,15 +486,10 @@ def test_refuses_policies(world, tmp_path, changes, message):
   [
     ({"policies": {}}, "policies is empty"),
     ({"top_p": 0.0}, r"top_p=0.0 must be in \(0, 1\]"),
-    ({"batch_size": -1}, "batch_size=-1 must be at least 0"),
-    ({"cache_gib": 0.0}, "cache_gib=0.0 must be positive"),
     ({"cache": "int4"}, "must be one of"),
     ({"batch_size": 12}, "batch_size=12 must be a multiple"),
-    ({"samples_per_prompt": 0}, "samples_per_prompt=0 must be at least 1"),
     ({"max_prompt_tokens": 250}, "lower max_prompt_tokens or max_new_tokens"),
     ({"tokenizer": "./nowhere"}, "no tokenizer at './nowhere'"),
-    ({"seed": -1}, "seed=-1 must be at least 0"),
-    ({"seed": 2**32}, "seed=4294967296 .* below 2"),
   ],
 )
 def test_refuses_settings(world, tmp_path, changes, message):

@@ -8,9 +8,10 @@ import pathlib
 
 import jax
 import pytest
+import tiny
 
 from configs import common, models
-from dpo_jax import model, partitioning, replicate
+from dpo_jax import model, partitioning, replicate, sampling, score
 from dpo_jax.answering import grid
 from dpo_jax.interface import settings
 from dpo_jax.judging import runner
@@ -179,12 +180,36 @@ def test_tiles_of_a_vocabulary_that_a_mesh_splits_are_refused():
   c.mesh.tensor = 2
   with pytest.raises(ValueError, match=r"logit_words=1048 with mesh\.tensor=2"):
     settings.build(recipe.TrainSettings, c.to_dict())
-  c.mesh.tensor, c.model.logit_words = 1, -1
-  with pytest.raises(ValueError, match="logit_words=-1 must not be negative"):
-    settings.build(recipe.TrainSettings, c.to_dict())
 
 
-@pytest.mark.parametrize("seed", [-1, 2**32])
-def test_a_seed_that_jax_would_cut_is_refused(seed):
-  with pytest.raises(ValueError, match=rf"init.seed={seed} must be in"):
-    replicate.InitSettings(None, seed, "tokenizer", "model")
+def within(built):
+  """A dataclass and all those that it holds."""
+  yield built
+  for field in dataclasses.fields(built):
+    value = getattr(built, field.name)
+    for held in value.values() if isinstance(value, dict) else [value]:
+      if dataclasses.is_dataclass(held):
+        yield from within(held)
+
+
+def test_every_range_is_held_to_by_every_class_that_has_the_field():
+  score_settings = score.parse(["--model=m", "--pairs=p", "--output=o"])
+  request = sampling.Request((1,), 0, 0, 1.0, 0, 1.0, 8)
+  parts = [
+    *within(build("demo")),
+    *within(build("judge", "openai")),
+    *(build("sample").engine(), request, score_settings),
+    *(tiny.CONFIG, model.LoraConfig(1, 1.0, 0.0, model.TARGETS)),
+  ]
+  unused = set(settings.RANGES)
+  for part in parts:
+    for field in dataclasses.fields(part):
+      names = {field.name, f"{type(part).__name__}.{field.name}"}
+      if found := names & settings.RANGES.keys():
+        wrong = -1
+        if isinstance(getattr(part, field.name), tuple):
+          wrong = (wrong,)
+        with pytest.raises(ValueError, match=f"{field.name}=-1 must "):
+          dataclasses.replace(part, **{field.name: wrong})
+        unused -= found
+  assert not unused

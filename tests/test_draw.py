@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from dpo_jax import sampling
 from dpo_jax.engine import draw
+from dpo_jax.interface import settings
 
 COUNT = 8 * 2500
 LOGITS = np.array([2.0, 1.5, 1.4, 0.7, 0.1, -0.3, -1.0, -3.0, 9.0, 9.5])
@@ -125,7 +125,7 @@ def test_temperature_zero_is_greedy_and_the_lowest_too():
   rows = np.array(
     [
       (temperature, top_k, top_p)
-      for temperature in (0.0, sampling.LOWEST_TEMPERATURE)
+      for temperature in (0.0, settings.LOWEST_TEMPERATURE)
       for top_k, top_p in ((0, 1.0), (0, 0.9), (3, 0.9))
     ]
     * (COUNT // 6)

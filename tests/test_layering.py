@@ -54,7 +54,7 @@ LEVELS = {
   "storage.remote": -1,
   "interface.redaction": 0,
   "weights.safetensors_files": 0,
-  "interface.settings": 0,
+  "interface.settings": -1,
   "sources.hub": 0,
   # Below all, since whoever opens a file may need them.
   "storage.atomic": -1,

@@ -670,15 +670,7 @@ def test_plan_groups_rows_of_a_prompt_and_puts_long_prompts_first():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"temperature": -0.1}, "temperature=-0.1 must be finite"),
-    ({"temperature": math.nan}, "temperature=nan must be finite"),
-    ({"temperature": math.inf}, "temperature=inf must be finite"),
-    ({"temperature": 1e-9}, "use 0 for greedy"),
-    ({"top_k": -1}, "top_k=-1 must be at least 0"),
-    ({"top_p": 0.0}, r"top_p=0.0 must be in \(0, 1\]"),
-    ({"top_p": 1.5}, r"top_p=1.5 must be in \(0, 1\]"),
-    ({"top_p": math.nan}, r"top_p=nan must be in \(0, 1\]"),
-    ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+    ({"temperature": 1e-9}, "temperature=1e-09 must .* or 0 for greedy"),
     ({"prompt": ()}, "at least one token"),
     ({"stream": 2**32}, "stream=4294967296"),
   ],

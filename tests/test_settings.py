@@ -107,6 +107,49 @@ def test_something_that_is_no_dict_is_refused():
     settings.build(Outer, [("kind", "a")])
 
 
+NOT_FINITE = (math.nan, math.inf, -math.inf)
+
+
+@pytest.mark.parametrize(
+  ("field", "allowed", "refused"),
+  [
+    ("epochs", (1, 10**9), (0, -1)),
+    ("max_steps", (0, 10**9), (-1,)),
+    ("beta", (1e-300, 1e300), (0.0, -1.0, *NOT_FINITE)),
+    ("weight_decay", (0.0, 1e300), (-0.1, *NOT_FINITE)),
+    ("min_score_ratio", (1.0, 1e300), (0.5, *NOT_FINITE)),
+    ("b1", (0.0, 0.999), (1.0, -0.1, *NOT_FINITE)),
+    ("gold_floor", (0.0, 1.0), (-0.1, 1.1, *NOT_FINITE)),
+    ("seed", (0, 2**32 - 1), (-1, 2**32)),
+    ("temperature", (0.0, 1e-4, 2.0), (1e-9, -0.1, *NOT_FINITE)),
+    ("top_p", (0.1, 1.0), (0.0, 1.5, *NOT_FINITE)),
+    ("label_smoothing", (0.0, 0.49), (0.5, -0.1, *NOT_FINITE)),
+    ("top_logprobs", (0, 20), (-1, 21)),
+    ("first_slot_limit", (0.5, 1.0), (0.4, 1.1, *NOT_FINITE)),
+  ],
+)
+def test_a_range_and_its_ends(field, allowed, refused):
+  made = dataclasses.make_dataclass("Made", [field])
+  for value in allowed:
+    settings.check(made(value))
+  for value in refused:
+    with pytest.raises(ValueError, match=re.escape(f"x.{field}={value} must ")):
+      settings.check(made(value), "x.")
+
+
+def test_a_range_of_one_class_and_of_every_item():
+  # 0 rows are as many as memory holds in sampling, and nothing in training.
+  for name in ("Engine", "TrainSettings"):
+    made = dataclasses.make_dataclass(name, ["batch_size", "temperatures"])
+    with pytest.raises(ValueError, match="temperatures=-1 must be finite"):
+      settings.check(made(1, (0, 1, -1)))
+    if name == "Engine":
+      settings.check(made(0, ()))
+    else:
+      with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+        settings.check(made(0, ()))
+
+
 def test_every_difference_is_a_line():
   left = {"a": {"b": 1, "c": (1, 2)}, "d": "x", "gone": 1}
   right = {"a": {"b": 2, "c": [1, 2]}, "d": "x"}

@@ -311,10 +311,10 @@ def test_wrong_input_is_refused_before_the_model_is_read(
     ({"batch_size": 5}, "batch_size=5 must be a multiple of microbatches=2"),
     ({"batch_size": 0}, "batch_size=0"),
     ({"epochs": 0}, "epochs=0"),
-    ({"seed": 2**32}, "seed=4294967296 must be below 2\\*\\*32"),
+    ({"seed": 2**32}, r"seed=4294967296 must be in \[0, 2\*\*32\)"),
     ({"eval_every": -1}, "eval_every=-1"),
     ({"lora.rank": 0}, "export_adapters=True needs adapters"),
-    ({"lora.rank": -1}, "lora.rank=-1 is negative; 0 trains all"),
+    ({"lora.rank": -1}, "lora.rank=-1 must not be negative"),
     ({"lora.dropout": 1.0}, "lora.dropout=1.0"),
     ({"lora.targets": ["qkv"]}, "lora.targets"),
     (

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from dpo_jax import comparisons, partitioning, records, sampling, sources
 from dpo_jax import tokenizer as tokenizer_lib
+from dpo_jax.interface import settings as settings_lib
 from dpo_jax.storage import remote
 
 _log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Policy:
       raise ValueError(
         f"policy {self.name!r} has both adapter and steps_of: make it two"
       )
+    settings_lib.check(self, f"policy {self.name!r}: ")
     if not self.temperatures:
       raise ValueError(f"policy {self.name!r} has no temperatures")
     if len(set(self.temperatures)) != len(self.temperatures):
@@ -91,13 +93,7 @@ class AnswerSettings:
   def __post_init__(self):
     if not self.policies:
       raise ValueError("policies is empty: name at least one model")
-    for policy in self.policies.values():
-      for temperature in policy.temperatures:
-        sampling.check(temperature, self.top_k, self.top_p, self.max_new_tokens)
-    for name in ("max_prompt_tokens", "samples_per_prompt"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-    self.engine()
+    settings_lib.check(self)
 
   def engine(self) -> sampling.Engine:
     """The shapes and the seed."""

@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import os
 import random
 import re
@@ -27,6 +26,7 @@ from typing import Any, Literal, TypeVar
 
 from dpo_jax import judging
 from dpo_jax.interface import redaction
+from dpo_jax.interface import settings as settings_lib
 from dpo_jax.judging import budget, limits, prompts, transport, verdicts
 
 T = TypeVar("T")
@@ -79,27 +79,13 @@ class ServerSettings:
       )
     if not self.model:
       raise ValueError("model='' must name the judging model")
-    for name in ("max_tokens", "timeout_s", "batch_size", "batch_poll_s"):
-      self._require(name, getattr(self, name) > 0, "positive")
-    for name in (
-      *("temperature", "max_retries", "retry_wait_s", "max_wait_s"),
-      *("requests_per_minute", "tokens_per_minute", "budget_usd"),
-      *("batch_price", "expected_reply_tokens", "expected_reply_s"),
-    ):
-      self._require(name, getattr(self, name) >= 0, "zero or more")
-    if not 0 <= self.top_logprobs <= 20:
-      raise ValueError(f"top_logprobs={self.top_logprobs} must be 0 to 20")
+    settings_lib.check(self)
     prices = budget.read_prices(self.prices)
     if self.budget_usd and self.model not in prices:
       raise ValueError(
         f"budget_usd={self.budget_usd:g} cannot be kept: the price of"
         f" {self.model!r} is not in prices; add it, or set budget_usd=0"
       )
-
-  def _require(self, name: str, holds: bool, what: str) -> None:
-    value = getattr(self, name)
-    if not (holds and math.isfinite(value)):
-      raise ValueError(f"{name}={value} must be {what} and finite")
 
   @property
   def price(self) -> budget.Price | None:

@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from dpo_jax import records
+from dpo_jax.interface import settings as settings_lib
 from dpo_jax.judging import questions
 from dpo_jax.storage import row_store
 
@@ -30,12 +31,7 @@ class ControlSettings:
   retests: int
 
   def __post_init__(self):
-    for field in dataclasses.fields(self):
-      if getattr(self, field.name) < 0:
-        raise ValueError(
-          f"controls.{field.name}={getattr(self, field.name)} must be zero or"
-          " more"
-        )
+    settings_lib.check(self, "controls.")
 
 
 def cases(

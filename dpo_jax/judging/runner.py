@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from dpo_jax import judging, records
 from dpo_jax.interface import console
+from dpo_jax.interface import settings as settings_lib
 from dpo_jax.judging import (
   account,
   batch_api,
@@ -48,8 +49,7 @@ class JudgeSettings:
   server: client.ServerSettings | None
 
   def __post_init__(self):
-    if self.concurrency < 1:
-      raise ValueError(f"concurrency={self.concurrency} must be at least 1")
+    settings_lib.check(self)
     # `responses` itself, a path elsewhere or a hidden file would be a mishap.
     if not re.fullmatch(r"verdicts(-[A-Za-z0-9_-]{1,60})?", self.verdicts):
       raise ValueError(

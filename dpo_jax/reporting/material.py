@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from dpo_jax import metrics, records, winrates
+from dpo_jax.interface import settings as settings_lib
 from dpo_jax.judging import questions
 from dpo_jax.judging import verdicts as parser
 from dpo_jax.storage import strict_json
@@ -74,18 +75,7 @@ class ReportSettings:
         )
     if len(set(self.runs)) < len(self.runs):
       raise ValueError(f"runs={self.runs} names a run twice")
-    for name in ("examples", "seed"):
-      if getattr(self, name) < 0:
-        raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
-    for name, low, high in (
-      ("aa_alpha", 0.0, 1.0),
-      ("first_slot_limit", 0.5, 1.0),
-      ("gold_floor", 0.0, 1.0),
-    ):
-      if not low <= getattr(self, name) <= high:
-        raise ValueError(
-          f"{name}={getattr(self, name)} must be in [{low}, {high}]"
-        )
+    settings_lib.check(self)
     intervals.check(self.resamples, self.confidence)
 
   @property

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.interface import settings as settings_lib
 from dpo_jax.storage import strict_json
 
 INCIDENTS = "incidents.jsonl"
@@ -33,10 +34,7 @@ class GuardSettings:
   max_skipped: int
 
   def __post_init__(self):
-    if self.max_skipped < 0:
-      raise ValueError(
-        f"guards.max_skipped={self.max_skipped} must not be negative"
-      )
+    settings_lib.check(self, "guards.")
 
 
 @jax.tree_util.register_dataclass

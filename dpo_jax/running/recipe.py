@@ -11,9 +11,9 @@ from dpo_jax import (
   model,
   optim,
   partitioning,
-  sampling,
   trackers,
 )
+from dpo_jax.interface import settings
 from dpo_jax.mirror import objects
 from dpo_jax.running import guards
 from dpo_jax.storage import remote, step_files
@@ -75,15 +75,7 @@ class ModelSettings:
   logit_words: int
 
   def __post_init__(self):
-    for name in ("attention_block", "logit_chunk"):
-      if getattr(self, name) < 1:
-        raise ValueError(
-          f"model.{name}={getattr(self, name)} must be at least 1"
-        )
-    if self.logit_words < 0:
-      raise ValueError(
-        f"model.logit_words={self.logit_words} must not be negative; 0 is all"
-      )
+    settings.check(self, "model.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +87,12 @@ class LoraSettings:
   dropout: float
   targets: tuple[str, ...]
 
+  def __post_init__(self):
+    settings.check(self, "lora.")
+
   def config(self) -> model.LoraConfig | None:
     if not self.rank:
       return None
-    if self.rank < 0:
-      raise ValueError(
-        f"lora.rank={self.rank} is negative; 0 trains all weights instead"
-      )
     return model.LoraConfig(self.rank, self.alpha, self.dropout, self.targets)
 
 
@@ -118,18 +109,7 @@ class SampleSettings:
   max_prompt_tokens: int
 
   def __post_init__(self):
-    sampling.check(
-      self.temperature, self.top_k, self.top_p, self.max_new_tokens
-    )
-    for name in ("prompts", "every"):
-      if getattr(self, name) < 0:
-        raise ValueError(
-          f"samples.{name}={getattr(self, name)} must not be negative"
-        )
-    if self.max_prompt_tokens < 1:
-      raise ValueError(
-        f"samples.max_prompt_tokens={self.max_prompt_tokens} must be at least 1"
-      )
+    settings.check(self, "samples.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,23 +157,7 @@ class TrainSettings:
 
   def __post_init__(self):
     self.lora.config()
-    for name in ("batch_size", "microbatches", "epochs", "eval_batch_size"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-    for name in (
-      "seed",
-      "max_steps",
-      "eval_every",
-      "checkpoint_every",
-      "keep_checkpoints",
-      "keep_every",
-      "keep_best",
-    ):
-      if getattr(self, name) < 0:
-        raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-    # jax.random.key keeps 32 bits: 2**32 would be 0 again.
-    if self.seed >= 2**32:
-      raise ValueError(f"seed={self.seed} must be below 2**32")
+    settings.check(self)
     if self.batch_size % self.microbatches:
       raise ValueError(
         f"batch_size={self.batch_size} must be a multiple of"
@@ -231,10 +195,6 @@ class TrainSettings:
         objects.split(self.checkpoint_bucket)
       except ValueError as error:
         raise ValueError(f"checkpoint_bucket: {error}") from None
-    if not 0 < self.grace_s < float("inf"):
-      raise ValueError(f"grace_s={self.grace_s} must be positive")
-    if self.heartbeat_s < 1:
-      raise ValueError(f"heartbeat_s={self.heartbeat_s} must be at least 1")
     for name in self.allow_changes:
       if name not in MADE_OF and name.split(".")[0] not in self.__dict__:
         raise ValueError(

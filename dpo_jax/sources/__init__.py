@@ -14,13 +14,13 @@ reason why not:
 
 import dataclasses
 import itertools
-import math
 import pathlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from dpo_jax import comparisons
+from dpo_jax.interface import settings
 from dpo_jax.sources import conversations, shp, stack_exchange, tldr
 from dpo_jax.sources import rows as raw
 
@@ -59,6 +59,7 @@ class SourceSettings:
     def refuse(field: str, mend: str):
       raise ValueError(f"{field}={getattr(self, field)!r} {mend}")
 
+    settings.check(self)
     if not self.train_path:
       refuse("train_path", "must name a file, a directory or a hub id")
     if self.eval_path and self.held_out != 0:
@@ -72,8 +73,6 @@ class SourceSettings:
         "must be a share between 0 and 1, as eval_path='' holds out a share"
         " of the training side's prompts",
       )
-    if not 0 < self.weight < math.inf:
-      refuse("weight", "must be positive and finite")
     for name in (*self.subsets, self.train_split, self.eval_split):
       if not _stays_inside(name):
         raise ValueError(
@@ -82,14 +81,10 @@ class SourceSettings:
         )
     if len(set(self.subsets)) < len(self.subsets):
       refuse("subsets", "names one twice")
-    if not 1 <= self.min_score_ratio < math.inf:
-      refuse("min_score_ratio", "must be finite and at least 1, which is off")
     if self.kind != "shp" and self.min_score_ratio != 1:
       refuse(
         "min_score_ratio", f"is for kind='shp': set it to 1 for {self.kind!r}"
       )
-    if self.max_pairs_per_prompt < 0:
-      refuse("max_pairs_per_prompt", "is negative; 0 keeps all")
     if self.kind not in ("shp", "se") and self.max_pairs_per_prompt:
       refuse(
         "max_pairs_per_prompt",
@@ -117,15 +112,7 @@ class FilterSettings:
   skip_bad: int
 
   def __post_init__(self):
-    for name in (
-      "max_turns",
-      "min_response_chars",
-      "max_response_chars",
-      "max_prompt_chars",
-      "skip_bad",
-    ):
-      if getattr(self, name) < 0:
-        raise ValueError(f"{name}={getattr(self, name)} is negative; 0 is off")
+    settings.check(self)
     if 0 < self.max_response_chars < self.min_response_chars:
       raise ValueError(
         f"max_response_chars={self.max_response_chars} must be at least"
