@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from dpo_jax import fence, partitioning, quantised
 from dpo_jax import lora as lora_lib
+from dpo_jax import partitioning, quantised
 
 Tree = dict[str, Any]
 # The kernels that LoRA may stand beside.
@@ -222,9 +222,6 @@ class _Block(nnx.Module):
     hidden = self.dense_h_to_4h(self.mlp_norm(x), keys[2], adapter)
     hidden = partitioning.constrain(hidden, "batch", None, "mlp")
     hidden = _gelu(hidden)
-    if self.turned:
-      # Joined with the product that follows, both are slower.
-      hidden = fence.fenced(hidden)
     x = x + attended + self.dense_4h_to_h(hidden, keys[3], adapter)
     return partitioning.constrain(x, "batch", None, None), cache
 

@@ -59,7 +59,6 @@ LEVELS = {
   # Below all, since whoever opens a file may need them.
   "storage.atomic": -1,
   "storage.strict_json": -1,
-  "fence": -2,
   # Of whoever traces a model.
   "precision": -2,
   "world.synthetic_tables": 0,

@@ -25,8 +25,6 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dpo_jax import fence
-
 # What rematerialisation may keep of attention, one value a query and head dim:
 # then scores and exponentials alone are computed again.
 SAVED = "attended"
@@ -109,7 +107,6 @@ def _forward(q, k, v, visible, query, key):
   add = functools.partial(
     jax.ops.segment_sum, segment_ids=query, num_segments=len(q)
   )
-  q, k, v = _written(query, (q, k, v))
   q, k, v = (checkpoint_name(x, SAVED) for x in (q, k, v))
   scores = _product("PNkH,PNqH->PNkq", k[key], q[query]) * _scale(q)
   # A finite floor: what sees nothing stays free of NaN.
@@ -139,8 +136,7 @@ def _backward(kept, grad):
   # `weights` lack their `share`: the gradient takes it, which is smaller.
   grad = grad * share[:, :, :, None]
   common = jnp.sum(grad * out, axis=-1)
-  common, grad = _written(query, (common, grad.astype(v.dtype)))
-  common, grad = common[query][:, :, None, :], grad[query]
+  common, grad = common[query][:, :, None, :], grad.astype(v.dtype)[query]
   slope = _product("PNkH,PNqH->PNkq", v[key], grad)
   slope = weights * (slope - common) * _scale(q)
   of_q = add(_product("PNkq,PNkH->PNqH", slope, k[key]), query)
@@ -162,13 +158,3 @@ def _product(equation, a, b):
 
 def _scale(q):
   return 1 / math.sqrt(q.shape[-1])
-
-
-def _written(query, rows):
-  """Rows that exist before they are gathered.
-
-  XLA would compute a row, bias, rotation and transposition included, again for
-  each pair that has it. Of several shards the condition is a choice of values,
-  and nothing is won.
-  """
-  return fence.fence(rows, jnp.all(query >= 0))

@@ -20,8 +20,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import fence
-
 # Of fewer queries the loop is slower than products one after another.
 _FEWEST_QUERIES = 16
 
@@ -101,7 +99,7 @@ def _columns_attended(weights, v):
   else:
     sums = jnp.sum(weights * v[:, :, None], axis=3)
   # Joined with the projection that follows, both are slower.
-  sums = fence.fenced(sums.astype(dtype))
+  sums = _no_fuse(sums.astype(dtype))
   if weights.shape[2] == 1:
     return sums[:, None]
   return jnp.swapaxes(sums, 1, 2)
@@ -109,3 +107,16 @@ def _columns_attended(weights, v):
 
 def _few(queries):
   return queries < _FEWEST_QUERIES
+
+
+def _no_fuse(x: jax.Array) -> jax.Array:
+  """`x` itself, computed before anything that reads it.
+
+  XLA for CPUs fuses a chain of operations into one, which then runs on fewer
+  cores. It removes optimization barriers before it fuses, but not a condition
+  that it cannot decide.
+  """
+  first = x.ravel()[0]
+  # Always true, NaN included; LLVM knows, but runs after the fusion.
+  holds = (first == first) | (first != first)
+  return jax.lax.cond(holds, lambda x: x, jnp.zeros_like, x)
