@@ -9,7 +9,8 @@ says what they would cost, and asks none of them.
 
 import dataclasses
 
-from dpo_jax.interface import cli, console, settings
+from dpo_jax.cli import flags
+from dpo_jax.core import console, settings
 from dpo_jax.judging import runner
 
 
@@ -24,7 +25,7 @@ def main(config, workdir, estimate: bool) -> int:
 
 
 if __name__ == "__main__":
-  cli.run(
+  flags.run(
     main,
     example="configs/judge.py:openai",
     estimate=(False, "print calls, tokens and dollars, and ask nothing"),

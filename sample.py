@@ -9,20 +9,20 @@ kept. Started on several hosts, each answers its share of the prompts.
 import pathlib
 from typing import Any
 
-from dpo_jax.answering import answers, grid
-from dpo_jax.interface import cli, console, settings
-from dpo_jax.running import processes
+from dpo_jax.cli import flags
+from dpo_jax.core import console, distributed, settings
+from dpo_jax.sampling import generate, jobs
 
 
 def main(config: dict[str, Any], workdir: pathlib.Path) -> int:
-  with processes.joined():
-    built = settings.build(grid.AnswerSettings, config)
-    paths = answers.run(built, workdir)
-  if processes.first():
+  with distributed.joined():
+    built = settings.build(jobs.AnswerSettings, config)
+    paths = generate.run(built, workdir)
+  if distributed.first():
     for path in paths:
       console.result(str(path), path=str(path))
   return 0
 
 
 if __name__ == "__main__":
-  cli.run(main, example="configs/sample.py")
+  flags.run(main, example="configs/sample.py")

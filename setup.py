@@ -61,8 +61,8 @@ setuptools.setup(
   cmdclass={"build_py": BuildPy},
   entry_points={"console_scripts": ["dpo-jax = dpo_jax.__main__:main"]},
   package_data={
-    "dpo_jax.figures": ["*.mplstyle"],
-    "dpo_jax.reporting.page": ["*.html", "*.css", "*.js"],
+    "dpo_jax.report.figures": ["*.mplstyle"],
+    "dpo_jax.report.page": ["*.html", "*.css", "*.js"],
   },
   install_requires=[
     "absl-py",

@@ -6,9 +6,10 @@ python train.py --config=configs/dpo.py:pythia-2.8b --workdir=runs/dpo
 import pathlib
 from typing import Any
 
-from dpo_jax import training
-from dpo_jax.interface import cli, settings
-from dpo_jax.running import processes, recipe
+from dpo_jax.cli import flags
+from dpo_jax.core import distributed, settings
+from dpo_jax.training import config as config_lib
+from dpo_jax.training import train
 
 
 def main(
@@ -16,14 +17,14 @@ def main(
 ) -> int:
   if push_to_hub:
     config["push_to_hub"] = push_to_hub
-  built = settings.build(recipe.TrainSettings, config)
-  with processes.joined(built.heartbeat_s):
-    training.run(built, workdir)
+  built = settings.build(config_lib.TrainSettings, config)
+  with distributed.joined(built.heartbeat_s):
+    train.run(built, workdir)
   return 0
 
 
 if __name__ == "__main__":
-  cli.run(
+  flags.run(
     main,
     example="configs/dpo.py",
     push_to_hub=("", "user/name on the hub; short for --config.push_to_hub"),

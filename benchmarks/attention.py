@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import attention
-from dpo_jax.attention import flash
-from dpo_jax.planning import compiling, topology
+from dpo_jax.model import attention
+from dpo_jax.model.attention import flash
+from dpo_jax.plan import compile_training, topology
 
-# HH's means (dpo_jax/planning/mean_items.py): a prompt and the two responses.
+# HH's means (dpo_jax/plan/mean_batch.py): a prompt and the two responses.
 PAIR = (116, 46, 45)
 
 
@@ -108,7 +108,7 @@ def compiled(name: str, arguments, device: jax.Device) -> str:
   """What the compiler says of one chip's program."""
   here = jax.sharding.SingleDeviceSharding(device)
   step = gradient(name)
-  found = compiling.compile_one(
+  found = compile_training.compile_one(
     name, lambda: step.lower(*shapes(arguments, here))
   )
   if found.memory is None:

@@ -18,9 +18,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 
 from configs import data as data_config
-from dpo_jax import batches, sources, tokenizer
-from dpo_jax.interface import settings
-from dpo_jax.rows import placement, profiles, settling, tables, token_cache
+from dpo_jax.core import settings
+from dpo_jax.data import (
+  batch_shapes,
+  loader,
+  packing,
+  sources,
+  token_cache,
+  token_table,
+  tokenization,
+  tokenizer,
+)
 
 BATCH, SHAPES = 64, 4
 
@@ -37,7 +45,7 @@ def main():
   words = tokenizer.load(arguments.tokenizer)
   rows = load(arguments.data, arguments.subset)
   rule = {"profile": "paper", "max_length": 512, "max_prompt_length": 256}
-  table = profiles.tokenize(words, rows, **rule).table
+  table = tokenization.tokenize(words, rows, **rule).table
   print(f"{len(rows)} pairs, {len(os.sched_getaffinity(0))} core(s)\n")
   for profile in ("paper", "trl", "seed"):
     other = rule | {"profile": profile}
@@ -48,7 +56,7 @@ def main():
       repeat(
         arguments.repeats,
         len(rows),
-        lambda other=other: profiles.tokenize(words, rows, **other),
+        lambda other=other: tokenization.tokenize(words, rows, **other),
       ),
     )
   with tempfile.TemporaryDirectory() as directory:
@@ -78,23 +86,23 @@ def load(directory, subset):
   return sources.load(source, "train", filters, 0).rows
 
 
-def repeated(table: tables.Table, count: int) -> tables.Table:
+def repeated(table: token_table.Table, count: int) -> token_table.Table:
   return table.take(np.arange(count) % len(table))
 
 
 def layouts(table, layout, length, shards, repeats):
-  how = placement.Packing(layout, length, shards, 1, False, 1)
-  plan = batches.Schedule((len(table),), (1.0,), BATCH, 0, 1)
+  how = packing.Packing(layout, length, shards, 1, False, 1)
+  plan = loader.Schedule((len(table),), (1.0,), BATCH, 0, 1)
   steps = [plan.items(step) for step in range(plan.steps)]
   started = time.perf_counter()
-  how = settling.settled(table, how, steps, SHAPES)
+  how = batch_shapes.settled(table, how, steps, SHAPES)
   settled_s = time.perf_counter() - started
   tokens = slots = completions = places = 0
   speeds = []
   for _ in range(repeats):
     # Through grain's thread, as in training, with its waits.
     started, done = time.perf_counter(), 0
-    stream = batches.stream(
+    stream = loader.stream(
       table, plan, how, start_step=0, steps=min(500, plan.steps)
     )
     for batch, counts in stream:

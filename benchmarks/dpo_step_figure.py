@@ -2,7 +2,7 @@
 
 import pathlib
 
-from dpo_jax.figures import house
+from dpo_jax.report.figures import style
 
 Bars = dict[str, dict[str, tuple[float, float]]]
 
@@ -15,12 +15,12 @@ def draw(bars: Bars, path: pathlib.Path) -> pathlib.Path:
     path: of the PNG.
   """
   many = max(len(found) for found in bars.values())
-  with house.style():
-    figure = house.new(house.PAGE_IN, (0.45 + 0.22 * many) * len(bars) + 0.2)
+  with style.style():
+    figure = style.new(style.PAGE_IN, (0.45 + 0.22 * many) * len(bars) + 0.2)
     axes = figure.subplots(len(bars), 2, squeeze=False)
     for line, (model, found) in zip(axes, bars.items()):
       names = ["dpo_jax" if name == "shared" else name for name in found]
-      colors = [house.COLORS[1]] + [house.COLORS[0]] * (len(names) - 1)
+      colors = [style.COLORS[1]] + [style.COLORS[0]] * (len(names) - 1)
       columns = zip(*found.values())
       for axis, values, what in zip(
         line, columns, ("pairs a second", "peak memory, GiB")
@@ -32,4 +32,4 @@ def draw(bars: Bars, path: pathlib.Path) -> pathlib.Path:
         axis.grid(visible=False)
         axis.set_title(f"{model}: {what}")
       line[1].set_yticklabels([])
-    return house.save(figure, path, bars)
+    return style.save(figure, path, bars)

@@ -1,7 +1,7 @@
 """The JAX sides of dpo_step: the product's own training run, and a plain step.
 
 Run as a child process by dpo_step, one contender a process. The product is
-`training.run` with the settings of configs/dpo.py, so what is timed is what
+`train.run` with the settings of configs/dpo.py, so what is timed is what
 `python train.py` does: host work, transfers and metrics included. The plain
 step is what one writes first: every sequence a padded row of its own, logits
 of all positions, one `jax.jit`.
@@ -22,9 +22,12 @@ import optax
 
 from configs import data as data_config
 from configs import dpo
-from dpo_jax import data, hf, metrics, model, optim, tokenizer, training
-from dpo_jax.interface import settings
-from dpo_jax.running import recipe
+from dpo_jax.core import settings
+from dpo_jax.data import dataset, tokenizer
+from dpo_jax.io import metrics
+from dpo_jax.model import gpt_neox, hf
+from dpo_jax.training import config as config_lib
+from dpo_jax.training import optimizer, train
 
 # What a contender changes in the settings that all of them share.
 PRODUCTS = {
@@ -41,7 +44,7 @@ PRODUCTS = {
 PLAIN = "plain JAX, padded"
 
 
-def config(flags: argparse.Namespace) -> recipe.TrainSettings:
+def config(flags: argparse.Namespace) -> config_lib.TrainSettings:
   """The LoRA recipe of configs/dpo.py on the pairs and model of the flags."""
   c = dpo.get_config(f"{flags.variant}-lora")
   c.model.path = c.tokenizer = str(flags.model)
@@ -66,13 +69,13 @@ def config(flags: argparse.Namespace) -> recipe.TrainSettings:
   with c.unlocked():
     c.update_from_flattened_dict(PRODUCTS.get(flags.child, {}))
     c.update_from_flattened_dict(json.loads(flags.set))
-  return settings.build(recipe.TrainSettings, c.to_dict())
+  return settings.build(config_lib.TrainSettings, c.to_dict())
 
 
 def write_case(directory: pathlib.Path, flags: argparse.Namespace) -> None:
   """Token ids of every step, settings, and the adapters that all start from."""
   run = config(flags)
-  items = data.prepare(run.data, "dpo", tokenizer.load(run.tokenizer))
+  items = dataset.prepare(run.data, "dpo", tokenizer.load(run.tokenizer))
   schedule = items.schedule(
     batch_size=run.batch_size, seed=run.seed, epochs=run.epochs
   )
@@ -114,13 +117,13 @@ def load(run):
 def start(run, shape):
   """The adapters that `training` starts from."""
   key = jax.random.fold_in(jax.random.key(run.seed), 2**31 - 1)
-  return model.init_lora(shape, key)
+  return gpt_neox.init_lora(shape, key)
 
 
 def product(flags: argparse.Namespace) -> dict[str, list[float]]:
   run = config(flags)
   with tempfile.TemporaryDirectory() as workdir:
-    training.run(run, pathlib.Path(workdir))
+    train.run(run, pathlib.Path(workdir))
     rows = metrics.read(pathlib.Path(workdir) / metrics.FILE)
   rows = [row for row in rows if "loss" in row]
   return {
@@ -135,15 +138,15 @@ def plain(flags: argparse.Namespace) -> dict[str, list[float]]:
   case = json.loads((flags.case / "case.json").read_text())
   shape, base = load(run)
   lora = start(run, shape)
-  tx = optim.make(run.optimizer, len(case["steps"]), "lora")
+  tx = optimizer.make(run.optimizer, len(case["steps"]), "lora")
   opt_state = tx.init({"base": base, "lora": lora})
   size = run.data.max_length
   places = jnp.broadcast_to(jnp.arange(size), (8, size))
   causal = jnp.tril(jnp.ones((1, size, size), bool))
 
   def logps(lora, tokens, wanted):
-    hidden, _ = model.apply(shape, base, lora, tokens, places, causal)
-    logits = model.unembed(base, hidden)[:, :-1]
+    hidden, _ = gpt_neox.apply(shape, base, lora, tokens, places, causal)
+    logits = gpt_neox.unembed(base, hidden)[:, :-1]
     every = jax.nn.log_softmax(logits)
     taken = jnp.take_along_axis(every, tokens[:, 1:, None], -1)[..., 0]
     return jnp.sum(taken * wanted[:, 1:], -1).reshape(-1, 2).T

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import jax
 
 from benchmarks import gpu_case, gpu_step
-from dpo_jax import model, sampling
-from dpo_jax.engine import kv_cache
+from dpo_jax.model import gpt_neox, kv_cache
+from dpo_jax.sampling import sampler
 
 
 def measure(flags: argparse.Namespace) -> dict:
@@ -20,13 +20,13 @@ def measure(flags: argparse.Namespace) -> dict:
   how, mesh = gpu_case.answering(flags), gpu_case.alone()
   shape = gpu_case.shape_of(flags, gpu_case.config(flags, "dense"))
   shape = dataclasses.replace(shape, dtype=how.dtype, lora=None)
-  make = jax.jit(lambda key: model.init(shape, key, how.dtype))
+  make = jax.jit(lambda key: gpt_neox.init(shape, key, how.dtype))
   base = make(jax.random.key(0))
   prompts = gpu_case.prompts(flags)
   with tempfile.TemporaryDirectory() as directory:
     words = gpu_case.small_tokenizer(pathlib.Path(directory))
   requests = [
-    sampling.Request(
+    sampler.Request(
       prompt=prompt,
       stream=i,
       sample_id=0,
@@ -40,7 +40,7 @@ def measure(flags: argparse.Namespace) -> dict:
 
   def wave():
     tokens = 0
-    for ended in sampling.generate(
+    for ended in sampler.generate(
       shape, base, None, words, requests, how.engine(), mesh
     ):
       tokens += sum(len(one.tokens) for _, one in ended)
@@ -70,7 +70,7 @@ def measure(flags: argparse.Namespace) -> dict:
 
 
 def floor_bytes(
-  shape: model.ModelConfig,
+  shape: gpt_neox.ModelConfig,
   base,
   sizes: Sequence[int],
   new_tokens: int,

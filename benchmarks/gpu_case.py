@@ -14,16 +14,16 @@ import jax
 import numpy as np
 
 from configs import dpo, sample
-from dpo_jax import batches, hf, model, partitioning, tokenizer
-from dpo_jax.answering import grid
-from dpo_jax.interface import settings
-from dpo_jax.planning import compiling
-from dpo_jax.rows import tables
-from dpo_jax.running import recipe
+from dpo_jax.core import settings, sharding
+from dpo_jax.data import loader, token_table, tokenizer
+from dpo_jax.model import gpt_neox, hf
+from dpo_jax.plan import compile_training
+from dpo_jax.sampling import jobs
+from dpo_jax.training import config as config_lib
 
 LENGTHS = pathlib.Path(__file__).with_name("hh_lengths.csv")
 # For a check of the scripts.
-TINY = model.ModelConfig(
+TINY = gpt_neox.ModelConfig(
   vocab_size=512,
   width=64,
   layers=2,
@@ -36,7 +36,9 @@ TINY = model.ModelConfig(
 )
 
 
-def config(flags: argparse.Namespace, attention: str) -> recipe.TrainSettings:
+def config(
+  flags: argparse.Namespace, attention: str
+) -> config_lib.TrainSettings:
   """The LoRA recipe of configs/dpo.py; its memory is what --set is for."""
   size = "14m" if flags.size == "tiny" else flags.size
   c = dpo.get_config(f"pythia-{size}-lora")
@@ -51,13 +53,15 @@ def config(flags: argparse.Namespace, attention: str) -> recipe.TrainSettings:
   c.optimizer.schedule, c.optimizer.warmup_steps = "constant", 0
   with c.unlocked():
     c.update_from_flattened_dict(json.loads(flags.set))
-  return settings.build(recipe.TrainSettings, c.to_dict())
+  return settings.build(config_lib.TrainSettings, c.to_dict())
 
 
 def shape_of(
-  flags: argparse.Namespace, run: recipe.TrainSettings
-) -> model.ModelConfig:
-  found = compiling.shape_of(run, "14m" if flags.size == "tiny" else flags.size)
+  flags: argparse.Namespace, run: config_lib.TrainSettings
+) -> gpt_neox.ModelConfig:
+  found = compile_training.shape_of(
+    run, "14m" if flags.size == "tiny" else flags.size
+  )
   if flags.size != "tiny":
     return found
   return dataclasses.replace(
@@ -71,21 +75,21 @@ def shape_of(
 
 def alone() -> jax.sharding.Mesh:
   """A mesh of the first device."""
-  return partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  return sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
 
 
-def weights(run: recipe.TrainSettings, shape: model.ModelConfig):
+def weights(run: config_lib.TrainSettings, shape: gpt_neox.ModelConfig):
   """Random weights, made on the device in what they are kept in; adapters."""
   kept = run.model.param_dtype
   make = jax.jit(
-    lambda key: model.init(shape, key, kept),
-    out_shardings=partitioning.shardings(
-      jax.eval_shape(lambda: model.init(shape, jax.random.key(0), kept)),
+    lambda key: gpt_neox.init(shape, key, kept),
+    out_shardings=sharding.shardings(
+      jax.eval_shape(lambda: gpt_neox.init(shape, jax.random.key(0), kept)),
       alone(),
     ),
   )
   # Those of `programs.initial` with the same key.
-  return make(jax.random.key(0)), model.init_lora(shape, jax.random.key(1))
+  return make(jax.random.key(0)), gpt_neox.init_lora(shape, jax.random.key(1))
 
 
 def lengths() -> np.ndarray:
@@ -93,15 +97,15 @@ def lengths() -> np.ndarray:
   return np.loadtxt(LENGTHS, int, delimiter=",", skiprows=1)
 
 
-def pairs(count: int, words: int) -> tables.Table:
+def pairs(count: int, words: int) -> token_table.Table:
   """Random tokens in the lengths of real pairs, over and over."""
   real = lengths()
   rng = np.random.default_rng(0)
   order = rng.permutation(len(real))
   chosen = real[order[np.arange(count) % len(real)]]
-  return tables.from_items(
+  return token_table.from_items(
     [
-      tables.Pair(
+      token_table.Pair(
         f"pair-{i}",
         *(tuple(map(int, rng.integers(2, words, size))) for size in sizes),
       )
@@ -111,17 +115,17 @@ def pairs(count: int, words: int) -> tables.Table:
 
 
 def schedule(
-  flags: argparse.Namespace, table: tables.Table
-) -> batches.Schedule:
+  flags: argparse.Namespace, table: token_table.Table
+) -> loader.Schedule:
   """Which pairs each update takes."""
-  return batches.Schedule((len(table),), (1.0,), flags.batch_size, 0, 1)
+  return loader.Schedule((len(table),), (1.0,), flags.batch_size, 0, 1)
 
 
-def answering(flags: argparse.Namespace) -> grid.AnswerSettings:
+def answering(flags: argparse.Namespace) -> jobs.AnswerSettings:
   c = sample.get_config("paper")
   c.batch_size, c.max_new_tokens = flags.rows, flags.new_tokens
   c.cache_gib = 64.0
-  return settings.build(grid.AnswerSettings, c.to_dict())
+  return settings.build(jobs.AnswerSettings, c.to_dict())
 
 
 def prompts(flags: argparse.Namespace) -> list[tuple[int, ...]]:

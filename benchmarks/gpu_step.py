@@ -1,7 +1,7 @@
 """Updates of the product's own step on one accelerator, for benchmarks/gpu.py.
 
 Useful flops are those of unpadded tokens, recomputation not counted
-(dpo_jax/flops.py).
+(dpo_jax/model/flops.py).
 """
 
 import argparse
@@ -15,9 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import gpu_case
-from dpo_jax import batches, flops, model, optim, partitioning, steps
-from dpo_jax.rows import packing, placement, settling, tables
-from dpo_jax.running import programs, recipe, reference
+from dpo_jax.core import sharding
+from dpo_jax.data import batch as batch_lib
+from dpo_jax.data import batch_shapes, loader, packing, token_table
+from dpo_jax.model import flops, gpt_neox
+from dpo_jax.training import compile as compile_lib
+from dpo_jax.training import config, optimizer, reference, step
 
 # Updates left out of the times.
 WARM = 2
@@ -31,19 +34,19 @@ def measure(flags: argparse.Namespace) -> dict:
   """
   run = gpu_case.config(flags, flags.attention)
   shape, mesh = gpu_case.shape_of(flags, run), gpu_case.alone()
-  programs.check(run, shape, mesh)
+  compile_lib.check(run, shape, mesh)
   table = gpu_case.pairs(flags.steps * run.batch_size, shape.vocab_size)
   base, _ = gpu_case.weights(run, shape)
   ready = packed(flags, run, shape, table, base)
-  tx = optim.make(run.optimizer, flags.steps, steps.trainable(shape))
-  start = jax.jit(programs.initial(shape, tx), donate_argnums=0)
+  tx = optimizer.make(run.optimizer, flags.steps, step.trainable(shape))
+  start = jax.jit(compile_lib.initial(shape, tx), donate_argnums=0)
   state = start(base, jax.random.key(1))
-  update, _ = programs.training(run, shape, tx, state, mesh)
+  update, _ = compile_lib.training(run, shape, tx, state, mesh)
   seconds, losses = [], []
   with jax.set_mesh(mesh):
     # Each shape is compiled before the clock starts.
     shapes = {str(jax.tree.map(jnp.shape, batch)): batch for batch, _ in ready}
-    compiled = programs.ahead(update, (state, None), shapes.values())
+    compiled = compile_lib.ahead(update, (state, None), shapes.values())
     if flags.profile:
       jax.profiler.start_trace(str(flags.profile / flags.attention))
     for number, (batch, _) in enumerate(ready):
@@ -67,15 +70,15 @@ def measure(flags: argparse.Namespace) -> dict:
 
 def packed(
   flags: argparse.Namespace,
-  run: recipe.TrainSettings,
-  shape: model.ModelConfig,
-  table: tables.Table,
+  run: config.TrainSettings,
+  shape: gpt_neox.ModelConfig,
+  table: token_table.Table,
   base,
-) -> list[tuple[packing.Batch, packing.Counts]]:
+) -> list[tuple[batch_lib.Batch, batch_lib.Counts]]:
   """The updates' batches on the device, the reference's log-probs kept."""
   mesh = gpu_case.alone()
   order = gpu_case.schedule(flags, table)
-  how = placement.Packing(
+  how = packing.Packing(
     layout=run.data.layout,
     row_length=run.row_length,
     shards=1,
@@ -86,25 +89,26 @@ def packed(
   )
   one = dataclasses.replace(how, microbatches=1)
   group = run.batch_size // run.microbatches
-  one = settling.settled(table, one, batches.consecutive(len(table), group), 1)
-  how = settling.settled(
+  one = batch_shapes.settled(
+    table, one, loader.consecutive(len(table), group), 1
+  )
+  how = batch_shapes.settled(
     table, how, map(order.items, range(flags.steps)), run.data.shapes
   )
-  scored = batches.in_order(table, one, batch_size=group)
+  scored = loader.in_order(table, one, batch_size=group)
   kept = reference.spread(table, reference.compute(shape, base, scored, mesh))
-  stream = batches.stream(
+  stream = loader.stream(
     table, order, how, start_step=0, steps=flags.steps, reference=kept
   )
   return [
-    (partitioning.place(batch, mesh, leading=1), counts)
-    for batch, counts in stream
+    (sharding.place(batch, mesh, leading=1), counts) for batch, counts in stream
   ]
 
 
 def rates(
-  shape: model.ModelConfig,
+  shape: gpt_neox.ModelConfig,
   batch_size: int,
-  counts: Sequence[packing.Counts],
+  counts: Sequence[batch_lib.Counts],
   seconds: Sequence[float],
 ) -> dict:
   """Of updates that held `counts` and took `seconds`, each a sequence."""

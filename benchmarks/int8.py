@@ -26,18 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import demo, sample
-from dpo_jax import (
-  hf,
-  quantised,
-  records,
-  score,
-  synthetic,
-  tokenizer,
-  training,
-)
-from dpo_jax.answering import answers, grid
-from dpo_jax.interface import settings
-from dpo_jax.running import recipe
+from dpo_jax.core import settings
+from dpo_jax.data import tokenizer
+from dpo_jax.demo import world
+from dpo_jax.io import records
+from dpo_jax.model import hf, quantization
+from dpo_jax.sampling import generate, jobs
+from dpo_jax.training import config, score
+from dpo_jax.training import train as train_lib
 from dpo_jax.winrates import intervals
 
 KEPT = ("float32", "bfloat16", "int8")
@@ -105,7 +101,7 @@ def train(flags) -> bool:
       c.data.max_eval, c.eval_every = 0, 0
       c.checkpoint_every, c.export_adapters = 0, False
       values = filled(c.to_dict(), places(flags))
-      training.run(settings.build(recipe.TrainSettings, values), run)
+      train_lib.run(settings.build(config.TrainSettings, values), run)
   return True
 
 
@@ -199,14 +195,14 @@ def answer(flags) -> dict[str, np.ndarray]:
     for seed in range(flags.seeds)
   }
   values = filled(c.to_dict(), places(flags))
-  paths = answers.run(
-    settings.build(grid.AnswerSettings, values), flags.workdir
+  paths = generate.run(
+    settings.build(jobs.AnswerSettings, values), flags.workdir
   )
   rewards = {}
   for path in paths:
     rows = records.read(path, records.Response)
     rewards[path.stem] = {
-      row.prompt_id: synthetic.reward(row.prompt, row.response) for row in rows
+      row.prompt_id: world.reward(row.prompt, row.response) for row in rows
     }
   prompts = sorted(next(iter(rewards.values())))
   return {
@@ -283,7 +279,7 @@ def log_probs(path: str, pairs: str) -> None:
 def as_kept(base, kept: str):
   """Weights in float32 after having been kept as `model.param_dtype` says."""
   if kept == "int8":
-    base = quantised.restore(jax.jit(quantised.base)(base), jnp.float32)
+    base = quantization.restore(jax.jit(quantization.base)(base), jnp.float32)
   return jax.tree.map(
     lambda x: x.astype(kept if kept == "bfloat16" else x.dtype).astype(
       jnp.float32

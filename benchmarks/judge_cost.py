@@ -15,10 +15,10 @@ import pathlib
 import tempfile
 
 from configs import data, judge
-from dpo_jax import records, sources
-from dpo_jax.interface import settings
+from dpo_jax.core import settings
+from dpo_jax.data import sources
+from dpo_jax.io import jsonl, records
 from dpo_jax.judging import runner
-from dpo_jax.storage import row_store
 
 
 def rows(path: str, prompts: int, cells: int) -> list[records.Response]:
@@ -68,7 +68,7 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as folder:
     workdir = pathlib.Path(folder)
     path = workdir / "responses" / "dpo.jsonl"
-    with row_store.Store(path, records.Response) as store:
+    with jsonl.Store(path, records.Response) as store:
       store.append_many(found)
     for price in asked.server.prices:
       server = dataclasses.replace(asked.server, model=price.split()[0])

@@ -17,10 +17,9 @@ import tempfile
 import time
 
 from configs import judge
-from dpo_jax import records
-from dpo_jax.interface import settings
+from dpo_jax.core import settings
+from dpo_jax.io import jsonl, records
 from dpo_jax.judging import runner
-from dpo_jax.storage import row_store
 
 REPLY = {
   "choices": [
@@ -99,7 +98,7 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as name:
     workdir = pathlib.Path(name)
     path = workdir / "responses" / "dpo.jsonl"
-    with row_store.Store(path, records.Response) as store:
+    with jsonl.Store(path, records.Response) as store:
       store.append_many(
         response(number, arguments.words) for number in range(arguments.prompts)
       )

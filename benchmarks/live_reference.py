@@ -24,19 +24,22 @@ import jax
 
 from benchmarks import dpo_step_jax
 from configs import dpo
-from dpo_jax import data, optim, partitioning, steps, tokenizer
-from dpo_jax.interface import settings
-from dpo_jax.planning import compiling, mean_items, topology
-from dpo_jax.rows import packing, placement
-from dpo_jax.running import programs, recipe
+from dpo_jax.core import settings, sharding
+from dpo_jax.data import batch as batch_lib
+from dpo_jax.data import dataset, packing, tokenizer
+from dpo_jax.plan import compile_training, mean_batch, topology
+from dpo_jax.training import compile as compile_lib
+from dpo_jax.training import config as config_lib
+from dpo_jax.training import optimizer
+from dpo_jax.training import step as step_lib
 
 PASSES = ("apart", "shared")
 
 
 def apart(config, base, lora, batch, dropout_key=None):
-  """`steps.both_token_stats` as two passes: the slow twin."""
-  policy = steps.token_stats(config, base, lora, batch, dropout_key)
-  reference = steps.token_stats(config, base, None, batch)
+  """`step.both_token_stats` as two passes: the slow twin."""
+  policy = step_lib.token_stats(config, base, lora, batch, dropout_key)
+  reference = step_lib.token_stats(config, base, None, batch)
   return policy, jax.lax.stop_gradient(reference)
 
 
@@ -46,13 +49,13 @@ def passes(how: str) -> Iterator[None]:
   if how == "shared":
     yield
     return
-  with mock.patch.object(steps, "both_token_stats", apart):
+  with mock.patch.object(step_lib, "both_token_stats", apart):
     yield
 
 
 def compiled(flags: argparse.Namespace) -> None:
   devices = topology.devices(flags.topology)
-  mesh = partitioning.make_mesh(
+  mesh = sharding.make_mesh(
     1, len(devices) // flags.tensor, flags.tensor, devices=devices
   )
   print(
@@ -65,17 +68,17 @@ def compiled(flags: argparse.Namespace) -> None:
   c = dpo.get_config("pythia-2.8b-lora")
   c.microbatches = 1
   # As many as fill the rows.
-  places = flags.rows * partitioning.data_shards(mesh) * c.data.row_length
-  c.eval_batch_size = int(places / mean_items.PAIRS[c.data.layout].places)
+  places = flags.rows * sharding.data_shards(mesh) * c.data.row_length
+  c.eval_batch_size = int(places / mean_batch.PAIRS[c.data.layout].places)
   c.model.remat = flags.remat
   for kept in flags.kept.split(","):
     c.model.param_dtype = kept
-    run = settings.build(recipe.TrainSettings, c.to_dict())
-    shape = compiling.shape_of(run, "2.8b")
+    run = settings.build(config_lib.TrainSettings, c.to_dict())
+    shape = compile_training.shape_of(run, "2.8b")
     shape = dataclasses.replace(shape, layers=flags.layers)
     for how in flags.passes.split(","):
       with passes(how):
-        found = compiling.compile_steps(
+        found = compile_training.compile_steps(
           run, shape, mesh, flags.rows, tuple(flags.steps.split(","))
         )
       for one in found:
@@ -93,18 +96,18 @@ def timed(flags: argparse.Namespace) -> None:
       run.model, param_dtype=flags.kept, remat=flags.remat
     ),
   )
-  items = data.prepare(run.data, "dpo", tokenizer.load(run.tokenizer))
+  items = dataset.prepare(run.data, "dpo", tokenizer.load(run.tokenizer))
   shape, base = dpo_step_jax.load(run)
   shape = dataclasses.replace(
     shape,
     attention=run.model.attention,
     logit_chunk=run.model.logit_chunk,
   )
-  mesh = partitioning.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-  tx = optim.make(run.optimizer, 9, "lora")
-  state = programs.initial(shape, tx)(base, jax.random.key(0))
+  mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  tx = optimizer.make(run.optimizer, 9, "lora")
+  state = compile_lib.initial(shape, tx)(base, jax.random.key(0))
   pairs = items.train.table.take(range(run.batch_size))
-  how = placement.Packing(
+  how = packing.Packing(
     layout=run.data.layout,
     row_length=run.row_length,
     shards=1,
@@ -113,13 +116,13 @@ def timed(flags: argparse.Namespace) -> None:
     pad_id=0,
     runs_on=run.runs_on,
   )
-  batch = partitioning.place(packing.pack(pairs, how)[0], mesh, leading=1)
-  objective = steps.Objective("dpo", run.loss, run.batch_size)
+  batch = sharding.place(batch_lib.pack(pairs, how)[0], mesh, leading=1)
+  objective = step_lib.Objective("dpo", run.loss, run.batch_size)
   made = {}
   for how in PASSES:
     with passes(how):
-      step = steps.make_train_step(shape, objective, tx, 0)
-      step = jax.jit(step, compiler_options=steps.COMPILER_OPTIONS)
+      step = step_lib.make_train_step(shape, objective, tx, 0)
+      step = jax.jit(step, compiler_options=step_lib.COMPILER_OPTIONS)
       made[how] = step.lower(state, None, batch).compile()
     print(how, made[how].memory_analysis().temp_size_in_bytes / 2**20, "MiB")
   spent = {how: [] for how in made}

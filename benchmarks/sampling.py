@@ -47,7 +47,7 @@ import torch
 import transformers
 
 from benchmarks import dpo_step
-from dpo_jax import lora, model
+from dpo_jax.model import gpt_neox, lora
 
 BATCH = 16
 TEMPERATURES = (0.25, 0.5, 0.75, 1.0)
@@ -186,7 +186,7 @@ def grid(
   world: sampling_world.World, counts
 ) -> Iterator[tuple[list[Case], str]]:
   config = dataclasses.replace(
-    world.config, lora=model.LoraConfig(16, 32.0, 0.0, model.TARGETS)
+    world.config, lora=gpt_neox.LoraConfig(16, 32.0, 0.0, gpt_neox.TARGETS)
   )
   own = [adapter(config, seed) for seed in range(ADAPTERS)]
   stack = (lora.stack(config, own), config)
@@ -233,12 +233,12 @@ def grid(
     )
 
 
-def adapter(config: model.ModelConfig, seed: int) -> Any:
+def adapter(config: gpt_neox.ModelConfig, seed: int) -> Any:
   """Adapters that change answers: those of `init_lora` have B = 0."""
   key = jax.random.key(seed)
   return jax.tree.map(
     lambda leaf: 0.02 * jax.random.normal(key, leaf.shape),
-    model.init_lora(config, key),
+    gpt_neox.init_lora(config, key),
   )
 
 

@@ -18,8 +18,10 @@ import torch
 import transformers
 
 from configs import models
-from dpo_jax import hf, model, sampling, sources
-from dpo_jax import tokenizer as tokenizer_lib
+from dpo_jax.data import sources
+from dpo_jax.data import tokenizer as tokenizer_lib
+from dpo_jax.model import gpt_neox, hf
+from dpo_jax.sampling import sampler
 
 TOP_K, TOP_P = 50, 0.9
 LONGEST_PROMPT = LONGEST_ANSWER = 128
@@ -41,7 +43,7 @@ class World:
   """One model on both sides, and the prompts."""
 
   network: Any
-  config: model.ModelConfig
+  config: gpt_neox.ModelConfig
   base: Any
   tokenizer: Any
   prompts: list[tuple[int, ...]]
@@ -156,9 +158,9 @@ def theirs(world: World, places, new: int, temperature: float) -> int:
 
 def ask(
   world: World, places, temperatures, lengths, adapters=(-1,)
-) -> list[sampling.Request]:
+) -> list[sampler.Request]:
   return [
-    sampling.Request(
+    sampler.Request(
       prompt=world.prompts[place],
       stream=place,
       sample_id=0,
@@ -176,9 +178,9 @@ def ask(
 
 def answered(
   world: World, adapters, requests, rows: int
-) -> list[sampling.Sample]:
+) -> list[sampler.Sample]:
   """Samples in the order of the requests, `rows` decoded at once."""
-  engine = sampling.Engine(
+  engine = sampler.Engine(
     batch_size=rows,
     length_multiple=64,
     prefill_tokens=4096,
@@ -190,7 +192,7 @@ def answered(
   )
   tree, config = adapters or (None, world.config)
   found = {}
-  for ended in sampling.generate(
+  for ended in sampler.generate(
     config, world.base, tree, world.tokenizer, requests, engine
   ):
     found.update(ended)

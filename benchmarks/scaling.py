@@ -20,14 +20,9 @@ import time
 import jax
 
 from configs import dpo, models
-from dpo_jax import hardware, partitioning, steps
-from dpo_jax.interface import settings
-from dpo_jax.planning import (
-  compiling,
-  mean_items,
-  topology,
-)
-from dpo_jax.running import recipe
+from dpo_jax.core import hardware, settings, sharding
+from dpo_jax.plan import compile_training, mean_batch, topology
+from dpo_jax.training import config, step
 
 KINDS = ("lora", "full")
 # Weights are split over up to 16 chips; 64 pairs have 14 rows, and would leave
@@ -44,7 +39,7 @@ BATCH = 64
 ROWS = 2
 
 
-def run_of(size: str, kind: str, shards: int) -> recipe.TrainSettings:
+def run_of(size: str, kind: str, shards: int) -> config.TrainSettings:
   """The recipe, in the fewest micro-batches of at most two rows a device."""
   c = dpo.get_config(f"pythia-{size}" + ("-lora" if kind == "lora" else ""))
   c.batch_size = c.eval_batch_size = BATCH
@@ -53,8 +48,8 @@ def run_of(size: str, kind: str, shards: int) -> recipe.TrainSettings:
   c.model.logit_chunk, c.model.logit_words = 1024, 0
   c.precompute_reference = False
   c.microbatches = 1
-  run = settings.build(recipe.TrainSettings, c.to_dict())
-  while mean_items.rows_of(run, BATCH // run.microbatches, shards) > ROWS:
+  run = settings.build(config.TrainSettings, c.to_dict())
+  while mean_batch.rows_of(run, BATCH // run.microbatches, shards) > ROWS:
     run = dataclasses.replace(run, microbatches=2 * run.microbatches)
   return run
 
@@ -63,12 +58,12 @@ def compile_for(size: str, kind: str, name: str) -> dict:
   """What the compiler says of one size on one slice."""
   fsdp, tensor = SLICES[name]
   devices = topology.devices(name)
-  mesh = partitioning.make_mesh(1, fsdp, tensor, devices=devices)
+  mesh = sharding.make_mesh(1, fsdp, tensor, devices=devices)
   chip = hardware.chip(devices[0].device_kind)
   run = run_of(size, kind, fsdp)
-  shape = compiling.shape_of(run, size)
-  rows = mean_items.rows_of(run, BATCH // run.microbatches, fsdp)
-  (found,) = compiling.compile_steps(run, shape, mesh, rows, ("train",))
+  shape = compile_training.shape_of(run, size)
+  rows = mean_batch.rows_of(run, BATCH // run.microbatches, fsdp)
+  (found,) = compile_training.compile_steps(run, shape, mesh, rows, ("train",))
   row = {
     "size": size,
     "kind": kind,
@@ -79,7 +74,7 @@ def compile_for(size: str, kind: str, name: str) -> dict:
     "microbatches": run.microbatches,
     "hbm_bytes": chip.hbm_bytes,
     "refusal": found.refusal,
-    "trains": steps.trainable(shape),
+    "trains": step.trainable(shape),
     "versions": {
       name: importlib.metadata.version(name) for name in ("jax", "libtpu")
     },

@@ -31,9 +31,8 @@ import torch
 import transformers
 import trl
 
-from dpo_jax import comparisons, sources
-from dpo_jax import tokenizer as tokenizer_lib
-from dpo_jax.rows import profiles
+from dpo_jax.data import preferences, sources, tokenization
+from dpo_jax.data import tokenizer as tokenizer_lib
 
 OLD = hasattr(trl.DPOTrainer, "tokenize_row")
 # max_length and max_prompt_length; the short ones cut and drop many pairs.
@@ -168,7 +167,7 @@ def compare(words, backend, name, texts, max_length, max_prompt_length):
   """Prints a line, and says whether all pairs are the same on both sides."""
   # Numbers for ids: a pair may stand twice.
   pairs = [
-    comparisons.Comparison(str(i), *parts) for i, parts in enumerate(texts)
+    preferences.Comparison(str(i), *parts) for i, parts in enumerate(texts)
   ]
   rows = [
     {"number": i, "prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -177,7 +176,7 @@ def compare(words, backend, name, texts, max_length, max_prompt_length):
   theirs, note = (of_old_trl if OLD else of_trl)(
     backend, rows, max_length, max_prompt_length
   )
-  done = profiles.tokenize(
+  done = tokenization.tokenize(
     words,
     pairs,
     profile="seed" if OLD else "trl",

@@ -226,7 +226,7 @@ def data() -> config_dict.ConfigDict:
   c.allow_leakage = True
   # How texts become ids, and what is cut. "paper": the official DPO code;
   # "trl": TRL's DPOTrainer; "seed": the dpo-replication system. See
-  # dpo_jax/rows/profiles.py.
+  # dpo_jax/data/tokenization.py.
   c.profile = "paper"
   # Tokens of a prompt with its response, EOS included.
   c.max_length = 512

@@ -16,7 +16,7 @@ def source() -> config_dict.ConfigDict:
   # The form of the rows. "pairs": prompt, chosen, rejected, or HH's two
   # transcripts, or TRL's lists of messages. "hh", "shp", "se", "tldr": the
   # datasets of the functions below. "tfds": HH as written by
-  # `python -m dpo_jax.sources.hh_rlhf`.
+  # `python -m dpo_jax.data.sources.hh_tfds`.
   c.kind = "pairs"
   # A .jsonl or .jsonl.gz file; a directory of <subset>/<split>.jsonl(.gz), of
   # <split>.jsonl(.gz), or of parquet files; a hub id, user/name or
@@ -101,7 +101,7 @@ def hh(path: str = "Anthropic/hh-rlhf") -> config_dict.ConfigDict:
 def tfds() -> config_dict.ConfigDict:
   """HH again, from files with random access that were written once.
 
-  python -m dpo_jax.sources.hh_rlhf --path=Anthropic/hh-rlhf --data_dir=data
+  python -m dpo_jax.data.sources.hh_tfds --path=Anthropic/hh-rlhf --data_dir=data
   """
   c = hh()
   c.kind = "tfds"

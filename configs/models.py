@@ -50,5 +50,5 @@ def pythia(size: str) -> config_dict.ConfigDict:
 
 
 def get_config(variant: str = "2.8b"):
-  """For `python -m dpo_jax.plan`, which needs a shape and no weights."""
+  """For `python -m dpo_jax plan`, which needs a shape and no weights."""
   return pythia(variant.removeprefix("pythia-"))

@@ -1,36 +1,37 @@
-"""Every command by its name: `dpo-jax NAME ...`, or python -m dpo_jax NAME ...
+"""Every command by its name, also where there is no clone to start it from.
 
-`dpo-jax train` is train.py, and so on for sample and judge; any other name is
-a module, so that `dpo-jax report` is python -m dpo_jax.report.
+  dpo-jax NAME ...   or   python -m dpo_jax NAME ...
+
+train, sample and judge are the scripts of those names; the rest are modules.
 """
 
 import runpy
 import sys
 
-from dpo_jax.interface import config_files
+from dpo_jax.cli import config_files
 
 _SCRIPTS = ("train", "sample", "judge")
-_MODULES = (
-  "replicate",
-  "report",
-  "verify",
-  "score",
-  "plan",
-  "inspect_data",
-  "checkpoint",
-  "mirror",
-  "hub",
-)
+_MODULES = {
+  "replicate": "dpo_jax.replicate",
+  "report": "dpo_jax.report.report",
+  "verify": "dpo_jax.report.verify",
+  "score": "dpo_jax.training.score",
+  "plan": "dpo_jax.plan.plan",
+  "inspect_data": "dpo_jax.training.inspect_data",
+  "checkpoint": "dpo_jax.training.checkpoint_command",
+  "mirror": "dpo_jax.io.mirror.__main__",
+  "hub": "dpo_jax.hub.push",
+}
 
 
 def main() -> None:
   """Runs the command that the first argument names; exits as it does."""
   name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-  if name not in _SCRIPTS + _MODULES:
+  names = (*_SCRIPTS, *_MODULES)
+  if name not in names:
     asked = name in ("-h", "--help")
     print(
-      f"{__doc__.strip()}\n\nNames: {', '.join(_SCRIPTS + _MODULES)}\n"
-      "Each takes --help.",
+      f"{__doc__.strip()}\n\nNames: {', '.join(names)}\nEach takes --help.",
       file=sys.stdout if asked else sys.stderr,
     )
     sys.exit(0 if asked else 2)
@@ -39,7 +40,7 @@ def main() -> None:
     path = str(config_files.root() / f"{name}.py")
     runpy.run_path(path, run_name="__main__")
   else:
-    runpy.run_module(f"dpo_jax.{name}", run_name="__main__", alter_sys=True)
+    runpy.run_module(_MODULES[name], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

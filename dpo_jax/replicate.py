@@ -17,13 +17,19 @@ from typing import Any
 
 import jax
 
-from dpo_jax import hf, hub, model, report, sources, synthetic, training
-from dpo_jax import tokenizer as tokenizer_lib
-from dpo_jax.answering import answers, grid
-from dpo_jax.interface import cli, console, settings
+from dpo_jax.cli import flags
+from dpo_jax.core import console, settings
+from dpo_jax.data import sources
+from dpo_jax.data import tokenizer as tokenizer_lib
+from dpo_jax.demo import world as world_lib
+from dpo_jax.hub import push as push_lib
+from dpo_jax.io import atomic, locks, rundir
 from dpo_jax.judging import runner
-from dpo_jax.running import recipe
-from dpo_jax.storage import atomic, locks, rundir
+from dpo_jax.model import gpt_neox, hf
+from dpo_jax.report import report
+from dpo_jax.sampling import generate, jobs
+from dpo_jax.training import config as config_lib
+from dpo_jax.training import train as train_lib
 
 # Stages whose settings may change without anything being redone: what they
 # made is looked up by content, or made again. Those of any other stage are
@@ -34,7 +40,7 @@ _TRAININGS = ("pretrain", "sft", "dpo")
 
 @dataclasses.dataclass(frozen=True)
 class WorldSettings:
-  """Sizes of the synthetic world; see `synthetic.generate`."""
+  """Sizes of the synthetic world; see `world.generate`."""
 
   seed: int
   pretrain: int
@@ -95,10 +101,10 @@ class ReplicateSettings:
   world: WorldSettings | None
   vocabulary: VocabularySettings | None
   init: InitSettings | None
-  pretrain: recipe.TrainSettings | None
-  sft: recipe.TrainSettings
-  dpo: recipe.TrainSettings
-  sample: grid.AnswerSettings
+  pretrain: config_lib.TrainSettings | None
+  sft: config_lib.TrainSettings
+  dpo: config_lib.TrainSettings
+  sample: jobs.AnswerSettings
   judge: runner.JudgeSettings
   report: report.ReportSettings
 
@@ -123,7 +129,9 @@ def run(config: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
   workdir.mkdir(parents=True, exist_ok=True)
   with locks.Lock(workdir / "lock"):
     done = rundir.begun(workdir)
-    free = [f"{name}.{field}" for name in _TRAININGS for field in recipe.FREE]
+    free = [
+      f"{name}.{field}" for name in _TRAININGS for field in config_lib.FREE
+    ]
     rundir.check(workdir, {name: config.get(name) for name in done}, free)
     stages = [
       (name, stage)
@@ -134,7 +142,7 @@ def run(config: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
       console.say(f"[{number}/{len(stages)}] {name}", "stage", stage=name)
       try:
         stage()
-      except hub.NotPushed as error:
+      except push_lib.NotPushed as error:
         # The line goes on; it is tried again at its end.
         console.say(str(error), "not_pushed", stage=name)
       if name not in _REPEATABLE:
@@ -158,10 +166,10 @@ def _stages(
     "world": lambda: _world(built.world, workdir / "world"),
     "vocabulary": lambda: _vocabulary(built.vocabulary),
     "init": lambda: _init(built.init),
-    "pretrain": lambda: training.run(built.pretrain, workdir / "pretrain"),
-    "sft": lambda: training.run(built.sft, workdir / "sft"),
-    "dpo": lambda: training.run(built.dpo, workdir / "dpo"),
-    "sample": lambda: answers.run(built.sample, workdir),
+    "pretrain": lambda: train_lib.run(built.pretrain, workdir / "pretrain"),
+    "sft": lambda: train_lib.run(built.sft, workdir / "sft"),
+    "dpo": lambda: train_lib.run(built.dpo, workdir / "dpo"),
+    "sample": lambda: generate.run(built.sample, workdir),
     "judge": lambda: runner.run_and_say(built.judge, workdir),
     "report": lambda: report.write(built.report, workdir),
   }
@@ -177,19 +185,19 @@ def _push(built: ReplicateSettings, workdir: pathlib.Path) -> None:
   for name in _TRAININGS:
     stage = getattr(built, name)
     if stage is not None and (push := stage.push()):
-      with hub.Publisher(push, workdir / name) as publisher:
+      with push_lib.Publisher(push, workdir / name) as publisher:
         try:
           publisher.finish()
-        except hub.NotPushed as error:
+        except push_lib.NotPushed as error:
           failed.append(str(error))
   if failed:
-    raise hub.NotPushed("\n".join(failed))
+    raise push_lib.NotPushed("\n".join(failed))
 
 
 def _world(config: WorldSettings, directory: pathlib.Path) -> None:
   def write(staged):
-    world = synthetic.generate(**dataclasses.asdict(config))
-    synthetic.write(world, staged)
+    world = world_lib.generate(**dataclasses.asdict(config))
+    world_lib.write(world, staged)
 
   _once(directory, write)
 
@@ -208,8 +216,8 @@ def _vocabulary(config: VocabularySettings) -> None:
 def _init(config: InitSettings) -> None:
   if pathlib.Path(config.directory).exists():
     return
-  shape = model.ModelConfig(**dataclasses.asdict(config.architecture))
-  make = jax.jit(model.init, static_argnums=0)
+  shape = gpt_neox.ModelConfig(**dataclasses.asdict(config.architecture))
+  make = jax.jit(gpt_neox.init, static_argnums=0)
   base = make(shape, jax.random.key(config.seed))
   tokenizer = tokenizer_lib.load(config.tokenizer)
   hf.export(config.directory, shape, base, tokenizer)
@@ -246,4 +254,4 @@ def main(config: dict[str, Any], workdir: pathlib.Path) -> int:
 
 
 if __name__ == "__main__":
-  cli.run(main, example="configs/demo.py")
+  flags.run(main, example="configs/demo.py")

@@ -61,8 +61,11 @@ import numpy as np
 from IPython.display import Image, Markdown, display
 
 from configs import demo
-from dpo_jax import comparisons, records, replicate, report, synthetic
-from dpo_jax.interface import markdown
+from dpo_jax import replicate
+from dpo_jax.data import preferences
+from dpo_jax.demo import world as world_lib
+from dpo_jax.io import markdown, records
+from dpo_jax.report import report
 
 folder = pathlib.Path(tempfile.mkdtemp()) / "quickstart"
 print("jax", jax.__version__, jax.devices())
@@ -75,11 +78,11 @@ print("jax", jax.__version__, jax.devices())
 # that reward.
 
 # %%
-world = synthetic.generate(0, pretrain=0, train=1, test=0)
-pair = comparisons.parse(world.train[0])
+world = world_lib.generate(0, pretrain=0, train=1, test=0)
+pair = preferences.parse(world.train[0])
 print(pair.prompt)
 for name, text in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-  reward = synthetic.reward(pair.prompt, text)
+  reward = world_lib.reward(pair.prompt, text)
   print(f"\n{name}, true reward {reward:.2f}:\n{text}")
 
 # %% [markdown]
@@ -140,7 +143,7 @@ rows = [
   ]
   + [
     markdown.literal(
-      f"{row.response} ({synthetic.reward(row.prompt, row.response):.1f})"
+      f"{row.response} ({world_lib.reward(row.prompt, row.response):.1f})"
     )
     for row in (before, after)
   ]
@@ -155,7 +158,7 @@ for temperature in (0.25, 0.75):
   before, after = (
     np.array(
       [
-        synthetic.reward(row.prompt, row.response)
+        world_lib.reward(row.prompt, row.response)
         for row in answers[name]
         if row.temperature == temperature
       ]

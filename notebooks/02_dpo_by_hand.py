@@ -63,17 +63,14 @@ import numpy as np
 from IPython.display import Image
 
 from configs import demo
-from dpo_jax import (
-  attention,
-  comparisons,
-  figures,
-  losses,
-  model,
-  steps,
-  synthetic,
-)
-from dpo_jax import tokenizer as tokenizer_lib
-from dpo_jax.rows import packing, placement, profiles
+from dpo_jax.data import batch as batch_lib
+from dpo_jax.data import packing, preferences, tokenization
+from dpo_jax.data import tokenizer as tokenizer_lib
+from dpo_jax.demo import world as world_lib
+from dpo_jax.model import attention, gpt_neox
+from dpo_jax.report import figures
+from dpo_jax.training import losses
+from dpo_jax.training import step as step_lib
 
 folder = pathlib.Path(tempfile.mkdtemp())
 
@@ -84,13 +81,13 @@ folder = pathlib.Path(tempfile.mkdtemp())
 # pair is drawn from Bradley-Terry on a true reward.
 
 # %%
-world = synthetic.generate(0, pretrain=64, train=8, test=0)
-pair = comparisons.parse(world.train[0])
+world = world_lib.generate(0, pretrain=64, train=8, test=0)
+pair = preferences.parse(world.train[0])
 print(pair.prompt, "\n\nCHOSEN  ", pair.chosen, "\n\nREJECTED", pair.rejected)
 print(
   "\ntrue rewards:",
-  synthetic.reward(pair.prompt, pair.chosen),
-  synthetic.reward(pair.prompt, pair.rejected),
+  world_lib.reward(pair.prompt, pair.chosen),
+  world_lib.reward(pair.prompt, pair.rejected),
 )
 
 # %% [markdown]
@@ -103,10 +100,10 @@ print(
 tokenizer = tokenizer_lib.train(
   (row["chosen"] for row in world.pretrain), 512, folder / "tokenizer"
 )
-table = profiles.tokenize(
+table = tokenization.tokenize(
   tokenizer, [pair], profile="paper", max_length=128, max_prompt_length=96
 ).table
-how = placement.Packing(
+how = packing.Packing(
   "shared",
   row_length=sum(map(int, table.lengths[0])),
   shards=1,
@@ -114,7 +111,7 @@ how = placement.Packing(
   loss_on_prompt=False,
   pad_id=tokenizer.pad_id,
 )
-batch, counts = packing.pack(table, how)
+batch, counts = batch_lib.pack(table, how)
 batch = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)  # the one micro-batch
 print(counts)
 
@@ -139,13 +136,13 @@ Image(
 # %%
 shape = demo.architecture()
 shape.update(vocab_size=512, width=64, mlp_width=128, layers=2)
-config = model.ModelConfig(
-  **shape.to_dict(), lora=model.LoraConfig(4, 8.0, 0.0, model.TARGETS)
+config = gpt_neox.ModelConfig(
+  **shape.to_dict(), lora=gpt_neox.LoraConfig(4, 8.0, 0.0, gpt_neox.TARGETS)
 )
-base = model.init(config, jax.random.key(0))
-lora = model.init_lora(config, jax.random.key(1))
-reference, lengths = steps.sequence_logps(config, base, None, batch, 2)
-policy, _ = steps.sequence_logps(config, base, lora, batch, 2)
+base = gpt_neox.init(config, jax.random.key(0))
+lora = gpt_neox.init_lora(config, jax.random.key(1))
+reference, lengths = step_lib.sequence_logps(config, base, None, batch, 2)
+policy, _ = step_lib.sequence_logps(config, base, lora, batch, 2)
 print("log pi(chosen|x), log pi(rejected|x):", policy, "of", lengths, "tokens")
 assert jnp.array_equal(policy, reference)
 
@@ -176,7 +173,7 @@ slope = jax.vmap(jax.grad(lambda m: losses.dpo_loss(m, 0.0, beta=beta)))(
 np.testing.assert_allclose(
   slope, -beta / (1 + np.exp(beta * np.asarray(margins))), rtol=1e-5
 )
-plt.style.use("dpo_jax.figures.house")
+plt.style.use("dpo_jax.report.figures.style")
 figure, (left, right) = plt.subplots(1, 2, figsize=(6.75, 2.2))
 left.plot(margins, losses.dpo_loss(margins, 0.0, beta=beta))
 left.set(xlabel="h (nats)", ylabel="loss")
@@ -190,14 +187,14 @@ right.set(xlabel="h (nats)", ylabel="gradient in h")
 
 # %%
 pair_loss = lambda lora: losses.dpo_loss(
-  jnp.subtract(*steps.sequence_logps(config, base, lora, batch, 2)[0]),
+  jnp.subtract(*step_lib.sequence_logps(config, base, lora, batch, 2)[0]),
   reference[0] - reference[1],
   beta=beta,
 )
 step = jax.jit(
   lambda lora: (
     jax.value_and_grad(pair_loss)(lora),
-    steps.sequence_logps(config, base, lora, batch, 2)[0],
+    step_lib.sequence_logps(config, base, lora, batch, 2)[0],
   )
 )
 rows = []

@@ -57,7 +57,7 @@ import tempfile
 
 from IPython.display import Image, Markdown, display
 
-from dpo_jax import report
+from dpo_jax.report import report
 
 # The directory to show; runs/demo is what `python -m dpo_jax.replicate
 # --config=configs/demo.py` makes.

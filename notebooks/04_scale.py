@@ -66,21 +66,16 @@ import numpy as np
 from IPython.display import Image, Markdown, display
 
 from configs import dpo, models
-from dpo_jax import (
-  comparisons,
-  figures,
-  hardware,
-  model,
-  partitioning,
-  plan,
-  steps,
-  synthetic,
-)
-from dpo_jax import tokenizer as tokenizer_lib
-from dpo_jax.interface import markdown, settings
-from dpo_jax.planning import compiling, topology
-from dpo_jax.rows import packing, placement, profiles
-from dpo_jax.running import recipe
+from dpo_jax.core import hardware, settings, sharding
+from dpo_jax.data import batch as batch_lib
+from dpo_jax.data import packing, preferences, tokenization
+from dpo_jax.data import tokenizer as tokenizer_lib
+from dpo_jax.demo import world as world_lib
+from dpo_jax.io import markdown
+from dpo_jax.model import gpt_neox
+from dpo_jax.plan import compile_training, plan, topology
+from dpo_jax.report import figures
+from dpo_jax.training import config, step
 
 folder = pathlib.Path(tempfile.mkdtemp())
 os.chdir(root)  # configs/ is found from there
@@ -91,16 +86,14 @@ print("jax", jax.__version__, jax.devices())
 #
 # `data` splits the batch; `fsdp` splits the batch and the weights' width;
 # `tensor` splits heads, MLP and vocabulary. All of it is in
-# `dpo_jax/partitioning.py`; the sizes are `--config.mesh.data=...` and its like.
+# `dpo_jax/core/sharding.py`; the sizes are `--config.mesh.data=...` and its like.
 
 # %%
-mesh = partitioning.make_mesh(2, 2, 2, devices=jax.devices("cpu"))
+mesh = sharding.make_mesh(2, 2, 2, devices=jax.devices("cpu"))
 print(dict(mesh.shape))
-rows = [
-  (markdown.literal(path), str(axes)) for path, axes in partitioning.PATHS
-]
+rows = [(markdown.literal(path), str(axes)) for path, axes in sharding.PATHS]
 display(Markdown("\n".join(markdown.table(("weight", "axes"), rows))))
-print(partitioning.RULES)
+print(sharding.RULES)
 
 # %% [markdown]
 # ## Pictures
@@ -110,10 +103,10 @@ print(partitioning.RULES)
 # value has two of its axes shown, width and heads.
 
 # %%
-shape = model.ModelConfig(**models.pythia("160m").to_dict())
-base = jax.eval_shape(lambda: model.init(shape, jax.random.key(0)))
-lying = partitioning.shardings(base, mesh)
-batch = partitioning.batch_sharding(mesh)
+shape = gpt_neox.ModelConfig(**models.pythia("160m").to_dict())
+base = jax.eval_shape(lambda: gpt_neox.init(shape, jax.random.key(0)))
+lying = sharding.shardings(base, mesh)
+batch = sharding.batch_sharding(mesh)
 drawn = {
   "a batch: rows, tokens": ((16, 1024), batch.devices_indices_map((16, 1024)))
 }
@@ -151,12 +144,12 @@ Image(figures.sharding(drawn, folder / "sharding.png"), width=720)
 # before activations, gradients and optimizer state.
 
 # %%
-big = model.ModelConfig(**models.pythia("2.8b").to_dict())
-weights = jax.eval_shape(lambda: model.init(big, jax.random.key(0)))
+big = gpt_neox.ModelConfig(**models.pythia("2.8b").to_dict())
+weights = jax.eval_shape(lambda: gpt_neox.init(big, jax.random.key(0)))
 rows = []
 for sizes in ((8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2), (1, 1, 8)):
-  of = partitioning.shardings(
-    weights, partitioning.make_mesh(*sizes, devices=jax.devices("cpu"))
+  of = sharding.shardings(
+    weights, sharding.make_mesh(*sizes, devices=jax.devices("cpu"))
   )
   held = sum(
     math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -178,31 +171,31 @@ display(
 # and rows split over eight.
 
 # %%
-world = synthetic.generate(0, pretrain=64, train=8, test=0)
+world = world_lib.generate(0, pretrain=64, train=8, test=0)
 tokenizer = tokenizer_lib.train(
   (row["chosen"] for row in world.pretrain), 512, folder / "tokenizer"
 )
-table = profiles.tokenize(
+table = tokenization.tokenize(
   tokenizer,
-  [comparisons.parse(row) for row in world.train],
+  [preferences.parse(row) for row in world.train],
   profile="paper",
   max_length=128,
   max_prompt_length=96,
 ).table
-how = placement.Packing(
+how = packing.Packing(
   "shared",
   row_length=192,
-  shards=partitioning.data_shards(mesh),
+  shards=sharding.data_shards(mesh),
   microbatches=1,
   loss_on_prompt=False,
   pad_id=tokenizer.pad_id,
 )
-packed, counts = packing.pack(table, how)
-small = model.ModelConfig(
+packed, counts = batch_lib.pack(table, how)
+small = gpt_neox.ModelConfig(
   **models.pythia("14m").to_dict() | {"vocab_size": 512}
 )
-weights = model.init(small, jax.random.key(0))
-logps = jax.jit(steps.sequence_logps, static_argnums=(0, 4))
+weights = gpt_neox.init(small, jax.random.key(0))
+logps = jax.jit(step.sequence_logps, static_argnums=(0, 4))
 
 one, lengths = logps(
   small, weights, None, jax.tree.map(lambda x: x[0], packed), 16
@@ -210,9 +203,9 @@ one, lengths = logps(
 with jax.set_mesh(mesh):
   split, _ = logps(
     small,
-    jax.device_put(weights, partitioning.shardings(weights, mesh)),
+    jax.device_put(weights, sharding.shardings(weights, mesh)),
     None,
-    jax.tree.map(lambda x: x[0], partitioning.place(packed, mesh, leading=1)),
+    jax.tree.map(lambda x: x[0], sharding.place(packed, mesh, leading=1)),
     16,
   )
 print(f"{counts.tokens} tokens in {counts.slots} places")
@@ -226,13 +219,13 @@ np.testing.assert_allclose(split, one, rtol=1e-5)
 #
 # The run's own training and evaluation step, compiled with shapes alone: no
 # weights are read, none are made. It says bytes, flops and traffic; times only
-# for devices whose peaks are in `dpo_jax/hardware.py`.
+# for devices whose peaks are in `dpo_jax/core/hardware.py`.
 
 # %%
 c = dpo.get_config("pythia-14m-lora")
 c.batch_size = 8
-built = settings.build(recipe.TrainSettings, c.to_dict())
-shape = compiling.shape_of(built, "")
+built = settings.build(config.TrainSettings, c.to_dict())
+shape = compile_training.shape_of(built, "")
 assert plan.plan_training(built, shape, jax.devices()[:1], search=0)
 
 # %% [markdown]
@@ -240,7 +233,7 @@ assert plan.plan_training(built, shape, jax.devices()[:1], search=0)
 #
 # libtpu holds the TPU's compiler and needs no TPU (`pip install libtpu`, Linux).
 # The same steps for one chip of a v5e. `docs/scaling.md` has the smallest slice
-# for each Pythia, and `python -m dpo_jax.plan --topology=v5e:2x4 --config=...`
+# for each Pythia, and `python -m dpo_jax plan --topology=v5e:2x4 --config=...`
 # plans any other, its sampling included.
 
 # %%

@@ -36,7 +36,7 @@ import jax
 import pytest
 from jax.experimental import topologies
 
-from dpo_jax.planning import compiling
+from dpo_jax.plan import compile_training
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -71,7 +71,7 @@ def _for_libtpu(describe):
       mesh = jax.sharding.Mesh(found.devices[:1], "x")
       here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
       number = jax.ShapeDtypeStruct((), "float32", sharding=here)
-      with compiling.uncached(mesh):
+      with compile_training.uncached(mesh):
         jax.jit(jax.numpy.negative).lower(number).compile()
     has_read.append(True)
     return found

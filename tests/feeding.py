@@ -16,14 +16,15 @@ def main(config, output, start, processes, index, port):
     jax.distributed.initialize(
       f"localhost:{port}", int(processes), int(index), initialization_timeout=60
     )
-  from dpo_jax import partitioning, tokenizer
-  from dpo_jax.interface import settings
-  from dpo_jax.running import feed, recipe
+  from dpo_jax.core import settings, sharding
+  from dpo_jax.data import tokenizer
+  from dpo_jax.training import config as config_lib
+  from dpo_jax.training import input_pipeline
 
   values = json.loads(pathlib.Path(config).read_text("utf-8"))
-  built = settings.build(recipe.TrainSettings, values)
-  made = feed.make(
-    built, tokenizer.load(built.tokenizer), partitioning.make_mesh()
+  built = settings.build(config_lib.TrainSettings, values)
+  made = input_pipeline.make(
+    built, tokenizer.load(built.tokenizer), sharding.make_mesh()
   )
   parts = {}
   for step, fed in enumerate(made.training(int(start)), int(start)):

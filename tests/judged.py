@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from dpo_jax import records
+from dpo_jax.io import records
 
 
 def call(

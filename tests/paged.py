@@ -3,8 +3,8 @@
 import html.parser
 import json
 
-from dpo_jax.reporting import page
-from dpo_jax.reporting.page import browse
+from dpo_jax.report import page
+from dpo_jax.report.page import browse
 
 # Each tries to leave its element, to run, to load, or to hide something.
 HOSTILE = (

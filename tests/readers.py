@@ -21,24 +21,22 @@ import reported
 import sourcing
 import tiny
 
-from dpo_jax import (
-  comparisons,
-  hf,
+from dpo_jax.data import preferences, token_cache, token_table, tokenizer
+from dpo_jax.io import (
+  jsonl,
   metrics,
-  model,
   records,
-  score,
-  tokenizer,
-  verify,
+  rundir,
+  safetensors,
+  step_files,
+  strict_json,
 )
-from dpo_jax.answering import answer_files
+from dpo_jax.io.mirror import contents
 from dpo_jax.judging import batch_api, prompts, verdicts
-from dpo_jax.mirror import contents
-from dpo_jax.reporting import compose
-from dpo_jax.rows import tables, token_cache
-from dpo_jax.running import guards, reference
-from dpo_jax.storage import row_store, rundir, step_files, strict_json
-from dpo_jax.weights import safetensors_files
+from dpo_jax.model import gpt_neox, hf
+from dpo_jax.report import compose, verify
+from dpo_jax.sampling import response_files
+from dpo_jax.training import guards, reference, score
 
 # An error names what is wrong; it does not repeat the file.
 LONGEST_MESSAGE = 10_000
@@ -86,7 +84,7 @@ class Files:
     return dataclasses.replace(
       tiny.CONFIG,
       vocab_size=304,
-      lora=model.LoraConfig(2, 4.0, 0.0, model.TARGETS),
+      lora=gpt_neox.LoraConfig(2, 4.0, 0.0, gpt_neox.TARGETS),
     )
 
   @functools.cached_property
@@ -292,10 +290,10 @@ def _pairs(kind, name="rows.jsonl"):
 def _transcripts(files, data):
   """HH's own rule: what is split must be what was joined."""
   chosen, _, rejected = data.decode("utf-8", "replace").partition("\x01")
-  prompt, good, bad = comparisons.split(chosen, rejected)
+  prompt, good, bad = preferences.split(chosen, rejected)
   assert (prompt + good, prompt + bad) == (chosen, rejected)
-  assert prompt.endswith(comparisons.ASSISTANT)
-  assert comparisons.ASSISTANT not in good + bad
+  assert prompt.endswith(preferences.ASSISTANT)
+  assert preferences.ASSISTANT not in good + bad
 
 
 def _hh_texts(files):
@@ -304,10 +302,10 @@ def _hh_texts(files):
 
 
 def _tensors(files, data):
-  found, metadata = safetensors_files.header(files.put("a.safetensors", data))
+  found, metadata = safetensors.header(files.put("a.safetensors", data))
   json.dumps(metadata)
   for tensor in found.values():
-    if tensor.dtype in safetensors_files.DTYPES | safetensors_files.INTEGERS:
+    if tensor.dtype in safetensors.DTYPES | safetensors.INTEGERS:
       assert len(tensor.view().tobytes()) <= len(data)
 
 
@@ -336,8 +334,11 @@ def _tokenizer(name):
   return read
 
 
-TABLE = tables.from_items(
-  [tables.Pair("a", (1, 2), (3,), (4, 5)), tables.Pair("b", (1,), (2,), (3,))]
+TABLE = token_table.from_items(
+  [
+    token_table.Pair("a", (1, 2), (3,), (4, 5)),
+    token_table.Pair("b", (1,), (2,), (3,)),
+  ]
 )
 
 
@@ -365,7 +366,7 @@ def _cached(files):
 
 def _tokenize(files):
   rows = [
-    comparisons.pair(f"{sourcing.HUMAN} {x}{sourcing.ASSISTANT}", " b", " c")
+    preferences.pair(f"{sourcing.HUMAN} {x}{sourcing.ASSISTANT}", " b", " c")
     for x in "ab"
   ]
   return token_cache.tokenize(
@@ -443,7 +444,7 @@ def _rows(cls):
       assert all(
         records.decode(records.encode(row), cls) == row for row in rows
       )
-    with row_store.Store(path, cls) as store:
+    with jsonl.Store(path, cls) as store:
       store.append_many(store.rows[:1])
 
   return read
@@ -468,7 +469,7 @@ def _begun(files, data):
 
 def _claim(files, data):
   path = files.put("claimed/dpo.json", data)
-  answer_files.claim(path.with_suffix(".jsonl"), {"model": "a", "n": 1}, True)
+  response_files.claim(path.with_suffix(".jsonl"), {"model": "a", "n": 1}, True)
 
 
 def _step(files, data):

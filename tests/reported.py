@@ -3,9 +3,8 @@
 import dataclasses
 import json
 
-from dpo_jax import records, report
-from dpo_jax.reporting import compose
-from dpo_jax.storage import row_store
+from dpo_jax.io import jsonl, records
+from dpo_jax.report import compose, report
 
 SETTINGS = report.ReportSettings(
   title="A small run",
@@ -77,7 +76,7 @@ def cells():
 
 def write_rows(path, rows):
   path.parent.mkdir(parents=True, exist_ok=True)
-  with row_store.Store(path, type(rows[0])) as store:
+  with jsonl.Store(path, type(rows[0])) as store:
     store.append_many(rows)
 
 

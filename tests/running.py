@@ -13,9 +13,11 @@ import tiny
 
 from configs import common
 from configs import data as data_config
-from dpo_jax import hf, metrics, tokenizer
-from dpo_jax.interface import settings
-from dpo_jax.running import recipe
+from dpo_jax.core import settings
+from dpo_jax.data import tokenizer
+from dpo_jax.io import metrics
+from dpo_jax.model import hf
+from dpo_jax.training import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHAPE = dataclasses.replace(tiny.CONFIG, vocab_size=320)
@@ -129,7 +131,7 @@ def configs(files):
   )
 
   def build(**changes):
-    return settings.build(recipe.TrainSettings, changed(values, changes))
+    return settings.build(config_lib.TrainSettings, changed(values, changes))
 
   return build
 

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import model, partitioning, tokenizer
+from dpo_jax.core import sharding
+from dpo_jax.data import tokenizer
+from dpo_jax.model import gpt_neox
 
 TEXTS = [
   "\n\nHuman: Which river is the longest?\n\nAssistant: It is the Nile.",
@@ -36,7 +38,7 @@ def scripted(tok, chains):
     for before, after in itertools.pairwise(chain):
       assert follows[before] in (before, after), "two chains disagree"
       follows[before] = after
-  config = model.ModelConfig(
+  config = gpt_neox.ModelConfig(
     vocab_size=size + 3,
     width=size + size % 2,
     layers=1,
@@ -86,7 +88,7 @@ def scripted(tok, chains):
 
 def noisy(vocab_size, layers=2, seed=0):
   """(config, base) of random weights that make uneven, context-bound logits."""
-  config = model.ModelConfig(
+  config = gpt_neox.ModelConfig(
     vocab_size=vocab_size,
     width=32,
     layers=layers,
@@ -98,10 +100,10 @@ def noisy(vocab_size, layers=2, seed=0):
     max_positions=256,
   )
   rng = np.random.default_rng(seed)
-  shapes = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
+  shapes = jax.eval_shape(lambda: gpt_neox.init(config, jax.random.key(0)))
 
   def one(path, leaf):
-    name = partitioning.path_name(path)
+    name = sharding.path_name(path)
     noise = rng.standard_normal(leaf.shape)
     if name.endswith("kernel"):
       noise /= 4.0

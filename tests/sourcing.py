@@ -2,7 +2,7 @@
 
 import json
 
-from dpo_jax import sources
+from dpo_jax.data import sources
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 PROMPT = f"{HUMAN} What is a pen?{ASSISTANT}"

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import reported
 
-from dpo_jax.answering import answer_table
+from dpo_jax.sampling import summary
 
 
 @pytest.mark.parametrize(
@@ -24,16 +24,16 @@ from dpo_jax.answering import answer_table
   ],
 )
 def test_distinct_trigrams(text, share):
-  assert answer_table.distinct_trigrams(text) == pytest.approx(share)
+  assert summary.distinct_trigrams(text) == pytest.approx(share)
 
 
 def test_half_of_the_triples_are_enough():
   # Ten triples, of which five are distinct: the first five, each twice.
   even = "a b c d e a b c d e a b"
-  assert answer_table.distinct_trigrams(even) == 0.5
-  assert not answer_table.loops(even)
+  assert summary.distinct_trigrams(even) == 0.5
+  assert not summary.loops(even)
   # Eleven, of which the same five.
-  assert answer_table.loops(even + " c")
+  assert summary.loops(even + " c")
 
 
 def row(model, step, temperature, text, tokens, finish, logp):
@@ -55,8 +55,8 @@ def test_a_line_for_each_model_step_and_temperature():
     row("dpo", 100, 0.25, "no no yes " * 9, 27, "length", -0.25),
     row("dpo", 100, 0.25, "no no yes " * 9, 28, "length", -0.75),
   ]
-  table = answer_table.summary(rows)
-  head, *lines = answer_table.lines(table)
+  table = summary.summary(rows)
+  head, *lines = summary.lines(table)
   assert head.split("  ")[0] == "model"
   # (3 + 1 + 64 + 12) / 4 = 20; the middle of 3 and 12 is 7.5; the mean of the
   # four log-probs is -0.9.

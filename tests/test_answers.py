@@ -16,13 +16,16 @@ import tiny
 
 from configs import data as data_config
 from configs import sample as sample_config
-from dpo_jax import hf, model, records, sampling, sources, tokenizer
-from dpo_jax.answering import answers, grid
-from dpo_jax.engine import decoding
-from dpo_jax.interface import settings
+from dpo_jax.core import settings
+from dpo_jax.data import sources, tokenizer
+from dpo_jax.io import records
+from dpo_jax.model import gpt_neox, hf
+from dpo_jax.sampling import decode, sampler
+from dpo_jax.sampling import generate as generate_lib
+from dpo_jax.sampling import jobs as jobs_lib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-LORA = model.LoraConfig(2, 4.0, 0.0, ("query_key_value", "dense"))
+LORA = gpt_neox.LoraConfig(2, 4.0, 0.0, ("query_key_value", "dense"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,7 @@ class World:
   rows: tuple
 
   def build(self, **changes):
-    return settings.build(grid.AnswerSettings, self.values | changes)
+    return settings.build(jobs_lib.AnswerSettings, self.values | changes)
 
   def policy(self, name="sft", temperatures=(0.0, 1.0), **changes):
     values = sample_config.policy(
@@ -97,7 +100,7 @@ def world(tmp_path_factory):
 def whole(world, tmp_path_factory):
   """The file of a run that nothing interrupts."""
   workdir = tmp_path_factory.mktemp("whole")
-  (path,) = answers.run(world.build(), workdir)
+  (path,) = generate_lib.run(world.build(), workdir)
   assert path == workdir / "responses" / "sft.jsonl"
   return path
 
@@ -121,18 +124,19 @@ def test_writes_a_row_for_every_prompt_and_temperature(world, whole):
 def test_a_finished_file_is_left_alone(world, whole, monkeypatch):
   before = whole.stat().st_mtime_ns
   monkeypatch.setattr(hf, "load", lambda *_, **__: pytest.fail("loaded"))
-  answers.run(world.build(), whole.parent.parent)
+  generate_lib.run(world.build(), whole.parent.parent)
   assert whole.stat().st_mtime_ns == before
 
 
 CHILD = """
 import json, os, pathlib, signal, sys
-from dpo_jax import records
-from dpo_jax.answering import answers, grid
-from dpo_jax.interface import settings
-from dpo_jax.storage import row_store
+from dpo_jax.io import records
+from dpo_jax.sampling import generate
+from dpo_jax.sampling import jobs
+from dpo_jax.core import settings
+from dpo_jax.io import jsonl
 
-append, calls = row_store.Store.append_many, []
+append, calls = jsonl.Store.append_many, []
 
 def dies_in_its_second_append(store, rows):
   calls.append(1)
@@ -143,10 +147,10 @@ def dies_in_its_second_append(store, rows):
   os.write(store._fd, records.encode(rows[1])[:-9])
   os.kill(os.getpid(), signal.SIGKILL)
 
-row_store.Store.append_many = dies_in_its_second_append
+jsonl.Store.append_many = dies_in_its_second_append
 values = json.loads(sys.argv[1])
-answers.run(
-  settings.build(grid.AnswerSettings, values), pathlib.Path(sys.argv[2])
+generate.run(
+  settings.build(jobs.AnswerSettings, values), pathlib.Path(sys.argv[2])
 )
 """
 
@@ -170,14 +174,14 @@ def test_going_on_after_sigkill_gives_the_same_file(
   assert 1 < committed < 12
   assert not left.endswith(b"\n")
   entered = []
-  enter = decoding.enter
+  enter = decode.enter
 
   def counting(program, state, prefix, source, *args):
     entered.extend(place for place in source.tolist() if place >= 0)
     return enter(program, state, prefix, source, *args)
 
-  monkeypatch.setattr(decoding, "enter", counting)
-  answers.run(world.build(), tmp_path)
+  monkeypatch.setattr(decode, "enter", counting)
+  generate_lib.run(world.build(), tmp_path)
   assert path.read_bytes() == whole.read_bytes()
   # No answer that was there is generated again.
   assert len(entered) == 12 - committed
@@ -260,14 +264,14 @@ def test_rows_of_processes_that_were_killed_are_merged(
   other = path.with_name("sft.1@1.part")
   other.write_bytes(b"")
   asked = []
-  generate = sampling.generate
+  generate = sampler.generate
 
   def counting(*arguments):
     asked.extend(arguments[-1])
     return generate(*arguments)
 
-  monkeypatch.setattr(sampling, "generate", counting)
-  answers.run(world.build(), tmp_path)
+  monkeypatch.setattr(sampler, "generate", counting)
+  generate_lib.run(world.build(), tmp_path)
   assert asked == [5, 6, 7, 9, 10, 11]
   assert path.read_bytes() == whole.read_bytes()
   assert set(path.parent.iterdir()) == {path, path.with_suffix(".json"), other}
@@ -284,7 +288,7 @@ def test_rows_of_other_weights_are_refused_where_another_process_wrote_them(
   part = path.with_name("sft@1.part")
   part.write_bytes(whole.read_bytes())
   with pytest.raises(ValueError, match=r"sft\.model: 'x' -> "):
-    answers.run(world.build(), tmp_path)
+    generate_lib.run(world.build(), tmp_path)
   assert part.read_bytes() == whole.read_bytes()
 
 
@@ -293,7 +297,7 @@ def test_steps_of_a_run_are_policies_of_their_own(world, whole, tmp_path):
   one = world.policy(
     "last", (0.0,), adapter=str(world.root / "adapters" / "step-000100")
   )
-  beside = answers.run(
+  beside = generate_lib.run(
     world.build(policies={"steps": policy, "one": one}), tmp_path / "beside"
   )
   assert [path.name for path in beside] == [
@@ -315,7 +319,7 @@ def test_steps_of_a_run_are_policies_of_their_own(world, whole, tmp_path):
   ]
   assert texts[0] != texts[1]
   assert texts[1] == texts[2] != base
-  merged = answers.run(
+  merged = generate_lib.run(
     world.build(policies={"steps": policy, "one": one}, merge_adapters=True),
     tmp_path / "merged",
   )
@@ -328,7 +332,7 @@ def test_steps_of_a_run_are_policies_of_their_own(world, whole, tmp_path):
 
 def test_samples_of_a_prompt_differ(world, tmp_path):
   policies = {"sft": world.policy(temperatures=(1.0,))}
-  (path,) = answers.run(
+  (path,) = generate_lib.run(
     world.build(policies=policies, samples_per_prompt=2), tmp_path
   )
   rows = records.read(path, records.Response)
@@ -346,8 +350,8 @@ def test_best_of_n_is_a_few_lines(world, tmp_path):
   values |= {name: world.values[name] for name in names}
   values |= {"samples_per_prompt": 5, "max_new_tokens": 12}
   values |= {"max_prompt_tokens": 32}
-  built = settings.build(grid.AnswerSettings, values)
-  (path,) = answers.run(built, tmp_path)
+  built = settings.build(jobs_lib.AnswerSettings, values)
+  (path,) = generate_lib.run(built, tmp_path)
   rows = records.read(path, records.Response)
   assert [(row.prompt_id, row.sample_id) for row in rows] == [
     (one.id, sample_id) for one in world.rows for sample_id in range(5)
@@ -358,9 +362,9 @@ def test_best_of_n_is_a_few_lines(world, tmp_path):
     assert len(set(texts)) == 5
   # Fewer are the first of them: nothing depends on how many there are.
   fewer = settings.build(
-    grid.AnswerSettings, values | {"samples_per_prompt": 2}
+    jobs_lib.AnswerSettings, values | {"samples_per_prompt": 2}
   )
-  (path,) = answers.run(fewer, tmp_path / "fewer")
+  (path,) = generate_lib.run(fewer, tmp_path / "fewer")
   assert records.read(path, records.Response) == [
     row for row in rows if row.sample_id < 2
   ]
@@ -374,7 +378,7 @@ def test_empty_answers_and_turns_are_kept(world, tmp_path):
   policies = {
     "sft": world.policy(temperatures=(0.0,), path=str(tmp_path / "model"))
   }
-  (path,) = answers.run(world.build(policies=policies), tmp_path)
+  (path,) = generate_lib.run(world.build(policies=policies), tmp_path)
   rows = records.read(path, records.Response)
   assert [(r.response, r.token_count, r.finish_reason) for r in rows] == [
     ("", 1, "eos")
@@ -385,7 +389,7 @@ def test_prompts_that_are_too_long_keep_their_end(world, tmp_path, caplog):
   policies = {"sft": world.policy(temperatures=(0.0,))}
   changes = {"policies": policies, "max_new_tokens": 12}
   cut, whole = (
-    answers.run(
+    generate_lib.run(
       world.build(**changes, max_prompt_tokens=limit), tmp_path / str(limit)
     )[0]
     for limit in (12, 32)
@@ -396,10 +400,10 @@ def test_prompts_that_are_too_long_keep_their_end(world, tmp_path, caplog):
   config, base = scripted.noisy(tok.vocab_size + 8)
   for row in cut:
     end = tuple(tok.encode(row.prompt)[-12:])
-    request = sampling.Request(end, 0, 0, 0.0, 0, 1.0, 12)
-    engine = sampling.Engine(1, 16, 16, 16, 0, "float32", 0.1, 0)
+    request = sampler.Request(end, 0, 0, 0.0, 0, 1.0, 12)
+    engine = sampler.Engine(1, 16, 16, 16, 0, "float32", 0.1, 0)
     ((_, sample),) = next(
-      sampling.generate(config, base, None, tok, [request], engine)
+      sampler.generate(config, base, None, tok, [request], engine)
     )
     assert row.response == sample.text
   assert any(a.response != b.response for a, b in zip(cut, whole))
@@ -427,7 +431,7 @@ def test_refuses_to_mix_settings_in_one_file(world, whole, changes, message):
   if "limit" in changes:
     changes = {"data": world.values["data"] | changes}
   with pytest.raises(ValueError, match=message):
-    answers.run(world.build(**changes), whole.parent.parent)
+    generate_lib.run(world.build(**changes), whole.parent.parent)
   assert whole.read_bytes() == before
 
 
@@ -441,7 +445,7 @@ def test_goes_on_with_a_file_that_names_no_subset(world, whole, tmp_path):
     assert row.pop("subset") == ""
     del row["cut_prompt_tokens"]
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  answers.run(world.build(), tmp_path)
+  generate_lib.run(world.build(), tmp_path)
   assert path.read_bytes() == whole.read_bytes()
 
 
@@ -449,13 +453,13 @@ def test_refuses_to_go_on_with_other_weights(world, whole):
   adapter = str(world.root / "adapters" / "step-000020")
   policies = {"sft": world.policy(adapter=adapter)}
   with pytest.raises(ValueError, match=r"sft\.adapter: '' -> "):
-    answers.run(world.build(policies=policies), whole.parent.parent)
+    generate_lib.run(world.build(policies=policies), whole.parent.parent)
   manifest = whole.with_suffix(".json")
   text = manifest.read_text()
   manifest.unlink()
   try:
     with pytest.raises(ValueError, match="says what they come from"):
-      answers.run(world.build(), whole.parent.parent)
+      generate_lib.run(world.build(), whole.parent.parent)
   finally:
     manifest.write_text(text)
 
@@ -477,7 +481,7 @@ def test_refuses_to_go_on_with_other_weights(world, whole):
 def test_refuses_policies(world, tmp_path, changes, message):
   policies = {"sft": world.policy() | changes}
   with pytest.raises(ValueError, match=message):
-    answers.run(world.build(policies=policies), tmp_path)
+    generate_lib.run(world.build(policies=policies), tmp_path)
   assert not list(tmp_path.iterdir())
 
 
@@ -494,14 +498,14 @@ def test_refuses_policies(world, tmp_path, changes, message):
 )
 def test_refuses_settings(world, tmp_path, changes, message):
   with pytest.raises(ValueError, match=message):
-    answers.run(world.build(**changes), tmp_path)
+    generate_lib.run(world.build(**changes), tmp_path)
   assert not list(tmp_path.iterdir())
 
 
 def test_refuses_two_policies_of_one_file(world, tmp_path):
   policies = {"one": world.policy(), "two": world.policy()}
   with pytest.raises(ValueError, match=r"would write \['sft'\]"):
-    answers.run(world.build(policies=policies), tmp_path)
+    generate_lib.run(world.build(policies=policies), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -523,11 +527,11 @@ def test_configs_ask_for_the_papers_experiments(
     (tmp_path / name).mkdir(parents=True)
   monkeypatch.chdir(tmp_path)
   values = sample_config.get_config(variant).to_dict()
-  built = settings.build(grid.AnswerSettings, values)
-  prompts = [grid.Prompt(row, (2, 3), 0) for row in world.rows[:3]]
-  jobs = grid.jobs(built)
+  built = settings.build(jobs_lib.AnswerSettings, values)
+  prompts = [jobs_lib.Prompt(row, (2, 3), 0) for row in world.rows[:3]]
+  jobs = jobs_lib.jobs(built)
   assert len(jobs) == files
-  asked = [grid.wanted(built, job, prompts, -1)[1] for job in jobs]
+  asked = [jobs_lib.wanted(built, job, prompts, -1)[1] for job in jobs]
   assert sum(map(len, asked)) == 3 * rows
   grids = {(job.policy.name, job.step): job.policy.temperatures for job in jobs}
   if variant != "best-of-n":

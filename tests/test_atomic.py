@@ -9,14 +9,14 @@ import time
 
 import pytest
 
-from dpo_jax.storage import atomic
+from dpo_jax.io import atomic
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DAY_S = 24 * 3600
 
 WRITER = """
 import pathlib, sys
-from dpo_jax.storage import atomic
+from dpo_jax.io import atomic
 with atomic.replacing(pathlib.Path(sys.argv[1])) as temporary:
   temporary.write_text("half")
   print("half", flush=True)

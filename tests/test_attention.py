@@ -10,10 +10,12 @@ import pytest
 import running
 
 from configs import dpo
-from dpo_jax import attention, training
-from dpo_jax.attention import cached, shared
-from dpo_jax.interface import settings
-from dpo_jax.running import programs, recipe
+from dpo_jax.core import settings
+from dpo_jax.model import attention
+from dpo_jax.model.attention import decode, shared_prefix
+from dpo_jax.training import compile as compile_lib
+from dpo_jax.training import config as config_lib
+from dpo_jax.training import train
 
 
 def device(platform="gpu", kind="NVIDIA H100", capability="9.0"):
@@ -73,26 +75,26 @@ def test_dense_is_never_refused(platform):
 def test_a_run_is_refused_before_it_compiles(name, tmp_path, monkeypatch):
   files = running.make_files(tmp_path)
   config = running.configs(files)(**{"model.attention": name})
-  monkeypatch.setattr(programs, "training", pytest.fail)
+  monkeypatch.setattr(compile_lib, "training", pytest.fail)
   with pytest.raises(ValueError, match=f"{name}.*cpu.*attention=dense"):
-    training.run(config, tmp_path / "run")
+    train.run(config, tmp_path / "run")
 
 
 def test_a_program_is_refused_on_these_devices():
   config = dpo.get_config("pythia-2.8b-lora").to_dict()
   config["model"]["attention"] = "cudnn"
-  built = settings.build(recipe.TrainSettings, config)
+  built = settings.build(config_lib.TrainSettings, config)
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
   shape = types.SimpleNamespace(head_dim=80)
   with pytest.raises(ValueError, match=r"cudnn.*devices are cpu"):
-    programs.check(built, shape, mesh)
+    compile_lib.check(built, shape, mesh)
 
 
 def test_an_unknown_name_is_refused():
   config = dpo.get_config("pythia-2.8b").to_dict()
   config["model"]["attention"] = "sparse"
   with pytest.raises(ValueError, match=r"model.attention='sparse'.*dense"):
-    settings.build(recipe.TrainSettings, config)
+    settings.build(config_lib.TrainSettings, config)
 
 
 def test_cudnn_gets_the_mask_and_head_dim_80(monkeypatch):
@@ -138,7 +140,7 @@ def test_a_rows_bits_do_not_depend_on_its_place_or_its_neighbours(rows):
   mask = (jnp.arange(96)[None] <= seen[:, None])[:, None]
   attend = jax.jit(
     lambda q, k, v, mask: attention.dense(
-      q, cached.Columns(jnp.swapaxes(k, 2, 3)), v, mask
+      q, decode.Columns(jnp.swapaxes(k, 2, 3)), v, mask
     )
   )
   found = attend(q, k, v, mask)
@@ -188,20 +190,20 @@ def test_rows_that_share_prompts_see_what_rows_with_their_own_do(form, dtype):
 
   def lie(k, v):
     if form == "columns":
-      return cached.Columns(jnp.swapaxes(k, 2, 3)), v
+      return decode.Columns(jnp.swapaxes(k, 2, 3)), v
     if form == "folded":
       return [
         jnp.swapaxes(x, 1, 2).reshape(len(x), -1, heads * dim) for x in (k, v)
       ]
     return k, v
 
-  sharing = shared.Sharing(
+  sharing = shared_prefix.Sharing(
     mask=seen[:, None],
     prompt_mask=of_prompt[:, None],
     members=members.reshape(prompts, places),
     place=place,
   )
-  k, v = (shared.Parts(*both) for both in zip(lie(*own), lie(*read)))
+  k, v = (shared_prefix.Parts(*both) for both in zip(lie(*own), lie(*read)))
   found = attention.bind("dense", sharing)(q, k, v)
   assert found.dtype == dtype
   assert found.shape == q.shape

@@ -9,23 +9,23 @@ import numpy as np
 import pytest
 import tiny
 
-from dpo_jax import batches
-from dpo_jax.rows import packing, placement, tables
+from dpo_jax.data import batch as batch_lib
+from dpo_jax.data import loader, packing, token_table
 
-HOW = placement.Packing("shared", 40, 1, 1, False, 1)
+HOW = packing.Packing("shared", 40, 1, 1, False, 1)
 LAYOUTS = ("padded", "packed", "shared")
 
 
 def schedule(sizes=(13,), weights=None, batch_size=4, seed=3, epochs=2):
   weights = weights or (1.0,) * len(sizes)
-  return batches.Schedule(tuple(sizes), weights, batch_size, seed, epochs)
+  return loader.Schedule(tuple(sizes), weights, batch_size, seed, epochs)
 
 
 def stream(items, plan=None, how=HOW, start=0, steps=None, **values):
-  table = tables.from_items(items)
+  table = token_table.from_items(items)
   plan = plan or schedule((len(table),))
   return list(
-    batches.stream(
+    loader.stream(
       table,
       plan,
       how,
@@ -61,7 +61,7 @@ def test_order_depends_on_the_seed_and_on_nothing_else():
   order = [counts.ids for _, counts in stream(items)]
   for layout in LAYOUTS:
     for microbatches in (1, 2):
-      how = placement.Packing(layout, 40, 8, microbatches, False, 1)
+      how = packing.Packing(layout, 40, 8, microbatches, False, 1)
       found = [counts.ids for _, counts in stream(items, how=how)]
       assert found == order
   other = stream(items, schedule((13,), seed=4))
@@ -158,7 +158,7 @@ def test_a_bad_item_stops_the_stream():
 
 
 def test_reference_log_probs_go_with_their_tokens():
-  table = tables.from_items(tiny.pairs(13))
+  table = token_table.from_items(tiny.pairs(13))
   # No two alike, so that each says which token it belongs to.
   reference = -np.arange(1, len(table.tokens) + 1, dtype=np.float32)
   plain = stream(table)
@@ -179,12 +179,12 @@ def test_reference_log_probs_go_with_their_tokens():
 
 def test_evaluation_keeps_order_and_the_last_few():
   items = tiny.pairs(10)
-  found = list(batches.in_order(items, HOW, batch_size=4))
+  found = list(loader.in_order(items, HOW, batch_size=4))
   assert [len(counts.ids) for _, counts in found] == [4, 4, 2]
   assert sum((counts.ids for _, counts in found), ()) == tuple(
     item.id for item in items
   )
-  assert [len(i) for i in batches.consecutive(10, 4)] == [4, 4, 2]
+  assert [len(i) for i in loader.consecutive(10, 4)] == [4, 4, 2]
 
 
 def test_halves_differ_by_source_seed_and_pass():
@@ -215,32 +215,32 @@ def test_no_epoch_is_shuffled_as_a_source_is():
   # NumPy fills short seeds up with zeros: (5, 1) is (5, 1, 0).
   for epoch in range(3):
     plan = schedule((50,), batch_size=1, seed=5, epochs=3)
-    order = batches._epoch(plan, epoch)
+    order = loader._epoch(plan, epoch)
     for number in range(3):
-      source = batches._taken(5, number, 50, 0, 50)
+      source = loader._taken(5, number, 50, 0, 50)
       assert not np.array_equal(order, source)
 
 
 def test_batches_are_packed_in_another_thread(monkeypatch):
-  pack, threads = packing.pack, set()
+  pack, threads = batch_lib.pack, set()
 
   def noted(*arguments):
     threads.add(threading.get_ident())
     return pack(*arguments)
 
-  monkeypatch.setattr(packing, "pack", noted)
-  table = tables.from_items(tiny.pairs(13))
+  monkeypatch.setattr(batch_lib, "pack", noted)
+  table = token_table.from_items(tiny.pairs(13))
   plan = schedule((13,))
-  found = batches.stream(table, plan, HOW, start_step=0, steps=plan.steps)
+  found = loader.stream(table, plan, HOW, start_step=0, steps=plan.steps)
   assert len(list(found)) == plan.steps
   assert len(threads) == 1
   assert threading.get_ident() not in threads
 
 
 def test_evaluation_carries_reference_log_probs():
-  table = tables.from_items(tiny.pairs(10))
+  table = token_table.from_items(tiny.pairs(10))
   kept = -np.arange(1, len(table.tokens) + 1, dtype=np.float32)
-  for batch, _ in batches.in_order(table, HOW, batch_size=4, reference=kept):
+  for batch, _ in loader.in_order(table, HOW, batch_size=4, reference=kept):
     there = batch.owner >= 0
     at = -batch.reference[there].astype(int) - 1
     np.testing.assert_array_equal(table.tokens[at], batch.target[there])

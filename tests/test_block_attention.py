@@ -13,15 +13,17 @@ import pytest
 import tiny
 from hypothesis import strategies as st
 
-from dpo_jax import attention, model, steps
-from dpo_jax.attention import block_attention
-from dpo_jax.rows import packing, placement, tables
+from dpo_jax.data import batch as batch_lib
+from dpo_jax.data import packing, token_table
+from dpo_jax.model import attention, gpt_neox
+from dpo_jax.model.attention import blockwise
+from dpo_jax.training import step as step_lib
 
-WHOLE = placement.Packing("shared", 64, 1, 1, False, 1)
+WHOLE = packing.Packing("shared", 64, 1, 1, False, 1)
 # Blocks far shorter than most pieces, and than some parts.
 BLOCKS = dataclasses.replace(WHOLE, row_length=4, runs_on=True)
 LORA = dataclasses.replace(
-  tiny.CONFIG, lora=model.LoraConfig(2, 4.0, 0.0, model.TARGETS)
+  tiny.CONFIG, lora=gpt_neox.LoraConfig(2, 4.0, 0.0, gpt_neox.TARGETS)
 )
 
 
@@ -31,7 +33,7 @@ LORA = dataclasses.replace(
 def test_rows_seen_by_hand():
   # Two pieces of 6 and 5 tokens in blocks of 4: the second begins in block 1
   # and ends in block 2, with one place left.
-  found = placement._seen(np.array([0, 6]), np.array([6, 5]), 4)
+  found = packing._seen(np.array([0, 6]), np.array([6, 5]), 4)
   wanted = [[0, 0], [1, 0], [1, 1], [2, 1], [2, 2]]
   np.testing.assert_array_equal(found, wanted)
 
@@ -51,15 +53,15 @@ def test_all_that_a_row_sees_is_listed_once(sizes, length):
       if piece[q] == piece[k]
     }
   )
-  found = placement._seen(np.cumsum(size) - size, size, length)
+  found = packing._seen(np.cumsum(size) - size, size, length)
   assert list(map(tuple, found.tolist())) == wanted
 
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_line_has_no_gaps(shards):
-  items = tables.from_items(tiny.pairs(12, 4))
+  items = token_table.from_items(tiny.pairs(12, 4))
   how = dataclasses.replace(BLOCKS, shards=shards)
-  batch, counts = packing.pack(items, how)
+  batch, counts = batch_lib.pack(items, how)
   lines = batch.pieces.reshape(shards, -1)
   tokens = [np.count_nonzero(line) for line in lines]
   assert sum(tokens) == counts.tokens == items.lengths.sum()
@@ -79,7 +81,7 @@ def outcome(config, base, adapters, batch):
   """Log-probs by owner, and their gradient."""
 
   def sums(adapters):
-    found, _ = steps.sequence_logps(config, base, adapters, batch, 12)
+    found, _ = step_lib.sequence_logps(config, base, adapters, batch, 12)
     return jnp.sum(jnp.sin(found)), found
 
   grads, found = jax.grad(sums, has_aux=True)(adapters)
@@ -97,7 +99,7 @@ def weights():
 
 
 def run(name, how, items):
-  batch, _ = packing.pack(items, how)
+  batch, _ = batch_lib.pack(items, how)
   micro = jax.tree.map(lambda x: x[0], batch)
   config = dataclasses.replace(LORA, attention=name)
   return outcome(config, *weights(), micro)
@@ -106,14 +108,14 @@ def run(name, how, items):
 @hypothesis.settings(max_examples=20, deadline=None)
 @hypothesis.given(
   st.lists(
-    st.builds(tables.Pair, st.uuids().map(str), texts, texts, texts),
+    st.builds(token_table.Pair, st.uuids().map(str), texts, texts, texts),
     min_size=6,
     max_size=6,
   )
 )
 def test_blocks_give_the_numbers_of_dense(items):
-  dense = dataclasses.replace(WHOLE, shapes=(placement.Shape(6, 144),))
-  blocks = dataclasses.replace(BLOCKS, shapes=(placement.Shape(56, 144, 400),))
+  dense = dataclasses.replace(WHOLE, shapes=(packing.Shape(6, 144),))
+  blocks = dataclasses.replace(BLOCKS, shapes=(packing.Shape(56, 144, 400),))
   wanted, wanted_grads = run("dense", dense, items)
   found, grads = run("blocks", blocks, items)
   # Float32 sums of up to 36 terms in another order.
@@ -130,7 +132,7 @@ def gradients(q, k, v, visible, seen):
   """Attention, and the gradients of a sum of it."""
 
   def loss(q, k, v):
-    out = block_attention.attend(q, k, v, visible, seen)
+    out = blockwise.attend(q, k, v, visible, seen)
     return jnp.sum(jnp.sin(out.astype(jnp.float32))), out
 
   grads, out = jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
@@ -138,10 +140,10 @@ def gradients(q, k, v, visible, seen):
 
 
 def test_bfloat16_is_multiplied_as_such():
-  items = tables.from_items(tiny.pairs(6, 4))
-  batch, _ = packing.pack(items, BLOCKS)
+  items = token_table.from_items(tiny.pairs(6, 4))
+  batch, _ = batch_lib.pack(items, BLOCKS)
   micro = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
-  visible = block_attention.mask(micro.pieces, micro.parts, micro.seen)
+  visible = blockwise.mask(micro.pieces, micro.parts, micro.seen)
   rows, size = micro.tokens.shape
   keys = jax.random.split(jax.random.key(3), 3)
   shapes = ((rows, size, 2, 8), (rows, 2, size, 8), (rows, 2, size, 8))
@@ -217,11 +219,9 @@ def test_padding_attends_to_nothing_and_stays_finite():
   ones = jnp.ones((2, 3, 1, 8))
   pieces = jnp.array([[1, 1, 0], [0, 0, 0]])
   seen = jnp.array([[[0, 0], [-1, -1]]])
-  mask = block_attention.mask(pieces, 0 * pieces, seen)
+  mask = blockwise.mask(pieces, 0 * pieces, seen)
   k = jnp.swapaxes(ones, 1, 2)
-  out, back = jax.vjp(
-    lambda q: block_attention.attend(q, k, k, mask, seen), ones
-  )
+  out, back = jax.vjp(lambda q: blockwise.attend(q, k, k, mask, seen), ones)
   np.testing.assert_array_equal(out[..., 0, 0], [[1, 1, 0], [0, 0, 0]])
   (grad,) = back(jnp.full_like(out, 1e30))
   assert bool(jnp.isfinite(grad).all())
@@ -235,13 +235,13 @@ def test_padding_attends_to_nothing_and_stays_finite():
 )
 def test_saved_attention_has_its_scores_alone_computed_again(remat, products):
   """Products of pairs of rows: two forward, four backward, and again."""
-  batch, _ = packing.pack(tiny.pairs(6, 9), BLOCKS)
+  batch, _ = batch_lib.pack(tiny.pairs(6, 9), BLOCKS)
   micro = jax.tree.map(lambda x: x[0], batch)
   config = dataclasses.replace(LORA, attention="blocks", remat=remat)
   base, adapters = weights()
 
   def total(adapters):
-    return jnp.sum(steps.token_logps(config, base, adapters, micro))
+    return jnp.sum(step_lib.token_logps(config, base, adapters, micro))
 
   def dots(jaxpr):
     for equation in jaxpr.eqns:

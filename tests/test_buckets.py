@@ -15,10 +15,12 @@ import running
 from etils.epath import backend
 from fsspec.implementations import memory
 
-from dpo_jax import hf, score, sources, tokenizer
-from dpo_jax.answering import answer_files
-from dpo_jax.interface import cli
-from dpo_jax.storage import remote
+from dpo_jax.cli import flags
+from dpo_jax.data import sources, tokenizer
+from dpo_jax.io import remote
+from dpo_jax.model import hf
+from dpo_jax.sampling import response_files
+from dpo_jax.training import score
 
 HERE = "gs://bucket/files"
 
@@ -91,7 +93,9 @@ def test_models_tokenizers_and_data_are_those_of_the_files(bucket, files):
   assert "pytorch_model.bin" not in Bucket.opened
   words = tokenizer.load(f"{HERE}/tokenizer")
   assert words.fingerprint == tokenizer.load(files / "tokenizer").fingerprint
-  hashes = {answer_files.weights(x) for x in (f"{HERE}/model", files / "model")}
+  hashes = {
+    response_files.weights(x) for x in (f"{HERE}/model", files / "model")
+  }
   assert len(hashes) == 1
   pairs = sources.read_file(f"{HERE}/train.jsonl")
   assert pairs.rows == sources.read_file(str(files / "train.jsonl")).rows
@@ -151,7 +155,7 @@ def test_what_is_not_there_says_what_is_needed(bucket):
 def test_nothing_is_written_to_a_bucket(bucket, files, tmp_path):
   config = running.configs(files)
   for call in (
-    lambda: cli._directory("gs://bucket/run"),
+    lambda: flags._directory("gs://bucket/run"),
     lambda: config(**{"data.token_cache": "gs://bucket/cache"}),
     lambda: config(reference_cache="gs://bucket/cache"),
     lambda: remote.refuse_address("output", "s3://bucket/x"),

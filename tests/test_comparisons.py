@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from dpo_jax import comparisons
+from dpo_jax.data import preferences
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 PROMPT = f"{HUMAN} What is a pen?{ASSISTANT}"
@@ -18,19 +18,19 @@ GOOD = {"chosen": PROMPT + " A tool.", "rejected": PROMPT + " No."}
 
 def test_both_forms_give_the_same_pair():
   apart = {"prompt": PROMPT, "chosen": " A tool.", "rejected": " No."}
-  wanted = comparisons.Comparison(
-    comparisons.content_id(PROMPT, " A tool.", " No."),
+  wanted = preferences.Comparison(
+    preferences.content_id(PROMPT, " A tool.", " No."),
     PROMPT,
     " A tool.",
     " No.",
   )
-  assert comparisons.parse(GOOD) == comparisons.parse(apart) == wanted
+  assert preferences.parse(GOOD) == preferences.parse(apart) == wanted
 
 
 def test_the_prompt_ends_at_the_last_assistant_turn():
   talk = f"{PROMPT} A tool.{HUMAN} For what?{ASSISTANT}"
   row = {"chosen": talk + " Writing.", "rejected": talk + " Eating."}
-  pair = comparisons.parse(row)
+  pair = preferences.parse(row)
   assert (pair.prompt, pair.chosen, pair.rejected) == (
     talk,
     " Writing.",
@@ -47,11 +47,11 @@ def test_transcripts_come_apart_where_they_were_joined(turns, one, other):
   prompt = "".join(said) + ASSISTANT
   row = {"chosen": f"{prompt} {one}", "rejected": f"{prompt} {other}"}
   if not one.strip() or not other.strip() or one == other:
-    with pytest.raises(comparisons.Quarantined):
-      comparisons.parse(row)
+    with pytest.raises(preferences.Quarantined):
+      preferences.parse(row)
     return
   hypothesis.assume(ASSISTANT not in f" {one} {other}")
-  pair = comparisons.parse(row)
+  pair = preferences.parse(row)
   assert (pair.prompt, pair.chosen, pair.rejected) == (
     prompt,
     f" {one}",
@@ -60,26 +60,26 @@ def test_transcripts_come_apart_where_they_were_joined(turns, one, other):
 
 
 def test_ids_depend_on_every_text_and_on_their_borders():
-  one = comparisons.content_id
+  one = preferences.content_id
   ids = [one("a", "b", "c"), one("ab", "", "c"), one("a", "bc", ""), one("abc")]
   assert len(set(ids)) == 4
   assert all(len(i) == 16 and int(i, 16) >= 0 for i in ids)
 
 
 def test_fingerprints_depend_on_rows_and_order():
-  a, b = (comparisons.pair("p", text, " no") for text in (" a", " b"))
-  prints = [comparisons.fingerprint(rows) for rows in ([a, b], [b, a], [a])]
+  a, b = (preferences.pair("p", text, " no") for text in (" a", " b"))
+  prints = [preferences.fingerprint(rows) for rows in ([a, b], [b, a], [a])]
   assert len(set(prints)) == 3
 
 
 def test_leaks_count_held_out_rows_by_their_prompt():
-  train = [comparisons.pair("p", " a", " b"), comparisons.pair("p", " c", " d")]
+  train = [preferences.pair("p", " a", " b"), preferences.pair("p", " c", " d")]
   held_out = [
-    comparisons.pair("p", " e", " f"),
-    comparisons.pair("p ", " a", " b"),
-    comparisons.pair("p", " a", " b"),
+    preferences.pair("p", " e", " f"),
+    preferences.pair("p ", " a", " b"),
+    preferences.pair("p", " a", " b"),
   ]
-  assert comparisons.leaks(train, held_out) == 2
+  assert preferences.leaks(train, held_out) == 2
 
 
 # --- quarantine
@@ -122,8 +122,8 @@ OTHER = f"{HUMAN} What is ink?{ASSISTANT}"
   ],
 )
 def test_pairs_without_a_preference_are_quarantined(row, reason):
-  with pytest.raises(comparisons.Quarantined, match=re.escape(reason)):
-    comparisons.parse(row)
+  with pytest.raises(preferences.Quarantined, match=re.escape(reason)):
+    preferences.parse(row)
 
 
 # --- malformed rows
@@ -145,11 +145,11 @@ def test_pairs_without_a_preference_are_quarantined(row, reason):
   ],
 )
 def test_a_malformed_row_names_its_field(row, words):
-  with pytest.raises(comparisons.Malformed, match=f"^{re.escape(words)}$"):
-    comparisons.parse(row)
+  with pytest.raises(preferences.Malformed, match=f"^{re.escape(words)}$"):
+    preferences.parse(row)
 
 
 @pytest.mark.parametrize("value", [True, 1.0, "1", None])
 def test_an_integer_is_neither_a_truth_value_nor_a_float(value):
-  with pytest.raises(comparisons.Malformed, match=r"'a\.b' is not an integer"):
-    comparisons.integer({"b": value}, "b", "a.")
+  with pytest.raises(preferences.Malformed, match=r"'a\.b' is not an integer"):
+    preferences.integer({"b": value}, "b", "a.")

@@ -11,11 +11,13 @@ import pytest
 import tiny
 
 from configs import common, models
-from dpo_jax import model, partitioning, replicate, sampling, score
-from dpo_jax.answering import grid
-from dpo_jax.interface import settings
+from dpo_jax import replicate
+from dpo_jax.core import settings, sharding
 from dpo_jax.judging import runner
-from dpo_jax.running import recipe
+from dpo_jax.model import gpt_neox
+from dpo_jax.sampling import jobs, sampler
+from dpo_jax.training import config as config_lib
+from dpo_jax.training import score
 
 SIZES = tuple(models.PYTHIA)
 RECIPES = tuple(
@@ -24,11 +26,11 @@ RECIPES = tuple(
 # Config file: what its get_config is for, and its variants.
 CONFIGS = {
   "demo": (replicate.ReplicateSettings, ("", "tiny")),
-  "dpo": (recipe.TrainSettings, RECIPES),
+  "dpo": (config_lib.TrainSettings, RECIPES),
   "hh": (replicate.ReplicateSettings, (*RECIPES, "smoke")),
   "judge": (runner.JudgeSettings, ("oracle", "length", "openai", "local")),
-  "sample": (grid.AnswerSettings, ("paper", "seed", "best-of-n")),
-  "sft": (recipe.TrainSettings, RECIPES),
+  "sample": (jobs.AnswerSettings, ("paper", "seed", "best-of-n")),
+  "sft": (config_lib.TrainSettings, RECIPES),
 }
 # Files that others are made from.
 PARTS = {"data", "common", "models"}
@@ -100,8 +102,8 @@ PARAMETERS = {
 
 @pytest.mark.parametrize("size", SIZES)
 def test_pythias(size):
-  config = model.ModelConfig(**models.pythia(size).to_dict())
-  shapes = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
+  config = gpt_neox.ModelConfig(**models.pythia(size).to_dict())
+  shapes = jax.eval_shape(lambda: gpt_neox.init(config, jax.random.key(0)))
   # Layers are stacked, so that no size is slower to build than another.
   count = sum(
     math.prod(leaf.shape)
@@ -140,7 +142,7 @@ def test_the_papers_recipe():
 def test_the_re_implemented_systems_recipe():
   sft, dpo = build("sft", "pythia-2.8b-lora"), build("dpo", "pythia-2.8b-lora")
   for run in (sft, dpo):
-    assert run.lora == recipe.LoraSettings(16, 32.0, 0.1, model.TARGETS)
+    assert run.lora == config_lib.LoraSettings(16, 32.0, 0.1, gpt_neox.TARGETS)
     assert run.optimizer.name == "adamw"
     assert run.optimizer.schedule == "cosine"
     assert run.optimizer.warmup_steps == 100
@@ -170,8 +172,8 @@ def test_rows_always_hold_a_pair():
 
 
 def test_the_common_fields_are_the_settings():
-  built = settings.build(recipe.TrainSettings, common.training().to_dict())
-  assert built.mesh == partitioning.MeshSettings(-1, 1, 1)
+  built = settings.build(config_lib.TrainSettings, common.training().to_dict())
+  assert built.mesh == sharding.MeshSettings(-1, 1, 1)
 
 
 def test_tiles_of_a_vocabulary_that_a_mesh_splits_are_refused():
@@ -179,7 +181,7 @@ def test_tiles_of_a_vocabulary_that_a_mesh_splits_are_refused():
   assert c.model.logit_words
   c.mesh.tensor = 2
   with pytest.raises(ValueError, match=r"logit_words=1048 with mesh\.tensor=2"):
-    settings.build(recipe.TrainSettings, c.to_dict())
+    settings.build(config_lib.TrainSettings, c.to_dict())
 
 
 def within(built):
@@ -194,12 +196,12 @@ def within(built):
 
 def test_every_range_is_held_to_by_every_class_that_has_the_field():
   score_settings = score.parse(["--model=m", "--pairs=p", "--output=o"])
-  request = sampling.Request((1,), 0, 0, 1.0, 0, 1.0, 8)
+  request = sampler.Request((1,), 0, 0, 1.0, 0, 1.0, 8)
   parts = [
     *within(build("demo")),
     *within(build("judge", "openai")),
     *(build("sample").engine(), request, score_settings),
-    *(tiny.CONFIG, model.LoraConfig(1, 1.0, 0.0, model.TARGETS)),
+    *(tiny.CONFIG, gpt_neox.LoraConfig(1, 1.0, 0.0, gpt_neox.TARGETS)),
   ]
   unused = set(settings.RANGES)
   for part in parts:

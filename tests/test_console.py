@@ -11,7 +11,9 @@ import pytest
 import test_configs
 from ml_collections import config_dict
 
-from dpo_jax.interface import cli, config_help, console
+from dpo_jax.cli import flags
+from dpo_jax.cli import help as help_lib
+from dpo_jax.core import console
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -130,10 +132,10 @@ def test_every_field_of_every_config_has_a_comment(name, variant):
   def make():
     return test_configs.get(name, variant)
 
-  found = config_help.fields(make)
+  found = help_lib.fields(make)
   assert [field.name for field in found if not field.comment] == []
   # None is left out: names of leaves are those that lead to no group.
-  names = list(config_help.names(make()))
+  names = list(help_lib.names(make()))
   leaves = {
     name for name in names if not any(n.startswith(f"{name}.") for n in names)
   }
@@ -166,14 +168,14 @@ def test_a_comment_is_of_the_line_that_first_set_the_field(tmp_path):
     "  )\n"
     "  return c\n"
   )
-  found = config_help.fields(lambda: config_help.load(str(file)))
+  found = help_lib.fields(lambda: help_lib.load(str(file)))
   assert [(f.name, f.value, f.comment) for f in found] == [
     ("config.loss.beta", 0.5, "How strong."),
     ("config.loss.name", "x", "Two lines of it."),
     ("config.loss.bare", None, ""),
     ("config.paths.data", "d", "Where it lies."),
   ]
-  assert config_help.page(found).splitlines()[:3] == [
+  assert help_lib.page(found).splitlines()[:3] == [
     "  --config.loss.beta=0.5",
     "      How strong.",
     "  --config.loss.name='x'",
@@ -196,12 +198,12 @@ def test_a_comment_is_of_the_line_that_first_set_the_field(tmp_path):
 )
 def test_a_config_that_is_not_there_names_the_near_one(name, words):
   with pytest.raises(ValueError, match=words):
-    config_help.load(name)
+    help_lib.load(name)
 
 
 def test_noting_leaves_the_library_as_it_was():
   before = dict(vars(config_dict.ConfigDict))
-  config_help.fields(lambda: test_configs.get("judge"))
+  help_lib.fields(lambda: test_configs.get("judge"))
   assert dict(vars(config_dict.ConfigDict)) == before
 
 
@@ -221,7 +223,7 @@ def test_noting_leaves_the_library_as_it_was():
 def test_an_unknown_field_names_the_near_one(flag, near):
   config = test_configs.get("dpo")
   with pytest.raises(ValueError, match="no such field") as error:
-    cli._check_fields(config, ["--config=x", flag])
+    flags._check_fields(config, ["--config=x", flag])
   assert f"did you mean {near}?" in str(error.value)
 
 
@@ -236,12 +238,12 @@ def test_an_unknown_field_names_the_near_one(flag, near):
 def test_a_field_without_its_config_is_told_where_it_is(flag, near):
   config = test_configs.get("dpo")
   with pytest.raises(ValueError, match="is no flag") as error:
-    cli._check_fields(config, ["--config=x", flag])
+    flags._check_fields(config, ["--config=x", flag])
   assert f"did you mean {near}?" in str(error.value)
 
 
 def test_known_fields_pass():
-  cli._check_fields(
+  flags._check_fields(
     test_configs.get("dpo"),
     ["--config.loss.beta=1", "--config.loss", "--noconfig.data.loss_on_prompt"],
   )

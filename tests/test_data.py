@@ -6,9 +6,8 @@ import json
 import pytest
 
 from configs import data as data_config
-from dpo_jax import data, sources, tokenizer
-from dpo_jax.interface import settings as settings_lib
-from dpo_jax.rows import placement, tables
+from dpo_jax.core import settings as settings_lib
+from dpo_jax.data import dataset, packing, sources, token_table, tokenizer
 
 PROMPT = "\n\nHuman: {}\n\nAssistant:"
 
@@ -47,7 +46,7 @@ def settings(tmp_path):
   """Settings that read two small files; fields may be replaced."""
   write(tmp_path / "train.jsonl", [row(i) for i in range(6)])
   write(tmp_path / "test.jsonl", [row(i) for i in range(10, 13)])
-  values = data.DataSettings(
+  values = dataset.DataSettings(
     use=("files",),
     sources={"files": files(tmp_path / "train.jsonl", tmp_path / "test.jsonl")},
     filters=FILTERS,
@@ -72,13 +71,13 @@ def texts(words, items):
 
 
 def test_sft_learns_the_chosen_or_both(words, settings):
-  prepared = data.prepare(settings(), "sft", words)
+  prepared = dataset.prepare(settings(), "sft", words)
   prompts = [PROMPT.format(f"question {i}") for i in range(6)]
   assert texts(words, prepared.train.table) == [
     f"{prompt} yes<|endoftext|>" for prompt in prompts
   ]
   assert len(prepared.held_out.table) == 3
-  both = data.prepare(settings(responses="both"), "sft", words)
+  both = dataset.prepare(settings(responses="both"), "sft", words)
   assert texts(words, both.train.table) == [
     f"{prompt} {answer}<|endoftext|>"
     for prompt in prompts
@@ -87,9 +86,9 @@ def test_sft_learns_the_chosen_or_both(words, settings):
 
 
 def test_dpo_learns_pairs(words, settings):
-  prepared = data.prepare(settings(layout="shared"), "dpo", words)
+  prepared = dataset.prepare(settings(layout="shared"), "dpo", words)
   pair = prepared.train.table[0]
-  assert isinstance(pair, tables.Pair)
+  assert isinstance(pair, token_table.Pair)
   assert words.decode(pair.chosen) == " yes<|endoftext|>"
   assert words.decode(pair.rejected) == " no<|endoftext|>"
   loaded = sources.load(settings().sources["files"], "train", FILTERS, 0)
@@ -105,7 +104,9 @@ def test_dpo_learns_pairs(words, settings):
     "fingerprint": loaded.fingerprint,
   }
   # The rows are the same, but not what is trained on.
-  cut = data.prepare(settings(max_length=6, max_prompt_length=3), "dpo", words)
+  cut = dataset.prepare(
+    settings(max_length=6, max_prompt_length=3), "dpo", words
+  )
   assert cut.report["train"]["sources"]["files"]["fingerprint"] == (
     loaded.fingerprint
   )
@@ -120,7 +121,7 @@ def test_limits_and_single_turns(words, settings, tmp_path):
   }
   two["rejected"] = two["chosen"][:-6] + "other"
   write(tmp_path / "train.jsonl", [two, *[row(i) for i in range(6)]])
-  prepared = data.prepare(
+  prepared = dataset.prepare(
     settings(
       filters=dataclasses.replace(FILTERS, single_turn=True),
       max_train=4,
@@ -143,7 +144,7 @@ def test_what_is_dropped_is_counted(words, settings, tmp_path):
   ]
   write(tmp_path / "train.jsonl", rows)
   lenient = dataclasses.replace(FILTERS, skip_bad=1)
-  prepared = data.prepare(settings(filters=lenient), "dpo", words)
+  prepared = dataset.prepare(settings(filters=lenient), "dpo", words)
   assert prepared.report["train"]["counts"] == {
     "read": 5,
     "quarantined: empty chosen response": 1,
@@ -160,8 +161,8 @@ def test_leakage_is_refused_unless_allowed(words, settings, tmp_path):
   leaked = [row(10), row(3, " maybe"), row(4)]
   write(tmp_path / "test.jsonl", leaked)
   with pytest.raises(ValueError, match=r"2 held-out prompts .*allow_leakage"):
-    data.prepare(settings(), "dpo", words)
-  prepared = data.prepare(settings(allow_leakage=True), "dpo", words)
+    dataset.prepare(settings(), "dpo", words)
+  prepared = dataset.prepare(settings(allow_leakage=True), "dpo", words)
   for name in ("train", "held_out"):
     assert prepared.report[name]["held-out prompts also trained on"] == 2
 
@@ -172,36 +173,38 @@ def test_nothing_left_after_tokenisation_is_refused(
 ):
   write(tmp_path / f"{side}.jsonl", [row(30, chosen=" <|padding|>")])
   with pytest.raises(ValueError, match="nothing is left after tokenisation"):
-    data.prepare(settings(), "dpo", words)
+    dataset.prepare(settings(), "dpo", words)
 
 
 def test_a_missing_file_is_refused(words, settings, tmp_path):
   there, nothing = tmp_path / "train.jsonl", tmp_path / "nothing.jsonl"
   for paths in ((nothing, there), (there, nothing)):
     with pytest.raises(ValueError, match=r"nothing.jsonl"):
-      data.prepare(settings(sources={"files": files(*paths)}), "sft", words)
+      dataset.prepare(settings(sources={"files": files(*paths)}), "sft", words)
 
 
 def test_a_row_that_cannot_hold_a_pair_is_refused(words, settings, tmp_path):
   long = row("on and" * 20, chosen=" yes" * 70, rejected=" no" * 70)
   write(tmp_path / "train.jsonl", [long])
   # Cut to 48 tokens a sequence; a pair shares the prompt.
-  pair = data.prepare(settings(), "dpo", words).train.table[0]
+  pair = dataset.prepare(settings(), "dpo", words).train.table[0]
   size = len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
   assert len(pair.prompt) + len(pair.chosen) <= 48 < size
-  data.prepare(settings(layout="shared", row_length=size), "dpo", words)
+  dataset.prepare(settings(layout="shared", row_length=size), "dpo", words)
   with pytest.raises(ValueError, match=f"takes {size} tokens.*data.row_length"):
-    data.prepare(settings(layout="shared", row_length=size - 1), "dpo", words)
-  data.prepare(settings(layout="packed", row_length=48), "dpo", words)
+    dataset.prepare(
+      settings(layout="shared", row_length=size - 1), "dpo", words
+    )
+  dataset.prepare(settings(layout="packed", row_length=48), "dpo", words)
 
 
 def test_settings_of_the_other_objective_are_refused(words, settings):
   with pytest.raises(ValueError, match=r"data.layout='shared' is for pairs"):
-    data.prepare(settings(layout="shared"), "sft", words)
+    dataset.prepare(settings(layout="shared"), "sft", words)
   with pytest.raises(ValueError, match=r"data.loss_on_prompt=True"):
-    data.prepare(settings(loss_on_prompt=True), "dpo", words)
+    dataset.prepare(settings(loss_on_prompt=True), "dpo", words)
   with pytest.raises(ValueError, match=r"data.responses='both' is for SFT"):
-    data.prepare(settings(responses="both"), "dpo", words)
+    dataset.prepare(settings(responses="both"), "dpo", words)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +239,7 @@ def test_several_sources_are_mixed_and_counted_apart(words, settings, tmp_path):
     filters=dataclasses.replace(FILTERS, skip_bad=1),
     max_train=5,
   )
-  prepared = data.prepare(both, "dpo", words)
+  prepared = dataset.prepare(both, "dpo", words)
   # In the order of `use`; the limit is of each source.
   assert (prepared.train.sizes, prepared.weights) == ((4, 5), (0.5, 1.0))
   assert prepared.held_out.sizes == (2, 3)
@@ -257,7 +260,7 @@ def test_a_leak_between_sources_is_a_leak(words, settings, tmp_path):
     use=("files", "more"), sources=settings().sources | {"more": more}
   )
   with pytest.raises(ValueError, match="9 held-out prompts of files, more"):
-    data.prepare(both, "dpo", words)
+    dataset.prepare(both, "dpo", words)
 
 
 @pytest.mark.parametrize("profile", ["paper", "trl", "seed"])
@@ -266,9 +269,9 @@ def test_a_kept_table_is_the_same_table(words, settings, tmp_path, profile):
     "profile": profile,
     "max_prompt_length": 0 if profile == "trl" else 32,
   }
-  fresh = data.prepare(settings(**lengths), "dpo", words)
+  fresh = dataset.prepare(settings(**lengths), "dpo", words)
   kept = [
-    data.prepare(
+    dataset.prepare(
       settings(token_cache=str(tmp_path / "cache"), **lengths), "dpo", words
     )
     for _ in range(2)
@@ -285,7 +288,7 @@ def test_a_kept_table_is_the_same_table(words, settings, tmp_path, profile):
 def test_real_rows_fit_their_rows(shared):
   directory = str(shared / "data" / "hh-rlhf")
   hh = data_config.hh(directory)
-  real = data.DataSettings(
+  real = dataset.DataSettings(
     use=("hh",),
     sources={
       "hh": build(sources.SourceSettings, hh, subsets=("harmless-base",))
@@ -305,7 +308,7 @@ def test_real_rows_fit_their_rows(shared):
     shapes=4,
   )
   words = tokenizer.load(shared / "tokenizer" / "pythia")
-  prepared = data.prepare(real, "dpo", words)
+  prepared = dataset.prepare(real, "dpo", words)
   assert prepared.train.sizes == (1551,)
   assert prepared.held_out.sizes == (255,)
   for pair in prepared.train.table:
@@ -318,7 +321,7 @@ def test_real_rows_fit_their_rows(shared):
     for pair in prepared.train.table
   )
   assert 1551 - cut <= whole <= 1551
-  assert placement.longest_piece(prepared.train.table, "shared") <= 1024
+  assert packing.longest_piece(prepared.train.table, "shared") <= 1024
 
 
 def test_a_post_keeps_its_start_and_a_dialogue_its_end(
@@ -337,7 +340,7 @@ def test_a_post_keeps_its_start_and_a_dialogue_its_end(
   path = write(tmp_path / "posts.jsonl", [post])
   held_out = write(tmp_path / "others.jsonl", [other])
   shp = files(path, held_out, kind="shp")
-  prepared = data.prepare(
+  prepared = dataset.prepare(
     settings(use=("shp",), sources={"shp": shp}), "dpo", words
   )
   prompt = words.decode(prepared.train.table[0].prompt)
@@ -348,7 +351,7 @@ def test_a_post_keeps_its_start_and_a_dialogue_its_end(
     tmp_path / "train.jsonl",
     [{"prompt": dialogue, "chosen": " yes", "rejected": " no"}],
   )
-  prepared = data.prepare(settings(), "dpo", words)
+  prepared = dataset.prepare(settings(), "dpo", words)
   prompt = words.decode(prepared.train.table[0].prompt)
   assert prompt.endswith("last\n\nAssistant:")
   assert len(prepared.train.table[0].prompt) == 32

@@ -19,22 +19,23 @@ from ml_collections import config_flags
 
 from benchmarks import peers
 from dpo_jax import replicate
-from dpo_jax.answering import grid
-from dpo_jax.interface import config_help, redaction, settings
+from dpo_jax.cli import help as help_lib
+from dpo_jax.core import redaction, settings
 from dpo_jax.judging import runner
-from dpo_jax.running import recipe
+from dpo_jax.sampling import jobs
+from dpo_jax.training import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("*.md")])
 NAMES = [path.relative_to(ROOT).as_posix() for path in PAGES]
 # What each program makes of its config.
 SETTINGS = {
-  "train.py": recipe.TrainSettings,
-  "sample.py": grid.AnswerSettings,
+  "train.py": config_lib.TrainSettings,
+  "sample.py": jobs.AnswerSettings,
   "judge.py": runner.JudgeSettings,
   "dpo_jax.replicate": replicate.ReplicateSettings,
-  "dpo_jax.plan": recipe.TrainSettings,
-  "dpo_jax.inspect_data": recipe.TrainSettings,
+  "dpo_jax.plan.plan": config_lib.TrainSettings,
+  "dpo_jax.training.inspect_data": config_lib.TrainSettings,
 }
 # Values that exist once a guide was followed; `extended` follows them.
 OWN = {"experiments/mine.py", "apo_zero"}
@@ -170,7 +171,7 @@ def test_configs_are_built_with_the_flags_that_are_given(page, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["program", *given])
     values = flags.FlagValues()
     config = config_flags.DEFINE_config_file("config", flag_values=values)
-    fields = set(config_help.names(config_help.load(given[0][9:])))
+    fields = set(help_lib.names(help_lib.load(given[0][9:])))
     for argument in given[1:]:
       field = argument[2:].partition("=")[0]
       assert field in fields, f"{page.name}: {argument}"
@@ -182,7 +183,7 @@ def test_configs_are_built_with_the_flags_that_are_given(page, monkeypatch):
 
 
 def test_paths_in_prose_exist(page):
-  """`dpo_jax/plan.py`, `docs/tpu.md`, [links](data.md) and the like."""
+  """`dpo_jax/plan/plan.py`, `docs/tpu.md`, [links](data.md) and the like."""
   text = page.read_text("utf-8")
   prose = FENCE.sub("", text)
   named = re.findall(
@@ -214,7 +215,9 @@ def test_configs_in_python_blocks_build(page, monkeypatch):
     names = {}
     exec(compile(body, str(page), "exec"), names)
     config = names["get_config"]().to_dict()
-    kind = grid.AnswerSettings if "policies" in config else recipe.TrainSettings
+    kind = (
+      jobs.AnswerSettings if "policies" in config else config_lib.TrainSettings
+    )
     settings.build(kind, config)
 
 
@@ -223,7 +226,7 @@ def test_a_wrong_command_would_be_found(tmp_path, monkeypatch):
   for line, check in (
     ("python trian.py", test_commands_name_programs_and_flags_that_exist),
     (
-      "python -m dpo_jax.plan --topolgy=v5e:2x4 --config=configs/dpo.py",
+      "python -m dpo_jax plan --topolgy=v5e:2x4 --config=configs/dpo.py",
       test_commands_name_programs_and_flags_that_exist,
     ),
     (
@@ -317,10 +320,11 @@ def test_the_guides_code_is_in_house_style(extended):
 
 def test_the_guides_config_builds(extended):
   code = """if True:
-    from dpo_jax.interface import config_help, settings
-    from dpo_jax.running import recipe
-    mine = config_help.load("experiments/mine.py").to_dict()
-    built = settings.build(recipe.TrainSettings, mine)
+    from dpo_jax.cli import help as help_lib
+    from dpo_jax.core import settings
+    from dpo_jax.training import config
+    mine = help_lib.load("experiments/mine.py").to_dict()
+    built = settings.build(config.TrainSettings, mine)
     print(built.data.use, built.data.sources["mine"].held_out)
   """
   assert run(extended, "-c", code).split() == ["('mine',)", "0.05"]

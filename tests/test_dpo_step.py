@@ -15,7 +15,7 @@ from benchmarks import (
   dpo_step_jax,
   dpo_step_table,
 )
-from dpo_jax import figures
+from dpo_jax.report import figures
 
 LN2 = math.log(2)
 

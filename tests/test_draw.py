@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from dpo_jax.engine import draw
-from dpo_jax.interface import settings
+from dpo_jax.core import settings
+from dpo_jax.sampling import draw
 
 COUNT = 8 * 2500
 LOGITS = np.array([2.0, 1.5, 1.4, 0.7, 0.1, -0.3, -1.0, -3.0, 9.0, 9.5])

@@ -14,10 +14,13 @@ import pytest
 import readers
 import test_console
 
-from dpo_jax import __main__, hub, report, score, verify
-from dpo_jax.checkpoint import __main__ as checkpoint
-from dpo_jax.interface import console
-from dpo_jax.mirror import __main__ as mirror
+from dpo_jax import __main__
+from dpo_jax.core import console
+from dpo_jax.hub import push
+from dpo_jax.io.mirror import __main__ as mirror
+from dpo_jax.report import report, verify
+from dpo_jax.training import checkpoint_command as checkpoint
+from dpo_jax.training import score
 
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "commands.md"
 mode = test_console.mode
@@ -28,7 +31,7 @@ COMMANDS = {
   "verify": verify.main,
   "checkpoint": checkpoint.main,
   "mirror": mirror.main,
-  "hub": hub.main,
+  "hub": push.main,
   "score": lambda arguments: score.main(),
 }
 REFUSED = {
@@ -112,7 +115,7 @@ def test_an_unknown_command_is_code_2(monkeypatch, capsys):
 def test_a_command_by_its_name(monkeypatch, capsys, results):
   monkeypatch.setattr(sys, "argv", ["dpo-jax", "verify", results])
   # As a new process would import it.
-  monkeypatch.delitem(sys.modules, "dpo_jax.verify")
+  monkeypatch.delitem(sys.modules, "dpo_jax.report.verify")
   with pytest.raises(SystemExit) as error:
     __main__.main()
   assert error.value.code == 0

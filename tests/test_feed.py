@@ -14,9 +14,10 @@ import pytest
 
 from configs import common
 from configs import data as data_config
-from dpo_jax import partitioning, tokenizer
-from dpo_jax.interface import settings
-from dpo_jax.running import feed, recipe
+from dpo_jax.core import settings, sharding
+from dpo_jax.data import tokenizer
+from dpo_jax.training import config as config_lib
+from dpo_jax.training import input_pipeline
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -43,10 +44,10 @@ def values(shared):
 
 
 def make(values, mesh=None, **changes):
-  built = settings.build(recipe.TrainSettings, values)
+  built = settings.build(config_lib.TrainSettings, values)
   built = dataclasses.replace(built, **changes)
-  mesh = mesh or partitioning.make_mesh()
-  return feed.make(built, tokenizer.load(built.tokenizer), mesh)
+  mesh = mesh or sharding.make_mesh()
+  return input_pipeline.make(built, tokenizer.load(built.tokenizer), mesh)
 
 
 def hosts(values, directory, count, start):
@@ -106,9 +107,9 @@ def test_the_stream_does_not_depend_on_the_mesh(values):
   orders = [
     [fed.counts.ids for fed in make(values, mesh).training(0)]
     for mesh in (
-      partitioning.make_mesh(8, 1, 1),
-      partitioning.make_mesh(1, 2, 4),
-      partitioning.make_mesh(1, 1, 1, jax.devices()[:1]),
+      sharding.make_mesh(8, 1, 1),
+      sharding.make_mesh(1, 2, 4),
+      sharding.make_mesh(1, 1, 1, jax.devices()[:1]),
     )
   ]
   assert orders[0] == orders[1] == orders[2]
@@ -148,7 +149,7 @@ def test_waiting_for_data_is_measured(values, monkeypatch):
   """A slow source shows in what the step waited, a fast one does not."""
   made = make(values)
   waits = [fed.waited_s for fed in made.training(0)]
-  pack = feed.batches.packing.pack
+  pack = input_pipeline.loader.packing.pack
 
   def slowly(*arguments):
     total = 0
@@ -157,6 +158,6 @@ def test_waiting_for_data_is_measured(values, monkeypatch):
       total += i
     return pack(*arguments)
 
-  monkeypatch.setattr(feed.batches.packing, "pack", slowly)
+  monkeypatch.setattr(input_pipeline.loader.packing, "pack", slowly)
   slow = [fed.waited_s for fed in made.training(0)]
   assert np.median(slow[8:]) > 2 * np.median(waits[8:])

@@ -10,8 +10,9 @@ import PIL.Image
 import pytest
 import reported
 
-from dpo_jax import figures, winrates
-from dpo_jax.figures import house, layout, runs
+from dpo_jax import winrates
+from dpo_jax.report import figures
+from dpo_jax.report.figures import layout, runs, style
 from dpo_jax.winrates import rates
 
 # Machado, Oliveira and Fernandes, A physiologically-based model for simulation
@@ -61,7 +62,7 @@ def cycle():
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("vision", sorted(VISION))
 def test_colours_are_told_apart_by_all_eyes(vision, dark):
-  with house.style(dark):
+  with style.style(dark):
     colors = cycle()
   # About 2.3 is just noticeable; lines of three models need much more.
   for one, other in itertools.combinations(colors[:3], 2):
@@ -71,15 +72,15 @@ def test_colours_are_told_apart_by_all_eyes(vision, dark):
 
 
 def test_the_style_files_are_those_of_figures_of_ones_own():
-  with house.style():
-    assert cycle() == list(house.COLORS)
+  with style.style():
+    assert cycle() == list(style.COLORS)
     assert matplotlib.rcParams["pdf.fonttype"] == 42
   with matplotlib.style.context(
-    ["dpo_jax.figures.house", "dpo_jax.figures.dark"]
+    ["dpo_jax.report.figures.style", "dpo_jax.report.figures.dark"]
   ):
     assert matplotlib.rcParams["font.size"] == 7.5
     own = cycle()
-  with house.style(dark=True):
+  with style.style(dark=True):
     assert own == cycle()
 
 
@@ -109,7 +110,7 @@ def drawn(monkeypatch, draw, *arguments, **keywords):
     kept.append(figure)
     return path
 
-  monkeypatch.setattr(house, "save", keep)
+  monkeypatch.setattr(style, "save", keep)
   draw(*arguments, "unused.png", **keywords)
   return kept[0].axes
 
@@ -159,9 +160,9 @@ def test_lengths_are_drawn_where_they_are(monkeypatch):
   (bars,) = axes.containers
   assert list(bars[0].get_xdata()) == [-20.0, 30.0]
   assert list(bars[0].get_ydata()) == [25.0, 75.0]
-  with house.style():
+  with style.style():
     color = matplotlib.colors.to_hex(bars[0].get_color())
-  assert color.upper() == house.COLORS[2]
+  assert color.upper() == style.COLORS[2]
 
 
 def test_a_figure_is_png_and_pdf_of_one_size(tmp_path):
@@ -215,7 +216,7 @@ def test_a_mask_is_coloured_by_who_sees():
   mask = np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool)
   image = layout.mask_image(mask, np.array([0, 1, 2]))
   expected = {
-    place: matplotlib.colors.to_rgb(house.COLORS[look])
+    place: matplotlib.colors.to_rgb(style.COLORS[look])
     for look, places in {
       0: [(0, 0)],
       3: [(1, 0), (1, 1)],

@@ -19,10 +19,14 @@ import tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dpo_jax import attention, losses, model, partitioning, steps, tokenizer
-from dpo_jax.attention import flash
-from dpo_jax.planning import compiling, topology
-from dpo_jax.rows import packing, placement, profiles
+from dpo_jax.core import sharding as sharding_lib
+from dpo_jax.data import batch as batch_lib
+from dpo_jax.data import packing, tokenization, tokenizer
+from dpo_jax.model import attention, gpt_neox
+from dpo_jax.model.attention import flash
+from dpo_jax.plan import compile_training, topology
+from dpo_jax.training import losses
+from dpo_jax.training import step as step_lib
 
 ROWS, HEADS, LENGTH, DIM = 2, 2, 118, 8
 SIZE = flash.SIZES["interpret"]
@@ -134,11 +138,11 @@ def test_hidden_blocks_do_no_work():
 def test_real_packed_rows(shared):
   words = tokenizer.load(shared / "tokenizer" / "pythia")
   rows = sourcing.harmless(shared, limit=12)
-  table = profiles.tokenize(
+  table = tokenization.tokenize(
     words, rows, profile="paper", max_length=40, max_prompt_length=20
   ).table
-  how = placement.Packing("shared", LENGTH, 1, 1, False, 1)
-  batch, _ = packing.pack(table, how)
+  how = packing.Packing("shared", LENGTH, 1, 1, False, 1)
+  batch, _ = batch_lib.pack(table, how)
   assert batch.pieces.max() > 1
   assert batch.pieces.min() == 0
   for at in range(0, batch.pieces.shape[1] - 1, ROWS):
@@ -153,7 +157,7 @@ CONFIGS = {
   name: dataclasses.replace(
     tiny.CONFIG,
     attention=name,
-    lora=model.LoraConfig(2, 4.0, 0.0, ("query_key_value",)),
+    lora=gpt_neox.LoraConfig(2, 4.0, 0.0, ("query_key_value",)),
   )
   for name in ("dense", "flash_interpreted")
 }
@@ -167,22 +171,24 @@ def trained(name, sizes=None, count=4):
     {"train": optax.sgd(0.05), "freeze": optax.set_to_zero()},
     {"base": "freeze", "lora": "train"},
   )
-  objective = steps.Objective("dpo", losses.LossSettings("sigmoid", 0.5, 0), 4)
-  step = jax.jit(steps.make_train_step(config, objective, tx, 0))
+  objective = step_lib.Objective(
+    "dpo", losses.LossSettings("sigmoid", 0.5, 0), 4
+  )
+  step = jax.jit(step_lib.make_train_step(config, objective, tx, 0))
   shards = 1
   if sizes is not None:
-    mesh = partitioning.make_mesh(*sizes)
-    shards = partitioning.data_shards(mesh)
-  shape = placement.Shape(4, 16 if shards > 1 else 64)
-  how = placement.Packing("shared", 40, shards, 1, False, 1, (shape,))
-  state = steps.init_state(tiny.weights(config), tiny.adapters(config), tx)
+    mesh = sharding_lib.make_mesh(*sizes)
+    shards = sharding_lib.data_shards(mesh)
+  shape = packing.Shape(4, 16 if shards > 1 else 64)
+  how = packing.Packing("shared", 40, shards, 1, False, 1, (shape,))
+  state = step_lib.init_state(tiny.weights(config), tiny.adapters(config), tx)
   if sizes is not None:
-    state = jax.device_put(state, partitioning.shardings(state, mesh))
+    state = jax.device_put(state, sharding_lib.shardings(state, mesh))
   seen = []
   for number in range(count):
-    batch, _ = packing.pack(tiny.pairs(4, number), how)
+    batch, _ = batch_lib.pack(tiny.pairs(4, number), how)
     if sizes is not None:
-      batch = partitioning.place(batch, mesh, leading=1)
+      batch = sharding_lib.place(batch, mesh, leading=1)
     state, metrics = step(state, None, batch)
     seen.append((float(metrics["loss"]), float(metrics["grad_norm"])))
   return np.array(seen), jax.device_get(state.params["lora"])
@@ -201,7 +207,7 @@ def assert_trained_alike(found, wanted):
 
 def test_on_a_mesh_training_is_that_of_one_device():
   sizes = (1, 4, 2)
-  with jax.set_mesh(partitioning.make_mesh(*sizes)):
+  with jax.set_mesh(sharding_lib.make_mesh(*sizes)):
     found = trained("flash_interpreted", sizes)
   assert_trained_alike(found, trained("dense"))
 
@@ -244,8 +250,8 @@ def compiled_for(slice_, *shape):
   device = topology.devices(slice_)[0]
   here = jax.sharding.SingleDeviceSharding(device)
   step, shapes = gradient_of(*shape, here)
-  mesh = partitioning.make_mesh(1, 1, 1, devices=[device])
-  with compiling.uncached(mesh):
+  mesh = sharding_lib.make_mesh(1, 1, 1, devices=[device])
+  with compile_training.uncached(mesh):
     return step.lower(*shapes).compile()
 
 

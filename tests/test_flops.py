@@ -9,12 +9,13 @@ import pytest
 import tiny
 
 from configs import models
-from dpo_jax import flops, hardware, model
+from dpo_jax.core import hardware
+from dpo_jax.model import flops, gpt_neox
 
 # One layer of width 2, one head, MLP of 3, vocabulary of 5.
-SMALL = model.ModelConfig(5, 2, 1, 1, 3, 1.0, 10000.0, 1e-5, 8)
+SMALL = gpt_neox.ModelConfig(5, 2, 1, 1, 3, 1.0, 10000.0, 1e-5, 8)
 LORA = dataclasses.replace(
-  SMALL, lora=model.LoraConfig(1, 2.0, 0.0, ("dense", "dense_h_to_4h"))
+  SMALL, lora=gpt_neox.LoraConfig(1, 2.0, 0.0, ("dense", "dense_h_to_4h"))
 )
 # Three tokens that see 1, 2 and 3, of which two predict.
 WORK = flops.Work(tokens=3, completion_tokens=2, visible=6)
@@ -45,7 +46,7 @@ def test_a_step_by_hand():
 def test_six_flops_a_weight_and_token():
   """The rule of thumb, where attention and vocabulary hardly count."""
   shape = models.pythia("12b")
-  config = model.ModelConfig(**shape.to_dict())
+  config = gpt_neox.ModelConfig(**shape.to_dict())
   work = flops.Work(tokens=1000, completion_tokens=0, visible=0)
   # 12 width^2 weights a layer.
   weights = 12 * 5120**2 * 36
@@ -53,17 +54,17 @@ def test_six_flops_a_weight_and_token():
 
 
 def test_products_of_a_traced_forward_pass():
-  """Every product of `model.apply` is counted, and nothing else."""
+  """Every product of `gpt_neox.apply` is counted, and nothing else."""
   config = dataclasses.replace(
-    tiny.CONFIG, lora=model.LoraConfig(2, 4.0, 0.0, model.TARGETS)
+    tiny.CONFIG, lora=gpt_neox.LoraConfig(2, 4.0, 0.0, gpt_neox.TARGETS)
   )
   rows, size = 3, 8
 
   def run(base, lora, tokens):
     place = jnp.broadcast_to(jnp.arange(size), (rows, size))
     mask = jnp.ones((rows, size, size), bool)
-    hidden, _ = model.apply(config, base, lora, tokens, place, mask)
-    return model.unembed(base, hidden)
+    hidden, _ = gpt_neox.apply(config, base, lora, tokens, place, mask)
+    return gpt_neox.unembed(base, hidden)
 
   base, lora = tiny.weights(config), tiny.adapters(config)
   traced = jax.make_jaxpr(run)(base, lora, jnp.zeros((rows, size), int))

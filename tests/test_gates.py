@@ -8,9 +8,9 @@ import judged
 import pytest
 import reported
 
-from dpo_jax import records, report, verify
-from dpo_jax.interface import errors
-from dpo_jax.reporting import compose, material
+from dpo_jax.core import errors
+from dpo_jax.io import records
+from dpo_jax.report import compose, load, report, verify
 
 SETTINGS = dataclasses.replace(reported.SETTINGS, runs=())
 
@@ -243,7 +243,7 @@ def test_verdicts_without_a_winner_against_their_text(
   verdict, error, raw, flagged
 ):
   row = judged.call(verdict, raw=raw, error=error)
-  assert bool(material.odd([row])) == flagged
+  assert bool(load.odd([row])) == flagged
 
 
 @pytest.mark.parametrize(

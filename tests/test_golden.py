@@ -18,15 +18,19 @@ import tiny
 import torch
 import transformers
 
-from dpo_jax import hf, losses, model, optim, steps, tokenizer
-from dpo_jax.rows import packing, placement, profiles
+from dpo_jax.data import batch as batch_lib
+from dpo_jax.data import packing, tokenization, tokenizer
+from dpo_jax.model import gpt_neox, hf
+from dpo_jax.training import losses
+from dpo_jax.training import optimizer as optimizer_lib
+from dpo_jax.training import step as step_lib
 
 STEPS, BATCH, BETA = 5, 4, 0.4
 # Losses and rewards are sums of some 50 log-probs of about -11 nats each, of
 # which float32 keeps seven digits: 1e-4 leaves room for five updates.
 TOLERANCE = 1e-4
 # The vocabulary of Pythia, so that the ids are the real ones.
-CONFIG = model.ModelConfig(
+CONFIG = gpt_neox.ModelConfig(
   vocab_size=50304,
   width=64,
   layers=2,
@@ -37,7 +41,7 @@ CONFIG = model.ModelConfig(
   norm_eps=1e-5,
   max_positions=128,
 )
-RMSPROP = optim.OptimizerSettings(
+RMSPROP = optimizer_lib.OptimizerSettings(
   name="rmsprop",
   learning_rate=2e-4,
   schedule="constant",
@@ -58,7 +62,7 @@ ADAMW = dataclasses.replace(
   b2=0.999,
   clip_norm=1.0,
 )
-LORA = model.LoraConfig(4, 8.0, 0.0, model.TARGETS)
+LORA = gpt_neox.LoraConfig(4, 8.0, 0.0, gpt_neox.TARGETS)
 # What the loop and the step both report.
 REPORTED = (
   "loss",
@@ -77,7 +81,7 @@ def real(shared):
   """The real tokenizer, and the first real pairs by the rule of the paper."""
   words = tokenizer.load(shared / "tokenizer" / "pythia")
   rows = sourcing.harmless(shared, limit=STEPS * BATCH)
-  found = profiles.tokenize(
+  found = tokenization.tokenize(
     words, rows, profile="paper", max_length=48, max_prompt_length=24
   )
   assert len(found.table) == STEPS * BATCH
@@ -102,19 +106,19 @@ def groups(pairs):
 
 def ours(config, base, adapters, pairs, pad_id, settings):
   """One dict of metrics for each step."""
-  tx = optim.make(settings, STEPS, steps.trainable(config))
-  objective = steps.Objective(
+  tx = optimizer_lib.make(settings, STEPS, step_lib.trainable(config))
+  objective = step_lib.Objective(
     "dpo", losses.LossSettings("sigmoid", BETA, 0.0), BATCH // 2
   )
   # Room for all that two pairs may hold: one shape for all batches.
-  one = (placement.Shape(1, 128),)
-  how = placement.Packing("shared", 384, 1, 2, False, pad_id, one)
-  step = jax.jit(steps.make_train_step(config, objective, tx, seed=0))
-  state = steps.init_state(base, adapters, tx)
+  one = (packing.Shape(1, 128),)
+  how = packing.Packing("shared", 384, 1, 2, False, pad_id, one)
+  step = jax.jit(step_lib.make_train_step(config, objective, tx, seed=0))
+  state = step_lib.init_state(base, adapters, tx)
   reference = None if config.lora else base
   history = []
   for group in groups(pairs):
-    batch, _ = packing.pack(group, how)
+    batch, _ = batch_lib.pack(group, how)
     state, metrics = step(state, reference, batch)
     history.append({key: float(value) for key, value in metrics.items()})
   return history
@@ -241,7 +245,7 @@ def test_lora_with_adamw_equals_torch_and_peft(real, exported, tmp_path):
   words, pairs = real
   base, directory = exported
   config = dataclasses.replace(CONFIG, lora=LORA)
-  adapters = model.init_lora(config, jax.random.key(3))
+  adapters = gpt_neox.init_lora(config, jax.random.key(3))
   found = ours(config, base, adapters, pairs, words.pad_id, ADAMW)
   hf.export_adapter(tmp_path / "adapter", config, adapters, str(directory))
   policy = peft.PeftModel.from_pretrained(

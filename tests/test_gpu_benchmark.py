@@ -16,16 +16,17 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu, gpu_answers, gpu_case, gpu_step
-from dpo_jax import model
-from dpo_jax.rows import packing, tables
-from dpo_jax.running import programs
+from dpo_jax.data import batch as batch_lib
+from dpo_jax.data import token_table
+from dpo_jax.model import gpt_neox
+from dpo_jax.training import compile as compile_lib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def test_the_floor_of_decoding_by_hand():
   base = jax.eval_shape(
-    lambda: model.init(gpu_case.TINY, jax.random.key(0), jnp.bfloat16)
+    lambda: gpt_neox.init(gpu_case.TINY, jax.random.key(0), jnp.bfloat16)
   )
   found = gpu_answers.floor_bytes(gpu_case.TINY, base, [3, 5], 4, "bfloat16")
   layers, width, mlp, words = 2, 64, 128, 512
@@ -67,10 +68,10 @@ def test_wheels_are_those_that_the_package_requires():
 
 def test_rates_of_updates_by_hand():
   """Two updates of two pairs, in two seconds and in three."""
-  lora = model.LoraConfig(16, 32.0, 0.0, model.TARGETS)
+  lora = gpt_neox.LoraConfig(16, 32.0, 0.0, gpt_neox.TARGETS)
   shape = dataclasses.replace(gpu_case.TINY, lora=lora)
   counts = [
-    packing.Counts(
+    batch_lib.Counts(
       ids=(), tokens=tokens, completion_tokens=9, visible=100, slots=64
     )
     for tokens in (30, 50)
@@ -102,8 +103,11 @@ def test_shapes_of_as_many_rows_are_told_apart(monkeypatch):
 
     sizes = [(9, 5, 6), (8, 50, 40)]
     # Two long ones predict 180 tokens, other twos fewer than 128: in one row.
-    return tables.from_items(
-      [tables.Pair(f"pair-{i}", *map(text, sizes[i % 2])) for i in range(count)]
+    return token_table.from_items(
+      [
+        token_table.Pair(f"pair-{i}", *map(text, sizes[i % 2]))
+        for i in range(count)
+      ]
     )
 
   monkeypatch.setattr(gpu_case, "pairs", pairs)
@@ -121,13 +125,13 @@ def test_shapes_of_as_many_rows_are_told_apart(monkeypatch):
     set=json.dumps(changes),
     profile=None,
   )
-  compiled, ahead = [], programs.ahead
+  compiled, ahead = [], compile_lib.ahead
 
   def noted(step, arguments, batches):
     compiled.extend(batch.target.shape for batch in batches)
     return ahead(step, arguments, batches)
 
-  monkeypatch.setattr(programs, "ahead", noted)
+  monkeypatch.setattr(compile_lib, "ahead", noted)
   found = gpu_step.measure(flags)
   assert found["shapes"] == ["(1, 1, 256)"]
   assert sorted(compiled) == [(1, 1, 128), (1, 1, 256)]

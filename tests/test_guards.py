@@ -11,8 +11,12 @@ import pytest
 import running
 import tiny
 
-from dpo_jax import hf, metrics, sources, tokenizer, training
-from dpo_jax.running import checks, guards, interruption, programs
+from dpo_jax.core import preemption
+from dpo_jax.data import sources, tokenizer
+from dpo_jax.io import metrics
+from dpo_jax.model import hf
+from dpo_jax.training import checks, guards, train
+from dpo_jax.training import compile as compile_lib
 
 
 @pytest.mark.parametrize("loss", [0.5, -1e30, math.nan, math.inf, -math.inf])
@@ -89,7 +93,7 @@ def config(files):
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("whole") / "run"
-  training.run(config(), workdir)
+  train.run(config(), workdir)
   return workdir
 
 
@@ -130,7 +134,7 @@ def test_what_the_guard_knows_survives_a_stop(
   workdir = tmp_path / "run"
   # One skipped update more than allowed: nothing of it is saved.
   with pytest.raises(checks.TrainingError, match=r"step 6: .*; 1 were not, mo"):
-    training.run(config(**{"guards.max_skipped": 0}), workdir)
+    train.run(config(**{"guards.max_skipped": 0}), workdir)
   (first,) = guards.read_incidents(workdir / guards.INCIDENTS)
   assert first["step"] == 6
   more = config(allow_changes=["guards"])
@@ -143,9 +147,9 @@ def test_what_the_guard_knows_survives_a_stop(
 
   with monkeypatch.context() as patch:
     patch.setattr(metrics.Writer, "write", write)
-    with pytest.raises(interruption.Interrupted, match="after step 12"):
-      training.run(more, workdir)
-  training.run(more, workdir)
+    with pytest.raises(preemption.Interrupted, match="after step 12"):
+      train.run(more, workdir)
+  train.run(more, workdir)
   assert running.read(workdir) == running.read(whole)
   assert running.weights(workdir) == running.weights(whole)
   paths = [directory / guards.INCIDENTS for directory in (workdir, whole)]
@@ -156,15 +160,15 @@ def test_what_is_told_a_step_late_is_the_same(
   config, whole, tmp_path, monkeypatch
 ):
   """As on an accelerator, which has begun step 7 when step 6 is known."""
-  monkeypatch.setattr(programs, "computed_at_call", lambda: False)
+  monkeypatch.setattr(compile_lib, "computed_at_call", lambda: False)
   run, stopped = tmp_path / "run", tmp_path / "stopped"
-  training.run(config(), run)
+  train.run(config(), run)
   assert running.read(run) == running.read(whole)
   assert running.weights(run) == running.weights(whole)
   paths = [directory / guards.INCIDENTS for directory in (run, whole)]
   assert paths[0].read_bytes() == paths[1].read_bytes()
   with pytest.raises(checks.TrainingError, match="step 6: loss is nan"):
-    training.run(config(**{"guards.not_finite": "stop"}), stopped)
+    train.run(config(**{"guards.not_finite": "stop"}), stopped)
   assert train_rows(stopped) == train_rows(whole)[:6]
   assert {p.name for p in (stopped / "checkpoints").iterdir()} == {"5"}
 

@@ -24,8 +24,10 @@ import torch
 import torch_weights
 import transformers
 
-from dpo_jax import hf, lora, model, partitioning, tokenizer
-from dpo_jax.weights import safetensors_files
+from dpo_jax.core import sharding
+from dpo_jax.data import tokenizer
+from dpo_jax.io import safetensors as safetensors_lib
+from dpo_jax.model import gpt_neox, hf, lora
 
 SIZES = {
   # Head dim 16, of which 4 are rotated.
@@ -43,7 +45,7 @@ NUMERICS = {
 PEFT_WARNS = pytest.mark.filterwarnings(
   "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
 )
-LORA = model.LoraConfig(4, 12.0, 0.0, model.TARGETS)
+LORA = gpt_neox.LoraConfig(4, 12.0, 0.0, gpt_neox.TARGETS)
 
 
 def torch_model(size, seed=0):
@@ -88,8 +90,8 @@ def forward(config, base, adapters, tokens):
   mask = jnp.broadcast_to(
     jnp.tri(count, dtype=bool), (len(tokens), count, count)
   )
-  hidden, _ = model.apply(config, base, adapters, tokens, positions, mask)
-  return model.unembed(base, hidden)
+  hidden, _ = gpt_neox.apply(config, base, adapters, tokens, positions, mask)
+  return gpt_neox.unembed(base, hidden)
 
 
 def torch_logits(network, tokens):
@@ -132,7 +134,7 @@ def loaded(small_dir):
 def adapted(small_dir):
   """Our model with adapters whose B is not zero."""
   config, base = hf.load(small_dir, **{**NUMERICS, "lora": LORA})
-  shapes = jax.eval_shape(lambda: model.init_lora(config, jax.random.key(0)))
+  shapes = jax.eval_shape(lambda: gpt_neox.init_lora(config, jax.random.key(0)))
   rng = np.random.default_rng(1)
   return (
     config,
@@ -221,7 +223,7 @@ def test_mesh_gets_its_own_slices_and_every_value_is_read_once(
     return copyto(out, *args, **kwargs)
 
   monkeypatch.setattr(np, "copyto", counting)
-  mesh = partitioning.make_mesh(2, 2, 2)
+  mesh = sharding.make_mesh(2, 2, 2)
   _, base = hf.load(small_dir, mesh=mesh, **NUMERICS)
   assert sum(copies) == lora.count(base)
   # The largest slice at a time: a layer of dense_h_to_4h or of the embedding,
@@ -292,7 +294,7 @@ def test_export_load_export_is_bit_exact(small, tmp_path, param_dtype):
 
 def test_export_from_a_mesh_is_the_same_file(small_dir, tmp_path, loaded):
   hf.export(tmp_path / "one", *loaded)
-  mesh = partitioning.make_mesh(1, 4, 2)
+  mesh = sharding.make_mesh(1, 4, 2)
   hf.export(tmp_path / "two", *hf.load(small_dir, mesh=mesh, **NUMERICS))
   same_bytes(tmp_path / "one", tmp_path / "two")
 
@@ -322,7 +324,7 @@ def test_export_replaces_an_export_and_nothing_else(tmp_path, loaded):
 
 EXPORT_FOREVER = """
 import sys
-from dpo_jax import hf
+from dpo_jax.model import hf
 loaded = hf.load(sys.argv[1], dtype="float32", remat="none", lora=None,
                  param_dtype="float32")
 print("ready", flush=True)
@@ -430,7 +432,7 @@ def test_adapter_of_another_base_is_refused(small_dir, adapted, tmp_path):
   assert found == LORA
   jax.tree.map(np.testing.assert_array_equal, again, adapters)
   # The same model in bfloat16 and on a mesh is the same base.
-  mesh = partitioning.make_mesh(2, 2, 2)
+  mesh = sharding.make_mesh(2, 2, 2)
   numerics = {**NUMERICS, "param_dtype": "bfloat16"}
   hf.load_adapter(
     tmp_path, config, hf.load(small_dir, mesh=mesh, **numerics)[1]
@@ -535,7 +537,7 @@ def test_values_that_are_not_finite_are_named(small_copy, mesh):
   tensors["gpt_neox.layers.1.mlp.dense_h_to_4h.weight"][191, 63] = torch.nan
   tensors["gpt_neox.final_layer_norm.bias"][0] = torch.inf
   safetensors.torch.save_file(tensors, path)
-  mesh = mesh and partitioning.make_mesh(*mesh)
+  mesh = mesh and sharding.make_mesh(*mesh)
   with pytest.raises(ValueError, match="2 tensors") as error:
     hf.load(small_copy, mesh=mesh, **NUMERICS)
   assert "layers.1.mlp.dense_h_to_4h.weight holds NaN" in str(error.value)
@@ -614,7 +616,7 @@ def test_pickled_weights_are_refused_with_the_way_out(small_copy):
 
 def test_the_new_name_of_the_unembedding_is_known(small, tmp_path, loaded):
   directory = save(small, tmp_path, save_original_format=False)
-  names = safetensors_files.find(directory, "model")
+  names = safetensors_lib.find(directory, "model")
   assert "lm_head.weight" in names
   _, base = hf.load(directory, **NUMERICS)
   jax.tree.map(np.testing.assert_array_equal, base, loaded[1])
@@ -637,13 +639,13 @@ def test_header_reads_back_what_was_written(tmp_path):
   path = tmp_path / "x.safetensors"
   arrays = [np.arange(3, dtype=np.float32), np.ones((2, 0), np.float16)]
   entries = [("a", arrays[0].dtype, (3,)), ("b", arrays[1].dtype, (2, 0))]
-  safetensors_files.write(path, entries, arrays, {"made": "here"})
-  assert safetensors_files.header(path)[1] == {"format": "pt", "made": "here"}
+  safetensors_lib.write(path, entries, arrays, {"made": "here"})
+  assert safetensors_lib.header(path)[1] == {"format": "pt", "made": "here"}
   again = safetensors.torch.load_file(path)
   assert again["a"].tolist() == [0, 1, 2]
   assert tuple(again["b"].shape) == (2, 0)
   with pytest.raises(ValueError, match="a is float32"):
-    safetensors_files.write(path, [("a", arrays[1].dtype, (3,))], arrays[:1])
+    safetensors_lib.write(path, [("a", arrays[1].dtype, (3,))], arrays[:1])
 
 
 # --- what tells weights apart
@@ -691,6 +693,6 @@ def test_the_content_hash_needs_room_for_a_copy_of_one_weight():
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
 def test_the_content_hash_does_not_depend_on_the_mesh(sizes):
   base = tiny.weights(tiny.CONFIG)
-  mesh = partitioning.make_mesh(*sizes)
-  lying = jax.device_put(base, partitioning.shardings(base, mesh))
+  mesh = sharding.make_mesh(*sizes)
+  lying = jax.device_put(base, sharding.shardings(base, mesh))
   assert hf.content_hash(lying) == hf.content_hash(base)

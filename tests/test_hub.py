@@ -15,12 +15,14 @@ import push_server
 import pytest
 import running
 
-from dpo_jax import hf, hub, model, sources, tokenizer, training
-from dpo_jax.interface import settings as recipe_settings
-from dpo_jax.publishing import model_card
-from dpo_jax.running import recipe
-from dpo_jax.storage import remote
-from dpo_jax.weights import peft_layout
+from dpo_jax.core import settings as recipe_settings
+from dpo_jax.data import sources, tokenizer
+from dpo_jax.hub import model_card
+from dpo_jax.hub import push as push_lib
+from dpo_jax.io import remote
+from dpo_jax.model import gpt_neox, hf, peft_layout
+from dpo_jax.training import config as config_lib
+from dpo_jax.training import train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 REPO = "user/tiny"
@@ -32,7 +34,7 @@ class Whole:
   """A finished run: its files, its directory, and how its pushes failed."""
 
   files: pathlib.Path
-  config: recipe.TrainSettings
+  config: config_lib.TrainSettings
   directory: pathlib.Path
   error: str
 
@@ -47,8 +49,8 @@ def whole(tmp_path_factory):
   with push_server.serve() as server, pytest.MonkeyPatch.context() as patch:
     hubbed(patch, server, files / "home")
     server.broken = lambda method, path: True
-    with pytest.raises(hub.NotPushed) as error:
-      training.run(config, files / "dpo")
+    with pytest.raises(push_lib.NotPushed) as error:
+      train.run(config, files / "dpo")
   return Whole(files, config, files / "dpo", str(error.value))
 
 
@@ -90,21 +92,21 @@ def child(server, home, *command):
 
 
 def push(server, workdir, *flags):
-  command = ("-m", "dpo_jax.hub", workdir, f"--repo={REPO}", *flags)
+  command = ("-m", "dpo_jax", "hub", workdir, f"--repo={REPO}", *flags)
   return child(server, workdir.parent / "home", *command)
 
 
 def settings(**changes):
   values = {"repo": REPO, "public": False, "licence": "", "dry_run": False}
   values["checkpoints"] = True
-  return hub.PushSettings(**values | changes)
+  return push_lib.PushSettings(**values | changes)
 
 
 def pushed(run, branch, **changes):
   """What a branch gets: its card, and all its files."""
   (found,) = (
     revision
-    for revision in hub.revisions(run, settings(**changes))
+    for revision in push_lib.revisions(run, settings(**changes))
     if revision.branch == branch
   )
   return found.files["README.md"].decode(), found.files
@@ -114,10 +116,12 @@ def pushed(run, branch, **changes):
 LOADED = """
 import json, pathlib, sys
 import jax, numpy as np
-from dpo_jax import hf, tokenizer
-from dpo_jax.answering import answer_files, grid
-from dpo_jax.storage import remote
-from dpo_jax.weights import peft_layout
+from dpo_jax.model import hf
+from dpo_jax.data import tokenizer
+from dpo_jax.sampling import response_files
+from dpo_jax.sampling import jobs
+from dpo_jax.io import remote
+from dpo_jax.model import peft_layout
 base, run, repo = sys.argv[1:]
 options = dict(dtype="float32", remat="none", lora=None, param_dtype="float32")
 same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
@@ -132,7 +136,7 @@ words = tokenizer.load(repo + "@main")
 assert words.fingerprint == tokenizer.load(run + "/export").fingerprint
 assert remote.steps(repo)[:2] == [
   (2, repo + "@step-000002"), (4, repo + "@step-000004")]
-assert answer_files.weights(repo) == answer_files.weights(run + "/export")
+assert response_files.weights(repo) == response_files.weights(run + "/export")
 for load in (hf.read_config, tokenizer.load):
   try:
     load(repo + "@step-000099")
@@ -265,7 +269,7 @@ def test_what_failed_while_training_is_pushed_by_the_same_command(
   before = (run / "metrics.jsonl").read_bytes()
   with push_server.serve() as server:
     hubbed(monkeypatch, server, run.parent / "home")
-    training.run(config, run)
+    train.run(config, run)
     assert set(server.repos[REPO]) == {*STEPS, "main"}
   assert (run / "metrics.jsonl").read_bytes() == before
 
@@ -286,14 +290,14 @@ def test_all_weights_are_kept_until_they_are_pushed(
   with push_server.serve() as server:
     hubbed(monkeypatch, server, tmp_path / "home")
     server.broken = lambda method, path: True
-    with pytest.raises(hub.NotPushed):
-      training.run(config, tmp_path / "dpo")
+    with pytest.raises(push_lib.NotPushed):
+      train.run(config, tmp_path / "dpo")
     # Two may wait; the third is said to be left out.
     waiting = [n for n, _ in remote.steps(str(tmp_path / "dpo" / "models"))]
     assert waiting == [1, 2]
     assert "step-000003 is not kept for the hub" in capfd.readouterr().err
     server.broken = lambda method, path: False
-    training.run(config, tmp_path / "dpo")
+    train.run(config, tmp_path / "dpo")
     branches = server.repos[REPO]
     assert branches.keys() == {"step-000001", "step-000002", "main"}
     weights = {branch["model.safetensors"] for branch in branches.values()}
@@ -305,7 +309,7 @@ def test_leaving_ends_a_push_that_hangs(run, monkeypatch):
   with push_server.serve() as server:
     hubbed(monkeypatch, server, run.parent / "home")
     asked = server.hang()
-    with hub.Publisher(settings(), run) as publisher:
+    with push_lib.Publisher(settings(), run) as publisher:
       publisher.checkpoint()
       assert asked.wait(60)
     assert publisher._child.poll() is not None
@@ -463,7 +467,7 @@ def test_the_card_has_the_reports_intervals(run):
 
 
 def test_an_adapter_on_a_revision_names_it_as_peft_does():
-  lora = model.LoraConfig(2, 4.0, 0.0, ("dense",))
+  lora = gpt_neox.LoraConfig(2, 4.0, 0.0, ("dense",))
   for name, base, revision in (
     ("user/name@step-000100", "user/name", "step-000100"),
     ("user/name", "user/name", None),

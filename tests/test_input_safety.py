@@ -19,12 +19,12 @@ import sourcing
 import tiny
 from test_records import RESPONSE, line
 
-from dpo_jax import hf, metrics, model, records, tokenizer, verify
+from dpo_jax.data import tokenizer
+from dpo_jax.io import jsonl, metrics, records, safetensors, strict_json
 from dpo_jax.judging import verdicts
-from dpo_jax.reporting import seed_files
-from dpo_jax.running import reference
-from dpo_jax.storage import row_store, strict_json
-from dpo_jax.weights import safetensors_files
+from dpo_jax.model import gpt_neox, hf
+from dpo_jax.report import seed_files, verify
+from dpo_jax.training import reference
 
 NUMERICS = {
   "dtype": "float32",
@@ -61,7 +61,7 @@ def exported(tmp_path_factory):
   config = dataclasses.replace(
     tiny.CONFIG,
     vocab_size=304,
-    lora=model.LoraConfig(2, 4.0, 0.0, model.TARGETS),
+    lora=gpt_neox.LoraConfig(2, 4.0, 0.0, gpt_neox.TARGETS),
   )
   base = tiny.weights(config)
   hf.export(directory / "model", config, base, trained)
@@ -118,7 +118,7 @@ def test_a_pointer_of_git_lfs_is_named_with_the_mend(files, name, read):
 def test_a_pointer_in_the_place_of_a_shard_is_named(files):
   directory = files / "model"
   weights = directory / "model.safetensors"
-  names = list(safetensors_files.header(weights)[0])
+  names = list(safetensors.header(weights)[0])
   weights.rename(directory / "model-00001-of-00001.safetensors")
   index = {
     "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")
@@ -252,7 +252,7 @@ def test_a_row_that_could_not_be_read_again_is_not_written(tmp_path):
   path = tmp_path / "rows.jsonl"
   row = dataclasses.replace(RESPONSE, response="x" * strict_json.MAX_LINE_BYTES)
   with (
-    row_store.Store(path, records.Response) as store,
+    jsonl.Store(path, records.Response) as store,
     pytest.raises(ValueError, match="more than the 16777216 of a line"),
   ):
     store.append_many([RESPONSE, row])
@@ -266,7 +266,7 @@ def test_a_long_last_line_is_no_interrupted_append(tmp_path):
   before = path.stat().st_size
   with (
     pytest.raises(ValueError, match=r"rows\.jsonl:2: longer than 16 MiB"),
-    row_store.Store(path, records.Response),
+    jsonl.Store(path, records.Response),
   ):
     pass
   assert path.stat().st_size == before
@@ -315,7 +315,7 @@ def test_a_kept_reference_without_its_array_is_damaged(tmp_path):
   path = tmp_path / "reference.safetensors"
   for name, dtype in (("other", np.float32), ("logps", np.int32)):
     values = np.zeros(3, dtype)
-    safetensors_files.write(
+    safetensors.write(
       path,
       [(name, values.dtype, values.shape)],
       [values],

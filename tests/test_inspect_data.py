@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from dpo_jax import inspect_data
-from dpo_jax.interface import console
+from dpo_jax.core import console
+from dpo_jax.training import inspect_data
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -23,7 +23,8 @@ def inspect(*flags, env=None):
     [
       sys.executable,
       "-m",
-      "dpo_jax.inspect_data",
+      "dpo_jax",
+      "inspect_data",
       "--config=configs/dpo.py:pythia-14m",
       *flags,
     ],

@@ -19,9 +19,12 @@ import numpy as np
 import pytest
 import running
 
-from dpo_jax import checkpoint, data, hf, metrics, partitioning, training
-from dpo_jax.running import feed, interruption, programs
-from dpo_jax.storage import step_files
+from dpo_jax.core import preemption, sharding
+from dpo_jax.data import dataset
+from dpo_jax.io import metrics, step_files
+from dpo_jax.model import hf
+from dpo_jax.training import checkpoints, input_pipeline, train
+from dpo_jax.training import compile as compile_lib
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def config(files):
 def whole(config, tmp_path_factory):
   """An uninterrupted run."""
   workdir = tmp_path_factory.mktemp("whole") / "run"
-  training.run(config(), workdir)
+  train.run(config(), workdir)
   return workdir
 
 
@@ -74,13 +77,13 @@ def row_of(step):
 
 PHASES = [
   # Where the signal comes, and what the run then says of itself.
-  ("data", feed, "make", {}, "before or after training", None),
+  ("data", input_pipeline, "make", {}, "before or after training", None),
   ("model", hf, "load", {}, "before or after training", None),
   # Its programs are compiled to their end; the first evaluation then asks.
-  ("compile", programs, "ahead", {}, "in the evaluation at step 0", None),
+  ("compile", compile_lib, "ahead", {}, "in the evaluation at step 0", None),
   (
     "first evaluation",
-    feed.Feed,
+    input_pipeline.Feed,
     "evaluation",
     {},
     "in the evaluation at step 0",
@@ -98,7 +101,7 @@ PHASES = [
   # The evaluation after step 3 is abandoned, and made up for at the next start.
   (
     "evaluation",
-    feed.Feed,
+    input_pipeline.Feed,
     "evaluation",
     {},
     "after step 3, which is saved",
@@ -106,7 +109,7 @@ PHASES = [
   ),
   (
     "save",
-    checkpoint.Checkpoints,
+    checkpoints.Checkpoints,
     "save",
     {},
     "after step 5, which is saved",
@@ -114,7 +117,7 @@ PHASES = [
   ),
   (
     "last save",
-    checkpoint.Checkpoints,
+    checkpoints.Checkpoints,
     "close",
     {},
     "at the end of training",
@@ -128,30 +131,28 @@ def test_a_signal_in_any_phase_loses_nothing(
   whole, config, tmp_path, monkeypatch
 ):
   workdir = tmp_path / "run"
-  handlers = [signal.getsignal(number) for number in interruption.SIGNALS]
+  handlers = [signal.getsignal(number) for number in preemption.SIGNALS]
   for turn, (phase, owner, name, options, where, saved) in enumerate(PHASES):
-    number = interruption.SIGNALS[turn % 2]
+    number = preemption.SIGNALS[turn % 2]
     with monkeypatch.context() as patch:
       signalled(patch, owner, name, number, **options)
-      with pytest.raises(interruption.Interrupted) as stopped:
-        training.run(config(), workdir)
+      with pytest.raises(preemption.Interrupted) as stopped:
+        train.run(config(), workdir)
     assert f"{number.name} {where}" in str(stopped.value), phase
     assert stopped.value.code == {"SIGTERM": 143, "SIGINT": 130}[number.name]
     found = step_files.steps(workdir / "checkpoints")
     assert (found[-1] if found else None) == saved, phase
     assert not (workdir / "finished.json").exists()
-  assert [
-    signal.getsignal(number) for number in interruption.SIGNALS
-  ] == handlers
-  training.run(config(), workdir)
+  assert [signal.getsignal(number) for number in preemption.SIGNALS] == handlers
+  train.run(config(), workdir)
   assert_same(workdir, whole)
 
 
 STUCK = """
 import sys, time
-from dpo_jax.running import interruption
+from dpo_jax.core import preemption
 
-with interruption.Watch(float(sys.argv[1])) as watch, watch.deferred():
+with preemption.Watch(float(sys.argv[1])) as watch, watch.deferred():
   print("ready", flush=True)
   # It never asks whether to stop.
   while True:
@@ -206,7 +207,7 @@ def test_killed_in_a_save_it_ends_where_it_would_have(whole, config, tmp_path):
     )
     child.process.kill()
     assert child.end() == -signal.SIGKILL
-  training.run(config(), workdir)
+  train.run(config(), workdir)
   assert_same(workdir, whole)
 
 
@@ -222,7 +223,7 @@ def long(config):
 @pytest.fixture(scope="module")
 def long_whole(long, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("long") / "run"
-  training.run(long, workdir)
+  train.run(long, workdir)
   return workdir
 
 
@@ -289,20 +290,20 @@ def test_it_goes_on_with_other_devices(
   whole, config, tmp_path, monkeypatch, counts
 ):
   workdir = tmp_path / "run"
-  make = partitioning.make_mesh
+  make = sharding.make_mesh
   # Two steps or so on each number of devices, and the rest on the last.
   for turn, count in enumerate(counts):
     step = None if count == counts[-1] else 2 * (turn + 1)
     with monkeypatch.context() as patch:
       patch.setattr(
-        partitioning,
+        sharding,
         "make_mesh",
         lambda count=count, **sizes: make(
           **sizes, devices=jax.devices()[:count]
         ),
       )
       if step is None:
-        training.run(config(), workdir)
+        train.run(config(), workdir)
         continue
       signalled(
         patch,
@@ -313,8 +314,8 @@ def test_it_goes_on_with_other_devices(
           row["step"] >= step and "loss" in row
         ),
       )
-      with pytest.raises(interruption.Interrupted):
-        training.run(config(), workdir)
+      with pytest.raises(preemption.Interrupted):
+        train.run(config(), workdir)
   starts = json.loads((workdir / "manifest.json").read_text())["starts"]
   assert tuple(len(start["devices"]) for start in starts) == counts
   begun = [start["step"] for start in starts]
@@ -384,9 +385,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     patch.setattr(metrics.Writer, "write", write)
     if not foreseen:
       # As if the disk had filled after it was looked at.
-      patch.setattr(checkpoint, "_MARGIN", 0)
-    with pytest.raises(checkpoint.SaveError) as error:
-      training.run(plain, workdir)
+      patch.setattr(checkpoints, "_MARGIN", 0)
+    with pytest.raises(checkpoints.SaveError) as error:
+      train.run(plain, workdir)
   directory = workdir / "checkpoints"
   assert str(directory) in str(error.value)
   assert "free" in str(error.value)
@@ -398,7 +399,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     assert running.read(workdir)[-1]["step"] in (4, 5, 6)
   assert step_files.newest(directory)[0] == 2
   (small_disk / "filler").unlink()
-  training.run(plain, workdir)
+  train.run(plain, workdir)
   assert running.read(workdir) == running.read(whole)
   exports = [path / "export" / "model.safetensors" for path in (workdir, whole)]
   assert exports[0].read_bytes() == exports[1].read_bytes()
@@ -418,30 +419,30 @@ def test_a_last_save_that_fails_is_not_swallowed(
 
   with monkeypatch.context() as patch:
     patch.setattr(step_files, "complete", vanishes)
-    with pytest.raises(checkpoint.SaveError, match="7 could not be saved"):
-      training.run(config(), workdir)
+    with pytest.raises(checkpoints.SaveError, match="7 could not be saved"):
+      train.run(config(), workdir)
   assert not (workdir / "finished.json").exists()
   assert not (workdir / "export").exists()
-  training.run(config(), workdir)
+  train.run(config(), workdir)
   assert_same(workdir, whole)
 
 
 def test_a_disk_that_cannot_be_written_is_refused_first(
   config, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(data, "prepare", pytest.fail)
+  monkeypatch.setattr(dataset, "prepare", pytest.fail)
   (tmp_path / "file").write_text("")
   (tmp_path / "run").mkdir()
   (tmp_path / "run" / "checkpoints").write_text("")
   for workdir in ("file", "file/run", "run"):
     with pytest.raises(ValueError, match=r"cannot be written: .*--workdir"):
-      training.run(config(), tmp_path / workdir)
+      train.run(config(), tmp_path / workdir)
   disk = tmp_path / "disk"
   disk.mkdir()
   mount(disk, "size=1m,ro")
   try:
     with pytest.raises(ValueError, match="cannot be written: Read-only"):
-      training.run(config(), disk / "run")
+      train.run(config(), disk / "run")
   finally:
     subprocess.run(["umount", str(disk)], check=True)
 
@@ -460,13 +461,13 @@ def test_a_damaged_checkpoint_is_passed_over(
 ):
   workdir = tmp_path / "run"
   with monkeypatch.context() as patch:
-    signalled(patch, checkpoint.Checkpoints, "close", signal.SIGTERM)
-    with pytest.raises(interruption.Interrupted):
-      training.run(config(), workdir)
+    signalled(patch, checkpoints.Checkpoints, "close", signal.SIGTERM)
+    with pytest.raises(preemption.Interrupted):
+      train.run(config(), workdir)
   directory = workdir / "checkpoints"
   assert step_files.steps(directory) == [6, 7]
   flip(max((directory / "7").rglob("d/*"), key=lambda x: x.stat().st_size))
-  training.run(config(), workdir)
+  train.run(config(), workdir)
   assert "7 is not used: " in caplog.text
   assert "going on from step 6" in caplog.text
   assert (directory / "7.rejected").is_dir()
@@ -482,20 +483,20 @@ def test_what_may_change_is_recorded(
   workdir = tmp_path / "run"
   with monkeypatch.context() as patch:
     signalled(patch, metrics.Writer, "write", signal.SIGTERM, when=row_of(4))
-    with pytest.raises(interruption.Interrupted):
-      training.run(config(), workdir)
+    with pytest.raises(preemption.Interrupted):
+      train.run(config(), workdir)
   changes = {"loss.beta": 0.6, "optimizer.eps": 1e-7}
   with pytest.raises(ValueError, match=r"config.optimizer.eps: 1e-08 -> 1e-07"):
-    training.run(config(**changes, allow_changes=["loss"]), workdir)
+    train.run(config(**changes, allow_changes=["loss"]), workdir)
   # Other pairs under the same name, too.
   other = files / "other.jsonl"
   running.write(other, list(running.rows(30, 4)))
   source = {"data.sources.files.train_path": str(other)}
   allowed = ["loss.beta", "optimizer", "data"]
   with pytest.raises(ValueError, match=r"(?s)train_data: .*allow_changes"):
-    training.run(config(**changes, **source, allow_changes=allowed), workdir)
+    train.run(config(**changes, **source, allow_changes=allowed), workdir)
   started = config(**changes, **source, allow_changes=[*allowed, "train_data"])
-  training.run(started, workdir)
+  train.run(started, workdir)
   first, last = json.loads((workdir / "manifest.json").read_text())["starts"]
   assert first["changed"] == []
   names = [line.split(":")[0] for line in last["changed"]]
@@ -509,7 +510,7 @@ def test_what_may_change_is_recorded(
   assert last["versions"]["jax"] == jax.__version__
   # From now on this is the run's config; the one it was begun with is another.
   with pytest.raises(ValueError, match=r"config.loss.beta: 0.6 -> 0.5"):
-    training.run(config(), workdir)
+    train.run(config(), workdir)
   rows = running.read(workdir)
   assert [row["step"] for row in rows if "loss" in row] == list(range(1, 8))
   assert rows[:6] == running.read(whole)[:6]
@@ -519,24 +520,24 @@ def test_what_may_change_is_recorded(
 def test_a_directory_that_no_run_began_is_refused(
   config, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(data, "prepare", pytest.fail)
+  monkeypatch.setattr(dataset, "prepare", pytest.fail)
   (tmp_path / "thesis.tex").write_text("")
   with pytest.raises(
     ValueError, match=r"no run was begun .* holds thesis\.tex"
   ):
-    training.run(config(), tmp_path)
+    train.run(config(), tmp_path)
   half = tmp_path / "half"
   (half / "checkpoints" / "4").mkdir(parents=True)
   (half / "log.txt").write_text("")
   with pytest.raises(ValueError, match=r"holds checkpoints: name an"):
-    training.run(config(), half)
+    train.run(config(), half)
 
 
 def test_out_of_memory_names_the_knobs(config, tmp_path):
   # Attention scores of one row: 2 heads x 131072^2 x 4 bytes, 137 GB.
   large = config(**{"data.row_length": 131072})
   with pytest.raises(Exception, match="out of memory") as error:
-    training.run(large, tmp_path / "run")
+    train.run(large, tmp_path / "run")
   for knob in (
     "microbatches=2",
     "data.row_length=131072",
@@ -544,4 +545,4 @@ def test_out_of_memory_names_the_knobs(config, tmp_path):
     "mesh.fsdp",
   ):
     assert knob in str(error.value)
-  assert "dpo_jax.plan" in str(error.value)
+  assert "dpo_jax.plan.plan" in str(error.value)

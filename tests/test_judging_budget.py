@@ -8,7 +8,7 @@ import test_console
 from test_judging_client import settings
 from test_judging_runner import judge_with, response, verdicts, write
 
-from dpo_jax.interface import console
+from dpo_jax.core import console
 from dpo_jax.judging import budget, runner
 
 # Dollars for a million tokens, so that a token costs 1 and 2 dollars here.

@@ -11,9 +11,10 @@ import judge_server
 import pytest
 from test_judging_client import KEY, settings
 
-from dpo_jax import judging, records, synthetic
+from dpo_jax import judging
+from dpo_jax.demo import world as world_lib
+from dpo_jax.io import jsonl, records
 from dpo_jax.judging import controls, questions, rewards, runner
-from dpo_jax.storage import row_store
 
 PROMPT = "\n\nHuman: hi\n\nAssistant:"
 
@@ -41,7 +42,7 @@ def response(number=0, text=" longer than it", chosen=" short", **changes):
 def write(workdir, rows, name="dpo.jsonl"):
   path = workdir / "responses" / name
   path.unlink(missing_ok=True)
-  with row_store.Store(path, records.Response) as store:
+  with jsonl.Store(path, records.Response) as store:
     store.append_many(rows)
 
 
@@ -439,7 +440,7 @@ def test_verdicts_without_their_responses_are_refused(tmp_path):
 
 def world_rows(count: int) -> list[records.Response]:
   rows = []
-  world = synthetic.generate(0, pretrain=0, train=0, test=count)
+  world = world_lib.generate(0, pretrain=0, train=0, test=count)
   for number, pair in enumerate(world.test):
     prompt, marker, chosen = pair["chosen"].rpartition("\n\nAssistant:")
     rejected = pair["rejected"].removeprefix(prompt + marker)
@@ -454,7 +455,7 @@ def test_the_oracle_prefers_the_higher_reward_in_either_order(tmp_path):
   found = {(row.prompt_id, row.order): row for row in verdicts(tmp_path)}
   assert len(found) == 120
   for row in rows:
-    margin = synthetic.reward(row.prompt, row.response) - synthetic.reward(
+    margin = world_lib.reward(row.prompt, row.response) - world_lib.reward(
       row.prompt, row.chosen
     )
     expected = "model" if margin > 0 else "chosen" if margin < 0 else "tie"

@@ -14,11 +14,13 @@ import sourcing
 import tiny
 
 from configs import models
-from dpo_jax import logps, losses, model, steps, tokenizer
-from dpo_jax.rows import packing, placement, profiles, tables
+from dpo_jax.data import batch as batch_lib
+from dpo_jax.data import packing, token_table, tokenization, tokenizer
+from dpo_jax.model import gpt_neox, logprobs
+from dpo_jax.training import losses, step
 
 PAIRS, LENGTH = 4, 256
-PYTHIA = model.ModelConfig(**models.pythia("14m").to_dict())
+PYTHIA = gpt_neox.ModelConfig(**models.pythia("14m").to_dict())
 SHAPES = {
   "pythia-14m": PYTHIA,
   # Narrower, deeper, more heads, another share of rotation, fewer words.
@@ -32,7 +34,9 @@ SHAPES = {
     rotary_fraction=0.5,
   ),
 }
-ADAPTERS = model.LoraConfig(2, 4.0, 0.0, ("query_key_value", "dense_4h_to_h"))
+ADAPTERS = gpt_neox.LoraConfig(
+  2, 4.0, 0.0, ("query_key_value", "dense_4h_to_h")
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,7 @@ def real(shared):
   """Pairs of harmless-base whose prompts were cut to 40 tokens."""
   words = tokenizer.load(shared / "tokenizer" / "pythia")
   rows = sourcing.harmless(shared, limit=40)
-  table = profiles.tokenize(
+  table = tokenization.tokenize(
     words, rows, profile="paper", max_length=96, max_prompt_length=40
   ).table
   return table.take(np.arange(PAIRS) * 7)
@@ -48,10 +52,10 @@ def real(shared):
 
 def pack(items, layout):
   """Eight rows, one shard, room for all completions."""
-  how = placement.Packing(
-    layout, LENGTH, 1, 1, False, 1, (placement.Shape(2 * PAIRS, 512),)
+  how = packing.Packing(
+    layout, LENGTH, 1, 1, False, 1, (packing.Shape(2 * PAIRS, 512),)
   )
-  batch, _ = packing.pack(items, how)
+  batch, _ = batch_lib.pack(items, how)
   assert batch.tokens.shape == (1, 2 * PAIRS, LENGTH)
   assert batch.owner.shape == (1, 1, 512)
   return jax.tree.map(lambda x: x[0], batch)
@@ -62,13 +66,13 @@ def numbers(config, kind, base, adapters, batch):
   """(sums of log-probs, losses), and the gradient of the adapters."""
 
   def total(adapters):
-    policy = steps.token_logps(config, base, adapters, batch)
-    sums, lengths = logps.sequence_sums(policy, batch.owner, 2 * PAIRS)
+    policy = step.token_logps(config, base, adapters, batch)
+    sums, lengths = logprobs.sequence_sums(policy, batch.owner, 2 * PAIRS)
     if kind == "sft":
       # Of the chosen responses alone.
       return -jnp.sum(sums[::2]) / jnp.sum(lengths[::2]), (sums, sums)
-    other = steps.token_logps(config, base, None, batch)
-    ratios, _ = logps.sequence_sums(policy - other, batch.owner, 2 * PAIRS)
+    other = step.token_logps(config, base, None, batch)
+    ratios, _ = logprobs.sequence_sums(policy - other, batch.owner, 2 * PAIRS)
     margins = ratios[::2] - ratios[1::2]
     each = losses.dpo_loss(margins, jnp.zeros_like(margins), beta=0.5)
     return jnp.mean(each), (sums, each)
@@ -128,7 +132,7 @@ def test_neighbours_change_no_token(trained, pairs):
     )
     for item in pairs
   ]
-  mixed = tables.from_items([pairs[0], *other[1:]])
+  mixed = token_table.from_items([pairs[0], *other[1:]])
   batches = [pack(items, "shared") for items in (pairs, mixed)]
   # Its row has others in it.
   (row,) = set((batches[0].source // LENGTH)[batches[0].owner == 0].tolist())
@@ -143,7 +147,7 @@ def test_neighbours_change_no_token(trained, pairs):
 @pytest.mark.parametrize("trained", ["deeper"], indirect=True)
 def test_rejected_tokens_do_not_reach_the_chosen_gradient(trained, pairs):
   config, *weights = trained
-  changed = tables.from_items(
+  changed = token_table.from_items(
     [dataclasses.replace(p, rejected=p.rejected[::-1]) for p in pairs]
   )
   found = [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_jax import logps
+from dpo_jax.model import logprobs
 
 
 def case(shards, length, completions, width=8, vocab=23, seed=0):
@@ -55,7 +55,7 @@ def run(stats, inputs, index, argnums, of_entropy=True):
 
 
 def chunked(chunk, words=0):
-  return functools.partial(logps.token_stats, chunk=chunk, words=words)
+  return functools.partial(logprobs.token_stats, chunk=chunk, words=words)
 
 
 # Fewer than a chunk, just one, one more, several with an incomplete last one.
@@ -99,7 +99,7 @@ def compare_with_torch(stats, completions, argnums):
 def test_chunks_change_nothing(argnums):
   """Against the plain form, whose gradients JAX derives by itself."""
   *inputs, source, target = case(3, 30, 21)
-  wanted = run(logps.plain, inputs, (source, target), argnums)
+  wanted = run(logprobs.plain, inputs, (source, target), argnums)
   # One chunk; six of four with three too many; three whole ones.
   for chunk in (64, 4, 7):
     found = run(chunked(chunk), inputs, (source, target), argnums)
@@ -117,7 +117,7 @@ def compiled(
   )
 
   def total(*arguments):
-    found = logps.token_stats(*arguments, chunk=chunk, words=words)
+    found = logprobs.token_stats(*arguments, chunk=chunk, words=words)
     value = jnp.sum(jnp.tanh(found.logps))
     return value + jnp.sum(found.entropy) if of_entropy else value
 
@@ -191,7 +191,7 @@ def test_what_nobody_reads_is_not_computed():
 
   def program(name):
     def values(*arguments):
-      return getattr(logps.token_stats(*arguments, chunk=32), name)
+      return getattr(logprobs.token_stats(*arguments, chunk=32), name)
 
     return jax.jit(values).lower(*inputs, source, target).compile()
 
@@ -208,9 +208,9 @@ def test_what_nobody_reads_is_not_computed():
 
 def test_a_chunk_must_hold_a_token():
   with pytest.raises(ValueError, match="chunk=0 must be at least 1"):
-    logps.token_stats(*case(1, 4, 3), chunk=0)
+    logprobs.token_stats(*case(1, 4, 3), chunk=0)
   with pytest.raises(ValueError, match="words=-1 must not be negative"):
-    logps.token_stats(*case(1, 4, 3), chunk=4, words=-1)
+    logprobs.token_stats(*case(1, 4, 3), chunk=4, words=-1)
 
 
 @pytest.mark.parametrize("words", [0, 1024])
@@ -273,6 +273,6 @@ def test_sums_by_owner():
   # Two rows; sequence 1 is spread over both, 2 owns nothing.
   values = jnp.array([[-1.0, -2.0, -4.0, -8.0], [-16.0, -32.0, -64.0, -128.0]])
   owner = jnp.array([[0, 0, 1, -1], [3, -1, 1, 3]])
-  sums, lengths = logps.sequence_sums(values, owner, 4)
+  sums, lengths = logprobs.sequence_sums(values, owner, 4)
   assert sums.tolist() == [-3.0, -68.0, 0.0, -144.0]
   assert lengths.tolist() == [2.0, 2.0, 0.0, 2.0]

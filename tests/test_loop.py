@@ -11,8 +11,12 @@ import jax
 import pytest
 import running
 
-from dpo_jax import metrics, steps, training
-from dpo_jax.running import feed, interruption, loop, programs
+from dpo_jax.core import preemption
+from dpo_jax.io import metrics
+from dpo_jax.training import compile as compile_lib
+from dpo_jax.training import input_pipeline, loop
+from dpo_jax.training import step as step_lib
+from dpo_jax.training import train as train_lib
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +28,13 @@ def config(tmp_path_factory):
 def whole(config, tmp_path_factory):
   """A run whose steps are read at once."""
   workdir = tmp_path_factory.mktemp("whole") / "run"
-  training.run(config(), workdir)
+  train_lib.run(config(), workdir)
   return workdir
 
 
 @pytest.fixture
 def late(monkeypatch):
-  monkeypatch.setattr(programs, "computed_at_call", lambda: False)
+  monkeypatch.setattr(compile_lib, "computed_at_call", lambda: False)
 
 
 @pytest.fixture
@@ -41,7 +45,7 @@ def events(monkeypatch):
   and "add" ask for what they made.
   """
   found = []
-  ahead = programs.ahead
+  ahead = compile_lib.ahead
 
   def noted(name, call):
     def counted(*arguments):
@@ -52,7 +56,7 @@ def events(monkeypatch):
     return counted
 
   def compiled(step, arguments, *rest):
-    train = isinstance(arguments[0], steps.TrainState)
+    train = isinstance(arguments[0], step_lib.TrainState)
     return noted("give" if train else "score", ahead(step, arguments, *rest))
 
   def add(totals, sums):
@@ -61,7 +65,7 @@ def events(monkeypatch):
     original(totals, sums)
 
   original = loop._add
-  monkeypatch.setattr(programs, "ahead", compiled)
+  monkeypatch.setattr(compile_lib, "ahead", compiled)
   monkeypatch.setattr(loop, "_add", add)
   monkeypatch.setattr(loop.Loop, "_record", noted("read", loop.Loop._record))
   return found
@@ -71,7 +75,7 @@ def test_a_step_is_read_when_the_next_was_given(
   config, whole, tmp_path, late, events
 ):
   rare = config(eval_every=0, checkpoint_every=0)
-  training.run(rare, tmp_path / "run")
+  train_lib.run(rare, tmp_path / "run")
   # Four held-out pairs and two, before training and after it.
   evaluated = ["score 1", "score 2", "add 1", "add 2"]
   assert events[:4] == evaluated
@@ -92,7 +96,7 @@ def test_before_anything_else_all_steps_are_read(
   config, whole, tmp_path, late, events
 ):
   """Evaluations after steps 3 and 6, checkpoints after 2, 4 and 6."""
-  training.run(config(), tmp_path / "run")
+  train_lib.run(config(), tmp_path / "run")
   assert events.index("read 2") < events.index("give 3")
   assert events.index("give 6") < events.index("read 5")
   assert running.read(tmp_path / "run") == running.read(whole)
@@ -107,24 +111,24 @@ def test_a_signal_saves_the_step_that_was_given(
   with monkeypatch.context() as patch:
     running.at_step(patch, 4, lambda: signal.raise_signal(signal.SIGTERM))
     # Step 4 is read when step 5 was given.
-    with pytest.raises(interruption.Interrupted, match="after step 5, which"):
-      training.run(rare, run)
-  training.run(rare, run)
+    with pytest.raises(preemption.Interrupted, match="after step 5, which"):
+      train_lib.run(rare, run)
+  train_lib.run(rare, run)
   assert running.read(run) == running.read(whole)
 
 
 def test_a_batch_that_stayed_on_the_host_is_refused(
   config, tmp_path, monkeypatch
 ):
-  placed = feed._placed
+  placed = input_pipeline._placed
 
   def left(batch, mesh):
     # Those of evaluations are one micro-batch.
     return batch if len(batch.tokens) > 1 else placed(batch, mesh)
 
-  monkeypatch.setattr(feed, "_placed", left)
+  monkeypatch.setattr(input_pipeline, "_placed", left)
   with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-"):
-    training.run(config(), tmp_path / "run")
+    train_lib.run(config(), tmp_path / "run")
 
 
 def test_rates_are_of_steps_alone(config, tmp_path, monkeypatch):
@@ -149,8 +153,8 @@ def test_rates_are_of_steps_alone(config, tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     running.at_step(patch, 2, running.interrupt)
     with pytest.raises(KeyboardInterrupt):
-      training.run(config(checkpoint_every=1), run)
-  training.run(config(checkpoint_every=1), run)
+      train_lib.run(config(checkpoint_every=1), run)
+  train_lib.run(config(checkpoint_every=1), run)
   rows = [row for row in metrics.read(run / metrics.FILE) if "loss" in row]
   assert len(rows) == running.STEPS
   # Four pairs in a second, as no step looks at the clock twice.

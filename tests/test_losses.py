@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import losses
+from dpo_jax.training import losses
 
 # Two pairs. Policy margins are 2 and -1, the reference's 0.5 and 1, so that h,
 # what the losses see, is 1.5 and -2. All are exact in binary.

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from dpo_jax import metrics
+from dpo_jax.io import metrics
 
 
 def row(step, **values):

@@ -14,11 +14,11 @@ import bucket_server
 import pytest
 import running
 
-from dpo_jax import metrics, mirror, training
-from dpo_jax.mirror import contents, lease, objects
-from dpo_jax.mirror import tables as mirror_tables
-from dpo_jax.running import interruption
-from dpo_jax.storage import step_files, strict_json
+from dpo_jax.core import preemption
+from dpo_jax.io import metrics, mirror, step_files, strict_json
+from dpo_jax.io.mirror import contents, lease, objects
+from dpo_jax.io.mirror import tables as mirror_tables
+from dpo_jax.training import train
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def files(tmp_path_factory):
 def whole(files, tmp_path_factory):
   """An uninterrupted run without a bucket."""
   workdir = tmp_path_factory.mktemp("whole") / "run"
-  training.run(running.configs(files)(), workdir)
+  train.run(running.configs(files)(), workdir)
   return workdir
 
 
@@ -124,7 +124,7 @@ def test_a_lost_disk_goes_on_from_the_bucket(
   # Which step was put first is a matter of speed.
   (first,) = tables(bucket, here)
   shutil.rmtree(workdir)
-  training.run(config(), workdir)
+  train.run(config(), workdir)
   starts = strict_json.read_object(workdir / "manifest.json")["starts"]
   assert [start["step"] for start in starts] == [0, int(first[6:12])]
   assert_same(workdir, whole)
@@ -139,7 +139,7 @@ def test_a_lost_disk_goes_on_from_the_bucket(
   assert set(bucket.names(here)) == {*found, *parts}
   # And a third machine finds all done.
   shutil.rmtree(workdir)
-  training.run(config(), workdir)
+  train.run(config(), workdir)
   assert_same(workdir, whole)
   held = [p for p in workdir.rglob("*") if p.is_file()]
   assert not any(bucket_server.TOKEN.encode() in p.read_bytes() for p in held)
@@ -159,11 +159,11 @@ def test_a_bucket_that_fails_stops_nothing(
     return None
 
   bucket.fault = broken
-  training.run(config(), workdir)
+  train.run(config(), workdir)
   assert_same(workdir, whole)
   assert "steps/000007.json" in bucket.names(here)
   shutil.rmtree(workdir)
-  training.run(config(), workdir)
+  train.run(config(), workdir)
   assert_same(workdir, whole)
 
 
@@ -174,11 +174,11 @@ def test_a_run_that_cannot_be_copied_says_so_at_its_end(
   workdir = tmp_path / "run"
   bucket.fault = lambda method, name: 403 if "/objects/" in name else None
   with pytest.raises(mirror.NotCopied, match="the same command puts what is"):
-    training.run(config(), workdir)
+    train.run(config(), workdir)
   assert_same(workdir, whole)
   assert bucket.names(here) == []
   bucket.heal()
-  training.run(config(), workdir)
+  train.run(config(), workdir)
   assert "finished.json" in bucket.names(here)
 
 
@@ -199,7 +199,7 @@ def finished(served, files, tmp_path_factory):
     patch.setattr(mirror.Mirror, "completed", one_by_one)
     place = f"gs://{bucket_server.BUCKET}/{here}"
     config = running.configs(files)
-    training.run(config(checkpoint_bucket=place, keep_checkpoints=0), workdir)
+    train.run(config(checkpoint_bucket=place, keep_checkpoints=0), workdir)
   assert tables(served, here) == [f"steps/00000{x}.json" for x in (2, 4, 6, 7)]
   return {x: served.objects[f"{here}/{x}"][0] for x in served.names(here)}
 
@@ -235,7 +235,7 @@ def test_a_damaged_step_is_passed_over(
 ):
   damage(bucket, here, "steps/000007.json", "checkpoints/7/manifest.json")
   bucket.put(f"{here}/steps/000006.json", b"{}")
-  training.run(config(keep_checkpoints=0), kept)
+  train.run(config(keep_checkpoints=0), kept)
   assert "step 7 is not used" in caplog.text
   assert "steps/000006.json is not used" in caplog.text
   assert starts(kept)[-1] == 4
@@ -243,7 +243,7 @@ def test_a_damaged_step_is_passed_over(
   # A table of what was damaged is put aside, and the step is there anew.
   assert "rejected/000007.json" in bucket.names(here)
   shutil.rmtree(kept)
-  training.run(config(keep_checkpoints=0), kept)
+  train.run(config(keep_checkpoints=0), kept)
   assert_same(kept, whole)
 
 
@@ -251,7 +251,7 @@ def test_a_damaged_model_is_made_again(
   bucket, here, config, kept, whole, caplog
 ):
   damage(bucket, here, "finished.json", "export/model.safetensors")
-  training.run(config(keep_checkpoints=0), kept)
+  train.run(config(keep_checkpoints=0), kept)
   assert "the final model is not used, and made again" in caplog.text
   assert_same(kept, whole)
 
@@ -265,14 +265,14 @@ def test_nothing_is_started_over_where_a_step_was_whole(
   for step in (6, 7):
     bucket.put(f"{here}/steps/00000{step}.json", b"{}")
   with pytest.raises(ValueError, match="holds no whole step any more"):
-    training.run(config(keep_checkpoints=0), kept)
+    train.run(config(keep_checkpoints=0), kept)
   assert not (kept / "config.json").exists()
 
 
 def test_a_run_is_listed_verified_and_brought(
   bucket, here, kept, whole, request, capsys
 ):
-  command = importlib.import_module("dpo_jax.mirror.__main__").main
+  command = importlib.import_module("dpo_jax.io.mirror.__main__").main
   assert command(["list", address(request)]) == 0
   printed = capsys.readouterr().out.splitlines()
   steps = ["step 2", "step 4", "step 6", "step 7", "finished at step 7"]
@@ -291,7 +291,7 @@ def test_a_run_is_listed_verified_and_brought(
 def test_another_config_is_refused_by_every_key(bucket, here, config, kept):
   before = dict(bucket.objects)
   with pytest.raises(ValueError, match="begun with another config") as error:
-    training.run(config(keep_checkpoints=0, seed=6, **{"loss.beta": 1.0}), kept)
+    train.run(config(keep_checkpoints=0, seed=6, **{"loss.beta": 1.0}), kept)
   assert "config.loss.beta: 0.5 -> 1.0" in str(error.value)
   assert "config.seed: 5 -> 6" in str(error.value)
   assert here in str(error.value)
@@ -307,15 +307,15 @@ def test_whichever_is_newer_is_gone_on_from(
   first, second = tmp_path / "first", tmp_path / "second"
   with pytest.MonkeyPatch.context() as patch:
     stop_after(patch, 4)
-    with pytest.raises(interruption.Interrupted):
-      training.run(config(), first)
+    with pytest.raises(preemption.Interrupted):
+      train.run(config(), first)
   # It was put before the process ended, which was asked to.
   assert tables(bucket, here)[-1] == "steps/000005.json"
   shutil.copytree(first, second)
   shutil.rmtree(second / "checkpoints" / "5")
-  training.run(config(), second)
+  train.run(config(), second)
   assert starts(second) == [0, 5]
-  training.run(config(), first)
+  train.run(config(), first)
   assert starts(first) == [0, 5]
   assert_same(first, whole)
   assert_same(second, whole)
@@ -349,11 +349,11 @@ def stop_after(patch, step):
 def test_a_bucket_that_cannot_be_used_is_refused_first(
   bucket, config, files, tmp_path, monkeypatch, change, message
 ):
-  monkeypatch.setattr(training.assembly, "assemble", None)
+  monkeypatch.setattr(train.setup, "assemble", None)
   change(bucket)
   place = {} if message.startswith(("PERM", "storage")) else OTHER
   with pytest.raises(ValueError, match=message) as error:
-    training.run(config(**place), tmp_path / "run")
+    train.run(config(**place), tmp_path / "run")
   assert "credentials" in str(error.value)
   assert bucket_server.TOKEN not in str(error.value)
 
@@ -517,5 +517,5 @@ def test_a_run_that_was_taken_over_stops(
   # So that the lease is looked at before each write.
   monkeypatch.setattr(lease.Lease, "_put", long_ago)
   with pytest.raises(lease.Lost, match="was taken over by pid 1 on elsewhere"):
-    training.run(config(), tmp_path / "run")
+    train.run(config(), tmp_path / "run")
   assert tables(bucket, here) == []

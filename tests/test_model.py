@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_jax import blocks, lora, model
+from dpo_jax.model import block, gpt_neox, lora
 
-LORA = model.LoraConfig(3, 6.0, 0.0, model.TARGETS)
-CONFIG = model.ModelConfig(
+LORA = gpt_neox.LoraConfig(3, 6.0, 0.0, gpt_neox.TARGETS)
+CONFIG = gpt_neox.ModelConfig(
   vocab_size=50,
   width=32,
   layers=3,
@@ -50,13 +50,13 @@ def weights(shapes, seed):
 @pytest.fixture(scope="module")
 def base():
   key = jax.random.key(0)
-  return weights(jax.eval_shape(lambda: model.init(CONFIG, key)), 0)
+  return weights(jax.eval_shape(lambda: gpt_neox.init(CONFIG, key)), 0)
 
 
 @pytest.fixture(scope="module")
 def adapters():
   key = jax.random.key(0)
-  return weights(jax.eval_shape(lambda: model.init_lora(ADAPTED, key)), 1)
+  return weights(jax.eval_shape(lambda: gpt_neox.init_lora(ADAPTED, key)), 1)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def tokens():
   return jnp.asarray(np.random.default_rng(2).integers(0, 50, (2, 12)))
 
 
-apply = jax.jit(model.apply, static_argnums=0)
+apply = jax.jit(gpt_neox.apply, static_argnums=0)
 
 
 def causal(tokens):
@@ -85,7 +85,9 @@ def test_adapters_off_is_exactly_the_base(base, adapters, tokens):
 
 
 def test_fresh_adapters_are_exactly_the_base(base, tokens):
-  fresh = jax.jit(model.init_lora, static_argnums=0)(ADAPTED, jax.random.key(3))
+  fresh = jax.jit(gpt_neox.init_lora, static_argnums=0)(
+    ADAPTED, jax.random.key(3)
+  )
   dense = fresh["blocks"]["dense_4h_to_h"]
   assert dense["lora_a"].shape == (3, 48, 3)
   assert dense["lora_b"].shape == (3, 3, 32)
@@ -99,7 +101,7 @@ def test_fresh_adapters_are_exactly_the_base(base, tokens):
   )
 
 
-@pytest.mark.parametrize("target", model.TARGETS)
+@pytest.mark.parametrize("target", gpt_neox.TARGETS)
 def test_branch_equals_kernels_merged_by_hand(base, adapters, tokens, target):
   config = dataclasses.replace(
     CONFIG, lora=dataclasses.replace(LORA, targets=(target,))
@@ -179,9 +181,9 @@ def test_gelu_is_torchs(dtype):
   theirs = torch.tensor(np.asarray(ours, np.float32), requires_grad=True)
   wanted = torch.nn.functional.gelu(theirs)
   wanted.sum().backward()
-  value, slope = jax.jvp(blocks._gelu, (ours,), (jnp.ones_like(ours),))
+  value, slope = jax.jvp(block._gelu, (ours,), (jnp.ones_like(ours),))
   assert value.dtype == slope.dtype == dtype
-  np.testing.assert_array_equal(value, blocks._gelu(ours))
+  np.testing.assert_array_equal(value, block._gelu(ours))
   twin = functools.partial(jax.nn.gelu, approximate=False)
   full = jnp.asarray(ours, jnp.float32)
   twins = jax.jvp(twin, (full,), (jnp.ones_like(full),))
@@ -224,9 +226,9 @@ def test_bfloat16_computes_in_bfloat16_with_float32_logits(base, tokens):
   config = dataclasses.replace(CONFIG, dtype="bfloat16")
   low = hidden(config, base, None, tokens)
   assert low.dtype == jnp.bfloat16
-  logits = model.unembed(base, low)
+  logits = gpt_neox.unembed(base, low)
   assert logits.dtype == jnp.float32
-  expected = model.unembed(base, hidden(CONFIG, base, None, tokens))
+  expected = gpt_neox.unembed(base, hidden(CONFIG, base, None, tokens))
   error = np.abs(logits - expected)
   # Eight bits a value, three layers: about a percent of logits near 1.5.
   assert 1e-4 < np.sqrt(np.mean(error**2)) < 0.05 * expected.std()
@@ -240,7 +242,7 @@ def test_decoding_by_cache_equals_the_whole_sequence(
   expected = hidden(config, base, weights, tokens)
   rows, count = tokens.shape
   slots, start = 16, 5
-  cache = model.init_cache(config, rows, slots)
+  cache = gpt_neox.init_cache(config, rows, slots)
   assert cache["k"].shape == (3, rows, 4, slots, 8)
   positions, _ = causal(tokens)
 
@@ -338,7 +340,7 @@ def test_dropout_keeps_the_expected_branch(base, adapters, tokens):
   small = {"blocks": {target: dict(adapters["blocks"][target])}}
   small["blocks"][target]["lora_b"] *= 1e-2
   config = dataclasses.replace(
-    CONFIG, lora=model.LoraConfig(3, 6.0, 0.25, (target,))
+    CONFIG, lora=gpt_neox.LoraConfig(3, 6.0, 0.25, (target,))
   )
   off = hidden(config, base, None, tokens)
   expected = hidden(config, base, small, tokens) - off
@@ -382,7 +384,7 @@ def test_wrong_shapes_are_refused():
   with pytest.raises(ValueError, match="it must be even"):
     dataclasses.replace(CONFIG, rotary_fraction=0.4)
   with pytest.raises(ValueError, match=r"config\.lora is None"):
-    model.init_lora(CONFIG, jax.random.key(0))
+    gpt_neox.init_lora(CONFIG, jax.random.key(0))
 
 
 def test_each_layer_projection_and_token_draws_its_own_dropout(
@@ -398,13 +400,13 @@ def test_each_layer_projection_and_token_draws_its_own_dropout(
     return draw(key, *arguments, **values)
 
   monkeypatch.setattr(jax.random, "bernoulli", noted)
-  lora = model.LoraConfig(2, 4.0, 0.5, model.TARGETS)
+  lora = gpt_neox.LoraConfig(2, 4.0, 0.5, gpt_neox.TARGETS)
   config = dataclasses.replace(CONFIG, lora=lora)
   tokens = jnp.array([[5, 6, 7]])
-  hidden, _ = model.apply(
+  hidden, _ = gpt_neox.apply(
     config,
     base,
-    model.init_lora(config, jax.random.key(1)),
+    gpt_neox.init_lora(config, jax.random.key(1)),
     tokens,
     jnp.arange(3)[None],
     jnp.tril(jnp.ones((1, 3, 3), bool)),

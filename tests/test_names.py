@@ -12,16 +12,16 @@ import sourcing
 from test_judging_client import settings
 from test_judging_runner import NO_CONTROLS, response, write
 
-from dpo_jax.answering import grid
+from dpo_jax.data.sources import hh_tfds
 from dpo_jax.judging import batch_api, runner
-from dpo_jax.sources import hh_rlhf
+from dpo_jax.sampling import jobs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OUTSIDE = ["../../x", "/etc/x", "a/../../x", "a\0b", "x" * 300, ".."]
 
 
 def policy(name):
-  return grid.Policy(name, "path", "", "", (1.0,))
+  return jobs.Policy(name, "path", "", "", (1.0,))
 
 
 def judge(name):
@@ -66,7 +66,7 @@ def test_a_dataset_is_written_under_plain_names(tmp_path, name):
   inner = tmp_path / "a" / "b"
   inner.mkdir(parents=True)
   with pytest.raises(ValueError, match="names a directory"):
-    hh_rlhf.write("nowhere", inner, subsets=(name,))
+    hh_tfds.write("nowhere", inner, subsets=(name,))
   assert sorted(tmp_path.rglob("*")) == [tmp_path / "a", inner]
 
 

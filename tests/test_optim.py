@@ -11,9 +11,9 @@ import optax
 import pytest
 import torch
 
-from dpo_jax import optim
+from dpo_jax.training import optimizer as optimizer_lib
 
-ADAMW = optim.OptimizerSettings(
+ADAMW = optimizer_lib.OptimizerSettings(
   name="adamw",
   learning_rate=0.02,
   schedule="constant",
@@ -78,7 +78,7 @@ def test_equals_torch_and_leaves_the_rest(settings, trainable):
   gradients = [
     random_tree(rng, scale) for scale in (1.0, 0.05, 3.0, 0.5, 0.0, 1.0)
   ]
-  tx = optim.make(settings, STEPS, trainable)
+  tx = optimizer_lib.make(settings, STEPS, trainable)
   state = tx.init(params)
   update = jax.jit(tx.update)
   parameters, optimizer = torch_weights(params[trainable], settings)
@@ -118,13 +118,13 @@ def test_frozen_weights_take_no_memory_in_the_state():
     "base": {"kernel": jnp.zeros((100, 100))},
     "lora": {"lora_a": jnp.zeros((3, 2)), "lora_b": jnp.zeros((2, 3))},
   }
-  state = optim.make(ADAMW, STEPS, "lora").init(shapes)
+  state = optimizer_lib.make(ADAMW, STEPS, "lora").init(shapes)
   # Two moments of twelve numbers, and counters.
   assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 30
 
 
 def rates(steps, **values):
-  schedule = optim.schedule(
+  schedule = optimizer_lib.schedule(
     dataclasses.replace(ADAMW, learning_rate=8.0, **values), steps
   )
   return [float(schedule(i)) for i in range(steps)]
@@ -144,7 +144,7 @@ def test_schedules_by_hand():
   assert rates(2, warmup_steps=2, schedule="cosine") == close([4, 8])
   assert rates(2, warmup_steps=9, schedule="cosine") == close([8 / 9, 16 / 9])
   settings = dataclasses.replace(ADAMW, schedule="cosine", warmup_steps=2)
-  assert float(optim.schedule(settings, 6)(6)) == 0
+  assert float(optimizer_lib.schedule(settings, 6)(6)) == 0
 
 
 @pytest.mark.parametrize(

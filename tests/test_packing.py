@@ -16,15 +16,17 @@ import pytest
 import tiny
 from hypothesis import strategies as st
 
-from dpo_jax import attention, losses, model, steps
-from dpo_jax.rows import packing, placement, tables
+from dpo_jax.data import batch as batch_lib
+from dpo_jax.data import packing, token_table
+from dpo_jax.model import attention, gpt_neox
+from dpo_jax.training import losses, step
 
 LAYOUTS = ("padded", "packed", "shared")
 PAD = 1
 
 
 def how(layout="shared", **values):
-  return placement.Packing(
+  return packing.Packing(
     **(
       {
         "layout": layout,
@@ -41,7 +43,7 @@ def how(layout="shared", **values):
 
 def examples(count, seed=0):
   return [
-    tables.Example(pair.id, pair.prompt, pair.chosen)
+    token_table.Example(pair.id, pair.prompt, pair.chosen)
     for pair in tiny.pairs(count, seed)
   ]
 
@@ -49,7 +51,7 @@ def examples(count, seed=0):
 def sequences_of(items):
   """(prompt, response) of every sequence, in the order of their owners."""
   for item in items:
-    if isinstance(item, tables.Example):
+    if isinstance(item, token_table.Example):
       yield item.prompt, item.response
     else:
       yield item.prompt, item.chosen
@@ -100,7 +102,7 @@ def assert_definition(batch, items, microbatches, loss_on_prompt=False):
 @pytest.mark.parametrize("microbatches", [1, 3])
 def test_pairs_by_definition(layout, microbatches):
   items = tiny.pairs(6)
-  batch, counts = packing.pack(items, how(layout, microbatches=microbatches))
+  batch, counts = batch_lib.pack(items, how(layout, microbatches=microbatches))
   assert_definition(batch, items, microbatches)
   assert counts.ids == tuple(item.id for item in items)
   assert counts.completion_tokens == sum(
@@ -116,7 +118,7 @@ def test_pairs_by_definition(layout, microbatches):
 @pytest.mark.parametrize("loss_on_prompt", [False, True])
 def test_examples_by_definition(layout, loss_on_prompt):
   items = examples(6)
-  batch, counts = packing.pack(
+  batch, counts = batch_lib.pack(
     items, how(layout, microbatches=2, loss_on_prompt=loss_on_prompt)
   )
   assert_definition(batch, items, 2, loss_on_prompt)
@@ -128,8 +130,8 @@ def test_examples_by_definition(layout, loss_on_prompt):
 
 
 def test_a_row_by_hand():
-  pair = tables.Pair("i", (5, 6), (7, 8, 0), (9, 0))
-  batch, counts = packing.pack([pair], how(row_length=8))
+  pair = token_table.Pair("i", (5, 6), (7, 8, 0), (9, 0))
+  batch, counts = batch_lib.pack([pair], how(row_length=8))
   assert batch.owner.shape == (1, 1, 128)
   # Completions come in multiples of 128: here six are looked at.
   batch = dataclasses.replace(
@@ -142,7 +144,7 @@ def test_a_row_by_hand():
   assert batch.parts.tolist() == [[[0, 0, 1, 1, 1, 2, 2, 0]]]
   assert batch.seats.tolist() == [[[1, 2, 3, 4, 5, 6, 7, 0]]]
   assert batch.reference is None
-  assert counts == packing.Counts(("i",), 7, 5, 8, 22)
+  assert counts == batch_lib.Counts(("i",), 7, 5, 8, 22)
   # The prompt's last token predicts the first one of both responses.
   assert batch.source.tolist() == [[[1, 2, 3, 1, 5, 0]]]
   assert batch.target.tolist() == [[[7, 8, 0, 9, 0, 0]]]
@@ -169,7 +171,7 @@ def cases(draw):
   text = st.lists(ids, min_size=1, max_size=12).map(tuple)
   layout = draw(st.sampled_from(LAYOUTS))
   is_pair = layout == "shared" or draw(st.booleans())
-  kind, parts = (tables.Pair, 3) if is_pair else (tables.Example, 2)
+  kind, parts = (token_table.Pair, 3) if is_pair else (token_table.Example, 2)
   item = st.builds(kind, st.uuids().map(str), *[text] * parts)
   microbatches = draw(st.integers(1, 3))
   share = draw(st.integers(1, 5))
@@ -185,7 +187,7 @@ def cases(draw):
       st.sampled_from([(), ((12, 256),), ((12, 128), (24, 384)), ((1, 1),)])
     ),
   )
-  shapes = tuple(placement.Shape(*shape) for shape in layout.shapes)
+  shapes = tuple(packing.Shape(*shape) for shape in layout.shapes)
   return items, dataclasses.replace(layout, shapes=shapes)
 
 
@@ -211,7 +213,7 @@ def plain_pack(items, layout):
       ]
       seat += len(prompt)
       responses = []
-      if isinstance(item, tables.Example):
+      if isinstance(item, token_table.Example):
         texts = [(item.response, number)]
       else:
         texts = [(item.chosen, 2 * number), (item.rejected, 2 * number + 1)]
@@ -268,7 +270,9 @@ def plain_pack(items, layout):
 def test_packing_equals_its_slow_twin(case):
   items, layout = case
   reference = np.arange(sum(map(len, flat_texts(items))), dtype=np.float32)
-  batch, counts = packing.pack(tables.from_items(items), layout, reference)
+  batch, counts = batch_lib.pack(
+    token_table.from_items(items), layout, reference
+  )
   micros = plain_pack(items, layout)
   m, rows, length = batch.tokens.shape
   assert (m, length) == (layout.microbatches, layout.row_length)
@@ -318,7 +322,7 @@ def test_packing_equals_its_slow_twin(case):
   # The shape is the first of those given that holds all, if one does.
   needed = max(len(shard) for shards in micros for shard in shards)
   widest = int((batch.owner >= 0).sum(-1).max())
-  found = placement.Shape(rows, batch.owner.shape[2])
+  found = packing.Shape(rows, batch.owner.shape[2])
   fits = [
     shape
     for shape in layout.shapes
@@ -339,7 +343,7 @@ def flat_texts(items):
   """All parts of all items, in the order of a table's tokens."""
   for item in items:
     yield item.prompt
-    if isinstance(item, tables.Example):
+    if isinstance(item, token_table.Example):
       yield item.response
     else:
       yield item.chosen
@@ -354,34 +358,34 @@ def flat_texts(items):
 )
 def test_a_piece_longer_than_a_row_is_refused(layout, length):
   # 4 + 10 + 7 tokens.
-  pair = tables.Pair("long", (2,) * 4, (3,) * 10, (4,) * 7)
-  assert placement.longest_piece([pair], layout) == length
-  packing.pack([pair], how(layout, row_length=length))
+  pair = token_table.Pair("long", (2,) * 4, (3,) * 10, (4,) * 7)
+  assert packing.longest_piece([pair], layout) == length
+  batch_lib.pack([pair], how(layout, row_length=length))
   with pytest.raises(ValueError, match=f"long takes {length} tokens.*row_le"):
-    packing.pack([pair], how(layout, row_length=length - 1))
+    batch_lib.pack([pair], how(layout, row_length=length - 1))
 
 
 def test_items_that_do_not_divide_are_refused():
   with pytest.raises(ValueError, match="5 items do not divide into 2"):
-    packing.pack(tiny.pairs(5), how(microbatches=2))
+    batch_lib.pack(tiny.pairs(5), how(microbatches=2))
 
 
 def test_an_empty_prompt_is_refused():
   # Nothing would predict the response's first token.
-  pair = tables.Pair("bare", (), (3,), (4,))
+  pair = token_table.Pair("bare", (), (3,), (4,))
   for layout in LAYOUTS:
     with pytest.raises(ValueError, match="bare has an empty prompt"):
-      packing.pack([pair], how(layout))
+      batch_lib.pack([pair], how(layout))
 
 
 # --- the three layouts are one computation
 
 LORA = dataclasses.replace(
-  tiny.CONFIG, lora=model.LoraConfig(2, 4.0, 0.0, model.TARGETS)
+  tiny.CONFIG, lora=gpt_neox.LoraConfig(2, 4.0, 0.0, gpt_neox.TARGETS)
 )
 SETTINGS = losses.LossSettings("sigmoid", 0.5, 0.0)
 # One shape for all: 12 rows of 40 tokens.
-ROWS = {"row_length": 40, "shapes": (placement.Shape(12, 128),)}
+ROWS = {"row_length": 40, "shapes": (packing.Shape(12, 128),)}
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -389,8 +393,8 @@ def loss_and_grads(base, adapters, batch, pairs):
   """Sums, losses and gradients of one micro-batch under the tiny model."""
 
   def total(adapters):
-    sums, _ = steps.sequence_logps(LORA, base, adapters, batch, 2 * pairs)
-    reference, _ = steps.sequence_logps(LORA, base, None, batch, 2 * pairs)
+    sums, _ = step.sequence_logps(LORA, base, adapters, batch, 2 * pairs)
+    reference, _ = step.sequence_logps(LORA, base, None, batch, 2 * pairs)
     margins = [x[::2] - x[1::2] for x in (sums, reference)]
     each = losses.dpo_loss(*margins, beta=SETTINGS.beta)
     return jnp.mean(each), (sums, reference, each)
@@ -415,7 +419,7 @@ def micro(batch):
 
 
 def run(weights, items, layout):
-  batch, _ = packing.pack(items, how(layout, **ROWS))
+  batch, _ = batch_lib.pack(items, how(layout, **ROWS))
   assert batch.tokens.shape == (1, 12, 40)
   return loss_and_grads(*weights, micro(batch), len(items))
 
@@ -426,7 +430,7 @@ texts = st.lists(ids, min_size=1, max_size=12).map(tuple)
 @hypothesis.settings(max_examples=25, deadline=None)
 @hypothesis.given(
   st.lists(
-    st.builds(tables.Pair, st.uuids().map(str), texts, texts, texts),
+    st.builds(token_table.Pair, st.uuids().map(str), texts, texts, texts),
     min_size=6,
     max_size=6,
   )
@@ -454,7 +458,7 @@ def test_log_probs_are_those_of_the_sequence_alone(weights):
     whole = np.zeros((1, 24), np.int32)
     whole[0, : len(prompt + response)] = prompt + response
     hidden = alone(base, adapters, whole)
-    logits = np.asarray(model.unembed(base, hidden))[0]
+    logits = np.asarray(gpt_neox.unembed(base, hidden))[0]
     logits = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     at = np.arange(len(prompt) - 1, len(prompt + response) - 1)
     np.testing.assert_allclose(
@@ -466,7 +470,7 @@ def test_log_probs_are_those_of_the_sequence_alone(weights):
 def alone(base, adapters, tokens):
   size = tokens.shape[1]
   mask = jnp.tril(jnp.ones((1, size, size), bool))
-  return model.apply(
+  return gpt_neox.apply(
     LORA, base, adapters, tokens, jnp.arange(size)[None], mask
   )[0]
 
@@ -484,7 +488,7 @@ def test_neighbours_in_a_row_change_nothing(weights, layout):
     for item in items
   ]
   mixed = [items[0], *other[1:]]
-  rows, _ = packing.pack(items, how(layout, **ROWS))
+  rows, _ = batch_lib.pack(items, how(layout, **ROWS))
   # The pair under test has company in its row.
   (at,) = np.unique(rows.source[0, 0][rows.owner[0, 0] == 0] // 40)
   here = rows.source[0, 0] // 40 == at

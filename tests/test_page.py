@@ -14,10 +14,9 @@ import paged
 import pytest
 import reported
 
-from dpo_jax import figures, records, report
-from dpo_jax.interface import markdown
-from dpo_jax.reporting import compose, page
-from dpo_jax.reporting.page import browse, prose
+from dpo_jax.io import markdown, records
+from dpo_jax.report import compose, figures, page, report
+from dpo_jax.report.page import browse, prose
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -6,8 +6,8 @@ import paged
 import pytest
 import reported
 
-from dpo_jax import report
-from dpo_jax.reporting.page import browse
+from dpo_jax.report import report
+from dpo_jax.report.page import browse
 
 pytestmark = pytest.mark.browser
 

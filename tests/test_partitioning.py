@@ -10,7 +10,9 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax import model, optim, partitioning
+from dpo_jax.core import sharding
+from dpo_jax.model import gpt_neox
+from dpo_jax.training import optimizer
 
 
 @pytest.mark.parametrize(
@@ -26,15 +28,15 @@ from dpo_jax import model, optim, partitioning
   ],
 )
 def test_meshes(asked, devices, got):
-  mesh = partitioning.make_mesh(*asked, devices=jax.devices()[:devices])
+  mesh = sharding.make_mesh(*asked, devices=jax.devices()[:devices])
   assert tuple(mesh.shape.values()) == got
   assert mesh.axis_names == ("data", "fsdp", "tensor")
   assert mesh.size == devices
-  assert partitioning.data_shards(mesh) == got[0] * got[1]
+  assert sharding.data_shards(mesh) == got[0] * got[1]
 
 
 def test_a_mesh_takes_all_devices_by_default():
-  assert partitioning.make_mesh().size == jax.device_count() == 8
+  assert sharding.make_mesh().size == jax.device_count() == 8
 
 
 @pytest.mark.parametrize(
@@ -43,13 +45,13 @@ def test_a_mesh_takes_all_devices_by_default():
 )
 def test_sizes_that_do_not_fit_the_devices_are_refused(sizes):
   with pytest.raises(ValueError, match="devices, but there are 8"):
-    partitioning.make_mesh(*sizes)
+    sharding.make_mesh(*sizes)
 
 
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (-2, 1, 1), (-1, -1, 1)])
 def test_sizes_that_make_no_sense_are_refused(sizes):
   with pytest.raises(ValueError, match="must be positive, with at most one -1"):
-    partitioning.make_mesh(*sizes)
+    sharding.make_mesh(*sizes)
 
 
 # Every weight, by hand: vocabulary, heads and mlp over tensor, width over fsdp.
@@ -72,41 +74,41 @@ BASE = {
   "blocks/dense_4h_to_h/bias": P(None, None),
 }
 CONFIG = dataclasses.replace(
-  tiny.CONFIG, lora=model.LoraConfig(2, 4.0, 0.0, model.TARGETS)
+  tiny.CONFIG, lora=gpt_neox.LoraConfig(2, 4.0, 0.0, gpt_neox.TARGETS)
 )
 
 
 def shapes(config=CONFIG):
   key = jax.random.key(0)
   return {
-    "base": jax.eval_shape(lambda: model.init(config, key)),
-    "lora": jax.eval_shape(lambda: model.init_lora(config, key)),
+    "base": jax.eval_shape(lambda: gpt_neox.init(config, key)),
+    "lora": jax.eval_shape(lambda: gpt_neox.init_lora(config, key)),
   }
 
 
 def by_path(tree):
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {partitioning.path_name(path): leaf for path, leaf in flat}
+  return {sharding.path_name(path): leaf for path, leaf in flat}
 
 
 def test_the_table_names_every_weight():
-  mesh = partitioning.make_mesh(2, 2, 2)
-  found = by_path(partitioning.shardings(shapes()["base"], mesh))
+  mesh = sharding.make_mesh(2, 2, 2)
+  found = by_path(sharding.shardings(shapes()["base"], mesh))
   assert {name: leaf.spec for name, leaf in found.items()} == BASE
-  for leaf in by_path(partitioning.shardings(shapes()["lora"], mesh)).values():
+  for leaf in by_path(sharding.shardings(shapes()["lora"], mesh)).values():
     assert leaf.is_fully_replicated
 
 
 @pytest.mark.parametrize("trainable", ["base", "lora"])
 def test_moments_lie_like_their_weights(trainable):
-  settings = optim.OptimizerSettings(
+  settings = optimizer.OptimizerSettings(
     "adamw", 1.0, "cosine", 2, 0.1, 0.9, 0.99, 1e-8, 1.0
   )
-  tx = optim.make(settings, 4, trainable)
+  tx = optimizer.make(settings, 4, trainable)
   state = jax.eval_shape(tx.init, shapes())
-  mesh = partitioning.make_mesh(2, 2, 2)
-  placed = by_path(partitioning.shardings(state, mesh))
-  weights = by_path(partitioning.shardings(shapes()[trainable], mesh))
+  mesh = sharding.make_mesh(2, 2, 2)
+  placed = by_path(sharding.shardings(state, mesh))
+  weights = by_path(sharding.shardings(shapes()[trainable], mesh))
   seen = 0
   for name, leaf in by_path(state).items():
     owner = next(
@@ -123,30 +125,30 @@ def test_moments_lie_like_their_weights(trainable):
 
 def test_an_axis_that_does_not_divide_is_refused():
   base = shapes()["base"]
-  partitioning.shardings(base, partitioning.make_mesh(1, 8, 1))
+  sharding.shardings(base, sharding.make_mesh(1, 8, 1))
   # Two heads on eight devices.
   with pytest.raises(
     ValueError, match=r"blocks/dense/kernel .*: 2 is not a multiple .*'tensor'"
   ):
-    partitioning.shardings(base, partitioning.make_mesh(1, 1, 8))
+    sharding.shardings(base, sharding.make_mesh(1, 1, 8))
 
 
 def test_batches_are_split_over_data_and_fsdp():
-  mesh = partitioning.make_mesh(2, 2, 2)
+  mesh = sharding.make_mesh(2, 2, 2)
   rows = jax.device_put(
     np.arange(2 * 8 * 3).reshape(2, 8, 3),
-    partitioning.batch_sharding(mesh, leading=1),
+    sharding.batch_sharding(mesh, leading=1),
   )
   starts = [shard.index[1].start for shard in rows.addressable_shards]
   # Both devices of the tensor axis hold the same two rows.
   assert sorted(starts) == [0, 0, 2, 2, 4, 4, 6, 6]
   assert {shard.data.shape for shard in rows.addressable_shards} == {(2, 2, 3)}
-  assert partitioning.replicated(mesh).is_fully_replicated
+  assert sharding.replicated(mesh).is_fully_replicated
 
 
 def test_constrain_is_nothing_without_a_mesh():
   x = jnp.ones((2, 3))
-  assert partitioning.constrain(x, "batch", None) is x
+  assert sharding.constrain(x, "batch", None) is x
 
 
 def test_path_names():

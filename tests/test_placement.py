@@ -10,10 +10,10 @@ import sourcing
 import tiny
 from hypothesis import strategies as st
 
-from dpo_jax import batches
-from dpo_jax.rows import packing, placement, settling, tables
+from dpo_jax.data import batch as batch_lib
+from dpo_jax.data import batch_shapes, loader, packing, token_table
 
-SHARED = placement.Packing("shared", 40, 1, 1, False, 1)
+SHARED = packing.Packing("shared", 40, 1, 1, False, 1)
 
 
 def steps_of(count, batch_size, steps, seed=0):
@@ -32,8 +32,8 @@ def steps_of(count, batch_size, steps, seed=0):
 )
 def test_the_shapes_are_the_cheapest(needs, count):
   needs = np.asarray(needs)
-  shares = settling._SHARES_RUNNING_ON
-  found = settling._shapes(needs, shares, count)
+  shares = batch_shapes._SHARES_RUNNING_ON
+  found = batch_shapes._shapes(needs, shares, count)
   assert len(found) <= count
   prices = shares / np.maximum(needs.mean(axis=0), 1)
 
@@ -59,10 +59,10 @@ def test_the_shapes_are_the_cheapest(needs, count):
 def test_places_for_predicted_tokens_count_beside_rows(shared):
   """Real batches: fewer empty places and pairs for some more rows."""
   table = real_lengths(shared)
-  how = placement.Packing("shared", 64, 1, 1, False, 1, runs_on=True)
+  how = packing.Packing("shared", 64, 1, 1, False, 1, runs_on=True)
   steps = steps_of(len(table), 16, 96)
   free = [
-    placement.shape_of(placement.plans(table.take(step), how), how, growth=1.0)
+    packing.shape_of(packing.plans(table.take(step), how), how, growth=1.0)
     for step in steps
   ]
   needs = np.asarray([(s.rows, s.width, s.seen) for s in free])
@@ -73,32 +73,32 @@ def test_places_for_predicted_tokens_count_beside_rows(shared):
     assert holds.any(axis=1).all()
     return shapes[holds.argmax(axis=1)].sum(axis=0) / needs.sum(axis=0) - 1
 
-  settled = settling.settled(table, how, steps, 4).shapes
+  settled = batch_shapes.settled(table, how, steps, 4).shapes
   found = waste(np.asarray([(s.rows, s.width, s.seen) for s in settled]))
-  alone = waste(settling._shapes(needs, np.array([1.0, 0.0, 0.0]), 4))
+  alone = waste(batch_shapes._shapes(needs, np.array([1.0, 0.0, 0.0]), 4))
   print(found, alone)
   assert found[1] < alone[1] - 0.05
-  assert found @ settling._SHARES_RUNNING_ON < 0.9 * (
-    alone @ settling._SHARES_RUNNING_ON
+  assert found @ batch_shapes._SHARES_RUNNING_ON < 0.9 * (
+    alone @ batch_shapes._SHARES_RUNNING_ON
   )
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
 @pytest.mark.parametrize(("shards", "microbatches"), [(1, 1), (4, 2)])
 def test_all_steps_fit_in_the_settled_shapes(layout, shards, microbatches):
-  table = tables.from_items(tiny.pairs(60, 5, prompt=(2, 20)))
+  table = token_table.from_items(tiny.pairs(60, 5, prompt=(2, 20)))
   how = dataclasses.replace(
     SHARED, layout=layout, shards=shards, microbatches=microbatches
   )
   steps = steps_of(60, 16, 40)
   for count in (1, 3):
-    settled = settling.settled(table, how, steps, count)
+    settled = batch_shapes.settled(table, how, steps, count)
     assert 1 <= len(settled.shapes) <= count
     assert dataclasses.replace(settled, shapes=()) == how
     met = set()
     for indices in steps:
-      batch, counts = packing.pack(table.take(indices), settled)
-      met.add(placement.Shape(batch.tokens.shape[1], batch.owner.shape[2]))
+      batch, counts = batch_lib.pack(table.take(indices), settled)
+      met.add(packing.Shape(batch.tokens.shape[1], batch.owner.shape[2]))
       assert counts.ids == tuple(table.ids[i] for i in indices)
     assert met == set(settled.shapes)
   # So few rows over 4 shards may always be as many.
@@ -107,37 +107,37 @@ def test_all_steps_fit_in_the_settled_shapes(layout, shards, microbatches):
 
 
 def test_a_batch_beyond_the_settled_shapes_is_still_whole():
-  table = tables.from_items(tiny.pairs(24, 5, prompt=(10, 20)))
-  settled = settling.settled(table, SHARED, [np.arange(4)], 1)
-  batch, counts = packing.pack(table, settled)
+  table = token_table.from_items(tiny.pairs(24, 5, prompt=(10, 20)))
+  settled = batch_shapes.settled(table, SHARED, [np.arange(4)], 1)
+  batch, counts = batch_lib.pack(table, settled)
   assert batch.tokens.shape[1] > settled.shapes[0].rows
   assert counts.tokens == table.lengths.sum()
 
 
 def test_rows_beyond_come_in_few_sizes():
-  counts = sorted({placement._rounded(n, 8, 1.1) for n in range(1, 400)})
+  counts = sorted({packing._rounded(n, 8, 1.1) for n in range(1, 400)})
   assert all(count % 8 == 0 for count in counts)
   assert len(counts) < 35
   for n in range(1, 400):
     # At most a tenth and one multiple of padding rows.
-    assert n <= placement._rounded(n, 8, 1.1) <= 1.1 * n + 8
+    assert n <= packing._rounded(n, 8, 1.1) <= 1.1 * n + 8
 
 
 def test_shapes_that_were_settled_before_are_forgotten():
-  table = tables.from_items(tiny.pairs(24, 5))
+  table = token_table.from_items(tiny.pairs(24, 5))
   taken = [np.arange(4), np.arange(4, 8)]
-  wanted = settling.settled(table, SHARED, taken, 2)
+  wanted = batch_shapes.settled(table, SHARED, taken, 2)
   # A layout that was settled for greater batches; feed does just that.
-  greater = settling.settled(table, SHARED, [np.arange(24)], 1)
+  greater = batch_shapes.settled(table, SHARED, [np.arange(24)], 1)
   assert greater.shapes[0].rows > wanted.shapes[-1].rows
-  assert settling.settled(table, greater, taken, 2) == wanted
+  assert batch_shapes.settled(table, greater, taken, 2) == wanted
 
 
 def test_a_text_s_first_token_needs_no_room():
   # 128 predicted tokens and not 129, which would be two multiples.
-  item = tables.Example("i", (5,), (6,) * 128)
-  how = placement.Packing("packed", 129, 1, 1, True, 1)
-  batch, counts = packing.pack([item], how)
+  item = token_table.Example("i", (5,), (6,) * 128)
+  how = packing.Packing("packed", 129, 1, 1, True, 1)
+  batch, counts = batch_lib.pack([item], how)
   assert counts.completion_tokens == 128
   assert batch.owner.shape == (1, 1, 128)
 
@@ -145,7 +145,7 @@ def test_a_text_s_first_token_needs_no_room():
 @pytest.mark.parametrize("count", [7, 13])
 def test_padded_rows_are_as_many_as_sequences(count):
   how = dataclasses.replace(SHARED, layout="padded")
-  batch, _ = packing.pack(tiny.pairs(count), how)
+  batch, _ = batch_lib.pack(tiny.pairs(count), how)
   assert batch.tokens.shape[1] == 2 * count
 
 
@@ -153,7 +153,7 @@ def test_rows_beyond_the_settled_shapes_waste_at_most_a_fifth():
   # Each pair fills its row.
   items = tiny.pairs(40, 1, prompt=(20, 21), response=(10, 11))
   for count in range(1, 41):
-    batch, _ = packing.pack(items[:count], SHARED)
+    batch, _ = batch_lib.pack(items[:count], SHARED)
     assert count <= batch.tokens.shape[1] <= 1.2 * count + 1
 
 
@@ -161,21 +161,21 @@ def test_real_rows_fill_nine_tenths(shared):
   """Lengths of the real rows; the target of rows of 1024 is 92%."""
   pairs = real_lengths(shared)
   how = dataclasses.replace(SHARED, row_length=1024)
-  schedule = batches.Schedule((len(pairs),), (1.0,), 64, 0, 10)
+  schedule = loader.Schedule((len(pairs),), (1.0,), 64, 0, 10)
   steps = [schedule.items(step) for step in range(schedule.steps)]
-  settled = settling.settled(pairs, how, steps, 4)
+  settled = batch_shapes.settled(pairs, how, steps, 4)
   assert len(settled.shapes) == 4
   tokens = slots = 0
   for indices in steps:
     taken = pairs.take(indices)
-    shape = placement.shape_of(placement.plans(taken, settled), settled)
+    shape = packing.shape_of(packing.plans(taken, settled), settled)
     tokens += int(taken.lengths.sum())
     slots += shape.rows * 1024
   assert tokens / slots >= 0.92
 
 
 def real_lengths(shared):
-  from dpo_jax import tokenizer
+  from dpo_jax.data import tokenizer
 
   rows = sourcing.harmless(shared)
   words = tokenizer.load(shared / "tokenizer" / "pythia")
@@ -183,34 +183,34 @@ def real_lengths(shared):
     [x[:256] for x in words.encode_all([getattr(row, name) for row in rows])]
     for name in ("prompt", "chosen", "rejected")
   ]
-  return tables.from_columns([row.id for row in rows], columns)
+  return token_table.from_columns([row.id for row in rows], columns)
 
 
 def test_micro_batches_of_lines_are_dealt_evenly():
   sizes = (9, 8, 2, 1)
   items = [
-    tables.Example(str(i), (10 + i,), (20 + i,) * (size - 1))
+    token_table.Example(str(i), (10 + i,), (20 + i,) * (size - 1))
     if size > 1
-    else tables.Example(str(i), (10 + i,), ())
+    else token_table.Example(str(i), (10 + i,), ())
     for i, size in enumerate(sizes)
   ]
-  table = tables.from_items(items)
-  how = placement.Packing("packed", 10, 1, 2, True, 1, runs_on=True)
+  table = token_table.from_items(items)
+  how = packing.Packing("packed", 10, 1, 2, True, 1, runs_on=True)
   # 9, then 8 to the other, 2 to where 8 is, 1 where there is still room.
-  assert placement.dealt(table.lengths, how).tolist() == [0, 3, 1, 2]
+  assert packing.dealt(table.lengths, how).tolist() == [0, 3, 1, 2]
   one = dataclasses.replace(how, microbatches=1)
   apart = dataclasses.replace(how, runs_on=False)
   for other in (one, apart):
-    assert placement.dealt(table.lengths, other).tolist() == [0, 1, 2, 3]
-  batch, counts = packing.pack(table, how)
+    assert packing.dealt(table.lengths, other).tolist() == [0, 1, 2, 3]
+  batch, counts = batch_lib.pack(table, how)
   assert np.count_nonzero(batch.pieces, (1, 2)).tolist() == [10, 10]
   assert counts.ids == ("0", "1", "2", "3")
   # Each token keeps its seat, by which dropout is drawn.
-  whole, _ = packing.pack(table, one)
+  whole, _ = batch_lib.pack(table, one)
 
   def seated(x):
     return sorted(zip(x.seats[x.pieces > 0], x.tokens[x.pieces > 0]))
 
   assert seated(batch) == seated(whole)
-  settled = settling.settled(table, how, [np.arange(4)], 1)
+  settled = batch_shapes.settled(table, how, [np.arange(4)], 1)
   assert settled.shapes[0].rows == 1

@@ -16,31 +16,25 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import gpu_case
 from configs import dpo, models, sample, sft
-from dpo_jax import (
-  batches,
-  flops,
-  hardware,
-  model,
-  partitioning,
-  plan,
-  sampling,
-)
-from dpo_jax.answering import grid
-from dpo_jax.engine import decoding
-from dpo_jax.interface import settings
-from dpo_jax.planning import (
-  compiling,
-  compiling_answers,
+from dpo_jax.core import hardware, settings, sharding
+from dpo_jax.data import batch_shapes, loader, packing
+from dpo_jax.model import flops, gpt_neox
+from dpo_jax.plan import (
+  compile_sampling,
+  compile_training,
   lower_bound,
-  mean_items,
-  plan_text,
+  mean_batch,
+  plan,
   topology,
 )
-from dpo_jax.rows import placement, settling
-from dpo_jax.running import programs, recipe
+from dpo_jax.plan import text as text_lib
+from dpo_jax.sampling import decode as decode_lib
+from dpo_jax.sampling import jobs, sampler
+from dpo_jax.training import compile as compile_lib
+from dpo_jax.training import config as config_lib
 
 # Big enough for the TPU's tiles, small enough to compile in seconds.
-SMALL = model.ModelConfig(
+SMALL = gpt_neox.ModelConfig(
   vocab_size=512,
   width=128,
   layers=3,
@@ -51,7 +45,7 @@ SMALL = model.ModelConfig(
   norm_eps=1e-5,
   max_positions=512,
   remat="none",
-  lora=model.LoraConfig(4, 8.0, 0.0, model.TARGETS),
+  lora=gpt_neox.LoraConfig(4, 8.0, 0.0, gpt_neox.TARGETS),
   logit_chunk=128,
 )
 
@@ -62,7 +56,7 @@ def config(variant="pythia-410m-lora", make=dpo, **changes):
   c.batch_size, c.microbatches = 32, 2
   with c.unlocked():
     c.update_from_flattened_dict(changes)
-  return settings.build(recipe.TrainSettings, c.to_dict())
+  return settings.build(config_lib.TrainSettings, c.to_dict())
 
 
 class Traced:
@@ -78,7 +72,7 @@ class Traced:
 @pytest.fixture
 def traced_flops(monkeypatch):
   """Compiles nothing; `compile_steps` gives the flops of all devices."""
-  real = programs.training
+  real = compile_lib.training
 
   def training(*arguments):
     return [Traced(step) for step in real(*arguments)]
@@ -86,9 +80,9 @@ def traced_flops(monkeypatch):
   def lowered(name, lower, beside):
     return lower()
 
-  monkeypatch.setattr(programs, "training", training)
-  monkeypatch.setattr(compiling, "compile_one", lowered)
-  return compiling.compile_steps
+  monkeypatch.setattr(compile_lib, "training", training)
+  monkeypatch.setattr(compile_training, "compile_one", lowered)
+  return compile_training.compile_steps
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -100,9 +94,9 @@ def test_flops_of_a_step_by_hand(lora, traced_flops):
   """
   shape = SMALL if lora else dataclasses.replace(SMALL, lora=None)
   run = config() if lora else config("pythia-14m")
-  mesh = partitioning.make_mesh(*((8, 1) if lora else (1, 8)), 1)
+  mesh = sharding.make_mesh(*((8, 1) if lora else (1, 8)), 1)
   (found,) = traced_flops(run, shape, mesh, 1, ("train",))
-  width = mean_items.batch_of(run, mesh, 1, 1).target.shape[-1]
+  width = mean_batch.batch_of(run, mesh, 1, 1).target.shape[-1]
   work = flops.Work(2 * 512, 2 * width, 2 * 512**2)
   wanted = flops.step(shape, work, reference=True)
   assert lower_bound.of_step(run, shape, mesh, 1).flops == wanted
@@ -120,9 +114,9 @@ def test_flops_of_a_step_in_blocks_by_hand(traced_flops):
   run = config("pythia-14m-lora")
   assert run.precompute_reference
   shape = dataclasses.replace(SMALL, attention="blocks")
-  mesh = partitioning.make_mesh(8, 1, 1)
+  mesh = sharding.make_mesh(8, 1, 1)
   (found,) = traced_flops(run, shape, mesh, 8, ("train",))
-  batch = mean_items.batch_of(run, mesh, 8, 1)
+  batch = mean_batch.batch_of(run, mesh, 8, 1)
   pairs, width = batch.seen.shape[2], batch.target.shape[2]
   assert batch.tokens.shape == (1, 8 * 8, 64)
   work = flops.Work(2 * 512, 2 * width, 2 * pairs * 64**2)
@@ -130,7 +124,7 @@ def test_flops_of_a_step_in_blocks_by_hand(traced_flops):
   assert found == 8 * wanted
   # Of the scores, the bound has those of two tokens that see each other.
   bound = lower_bound.of_step(run, shape, mesh, 8)
-  scores = run.batch_size / 8 * mean_items.lengths(run).visible
+  scores = run.batch_size / 8 * mean_batch.lengths(run).visible
   work = dataclasses.replace(work, visible=scores)
   assert bound.flops == flops.step(shape, work, reference=False) < wanted
 
@@ -138,13 +132,13 @@ def test_flops_of_a_step_in_blocks_by_hand(traced_flops):
 def test_an_evaluation_is_planned_at_its_own_batch(traced_flops):
   """64 pairs on eight devices take four rows of 512, whatever training's do."""
   run = config(eval_batch_size=64)
-  mesh = partitioning.make_mesh(8, 1, 1)
+  mesh = sharding.make_mesh(8, 1, 1)
   (found,) = traced_flops(run, SMALL, mesh, 1, ("eval",))
-  width = mean_items.batch_of(run, mesh, 4, 1).target.shape[-1]
+  width = mean_batch.batch_of(run, mesh, 4, 1).target.shape[-1]
   work = flops.Work(4 * 512, width, 4 * 512**2)
   wanted = sum(flops.forward(SMALL, work, adapters=x) for x in (True, False))
   assert found == 8 * wanted
-  text = plan_text.training(run, SMALL, mesh, [], 1)
+  text = text_lib.training(run, SMALL, mesh, [], 1)
   assert "evaluations of 64, at once: 4 row(s) a device" in text
 
 
@@ -157,12 +151,14 @@ def compiling_as_if(monkeypatch, gibibytes):
 
   def compiled(config, shape, mesh, rows, names):
     (name,) = names
-    memory = compiling.Memory(gibibytes(name, mesh, rows) * 2**30, 0, 0, 0, 0)
-    return [compiling.Compiled(name, memory)]
+    memory = compile_training.Memory(
+      gibibytes(name, mesh, rows) * 2**30, 0, 0, 0, 0
+    )
+    return [compile_training.Compiled(name, memory)]
 
   chip = hardware.Chip("a small one", 1e12, 1e12, 8 * 2**30, 1e9, 1e9)
   monkeypatch.setitem(hardware.CHIPS, "cpu", chip)
-  monkeypatch.setattr(compiling, "compile_steps", compiled)
+  monkeypatch.setattr(compile_training, "compile_steps", compiled)
 
 
 def test_a_mesh_that_no_evaluation_fits_is_not_taken(monkeypatch, capsys):
@@ -193,7 +189,7 @@ def test_the_most_rows_that_fit(fit, most, said, monkeypatch, capsys):
   """Sixteen pairs take a row of 1,024 in the mean each four, 3 rows at most."""
   compiling_as_if(monkeypatch, lambda name, mesh, rows: 4 + 5 * (rows > fit))
   run = config(batch_size=24, microbatches=4, **{"data.row_length": 1024})
-  run = dataclasses.replace(run, mesh=partitioning.MeshSettings(1, 1, 1))
+  run = dataclasses.replace(run, mesh=sharding.MeshSettings(1, 1, 1))
   assert plan.plan_training(run, SMALL, jax.devices()[:1], 8)
   text = capsys.readouterr().out
   assert "in 2 row(s) of 1024 tokens a device" in text
@@ -211,28 +207,28 @@ def test_the_widest_batches_are_those_of_real_lengths(
   layout, items, microbatches, shards
 ):
   table = gpu_case.pairs(1551, 512)
-  how = placement.Packing(layout, 1024, shards, microbatches, False, 1)
-  order = batches.Schedule((1551,), (1.0,), items, 0, 1)
+  how = packing.Packing(layout, 1024, shards, microbatches, False, 1)
+  order = loader.Schedule((1551,), (1.0,), items, 0, 1)
   steps = map(order.items, range(order.steps))
-  *_, largest = settling.settled(table, how, steps, 4).shapes
+  *_, largest = batch_shapes.settled(table, how, steps, 4).shapes
   run = config(**{"data.row_length": 1024, "data.layout": layout})
   part = items // microbatches
-  found = mean_items.widest_rows(run, part, shards)
+  found = mean_batch.widest_rows(run, part, shards)
   assert abs(found - largest.rows / shards) <= 1 + found // 16
-  assert found > mean_items.rows_of(run, part, shards) or shards > 1
+  assert found > mean_batch.rows_of(run, part, shards) or shards > 1
 
 
 def test_memory_and_text_of_a_plan_for_this_machine():
   run = config()
-  mesh = partitioning.make_mesh(8, 1, 1)
-  found = compiling.compile_steps(run, SMALL, mesh, 1)
+  mesh = sharding.make_mesh(8, 1, 1)
+  found = compile_training.compile_steps(run, SMALL, mesh, 1)
   train, evaluate = (one.memory for one in found)
   assert all(not one.refusal for one in found)
   # The state is given away, so its place is that of the new one.
   assert train.donated > 0.9 * train.outputs
   assert evaluate.donated == 0
   assert train.total >= train.arguments + train.temporary
-  text = plan_text.training(run, SMALL, mesh, found, 1)
+  text = text_lib.training(run, SMALL, mesh, found, 1)
   assert "8 x cpu, mesh {'data': 8, 'fsdp': 1, 'tensor': 1}" in text
   assert "no bound and no more rows: 'cpu' is not in dpo_jax/ha" in text
 
@@ -240,8 +236,8 @@ def test_memory_and_text_of_a_plan_for_this_machine():
 def test_full_fine_tuning_is_planned_with_its_reference_and_moments():
   run = config("pythia-14m")
   shape = dataclasses.replace(SMALL, lora=None)
-  mesh = partitioning.make_mesh(1, 8, 1)
-  (found,) = compiling.compile_steps(run, shape, mesh, 1, ("train",))
+  mesh = sharding.make_mesh(1, 8, 1)
+  (found,) = compile_training.compile_steps(run, shape, mesh, 1, ("train",))
   width, mlp, layers, words = 128, 256, 3, 512
   kernels = layers * (4 * width**2 + 2 * width * mlp) + 2 * width * words
   # Weights, RMSprop's moment and the reference, an eighth of each.
@@ -262,7 +258,7 @@ def test_weights_that_are_read_and_gathered(variant, sizes, trees, width):
   """A reference that is a second tree is read too; the embedding is not."""
   run = config(variant)
   shape = SMALL if run.lora.rank else dataclasses.replace(SMALL, lora=None)
-  mesh = partitioning.make_mesh(*sizes)
+  mesh = sharding.make_mesh(*sizes)
   found = lower_bound.of_step(run, shape, mesh, 1)
   kernels = 3 * (4 * 128**2 + 2 * 128 * 256) + 128 * 512
   wanted = trees * width * kernels / mesh.shape["tensor"]
@@ -315,36 +311,36 @@ def test_a_wasteful_split_is_said(microbatches, said, monkeypatch, request):
   monkeypatch.chdir(request.config.rootpath)
   c = dpo.get_config("pythia-2.8b-lora")
   c.microbatches, c.mesh.data, c.mesh.fsdp = microbatches, 1, 8
-  run = settings.build(recipe.TrainSettings, c.to_dict())
-  shape = compiling.shape_of(run, "")
-  mesh = partitioning.make_mesh(1, 8, 1, devices=topology.devices("v5e:2x4"))
-  assert said in plan_text.training(run, shape, mesh, [], 1)
+  run = settings.build(config_lib.TrainSettings, c.to_dict())
+  shape = compile_training.shape_of(run, "")
+  mesh = sharding.make_mesh(1, 8, 1, devices=topology.devices("v5e:2x4"))
+  assert said in text_lib.training(run, shape, mesh, [], 1)
 
 
 def test_rows_hold_the_items():
   run = config()
   # Sixteen pairs of 221 places: 3,538 in rows of 512, of two shards.
-  assert mean_items.rows_of(run, 16, 1) == math.ceil(3537.6 / 512) == 7
-  assert mean_items.rows_of(run, 16, 2) == 4
-  assert mean_items.rows_of(run, 16, 256) == 1
+  assert mean_batch.rows_of(run, 16, 1) == math.ceil(3537.6 / 512) == 7
+  assert mean_batch.rows_of(run, 16, 2) == 4
+  assert mean_batch.rows_of(run, 16, 256) == 1
 
 
 @pytest.mark.parametrize("size", ["70m", "2.8b", "12b"])
 def test_the_shape_comes_from_the_name(size, monkeypatch, request):
   monkeypatch.chdir(request.config.rootpath)
   run = config(f"pythia-{size}-lora")
-  found = compiling.shape_of(run, "")
+  found = compile_training.shape_of(run, "")
   layers, width, _, words = models.PYTHIA[size]
   assert (found.layers, found.width, found.vocab_size) == (layers, width, words)
   assert (found.dtype, found.remat) == (run.model.dtype, run.model.remat)
   assert found.lora == run.lora.config()
-  assert compiling.shape_of(run, "14m").layers == 6
+  assert compile_training.shape_of(run, "14m").layers == 6
 
 
 def test_a_shape_that_nothing_names_is_refused():
   run = dataclasses.replace(config(), tokenizer="mine")
   with pytest.raises(ValueError, match="say --model=SIZE"):
-    compiling.shape_of(run, "")
+    compile_training.shape_of(run, "")
 
 
 @pytest.mark.parametrize("name", ["v3:2x2", "v5e", "v5e:", "v5e:2,4", "x:2x2"])
@@ -369,7 +365,7 @@ def sampling_config(**changes):
   c.length_multiple, c.prefill_tokens, c.span = 16, 64, 0
   c.batch_size = 8
   c.update_from_flattened_dict(changes)
-  return settings.build(grid.AnswerSettings, c.to_dict())
+  return settings.build(jobs.AnswerSettings, c.to_dict())
 
 
 class Watched:
@@ -401,18 +397,16 @@ def test_the_sampler_is_planned_as_it_runs(tmp_path, monkeypatch, sizes):
   """The planner lowers just what `generate` calls, on shapes and shardings."""
   tok = scripted.small_tokenizer(tmp_path)
   config, base = scripted.noisy(tok.vocab_size + 16)
-  mesh = partitioning.make_mesh(
-    *sizes, devices=jax.devices()[: math.prod(sizes)]
-  )
+  mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
   how = sampling_config()
   seen = {
-    n: Watched(getattr(decoding, n)) for n in ("read", "enter", "advance")
+    n: Watched(getattr(decode_lib, n)) for n in ("read", "enter", "advance")
   }
   for name, watched in seen.items():
-    monkeypatch.setattr(decoding, name, watched)
-  base = jax.device_put(base, partitioning.shardings(base, mesh))
-  requests = compiling_answers.stand_ins(how, 8, -1)
-  for _ in sampling.generate(
+    monkeypatch.setattr(decode_lib, name, watched)
+  base = jax.device_put(base, sharding.shardings(base, mesh))
+  requests = compile_sampling.stand_ins(how, 8, -1)
+  for _ in sampler.generate(
     config, base, None, tok, requests, how.engine(), mesh
   ):
     pass
@@ -420,9 +414,9 @@ def test_the_sampler_is_planned_as_it_runs(tmp_path, monkeypatch, sizes):
   def lowered(name, lower, *unused):
     lower()
 
-  monkeypatch.setattr(compiling, "compile_one", lowered)
-  monkeypatch.setattr(compiling_answers, "TOKENS", tok.vocab_size)
-  compiling_answers.compile_answers(how, config, mesh, None)
+  monkeypatch.setattr(compile_training, "compile_one", lowered)
+  monkeypatch.setattr(compile_sampling, "TOKENS", tok.vocab_size)
+  compile_sampling.compile_answers(how, config, mesh, None)
   for name, watched in seen.items():
     (planned,) = watched.planned
     assert watched.ran
@@ -445,8 +439,8 @@ def test_the_sampler_is_planned_as_it_runs(tmp_path, monkeypatch, sizes):
 def test_bytes_of_decoding_by_hand():
   """On this machine's devices, without running: eight rows on each."""
   how = sampling_config(batch_size=64, max_new_tokens=40, dtype="bfloat16")
-  mesh = partitioning.make_mesh(8, 1, 1)
-  found = compiling_answers.compile_answers(how, SMALL, mesh, None)
+  mesh = sharding.make_mesh(8, 1, 1)
+  found = compile_sampling.compile_answers(how, SMALL, mesh, None)
   layers, width, mlp, words, rank = 3, 128, 256, 512, 4
   kernels = layers * (4 * width**2 + 2 * width * mlp)
   adapters = layers * rank * (4 * width + 2 * width + 2 * (width + mlp))
@@ -463,7 +457,7 @@ def test_bytes_of_decoding_by_hand():
     2 * (kernels + adapters + 2 * width * words), rel=0.03
   )
   assert found.cache == 2 * 2 * layers * width * (8 * 48 + 3 * 32)
-  text = plan_text.answers(found, mesh, "this")
+  text = text_lib.answers(found, mesh, "this")
   assert "8 rows a device of 48 slots beside 3 prompts of 32, prompts" in text
   for name in ("read", "enter", "decode"):
     assert re.search(rf"^{name}: \d+\.\d\d GiB a device", text, re.M)
@@ -493,13 +487,11 @@ def test_the_command_plans_for_this_machine(tmp_path, capsys):
 
 def test_a_mesh_that_splits_the_weights_is_tried_after_the_configs():
   """Those that do not fit are said not to; the first that does is planned."""
-  wanted = partitioning.MeshSettings(-1, 1, 1)
+  wanted = sharding.MeshSettings(-1, 1, 1)
   found = plan.meshes(wanted, "fsdp", jax.devices())
   sizes = [tuple(mesh.shape.values()) for mesh in found]
   assert sizes == [(8, 1, 1), (4, 2, 1), (2, 4, 1), (1, 8, 1)]
-  found = plan.meshes(
-    partitioning.MeshSettings(1, -1, 2), "tensor", jax.devices()
-  )
+  found = plan.meshes(sharding.MeshSettings(1, -1, 2), "tensor", jax.devices())
   sizes = [tuple(mesh.shape.values()) for mesh in found]
   assert sizes == [(1, 4, 2)]
 
@@ -511,20 +503,20 @@ def test_the_most_answers_that_fit(largest, limit, most, monkeypatch):
 
   def compiled(config, shape, mesh, hbm):
     rows = config.batch_size // 8
-    memory = compiling.Memory(4 * 2**30, 0, 0, rows * 2**26, 0)
-    least = compiling.Memory(2**30, 0, 0, 0, 0)
+    memory = compile_training.Memory(4 * 2**30, 0, 0, rows * 2**26, 0)
+    least = compile_training.Memory(2**30, 0, 0, 0, 0)
     return types.SimpleNamespace(
       rows=rows,
       programs=[
-        compiling.Compiled(name, memory if name == largest else least)
+        compile_training.Compiled(name, memory if name == largest else least)
         for name in ("read", "enter", "decode")
       ],
     )
 
   chip = hardware.Chip("a small one", 1e12, 1e12, 8 * 2**30, 1e12, 1e12)
   monkeypatch.setitem(hardware.CHIPS, "cpu", chip)
-  monkeypatch.setattr(compiling_answers, "compile_answers", compiled)
-  mesh = partitioning.make_mesh(8, 1, 1)
+  monkeypatch.setattr(compile_sampling, "compile_answers", compiled)
+  mesh = sharding.make_mesh(8, 1, 1)
   found = plan.most_answers(sampling_config(), SMALL, mesh, limit)
   assert (found.rows if found else 0) == most
 
@@ -533,12 +525,12 @@ def test_a_sampler_that_does_not_fit_is_planned_with_fewer_rows(
   monkeypatch, capsys
 ):
   """It is said how many rows fit, and what they need."""
-  mesh = partitioning.make_mesh(8, 1, 1)
+  mesh = sharding.make_mesh(8, 1, 1)
   how = sampling_config(batch_size=8 * 16)
   much, little = (
     max(
       program.memory.total
-      for program in compiling_answers.compile_answers(
+      for program in compile_sampling.compile_answers(
         dataclasses.replace(how, batch_size=8 * rows), SMALL, mesh, None
       ).programs
     )
@@ -592,13 +584,13 @@ def test_a_step_for_a_slice(name, variant, kept, monkeypatch):
   shape = dataclasses.replace(
     SMALL, dtype="bfloat16", lora=SMALL.lora if run.lora.rank else None
   )
-  mesh = partitioning.make_mesh(1, -1, 1, devices=topology.devices(name))
+  mesh = sharding.make_mesh(1, -1, 1, devices=topology.devices(name))
 
   def compiled(name, lower, beside):
     return operations.collectives(lower().compile().as_text())
 
-  monkeypatch.setattr(compiling, "compile_one", compiled)
-  (found,) = compiling.compile_steps(run, shape, mesh, 1, ("train",))
+  monkeypatch.setattr(compile_training, "compile_one", compiled)
+  (found,) = compile_training.compile_steps(run, shape, mesh, 1, ("train",))
   # Float32 kernels are cast where they lie.
   kernels = {128 * 384, 128 * 128, 128 * 256, 128 * 512}
   sent = [
@@ -609,7 +601,7 @@ def test_a_step_for_a_slice(name, variant, kept, monkeypatch):
   assert len(sent) >= 4
   assert {one.dtype for one in sent} == {"bf16"}
   # The unembedding once for a tree of weights, not for each chunk of tokens.
-  width = mean_items.batch_of(run, mesh, 1, 1).target.shape[-1]
+  width = mean_batch.batch_of(run, mesh, 1, 1).target.shape[-1]
   assert width > 2 * shape.logit_chunk
   words = [one for one in sent if one.shape == (128, 512)]
   assert not any(one.looped for one in words)
@@ -618,12 +610,12 @@ def test_a_step_for_a_slice(name, variant, kept, monkeypatch):
 
 def test_decoding_eight_bits_with_heads_folded_for_a_slice():
   """Half the bytes and a scale a head; unpacked one layer at a time."""
-  mesh = partitioning.make_mesh(1, 1, 1, devices=topology.devices("v5e:1x1"))
+  mesh = sharding.make_mesh(1, 1, 1, devices=topology.devices("v5e:1x1"))
   how = sampling_config(
     batch_size=64, dtype="bfloat16", cache="int8", max_new_tokens=488
   )
   deep = dataclasses.replace(SMALL, layers=12)
-  found = compiling_answers.compile_answers(how, deep, mesh, None)
+  found = compile_sampling.compile_answers(how, deep, mesh, None)
   assert found.layout.program.layout == "folded"
   *_, decode = found.programs
   assert not decode.refusal
@@ -634,7 +626,7 @@ def test_decoding_eight_bits_with_heads_folded_for_a_slice():
 
 
 def test_a_program_for_a_slice_stays_out_of_the_cache(tmp_path):
-  mesh = partitioning.make_mesh(1, 8, 1, devices=topology.devices("v5e:2x4"))
+  mesh = sharding.make_mesh(1, 8, 1, devices=topology.devices("v5e:2x4"))
   there = jax.sharding.NamedSharding(mesh, jax.P())
   x = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=there)
   before = jax.config.jax_compilation_cache_dir
@@ -646,7 +638,7 @@ def test_a_program_for_a_slice_stays_out_of_the_cache(tmp_path):
     jax.jit(lambda x: x + 1).lower(np.float32(1)).compile()
     kept = set(tmp_path.iterdir())
     assert kept
-    with compiling.uncached(mesh):
+    with compile_training.uncached(mesh):
       jax.jit(lambda x: x + 2).lower(x).compile()
     assert set(tmp_path.iterdir()) == kept
   finally:
@@ -657,13 +649,13 @@ def test_a_program_for_a_slice_stays_out_of_the_cache(tmp_path):
 
 def test_what_does_not_fit_is_said():
   run = config("pythia-14m")
-  mesh = partitioning.make_mesh(1, 1, 1, devices=topology.devices("v5e:1x1"))
+  mesh = sharding.make_mesh(1, 1, 1, devices=topology.devices("v5e:1x1"))
   # Weights, moment and reference, each 8 GiB of words and 0.05 of blocks:
   # nothing needs to be compiled.
   wide = dataclasses.replace(SMALL, vocab_size=2**20, width=1024, lora=None)
-  (found,) = compiling.compile_steps(run, wide, mesh, 1, ("train",))
+  (found,) = compile_training.compile_steps(run, wide, mesh, 1, ("train",))
   assert found.memory is None
-  text = plan_text.training(run, wide, mesh, [found], 1)
+  text = text_lib.training(run, wide, mesh, [found], 1)
   assert (
     "train: DOES NOT FIT (state and reference alone take 24.16 of 15.75 GiB"
     in text
@@ -671,9 +663,9 @@ def test_what_does_not_fit_is_said():
   # Two of 6 GiB, but gradients and copies are more than the rest.
   run = dataclasses.replace(run, precompute_reference=True)
   wide = dataclasses.replace(wide, vocab_size=3 * 2**18)
-  (found,) = compiling.compile_steps(run, wide, mesh, 1, ("train",))
+  (found,) = compile_training.compile_steps(run, wide, mesh, 1, ("train",))
   assert found.memory is None
-  text = plan_text.training(run, wide, mesh, [found], 1)
+  text = text_lib.training(run, wide, mesh, [found], 1)
   assert "train: DOES NOT FIT" in text
   assert "15.75G" in text
 
@@ -682,13 +674,15 @@ def test_what_does_not_fit_is_said():
 def test_the_most_rows_are_found_by_the_real_compiler():
   """They fit, and twice as many do not."""
   run = config(**{"data.row_length": 4096})
-  mesh = partitioning.make_mesh(1, 1, 1, devices=topology.devices("v5e:1x1"))
+  mesh = sharding.make_mesh(1, 1, 1, devices=topology.devices("v5e:1x1"))
   most = plan.most_rows(run, SMALL, mesh, 1, 64)
   assert 1 < most < 64
   for rows in (most, 2 * most):
-    items = mean_items.items_of(run, rows, 1) * run.microbatches
+    items = mean_batch.items_of(run, rows, 1) * run.microbatches
     wider = dataclasses.replace(run, batch_size=items)
-    (one,) = compiling.compile_steps(wider, SMALL, mesh, rows, ("train",))
+    (one,) = compile_training.compile_steps(
+      wider, SMALL, mesh, rows, ("train",)
+    )
     assert one.fits(hardware.chip("TPU v5e")) == (rows == most)
 
 
@@ -696,8 +690,8 @@ def test_the_most_rows_are_found_by_the_real_compiler():
 @pytest.mark.parametrize("name", ["v6e:2x2", "v4:2x2x1", "v5p:2x2x1"])
 def test_a_step_for_other_kinds(name):
   run = config()
-  mesh = partitioning.make_mesh(1, 4, 1, devices=topology.devices(name))
-  (found,) = compiling.compile_steps(run, SMALL, mesh, 1, ("train",))
+  mesh = sharding.make_mesh(1, 4, 1, devices=topology.devices(name))
+  (found,) = compile_training.compile_steps(run, SMALL, mesh, 1, ("train",))
   assert 0 < found.memory.total < hardware.GIB
 
 
@@ -707,13 +701,13 @@ def test_the_real_sampler_is_planned(name, monkeypatch, request):
   """2.8B in bfloat16, whole weights on each chip, eight rows a chip."""
   monkeypatch.chdir(request.config.rootpath)
   devices = topology.devices(name)
-  mesh = partitioning.make_mesh(-1, 1, 1, devices=devices)
+  mesh = sharding.make_mesh(-1, 1, 1, devices=devices)
   c = sample.get_config("paper")
   c.batch_size = 8 * mesh.size
-  how = settings.build(grid.AnswerSettings, c.to_dict())
-  shape = compiling.shape_named("2.8b")
+  how = settings.build(jobs.AnswerSettings, c.to_dict())
+  shape = compile_training.shape_named("2.8b")
   hbm = hardware.chip("TPU v5e").hbm_bytes
-  found = compiling_answers.compile_answers(how, shape, mesh, hbm)
+  found = compile_sampling.compile_answers(how, shape, mesh, hbm)
   for one in found.programs:
     assert not one.refusal
     assert one.memory.total < hbm
@@ -730,10 +724,10 @@ def test_the_real_sizes_fit(name, variant, make, monkeypatch, request):
   monkeypatch.chdir(request.config.rootpath)
   c = make.get_config(variant)
   c.mesh.data, c.mesh.fsdp = 1, -1
-  run = settings.build(recipe.TrainSettings, c.to_dict())
-  shape = compiling.shape_of(run, "")
-  mesh = partitioning.make_mesh(1, -1, 1, devices=topology.devices(name))
-  found = compiling.compile_steps(run, shape, mesh, 1)
+  run = settings.build(config_lib.TrainSettings, c.to_dict())
+  shape = compile_training.shape_of(run, "")
+  mesh = sharding.make_mesh(1, -1, 1, devices=topology.devices(name))
+  found = compile_training.compile_steps(run, shape, mesh, 1)
   for one in found:
     assert not one.refusal
     assert one.memory.total < hardware.chip("TPU v5e").hbm_bytes

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import tiny
 
-from dpo_jax import losses, model, optim, steps
-from dpo_jax.engine import decoding, draw, stops
-from dpo_jax.rows import packing, placement
+from dpo_jax.data import batch as batch_lib
+from dpo_jax.data import packing
+from dpo_jax.model import gpt_neox
+from dpo_jax.sampling import decode, draw, stop
+from dpo_jax.training import losses, optimizer, step
 
 LOSS = losses.LossSettings("sigmoid", 0.5, 0.0)
-OPTIMIZER = optim.OptimizerSettings(
+OPTIMIZER = optimizer.OptimizerSettings(
   "adamw", 0.01, "constant", 0, 0.1, 0.9, 0.99, 1e-8, 1.0
 )
 WIDE = ("HIGHEST", "HIGHEST")
@@ -36,7 +38,7 @@ def products(lowered):
 
 def batch(layout, row_length):
   # Rows of eight tokens are blocks that pairs run through.
-  how = placement.Packing(
+  how = packing.Packing(
     layout=layout,
     row_length=row_length,
     shards=1,
@@ -45,22 +47,22 @@ def batch(layout, row_length):
     pad_id=1,
     runs_on=row_length == 8,
   )
-  return packing.pack(tiny.pairs(4, 1), how)[0]
+  return batch_lib.pack(tiny.pairs(4, 1), how)[0]
 
 
 def training(config, packed, kind="dpo"):
   """The lowered training step and evaluation."""
   base = tiny.weights(config)
   lora = tiny.adapters(config) if config.lora else {}
-  tx = optim.make(OPTIMIZER, 9, steps.trainable(config))
-  objective = steps.Objective(kind, LOSS, 4)
-  state = steps.init_state(base, lora, tx)
+  tx = optimizer.make(OPTIMIZER, 9, step.trainable(config))
+  objective = step.Objective(kind, LOSS, 4)
+  state = step.init_state(base, lora, tx)
   reference = None if config.lora else base
-  train = jax.jit(steps.make_train_step(config, objective, tx, 0))
-  evaluate = jax.jit(steps.make_eval_step(config, objective))
+  train = jax.jit(step.make_train_step(config, objective, tx, 0))
+  evaluate = jax.jit(step.make_eval_step(config, objective))
   yield train.lower(state, reference, packed)
   yield evaluate.lower(state.params, reference, packed)
-  score = jax.jit(functools.partial(steps.token_logps, config))
+  score = jax.jit(functools.partial(step.token_logps, config))
   micro = jax.tree.map(lambda x: x[0], packed)
   yield score.lower(base, lora or None, micro)
 
@@ -69,7 +71,7 @@ def sampling(config):
   """The lowered reading of prompts and decoding, by both layouts."""
   base, adapters = tiny.weights(config), tiny.adapters(config)
   for layout in ("stacked", "apart"):
-    program = decoding.Program(
+    program = decode.Program(
       config=config,
       slots=16,
       room=4,
@@ -81,22 +83,22 @@ def sampling(config):
     )
     count = jax.ShapeDtypeStruct((4,), jnp.int32)
     prompts = jax.ShapeDtypeStruct((4, 8), jnp.int32)
-    yield decoding.read.lower(program, base, adapters, prompts, count, count)
+    yield decode.read.lower(program, base, adapters, prompts, count, count)
     state = jax.eval_shape(
-      lambda program=program: decoding.empty(program, 4, 16, 0)
+      lambda program=program: decode.empty(program, 4, 16, 0)
     )
     number = jax.ShapeDtypeStruct((), jnp.int32)
-    table = jax.ShapeDtypeStruct((config.vocab_size, stops.TURN + 1), jnp.int8)
+    table = jax.ShapeDtypeStruct((config.vocab_size, stop.TURN + 1), jnp.int8)
     weights = (base, adapters)
     if layout == "apart":
-      weights = jax.eval_shape(decoding.apart, *weights)
-    yield decoding.advance.lower(
+      weights = jax.eval_shape(decode.apart, *weights)
+    yield decode.advance.lower(
       program, 16, *weights, state, table, number, number
     )
 
 
 def configs(dtype):
-  lora = model.LoraConfig(2, 4.0, 0.0, model.TARGETS)
+  lora = gpt_neox.LoraConfig(2, 4.0, 0.0, gpt_neox.TARGETS)
   return [
     (dataclasses.replace(tiny.CONFIG, dtype=dtype, **values), layout, length)
     for values, layout, length in (

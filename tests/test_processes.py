@@ -21,9 +21,9 @@ import pytest
 import running
 import safetensors.numpy
 
-from dpo_jax import partitioning, records, training
-from dpo_jax.running import interruption, processes, samples
-from dpo_jax.storage import locks, step_files
+from dpo_jax.core import distributed, preemption, sharding
+from dpo_jax.io import locks, records, step_files
+from dpo_jax.training import eval_samples, train
 
 ROOT = running.ROOT
 # Of the two processes together; the tests' own process has eight.
@@ -53,10 +53,10 @@ def config(tmp_path_factory):
 @pytest.fixture
 def alone(monkeypatch):
   """This process by itself has as many devices as the two."""
-  make = partitioning.make_mesh
+  make = sharding.make_mesh
   devices = jax.devices()[:DEVICES]
   monkeypatch.setattr(
-    partitioning, "make_mesh", lambda **sizes: make(**sizes, devices=devices)
+    sharding, "make_mesh", lambda **sizes: make(**sizes, devices=devices)
   )
 
 
@@ -134,12 +134,12 @@ def moved(name, value):
 def test_two_processes_do_what_one_does(config, alone, tmp_path, monkeypatch):
   """One begins, two go on, one of them is killed, two end: as one alone."""
   whole, run = tmp_path / "whole", tmp_path / "run"
-  training.run(config(), whole)
+  train.run(config(), whole)
   with monkeypatch.context() as patch:
     terminate = functools.partial(signal.raise_signal, signal.SIGTERM)
     running.at_step(patch, 1, terminate)
-    with pytest.raises(interruption.Interrupted, match="after step 2"):
-      training.run(config(), run)
+    with pytest.raises(preemption.Interrupted, match="after step 2"):
+      train.run(config(), run)
   with pair(tmp_path / "killed", config(), run, explicit(2)) as children:
     children[0].until(lambda: running.reached(run, 3))
     children[1].process.kill()
@@ -167,7 +167,7 @@ def test_two_processes_do_what_one_does(config, alone, tmp_path, monkeypatch):
   assert abs(one[-2]["rewards/margins"]) > 1e-3
   # Answered by both together, and written by one.
   answered = [
-    records.read(d / samples.FILE, records.Response) for d in (whole, run)
+    records.read(d / eval_samples.FILE, records.Response) for d in (whole, run)
   ]
   assert [row.step for row in answered[1]] == [
     0,
@@ -198,7 +198,7 @@ def test_two_processes_do_what_one_does(config, alone, tmp_path, monkeypatch):
     )
   # What two wrote, one goes on from: nothing is left to do but the export.
   (run / "finished.json").unlink()
-  training.run(config(), run)
+  train.run(config(), run)
   assert running.read(run) == two
   again = safetensors.numpy.load_file(run / "export" / "model.safetensors")
   for name, value in again.items():
@@ -232,7 +232,7 @@ def test_what_happens_to_one_of_two_stops_both(
     other = children[1 - victim]
     other.until(lambda: running.reached(run, 5))
     children[victim].process.send_signal(number)
-    if number in interruption.SIGNALS:
+    if number in preemption.SIGNALS:
       codes, waited_s = ended(children, 60)
       # The other one was told by the preemption service, whose signal is that.
       assert codes[victim] == 128 + number
@@ -260,55 +260,56 @@ def test_what_happens_to_one_of_two_stops_both(
 
 CHILD = """
 import signal, sys
-from dpo_jax.interface import errors
-from dpo_jax.running import interruption, processes
-from dpo_jax.storage import locks
+from dpo_jax.core import errors
+from dpo_jax.core import preemption
+from dpo_jax.core import distributed
+from dpo_jax.io import locks
 
-with processes.joined():
+with distributed.joined():
   import jax, numpy as np
   from jax.sharding import NamedSharding, PartitionSpec
 
   me = jax.process_index()
-  assert processes.everywhere(10 * me + 1).tolist() == [1, 11]
-  assert processes.first() == (me == 0)
+  assert distributed.everywhere(10 * me + 1).tolist() == [1, 11]
+  assert distributed.first() == (me == 0)
   mesh = jax.make_mesh((2,), ("x",))
   value = np.arange(6).reshape(2, 3)
   split = jax.make_array_from_callback(
     (2, 3), NamedSharding(mesh, PartitionSpec("x")), lambda i: value[i]
   )
   assert not split.is_fully_addressable
-  np.testing.assert_array_equal(processes.fetch(split), value)
-  processes.agree("the same", "text")
+  np.testing.assert_array_equal(distributed.fetch(split), value)
+  distributed.agree("the same", "text")
   try:
-    processes.agree("the data", f"text {me}")
+    distributed.agree("the data", f"text {me}")
   except ValueError as error:
     print(error)
   try:
-    with processes.together("reading"):
+    with distributed.together("reading"):
       if me == 1:
         raise ValueError("no such file")
   except (ValueError, errors.Stopped) as error:
     print(type(error).__name__, error)
-  with processes.owned(locks.Lock(sys.argv[1])):
-    processes.shared(__import__("pathlib").Path(sys.argv[1]))
-    processes.wait("held")
+  with distributed.owned(locks.Lock(sys.argv[1])):
+    distributed.shared(__import__("pathlib").Path(sys.argv[1]))
+    distributed.wait("held")
   try:
-    with processes.owned(locks.Lock(sys.argv[2])):
+    with distributed.owned(locks.Lock(sys.argv[2])):
       raise AssertionError("it is held by another")
   except errors.Stopped as error:
     print(type(error).__name__)
   # A signal to one of them stops both at the same point.
-  with interruption.Watch(30) as watch, watch.deferred():
+  with preemption.Watch(30) as watch, watch.deferred():
     if me == 1:
       signal.raise_signal(signal.SIGINT)
     asked = 1
     while not watch.requested():
       asked += 1
-  points = processes.everywhere(asked).tolist()
+  points = distributed.everywhere(asked).tolist()
   print("together" if points[0] == points[1] else points)
   if me == 1:
     raise RuntimeError("alone")
-  processes.wait("never comes")
+  distributed.wait("never comes")
 """
 
 
@@ -390,7 +391,7 @@ ALL = {"local_device_ids": []}
   ],
 )
 def test_what_the_environment_says(environ, wanted):
-  assert processes.arguments_of(environ) == wanted
+  assert distributed.arguments_of(environ) == wanted
 
 
 @pytest.mark.parametrize(("nodes", "gpus"), [("1", "1"), ("2", "all")])
@@ -401,8 +402,8 @@ def test_the_only_task_of_a_node_takes_all_its_gpus(nodes, gpus):
   """
   code = """
 import os, jax
-from dpo_jax.running import processes
-arguments = processes.arguments_of(os.environ)
+from dpo_jax.core import distributed
+arguments = distributed.arguments_of(os.environ)
 jax.distributed.initialize(
   os.environ["ADDRESS"], num_processes=1, process_id=0, **arguments
 )
@@ -438,15 +439,15 @@ print(jax.config.read("jax_cuda_visible_devices"))
 )
 def test_half_an_environment_is_refused(environ):
   with pytest.raises(ValueError, match="several processes need all of"):
-    processes.arguments_of(environ)
+    distributed.arguments_of(environ)
 
 
 def test_one_process_alone_is_left_alone(monkeypatch):
   for name in os.environ:
     if name.startswith(("JAX_COORD", "JAX_NUM_PROC", "SLURM_", "OMPI_")):
       monkeypatch.delenv(name)
-  with processes.joined():
+  with distributed.joined():
     assert not jax.distributed.is_initialized()
-  assert processes.everywhere(5).tolist() == [5]
-  with pytest.raises(KeyError), processes.together("nothing"):
+  assert distributed.everywhere(5).tolist() == [5]
+  with pytest.raises(KeyError), distributed.together("nothing"):
     raise KeyError

@@ -10,8 +10,7 @@ import pytest
 import sourcing
 from hypothesis import strategies as st
 
-from dpo_jax import comparisons, tokenizer
-from dpo_jax.rows import profiles
+from dpo_jax.data import preferences, tokenization, tokenizer
 
 ODD = [
   "👩🏽‍🚀",
@@ -49,11 +48,11 @@ def real(shared):
 
 def of(*texts):
   """Rows of (prompt, chosen, rejected), numbered."""
-  return [comparisons.Comparison(str(i), *row) for i, row in enumerate(texts)]
+  return [preferences.Comparison(str(i), *row) for i, row in enumerate(texts)]
 
 
 def run(words, rows, profile, max_length, max_prompt_length):
-  return profiles.tokenize(
+  return tokenization.tokenize(
     words,
     rows,
     profile=profile,

@@ -13,9 +13,10 @@ import pytest
 import running
 from jax import monitoring
 
-from dpo_jax import training
-from dpo_jax.rows import packing, placement
-from dpo_jax.running import loop, programs
+from dpo_jax.data import batch as batch_lib
+from dpo_jax.data import packing
+from dpo_jax.training import compile as compile_lib
+from dpo_jax.training import loop, train
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -53,7 +54,7 @@ def test_nothing_is_compiled_in_the_loop(tmp_path, monkeypatch, caplog):
     after.extend(compiling())
 
   monkeypatch.setattr(loop.Loop, "_loop", watched)
-  training.run(config, tmp_path / "run")
+  train.run(config, tmp_path / "run")
   for name in ("train_step", "eval_step"):
     assert sum(name in line for line in before) == 1
   assert after == before
@@ -62,15 +63,15 @@ def test_nothing_is_compiled_in_the_loop(tmp_path, monkeypatch, caplog):
 
 def test_a_shape_that_was_not_planned_is_compiled_when_it_comes(compiled):
   step = jax.jit(lambda x, batch: x + jnp.sum(batch.tokens))
-  how = placement.Packing("shared", 8, 1, 1, False, 1)
+  how = packing.Packing("shared", 8, 1, 1, False, 1)
   sizes = [
     jax.tree.map(
       lambda x: np.ones(x.shape, x.dtype),
-      packing._empty(how, placement.Shape(rows, 128), False),
+      batch_lib._empty(how, packing.Shape(rows, 128), False),
     )
     for rows in (2, 3)
   ]
-  ready = programs.ahead(step, (jnp.float32(0),), sizes[:1])
+  ready = compile_lib.ahead(step, (jnp.float32(0),), sizes[:1])
   assert len(compiled) > 0
   x = jnp.float32(1)
   del compiled[:]
@@ -84,9 +85,9 @@ def test_a_shape_that_was_not_planned_is_compiled_when_it_comes(compiled):
 
 SCRIPT = """
 import ctypes, resource, sys
-from dpo_jax.running import programs
+from dpo_jax.training import compile as compile_lib
 if "keep" in sys.argv:
-  programs.keep_freed_memory()
+  compile_lib.keep_freed_memory()
 library = ctypes.CDLL(None)
 library.malloc.restype = ctypes.c_void_p
 library.free.argtypes = [ctypes.c_void_p]
@@ -101,7 +102,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4):
   touch()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(programs.computed_at_call())
+print(compile_lib.computed_at_call())
 """
 # Of four blocks of 96 MiB, were each of their pages faulted in.
 ALL = 4 * 96 * 2**20 // os.sysconf("SC_PAGE_SIZE")
@@ -160,9 +161,9 @@ def test_programs_are_kept_where_the_config_says(told, tmp_path, monkeypatch):
   monkeypatch.setenv("HOME", str(tmp_path))
   try:
     jax.config.update("jax_compilation_cache_dir", told)
-    programs.keep("")
+    compile_lib.keep("")
     assert jax.config.jax_compilation_cache_dir == told
-    programs.keep("~/programs")
+    compile_lib.keep("~/programs")
     # What JAX was told goes before.
     wanted = told or str(tmp_path / "programs")
     assert jax.config.jax_compilation_cache_dir == wanted

@@ -10,19 +10,20 @@ import pytest
 import running
 import tiny
 
-from dpo_jax import attention, hf, model, partitioning, quantised, training
-from dpo_jax.engine import kv_cache
-from dpo_jax.running import assembly, programs
+from dpo_jax.core import sharding
+from dpo_jax.model import attention, gpt_neox, hf, kv_cache, quantization
+from dpo_jax.training import compile as compile_lib
+from dpo_jax.training import setup, train
 
 
 def test_a_kernel_by_hand():
   kernel = jnp.array([[1.0, -2.0, 0.0], [0.5, 4.0, 0.0]])
-  found = quantised.quantise(kernel, (0,))
+  found = quantization.quantise(kernel, (0,))
   np.testing.assert_allclose(found.scale, [[1 / 127, 4 / 127, 1 / 127]])
   # 0.5 * 127 and -2 * 127 / 4 lie halfway, and go to the even number.
   np.testing.assert_array_equal(found.values, [[127, -64, 0], [64, 127, 0]])
   np.testing.assert_allclose(
-    quantised.restore({"kernel": found}, jnp.float32)["kernel"],
+    quantization.restore({"kernel": found}, jnp.float32)["kernel"],
     [[1, -64 * 4 / 127, 0], [64 / 127, 4, 0]],
     rtol=1e-6,
   )
@@ -30,7 +31,7 @@ def test_a_kernel_by_hand():
 
 def test_each_output_channel_has_a_scale_and_half_of_it_is_the_error():
   full = tiny.weights(tiny.CONFIG)
-  kept = jax.jit(quantised.base)(full)
+  kept = jax.jit(quantization.base)(full)
   layers, width, mlp = 2, tiny.CONFIG.width, tiny.CONFIG.mlp_width
   channels = {
     "query_key_value": 3 * width,
@@ -38,7 +39,7 @@ def test_each_output_channel_has_a_scale_and_half_of_it_is_the_error():
     "dense_h_to_4h": mlp,
     "dense_4h_to_h": width,
   }
-  back = quantised.restore(kept, jnp.float32)["blocks"]
+  back = quantization.restore(kept, jnp.float32)["blocks"]
   for name, count in channels.items():
     kernel = kept["blocks"][name]["kernel"]
     assert kernel.values.dtype == jnp.int8
@@ -55,20 +56,20 @@ def test_each_output_channel_has_a_scale_and_half_of_it_is_the_error():
 @pytest.mark.parametrize(("bits", "widest"), [(8, 0), (32, 0), (32, 256)])
 def test_layers_apart_decode_as_the_stack_does(bits, widest, monkeypatch):
   """Their kernels lie turned; the sums are the same in another order."""
-  monkeypatch.setattr(model, "TURNED_WIDTH", widest)
+  monkeypatch.setattr(gpt_neox, "TURNED_WIDTH", widest)
   config = tiny.CONFIG
   base = tiny.weights(config)
-  base = jax.jit(quantised.base)(base) if bits == 8 else base
-  apart = model.apart(base)
+  base = jax.jit(quantization.base)(base) if bits == 8 else base
+  apart = gpt_neox.apart(base)
   kernel = apart["blocks"][1]["query_key_value"]["kernel"]
   kernel = kernel.values if bits == 8 else kernel
   assert kernel.shape == (3 * config.width, config.width)
   assert list(apart["unembed"]) == ["kernel" if widest else "words"]
-  cache = model.init_cache(config, 2, 4)
+  cache = gpt_neox.init_cache(config, 2, 4)
   found = []
   for weights, own in ((base, cache), (apart, kv_cache.split(cache))):
     for place in range(2):
-      hidden, own = model.apply(
+      hidden, own = gpt_neox.apply(
         config,
         weights,
         None,
@@ -78,23 +79,23 @@ def test_layers_apart_decode_as_the_stack_does(bits, widest, monkeypatch):
         cache=own,
         index=jnp.full((2,), place),
       )
-    found.append(model.unembed(weights, hidden))
+    found.append(gpt_neox.unembed(weights, hidden))
   # Some 1e-7 of logits near 1.
   np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)
 
 
 def test_the_model_computes_what_the_restored_weights_do():
   config = tiny.CONFIG
-  kept = jax.jit(quantised.base)(tiny.weights(config))
+  kept = jax.jit(quantization.base)(tiny.weights(config))
   tokens = jnp.arange(24).reshape(2, 12)
   places = jnp.broadcast_to(jnp.arange(12), (2, 12))
   segments = attention.Segments(jnp.ones_like(tokens), jnp.zeros_like(tokens))
 
   @jax.jit
   def hidden(base):
-    return model.apply(config, base, None, tokens, places, segments)[0]
+    return gpt_neox.apply(config, base, None, tokens, places, segments)[0]
 
-  restored = quantised.restore(kept, jnp.float32)
+  restored = quantization.restore(kept, jnp.float32)
   # The same numbers in another program.
   np.testing.assert_allclose(hidden(kept), hidden(restored), atol=1e-5, rtol=0)
   other = hidden(tiny.weights(config))
@@ -102,17 +103,17 @@ def test_the_model_computes_what_the_restored_weights_do():
 
 
 def test_it_lies_on_a_mesh_as_the_full_kernels_do():
-  mesh = partitioning.make_mesh(2, 2, 2)
+  mesh = sharding.make_mesh(2, 2, 2)
   full = tiny.weights(tiny.CONFIG)
-  found = programs.quantise(
-    jax.device_put(full, partitioning.shardings(full, mesh)), mesh
+  found = compile_lib.quantise(
+    jax.device_put(full, sharding.shardings(full, mesh)), mesh
   )
-  wanted = partitioning.shardings(full, mesh)
+  wanted = sharding.shardings(full, mesh)
   for name, part in found["blocks"].items():
     if "kernel" in part:
       lying = wanted["blocks"][name]["kernel"]
       assert part["kernel"].values.sharding == lying
-  alone = jax.jit(quantised.base)(full)
+  alone = jax.jit(quantization.base)(full)
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(alone), strict=True):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
@@ -135,10 +136,10 @@ def test_a_run_exports_adapters_on_the_weights_as_they_were(
   config = running.configs(files)(
     **{"model.param_dtype": "int8", "model.remat": "full"}
     | {"max_steps": updates, "eval_every": 0, "checkpoint_every": 0}
-    | {f"mesh.{name}": n for name, n in zip(partitioning.AXES, sizes)}
+    | {f"mesh.{name}": n for name, n in zip(sharding.AXES, sizes)}
   )
   run = tmp_path / "run"
-  training.run(config, run)
+  train.run(config, run)
   found = [row for row in running.read(run) if "loss" in row]
   # Policy and reference are one base.
   assert found[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -167,7 +168,7 @@ def test_a_base_that_changed_meanwhile_is_refused(files, tmp_path):
   config = running.configs(files)
   made = type("Made", (), {"mesh": None, "fingerprint": "0" * 16})
   with pytest.raises(ValueError, match="other weights than when the run began"):
-    assembly.weights_as_read(config(), made)
+    setup.weights_as_read(config(), made)
 
 
 @pytest.mark.parametrize(

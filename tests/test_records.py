@@ -12,8 +12,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from dpo_jax import records
-from dpo_jax.storage import locks, row_store
+from dpo_jax.io import jsonl, locks, records
 
 RESPONSE = records.Response(
   prompt_id="p1",
@@ -75,7 +74,7 @@ def line(**changes) -> bytes:
 def test_texts_survive_the_file(tmp_path, text):
   row = dataclasses.replace(RESPONSE, response=text)
   path = tmp_path / "rows.jsonl"
-  with row_store.Store(path, records.Response) as store:
+  with jsonl.Store(path, records.Response) as store:
     store.append(row)
     store.append(RESPONSE)
   assert records.read(path, records.Response) == [row, RESPONSE]
@@ -119,7 +118,7 @@ def test_a_cut_anywhere_loses_only_the_line_it_cuts(
   # A line that lacks its newline only is whole: JSON ends with its brace.
   ends = [sum(map(len, lines[: i + 1])) - 1 for i in range(len(lines))]
   kept = sum(end <= cut for end in ends)
-  with row_store.Store(path, records.Response) as store:
+  with jsonl.Store(path, records.Response) as store:
     assert store.rows == rows[:kept]
     store.append(RESPONSE)
   assert path.read_bytes() == b"".join(lines[:kept]) + records.encode(RESPONSE)
@@ -130,7 +129,7 @@ def test_store_says_what_it_cut(tmp_path, caplog):
   path.write_bytes(line() + line()[:30])
   with pytest.raises(ValueError, match=r"rows\.jsonl:2"):
     records.read(path, records.Response)
-  with row_store.Store(path, records.Response) as store:
+  with jsonl.Store(path, records.Response) as store:
     assert store.rows == [RESPONSE]
     assert store.cut_bytes == 30
   assert "30 bytes" in caplog.text
@@ -167,7 +166,7 @@ def test_bad_line_is_named_with_its_field(tmp_path, data, message):
   # A bad line in the middle is not an interrupted append: nothing is mended.
   with (
     pytest.raises(ValueError, match=r"rows\.jsonl:2"),
-    row_store.Store(path, records.Response),
+    jsonl.Store(path, records.Response),
   ):
     pass
   assert path.read_bytes() == line() + data + line()
@@ -187,7 +186,7 @@ def test_bad_line_is_named_with_its_field(tmp_path, data, message):
 def test_bad_row_is_refused_before_it_is_written(tmp_path, changes, message):
   path = tmp_path / "rows.jsonl"
   with (
-    row_store.Store(path, records.Response) as store,
+    jsonl.Store(path, records.Response) as store,
     pytest.raises(ValueError, match=message),
   ):
     store.append_many([RESPONSE, dataclasses.replace(RESPONSE, **changes)])
@@ -214,10 +213,10 @@ def test_the_last_verdict_of_a_unit_counts(tmp_path):
   missing = dataclasses.replace(VERDICT, verdict="missing", error="HTTP 500")
   other = dataclasses.replace(VERDICT, order="chosen_first")
   retest = dataclasses.replace(VERDICT, control="retest", score=None)
-  with row_store.Store(path, records.Verdict) as store:
+  with jsonl.Store(path, records.Verdict) as store:
     store.append_many([missing, other, retest, VERDICT])
   assert records.read(path, records.Verdict) == [other, retest, VERDICT]
-  with row_store.Store(path, records.Verdict) as store:
+  with jsonl.Store(path, records.Verdict) as store:
     assert store.rows == [missing, other, retest, VERDICT]
 
 
@@ -243,7 +242,7 @@ def test_the_fields_of_a_verdict_are_checked(changes, message):
 def test_a_full_disk_keeps_what_was_committed(tmp_path):
   """The size limit of a real process stands in for the size of a disk."""
   path = tmp_path / "rows.jsonl"
-  with row_store.Store(path, records.Response) as store:
+  with jsonl.Store(path, records.Response) as store:
     store.append(RESPONSE)
   before = path.read_bytes()
   code = f"""
@@ -288,14 +287,14 @@ with row_store.Store({str(path)!r}, records.Response) as store:
       assert holder.stdout.readline() == "held\n"
       with (
         pytest.raises(locks.Held, match=f"pid {holder.pid} on "),
-        row_store.Store(path, records.Response),
+        jsonl.Store(path, records.Response),
       ):
         pass
     finally:
       holder.send_signal(signal.SIGKILL)
   # The killed process left its lock file behind.
   assert path.with_name("rows.jsonl.lock").exists()
-  with row_store.Store(path, records.Response) as store:
+  with jsonl.Store(path, records.Response) as store:
     store.append(RESPONSE)
   assert f"stale lock of pid {holder.pid}" in caplog.text
   assert os.listdir(tmp_path) == ["rows.jsonl"]
@@ -339,7 +338,7 @@ with row_store.Store({str(path)!r}, records.Response) as store:
     told = [int(writer.stdout.readline()) for _ in range(20)]
     writer.send_signal(signal.SIGKILL)
     told += [int(number) for number in writer.stdout.read().split()]
-  with row_store.Store(path, records.Response) as store:
+  with jsonl.Store(path, records.Response) as store:
     numbers = [row.sample_id for row in store.rows]
   # What was said to be committed is there, in order, and at most one more.
   assert numbers[: len(told)] == told == list(range(len(told)))

@@ -15,7 +15,7 @@ import threading
 import planted
 import pytest
 
-from dpo_jax.interface import redaction
+from dpo_jax.core import redaction
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SECRET = "a secret/of words"
@@ -135,7 +135,7 @@ def test_a_hub_that_echoes_the_token(tmp_path):
   with echoing_hub() as (address, sent):
     done = planted.run(
       [
-        *(sys.executable, "-m", "dpo_jax.score", "--model=user/name"),
+        *(sys.executable, "-m", "dpo_jax", "score", "--model=user/name"),
         *("--pairs=pairs.jsonl", f"--output={tmp_path / 'out.jsonl'}"),
       ],
       env=os.environ

@@ -8,22 +8,25 @@ import numpy as np
 import pytest
 import tiny
 
-from dpo_jax import batches, losses, model, optim, partitioning, steps
-from dpo_jax.rows import packing, placement, tables
-from dpo_jax.running import reference
-from dpo_jax.weights import safetensors_files
+from dpo_jax.core import sharding
+from dpo_jax.data import batch as batch_lib
+from dpo_jax.data import loader, packing, token_table
+from dpo_jax.io import safetensors
+from dpo_jax.model import gpt_neox
+from dpo_jax.training import losses, optimizer, reference
+from dpo_jax.training import step as step_lib
 
 LORA = dataclasses.replace(
-  tiny.CONFIG, lora=model.LoraConfig(2, 4.0, 0.0, model.TARGETS)
+  tiny.CONFIG, lora=gpt_neox.LoraConfig(2, 4.0, 0.0, gpt_neox.TARGETS)
 )
-HOW = placement.Packing("shared", 40, 1, 1, False, 1)
+HOW = packing.Packing("shared", 40, 1, 1, False, 1)
 MADE_OF = {"data": "d" * 16, "model": "m" * 16, "dtype": "float32 of float32"}
 
 
 @pytest.fixture(scope="module")
 def pairs():
   """Pairs whose tokens do not lie in the items' order, some of them twice."""
-  table = tables.from_items(tiny.pairs(11, 3))
+  table = token_table.from_items(tiny.pairs(11, 3))
   return table.take([7, 0, 1, 9, 2, 7, 10, 4, 5])
 
 
@@ -33,8 +36,8 @@ def base():
 
 
 def compute(base, table, how=HOW, mesh=None, batch_size=4):
-  mesh = mesh or partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
-  packed = batches.in_order(table, how, batch_size=batch_size)
+  mesh = mesh or sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+  packed = loader.in_order(table, how, batch_size=batch_size)
   return reference.compute(tiny.CONFIG, base, packed, mesh)
 
 
@@ -64,15 +67,15 @@ def plain(base, tokens):
   size = tokens.shape[1]
   mask = jax.numpy.tril(jax.numpy.ones((1, size, size), bool))
   places = jax.numpy.arange(size)[None]
-  hidden, _ = model.apply(tiny.CONFIG, base, None, tokens, places, mask)
-  return model.unembed(base, hidden)
+  hidden, _ = gpt_neox.apply(tiny.CONFIG, base, None, tokens, places, mask)
+  return gpt_neox.unembed(base, hidden)
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_layout_mesh_and_batch_change_nothing(base, pairs, logps, layout):
-  mesh = partitioning.make_mesh(4, 2, 1)
+  mesh = sharding.make_mesh(4, 2, 1)
   how = dataclasses.replace(HOW, layout=layout, shards=8)
-  lying = jax.device_put(base, partitioning.shardings(base, mesh))
+  lying = jax.device_put(base, sharding.shardings(base, mesh))
   found = compute(lying, pairs, how, mesh, batch_size=3)
   np.testing.assert_allclose(found, logps, rtol=0, atol=1e-5)
 
@@ -80,26 +83,26 @@ def test_layout_mesh_and_batch_change_nothing(base, pairs, logps, layout):
 @pytest.mark.parametrize("with_lora", [True, False])
 def test_a_step_gives_the_same_with_them(base, pairs, logps, with_lora):
   config = LORA if with_lora else tiny.CONFIG
-  objective = steps.Objective(
+  objective = step_lib.Objective(
     "dpo", losses.LossSettings("sigmoid", 0.5, 0.0), 4
   )
-  tx = optim.make(
-    optim.OptimizerSettings(
+  tx = optimizer.make(
+    optimizer.OptimizerSettings(
       "adamw", 0.01, "constant", 0, 0.0, 0.9, 0.99, 1e-8, 1.0
     ),
     9,
-    steps.trainable(config),
+    step_lib.trainable(config),
   )
   adapters = tiny.adapters(LORA) if with_lora else {}
   # Somewhere else than the reference, in full fine-tuning too.
   policy = base if with_lora else tiny.weights(tiny.CONFIG, 5)
-  state = steps.init_state(policy, adapters, tx)
-  step = jax.jit(steps.make_train_step(config, objective, tx, 0))
+  state = step_lib.init_state(policy, adapters, tx)
+  step = jax.jit(step_lib.make_train_step(config, objective, tx, 0))
   taken = pairs.take([3, 5, 0, 8, 1, 1, 6, 2])
   how = dataclasses.replace(HOW, microbatches=2)
   spread = reference.spread(pairs, logps)
-  computed, _ = packing.pack(taken, how)
-  kept, _ = packing.pack(taken, how, spread)
+  computed, _ = batch_lib.pack(taken, how)
+  kept, _ = batch_lib.pack(taken, how, spread)
   other = None if with_lora else base
   wanted_state, wanted = step(state, other, computed)
   # Without any reference: what is kept is all that is needed.
@@ -109,11 +112,11 @@ def test_a_step_gives_the_same_with_them(base, pairs, logps, with_lora):
   for name, value in wanted.items():
     assert float(found[name]) == pytest.approx(float(value), abs=1e-5), name
   found, wanted = (
-    jax.tree_util.tree_leaves_with_path(s.params[steps.trainable(config)])
+    jax.tree_util.tree_leaves_with_path(s.params[step_lib.trainable(config)])
     for s in (found_state, wanted_state)
   )
   for (path, a), (_, b) in zip(found, wanted, strict=True):
-    if partitioning.path_name(path).endswith("query_key_value/bias"):
+    if sharding.path_name(path).endswith("query_key_value/bias"):
       # A key's bias has no gradient but rounding, which Adam makes a step.
       continue
     # A step is 0.01; Adam magnifies the rounding of small gradients.
@@ -172,10 +175,10 @@ def test_log_probs_that_are_not_finite_are_not_kept(tmp_path, logps):
 
 def two():
   """Five prompt tokens and six of responses, and their log-probs."""
-  table = tables.from_items(
+  table = token_table.from_items(
     [
-      tables.Pair("a", (5, 6), (7,), (8, 9)),
-      tables.Pair("b", (3, 3, 3), (4,), (2, 1)),
+      token_table.Pair("a", (5, 6), (7,), (8, 9)),
+      token_table.Pair("b", (3, 3, 3), (4,), (2, 1)),
     ]
   )
   return table, -np.arange(1, 7, dtype=np.float32)
@@ -195,13 +198,13 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
   path = tmp_path / "train.safetensors"
   sha256 = {"sha256": reference._hash(values)}
   for metadata in (sha256, sha256 | {"kind": "other"}):
-    safetensors_files.write(
+    safetensors.write(
       path, [("logps", values.dtype, values.shape)], [values], metadata
     )
     with pytest.raises(ValueError, match="holds no reference log-probs"):
       reference.load(path, table, {})
   # Of the right kind, but without its hash.
-  safetensors_files.write(
+  safetensors.write(
     path,
     [("logps", values.dtype, values.shape)],
     [values],
@@ -229,21 +232,21 @@ def test_in_bfloat16_they_are_those_of_the_step():
     tiny.CONFIG, dtype="bfloat16", heads=4, mlp_width=64, vocab_size=512
   )
   lora = dataclasses.replace(
-    config, lora=model.LoraConfig(2, 4.0, 0.0, model.TARGETS)
+    config, lora=gpt_neox.LoraConfig(2, 4.0, 0.0, gpt_neox.TARGETS)
   )
-  table = tables.from_items(tiny.pairs(4, 0, (32, 64), (32, 64), config))
-  how = placement.Packing("shared", 256, 1, 1, False, 1)
+  table = token_table.from_items(tiny.pairs(4, 0, (32, 64), (32, 64), config))
+  how = packing.Packing("shared", 256, 1, 1, False, 1)
   base = tiny.weights(config)
-  mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
+  mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
   # The very batch of the step.
-  packed = batches.in_order(table, how, batch_size=4)
+  packed = loader.in_order(table, how, batch_size=4)
   kept = reference.spread(table, reference.compute(config, base, packed, mesh))
-  batch, _ = packing.pack(table, how, kept)
+  batch, _ = batch_lib.pack(table, how, kept)
   loss = losses.LossSettings("sigmoid", 5.0, 0.0)
   evaluate = jax.jit(
-    steps.make_eval_step(lora, steps.Objective("dpo", loss, 4)),
-    compiler_options=steps.COMPILER_OPTIONS,
+    step_lib.make_eval_step(lora, step_lib.Objective("dpo", loss, 4)),
+    compiler_options=step_lib.COMPILER_OPTIONS,
   )
-  adapters = model.init_lora(lora, jax.random.key(1))
+  adapters = gpt_neox.init_lora(lora, jax.random.key(1))
   found = evaluate({"base": base, "lora": adapters}, None, batch)
   assert float(found["loss"]) / 4 == pytest.approx(np.log(2), abs=1e-6)

@@ -12,9 +12,9 @@ import PIL.Image
 import pytest
 import reported
 
-from dpo_jax import figures, records, report, winrates
-from dpo_jax.interface import markdown
-from dpo_jax.reporting import compose
+from dpo_jax import winrates
+from dpo_jax.io import markdown, records
+from dpo_jax.report import compose, figures, report
 
 COLUMNS = ("model", "step", "temperature", "n", "win_rate", "low", "high")
 # Each tries to leave its cell, to add markup, or to hide something.

@@ -12,19 +12,12 @@ import numpy as np
 import pytest
 import running
 
-from dpo_jax import (
-  comparisons,
-  hf,
-  model,
-  records,
-  sampling,
-  sources,
-  tokenizer,
-  training,
-)
-from dpo_jax.answering import grid
-from dpo_jax.engine import decoding, draw, stops
-from dpo_jax.running import samples
+from dpo_jax.data import preferences, sources, tokenizer
+from dpo_jax.io import records
+from dpo_jax.model import gpt_neox, hf
+from dpo_jax.sampling import decode, draw, jobs, stop
+from dpo_jax.sampling import sampler as sampler_lib
+from dpo_jax.training import eval_samples, train
 
 # Three prompts of six, at steps 0, 3, 6 and, the last, 7.
 ASKED = {
@@ -74,13 +67,13 @@ def sampled(config, programs, tmp_path_factory):
   """An uninterrupted run with samples."""
   workdir = tmp_path_factory.mktemp("sampled") / "run"
   with compiled() as names:
-    training.run(config(**ASKED, **{"trackers.use": ["csv"]}), workdir)
+    train.run(config(**ASKED, **{"trackers.use": ["csv"]}), workdir)
   programs += names
   return workdir
 
 
 def rows(workdir):
-  return records.read(workdir / samples.FILE, records.Response)
+  return records.read(workdir / eval_samples.FILE, records.Response)
 
 
 def test_the_first_prompts_are_answered_at_every_interval(sampled, files):
@@ -104,9 +97,9 @@ def generated(config, base, lora, files, wanted):
   """The rows with the answers of weights that were read from files."""
   words = tokenizer.load(files / "tokenizer")
   requests = [
-    sampling.Request(
+    sampler_lib.Request(
       tuple(words.encode(row.prompt)[-16:]),
-      sampling.stream(row.prompt_id),
+      sampler_lib.stream(row.prompt_id),
       0,
       0.7,
       0,
@@ -115,9 +108,11 @@ def generated(config, base, lora, files, wanted):
     )
     for row in wanted
   ]
-  engine = sampling.Engine(8, 64, 4096, 32, 0, "float32", 1.0, 5)
+  engine = sampler_lib.Engine(8, 64, 4096, 32, 0, "float32", 1.0, 5)
   made = {}
-  for ended in sampling.generate(config, base, lora, words, requests, engine):
+  for ended in sampler_lib.generate(
+    config, base, lora, words, requests, engine
+  ):
     made |= dict(ended)
   return [
     dataclasses.replace(
@@ -151,7 +146,7 @@ def test_training_is_what_it_is_without_them(
   sampled, programs, config, tmp_path
 ):
   with compiled() as plain:
-    training.run(config(), tmp_path / "run")
+    train.run(config(), tmp_path / "run")
 
   def count(names, name):
     return sum(name in one for one in names)
@@ -161,7 +156,7 @@ def test_training_is_what_it_is_without_them(
   assert count(programs, "train_step") == count(plain, "train_step") >= 1
   assert count(programs, "eval_step") == count(plain, "eval_step") >= 1
   assert (count(programs, "advance"), count(plain, "advance")) == (1, 0)
-  assert not (tmp_path / "run" / samples.FILE).exists()
+  assert not (tmp_path / "run" / eval_samples.FILE).exists()
   assert running.read(sampled) == running.read(tmp_path / "run")
   assert running.weights(sampled) == running.weights(tmp_path / "run")
 
@@ -171,7 +166,7 @@ def test_trackers_get_a_table(sampled):
     path = sampled / "tables" / f"samples-{step:06d}.csv"
     with path.open(newline="") as file:
       head, *lines = csv.reader(file)
-    assert tuple(head) == samples.COLUMNS
+    assert tuple(head) == eval_samples.COLUMNS
     own = [row for row in rows(sampled) if row.step == step]
     assert [line[:4] for line in lines] == [
       [row.prompt, row.response, row.chosen, str(row.token_count)]
@@ -186,13 +181,13 @@ def test_trackers_get_a_table(sampled):
 def asked(monkeypatch):
   """One entry for each time that the policy is sampled."""
   calls = []
-  generate = sampling.generate
+  generate = sampler_lib.generate
 
   def counting(*arguments):
     calls.append(1)
     return generate(*arguments)
 
-  monkeypatch.setattr(sampling, "generate", counting)
+  monkeypatch.setattr(sampler_lib, "generate", counting)
   return calls
 
 
@@ -203,20 +198,20 @@ def test_going_on_gives_the_same_file(
   sampled, config, tmp_path, monkeypatch, asked, step, again
 ):
   """From the checkpoint of step 4, or from that of 6, whose rows are there."""
-  whole = (sampled / samples.FILE).read_bytes()
+  whole = (sampled / eval_samples.FILE).read_bytes()
   lines = whole.splitlines(keepends=True)
   workdir = tmp_path / "run"
   with monkeypatch.context() as patch:
     running.at_step(patch, step, running.interrupt)
     with pytest.raises(KeyboardInterrupt):
-      training.run(config(**ASKED), workdir)
-  path = workdir / samples.FILE
+      train.run(config(**ASKED), workdir)
+  path = workdir / eval_samples.FILE
   assert path.read_bytes() == b"".join(lines[: 6 if step == 5 else 9])
   if step == 5:
     # What a kill after step 6, while its rows were appended, leaves.
     path.write_bytes(b"".join(lines[:7]) + lines[7][:40])
   asked.clear()
-  training.run(config(**ASKED), workdir)
+  train.run(config(**ASKED), workdir)
   assert path.read_bytes() == whole
   # Nothing that was there is made again.
   assert len(asked) == again
@@ -241,14 +236,14 @@ def test_going_on_gives_the_same_file(
 def test_what_a_run_that_goes_on_finds(
   sampled, tmp_path, left, start, kept, there
 ):
-  lines = (sampled / samples.FILE).read_bytes().splitlines(keepends=True)
-  path = tmp_path / samples.FILE
+  lines = (sampled / eval_samples.FILE).read_bytes().splitlines(keepends=True)
+  path = tmp_path / eval_samples.FILE
   path.write_bytes(b"".join(lines[:left]) + b"".join(lines[left:])[:40])
   prompts = [
-    grid.Prompt(comparisons.Comparison(row.prompt_id, "", "", ""), (2,), 0)
+    jobs.Prompt(preferences.Comparison(row.prompt_id, "", "", ""), (2,), 0)
     for row in rows(sampled)[:3]
   ]
-  sampler = samples.Sampler(path, None, None, tuple(prompts))
+  sampler = eval_samples.Sampler(path, None, None, tuple(prompts))
   assert sampler._trim(start) is there
   assert path.read_bytes() == b"".join(lines[:kept])
 
@@ -258,7 +253,7 @@ def test_stopped_between_two_answers(sampled, config, tmp_path, monkeypatch):
   """A request to stop during samples loses neither a row nor the step."""
   changes = config(**ASKED)
   workdir = tmp_path / "run"
-  generate = sampling.generate
+  generate = sampler_lib.generate
   seen = []
 
   def stopping(*arguments):
@@ -269,13 +264,13 @@ def test_stopped_between_two_answers(sampled, config, tmp_path, monkeypatch):
       yield ended
 
   with monkeypatch.context() as patch:
-    patch.setattr(sampling, "generate", stopping)
+    patch.setattr(sampler_lib, "generate", stopping)
     with pytest.raises(Exception, match="after step 3, which is saved"):
-      training.run(changes, workdir)
+      train.run(changes, workdir)
   assert {row.step for row in rows(workdir)} == {0}
-  training.run(changes, workdir)
-  assert (workdir / samples.FILE).read_bytes() == (
-    sampled / samples.FILE
+  train.run(changes, workdir)
+  assert (workdir / eval_samples.FILE).read_bytes() == (
+    sampled / eval_samples.FILE
   ).read_bytes()
 
 
@@ -283,7 +278,7 @@ def test_stopped_between_two_answers(sampled, config, tmp_path, monkeypatch):
 def test_killed_and_run_again(sampled, config, tmp_path):
   """A process of its own, by SIGKILL as soon as the rows of step 3 begin."""
   workdir = tmp_path / "run"
-  path = workdir / samples.FILE
+  path = workdir / eval_samples.FILE
 
   def begun():
     return path.exists() and path.read_bytes().count(b"\n") > 3
@@ -292,9 +287,9 @@ def test_killed_and_run_again(sampled, config, tmp_path):
     child.until(begun)
     child.process.kill()
     assert child.end() == -signal.SIGKILL
-  assert path.read_bytes() != (sampled / samples.FILE).read_bytes()
-  training.run(config(**ASKED), workdir)
-  assert path.read_bytes() == (sampled / samples.FILE).read_bytes()
+  assert path.read_bytes() != (sampled / eval_samples.FILE).read_bytes()
+  train.run(config(**ASKED), workdir)
+  assert path.read_bytes() == (sampled / eval_samples.FILE).read_bytes()
 
 
 # --- refused
@@ -310,10 +305,10 @@ def test_settings_that_make_no_sense_are_refused(config):
 def test_lengths_that_the_model_does_not_have_are_refused(config, tmp_path):
   long = ASKED | {"samples.max_prompt_tokens": 59}
   with pytest.raises(ValueError, match="pass the model's 64 positions"):
-    training.run(config(**long), tmp_path / "run")
+    train.run(config(**long), tmp_path / "run")
   # Before anything is compiled or written.
   assert not (tmp_path / "run" / "config.json").exists()
-  assert not (tmp_path / "run" / samples.FILE).exists()
+  assert not (tmp_path / "run" / eval_samples.FILE).exists()
 
 
 # --- what is shared
@@ -342,7 +337,7 @@ def pointers(tree):
 def test_the_weights_are_those_of_the_step(config, tmp_path, monkeypatch, kind):
   """The very buffers, on the training mesh, and no other of their shapes."""
   changes = ASKED | kind | {"max_steps": 3}
-  write, advance, read = samples.Sampler.write, decoding.advance, decoding.read
+  write, advance, read = eval_samples.Sampler.write, decode.advance, decode.read
   trained, used, alive = [], [], []
 
   def kernels(tree):
@@ -367,10 +362,10 @@ def test_the_weights_are_those_of_the_step(config, tmp_path, monkeypatch, kind):
     alive[-1].append(kernels(base))
     return state
 
-  monkeypatch.setattr(samples.Sampler, "write", writing)
-  monkeypatch.setattr(decoding, "read", reading)
-  monkeypatch.setattr(decoding, "advance", advancing)
-  training.run(config(**changes), tmp_path / "run")
+  monkeypatch.setattr(eval_samples.Sampler, "write", writing)
+  monkeypatch.setattr(decode, "read", reading)
+  monkeypatch.setattr(decode, "advance", advancing)
+  train.run(config(**changes), tmp_path / "run")
   # Before the first step, and after the third, the last.
   assert len(trained) == 2
   assert used == [True] * 4
@@ -383,7 +378,7 @@ def test_the_weights_are_those_of_the_step(config, tmp_path, monkeypatch, kind):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_decoding_makes_no_copy_of_the_weights(dtype):
   """Of what a compiled chunk of steps needs beside its arguments."""
-  config = model.ModelConfig(
+  config = gpt_neox.ModelConfig(
     vocab_size=8192,
     width=512,
     layers=6,
@@ -395,14 +390,14 @@ def test_decoding_makes_no_copy_of_the_weights(dtype):
     max_positions=512,
     dtype=dtype,
   )
-  base = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
+  base = jax.eval_shape(lambda: gpt_neox.init(config, jax.random.key(0)))
   how = draw.ways({(1.0, 0, 1.0)}, 8192)
   # With layers apart, as small models are decoded on a CPU, blocks are copied.
-  program = decoding.Program(config, 64, 16, 0, 8192, how, dtype, "stacked")
-  state = jax.eval_shape(lambda: decoding.empty(program, 8, 64))
-  table = jax.ShapeDtypeStruct((8192, stops.TURN + 1), np.int8)
+  program = decode.Program(config, 64, 16, 0, 8192, how, dtype, "stacked")
+  state = jax.eval_shape(lambda: decode.empty(program, 8, 64))
+  table = jax.ShapeDtypeStruct((8192, stop.TURN + 1), np.int8)
   count = jax.ShapeDtypeStruct((), np.int32)
-  compiled = decoding.advance.lower(
+  compiled = decode.advance.lower(
     program, 64, base, None, state, table, count, count
   ).compile()
   needed = compiled.memory_analysis().temp_size_in_bytes

@@ -16,24 +16,11 @@ import tiny
 import torch
 import transformers
 
-from dpo_jax import (
-  attention,
-  hf,
-  lora,
-  partitioning,
-  sampling,
-  score,
-  sources,
-  tokenizer,
-)
-from dpo_jax.engine import (
-  capacity,
-  decoding,
-  draw,
-  kv_cache,
-  slots,
-  stops,
-)
+from dpo_jax.core import sharding
+from dpo_jax.data import sources, tokenizer
+from dpo_jax.model import attention, hf, kv_cache, lora
+from dpo_jax.sampling import capacity, decode, draw, sampler, scheduler, stop
+from dpo_jax.training import score
 
 PROMPTS = (
   "\n\nHuman: Hi!\n\nAssistant:",
@@ -67,15 +54,15 @@ def engine(**changes):
     "cache_gib": 0.5,
     "seed": 3,
   }
-  return sampling.Engine(**(fields | changes))
+  return sampler.Engine(**(fields | changes))
 
 
 def requests_for(tok, texts=PROMPTS, temperatures=(0.0, 1.0), **changes):
   fields = {"sample_id": 0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 24}
   return [
-    sampling.Request(
+    sampler.Request(
       prompt=tuple(tok.encode(text)),
-      stream=sampling.stream(text),
+      stream=sampler.stream(text),
       temperature=temperature,
       **(fields | changes),
     )
@@ -88,7 +75,7 @@ def run(policy, tok, requests, how=None, mesh=None, adapters=None):
   """Samples in the order of the requests."""
   config, base = policy
   out = {}
-  for batch in sampling.generate(
+  for batch in sampler.generate(
     config, base, adapters, tok, requests, how or engine(), mesh
   ):
     out.update(batch)
@@ -199,7 +186,7 @@ def test_first_token_of_the_engine_follows_softmax(noisy, tok):
   tokens = [s.tokens[0] for s in run(noisy, tok, requests, how)]
   ids = jnp.asarray([prompt.prompt])
   length = ids.shape[1]
-  hidden, _ = sampling.model.apply(
+  hidden, _ = sampler.gpt_neox.apply(
     config,
     base,
     None,
@@ -207,7 +194,7 @@ def test_first_token_of_the_engine_follows_softmax(noisy, tok):
     jnp.arange(length)[None],
     jnp.tril(jnp.ones((length, length), bool))[None],
   )
-  logits = np.asarray(sampling.model.unembed(base, hidden[0, -1]), np.float64)
+  logits = np.asarray(sampler.gpt_neox.unembed(base, hidden[0, -1]), np.float64)
   weights = np.exp(logits[: tok.vocab_size] / temperature)
   expected = count * weights / weights.sum()
   seen = np.bincount(tokens, minlength=tok.vocab_size)
@@ -224,7 +211,7 @@ def test_first_token_of_the_engine_follows_softmax(noisy, tok):
 
 def one_answer(tok, chain, limit=24, chunk=8):
   policy = scripted.scripted(tok, [chain])
-  request = sampling.Request((chain[0],), 0, 0, 0.0, 0, 1.0, limit)
+  request = sampler.Request((chain[0],), 0, 0, 0.0, 0, 1.0, limit)
   (sample,) = run(policy, tok, [request], engine(chunk=chunk))
   return sample
 
@@ -232,18 +219,18 @@ def one_answer(tok, chain, limit=24, chunk=8):
 def test_stops_at_eos(tok):
   a, b, c = (tok.encode(text)[0] for text in "?ab")
   sample = one_answer(tok, [a, b, c, tok.eos_id])
-  assert sample == sampling.Sample((b, c, tok.eos_id), "ab", "eos")
+  assert sample == sampler.Sample((b, c, tok.eos_id), "ab", "eos")
 
 
 def test_an_empty_answer_is_an_answer(tok):
   sample = one_answer(tok, [tok.encode("?")[0], tok.eos_id])
-  assert sample == sampling.Sample((tok.eos_id,), "", "eos")
+  assert sample == sampler.Sample((tok.eos_id,), "", "eos")
 
 
 def test_stops_at_its_length(tok):
   a, b = (tok.encode(text)[0] for text in "?a")
   sample = one_answer(tok, [a, b], limit=5)
-  assert sample == sampling.Sample((b,) * 5, "aaaaa", "length")
+  assert sample == sampler.Sample((b,) * 5, "aaaaa", "length")
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 8])
@@ -256,7 +243,7 @@ def test_stops_at_a_human_turn_in_any_tokenisation(tok, chunk):
     assert tok.decode(turn) == "\n\nHuman:"
     sample = one_answer(tok, [start, first, *turn, after], chunk=chunk)
     # What was generated behind the turn in the same chunk is not counted.
-    assert sample == sampling.Sample((first, *turn), "!", "turn")
+    assert sample == sampler.Sample((first, *turn), "!", "turn")
 
 
 def test_a_turn_before_eos_is_a_turn(tok):
@@ -264,7 +251,7 @@ def test_a_turn_before_eos_is_a_turn(tok):
   vocabulary = tok.backend.get_vocab()
   turn = [vocabulary[piece] for piece in ("ĊĊ", "Human", ":")]
   sample = one_answer(tok, [start, first, *turn, tok.eos_id])
-  assert sample == sampling.Sample((first, *turn), "!", "turn")
+  assert sample == sampler.Sample((first, *turn), "!", "turn")
 
 
 # What an answer does not depend on.
@@ -348,13 +335,13 @@ def test_rows_that_share_prompts_answer_as_rows_with_their_own(
   own = run(noisy, tok, uneven, how)
   assert len({len(sample.tokens) for sample in own}) > 9
   seated = []
-  take = slots.Seating.take
+  take = scheduler.Seating.take
 
   def watched(self, *arguments):
     seated.append(take(self, *arguments))
     return seated[-1]
 
-  monkeypatch.setattr(slots.Seating, "take", watched)
+  monkeypatch.setattr(scheduler.Seating, "take", watched)
   monkeypatch.setattr(capacity, "_places", places)
   monkeypatch.setattr(capacity, "_PROMPTS", 1 / 2)
   told = run(noisy, tok, uneven, how)
@@ -390,7 +377,7 @@ def test_layers_are_apart_on_one_device_only(noisy):
   """Over several of a CPU, their collectives could wait for each other."""
   config, _ = noisy
   one, eight = (
-    partitioning.make_mesh(n, 1, 1, devices=jax.devices()[:n]) for n in (1, 8)
+    sharding.make_mesh(n, 1, 1, devices=jax.devices()[:n]) for n in (1, 8)
   )
   found = [capacity._cache_layout(config, mesh) for mesh in (None, one, eight)]
   assert found == ["apart", "apart", "stacked"]
@@ -457,8 +444,8 @@ def test_a_cache_that_a_tpu_would_pad_is_folded_or_counted(noisy):
 def test_a_step_copies_no_cache(noisy, tok, places):
   """Keys and values are written in place, and read where they lie."""
   config, base = noisy
-  together = decoding.Shared(12, places, 72) if places else None
-  program = decoding.Program(
+  together = decode.Shared(12, places, 72) if places else None
+  program = decode.Program(
     config=config,
     slots=96,
     room=8,
@@ -469,15 +456,15 @@ def test_a_step_copies_no_cache(noisy, tok, places):
     layout="apart",
     shared=together,
   )
-  state = jax.eval_shape(lambda: decoding.empty(program, 32, 96, 72))
+  state = jax.eval_shape(lambda: decode.empty(program, 32, 96, 72))
   number = jax.ShapeDtypeStruct((), jnp.int32)
-  table = jax.ShapeDtypeStruct((tok.vocab_size, stops.TURN + 1), jnp.int8)
-  apart = jax.eval_shape(decoding.apart, base, None)
+  table = jax.ShapeDtypeStruct((tok.vocab_size, stop.TURN + 1), jnp.int8)
+  apart = jax.eval_shape(decode.apart, base, None)
   seats = None
   if together is not None:
-    seats = slots.Seating(together, 32).seats(72)
+    seats = scheduler.Seating(together, 32).seats(72)
   arguments = (*apart, state, table, number, number, seats)
-  compiled = decoding.advance.lower(program, 96, *arguments).compile()
+  compiled = decode.advance.lower(program, 96, *arguments).compile()
   text = compiled.as_text()
   # Rows or prompts, heads, and slots and head dim in either order, as a result.
   shapes = [r"32,2,(96,16|16,96)"] + [r"12,2,(72,16|16,72)"] * bool(places)
@@ -504,8 +491,8 @@ def test_tokens_do_not_depend_on_the_mesh(noisy, tok, grid, told, sizes):
   config, base = noisy
   # The vocabulary is split over the tensor axis, so it must be even.
   assert config.vocab_size % sizes[2] == 0
-  mesh = partitioning.make_mesh(*sizes)
-  base = jax.device_put(base, partitioning.shardings(base, mesh))
+  mesh = sharding.make_mesh(*sizes)
+  base = jax.device_put(base, sharding.shardings(base, mesh))
   assert run((config, base), tok, grid, mesh=mesh) == told
 
 
@@ -513,9 +500,9 @@ def test_adapters_beside_the_base_change_answers(noisy, tok, grid, told):
   config, base = noisy
   config = dataclasses.replace(
     config,
-    lora=sampling.model.LoraConfig(4, 8.0, 0.1, sampling.model.TARGETS),
+    lora=sampler.gpt_neox.LoraConfig(4, 8.0, 0.1, sampler.gpt_neox.TARGETS),
   )
-  zero = sampling.model.init_lora(config, jax.random.key(0))
+  zero = sampler.gpt_neox.init_lora(config, jax.random.key(0))
   # A fresh adapter has B = 0, which gives the base.
   assert run((config, base), tok, grid, adapters=zero) == told
   moved = jax.tree.map(lambda x: x + 0.05, zero)
@@ -527,7 +514,7 @@ def test_a_stack_answers_as_its_adapters_do_one_by_one(noisy, tok, grid, told):
   config, base = noisy
   config = dataclasses.replace(
     config,
-    lora=sampling.model.LoraConfig(4, 8.0, 0.1, sampling.model.TARGETS),
+    lora=sampler.gpt_neox.LoraConfig(4, 8.0, 0.1, sampler.gpt_neox.TARGETS),
   )
   own = [tiny.adapters(config, seed) for seed in (1, 2, 3)]
   stack = lora.stack(config, own)
@@ -536,11 +523,11 @@ def test_a_stack_answers_as_its_adapters_do_one_by_one(noisy, tok, grid, told):
     for request in grid
     for adapter in (2, -1, 0)
   ]
-  before = decoding.advance._cache_size()
+  before = decode.advance._cache_size()
   together = run(
     (config, base), tok, mixed, engine(batch_size=16), adapters=stack
   )
-  assert decoding.advance._cache_size() == before + 1
+  assert decode.advance._cache_size() == before + 1
   assert together[1::3] == told
   for at, adapter in ((0, 2), (2, 0)):
     alone = run((config, base), tok, grid, adapters=own[adapter])
@@ -548,7 +535,7 @@ def test_a_stack_answers_as_its_adapters_do_one_by_one(noisy, tok, grid, told):
 
 
 def test_log_probs_equal_scoring_the_answer_afterwards(noisy, tok, tmp_path):
-  """A file of answers, scored as a user would: python -m dpo_jax.score."""
+  """A file of answers, scored as a user would: python -m dpo_jax score."""
   config, base = noisy
   hf.export(tmp_path / "model", config, base, tok)
   requests = [
@@ -631,10 +618,10 @@ def test_slots_fit_the_memory(noisy):
 def test_a_policy_of_the_same_shape_is_not_compiled_again(noisy, tok, grid):
   config, base = noisy
   run(noisy, tok, grid)
-  before = decoding.read._cache_size(), decoding.advance._cache_size()
+  before = decode.read._cache_size(), decode.advance._cache_size()
   other = jax.tree.map(lambda x: x * 1.1, base)
   run((config, other), tok, grid, engine(seed=4))
-  after = decoding.read._cache_size(), decoding.advance._cache_size()
+  after = decode.read._cache_size(), decode.advance._cache_size()
   assert after == before
 
 
@@ -643,9 +630,7 @@ def test_a_policy_of_the_same_shape_is_not_compiled_again(noisy, tok, grid):
 
 def test_plan_groups_rows_of_a_prompt_and_puts_long_prompts_first():
   def request(length, sample_id, adapter=-1):
-    return sampling.Request(
-      (5,) * length, 0, sample_id, 1.0, 0, 1.0, 4, adapter
-    )
+    return sampler.Request((5,) * length, 0, sample_id, 1.0, 0, 1.0, 4, adapter)
 
   requests = [request(3, 0), request(17, 0), request(3, 1), request(4, 0)]
   requests += [request(3, 0, adapter=2), request(4, 9), request(16, 3)]
@@ -686,21 +671,19 @@ def test_refuses_parameters(changes, message):
     "max_new_tokens": 4,
   }
   with pytest.raises(ValueError, match=message):
-    sampling.Request(**(fields | changes))
+    sampler.Request(**(fields | changes))
 
 
 def test_refuses_what_does_not_fit(noisy, tok):
   config, base = noisy
-  long = [sampling.Request((5,) * 240, 0, 0, 1.0, 0, 1.0, 24)]
+  long = [sampler.Request((5,) * 240, 0, 0, 1.0, 0, 1.0, 24)]
   with pytest.raises(ValueError, match=r"240 prompt tokens .* 256 positions"):
     run(noisy, tok, long)
   short = requests_for(tok)
   with pytest.raises(ValueError, match="name adapter 2, but"):
     run(noisy, tok, [dataclasses.replace(short[0], adapter=2)])
   with pytest.raises(ValueError, match="batch_size=6 must be a multiple"):
-    run(
-      noisy, tok, short, engine(batch_size=6), partitioning.make_mesh(8, 1, 1)
-    )
+    run(noisy, tok, short, engine(batch_size=6), sharding.make_mesh(8, 1, 1))
   with pytest.raises(ValueError, match="do not belong together"):
     run(
       (dataclasses.replace(config, vocab_size=20), base), tok, requests_for(tok)

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import scaling
-from dpo_jax.planning import mean_items
+from dpo_jax.plan import mean_batch
 
 
 @pytest.mark.parametrize(
@@ -14,7 +14,7 @@ from dpo_jax.planning import mean_items
 def test_a_chip_has_at_most_two_rows(shards, microbatches, rows):
   run = scaling.run_of("14m", "lora", shards)
   assert run.microbatches == microbatches
-  assert mean_items.rows_of(run, 64 // microbatches, shards) == rows
+  assert mean_batch.rows_of(run, 64 // microbatches, shards) == rows
 
 
 @pytest.mark.parametrize("kind", scaling.KINDS)

@@ -9,7 +9,8 @@ import torch
 import torch_weights
 import transformers
 
-from dpo_jax import score, sources, tokenizer
+from dpo_jax.data import sources, tokenizer
+from dpo_jax.training import score
 
 LAYERS, WIDTH, VOCABULARY = 2, 64, 50304
 # peft asks transformers by a name that transformers 5 has deprecated.

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from dpo_jax.interface import settings
+from dpo_jax.core import settings
 
 
 @dataclasses.dataclass(frozen=True)

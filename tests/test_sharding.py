@@ -14,13 +14,17 @@ import tiny
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax import losses, model, partitioning, steps
-from dpo_jax.rows import packing, placement
+from dpo_jax.core import sharding
+from dpo_jax.data import batch as batch_lib
+from dpo_jax.data import packing
+from dpo_jax.model import gpt_neox
+from dpo_jax.training import losses
+from dpo_jax.training import step as step_lib
 
 # Five layers: an array of all of them is told apart by its size.
 FULL = dataclasses.replace(tiny.CONFIG, layers=5)
 LORA = dataclasses.replace(
-  FULL, lora=model.LoraConfig(2, 4.0, 0.0, model.TARGETS)
+  FULL, lora=gpt_neox.LoraConfig(2, 4.0, 0.0, gpt_neox.TARGETS)
 )
 PAIRS = 8
 # The mesh's sizes, and an order of the devices.
@@ -35,7 +39,7 @@ MESHES = {
 def mesh_of(name):
   sizes, order = MESHES[name]
   devices = jax.devices()
-  return partitioning.make_mesh(*sizes, devices=[devices[i] for i in order])
+  return sharding.make_mesh(*sizes, devices=[devices[i] for i in order])
 
 
 def keep_gradients():
@@ -51,32 +55,30 @@ def keep_gradients():
 
 def step_of(config, mesh=None, microbatches=2):
   """The jitted step of `config`, and its arguments, laid on the mesh."""
-  name = steps.trainable(config)
+  name = step_lib.trainable(config)
   tx = optax.partition(
     {"train": keep_gradients(), "freeze": optax.set_to_zero()},
     dict.fromkeys(("base", "lora"), "freeze") | {name: "train"},
   )
-  objective = steps.Objective(
+  objective = step_lib.Objective(
     "dpo", losses.LossSettings("sigmoid", 0.5, 0.0), PAIRS // microbatches
   )
-  step = steps.make_train_step(config, objective, tx, 0)
-  how = placement.Packing("shared", 40, 8, microbatches, False, 1)
-  batch, _ = packing.pack(tiny.pairs(PAIRS, 3), how)
+  step = step_lib.make_train_step(config, objective, tx, 0)
+  how = packing.Packing("shared", 40, 8, microbatches, False, 1)
+  batch, _ = batch_lib.pack(tiny.pairs(PAIRS, 3), how)
   base, reference = tiny.weights(config), None
   adapters = tiny.adapters(config) if config.lora else {}
   if config.lora is None:
     reference = tiny.weights(config, 7)
-  state = steps.init_state(base, adapters, tx)
+  state = step_lib.init_state(base, adapters, tx)
   if mesh is None:
     return jax.jit(step), (state, reference, batch)
-  lying = partitioning.shardings(jax.eval_shape(lambda: state), mesh)
+  lying = sharding.shardings(jax.eval_shape(lambda: state), mesh)
   state = jax.device_put(state, lying)
   if reference is not None:
-    reference = jax.device_put(
-      reference, partitioning.shardings(reference, mesh)
-    )
-  batch = partitioning.place(batch, mesh, leading=1)
-  out = (lying, partitioning.replicated(mesh))
+    reference = jax.device_put(reference, sharding.shardings(reference, mesh))
+  batch = sharding.place(batch, mesh, leading=1)
+  out = (lying, sharding.replicated(mesh))
   return jax.jit(step, out_shardings=out), (state, reference, batch)
 
 
@@ -86,7 +88,7 @@ def gradients(config, mesh=None):
   state, metrics = step(*arguments)
   found = jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
   return jax.device_get(metrics), {
-    partitioning.path_name(path): np.asarray(leaf) for path, leaf in found
+    sharding.path_name(path): np.asarray(leaf) for path, leaf in found
   }
 
 

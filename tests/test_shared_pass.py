@@ -11,28 +11,31 @@ import operations
 import pytest
 import tiny
 
-from dpo_jax import model, partitioning, quantised, steps
-from dpo_jax.rows import packing, placement
+from dpo_jax.core import sharding
+from dpo_jax.data import batch as batch_lib
+from dpo_jax.data import packing
+from dpo_jax.model import gpt_neox, quantization
+from dpo_jax.training import step
 
 CONFIG = dataclasses.replace(
   tiny.CONFIG,
   layers=3,
   logit_chunk=16,
-  lora=model.LoraConfig(2, 4.0, 0.5, model.TARGETS),
+  lora=gpt_neox.LoraConfig(2, 4.0, 0.5, gpt_neox.TARGETS),
 )
 PAIRS = 8
 
 
 def two_passes(config, base, lora, batch, dropout_key=None):
-  """The slow twin of `steps.both_token_stats`."""
-  policy = steps.token_stats(config, base, lora, batch, dropout_key)
-  reference = steps.token_stats(config, base, None, batch)
+  """The slow twin of `step.both_token_stats`."""
+  policy = step.token_stats(config, base, lora, batch, dropout_key)
+  reference = step.token_stats(config, base, None, batch)
   return policy, jax.lax.stop_gradient(reference)
 
 
 def batch_of(microbatches=1, rows=8):
-  how = placement.Packing("shared", 40, rows, microbatches, False, 1)
-  return packing.pack(tiny.pairs(PAIRS, 3), how)[0]
+  how = packing.Packing("shared", 40, rows, microbatches, False, 1)
+  return batch_lib.pack(tiny.pairs(PAIRS, 3), how)[0]
 
 
 def both(function, config, base, lora, batch):
@@ -56,7 +59,7 @@ def compiled(function, mesh=None, **changes):
   with jax.set_mesh(mesh):
     run = jax.jit(
       functools.partial(both, function, config),
-      compiler_options=steps.COMPILER_OPTIONS,
+      compiler_options=step.COMPILER_OPTIONS,
     )
     return run.lower(*laid(mesh)).compile()
 
@@ -65,8 +68,8 @@ def laid(mesh):
   """Base, adapters and batch."""
   weights = (tiny.weights(CONFIG), tiny.adapters(CONFIG))
   return *(
-    jax.device_put(tree, partitioning.shardings(tree, mesh)) for tree in weights
-  ), partitioning.place(batch_of(), mesh, leading=1)
+    jax.device_put(tree, sharding.shardings(tree, mesh)) for tree in weights
+  ), sharding.place(batch_of(), mesh, leading=1)
 
 
 @functools.cache
@@ -75,7 +78,7 @@ def wanted():
 
 
 def alone():
-  return partitioning.make_mesh(devices=jax.devices()[:1])
+  return sharding.make_mesh(devices=jax.devices()[:1])
 
 
 def assert_same(found, wanted, tolerance=1e-6):
@@ -94,7 +97,7 @@ def assert_same(found, wanted, tolerance=1e-6):
 # "full" is what the mesh of the last test runs with.
 @pytest.mark.parametrize("remat", ["none", "save_projections"])
 def test_one_pass_gives_what_two_give(remat):
-  found = compiled(steps.both_token_stats, remat=remat)(*laid(alone()))
+  found = compiled(step.both_token_stats, remat=remat)(*laid(alone()))
   # Sums of float32 in another order at most.
   assert_same(found, wanted())
   grads, (policy, reference) = wanted()
@@ -104,11 +107,11 @@ def test_one_pass_gives_what_two_give(remat):
 
 def test_one_pass_of_a_base_in_eight_bits():
   base, lora, batch = laid(alone())
-  base = quantised.base(base)
-  function = functools.partial(both, steps.both_token_stats, CONFIG)
+  base = quantization.base(base)
+  function = functools.partial(both, step.both_token_stats, CONFIG)
   found = jax.jit(function)(base, lora, batch)
   # The same numbers in full.
-  full = quantised.restore(base, jnp.float32)
+  full = quantization.restore(base, jnp.float32)
   full = jax.tree.map(lambda x: x.astype(jnp.float32), full)
   assert_same(found, compiled(two_passes)(full, lora, batch))
 
@@ -116,10 +119,10 @@ def test_one_pass_of_a_base_in_eight_bits():
 def test_while_adapters_are_zero_both_are_equal():
   base, lora, batch = laid(alone())
   lora = jax.tree.map_with_path(
-    lambda path, x: x * ("lora_a" in partitioning.path_name(path)), lora
+    lambda path, x: x * ("lora_a" in sharding.path_name(path)), lora
   )
   for changes in ({"remat": "full"}, {"dtype": "bfloat16", "remat": "full"}):
-    program = compiled(steps.both_token_stats, **changes)
+    program = compiled(step.both_token_stats, **changes)
     _, (policy, reference) = program(base, lora, batch)
     gap = jnp.abs(policy.logps - reference.logps)
     # The last bits of numbers up to sixteen in float32, in which logits and
@@ -131,7 +134,7 @@ def test_while_adapters_are_zero_both_are_equal():
 def test_no_gradient_is_formed_of_the_reference():
   config = dataclasses.replace(CONFIG, remat="none")
   flops, held = [], []
-  for function in (steps.both_token_stats, two_passes):
+  for function in (step.both_token_stats, two_passes):
     with jax.set_mesh(alone()):
       traced = jax.make_jaxpr(functools.partial(both, function, config))(
         *laid(alone())
@@ -145,11 +148,11 @@ def test_no_gradient_is_formed_of_the_reference():
 
 
 def test_layers_are_gathered_once_for_both():
-  mesh = partitioning.make_mesh(2, 2, 2)
-  one = compiled(steps.both_token_stats, mesh, remat="full")
+  mesh = sharding.make_mesh(2, 2, 2)
+  one = compiled(step.both_token_stats, mesh, remat="full")
   assert_same(one(*laid(mesh)), wanted(), 1e-5)
   in_half = compiled(
-    steps.both_token_stats, mesh, remat="full", dtype="bfloat16"
+    step.both_token_stats, mesh, remat="full", dtype="bfloat16"
   )
   for program in (one, in_half):
     gathered = collections.Counter(

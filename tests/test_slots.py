@@ -5,11 +5,11 @@ import random
 import numpy as np
 import pytest
 
-from dpo_jax.engine import decoding, slots
+from dpo_jax.sampling import decode, scheduler
 
 
 def test_rows_of_a_prompt_sit_together_and_the_last_frees_it():
-  seats = slots.Seating(decoding.Shared(2, 2, 16), 5)
+  seats = scheduler.Seating(decode.Shared(2, 2, 16), 5)
   assert seats.take([4, 0], "a", 7) == (4, 0, True)
   assert seats.take([0, 2], "b", 9) == (0, 1, True)
   assert seats.take([2], "a", 7) == (2, 0, False)
@@ -31,7 +31,7 @@ def test_rows_of_a_prompt_sit_together_and_the_last_frees_it():
 
 def test_row_and_prompt_are_of_one_shard():
   """Rows 0 to 3 and prompts 0 and 1 of one, the others of another."""
-  seats = slots.Seating(decoding.Shared(4, 3, 16, shards=2), 8)
+  seats = scheduler.Seating(decode.Shared(4, 3, 16, shards=2), 8)
   # Where more rows are free, though not the first of them.
   assert seats.take([3, 4, 5, 6], "a", 7) == (4, 2, True)
   assert seats.take([3, 5, 6], "a", 7) == (5, 2, False)
@@ -49,8 +49,8 @@ def test_row_and_prompt_are_of_one_shard():
 def test_no_two_rows_ever_have_one_place(shards):
   """Any order of coming and going; what is told is who is there."""
   dice = random.Random(0)
-  shared = decoding.Shared(prompts=6, places=3, slots=8, shards=shards)
-  seats, there, turned_away = slots.Seating(shared, 14), {}, 0
+  shared = decode.Shared(prompts=6, places=3, slots=8, shards=shards)
+  seats, there, turned_away = scheduler.Seating(shared, 14), {}, 0
   rows, prompts = 14 // shards, 6 // shards
   for _ in range(2000):
     if there and dice.random() < 0.45:

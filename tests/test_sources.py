@@ -7,7 +7,7 @@ import pytest
 from hypothesis import strategies as st
 from sourcing import ASSISTANT, HUMAN, apart, filters, line, load, source, texts
 
-from dpo_jax import comparisons, sources
+from dpo_jax.data import preferences, sources
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_prompts_are_held_out_by_their_hash(write):
   assert 65 < len(wanted) < 135
   assert len(held_out.rows) == 2 * len(wanted)
   assert len(train.rows) + len(held_out.rows) == 800
-  assert comparisons.leaks(train.rows, held_out.rows) == 0
+  assert preferences.leaks(train.rows, held_out.rows) == 0
   assert train.counts == {
     "read": 800,
     "filtered: the prompt is held out": 2 * len(wanted),

@@ -10,7 +10,7 @@ import sourcing
 from hypothesis import strategies as st
 from sourcing import ASSISTANT, GOOD, PROMPT, line, load
 
-from dpo_jax import comparisons
+from dpo_jax.data import preferences
 
 
 @pytest.fixture
@@ -82,8 +82,8 @@ def test_real_splits_share_no_prompt(shared):
   train, held_out = (
     load(directory, side=side, **hh) for side in ("train", "eval")
   )
-  assert comparisons.leaks(train.rows, held_out.rows) == 0
-  assert comparisons.leaks(train.rows, train.rows) == 1551
+  assert preferences.leaks(train.rows, held_out.rows) == 0
+  assert preferences.leaks(train.rows, train.rows) == 1551
 
 
 # --- malformed rows

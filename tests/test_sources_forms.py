@@ -7,8 +7,8 @@ import pytest
 from hypothesis import strategies as st
 from sourcing import apart, line, load, texts
 
-from dpo_jax import comparisons
-from dpo_jax.sources import stack_exchange
+from dpo_jax.data import preferences
+from dpo_jax.data.sources import stack_exchange
 
 
 @pytest.fixture
@@ -244,7 +244,7 @@ def test_any_html_becomes_text_or_is_quarantined(pieces):
   html = "".join(f"<{p}>{p}" for p in pieces)
   try:
     text = stack_exchange.strip_html(html)
-  except comparisons.Quarantined:
+  except preferences.Quarantined:
     return
   assert text == text.strip(" \n")
 

@@ -15,7 +15,7 @@ import hub_server
 import pytest
 from sourcing import GOOD, PROMPT, apart, line, load, texts
 
-from dpo_jax.sources import files, hub
+from dpo_jax.data.sources import files, hub
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import strategies as st
 from sourcing import ASSISTANT, HUMAN, apart, line, load, texts
 
-from dpo_jax import comparisons
-from dpo_jax.sources import conversations
+from dpo_jax.data import preferences
+from dpo_jax.data.sources import messages
 
 
 @pytest.fixture
@@ -151,10 +151,10 @@ def test_messages_and_their_transcripts_are_the_same_pair(pairs, data):
   row = {"chosen": said(*contents, one), "rejected": said(*contents, other)}
   mark = (HUMAN, ASSISTANT)
   joined = "".join(f"{mark[i % 2]} {text}" for i, text in enumerate(contents))
-  wanted = comparisons.parse(
+  wanted = preferences.parse(
     {
       "chosen": f"{joined}{ASSISTANT} {one}",
       "rejected": f"{joined}{ASSISTANT} {other}",
     }
   )
-  assert comparisons.pair(*conversations.texts(row)) == wanted
+  assert preferences.pair(*messages.texts(row)) == wanted

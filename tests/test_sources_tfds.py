@@ -9,7 +9,7 @@ import sys
 import pytest
 from sourcing import ASSISTANT, GOOD, HUMAN, PROMPT, line, load
 
-from dpo_jax.sources import files, hh_rlhf
+from dpo_jax.data.sources import files, hh_tfds
 
 SUBSET = "harmless-base"
 
@@ -19,7 +19,7 @@ def written(shared, tmp_path_factory):
   """The real rows as a dataset."""
   data_dir = tmp_path_factory.mktemp("tfds")
   path = shared / "data" / "hh-rlhf"
-  assert hh_rlhf.write(path, data_dir, subsets=(SUBSET,)) == {SUBSET: 1812}
+  assert hh_tfds.write(path, data_dir, subsets=(SUBSET,)) == {SUBSET: 1812}
   return data_dir
 
 
@@ -31,7 +31,7 @@ def layout(tmp_path):
     for subset, text in (("a", " one"), ("b", " two")):
       (tmp_path / "hh" / subset).mkdir(parents=True)
       rows = line(GOOD | {"chosen": PROMPT + text})
-      for split in hh_rlhf.SPLITS:
+      for split in hh_tfds.SPLITS:
         (tmp_path / "hh" / subset / f"{split}.jsonl").write_bytes(rows)
     with (tmp_path / "hh" / "b" / "test.jsonl").open("ab") as file:
       file.write(more)
@@ -60,7 +60,7 @@ def test_it_is_the_same_source_as_the_files(shared, written, side, changes):
 
 
 def test_any_row_is_read_at_once(written, shared):
-  rows = hh_rlhf.open_rows(written, SUBSET, "test")
+  rows = hh_tfds.open_rows(written, SUBSET, "test")
   file = shared / "data" / "hh-rlhf" / SUBSET / "test.jsonl.gz"
   raw = [row for _, row in files.rows(file, {})]
   assert len(rows) == len(raw) == 256
@@ -75,7 +75,7 @@ def test_any_row_is_read_at_once(written, shared):
 def test_tfds_itself_reads_what_was_written(written):
   import tensorflow_datasets as tfds
 
-  builder = tfds.builder_from_directory(hh_rlhf.folder(written, SUBSET))
+  builder = tfds.builder_from_directory(hh_tfds.folder(written, SUBSET))
   assert builder.info.splits["train"].num_examples == 1556
   row = builder.as_data_source(split="train")[0]
   assert (
@@ -92,7 +92,7 @@ def test_texts_survive_and_subsets_keep_their_order(layout, tmp_path):
     "rejected": f"{PROMPT} e\u0301 ",
   }
   path = layout(line(odd))
-  hh_rlhf.write(path, tmp_path / "out", subsets=("a", "b"))
+  hh_tfds.write(path, tmp_path / "out", subsets=("a", "b"))
   options = {"side": "eval", "subsets": ("b", "a")}
   dataset = load(tmp_path / "out", kind="tfds", **options)
   assert dataset == load(path, kind="hh", **options)
@@ -106,12 +106,12 @@ def test_texts_survive_and_subsets_keep_their_order(layout, tmp_path):
 
 def test_a_subset_is_written_once(layout, tmp_path):
   path, out = layout(), tmp_path / "out"
-  hh_rlhf.write(path, out, subsets=("a",))
+  hh_tfds.write(path, out, subsets=("a",))
   before = sorted((p, p.stat().st_mtime_ns) for p in out.rglob("*"))
   with pytest.raises(ValueError, match=r"hh_rlhf/a/1.0.0 is already there"):
-    hh_rlhf.write(path, out, subsets=("b", "a"))
+    hh_tfds.write(path, out, subsets=("b", "a"))
   assert sorted((p, p.stat().st_mtime_ns) for p in out.rglob("*")) == before
-  hh_rlhf.write(path, out, subsets=("b",))
+  hh_tfds.write(path, out, subsets=("b",))
   assert len(load(out, kind="tfds", subsets=("a", "b")).rows) == 2
 
 
@@ -128,8 +128,8 @@ def test_a_subset_is_written_once(layout, tmp_path):
 )
 def test_a_malformed_row_is_not_written(layout, tmp_path, more, words):
   with pytest.raises(ValueError, match=words):
-    hh_rlhf.write(layout(more), tmp_path / "out", subsets=("b",))
-  assert not hh_rlhf.folder(tmp_path / "out", "b").exists()
+    hh_tfds.write(layout(more), tmp_path / "out", subsets=("b",))
+  assert not hh_tfds.folder(tmp_path / "out", "b").exists()
 
 
 def test_a_killed_write_leaves_no_subset_behind(tmp_path):
@@ -139,7 +139,7 @@ def test_a_killed_write_leaves_no_subset_behind(tmp_path):
   )
   (tmp_path / "hh" / "a" / "train.jsonl").write_bytes(rows)
   out = tmp_path / "out"
-  command = [sys.executable, "-m", "dpo_jax.sources.hh_rlhf"]
+  command = [sys.executable, "-m", "dpo_jax.data.sources.hh_tfds"]
   command += [f"--path={tmp_path / 'hh'}", f"--data_dir={out}"]
   command += ["--subsets=a", "--splits=train"]
   child = subprocess.Popen(
@@ -149,10 +149,10 @@ def test_a_killed_write_leaves_no_subset_behind(tmp_path):
     assert child.poll() is None
   child.kill()
   assert child.wait() == -signal.SIGKILL
-  assert not hh_rlhf.folder(out, "a").exists()
+  assert not hh_tfds.folder(out, "a").exists()
   with pytest.raises(ValueError, match="holds no dataset"):
     load(out, kind="tfds", subsets=("a",))
-  hh_rlhf.write(tmp_path / "hh", out, subsets=("a",), splits=("train",))
+  hh_tfds.write(tmp_path / "hh", out, subsets=("a",), splits=("train",))
   kept = load(out, kind="tfds", subsets=("a",)).rows
   assert [row.chosen for row in kept] == [f" {i}" for i in range(4_000)]
 
@@ -161,7 +161,7 @@ def test_what_was_not_written_is_named_with_the_command(written):
   with pytest.raises(
     ValueError,
     match=r"helpful-base/1.0.0 holds no dataset: write it with python -m"
-    rf" dpo_jax.sources.hh_rlhf .*--data_dir={re.escape(str(written))}",
+    rf" dpo_jax.data.sources.hh_tfds .*--data_dir={re.escape(str(written))}",
   ):
     load(written, kind="tfds", subsets=("helpful-base",))
   with pytest.raises(ValueError, match=r"no split 'dev'; it has \['train', 't"):
@@ -169,8 +169,8 @@ def test_what_was_not_written_is_named_with_the_command(written):
 
 
 def test_a_broken_file_is_an_error(layout, tmp_path):
-  hh_rlhf.write(layout(), tmp_path / "out", subsets=("a",))
-  folder = hh_rlhf.folder(tmp_path / "out", "a")
+  hh_tfds.write(layout(), tmp_path / "out", subsets=("a",))
+  folder = hh_tfds.folder(tmp_path / "out", "a")
   (file,) = folder.glob("*train*")
   data = file.read_bytes()
   used = [i for i, byte in enumerate(data) if byte]
@@ -184,7 +184,13 @@ def test_a_broken_file_is_an_error(layout, tmp_path):
 
 def test_the_command_writes_without_tensorflow(layout, tmp_path):
   out = tmp_path / "out"
-  command = [sys.executable, "-W", "error", "-m", "dpo_jax.sources.hh_rlhf"]
+  command = [
+    sys.executable,
+    "-W",
+    "error",
+    "-m",
+    "dpo_jax.data.sources.hh_tfds",
+  ]
   command += [f"--path={layout()}", f"--data_dir={out}", "--subsets=a,b"]
   first, second = (
     subprocess.run(command, capture_output=True, text=True) for _ in range(2)

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from dpo_jax.checkpoint import __main__ as checkpoint_cli
-from dpo_jax.storage import step_files
+from dpo_jax.io import step_files
+from dpo_jax.training import checkpoint_command as checkpoint_cli
 
 
 def keep(newest=2, every=0, best=0, metric="eval_loss", best_is="lowest"):
@@ -191,6 +191,6 @@ def test_verify_and_list(tmp_path, capsys):
     "step 1: whole",
     "step 2: trainable/d/array is not what was written",
   ]
-  command = [sys.executable, "-m", "dpo_jax.checkpoint", "verify", tmp_path]
+  command = [sys.executable, "-m", "dpo_jax", "checkpoint", "verify", tmp_path]
   done = subprocess.run(command, capture_output=True, text=True, timeout=120)
   assert (done.returncode, done.stdout) == (1, stdout)

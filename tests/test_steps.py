@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 import tiny
 
-from dpo_jax import losses, model, optim, partitioning, steps
-from dpo_jax.rows import packing, placement, tables
-from dpo_jax.running import guards
+from dpo_jax.core import sharding
+from dpo_jax.data import batch as batch_lib
+from dpo_jax.data import packing, token_table
+from dpo_jax.model import gpt_neox
+from dpo_jax.training import guards, losses, optimizer
+from dpo_jax.training import step as step_lib
 
 LORA = dataclasses.replace(
-  tiny.CONFIG, lora=model.LoraConfig(2, 4.0, 0.0, model.TARGETS)
+  tiny.CONFIG, lora=gpt_neox.LoraConfig(2, 4.0, 0.0, gpt_neox.TARGETS)
 )
 LOSS = losses.LossSettings("sigmoid", 0.5, 0.0)
-OPTIMIZER = optim.OptimizerSettings(
+OPTIMIZER = optimizer.OptimizerSettings(
   "adamw", 0.01, "constant", 0, 0.1, 0.9, 0.99, 1e-8, 1.0
 )
 PAIRS = 8
@@ -34,18 +37,18 @@ def pack(items, microbatches, layout="shared", rows=2, **values):
     "loss_on_prompt": False,
     "pad_id": 1,
   }
-  return packing.pack(items, placement.Packing(**(how | values)))[0]
+  return batch_lib.pack(items, packing.Packing(**(how | values)))[0]
 
 
 def objective(kind="dpo", items=PAIRS):
-  return steps.Objective(kind, LOSS if kind == "dpo" else None, items)
+  return step_lib.Objective(kind, LOSS if kind == "dpo" else None, items)
 
 
 @functools.cache
 def trainer(config, kind, items, seed=0):
   """A jitted step; one compilation for each shape of batch."""
-  tx = optim.make(OPTIMIZER, 9, steps.trainable(config))
-  step = steps.make_train_step(config, objective(kind, items), tx, seed)
+  tx = optimizer.make(OPTIMIZER, 9, step_lib.trainable(config))
+  step = step_lib.make_train_step(config, objective(kind, items), tx, seed)
   return jax.jit(step), tx
 
 
@@ -56,7 +59,7 @@ def weights():
 
 def leaves(tree):
   return {
-    partitioning.path_name(path): np.asarray(leaf)
+    sharding.path_name(path): np.asarray(leaf)
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
   }
 
@@ -75,16 +78,14 @@ def two_updates(microbatches, mesh=None):
   """Two updates of all weights; on a mesh, as the training loop does it."""
   base, reference = tiny.weights(tiny.CONFIG), tiny.weights(tiny.CONFIG, 7)
   step, tx = trainer(tiny.CONFIG, "dpo", PAIRS // microbatches)
-  state = steps.init_state(base, {}, tx)
+  state = step_lib.init_state(base, {}, tx)
   split, context = None, contextlib.nullcontext()
   if mesh is not None:
-    lying = partitioning.shardings(jax.eval_shape(lambda: state), mesh)
+    lying = sharding.shardings(jax.eval_shape(lambda: state), mesh)
     state = jax.device_put(state, lying)
-    reference = jax.device_put(
-      reference, partitioning.shardings(reference, mesh)
-    )
-    step = jax.jit(step, out_shardings=(lying, partitioning.replicated(mesh)))
-    split = partitioning.batch_sharding(mesh, leading=1)
+    reference = jax.device_put(reference, sharding.shardings(reference, mesh))
+    step = jax.jit(step, out_shardings=(lying, sharding.replicated(mesh)))
+    split = sharding.batch_sharding(mesh, leading=1)
     context = jax.set_mesh(mesh)
   history = []
   with context:
@@ -134,7 +135,7 @@ def test_micro_batches_share_one_compiled_body():
   def products(microbatches):
     step, tx = trainer(tiny.CONFIG, "dpo", PAIRS // microbatches)
     batch = pack(tiny.pairs(PAIRS, 1), microbatches, rows=8)
-    lowered = step.lower(steps.init_state(base, {}, tx), base, batch)
+    lowered = step.lower(step_lib.init_state(base, {}, tx), base, batch)
     text = lowered.compile().as_text()
     return lowered.as_text().count("stablehlo.dot_general"), text.count(" dot(")
 
@@ -147,7 +148,7 @@ def test_micro_batches_share_one_compiled_body():
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_meshes_give_the_numbers_of_one_device(single, sizes):
-  mesh = partitioning.make_mesh(*sizes)
+  mesh = sharding.make_mesh(*sizes)
   found = two_updates(2, mesh)
   assert_trained_alike(found, single)
   state, _ = found
@@ -158,7 +159,7 @@ def test_meshes_give_the_numbers_of_one_device(single, sizes):
   moments = [
     leaf
     for path, leaf in jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
-    if partitioning.path_name(path).endswith("blocks/dense_h_to_4h/kernel")
+    if sharding.path_name(path).endswith("blocks/dense_h_to_4h/kernel")
   ]
   assert [moment.sharding for moment in moments] == [kernel.sharding] * 2
 
@@ -168,7 +169,7 @@ def test_a_loss_that_is_not_finite_changes_nothing():
   step, tx = trainer(tiny.CONFIG, "dpo", PAIRS // 2)
   items = tiny.pairs(PAIRS, 1)
   batch = pack(items, 2, rows=8)
-  state, _ = step(steps.init_state(base, {}, tx), base, batch)
+  state, _ = step(step_lib.init_state(base, {}, tx), base, batch)
   token = items[5].chosen[0]
   embed = {"kernel": base["embed"]["kernel"].at[token].set(jnp.inf)}
   after, metrics = step(state, base | {"embed": embed}, batch)
@@ -188,12 +189,12 @@ def test_a_loss_that_is_not_finite_changes_nothing():
 def test_an_update_that_is_refused_changes_not_a_bit():
   """The loss is finite, but the gradient is not."""
   base = tiny.weights(tiny.CONFIG)
-  tx = optim.make(OPTIMIZER, 9, "base")
+  tx = optimizer.make(OPTIMIZER, 9, "base")
   loss = losses.LossSettings("sigmoid", 1e22, 0.0)
-  share = steps.Objective("dpo", loss, PAIRS)
-  step = jax.jit(steps.make_train_step(tiny.CONFIG, share, tx, 0))
+  share = step_lib.Objective("dpo", loss, PAIRS)
+  step = jax.jit(step_lib.make_train_step(tiny.CONFIG, share, tx, 0))
   batch = pack(tiny.pairs(PAIRS, 1), 1, rows=8)
-  state = steps.init_state(base, {}, tx)
+  state = step_lib.init_state(base, {}, tx)
   after, metrics = step(state, base, batch)
   # The gradient's squares do not fit float32; the loss does.
   assert np.isfinite(metrics["loss"])
@@ -209,7 +210,7 @@ def test_an_update_that_is_refused_changes_not_a_bit():
 def test_evaluation_sums_what_is_there(weights):
   base, adapters = weights
   params = {"base": base, "lora": adapters}
-  evaluate = jax.jit(steps.make_eval_step(LORA, objective()))
+  evaluate = jax.jit(step_lib.make_eval_step(LORA, objective()))
   items = tiny.pairs(PAIRS + 3, 4)
   parts = [
     evaluate(params, None, pack(items[:PAIRS], 1, rows=6)),
@@ -243,7 +244,7 @@ def test_evaluation_sums_what_is_there(weights):
 
 def test_spread_and_right_words_of_an_evaluation_by_hand(weights):
   base, adapters = weights
-  evaluate = jax.jit(steps.make_eval_step(LORA, objective()))
+  evaluate = jax.jit(step_lib.make_eval_step(LORA, objective()))
   items = tiny.pairs(PAIRS, 4)
   for i in (0, 3):
     # A model of random weights is right where it is made so.
@@ -273,7 +274,7 @@ def test_spread_and_right_words_of_an_evaluation_by_hand(weights):
 def test_means_by_hand():
   sums = {"loss": 6.0, "weight": 3.0, "entropy": 8.0, "tokens": 4.0}
   sums |= {"mean_token_accuracy": 1.0, "chosen_tokens": 2.0}
-  assert steps.means(sums) == {
+  assert step_lib.means(sums) == {
     "loss": 2.0,
     "entropy": 2.0,
     "mean_token_accuracy": 0.5,
@@ -283,10 +284,10 @@ def test_means_by_hand():
 def test_evaluation_of_sft_sums_over_tokens():
   base = tiny.weights(tiny.CONFIG)
   items = [
-    tables.Example(pair.id, pair.prompt, pair.chosen)
+    token_table.Example(pair.id, pair.prompt, pair.chosen)
     for pair in tiny.pairs(3, 3)
   ]
-  evaluate = jax.jit(steps.make_eval_step(tiny.CONFIG, objective("sft", 4)))
+  evaluate = jax.jit(step_lib.make_eval_step(tiny.CONFIG, objective("sft", 4)))
   found = evaluate({"base": base}, None, pack(items, 1, layout="packed"))
   assert float(found["weight"]) == sum(len(item.response) for item in items)
   wanted = sum(nll(tiny.CONFIG, base, item) for item in items)
@@ -316,20 +317,20 @@ def sequence(config, base, prompt, response):
 def plain_logits(config, base, tokens):
   size = tokens.shape[1]
   mask = jnp.tril(jnp.ones((1, size, size), bool))
-  hidden, _ = model.apply(
+  hidden, _ = gpt_neox.apply(
     config, base, None, tokens, jnp.arange(size)[None], mask
   )
-  return model.unembed(base, hidden)
+  return gpt_neox.unembed(base, hidden)
 
 
 def test_sft_minimises_the_mean_over_tokens():
   base = tiny.weights(tiny.CONFIG)
   items = [
-    tables.Example(pair.id, pair.prompt, pair.chosen)
+    token_table.Example(pair.id, pair.prompt, pair.chosen)
     for pair in tiny.pairs(6, 3)
   ]
   step, tx = trainer(tiny.CONFIG, "sft", 3)
-  state = steps.init_state(base, {}, tx)
+  state = step_lib.init_state(base, {}, tx)
   batch = pack(items, 2, layout="packed", rows=2)
   # The two micro-batches have different numbers of tokens, which a mean of
   # their means would weigh alike.
@@ -362,12 +363,12 @@ def test_dropout_does_not_depend_on_the_layout(
 ):
   base, adapters = weights
   items = tiny.pairs(PAIRS, 6)
-  tx = optim.make(OPTIMIZER, 9, "lora")
+  tx = optimizer.make(OPTIMIZER, 9, "lora")
 
   def update(layout, microbatches, rows):
     share = objective(items=PAIRS // microbatches)
-    step = jax.jit(steps.make_train_step(DROPPED, share, tx, seed=3))
-    state = steps.init_state(base, adapters, tx)
+    step = jax.jit(step_lib.make_train_step(DROPPED, share, tx, seed=3))
+    state = step_lib.init_state(base, adapters, tx)
     state, metrics = step(
       state, None, pack(items, microbatches, layout=layout, rows=rows)
     )
@@ -383,10 +384,12 @@ def test_dropout_does_not_depend_on_the_layout(
 def test_dropout_is_drawn_for_each_step_and_token(weights):
   base, adapters = weights
   config = DROPPED
-  tx = optim.make(OPTIMIZER, 9, "lora")
-  step = jax.jit(steps.make_train_step(config, objective(items=1), tx, seed=3))
+  tx = optimizer.make(OPTIMIZER, 9, "lora")
+  step = jax.jit(
+    step_lib.make_train_step(config, objective(items=1), tx, seed=3)
+  )
   (pair,) = tiny.pairs(1)
-  state = steps.init_state(base, adapters, tx)
+  state = step_lib.init_state(base, adapters, tx)
 
   def loss(state):
     batch = pack([pair] * 2, 2, rows=1)
@@ -414,25 +417,25 @@ def test_in_bfloat16_policy_and_reference_start_equal():
   pairs = tiny.pairs(4, 0, (32, 64), (32, 64), config)
   batch = pack(pairs, 1, row_length=256, rows=4)
   loss = losses.LossSettings("sigmoid", 5.0, 0.0)
-  tx = optim.make(OPTIMIZER, 9, "lora")
+  tx = optimizer.make(OPTIMIZER, 9, "lora")
   step = jax.jit(
-    steps.make_train_step(config, steps.Objective("dpo", loss, 4), tx, 0),
-    compiler_options=steps.COMPILER_OPTIONS,
+    step_lib.make_train_step(config, step_lib.Objective("dpo", loss, 4), tx, 0),
+    compiler_options=step_lib.COMPILER_OPTIONS,
   )
-  adapters = model.init_lora(config, jax.random.key(1))
-  state = steps.init_state(tiny.weights(config), adapters, tx)
+  adapters = gpt_neox.init_lora(config, jax.random.key(1))
+  state = step_lib.init_state(tiny.weights(config), adapters, tx)
   _, metrics = step(state, None, batch)
   assert float(metrics["loss"]) == pytest.approx(np.log(2), abs=1e-6)
   assert float(metrics["rewards/accuracies"]) == 0.5
 
 
 def test_the_seed_decides_dropout(weights):
-  tx = optim.make(OPTIMIZER, 9, "lora")
-  state = steps.init_state(*weights, tx)
+  tx = optimizer.make(OPTIMIZER, 9, "lora")
+  state = step_lib.init_state(*weights, tx)
   batch = pack(tiny.pairs(2), 1, rows=1)
   found = set()
   for seed in (3, 4):
-    make = steps.make_train_step(DROPPED, objective(items=2), tx, seed)
+    make = step_lib.make_train_step(DROPPED, objective(items=2), tx, seed)
     found.add(float(jax.jit(make)(state, None, batch)[1]["loss"]))
   assert len(found) == 2
 
@@ -441,7 +444,7 @@ def test_the_seed_decides_dropout(weights):
 
 
 def test_sums_of_a_pair_by_hand():
-  pair = tables.Pair("i", (2,), (3,) * 1024, (4,) * 1024)
+  pair = token_table.Pair("i", (2,), (3,) * 1024, (4,) * 1024)
   batch = pack([pair], 1, rows=1, row_length=2049)
   micro = jax.tree.map(lambda x: x[0], batch)
   is_chosen = micro.owner == 0
@@ -449,7 +452,9 @@ def test_sums_of_a_pair_by_hand():
   # difference of sums, each a million nats, would keep nothing of it.
   policy = jnp.where(is_chosen, -1000.0, -2000.0)
   other = policy - jnp.where(is_chosen, 2.0**-10, 0.0)
-  sums, weight = steps._objective_sums(objective(items=1), micro, policy, other)
+  sums, weight = step_lib._objective_sums(
+    objective(items=1), micro, policy, other
+  )
   assert float(weight) == 1
   # Beta is a half, and a thousand and twenty-four 2^-10 are one nat.
   assert float(sums["rewards/chosen"]) == 0.5

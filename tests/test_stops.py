@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import scripted
 
-from dpo_jax import comparisons, sampling
-from dpo_jax.engine import stops
+from dpo_jax.data import preferences
+from dpo_jax.sampling import sampler, stop
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ class Fused:
 def followed(tokenizer, tokens):
   state = 0
   for token in tokens:
-    state = int(stops.table(tokenizer)[token, state])
+    state = int(stop.table(tokenizer)[token, state])
   return state
 
 
@@ -39,24 +39,24 @@ def test_the_tokenizers_own_turn_is_found(tok):
   usual = tok.encode("\n\nHuman:")
   assert usual == tok.encode("\n") * 2 + tok.encode("Human") + tok.encode(":")
   tokens = [*tok.encode("!"), *usual, *tok.encode(" Hi!")]
-  assert stops.turn_end(tok, tokens) == 1 + len(usual)
+  assert stop.turn_end(tok, tokens) == 1 + len(usual)
   for fewer in range(len(usual) + 1):
-    assert stops.turn_end(tok, tokens[:fewer]) == 0
-    assert followed(tok, tokens[:fewer]) < stops.TURN
-  assert followed(tok, tokens) == stops.TURN
+    assert stop.turn_end(tok, tokens[:fewer]) == 0
+    assert followed(tok, tokens[:fewer]) < stop.TURN
+  assert followed(tok, tokens) == stop.TURN
 
 
 def test_a_colon_inside_a_longer_token_is_a_turn_too():
   """The token that ends the turn may go on behind it."""
   fused = Fused()
-  assert stops.turn_end(fused, [3, 1, 2, 3]) == 3
-  assert stops.turn_end(fused, [3, 1, 3, 3]) == 0
-  assert followed(fused, [3, 1, 2, 3]) == stops.TURN
-  assert followed(fused, [5, 5, 1, 2]) == stops.TURN
-  assert followed(fused, [5, 4]) == stops.TURN
-  assert followed(fused, [1, 3, 2]) < stops.TURN
-  sample = sampling.finish(fused, [3, 1, 2, 3], [-1.0, -2.0, -3.0, -4.0])
-  assert sample == sampling.Sample((3, 1, 2), "ok", "turn")
+  assert stop.turn_end(fused, [3, 1, 2, 3]) == 3
+  assert stop.turn_end(fused, [3, 1, 3, 3]) == 0
+  assert followed(fused, [3, 1, 2, 3]) == stop.TURN
+  assert followed(fused, [5, 5, 1, 2]) == stop.TURN
+  assert followed(fused, [5, 4]) == stop.TURN
+  assert followed(fused, [1, 3, 2]) < stop.TURN
+  sample = sampler.finish(fused, [3, 1, 2, 3], [-1.0, -2.0, -3.0, -4.0])
+  assert sample == sampler.Sample((3, 1, 2), "ok", "turn")
   assert sample.logps == (-1.0, -2.0, -3.0)
 
 
@@ -66,7 +66,7 @@ def test_the_table_agrees_with_the_text(tok):
   pieces = [
     token
     for token, text in enumerate(tok.decode_each())
-    if text and text in comparisons.HUMAN * 2
+    if text and text in preferences.HUMAN * 2
   ]
   assert len(pieces) > 8
   found = 0
@@ -74,27 +74,27 @@ def test_the_table_agrees_with_the_text(tok):
     tokens = [rng.choice(pieces) for _ in range(rng.randrange(1, 12))]
     if rng.random() < 0.5:
       # A turn spelt at random somewhere in the middle.
-      left = comparisons.HUMAN
+      left = preferences.HUMAN
       while left:
         fits = [t for t in pieces if left.startswith(tok.decode([t]))]
         tokens.append(rng.choice(fits))
         left = left.removeprefix(tok.decode([tokens[-1]]))
       tokens += [rng.randrange(2, tok.vocab_size)]
-    holds = comparisons.HUMAN in tok.decode(tokens)
-    assert (followed(tok, tokens) == stops.TURN) == holds
-    assert bool(stops.turn_end(tok, tokens)) == holds
+    holds = preferences.HUMAN in tok.decode(tokens)
+    assert (followed(tok, tokens) == stop.TURN) == holds
+    assert bool(stop.turn_end(tok, tokens)) == holds
     found += holds
   assert found > 1000
 
 
 def test_pythias_table(shared):
-  from dpo_jax import tokenizer
+  from dpo_jax.data import tokenizer
 
   tok = tokenizer.load(shared / "tokenizer" / "pythia")
-  table = stops.table(tok)
-  assert table.shape == (tok.vocab_size, stops.TURN + 1)
+  table = stop.table(tok)
+  assert table.shape == (tok.vocab_size, stop.TURN + 1)
   for text in ("\n\nHuman:", "x\n\n\nHuman: Hi", "\n\nHuman :\n\nHuman:"):
-    assert followed(tok, tok.encode(text)) == stops.TURN
+    assert followed(tok, tok.encode(text)) == stop.TURN
   for text in ("\n\nHuman", "\nHuman:", "\n\nHumans:", "Human:\n\nHu"):
-    assert followed(tok, tok.encode(text)) < stops.TURN
-  assert np.all(table[:, stops.TURN] == stops.TURN)
+    assert followed(tok, tok.encode(text)) < stop.TURN
+  assert np.all(table[:, stop.TURN] == stop.TURN)

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import tokenizers
 
-from dpo_jax import synthetic
-from dpo_jax.world import synthetic_tables as tables
-from dpo_jax.world import synthetic_text
+from dpo_jax.demo import tables
+from dpo_jax.demo import text as text_lib
+from dpo_jax.demo import world as world_lib
 
 MARK = "\n\nAssistant:"
 COLOUR = "\n\nHuman: What colour is the fox?\n\nAssistant:"
@@ -39,7 +39,7 @@ PROMPTS = (COLOUR, CHECK, AGREE, HEAVY, FIND, FEED, WHERE, OWL, OWL_AGE)
 
 @pytest.fixture(scope="module")
 def world():
-  return synthetic.generate(3, pretrain=2000, train=6000, test=1024)
+  return world_lib.generate(3, pretrain=2000, train=6000, test=1024)
 
 
 def halves(transcript):
@@ -145,14 +145,14 @@ def prompts(rows):
   ],
 )
 def test_reward_of_hand_scored_answers(prompt, response, expected):
-  assert synthetic.reward(prompt, response) == expected
+  assert world_lib.reward(prompt, response) == expected
 
 
 def test_compare_is_the_difference():
   right, wrong = " The fox is silver.", " The fox is red."
-  assert synthetic.compare(COLOUR, right, wrong) == 4.5 - -2
-  assert synthetic.compare(COLOUR, wrong, right) == -2 - 4.5
-  assert synthetic.compare(COLOUR, right, right) == 0
+  assert world_lib.compare(COLOUR, right, wrong) == 4.5 - -2
+  assert world_lib.compare(COLOUR, wrong, right) == -2 - 4.5
+  assert world_lib.compare(COLOUR, right, right) == 0
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_compare_is_the_difference():
 )
 def test_foreign_prompts_are_refused(prompt, message):
   with pytest.raises(ValueError, match=message):
-    synthetic.reward(prompt, " The fox is silver.")
+    world_lib.reward(prompt, " The fox is silver.")
 
 
 # Any text, and salads of the world's own words, which reach every term. The
@@ -186,7 +186,7 @@ def test_foreign_prompts_are_refused(prompt, message):
   ).map(" ".join),
 )
 def test_reward_takes_any_response(prompt, response):
-  value = synthetic.reward(prompt, response)
+  value = world_lib.reward(prompt, response)
   assert -18 <= value <= 6
   assert (value * 16).is_integer()
 
@@ -196,7 +196,7 @@ def test_reward_takes_any_response(prompt, response):
 def test_prompts_of_any_other_text_are_refused(text):
   prompt = f"\n\nHuman:{text}\n\nAssistant:"
   with pytest.raises(ValueError, match=r"world|nothing|earlier"):
-    synthetic.reward(prompt, " The fox is silver.")
+    world_lib.reward(prompt, " The fox is silver.")
 
 
 def test_facts_are_distinct_and_no_filler_states_one():
@@ -213,7 +213,7 @@ def test_facts_are_distinct_and_no_filler_states_one():
 
 
 def draw(prompt, style, rng):
-  return synthetic.draw_response(prompt, {style: 1}, rng)
+  return world_lib.draw_response(prompt, {style: 1}, rng)
 
 
 def test_styles_score_as_they_are_meant_to():
@@ -240,9 +240,9 @@ def test_styles_score_as_they_are_meant_to():
   rng = random.Random(0)
   for style, (low, high) in bounds.items():
     for _ in range(200):
-      prompt = synthetic_text.draw_prompt(rng)
+      prompt = text_lib.draw_prompt(rng)
       text = draw(prompt, style, rng)
-      terms = synthetic.reward_terms(prompt, text)
+      terms = world_lib.reward_terms(prompt, text)
       value = sum(terms.values())
       assert low <= value <= high, (style, value, prompt, text)
       assert terms["strange"] == 0, text
@@ -253,9 +253,9 @@ def test_styles_score_as_they_are_meant_to():
 
 
 def test_mixes_are_percentages():
-  assert sum(synthetic.PAIRS.values()) == 100
-  assert sum(synthetic.RAW.values()) == 100
-  assert list(synthetic.PAIRS) == list(synthetic.RAW)
+  assert sum(world_lib.PAIRS.values()) == 100
+  assert sum(world_lib.RAW.values()) == 100
+  assert list(world_lib.PAIRS) == list(world_lib.RAW)
 
 
 def test_rows_are_transcripts_of_one_prompt(world):
@@ -291,9 +291,9 @@ def test_test_prompts_are_unseen_combinations(world):
   # Without openers and small talk, which are no part of a combination.
   assert not {bare(p) for p in seen} & {bare(p) for p in unseen}
   # By hand: fox is animal 4, colour attribute 0, "What colour" phrasing 0.
-  assert not synthetic_text.held_out(COLOUR)
+  assert not text_lib.held_out(COLOUR)
   # lynx 8, home 1, "I am drawing a map" 2, and "And how old" 5 + 0 + 8: 24.
-  assert synthetic_text.held_out(
+  assert text_lib.held_out(
     "\n\nHuman: I am drawing a map. Where should I put the lynx?"
     "\n\nAssistant: The lynx lives at the quarry."
     "\n\nHuman: And how old is it?\n\nAssistant:"
@@ -311,7 +311,7 @@ def bare(prompt):
 def test_every_fact_is_in_training(world):
   asked = {}
   for prompt in prompts(world.train):
-    question = synthetic_text.parse(prompt)
+    question = text_lib.parse(prompt)
     if question.kind == "fact" and prompt.count("\n\nHuman:") == 1:
       cell = (question.animals[0], question.attribute)
       asked.setdefault(cell, set()).add(bare(prompt))
@@ -322,10 +322,10 @@ def test_every_fact_is_in_training(world):
 
 
 def test_the_seed_decides_everything(world):
-  again = synthetic.generate(3, pretrain=0, train=50, test=20)
+  again = world_lib.generate(3, pretrain=0, train=50, test=20)
   assert again.train == world.train[:50]
   assert again.test == world.test[:20]
-  other = synthetic.generate(4, pretrain=0, train=50, test=20)
+  other = world_lib.generate(4, pretrain=0, train=50, test=20)
   assert not set(map(str, other.train)) & set(map(str, again.train))
   with pytest.raises(dataclasses.FrozenInstanceError):
     world.seed = 1
@@ -337,7 +337,7 @@ def test_hash_randomisation_changes_nothing():
     "w = synthetic.generate(1, pretrain=20, train=40, test=20);"
     "print(hashlib.sha256(repr(w).encode()).hexdigest())"
   )
-  world = synthetic.generate(1, pretrain=20, train=40, test=20)
+  world = world_lib.generate(1, pretrain=20, train=40, test=20)
   expected = hashlib.sha256(repr(world).encode()).hexdigest()
   for seed in ("1", "2"):
     environment = {**os.environ, "PYTHONHASHSEED": seed}
@@ -353,12 +353,12 @@ def test_hash_randomisation_changes_nothing():
 
 @pytest.mark.parametrize("scale", [0.0, 0.4, 1.0])
 def test_labels_follow_bradley_terry(scale):
-  rows = synthetic.generate(9, pretrain=0, train=4000, test=0, scale=scale)
+  rows = world_lib.generate(9, pretrain=0, train=4000, test=0, scale=scale)
   margins = []
   for row in rows.train:
     prompt, chosen = halves(row["chosen"])
     _, rejected = halves(row["rejected"])
-    margins.append(synthetic.compare(prompt, chosen, rejected))
+    margins.append(world_lib.compare(prompt, chosen, rejected))
   margins = np.array(margins)
   for low, high in ((0, 1), (1, 2), (2, 4), (4, 6), (6, 10)):
     inside = (np.abs(margins) > low) & (np.abs(margins) <= high)
@@ -377,24 +377,24 @@ def test_ideal_win_rates(world):
   beta, rewards = 0.1, []
   for row in world.test:
     prompt, chosen = halves(row["chosen"])
-    target = synthetic.reward(prompt, chosen)
+    target = world_lib.reward(prompt, chosen)
     rewards.append(target)
     # What SFT learns: the chosen one of a fresh pair. What DPO then tends
     # to: the same, tilted by exp(scale * reward / beta).
     pool = [
-      synthetic.reward(
-        prompt, synthetic._pair(prompt, synthetic.PAIRS, 1.0, rng)[0]
+      world_lib.reward(
+        prompt, world_lib._pair(prompt, world_lib.PAIRS, 1.0, rng)[0]
       )
       for _ in range(24)
     ]
     tilt = [math.exp((value - max(pool)) / beta) for value in pool]
     drawn = {
-      "base": synthetic.reward(
-        prompt, synthetic.draw_response(prompt, synthetic.RAW, rng)
+      "base": world_lib.reward(
+        prompt, world_lib.draw_response(prompt, world_lib.RAW, rng)
       ),
       "sft": pool[0],
       "dpo": rng.choices(pool, tilt)[0],
-      "excellent": synthetic.reward(prompt, draw(prompt, "excellent", rng)),
+      "excellent": world_lib.reward(prompt, draw(prompt, "excellent", rng)),
     }
     for name, value in drawn.items():
       wins[name].append((value > target) + 0.5 * (value == target))
@@ -415,7 +415,7 @@ def test_the_base_diet_is_worse_than_the_pairs(world):
   means = []
   for rows in (world.pretrain, world.train):
     texts = [halves(row[name]) for row in rows for name in row]
-    values = [synthetic.reward(*text) for text in texts]
+    values = [world_lib.reward(*text) for text in texts]
     means.append(np.mean(values))
   # A full point apart, which is 25 standard errors of either mean; the same
   # mix for both would give a difference near 0.
@@ -444,8 +444,8 @@ def test_write_makes_one_json_line_a_row(world, tmp_path):
     train=world.train[:5],
     test=world.test[:2],
   )
-  synthetic.write(small, tmp_path / "world")
-  synthetic.write(small, tmp_path / "world")
+  world_lib.write(small, tmp_path / "world")
+  world_lib.write(small, tmp_path / "world")
   files = sorted(path.name for path in (tmp_path / "world").iterdir())
   assert files == ["pretrain.jsonl", "test.jsonl", "train.jsonl"]
   for name in ("pretrain", "train", "test"):
@@ -466,11 +466,11 @@ def test_write_makes_one_json_line_a_row(world, tmp_path):
 )
 def test_bad_arguments_are_refused(changed, message):
   with pytest.raises(ValueError, match=message):
-    synthetic.generate(0, **{"pretrain": 0, "train": 1, "test": 0, **changed})
+    world_lib.generate(0, **{"pretrain": 0, "train": 1, "test": 0, **changed})
 
 
 def test_asking_for_more_than_exists_is_refused(monkeypatch):
-  monkeypatch.setattr(synthetic_text, "draw_prompt", lambda rng: HEAVY)
+  monkeypatch.setattr(text_lib, "draw_prompt", lambda rng: HEAVY)
   # fox 4 + owl 12 + weight 4 + phrasing 0 = 20: a training prompt.
   with pytest.raises(ValueError, match="test=1 rows are more"):
-    synthetic.generate(0, pretrain=0, train=0, test=1)
+    world_lib.generate(0, pretrain=0, train=0, test=1)

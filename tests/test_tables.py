@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from dpo_jax.rows import tables
+from dpo_jax.data import token_table
 
-FIRST = tables.Pair("a", (5, 6), (7,), (8, 9, 10))
-SECOND = tables.Pair("b", (11,), (12, 13), (14,))
+FIRST = token_table.Pair("a", (5, 6), (7,), (8, 9, 10))
+SECOND = token_table.Pair("b", (11,), (12, 13), (14,))
 
 
 def by_hand():
-  return tables.Table(
+  return token_table.Table(
     ("a", "b"),
     np.array([5, 6, 7, 8, 9, 10, 11, 12, 13, 14], np.int32),
     np.array([[0, 2, 3], [6, 7, 9]]),
@@ -38,14 +38,14 @@ def assert_alike(found, wanted):
 
 def test_from_items_and_from_columns():
   wanted = by_hand()
-  found = tables.from_items([FIRST, SECOND])
+  found = token_table.from_items([FIRST, SECOND])
   assert_alike(found, wanted)
   columns = [[(5, 6), (11,)], [(7,), (12, 13)], [(8, 9, 10), (14,)]]
-  assert_alike(tables.from_columns(["a", "b"], columns), wanted)
+  assert_alike(token_table.from_columns(["a", "b"], columns), wanted)
   assert found.tokens.dtype == np.int32
   assert found.starts.dtype == found.lengths.dtype == np.int64
   # A table is not made again.
-  assert tables.from_items(found) is found
+  assert token_table.from_items(found) is found
 
 
 def test_a_table_is_a_sequence_of_its_items():
@@ -66,10 +66,10 @@ def test_a_table_is_a_sequence_of_its_items():
 
 def test_examples_are_indexed_as_examples():
   items = [
-    tables.Example("a", (1, 2), (3,)),
-    tables.Example("b", (4,), (5, 6)),
+    token_table.Example("a", (1, 2), (3,)),
+    token_table.Example("b", (4,), (5, 6)),
   ]
-  table = tables.from_items(items)
+  table = token_table.from_items(items)
   assert table.parts == 2
   assert list(table) == items
   assert table.starts.tolist() == [[0, 2], [3, 4]]
@@ -94,15 +94,15 @@ def test_pairs_become_examples_of_one_or_both_responses():
   table = by_hand()
   chosen = table.examples("chosen")
   assert list(chosen) == [
-    tables.Example("a", (5, 6), (7,)),
-    tables.Example("b", (11,), (12, 13)),
+    token_table.Example("a", (5, 6), (7,)),
+    token_table.Example("b", (11,), (12, 13)),
   ]
   both = table.examples("both")
   assert list(both) == [
-    tables.Example("a", (5, 6), (7,)),
-    tables.Example("a", (5, 6), (8, 9, 10)),
-    tables.Example("b", (11,), (12, 13)),
-    tables.Example("b", (11,), (14,)),
+    token_table.Example("a", (5, 6), (7,)),
+    token_table.Example("a", (5, 6), (8, 9, 10)),
+    token_table.Example("b", (11,), (12, 13)),
+    token_table.Example("b", (11,), (14,)),
   ]
   assert chosen.tokens is both.tokens is table.tokens
   with pytest.raises(ValueError, match="only a table of pairs"):
@@ -112,38 +112,38 @@ def test_pairs_become_examples_of_one_or_both_responses():
 def test_joining_keeps_the_order_of_tables_and_items():
   table = by_hand()
   # The second one's tokens are not in its items' order, and not all used.
-  found = tables.join([table, table.take([1]), table.take([1, 0])])
+  found = token_table.join([table, table.take([1]), table.take([1, 0])])
   assert list(found) == [FIRST, SECOND, SECOND, SECOND, FIRST]
   assert found.starts.dtype == np.int64
-  assert list(tables.join(iter([table]))) == list(table)
+  assert list(token_table.join(iter([table]))) == list(table)
 
 
 def test_pairs_and_examples_are_not_mixed():
-  example = tables.Example("c", (1,), (2,))
+  example = token_table.Example("c", (1,), (2,))
   with pytest.raises(ValueError, match="pairs and examples"):
-    tables.from_items([FIRST, example])
+    token_table.from_items([FIRST, example])
 
 
 def test_an_empty_table_is_one_of_pairs():
-  none = tables.from_items([])
+  none = token_table.from_items([])
   assert len(none) == 0
   assert none.parts == 3
   assert none.tokens.dtype == np.int32
-  assert list(tables.join([none, by_hand(), none])) == [FIRST, SECOND]
+  assert list(token_table.join([none, by_hand(), none])) == [FIRST, SECOND]
   assert none.fingerprint() == hashlib.sha256().hexdigest()[:16]
   assert list(none.examples("both")) == []
 
 
 def test_columns_of_other_lengths_are_refused():
   with pytest.raises(ValueError, match="inhomogeneous"):
-    tables.from_columns(["a"], [[(1,)], [(2,), (3,)], [(4,)]])
+    token_table.from_columns(["a"], [[(1,)], [(2,), (3,)], [(4,)]])
   with pytest.raises(ValueError, match="reshape"):
-    tables.from_columns(["a", "b"], [[(1,)], [(2,)], [(3,)]])
+    token_table.from_columns(["a", "b"], [[(1,)], [(2,)], [(3,)]])
 
 
 def test_a_token_that_no_int32_holds_is_refused():
   with pytest.raises(OverflowError):
-    tables.from_columns(["a"], [[(2**31,)], [(1,)], [(1,)]])
+    token_table.from_columns(["a"], [[(2**31,)], [(1,)], [(1,)]])
 
 
 def test_the_fingerprint_is_a_hash_of_ids_and_tokens_with_their_borders():
@@ -173,13 +173,13 @@ def test_the_fingerprint_is_a_hash_of_ids_and_tokens_with_their_borders():
 )
 def test_the_fingerprint_changes_with_an_item(changed):
   other = dataclasses.replace(FIRST, **changed)
-  found = tables.from_items([other, SECOND]).fingerprint()
+  found = token_table.from_items([other, SECOND]).fingerprint()
   assert found != by_hand().fingerprint()
 
 
 def test_the_fingerprint_knows_the_order_and_not_where_tokens_lie():
   table = by_hand()
-  turned = tables.from_items([SECOND, FIRST])
+  turned = token_table.from_items([SECOND, FIRST])
   assert turned.fingerprint() != table.fingerprint()
   assert turned.take([1, 0]).fingerprint() == table.fingerprint()
   assert table.take([0]).fingerprint() != table.fingerprint()
@@ -193,20 +193,24 @@ def test_read_only_mapped_tokens_will_do(tmp_path):
   assert list(again.take([1, 0])) == [SECOND, FIRST]
   assert again.fingerprint() == table.fingerprint()
   assert again.take([1]).tokens is mapped
-  assert list(tables.join([again, table])) == [FIRST, SECOND] * 2
+  assert list(token_table.join([again, table])) == [FIRST, SECOND] * 2
 
 
 # --- by hypothesis: a table is the list of its items
 
 _ids = st.text(max_size=3)
 _part = st.lists(st.integers(0, 2**31 - 1), max_size=5).map(tuple)
-_pairs = st.lists(st.builds(tables.Pair, _ids, _part, _part, _part), max_size=6)
-_examples = st.lists(st.builds(tables.Example, _ids, _part, _part), max_size=6)
+_pairs = st.lists(
+  st.builds(token_table.Pair, _ids, _part, _part, _part), max_size=6
+)
+_examples = st.lists(
+  st.builds(token_table.Example, _ids, _part, _part), max_size=6
+)
 
 
 @hypothesis.given(st.one_of(_pairs, _examples))
 def test_a_table_gives_its_items_back(items):
-  table = tables.from_items(items)
+  table = token_table.from_items(items)
   assert list(table) == items
   assert [table[i] for i in range(-len(items), 0)] == items
   assert table.lengths.sum() == len(table.tokens)
@@ -217,7 +221,7 @@ def test_a_table_gives_its_items_back(items):
 
 @hypothesis.given(_pairs.filter(bool), st.data())
 def test_taking_is_indexing_a_list(items, data):
-  table = tables.from_items(items)
+  table = token_table.from_items(items)
   at = st.integers(-len(items), len(items) - 1)
   first = data.draw(st.lists(at, max_size=8))
   found = table.take(first)
@@ -235,26 +239,28 @@ def test_taking_is_indexing_a_list(items, data):
 def test_joining_is_adding_lists(lists, data):
   parts = []
   for items in lists:
-    table = tables.from_items(items)
+    table = token_table.from_items(items)
     order = data.draw(st.permutations(range(len(items))))
     # Tokens that lie in another order than the items.
     parts.append(table.take(order))
   wanted = [item for part in parts for item in part]
-  found = tables.join(parts)
+  found = token_table.join(parts)
   assert list(found) == wanted
-  assert found.fingerprint() == tables.from_items(wanted).fingerprint()
+  assert found.fingerprint() == token_table.from_items(wanted).fingerprint()
   for responses in ("chosen", "both"):
     examples = []
     for item in wanted:
-      examples.append(tables.Example(item.id, item.prompt, item.chosen))
+      examples.append(token_table.Example(item.id, item.prompt, item.chosen))
       if responses == "both":
-        examples.append(tables.Example(item.id, item.prompt, item.rejected))
+        examples.append(
+          token_table.Example(item.id, item.prompt, item.rejected)
+        )
     assert list(found.examples(responses)) == examples
 
 
 @hypothesis.given(_pairs, _pairs)
 def test_fingerprints_are_alike_just_where_items_are(first, second):
-  a, b = (tables.from_items(x).fingerprint() for x in (first, second))
+  a, b = (token_table.from_items(x).fingerprint() for x in (first, second))
   assert (a == b) == (first == second)
 
 

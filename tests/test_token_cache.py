@@ -9,8 +9,7 @@ import resource
 import numpy as np
 import pytest
 
-from dpo_jax import comparisons, tokenizer
-from dpo_jax.rows import profiles, token_cache
+from dpo_jax.data import preferences, token_cache, tokenization, tokenizer
 
 LENGTHS = {"profile": "paper", "max_length": 24, "max_prompt_length": 8}
 
@@ -23,7 +22,7 @@ def words(tmp_path_factory):
 
 def rows(count=40):
   return [
-    comparisons.Comparison(
+    preferences.Comparison(
       f"row-{i}-é", "is ink" * (1 + i % 9), " pen" * (1 + i % 5), f" {i} \u2028"
     )
     for i in range(count)
@@ -64,7 +63,7 @@ class Never:
 
 def test_an_entry_is_what_tokenising_gives(filled, words, caplog):
   path, made = filled
-  fresh = profiles.tokenize(words, rows(), **LENGTHS)
+  fresh = tokenization.tokenize(words, rows(), **LENGTHS)
   same(made, fresh)
   assert fresh.counts["prompt cut"] > 0
   same(
@@ -91,7 +90,7 @@ def test_tokens_are_mapped_and_aligned(filled, words):
 def test_without_a_directory_nothing_is_kept(tmp_path, words, monkeypatch):
   monkeypatch.chdir(tmp_path)
   done = token_cache.tokenize("", words, rows(), **LENGTHS)
-  same(done, profiles.tokenize(words, rows(), **LENGTHS))
+  same(done, tokenization.tokenize(words, rows(), **LENGTHS))
   assert entries(tmp_path) == []
 
 
@@ -118,7 +117,7 @@ def test_whatever_changes_the_ids_is_another_entry(filled, words, other):
   settings = {"rows": rows()} | LENGTHS | other(rows())
   given = settings.pop("rows")
   done = token_cache.tokenize(path.parent, words, given, **settings)
-  same(done, profiles.tokenize(words, given, **settings))
+  same(done, tokenization.tokenize(words, given, **settings))
   assert len(entries(path.parent)) == 2
 
 
@@ -126,12 +125,12 @@ def test_another_tokenizer_is_another_entry(filled, tmp_path_factory, words):
   path, _ = filled
   other = tokenizer.train(["wet wet"], 260, tmp_path_factory.mktemp("other"))
   done = token_cache.tokenize(path.parent, other, rows(), **LENGTHS)
-  same(done, profiles.tokenize(other, rows(), **LENGTHS))
+  same(done, tokenization.tokenize(other, rows(), **LENGTHS))
   assert len(entries(path.parent)) == 2
 
 
 def test_a_pair_dropped_and_no_pair_left(tmp_path, words):
-  given = [comparisons.Comparison("x", "<|padding|>", "a", "b")]
+  given = [preferences.Comparison("x", "<|padding|>", "a", "b")]
   for _ in range(2):
     done = token_cache.tokenize(tmp_path, words, given, **LENGTHS)
     assert len(done.table) == 0
@@ -256,7 +255,7 @@ def test_two_processes_write_one_whole_entry(tmp_path, words, caplog):
     target=_many_times, args=(directory, tmp_path / "words", queue)
   )
   child.start()
-  expected = profiles.tokenize(words, rows(), **LENGTHS)
+  expected = tokenization.tokenize(words, rows(), **LENGTHS)
   found = []
   # This process writes too, and takes away what either has written, under the
   # other's eyes.

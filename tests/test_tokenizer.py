@@ -15,7 +15,7 @@ import sourcing
 import transformers
 from hypothesis import strategies as st
 
-from dpo_jax import tokenizer
+from dpo_jax.data import tokenizer
 
 TEXTS = [
   "",

@@ -18,7 +18,9 @@ import planted
 import pytest
 import running
 
-from dpo_jax import data, metrics, trackers, training
+from dpo_jax.data import dataset
+from dpo_jax.io import metrics
+from dpo_jax.training import trackers, train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -325,8 +327,8 @@ def test_a_run_that_is_interrupted_goes_on_in_its_trackers(
   with monkeypatch.context() as patch:
     patch.setattr(trackers.Writer, "write", interrupt)
     with pytest.raises(KeyboardInterrupt):
-      training.run(config, workdir)
-  training.run(config, workdir)
+      train.run(config, workdir)
+  train.run(config, workdir)
   wanted = metrics.read(workdir / metrics.FILE)
   with (workdir / "metrics.csv").open(newline="") as file:
     found = [float(r["loss"]) for r in csv.DictReader(file) if r["loss"]]
@@ -346,6 +348,6 @@ def test_a_missing_library_is_refused_before_anything_is_read(
   running.make_files(tmp_path)
   config = running.configs(tmp_path)(**{"trackers.use": ["wandb"]})
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  monkeypatch.setattr(data, "prepare", pytest.fail)
+  monkeypatch.setattr(dataset, "prepare", pytest.fail)
   with pytest.raises(ValueError, match="wandb is not installed"):
-    training.run(config, tmp_path / "run")
+    train.run(config, tmp_path / "run")

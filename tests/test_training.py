@@ -17,10 +17,12 @@ import running
 import safetensors.numpy
 import tiny
 
-from dpo_jax import data, hf, metrics, model, sources, tokenizer, training
-from dpo_jax.interface import settings
-from dpo_jax.running import checks
-from dpo_jax.storage import locks
+from dpo_jax.core import settings
+from dpo_jax.data import dataset, sources, tokenizer
+from dpo_jax.io import locks, metrics
+from dpo_jax.model import gpt_neox, hf
+from dpo_jax.training import checks
+from dpo_jax.training import train as train_lib
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def config(files):
 def whole(config, tmp_path_factory):
   """An uninterrupted run."""
   workdir = tmp_path_factory.mktemp("whole") / "run"
-  training.run(config(), workdir)
+  train_lib.run(config(), workdir)
   return workdir
 
 
@@ -117,9 +119,9 @@ def test_the_export_is_the_base_with_its_adapters(whole, files):
 
 
 def test_a_finished_run_is_not_run_again(whole, config, monkeypatch):
-  monkeypatch.setattr(data, "prepare", pytest.fail)
+  monkeypatch.setattr(dataset, "prepare", pytest.fail)
   before = (whole / metrics.FILE).stat().st_mtime_ns
-  assert training.run(config(), whole) == whole / "export"
+  assert train_lib.run(config(), whole) == whole / "export"
   assert (whole / metrics.FILE).stat().st_mtime_ns == before
 
 
@@ -138,12 +140,12 @@ def test_all_weights_resume_with_their_reference(
       "max_steps": 4,
     }
   )
-  training.run(changes, tmp_path / "whole")
+  train_lib.run(changes, tmp_path / "whole")
   with monkeypatch.context() as patch:
     running.at_step(patch, 3, running.interrupt)
     with pytest.raises(KeyboardInterrupt):
-      training.run(changes, tmp_path / "parts")
-  training.run(changes, tmp_path / "parts")
+      train_lib.run(changes, tmp_path / "parts")
+  train_lib.run(changes, tmp_path / "parts")
   found = running.read(tmp_path / "parts")
   # Rewards are against the weights that the run began with: a reference taken
   # from the checkpoint would put them back to zero.
@@ -170,9 +172,9 @@ def test_a_change_that_comes_too_late_is_refused(whole, config):
   with pytest.raises(
     ValueError, match=r"(?s)is finished, .*config.loss.beta: 0.5 -> 0.6"
   ):
-    training.run(config(**late), whole)
+    train_lib.run(config(**late), whole)
   # What changes nothing of the model may be another.
-  training.run(config(grace_s=7.0), whole)
+  train_lib.run(config(grace_s=7.0), whole)
   assert running.weights(whole) == before
 
 
@@ -188,7 +190,7 @@ def test_another_config_is_refused_by_every_key(whole, config):
     }
   )
   with pytest.raises(ValueError, match="begun with another config") as error:
-    training.run(other, whole)
+    train_lib.run(other, whole)
   lines = str(error.value).splitlines()[1:-1]
   assert [line.strip().split(":")[0] for line in lines] == [
     "config.data.sources.files.train_path",
@@ -218,7 +220,7 @@ def test_other_files_under_the_same_names_are_refused(begun, config, files):
     try:
       make(path)
       with pytest.raises(ValueError, match="made with other inputs") as e:
-        training.run(config(), begun)
+        train_lib.run(config(), begun)
     finally:
       shutil.rmtree(path) if path.is_dir() else path.unlink()
       kept.rename(path)
@@ -243,14 +245,14 @@ def test_other_files_under_the_same_names_are_refused(begun, config, files):
     ),
   )
   before = running.read(begun)
-  training.run(config(), begun)
+  train_lib.run(config(), begun)
   assert running.read(begun) == before
 
 
 def test_a_config_json_that_is_none_is_refused(begun, config):
   (begun / "config.json").write_text("{")
   with pytest.raises(ValueError, match=r"config.json: not JSON"):
-    training.run(config(), begun)
+    train_lib.run(config(), begun)
 
 
 def test_settings_that_were_refused_do_not_bind_the_directory(
@@ -263,7 +265,7 @@ def test_settings_that_were_refused_do_not_bind_the_directory(
     ({"model.path": str(files / "no")}, "is neither a directory nor a hub id"),
   ):
     with pytest.raises(ValueError, match=words):
-      training.run(config(**change), workdir)
+      train_lib.run(config(**change), workdir)
   assert not (workdir / "config.json").exists()
 
 
@@ -273,7 +275,7 @@ def test_a_second_trainer_is_refused(begun, config):
     locks.Lock(begun / "lock"),
     pytest.raises(locks.Held, match=f"lock is held by pid {os.getpid()}"),
   ):
-    training.run(config(), begun)
+    train_lib.run(config(), begun)
   assert running.read(begun) == before
 
 
@@ -302,7 +304,7 @@ def test_wrong_input_is_refused_before_the_model_is_read(
   changes = {k: train if v == "{train}" else v for k, v in changes.items()}
   nowhere = {"model.path": str(tmp_path / "no-model")}
   with pytest.raises(ValueError, match=words):
-    training.run(config(**changes, **nowhere), tmp_path / "run")
+    train_lib.run(config(**changes, **nowhere), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -344,7 +346,7 @@ def test_a_model_that_does_not_fit_is_refused(config, files, tmp_path):
     path = tmp_path / f"model-{shape.vocab_size}"
     hf.export(path, shape, tiny.weights(shape))
     with pytest.raises(ValueError, match=words):
-      training.run(config(**{"model.path": str(path)}), tmp_path / "run")
+      train_lib.run(config(**{"model.path": str(path)}), tmp_path / "run")
 
 
 # --- guards
@@ -352,7 +354,7 @@ def test_a_model_that_does_not_fit_is_refused(config, files, tmp_path):
 
 def test_a_warm_up_that_never_ends_is_said(config, tmp_path, caplog):
   long = {"optimizer.warmup_steps": 5, "max_steps": 2, "eval_every": 0}
-  training.run(config(**long), tmp_path / "run")
+  train_lib.run(config(**long), tmp_path / "run")
   said = "warmup_steps=5 is more than the run's 2 updates: .* 0.004 and .* 0.01"
   assert re.search(said, caplog.text)
 
@@ -382,7 +384,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
   # Running it again stops at the same place and loses nothing.
   for _ in range(2):
     with pytest.raises(checks.TrainingError, match="step 6: loss is nan") as e:
-      training.run(broken, workdir)
+      train_lib.run(broken, workdir)
     assert loaded.rows[at].id in str(e.value)
     assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"2", "4"}
     found = running.read(workdir)
@@ -400,15 +402,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
 def test_a_policy_that_is_not_its_reference_is_not_trained(
   config, tmp_path, monkeypatch, kept
 ):
-  original = model.init_lora
+  original = gpt_neox.init_lora
 
   def moved(*arguments):
     lora = original(*arguments)
     return jax.tree.map(lambda leaf: leaf + 0.01, lora)
 
-  monkeypatch.setattr(model, "init_lora", moved)
+  monkeypatch.setattr(gpt_neox, "init_lora", moved)
   with pytest.raises(checks.TrainingError, match=r"step 0 is 0\.\d+, not 0.69"):
-    training.run(config(precompute_reference=kept), tmp_path / "run")
+    train_lib.run(config(precompute_reference=kept), tmp_path / "run")
   assert not list((tmp_path / "run" / "checkpoints").iterdir())
   assert not (tmp_path / "run" / "export").exists()
 
@@ -439,22 +441,22 @@ def test_how_near_the_first_loss_must_be(
 
 def test_a_kept_reference_gives_the_same_run(config, whole, tmp_path):
   cache = {"precompute_reference": True, "reference_cache": str(tmp_path / "r")}
-  training.run(config(**cache), tmp_path / "run")
+  train_lib.run(config(**cache), tmp_path / "run")
   kept = {path.name: path.stat() for path in (tmp_path / "r").iterdir()}
   assert kept.keys() == {"train.safetensors", "held_out.safetensors"}
   assert_same_metrics(tmp_path / "run", whole)
   # Another beta, order and layout read what is there.
   other = {"loss.beta": 0.1, "seed": 6, "data.layout": "packed"}
-  training.run(config(**cache, **other, max_steps=1), tmp_path / "other")
+  train_lib.run(config(**cache, **other, max_steps=1), tmp_path / "other")
   for path in (tmp_path / "r").iterdir():
     assert path.stat().st_mtime_ns == kept[path.name].st_mtime_ns
   # Another precision and other pairs do not.
   half = config(**cache, **{"model.dtype": "bfloat16"})
   with pytest.raises(ValueError, match=r"made with dtype=.*delete train\.safe"):
-    training.run(half, tmp_path / "half")
+    train_lib.run(half, tmp_path / "half")
   fewer = config(**cache, **{"data.max_train": 29})
   with pytest.raises(ValueError, match=r"made with data=.*delete train\.safe"):
-    training.run(fewer, tmp_path / "fewer")
+    train_lib.run(fewer, tmp_path / "fewer")
 
 
 def test_a_kept_reference_of_other_weights_is_refused(
@@ -466,7 +468,7 @@ def test_a_kept_reference_of_other_weights_is_refused(
     "reference_cache": "~/r",
     "max_steps": 1,
   }
-  training.run(config(**cache), tmp_path / "run")
+  train_lib.run(config(**cache), tmp_path / "run")
   assert (tmp_path / "r" / "train.safetensors").exists()
   base = tiny.weights(running.SHAPE)
   # One row that no item reads: the weights are others all the same.
@@ -476,13 +478,13 @@ def test_a_kept_reference_of_other_weights_is_refused(
   hf.export(tmp_path / "other", running.SHAPE, other, words)
   stale = config(**cache, **{"model.path": str(tmp_path / "other")})
   with pytest.raises(ValueError, match="made with model="):
-    training.run(stale, tmp_path / "stale")
+    train_lib.run(stale, tmp_path / "stale")
 
 
 def test_a_kept_reference_needs_no_second_tree(config, tmp_path):
   full = {"lora.rank": 0, "export_adapters": False, "max_steps": 2}
-  training.run(config(**full), tmp_path / "plain")
-  training.run(config(**full, precompute_reference=True), tmp_path / "run")
+  train_lib.run(config(**full), tmp_path / "plain")
+  train_lib.run(config(**full, precompute_reference=True), tmp_path / "run")
   assert (tmp_path / "run" / "reference" / "train.safetensors").exists()
   assert_same_metrics(tmp_path / "run", tmp_path / "plain")
 
@@ -498,7 +500,7 @@ def test_bfloat16(config, files, tmp_path, kept):
   half = {"model.dtype": "bfloat16", "model.param_dtype": kept}
   half = config(**half, max_steps=2)
   workdir = tmp_path / "run"
-  training.run(half, workdir)
+  train_lib.run(half, workdir)
   losses = [row["loss"] for row in running.read(workdir) if "loss" in row]
   assert losses[0] == pytest.approx(np.log(2), abs=1e-6)
   assert np.isfinite(losses).all()

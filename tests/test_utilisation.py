@@ -3,7 +3,10 @@
 import pytest
 import running
 
-from dpo_jax import data, hardware, metrics, tokenizer, training
+from dpo_jax.core import hardware
+from dpo_jax.data import dataset, tokenizer
+from dpo_jax.io import metrics
+from dpo_jax.training import train
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -22,7 +25,7 @@ def test_mfu_of_a_run_by_hand(kept, tmp_path, monkeypatch):
       "export_adapters": False,
     }
   )
-  training.run(run, tmp_path / "run")
+  train.run(run, tmp_path / "run")
   rows = metrics.read(tmp_path / "run" / metrics.FILE)
   rows = [row for row in rows if "loss" in row]
   # Seven updates of four pairs are an epoch of all 28.
@@ -32,7 +35,7 @@ def test_mfu_of_a_run_by_hand(kept, tmp_path, monkeypatch):
     for row in rows
   )
   words = tokenizer.load(run.tokenizer)
-  table = data.prepare(run.data, "dpo", words).train.table
+  table = dataset.prepare(run.data, "dpo", words).train.table
   shape = running.SHAPE
   layers, width, mlp = shape.layers, shape.width, shape.mlp_width
   kernels = layers * (4 * width**2 + 2 * width * mlp)

@@ -12,9 +12,8 @@ import PIL.PngImagePlugin
 import pytest
 import reported
 
-from dpo_jax import figures, records, report, verify
-from dpo_jax.reporting import seed_files
-from dpo_jax.storage import strict_json
+from dpo_jax.io import records, strict_json
+from dpo_jax.report import figures, report, seed_files, verify
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +277,7 @@ def test_the_vector_figures_are_verified_too(run, capsys):
 def test_what_cannot_be_verified(run, tmp_path, capsys):
   cases = {
     "none": "no such file",
-    "empty": "no report: `python -m dpo_jax.report ",
+    "empty": "no report: `python -m dpo_jax report ",
   }
   (tmp_path / "empty").mkdir()
   for name, message in cases.items():

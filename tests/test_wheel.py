@@ -124,8 +124,8 @@ def test_configs_of_the_wheel_are_found_and_said(site, tmp_path):
   assert "no tokenizer at 'nowhere/at/all'" in done.stderr
   # By its path, too; and one's own file comes first.
   code = """
-from dpo_jax.interface import config_help
-print(config_help.load("configs/judge.py:oracle").kind)
+from dpo_jax.cli import help as help_lib
+print(help_lib.load("configs/judge.py:oracle").kind)
 from configs import judge
 print(judge.__file__)
 """
@@ -138,8 +138,8 @@ print(judge.__file__)
     "def get_config(variant):\n  return common.mesh()\n"
   )
   code = """
-from dpo_jax.interface import config_help
-print(config_help.load("configs/judge.py:x").fsdp)
+from dpo_jax.cli import help as help_lib
+print(help_lib.load("configs/judge.py:x").fsdp)
 """
   assert away(site, tmp_path, "-c", code).stdout == "1\n"
 

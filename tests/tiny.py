@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import model, partitioning
-from dpo_jax.rows import tables
+from dpo_jax.core import sharding
+from dpo_jax.data import token_table
+from dpo_jax.model import gpt_neox
 
 # Head dim 8, of which 4 are rotated: both kinds of dimension exist. Every axis
 # that a mesh splits is a multiple of eight.
-CONFIG = model.ModelConfig(
+CONFIG = gpt_neox.ModelConfig(
   vocab_size=64,
   width=16,
   layers=2,
@@ -27,7 +28,7 @@ def weights(config, seed=0):
   rng = np.random.default_rng(seed)
 
   def one(path, leaf):
-    name = partitioning.path_name(path)
+    name = sharding.path_name(path)
     shape = leaf.shape
     if name.endswith("kernel"):
       layer = shape[1:] if name.startswith("blocks") else shape
@@ -39,14 +40,14 @@ def weights(config, seed=0):
       value = rng.normal(name.endswith("scale"), 0.3, shape)
     return jnp.asarray(value, jnp.float32)
 
-  shapes = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
+  shapes = jax.eval_shape(lambda: gpt_neox.init(config, jax.random.key(0)))
   return jax.tree.map_with_path(one, shapes)
 
 
 def adapters(config, seed=1):
   """LoRA weights with B off zero, so that the branch matters."""
   rng = np.random.default_rng(seed)
-  shapes = jax.eval_shape(lambda: model.init_lora(config, jax.random.key(0)))
+  shapes = jax.eval_shape(lambda: gpt_neox.init_lora(config, jax.random.key(0)))
   return jax.tree.map(
     lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32),
     shapes,
@@ -62,6 +63,6 @@ def pairs(count, seed=0, prompt=(2, 9), response=(1, 7), vocab=CONFIG):
     return tuple(int(i) for i in rng.integers(2, vocab.vocab_size, size))
 
   return [
-    tables.Pair(f"pair-{i}", text(prompt), text(response), text(response))
+    token_table.Pair(f"pair-{i}", text(prompt), text(response), text(response))
     for i in range(count)
   ]

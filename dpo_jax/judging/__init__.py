@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Awaitable, Callable
 from typing import Literal
 
-from dpo_jax.interface import errors
+from dpo_jax.core import errors
 
 Choice = Literal["first", "second", "tie", "missing", "refusal"]
 

@@ -10,11 +10,11 @@ import json
 import pathlib
 from typing import Any, Literal
 
-from dpo_jax import judging, records
-from dpo_jax.interface import console
-from dpo_jax.interface import settings as settings_lib
+from dpo_jax import judging
+from dpo_jax.core import console
+from dpo_jax.core import settings as settings_lib
+from dpo_jax.io import atomic, records, strict_json
 from dpo_jax.judging import budget, client, prompts, questions
-from dpo_jax.storage import atomic, strict_json
 
 FILE = "judge.json"
 

@@ -21,9 +21,9 @@ from collections.abc import AsyncIterator, Callable, Set
 from typing import Any
 
 from dpo_jax import judging
-from dpo_jax.interface import settings
+from dpo_jax.core import settings
+from dpo_jax.io import atomic, strict_json
 from dpo_jax.judging import client, prompts, questions, transport, verdicts
-from dpo_jax.storage import atomic, strict_json
 
 _ENDED = ("completed", "failed", "expired", "cancelled")
 _MARK = "dpo_jax"

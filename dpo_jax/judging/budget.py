@@ -10,7 +10,8 @@ import asyncio
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-from dpo_jax import judging, records
+from dpo_jax import judging
+from dpo_jax.io import records
 from dpo_jax.winrates import intervals
 
 # What a chat format may put around a message; its words are not ours.

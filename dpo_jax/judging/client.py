@@ -25,8 +25,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 from dpo_jax import judging
-from dpo_jax.interface import redaction
-from dpo_jax.interface import settings as settings_lib
+from dpo_jax.core import redaction
+from dpo_jax.core import settings as settings_lib
 from dpo_jax.judging import budget, limits, prompts, transport, verdicts
 
 T = TypeVar("T")

@@ -14,10 +14,9 @@ seed, and a larger one holds a smaller one.
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from dpo_jax import records
-from dpo_jax.interface import settings as settings_lib
+from dpo_jax.core import settings as settings_lib
+from dpo_jax.io import jsonl, records
 from dpo_jax.judging import questions
-from dpo_jax.storage import row_store
 
 FILE = "controls.jsonl"
 
@@ -39,7 +38,7 @@ def cases(
   seed: int,
   orders: str,
   ordinary: Iterable[questions.Case],
-  store: row_store.Store[records.Verdict],
+  store: jsonl.Store[records.Verdict],
 ) -> list[questions.Case]:
   """The control cases among these ordinary ones, to be written to `store`."""
   ordinary = list(ordinary)
@@ -99,7 +98,7 @@ def _control(row: records.Response, against: str) -> records.Response:
 def _both(
   control: records.Control,
   row: records.Response,
-  store: row_store.Store[records.Verdict],
+  store: jsonl.Store[records.Verdict],
   orders: str,
   seed: int,
 ) -> list[questions.Case]:

@@ -32,7 +32,8 @@ import pathlib
 import re
 import unicodedata
 
-from dpo_jax import judging, records
+from dpo_jax import judging
+from dpo_jax.io import records
 
 # How the enclosed texts are to be read; the same for every template.
 _ENCLOSED = """\

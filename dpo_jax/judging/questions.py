@@ -7,8 +7,8 @@ texts and order) are one question, whose answer is written for each of them.
 import dataclasses
 from collections.abc import Iterable
 
-from dpo_jax import judging, records
-from dpo_jax.storage import row_store
+from dpo_jax import judging
+from dpo_jax.io import jsonl, records
 
 ORDERS: tuple[records.Order, records.Order] = ("model_first", "chosen_first")
 
@@ -17,7 +17,7 @@ ORDERS: tuple[records.Order, records.Order] = ("model_first", "chosen_first")
 class Case:
   """One verdict to be written: a response in an order, and where it goes."""
 
-  store: row_store.Store[records.Verdict]
+  store: jsonl.Store[records.Verdict]
   response: records.Response
   order: records.Order
   control: records.Control = ""
@@ -40,7 +40,7 @@ class Plan:
 def plan(
   judge: judging.Judge,
   cases: Iterable[Case],
-  stores: Iterable[row_store.Store[records.Verdict]],
+  stores: Iterable[jsonl.Store[records.Verdict]],
 ) -> Plan:
   """Sorts the cases into answered, answerable without a call, and open."""
   current: dict[tuple, records.Verdict] = {}

@@ -6,13 +6,15 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from dpo_jax import judging, records, synthetic
-from dpo_jax.world import synthetic_claims, synthetic_tables, synthetic_text
+from dpo_jax import judging
+from dpo_jax.demo import claims, tables, world
+from dpo_jax.demo import text as text_lib
+from dpo_jax.io import records
 
 Name = Literal["oracle", "length"]
 
 # All that the synthetic world's reward follows from.
-_WORLD = (synthetic, synthetic_claims, synthetic_tables, synthetic_text)
+_WORLD = (world, claims, tables, text_lib)
 
 
 def length(prompt: str, response: str) -> float:
@@ -28,7 +30,7 @@ def judge(name: Name) -> judging.Judge:
     pathlib.Path(module.__file__ or "").read_text(encoding="utf-8")
     for module in _WORLD
   ]
-  return prefer_higher(name, synthetic.reward, sources)
+  return prefer_higher(name, world.reward, sources)
 
 
 def prefer_higher(

@@ -21,9 +21,10 @@ import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any, Literal
 
-from dpo_jax import judging, records
-from dpo_jax.interface import console
-from dpo_jax.interface import settings as settings_lib
+from dpo_jax import judging
+from dpo_jax.core import console
+from dpo_jax.core import settings as settings_lib
+from dpo_jax.io import jsonl, records
 from dpo_jax.judging import (
   account,
   batch_api,
@@ -33,7 +34,6 @@ from dpo_jax.judging import (
   questions,
   rewards,
 )
-from dpo_jax.storage import row_store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +162,7 @@ def estimate(
   directory = workdir / settings.verdicts
   _refuse_leftovers(directory, files)
   stores = {
-    name: row_store.Store(directory / name, records.Verdict).peek()
+    name: jsonl.Store(directory / name, records.Verdict).peek()
     for name in [*(path.name for path in files), controls.FILE]
   }
   purse = None
@@ -207,9 +207,7 @@ async def _run(
       used = await stack.enter_async_context(connection)
       judge = used.judge
     stores = {
-      name: stack.enter_context(
-        row_store.Store(directory / name, records.Verdict)
-      )
+      name: stack.enter_context(jsonl.Store(directory / name, records.Verdict))
       for name in [*(path.name for path in files), controls.FILE]
     }
     _refuse_other_judge(directory, judge, stores.values())
@@ -253,7 +251,7 @@ def _count(plan: questions.Plan, *, control: bool) -> dict[str, int]:
 def _cases(
   settings: JudgeSettings,
   files: dict[pathlib.Path, list[records.Response]],
-  stores: dict[str, row_store.Store[records.Verdict]],
+  stores: dict[str, jsonl.Store[records.Verdict]],
 ) -> list[questions.Case]:
   """All that is to be judged: every response, and then the controls."""
   ordinary = []
@@ -320,7 +318,7 @@ def _read_responses(
 
 
 def _refuse_strangers(
-  store: row_store.Store[records.Verdict], responses: list[records.Response]
+  store: jsonl.Store[records.Verdict], responses: list[records.Response]
 ) -> None:
   """Verdicts on responses that are gone would be counted as if they stood."""
   known = {response.unit for response in responses}
@@ -336,7 +334,7 @@ def _refuse_strangers(
 def _refuse_other_judge(
   directory: pathlib.Path,
   judge: judging.Judge,
-  stores: Iterable[row_store.Store[records.Verdict]],
+  stores: Iterable[jsonl.Store[records.Verdict]],
 ) -> None:
   """One directory holds one judge's verdicts on one template's pages.
 

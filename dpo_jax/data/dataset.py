@@ -1,0 +1,228 @@
+"""From sources of comparisons to the token items that a stage trains on.
+
+Everything that is dropped, cut or repeated on the way is counted by its reason;
+the counts go into the run's manifest and from there into the report.
+"""
+
+import collections
+import dataclasses
+import pathlib
+from typing import Any, Literal
+
+from dpo_jax.core import settings as settings_lib
+from dpo_jax.data import (
+  loader,
+  packing,
+  preferences,
+  sources,
+  token_cache,
+  token_table,
+  tokenization,
+)
+from dpo_jax.data import tokenizer as tokenizer_lib
+from dpo_jax.io import remote
+
+# Kinds whose prompts are posts, which keep their start where they are cut, as
+# in the official DPO code; a dialogue keeps its end.
+_POSTS = ("shp", "se")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+  """What is read and how it becomes rows; see configs/common.py."""
+
+  use: tuple[str, ...]
+  sources: dict[str, sources.SourceSettings]
+  filters: sources.FilterSettings
+  max_train: int
+  max_eval: int
+  allow_leakage: bool
+  profile: tokenization.Profile
+  max_length: int
+  max_prompt_length: int
+  token_cache: str
+  responses: Literal["chosen", "both"]
+  loss_on_prompt: bool
+  layout: packing.Layout
+  row_length: int
+  shapes: int
+
+  def __post_init__(self):
+    unknown = [name for name in self.use if name not in self.sources]
+    if unknown or not self.use or len(set(self.use)) < len(self.use):
+      raise ValueError(
+        f"data.use={self.use} must name one or more of data.sources, each"
+        f" once: {sorted(self.sources)}"
+      )
+    tokenization.check_lengths(
+      self.profile, self.max_length, self.max_prompt_length
+    )
+    if self.row_length < self.max_length:
+      raise ValueError(
+        f"data.row_length={self.row_length} must be at least"
+        f" data.max_length={self.max_length}"
+      )
+    settings_lib.check(self, "data.")
+    remote.refuse_address("data.token_cache", self.token_cache)
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+  """The training or the held-out items of all sources, in file order.
+
+  Attributes:
+    table: items, those of one source after those of another.
+    sizes: how many each source gave.
+    report: counts by source and reason, and fingerprints, as JSON values.
+  """
+
+  table: token_table.Table
+  sizes: tuple[int, ...]
+  report: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """Items to train on and to evaluate, and the sources' weights."""
+
+  train: Side
+  held_out: Side
+  weights: tuple[float, ...]
+
+  @property
+  def report(self) -> dict[str, Any]:
+    return {"train": self.train.report, "held_out": self.held_out.report}
+
+  def schedule(
+    self, *, batch_size: int, seed: int, epochs: int
+  ) -> loader.Schedule:
+    """The order of the training items."""
+    return loader.Schedule(
+      self.train.sizes, self.weights, batch_size, seed, epochs
+    )
+
+
+def prepare(
+  settings: DataSettings,
+  objective: Literal["sft", "dpo"],
+  tokenizer: tokenizer_lib.Tokenizer,
+) -> Prepared:
+  """Reads, checks and tokenises the training and the held-out rows.
+
+  Raises:
+    ValueError: a file is missing or malformed, nothing is left, a held-out
+      prompt is trained on, or a piece does not fit into a row.
+  """
+  if objective == "sft" and settings.layout == "shared":
+    raise ValueError(
+      "data.layout='shared' is for pairs; SFT takes 'packed' or 'padded'"
+    )
+  if objective == "dpo" and settings.loss_on_prompt:
+    raise ValueError(
+      "data.loss_on_prompt=True changes nothing in a preference loss, where"
+      " the prompt cancels out; set it to False"
+    )
+  if objective == "dpo" and settings.responses != "chosen":
+    raise ValueError(
+      f"data.responses={settings.responses!r} is for SFT: a preference loss"
+      " takes pairs; set it to 'chosen'"
+    )
+  loaded = {
+    side: load(settings, side, limit)
+    for side, limit in (
+      ("train", settings.max_train),
+      ("eval", settings.max_eval),
+    )
+  }
+  rows = {
+    side: [row for part in parts.values() for row in part.rows]
+    for side, parts in loaded.items()
+  }
+  leaks = preferences.leaks(rows["train"], rows["eval"])
+  if leaks and not settings.allow_leakage:
+    raise ValueError(
+      f"{leaks} held-out prompts of {', '.join(settings.use)} are also trained"
+      " on; mend the split, or set data.allow_leakage=True"
+    )
+  sides = {}
+  for side, parts in loaded.items():
+    sides[side] = _side(settings, side, objective, tokenizer, parts)
+    sides[side].report["held-out prompts also trained on"] = leaks
+  return Prepared(
+    sides["train"],
+    sides["eval"],
+    tuple(settings.sources[name].weight for name in settings.use),
+  )
+
+
+def load(
+  settings: DataSettings, side: sources.Side, limit: int
+) -> dict[str, preferences.Loaded]:
+  """The comparisons of every source in use, by its name."""
+  return {
+    name: sources.load(settings.sources[name], side, settings.filters, limit)
+    for name in settings.use
+  }
+
+
+def tokenised(
+  settings: DataSettings,
+  tokenizer: tokenizer_lib.Tokenizer,
+  name: str,
+  loaded: preferences.Loaded,
+) -> tokenization.Tokenised:
+  """A source's rows as token ids, from the cache if they are there."""
+  directory = settings.token_cache
+  if directory:
+    directory = pathlib.Path(directory).expanduser()
+  return token_cache.tokenize(
+    directory,
+    tokenizer,
+    loaded.rows,
+    profile=settings.profile,
+    max_length=settings.max_length,
+    max_prompt_length=settings.max_prompt_length,
+    prompt_keeps="start" if settings.sources[name].kind in _POSTS else "end",
+  )
+
+
+def _side(
+  settings: DataSettings,
+  side: sources.Side,
+  objective: Literal["sft", "dpo"],
+  tokenizer: tokenizer_lib.Tokenizer,
+  loaded: dict[str, preferences.Loaded],
+) -> Side:
+  parts, by_source = [], {}
+  for name, rows in loaded.items():
+    found = tokenised(settings, tokenizer, name, rows)
+    table = found.table
+    if objective == "sft" and len(table):
+      table = table.examples(settings.responses)
+    parts.append(table)
+    by_source[name] = {
+      "counts": {**rows.counts, **found.counts},
+      "fingerprint": rows.fingerprint,
+    }
+    if not len(table):
+      raise ValueError(
+        f"{side} of {name}: nothing is left after tokenisation:"
+        f" {by_source[name]['counts']}"
+      )
+  table = token_table.join(parts)
+  longest = packing.longest_piece(table, settings.layout)
+  if longest > settings.row_length:
+    raise ValueError(
+      f"{side}: the longest piece takes {longest} tokens in layout"
+      f" {settings.layout!r}; data.row_length={settings.row_length} must hold"
+      " it"
+    )
+  counts: collections.Counter[str] = collections.Counter()
+  for source in by_source.values():
+    counts.update(source["counts"])
+  report = {
+    "counts": dict(counts),
+    "sources": by_source,
+    "tokens": table.fingerprint(),
+  }
+  return Side(table, tuple(map(len, parts)), report)

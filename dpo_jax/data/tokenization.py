@@ -1,0 +1,283 @@
+"""Tokenisation profiles: how a pair of texts becomes ids, and what is cut.
+
+Three rules are in use for the same texts, and they give different ids, so that
+results are only comparable under one of them:
+
+paper: the official DPO code. Prompt and responses are tokenised apart, so that
+  a response's ids never depend on its prompt, and EOS is appended to both. If
+  the prompt and the longer response pass `max_length`, the prompt keeps
+  `max_prompt_length` tokens, the last of a dialogue, the first of a post (SHP,
+  StackExchange); if that is still too long, both responses keep their first
+  `max_length - max_prompt_length`.
+trl: TRL 1.16 (Hugging Face's DPOTrainer, prompt and responses given as
+  strings). The prompt is tokenised alone and joined with each response; what
+  all three token sequences begin with is the prompt, the rest are the
+  responses. Each sequence keeps its first `max_length` tokens, and a pair whose
+  prompt takes all of them is dropped, as is one of which no token is the
+  prompt's: TRL keeps that, though nothing predicts its first token. The same
+  holds from 1.14.2 on. Before, down to 0.29, responses began after as many
+  tokens as the prompt has, which is the same unless tokens merge across the
+  border, and before 1.9 pairs without room were kept.
+seed: the dpo-replication system, which strips both responses and then used TRL
+  of its time (0.28 and before). All three texts are tokenised apart, the prompt
+  always keeps its last `max_prompt_length` tokens, and a sequence that is still
+  too long loses more of its start. TRL cut chosen and rejected each by its own
+  length; here they share their prompt, so that both lose what the longer one
+  must. A pair that has no room for any token of its prompt is dropped.
+
+A pair with a special token's text in it is dropped under every profile: as
+text it cannot be told from control.
+
+Letters: N pairs; three parts, prompt, chosen and rejected.
+
+References:
+  Rafailov et al., Direct Preference Optimization, 2023 (arXiv 2305.18290),
+  official code; TRL, trl/trainer/dpo_trainer.py, versions 0.24 and 1.16.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import numpy as np
+
+from dpo_jax.data import preferences, token_table
+from dpo_jax.data import tokenizer as tokenizer_lib
+
+Profile = Literal["paper", "trl", "seed"]
+Keep = Literal["end", "start"]
+
+# Stands in every cache's key: raise it when a rule gives other ids or counts.
+VERSION = 2
+
+# Rows that are held as Python lists of ids at a time.
+_BATCH = 1024
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenised:
+  """Pairs as token ids, and what became of the others.
+
+  Attributes:
+    table: the pairs that are kept, in the rows' order, N of them.
+    cut: whether the prompt or a response of a pair was cut, bool [N].
+    counts: pairs by reason: dropped, cut, or of note otherwise.
+  """
+
+  table: token_table.Table
+  cut: np.ndarray
+  counts: dict[str, int]
+
+
+def check_lengths(
+  profile: Profile, max_length: int, max_prompt_length: int
+) -> None:
+  """Refuses a profile that does not exist and lengths that it cannot keep.
+
+  Raises:
+    ValueError: of an unknown profile, or a length that leaves a prompt or a
+      response no room, or that the profile would not look at.
+  """
+  if profile not in get_args(Profile):
+    raise ValueError(
+      f"profile={profile!r} is none of {', '.join(get_args(Profile))}"
+    )
+  if max_length < 2:
+    raise ValueError(
+      f"max_length={max_length} must be at least 2: a token of the prompt and"
+      " one of a response"
+    )
+  if profile == "trl":
+    if max_prompt_length != 0:
+      raise ValueError(
+        f"max_prompt_length={max_prompt_length} has no meaning in profile"
+        " 'trl', which cuts prompt and response as one; set it to 0"
+      )
+  elif not 0 < max_prompt_length < max_length:
+    raise ValueError(
+      f"max_prompt_length={max_prompt_length} must be between 1 and"
+      f" max_length - 1 ({max_length - 1})"
+    )
+
+
+def tokenize(
+  tokenizer: tokenizer_lib.Tokenizer,
+  rows: Sequence[preferences.Comparison],
+  *,
+  profile: Profile,
+  max_length: int,
+  max_prompt_length: int,
+  prompt_keeps: Keep = "end",
+) -> Tokenised:
+  """Tokenises comparisons by one of the three rules.
+
+  Every kept pair has at least one token of its prompt and of each response.
+
+  Args:
+    tokenizer: the model's own.
+    rows: comparisons in order.
+    profile: the rule, see above.
+    max_length: tokens of a prompt with a response, EOS included.
+    max_prompt_length: tokens of a prompt that had to be cut; 0 for "trl".
+    prompt_keeps: which of them under "paper", a fact of the dataset; the other
+      two rules have one of their own.
+
+  Raises:
+    ValueError: the lengths do not go with the profile, or the tokenizer adds
+      tokens of its own, which TRL would keep.
+  """
+  check_lengths(profile, max_length, max_prompt_length)
+  if profile == "trl" and not tokenizer.adds_nothing:
+    raise ValueError(
+      "this tokenizer adds tokens to a text, or drops white space before its"
+      " end of text: TRL's ids are not to be had from it; take profile 'paper'"
+    )
+  done = [
+    _batch(
+      tokenizer,
+      rows[start : start + _BATCH],
+      profile,
+      max_length,
+      max_prompt_length,
+      prompt_keeps,
+    )
+    for start in range(0, max(len(rows), 1), _BATCH)
+  ]
+  counts: dict[str, int] = {}
+  for batch in done:
+    for reason, number in batch.counts.items():
+      counts[reason] = counts.get(reason, 0) + number
+  return Tokenised(
+    token_table.join(batch.table for batch in done),
+    np.concatenate([batch.cut for batch in done]),
+    {reason: number for reason, number in counts.items() if number},
+  )
+
+
+def _batch(
+  tokenizer, rows, profile, max_length, max_prompt_length, prompt_keeps
+):
+  kept, texts = _clean(tokenizer, rows, profile)
+  tokens, starts, whole = _encode(tokenizer, texts)
+  counts = {"holds a special token": len(rows) - len(kept)}
+  if profile == "trl":
+    shared = _common_prefix(tokens, starts, whole)
+    merged = shared < whole[:, 0]
+    counts["prompt's end merges with a response"] = int(merged.sum())
+    starts[:, 1:] += shared[:, None]
+    whole[:, 1:] -= shared[:, None]
+    whole[:, 0] = shared
+  left = _RULES[profile](whole, max_length, max_prompt_length)
+  # A response is cut at its end, and a prompt at its start but for posts.
+  if profile != "paper" or prompt_keeps == "end":
+    starts[:, 0] += whole[:, 0] - left[:, 0]
+  room = (left > 0).all(1)
+  dropped = {
+    "dropped: the prompt has no token of its own": whole[:, 0] == 0,
+    "dropped: no room for prompt and response": (whole[:, 0] > 0) & ~room,
+  }
+  prompt_cut = room & (left[:, 0] < whole[:, 0])
+  response_cut = room & (left[:, 1:] < whole[:, 1:]).any(1)
+  table = _table([row.id for row in kept], tokens, starts, left, room)
+  reasons = dropped | {"prompt cut": prompt_cut, "response cut": response_cut}
+  counts |= {reason: int(which.sum()) for reason, which in reasons.items()}
+  counts["responses equal once cut"] = _equal_responses(table)
+  return Tokenised(table, (prompt_cut | response_cut)[room], counts)
+
+
+def _paper(whole, max_length, max_prompt_length):
+  """Tokens left of each part, int64 [N, 3]; so are the next two."""
+  longer = whole[:, 1:].max(1)
+  too_long = whole[:, 0] + longer > max_length
+  left = whole.copy()
+  left[too_long, 0] = np.minimum(whole[too_long, 0], max_prompt_length)
+  still = left[:, 0] + longer > max_length
+  left[still, 1:] = np.minimum(left[still, 1:], max_length - max_prompt_length)
+  return left
+
+
+def _trl(whole, max_length, _):
+  left = whole.copy()
+  left[:, 1:] = np.minimum(left[:, 1:], max_length - whole[:, :1])
+  return np.maximum(left, 0)
+
+
+def _seed(whole, max_length, max_prompt_length):
+  left = whole.copy()
+  room = np.minimum(max_prompt_length, max_length - whole[:, 1:].max(1))
+  left[:, 0] = np.minimum(left[:, 0], np.maximum(room, 0))
+  return left
+
+
+_RULES = {"paper": _paper, "trl": _trl, "seed": _seed}
+
+
+def _clean(tokenizer, rows, profile):
+  """Rows without special tokens, and the three columns of texts to encode."""
+  kept, texts = [], []
+  for row in rows:
+    parts = (row.prompt, row.chosen, row.rejected)
+    if profile == "trl":
+      parts = (row.prompt, row.prompt + row.chosen, row.prompt + row.rejected)
+    elif profile == "seed":
+      parts = (row.prompt, row.chosen.strip(), row.rejected.strip())
+    # Looked for in the very texts that are encoded: one may stand across the
+    # border of prompt and response.
+    if not any(tokenizer.special_in(text) for text in parts):
+      kept.append(row)
+      texts.append(parts)
+  return kept, [[parts[column] for parts in texts] for column in range(3)]
+
+
+def _encode(tokenizer, texts):
+  """Ids of all texts, and where each begins and its length, int64 [N, 3].
+
+  EOS follows the texts of the second and third column.
+  """
+  flat, starts, lengths, offset = [], [], [], 0
+  for column, column_texts in enumerate(texts):
+    ids, sizes = tokenizer.encode_flat(column_texts)
+    if column:
+      ids = np.insert(ids, np.cumsum(sizes), tokenizer.eos_id)
+      sizes = sizes + 1
+    starts.append(offset + np.cumsum(sizes) - sizes)
+    flat.append(ids)
+    lengths.append(sizes)
+    offset += len(ids)
+  return np.concatenate(flat), np.stack(starts, 1), np.stack(lengths, 1)
+
+
+def _common_prefix(tokens, starts, lengths):
+  """Tokens with which all three parts of a row begin alike, int64 [N]."""
+  sizes = lengths[:, 0]
+  owner = np.repeat(np.arange(len(sizes)), sizes)
+  place = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+  mine = tokens[starts[owner, 0] + place]
+  prefix = sizes.copy()
+  for part in (1, 2):
+    # Past its end stands its EOS, which is like no token of a prompt.
+    last = np.minimum(place, lengths[owner, part] - 1)
+    unlike = mine != tokens[starts[owner, part] + last]
+    np.minimum.at(prefix, owner[unlike], place[unlike])
+  return prefix
+
+
+def _table(ids, tokens, starts, lengths, room):
+  """The rows that have room, with their tokens alone, in order."""
+  starts, lengths = starts[room], lengths[room]
+  sizes = lengths.reshape(-1)
+  packed = np.cumsum(sizes) - sizes
+  source = np.repeat(starts.reshape(-1) - packed, sizes)
+  return token_table.Table(
+    tuple(ids[i] for i in np.flatnonzero(room)),
+    tokens[source + np.arange(len(source))],
+    packed.reshape(lengths.shape),
+    lengths,
+  )
+
+
+def _equal_responses(table) -> int:
+  alike = table.lengths[:, 1] == table.lengths[:, 2]
+  return sum(
+    table[i].chosen == table[i].rejected for i in np.flatnonzero(alike)
+  )

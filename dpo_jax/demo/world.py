@@ -1,0 +1,273 @@
+"""The embedded world: preference pairs whose true reward is known.
+
+Dialogues about a valley of animals, in HH form, are answered in a dozen
+styles from excellent to a refusal; two answers make a pair, and the label is
+drawn from Bradley-Terry on `reward`, which reads nothing but the text. The
+whole line (base, SFT, DPO, sampling, judging) can so be run in minutes on a
+CPU and measured by an oracle that cannot be wrong. Test prompts combine
+animals, facts, phrasings and turns as no training prompt does, while every
+fact is in training (`text.held_out`).
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import random
+import re
+from collections.abc import Mapping
+
+from dpo_jax.demo import answers, claims, tables
+from dpo_jax.demo import text as text_lib
+
+# Shares of the answer styles, in percent. RAW is the base model's diet;
+# PAIRS is what a fair crowd would write, with few excellent answers, so that
+# DPO can beat the chosen ones.
+PAIRS = {
+  "excellent": 13,
+  "good": 8,
+  "plain": 14,
+  "slow": 10,
+  "hedged": 9,
+  "wandering": 10,
+  "flawed": 8,
+  "repeating": 5,
+  "cut": 4,
+  "vague": 7,
+  "wrong": 7,
+  "refusing": 3,
+  "off_topic": 2,
+}
+RAW = {
+  "excellent": 1,
+  "good": 2,
+  "plain": 8,
+  "slow": 5,
+  "hedged": 8,
+  "wandering": 15,
+  "flawed": 8,
+  "repeating": 9,
+  "cut": 9,
+  "vague": 11,
+  "wrong": 10,
+  "refusing": 6,
+  "off_topic": 8,
+}
+
+# All multiples of 1/16, and counts are integers: sums are exact in floating
+# point, so two answers tie exactly or differ by at least 1/16.
+NAMED, RIGHT, DIRECT, DETAIL = 1.0, 3.0, 0.5, 0.75
+FALSE, REFUSAL, HEDGE, WANDER = 0.75, 1.5, 0.375, 0.625
+REPEAT, STRANGE, LONG, UNFINISHED, EMPTY = 0.25, 0.25, 0.0625, 1.0, -4.0
+
+_SENTENCE = re.compile(r"[.!?\n]+")
+_NEXT_TURN = re.compile(r"\n\n(?:Human|Assistant):")
+_REFUSAL_WORDS = re.compile(r"\b(i cannot|i am not able|i would rather not)\b")
+_HEDGE_WORDS = re.compile(
+  r"\b(maybe|perhaps|probably|might|i guess|not sure)\b"
+)
+
+
+def compare(prompt: str, first: str, second: str) -> float:
+  """How much better `first` is than `second`: > 0 if it is, 0 for a tie."""
+  return reward(prompt, first) - reward(prompt, second)
+
+
+def reward(prompt: str, response: str) -> float:
+  """The true reward of a response: the sum of `reward_terms`.
+
+  Args:
+    prompt: a dialogue of this world, ending with "\\n\\nAssistant:".
+    response: any text.
+
+  Returns:
+    A multiple of 1/16: 6 for a perfect answer, 4.5 for a right and plain one,
+    about 1 for a vague one, below 0 for wrong, refusing and empty ones.
+
+  Raises:
+    ValueError: the prompt asks nothing that this world knows.
+  """
+  return sum(reward_terms(prompt, response).values())
+
+
+def reward_terms(prompt: str, response: str) -> dict[str, float]:
+  """What each property of a response adds to its reward.
+
+  With the weights in brackets:
+
+  named [1]: share of the animals asked about that are named; half if only
+    "it" stands for them.
+  right [3]: the mean over the facts asked for (two for "how do I") of 1
+    right, 0 not said, -1 wrong, -1/2 both. To "is it true" the yes or no and
+    the fact count half each, but one of them wrong makes -1, or -1/2 if the
+    other is right. For a comparison it is the animal said to be heavier or
+    older, or is the bare answer ("The owl.").
+  direct [1/2]: the first sentence already has (part of) the right answer.
+  detail [3/4]: each further true fact about the animals asked about, up to 2.
+  false [-3/4]: each false statement beyond the facts asked for, up to 3.
+  refusal [-3/2]: it declines to answer.
+  hedge [-3/8]: each "maybe", "probably", "not sure" ..., up to 2.
+  wander [-5/8]: each sentence that is about something else, up to 4.
+  repeat [-1/4]: each run of four words that was there before, up to 12.
+  strange [-1/4]: each word that this world has not, up to 8.
+  long [-1/16]: each word beyond 30, up to 32.
+  unfinished [-1]: no full stop at the end, or it goes on into another turn
+    (whose text is not read).
+  empty [-4]: no words at all; then the only term.
+  """
+  question = text_lib.parse(prompt)
+  text = _NEXT_TURN.split(response, maxsplit=1)[0]
+  lowered = text.lower()
+  sentences = [tables.WORD.findall(part) for part in _SENTENCE.split(lowered)]
+  sentences = [sentence for sentence in sentences if sentence]
+  if not sentences:
+    return {"empty": EMPTY}
+  flat = [word for sentence in sentences for word in sentence]
+  topic = question.animals[0]
+  said = claims.claimed(sentences, topic)
+  opening = claims.mark(
+    question, sentences[:1], claims.claimed(sentences[:1], topic)
+  )
+  details, falsehoods = claims.side_facts(question, said)
+  finished = text == response and text.rstrip()[-1] in ".!?"
+  runs = [tuple(flat[i : i + 4]) for i in range(len(flat) - 3)]
+  hedges = len(_HEDGE_WORDS.findall(lowered))
+  strange = sum(word not in tables.LEXICON for word in flat)
+  wandering = claims.wandering(question, sentences)
+  return {
+    "named": NAMED * claims.named(question, flat),
+    "right": RIGHT * claims.mark(question, sentences, said),
+    "direct": DIRECT * (opening > 0),
+    "detail": DETAIL * min(details, 2),
+    "false": -FALSE * min(falsehoods, 3),
+    "refusal": -REFUSAL * bool(_REFUSAL_WORDS.search(lowered)),
+    "hedge": -HEDGE * min(hedges, 2),
+    "wander": -WANDER * min(wandering, 4),
+    "repeat": -REPEAT * min(len(runs) - len(set(runs)), 12),
+    "strange": -STRANGE * min(strange, 8),
+    "long": -LONG * min(max(len(flat) - 30, 0), 32),
+    "unfinished": -UNFINISHED * (not finished),
+  }
+
+
+def draw_response(
+  prompt: str, mix: Mapping[str, float], rng: random.Random
+) -> str:
+  """One answer, in a style drawn from a mix such as PAIRS or RAW.
+
+  Returns:
+    The text with its leading space, as it follows "\\n\\nAssistant:".
+
+  Raises:
+    ValueError: the prompt is not of this world, or the mix names a style
+      that does not exist.
+  """
+  style = rng.choices(tuple(mix), tuple(mix.values()))[0]
+  return " " + answers.write_answer(style, text_lib.parse(prompt), rng)
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+  """Rows {"chosen": transcript, "rejected": transcript} of three splits.
+
+  Attributes:
+    seed: what the rows were drawn from.
+    scale: Bradley-Terry scale of the labels.
+    pretrain: pairs of RAW answers; both texts are the base model's diet.
+    train: pairs of PAIRS answers, for SFT on chosen and for DPO.
+    test: the same with unseen prompts, all distinct.
+  """
+
+  seed: int
+  scale: float
+  pretrain: tuple[dict[str, str], ...]
+  train: tuple[dict[str, str], ...]
+  test: tuple[dict[str, str], ...]
+
+
+def generate(
+  seed: int, *, pretrain: int, train: int, test: int, scale: float = 1.0
+) -> World:
+  """Draws the three splits.
+
+  The first n rows of a split are the same whatever its size and whatever
+  the sizes of the others.
+
+  Args:
+    seed: the only source of randomness.
+    pretrain: number of pairs for the base model.
+    train: number of preference pairs.
+    test: number of pairs with unseen prompts; thousands are available.
+    scale: P(a preferred to b) = sigmoid(scale * (reward(a) - reward(b))),
+      in 1/reward units; 0 gives coin flips, 100 an all but perfect labeller.
+
+  Raises:
+    ValueError: a negative size, a negative or infinite scale, or more rows
+      than this world has.
+  """
+  sizes = {"pretrain": pretrain, "train": train, "test": test}
+  for name, size in sizes.items():
+    if size < 0:
+      raise ValueError(f"{name}={size} must be at least 0")
+  if not 0 <= scale < math.inf:
+    raise ValueError(f"scale={scale} must be finite and at least 0")
+  splits = {
+    name: _split(seed, name, size, scale) for name, size in sizes.items()
+  }
+  return World(seed=seed, scale=scale, **splits)
+
+
+def _split(
+  seed: int, name: str, size: int, scale: float
+) -> tuple[dict[str, str], ...]:
+  """`size` distinct rows; in the test split, of distinct prompts."""
+  mix = RAW if name == "pretrain" else PAIRS
+  rng = random.Random(f"dpo_jax world {seed} {name}")
+  rows, seen = [], set()
+  misses = 0
+  while len(rows) < size:
+    prompt = text_lib.draw_prompt(rng)
+    row = None
+    if text_lib.held_out(prompt) == (name == "test"):
+      row = _pair(prompt, mix, scale, rng)
+    key = prompt if name == "test" else row and (prompt, *row)
+    if row is None or key in seen:
+      misses += 1
+      if misses > 10_000:
+        raise ValueError(
+          f"{name}={size} rows are more than this world has: after"
+          f" {len(rows)} rows nothing new turns up"
+        )
+      continue
+    misses = 0
+    seen.add(key)
+    rows.append({"chosen": prompt + row[0], "rejected": prompt + row[1]})
+  return tuple(rows)
+
+
+def _pair(
+  prompt: str, mix: Mapping[str, float], scale: float, rng: random.Random
+) -> tuple[str, str]:
+  """(chosen, rejected): two different answers with a Bradley-Terry label."""
+  first = draw_response(prompt, mix, rng)
+  second = first
+  while second == first:
+    second = draw_response(prompt, mix, rng)
+  margin = scale * compare(prompt, first, second)
+  # tanh, unlike exp, cannot overflow.
+  if rng.random() < 0.5 + 0.5 * math.tanh(0.5 * margin):
+    return first, second
+  return second, first
+
+
+def write(world: World, directory: str | os.PathLike[str]) -> None:
+  """Writes pretrain.jsonl, train.jsonl and test.jsonl, each whole or not."""
+  folder = pathlib.Path(directory)
+  folder.mkdir(parents=True, exist_ok=True)
+  for name in ("pretrain", "train", "test"):
+    rows = getattr(world, name)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    part = folder / f"{name}.jsonl.part"
+    part.write_text(text, encoding="utf-8", newline="\n")
+    part.replace(folder / f"{name}.jsonl")

@@ -1,1 +1,0 @@
-"""The sampler's inside: the next token, its cache, its loop, its queue."""

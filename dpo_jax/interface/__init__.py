@@ -1,1 +1,0 @@
-"""What people see and write: flags, settings, the console, errors."""

@@ -1,0 +1,103 @@
+"""A file of rows that one process at a time appends to."""
+
+import logging
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Generic
+
+from dpo_jax.io import atomic, locks, records
+
+_log = logging.getLogger(__name__)
+
+
+class Store(Generic[records.Row]):
+  """An append-only file of rows held by one process; a context manager.
+
+  On entering, the lock `<path>.lock` is taken and `rows` is read, every row of
+  the file: verdicts that were replaced since are among them. A last line
+  cut by an interrupted append is removed, which is logged and counted in
+  `cut_bytes`; a last line that is whole but for its newline is kept.
+  """
+
+  def __init__(self, path: str | os.PathLike, cls: type[records.Row]):
+    self.path = pathlib.Path(path)
+    self.cls = cls
+    self.rows: list[records.Row] = []
+    self.cut_bytes = 0
+    self._lock = locks.Lock(self.path.with_name(self.path.name + ".lock"))
+    self._fd = -1
+    self._size = 0
+
+  def __enter__(self) -> "Store[records.Row]":
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    self._lock.__enter__()
+    try:
+      self._open()
+    except BaseException:
+      self.__exit__()
+      raise
+    return self
+
+  def peek(self) -> "Store[records.Row]":
+    """Reads `rows` without a lock, for whoever will not write; itself.
+
+    A last line that was cut, or a file that is not there, is no row.
+    """
+    if self.path.exists():
+      self.rows, _, _ = records.scan(self.path, self.cls)
+    return self
+
+  def _open(self) -> None:
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+    self._fd = os.open(self.path, flags, 0o644)
+    atomic.sync(self.path.parent)
+    # Every whole line is checked before anything is changed.
+    self.rows, rest, self._size = records.scan(self.path, self.cls)
+    if not rest:
+      return
+    try:
+      row = records.decode(rest, self.cls)
+    except ValueError:
+      self.cut_bytes = len(rest)
+      os.ftruncate(self._fd, self._size)
+      os.fsync(self._fd)
+      _log.warning(
+        "%s: removed %d bytes of a line cut by an interrupted append",
+        self.path,
+        len(rest),
+      )
+    else:
+      self._size += len(rest)
+      self._write(b"\n")
+      self.rows.append(row)
+
+  def __exit__(self, *exc_info) -> None:
+    if self._fd >= 0:
+      os.close(self._fd)
+      self._fd = -1
+    self._lock.__exit__()
+
+  def append(self, row: records.Row) -> None:
+    """Commits one row: on disk when this returns."""
+    self._write(records.encode(row))
+
+  def append_many(self, rows: Iterable[records.Row]) -> None:
+    """Commits rows with one flush to disk, for rows that are cheap to redo.
+
+    An interruption loses a tail of these rows at most, never a part of one.
+    """
+    self._write(b"".join(map(records.encode, rows)))
+
+  def _write(self, data: bytes) -> None:
+    try:
+      with atomic.naming(self.path, data):
+        view = memoryview(data)
+        while view:
+          view = view[os.write(self._fd, view) :]
+        os.fsync(self._fd)
+    except BaseException:
+      # A full disk takes a part of the line: what was committed stays whole.
+      os.ftruncate(self._fd, self._size)
+      raise
+    self._size += len(data)

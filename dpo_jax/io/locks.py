@@ -1,0 +1,88 @@
+"""A file or a directory that one process holds at a time."""
+
+import fcntl
+import json
+import logging
+import os
+import pathlib
+import socket
+
+from dpo_jax.core import errors
+from dpo_jax.io import atomic
+
+_log = logging.getLogger(__name__)
+
+
+class Held(errors.Stopped):
+  """Another process works on the same file or directory."""
+
+
+class Lock:
+  """Holds `path` for one process; a context manager.
+
+  The operating system drops the lock when its holder dies, so a file left by
+  a killed process on this host is stale and is taken over. A file left by
+  another host cannot be told apart from a live holder and is refused.
+
+  Raises:
+    Held: on entering, when somebody else holds it, naming pid and
+      host.
+  """
+
+  def __init__(self, path: str | os.PathLike):
+    self.path = pathlib.Path(path)
+    self._fd = -1
+
+  def __enter__(self) -> "Lock":
+    while True:
+      fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+      try:
+        if self._take(fd):
+          self._fd = fd
+          return self
+      except BaseException:
+        os.close(fd)
+        raise
+      os.close(fd)
+
+  def _take(self, fd: int) -> bool:
+    """False when the file was removed by its last holder meanwhile."""
+    try:
+      fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise Held(
+        f"{self.path} is held by {_holder(fd)}: wait for it to end, or use"
+        " another directory"
+      ) from None
+    try:
+      if os.fstat(fd).st_ino != os.stat(self.path).st_ino:
+        return False
+    except FileNotFoundError:
+      return False
+    if os.fstat(fd).st_size:
+      holder = _holder(fd)
+      if not holder.endswith(f" on {socket.gethostname()}"):
+        raise Held(
+          f"{self.path} was left by {holder}, another host: if that process"
+          " has ended, delete this file"
+        )
+      _log.warning("%s: taking over a stale lock of %s", self.path, holder)
+    os.ftruncate(fd, 0)
+    mark = {"pid": os.getpid(), "host": socket.gethostname()}
+    data = json.dumps(mark).encode()
+    with atomic.naming(self.path, data):
+      os.pwrite(fd, data, 0)
+    return True
+
+  def __exit__(self, *exc_info) -> None:
+    self.path.unlink(missing_ok=True)
+    os.close(self._fd)
+    self._fd = -1
+
+
+def _holder(fd: int) -> str:
+  try:
+    mark = json.loads(os.pread(fd, 4096, 0))
+    return f"pid {mark['pid']} on {mark['host']}"
+  except (ValueError, KeyError, TypeError):
+    return "an unnamed process"

@@ -1,0 +1,203 @@
+"""Who sees whom in a packed row, and the attention that obeys it.
+
+A row holds several pieces; a piece is a sequence, or a prompt with two
+responses that both see the prompt and not each other. `Segments` says so with
+two numbers a token instead of a mask of T x T, so that an implementation may
+leave out what is masked whole. Sampling has a cache and no pieces: it passes
+the mask itself, as booleans, or with it which rows share a prompt (`shared`),
+and these are always attended densely.
+
+Implementations, by the name in `model.attention`; which one runs is what the
+config says, and `check` refuses one that the devices cannot run:
+  dense: scores of all T x T in float32. Runs everywhere.
+  blocks: `block_attention`, for rows that pieces run through; made for CPUs.
+  cudnn: the fused kernels of NVIDIA's cuDNN, in bfloat16; what is hidden it
+    gets as a bias of T x T, and computes.
+  flash: our own kernels (`flash`) for TPUs and NVIDIA GPUs, which leave out
+    blocks that are hidden whole and hold no array of T x T. Like cudnn, it has
+    run on no device yet.
+  flash_interpreted: the same kernels step by step on any device, some hundred
+    times slower: to check them.
+
+Letters: B rows, T queries, S keys, N heads, H head dim.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from dpo_jax.core import sharding
+from dpo_jax.model.attention import blockwise, decode, flash, shared_prefix
+
+PROMPT = 0
+
+Name = Literal["dense", "blocks", "cudnn", "flash", "flash_interpreted"]
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Segments:
+  """What decides which tokens of a row see each other; both int32 [B, T].
+
+  Attributes:
+    pieces: piece of each token, from 1; 0 is padding.
+    parts: part of each token in its piece: PROMPT, or a response's number.
+    seen: None where pieces lie whole in their rows. Else rows are blocks that
+      pieces run through, and this is which of them look at which; see
+      `block_attention`.
+  """
+
+  pieces: jax.Array
+  parts: jax.Array
+  seen: jax.Array | None = None
+
+  def mask(self) -> jax.Array:
+    """bool [B, T, T]: same piece, causal, key in the prompt or the own part."""
+    size = self.pieces.shape[-1]
+    causal = jnp.tril(jnp.ones((1, size, size), bool))
+    same_piece = self.pieces[:, :, None] == self.pieces[:, None, :]
+    key_part, query_part = self.parts[:, None, :], self.parts[:, :, None]
+    visible = (key_part == PROMPT) | (key_part == query_part)
+    return causal & same_piece & visible & (self.pieces > 0)[:, None, :]
+
+
+def bind(
+  name: Name, visible: jax.Array | Segments | shared_prefix.Sharing
+) -> Attend:
+  """The attention of one model call, (q, k, v) -> [B, T, N, H] as `v` is.
+
+  Its arguments are queries [B, T, N, H], and keys and values [B, N, S, H], the
+  order in which decoding reads them for each new token. What depends on
+  `visible` alone is made here, once for all layers. A token that sees nothing
+  (padding) gets something finite.
+
+  Args:
+    name: how segments are attended; a mask is always attended densely.
+    visible: segments, for which S is T; or a mask, bool [B, T, S]; or, where
+      keys and values are `shared_prefix.Parts`, who shares which.
+
+  Raises:
+    ValueError: pieces run through rows and `name` is not "blocks", or the other
+      way round.
+  """
+  if isinstance(visible, shared_prefix.Sharing):
+    return functools.partial(shared_prefix.attend, sharing=visible)
+  if not isinstance(visible, Segments):
+    return functools.partial(dense, mask=visible)
+  if (name == "blocks") != (visible.seen is not None):
+    raise ValueError(
+      f"attention={name!r} of rows that were packed with seen={visible.seen}:"
+      " 'blocks' takes rows that pieces run through, and no other does"
+    )
+  if visible.seen is not None:
+    mask = blockwise.mask(visible.pieces, visible.parts, visible.seen)
+    return functools.partial(blockwise.attend, visible=mask, seen=visible.seen)
+  mask = visible.mask()
+  if name in ("dense", "cudnn"):
+    return functools.partial({"dense": dense, "cudnn": cudnn}[name], mask=mask)
+  lowering = {"flash": "device", "flash_interpreted": "interpret"}[name]
+  rows = flash.plan(visible.pieces, visible.parts, mask, lowering)
+  return functools.partial(_flash, rows=rows, lowering=lowering)
+
+
+def check(
+  name: Name, device: jax.Device, *, dtype: str, head_dim: int, row_length: int
+) -> None:
+  """Refuses an implementation that cannot run, before anything compiles.
+
+  Args:
+    name: the implementation.
+    device: one of those that will run it, or a description of one.
+    dtype: what the model computes in.
+    head_dim: of the model.
+    row_length: tokens of a row.
+
+  Raises:
+    ValueError: what does not fit, and what to set instead.
+  """
+  if name in ("dense", "blocks", "flash_interpreted"):
+    return
+  where = f"the devices are {device.platform} ({device.device_kind})"
+  mend = "; set model.attention=dense"
+  nvidia = "NVIDIA" in device.device_kind
+  if name == "flash":
+    if not nvidia and device.platform != "tpu":
+      raise ValueError(
+        f"model.attention='flash' runs on TPUs and NVIDIA GPUs, but {where}"
+        f"{mend}"
+      )
+    if head_dim > 256:
+      raise ValueError(
+        f"model.attention='flash' takes head dims up to 256, and the model has"
+        f" {head_dim}{mend}"
+      )
+    return
+  if not nvidia:
+    raise ValueError(
+      f"model.attention='cudnn' runs on NVIDIA GPUs, but {where}{mend}"
+    )
+  if dtype != "bfloat16":
+    raise ValueError(
+      f"model.attention='cudnn' computes in bfloat16, but model.dtype="
+      f"{dtype!r}; set model.dtype=bfloat16 or model.attention=dense"
+    )
+  capability = float(getattr(device, "compute_capability", "8.0"))
+  largest = 256 if capability >= 9 else 128
+  if head_dim % 8 or head_dim > largest:
+    raise ValueError(
+      f"model.attention='cudnn' takes head dims that are multiples of 8 up to"
+      f" {largest} on {device.device_kind}, and the model has {head_dim}{mend}"
+    )
+  if row_length % 2:
+    raise ValueError(
+      f"model.attention='cudnn' takes rows of an even length, but"
+      f" data.row_length={row_length}{mend}, or one token more"
+    )
+
+
+def dense(q: jax.Array, k: Any, v: Any, mask: jax.Array) -> jax.Array:
+  """`attend` by a mask, bool [B, T, S]; scores and softmax in float32.
+
+  Keys and values may be in any form of `cached`.
+  """
+  scores = decode.scores(q, k) / math.sqrt(q.shape[-1])
+  # A finite floor: a row that sees nothing (padding) stays free of NaN.
+  scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  return decode.attended(weights, k, v)
+
+
+def cudnn(
+  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+) -> jax.Array:
+  """`dense` by cuDNN's fused attention, on the devices that `check` allows."""
+  k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+  return jax.nn.dot_product_attention(
+    q, k, v, mask=mask[:, None], implementation="cudnn"
+  )
+
+
+def _flash(q, k, v, *, rows: flash.Plan, lowering: flash.Lowering):
+  """`flash.attend`, on a mesh by each device for its own rows and heads."""
+
+  def attend(q, k, v, rows):
+    return flash.attend(q, k, v, rows, lowering)
+
+  if not jax.sharding.get_abstract_mesh().empty:
+    # What is in a kernel, the partitioner cannot split.
+    batch, heads = (sharding.RULES[name] for name in ("batch", "heads"))
+    token = PartitionSpec(batch, heads)
+    attend = jax.shard_map(
+      attend,
+      in_specs=(token, token, token, PartitionSpec(batch)),
+      out_specs=token,
+      check_vma=False,
+    )
+  return jnp.swapaxes(attend(jnp.swapaxes(q, 1, 2), k, v, rows), 1, 2)

@@ -1,1 +1,0 @@
-"""What a plan is made of: programs compiled ahead, and a lower bound."""

@@ -1,1 +1,0 @@
-"""What goes to the hub beside the model: its card."""

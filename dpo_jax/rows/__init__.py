@@ -1,1 +1,0 @@
-"""From texts to rows: ids, items in columns, which row, in what layout."""

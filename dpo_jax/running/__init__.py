@@ -1,1 +1,0 @@
-"""What a training run is put together from, held to and stopped by."""

@@ -1,0 +1,236 @@
+"""Every policy's answers to the test prompts, one JSONL file a policy.
+
+Policies that share a base are answered together: their adapters are stacked,
+and one program decodes all of them, at all temperatures. Other bases, and
+adapters that are merged or of another shape, follow one after another.
+
+Rows are appended as answers end, so that a run that was interrupted goes on
+with what is missing. A finished file stands in the order of prompts,
+temperatures and sample ids and equals, byte for byte, the file of a run that
+nothing interrupted.
+
+With several processes each answers a share of the prompts on its own devices
+and needs nothing of the others meanwhile (`answer_files`). Or all of them
+answer every prompt together, on one mesh, and the first one writes.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from dpo_jax.core import console, distributed, sharding
+from dpo_jax.core import settings as settings_lib
+from dpo_jax.data import tokenizer as tokenizer_lib
+from dpo_jax.io import records
+from dpo_jax.model import gpt_neox, hf
+from dpo_jax.model import lora as lora_lib
+from dpo_jax.sampling import capacity, response_files, sampler, summary
+from dpo_jax.sampling import jobs as jobs_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+  """Jobs that one set of weights answers together.
+
+  `lora` is a stack of the adapters of `jobs`, in which a job's index is its
+  place in `adapters`, -1 for none.
+  """
+
+  jobs: tuple[jobs_lib.Job, ...]
+  adapters: tuple[int, ...]
+  config: gpt_neox.ModelConfig
+  base: Any
+  lora: Any
+
+
+def run(
+  settings: jobs_lib.AnswerSettings, workdir: pathlib.Path
+) -> list[pathlib.Path]:
+  """Writes `workdir`/responses/<name>[-step-000050].jsonl for every policy.
+
+  Everything is checked before the first model is loaded. Files that are
+  complete are left alone, others are completed.
+
+  Args:
+    settings: what to sample from, on what, and how.
+    workdir: where to write.
+
+  Returns:
+    The files, in the order of the policies and their steps.
+
+  Raises:
+    ValueError: an input is wrong, or a file holds answers of other weights,
+      another tokenizer or other parameters than these.
+  """
+  if not distributed.first():
+    console.mute()
+  with distributed.together("reading what is to be answered"):
+    mesh, jobs, tokenizer, prompts = _prepare(settings)
+    origins = response_files.origins(settings, jobs)
+  _agree(settings, origins, prompts)
+  files = {}
+  for job, origin in zip(jobs, origins, strict=True):
+    path = workdir / "responses" / f"{job.stem}.jsonl"
+    wanted, _ = jobs_lib.wanted(settings, job, prompts, -1)
+    files[job] = response_files.File(path, origin, wanted)
+  with contextlib.ExitStack() as stack:
+    writes = distributed.first() or settings.mesh_over == "process"
+    response_files.open_all(stack, list(files.values()), writes)
+    left = [
+      job for job in jobs if len(files[job].done) < len(files[job].wanted)
+    ]
+    for group in _groups(settings, left, mesh):
+      _generate(settings, group, files, tokenizer, prompts, mesh)
+    if not distributed.first():
+      # The first process reads and removes what the others wrote.
+      stack.close()
+    distributed.wait("all prompts are answered")
+    rows = []
+    with distributed.together("merging the response files"):
+      if distributed.first():
+        for file in files.values():
+          rows += response_files.merge(file)
+  if distributed.first():
+    table = summary.summary(rows)
+    console.result(
+      "\n".join(summary.lines(table)),
+      "answers",
+      lines=[dataclasses.asdict(line) for line in table],
+    )
+  return [file.path for file in files.values()]
+
+
+def _prepare(settings: jobs_lib.AnswerSettings):
+  """The mesh, the jobs, the tokenizer and the prompts."""
+  alone = settings.mesh_over == "process"
+  mesh = sharding.make_mesh(
+    **dataclasses.asdict(settings.mesh),
+    devices=jax.local_devices() if alone else jax.devices(),
+  )
+  if not (alone or settings.batch_size or jax.process_count() == 1):
+    raise ValueError(
+      "batch_size=0 takes what memory each process finds free, but with"
+      " mesh_over='all' all must decode as many answers: set batch_size"
+    )
+  capacity.shards_of(settings.batch_size, mesh)
+  jobs = jobs_lib.jobs(settings)
+  for path in {job.policy.path for job in jobs}:
+    sampler.check_positions(
+      hf.read_config(path), settings.max_prompt_tokens, settings.max_new_tokens
+    )
+  tokenizer = tokenizer_lib.load(settings.tokenizer)
+  return mesh, jobs, tokenizer, jobs_lib.prompts(settings, tokenizer)
+
+
+def _agree(settings, origins, prompts) -> None:
+  """Checks that all processes are to answer the same, from the same files."""
+  distributed.agree("the config", json.dumps(settings_lib.to_dict(settings)))
+  distributed.agree("a model or tokenizer", json.dumps(origins))
+  ids = [prompt.comparison.id for prompt in prompts]
+  distributed.agree("the prompts", json.dumps(ids))
+
+
+def _groups(settings, jobs, mesh) -> Iterator[_Group]:
+  """Jobs with their weights; a base is freed before the next one is read."""
+  for path in dict.fromkeys(job.policy.path for job in jobs):
+    config, base = hf.load(
+      path,
+      dtype=settings.dtype,
+      remat="none",
+      lora=None,
+      param_dtype=settings.dtype,
+      mesh=mesh,
+    )
+    own = [job for job in jobs if job.policy.path == path]
+    yield from _stacks(settings, own, config, base, mesh)
+    del base
+
+
+def _stacks(settings, jobs, config, base, mesh) -> Iterator[_Group]:
+  """The jobs of one base: in one stack those whose adapters have one shape."""
+  shapes: dict[Any, list[tuple[jobs_lib.Job, Any]]] = {}
+  plain = [job for job in jobs if not job.adapter]
+  for job in jobs:
+    if not job.adapter:
+      continue
+    shape, lora = hf.load_adapter(job.adapter, config, base)
+    lora = jax.device_put(lora, sharding.shardings(lora, mesh))
+    if settings.merge_adapters:
+      adapted = dataclasses.replace(config, lora=shape)
+      merged = lora_lib.merge(adapted, base, lora)
+      yield _Group((job,), (-1,), config, merged, None)
+    else:
+      shapes.setdefault(shape, []).append((job, lora))
+  for shape, adapted in shapes.items():
+    own = tuple(job for job, _ in adapted)
+    stacked = lora_lib.stack(config, [lora for _, lora in adapted])
+    places = (*range(len(own)), *(-1 for _ in plain))
+    shaped = dataclasses.replace(config, lora=shape)
+    yield _Group((*own, *plain), places, shaped, base, stacked)
+    plain = []
+  if plain:
+    yield _Group(tuple(plain), (-1,) * len(plain), config, base, None)
+
+
+def _generate(settings, group, files, tokenizer, prompts, mesh) -> None:
+  """Answers what the group's files lack, appending rows as answers end."""
+  places, requests = [], []
+  for job, adapter in zip(group.jobs, group.adapters, strict=True):
+    _, own = jobs_lib.wanted(settings, job, prompts, adapter)
+    places += [(files[job], index) for index in range(len(own))]
+    requests += own
+  left = [
+    at for at, (file, index) in enumerate(places) if index not in file.done
+  ]
+  missing = left
+  if settings.mesh_over == "process":
+    missing = _share(places, left)
+  started, tokens = time.perf_counter(), 0
+  name = group.jobs[0].stem
+  if len(group.jobs) > 1:
+    name += f" and {len(group.jobs) - 1} more"
+  with console.Bar(
+    len(places) - len(left) + len(missing),
+    name,
+    "answer",
+    len(places) - len(left),
+  ) as bar:
+    for ended in sampler.generate(
+      group.config,
+      group.base,
+      group.lora,
+      tokenizer,
+      requests,
+      settings.engine(),
+      mesh,
+      missing,
+    ):
+      tokens += sum(len(sample.tokens) for _, sample in ended)
+      for file, rows in _by_file(places, ended).items():
+        file.append(rows)
+      rate = tokens / (time.perf_counter() - started)
+      bar.update(len(ended), {"tokens/s": round(rate)})
+
+
+def _share(places, left) -> list[int]:
+  """Of the requests that are left, those of this process's prompts."""
+  ids = {at: places[at][0].wanted[places[at][1]].prompt_id for at in left}
+  prompts = list(dict.fromkeys(ids.values()))
+  mine = set(prompts[jax.process_index() :: jax.process_count()])
+  return [at for at in left if ids[at] in mine]
+
+
+def _by_file(places, ended) -> dict[response_files.File, dict]:
+  """The rows of samples that ended together, by their index in each file."""
+  found: dict[response_files.File, dict[int, records.Response]] = {}
+  for at, sample in ended:
+    file, index = places[at]
+    row = jobs_lib.answered(file.wanted[index], sample)
+    found.setdefault(file, {})[index] = row
+  return found

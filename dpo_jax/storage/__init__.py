@@ -1,1 +1,0 @@
-"""Files that are whole or not there, rows, locks, and places elsewhere."""

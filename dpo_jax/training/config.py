@@ -1,0 +1,241 @@
+"""What a training run is: its settings, checked before anything is read."""
+
+import dataclasses
+from typing import Literal
+
+from dpo_jax.core import settings, sharding
+from dpo_jax.data import dataset
+from dpo_jax.hub import push as push_lib
+from dpo_jax.io import remote, step_files
+from dpo_jax.io.mirror import objects
+from dpo_jax.model import attention, gpt_neox
+from dpo_jax.training import guards, losses, trackers
+from dpo_jax.training import optimizer as optimizer_lib
+
+# What a checkpoint has in common with the run that goes on from it, beside its
+# config.
+MADE_OF = (
+  "train_data",
+  "held_out_data",
+  "tokenizer",
+  "base",
+  "randomness",
+  "position",
+)
+# Fields that change nothing of what a run makes, and may change as it goes on.
+FREE = (
+  "grace_s",
+  "heartbeat_s",
+  "allow_changes",
+  "trackers",
+  "compilation_cache",
+  "keep_freed_memory",
+  "push_to_hub",
+  "push_public",
+  "push_licence",
+  "push_checkpoints",
+  "push_dry_run",
+  "checkpoint_bucket",
+)
+
+# The metrics of an evaluation that checkpoints can be ranked by.
+EVALUATED = {
+  "sft": ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"),
+  "dpo": (
+    "eval_loss",
+    "eval_entropy",
+    "eval_mean_token_accuracy",
+    "eval_rewards/chosen",
+    "eval_rewards/rejected",
+    "eval_rewards/margins",
+    "eval_rewards/accuracies",
+    "eval_logps/chosen",
+    "eval_logps/rejected",
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+  """Where the base weights come from, and how they compute."""
+
+  path: str
+  dtype: Literal["float32", "bfloat16"]
+  param_dtype: Literal["float32", "bfloat16", "int8"]
+  remat: gpt_neox.Remat
+  attention: attention.Name
+  attention_block: int
+  logit_chunk: int
+  logit_words: int
+
+  def __post_init__(self):
+    settings.check(self, "model.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSettings:
+  """Adapters; `rank` 0 trains all weights instead."""
+
+  rank: int
+  alpha: float
+  dropout: float
+  targets: tuple[str, ...]
+
+  def __post_init__(self):
+    settings.check(self, "lora.")
+
+  def config(self) -> gpt_neox.LoraConfig | None:
+    if not self.rank:
+      return None
+    return gpt_neox.LoraConfig(
+      self.rank, self.alpha, self.dropout, self.targets
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSettings:
+  """Answers to held-out prompts as training goes on; `prompts` 0 is none."""
+
+  prompts: int
+  every: int
+  temperature: float
+  top_k: int
+  top_p: float
+  max_new_tokens: int
+  max_prompt_tokens: int
+
+  def __post_init__(self):
+    settings.check(self, "samples.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+  """One training run; every field is explained in configs/common.py."""
+
+  objective: Literal["sft", "dpo"]
+  seed: int
+  tokenizer: str
+  model: ModelSettings
+  lora: LoraSettings
+  data: dataset.DataSettings
+  loss: losses.LossSettings
+  optimizer: optimizer_lib.OptimizerSettings
+  mesh: sharding.MeshSettings
+  guards: guards.GuardSettings
+  samples: SampleSettings
+  batch_size: int
+  microbatches: int
+  epochs: int
+  max_steps: int
+  eval_every: int
+  eval_batch_size: int
+  checkpoint_every: int
+  keep_checkpoints: int
+  keep_every: int
+  keep_best: int
+  best_metric: str
+  best_is: Literal["lowest", "highest"]
+  checkpoint_bucket: str
+  export_adapters: bool
+  precompute_reference: bool
+  reference_cache: str
+  compilation_cache: str
+  keep_freed_memory: bool
+  grace_s: float
+  heartbeat_s: int
+  allow_changes: tuple[str, ...]
+  trackers: trackers.TrackerSettings
+  push_to_hub: str
+  push_public: bool
+  push_licence: str
+  push_checkpoints: bool
+  push_dry_run: bool
+
+  def __post_init__(self):
+    self.lora.config()
+    settings.check(self)
+    if self.batch_size % self.microbatches:
+      raise ValueError(
+        f"batch_size={self.batch_size} must be a multiple of"
+        f" microbatches={self.microbatches}"
+      )
+    if self.runs_on and self.data.layout == "padded":
+      raise ValueError(
+        "model.attention='blocks' with data.layout='padded', which gives each"
+        " sequence a row of its own: set data.layout to 'packed' or 'shared'"
+      )
+    if self.model.logit_words and self.mesh.tensor != 1:
+      raise ValueError(
+        f"model.logit_words={self.model.logit_words} with"
+        f" mesh.tensor={self.mesh.tensor}, which splits the vocabulary already:"
+        " set model.logit_words to 0"
+      )
+    if self.model.param_dtype != "float32" and not self.lora.rank:
+      raise ValueError(
+        f"model.param_dtype={self.model.param_dtype!r} with lora.rank=0: all"
+        " weights are trained, and updates need float32 weights"
+      )
+    if self.model.param_dtype == "int8" and self.model.remat == "none":
+      raise ValueError(
+        "model.param_dtype='int8' with model.remat='none', which would keep all"
+        " kernels in full for the backward pass: set model.remat='full'"
+      )
+    if self.precompute_reference and self.objective != "dpo":
+      raise ValueError(
+        f"precompute_reference=True with objective={self.objective!r}: only DPO"
+        " has a reference; set it to False"
+      )
+    remote.refuse_address("reference_cache", self.reference_cache)
+    if self.checkpoint_bucket:
+      try:
+        objects.split(self.checkpoint_bucket)
+      except ValueError as error:
+        raise ValueError(f"checkpoint_bucket: {error}") from None
+    for name in self.allow_changes:
+      if name not in MADE_OF and name.split(".")[0] not in self.__dict__:
+        raise ValueError(
+          f"allow_changes holds {name!r}: name fields of the config, such as"
+          f" 'loss.beta', or any of {list(MADE_OF)}"
+        )
+    if self.best_metric not in EVALUATED[self.objective]:
+      raise ValueError(
+        f"best_metric={self.best_metric!r} must be one of"
+        f" {list(EVALUATED[self.objective])} for objective={self.objective!r}"
+      )
+    if self.export_adapters and not self.lora.rank:
+      raise ValueError(
+        "export_adapters=True needs adapters, but lora.rank=0; set it to False"
+      )
+
+    self.push()
+
+  def push(self) -> push_lib.PushSettings | None:
+    """Where the run's models are pushed to; None for nowhere."""
+    if not self.push_to_hub:
+      return None
+    return push_lib.PushSettings(
+      repo=self.push_to_hub,
+      public=self.push_public,
+      licence=self.push_licence,
+      checkpoints=self.push_checkpoints,
+      dry_run=self.push_dry_run,
+    )
+
+  @property
+  def runs_on(self) -> bool:
+    """Whether pieces run through rows, which are blocks of attention."""
+    return self.model.attention == "blocks"
+
+  @property
+  def row_length(self) -> int:
+    """Tokens of a row."""
+    return self.model.attention_block if self.runs_on else self.data.row_length
+
+  def retention(self) -> step_files.Retention:
+    return step_files.Retention(
+      newest=self.keep_checkpoints,
+      every=self.keep_every,
+      best=self.keep_best,
+      metric=self.best_metric,
+      best_is=self.best_is,
+    )

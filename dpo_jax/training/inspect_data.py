@@ -1,0 +1,253 @@
+"""What a run will be trained on: python -m dpo_jax inspect_data --config=...
+
+Takes a training config, reads and tokenises its data as the run would, and
+prints what became of every row, how long the texts are, how much is cut, how
+full the rows are under each layout, and a few items as the model will see them:
+
+  python -m dpo_jax inspect_data --config=configs/dpo.py:pythia-2.8b
+
+No model is read and nothing is compiled. In the items, what a loss is taken on
+is green (chosen) or red (rejected), and the prompt is grey; without a terminal,
+or with NO_COLOR set, brackets say the same.
+"""
+
+import dataclasses
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.cli import flags
+from dpo_jax.core import console, settings
+from dpo_jax.data import batch, batch_shapes, dataset, packing, token_table
+from dpo_jax.data import tokenizer as tokenizer_lib
+from dpo_jax.training import config as config_lib
+
+_PERCENTILES = (5, 50, 90, 95, 99, 100)
+# Steps that are laid out to measure the fill.
+_STEPS = 256
+_STYLES = {"prompt": "90", "chosen": "32", "rejected": "31"}
+
+
+def run(config: config_lib.TrainSettings, rows: int, shards: int) -> str:
+  """The whole text.
+
+  Args:
+    config: of a training run.
+    rows: items that are shown.
+    shards: data shards of the machine that the run is meant for.
+
+  Raises:
+    ValueError: as in `dataset.prepare`.
+  """
+  if rows < 0 or shards < 1:
+    raise ValueError(
+      f"rows={rows} must be 0 or more, shards={shards} 1 or more"
+    )
+  tokenizer = tokenizer_lib.load(config.tokenizer)
+  prepared = dataset.prepare(config.data, config.objective, tokenizer)
+  parts = [
+    _heading(config, prepared),
+    _counts(prepared),
+    _lengths(prepared),
+    _packing(config, prepared, tokenizer, shards),
+    _items(config, prepared.train.table, tokenizer, rows),
+  ]
+  return "\n\n".join(part for part in parts if part)
+
+
+def _heading(
+  config: config_lib.TrainSettings, prepared: dataset.Prepared
+) -> str:
+  plan = prepared.schedule(
+    batch_size=config.batch_size, seed=config.seed, epochs=config.epochs
+  )
+  lines = [
+    f"{config.objective} on {', '.join(config.data.use)}, profile"
+    f" {config.data.profile!r}: {plan.per_epoch} steps of {config.batch_size}"
+    f" in an epoch, {plan.left_out} items left out of each"
+  ]
+  total = sum(plan.shares)
+  for name, size, share in zip(config.data.use, plan.sizes, plan.shares):
+    lines.append(
+      f"  {name}: {size} items, {share} in an epoch ({share / total:.1%})"
+    )
+  return "\n".join(lines)
+
+
+def _counts(prepared: dataset.Prepared) -> str:
+  """What became of the rows, by source and reason."""
+  sides = (prepared.train.report, prepared.held_out.report)
+  lines: list[Sequence[Any]] = [("", "train", "held out")]
+  for name in sides[0]["sources"]:
+    counts = [side["sources"][name]["counts"] for side in sides]
+    lines.append((name, "", ""))
+    for reason in dict.fromkeys(key for count in counts for key in count):
+      lines.append((f"  {reason}", *(c.get(reason, 0) for c in counts)))
+    prints = [side["sources"][name]["fingerprint"] for side in sides]
+    lines.append(("  fingerprint", *prints))
+  leaks = sides[1]["held-out prompts also trained on"]
+  lines.append(("held-out prompts also trained on", "", leaks))
+  lines.append(("items' fingerprint", *(side["tokens"] for side in sides)))
+  return "What became of the rows\n" + _columns(lines)
+
+
+def _lengths(prepared: dataset.Prepared) -> str:
+  """Percentiles of tokens, and how many items were cut."""
+  lines: list[Sequence[Any]] = [
+    ("", *(f"{p}%" for p in _PERCENTILES[:-1]), "most", "mean")
+  ]
+  for side in (prepared.train, prepared.held_out):
+    table = side.table
+    names = ("prompt", "chosen", "rejected")
+    if table.parts == 2:
+      names = ("prompt", "response")
+    columns = dict(zip(names, table.lengths.T)) | {
+      "all parts": table.lengths.sum(1)
+    }
+    lines.append(("train" if side is prepared.train else "held out",))
+    for name, values in columns.items():
+      marks = np.percentile(values, _PERCENTILES, method="inverted_cdf")
+      numbers = [*(int(mark) for mark in marks), f"{values.mean():.1f}"]
+      lines.append((f"  {name}", *numbers))
+    counts = side.report["counts"]
+    kept = counts["kept"]
+    for reason in ("prompt cut", "response cut"):
+      share = counts.get(reason, 0) / kept
+      lines.append((f"  {reason}", f"{share:.1%}"))
+  return "Tokens\n" + _columns(lines)
+
+
+def _packing(
+  config: config_lib.TrainSettings,
+  prepared: dataset.Prepared,
+  tokenizer: tokenizer_lib.Tokenizer,
+  shards: int,
+) -> str:
+  """Tokens an item, fill, shapes and speed of each layout."""
+  plan = prepared.schedule(
+    batch_size=config.batch_size, seed=config.seed, epochs=config.epochs
+  )
+  table = prepared.train.table
+  steps = [plan.items(step) for step in range(min(plan.steps, _STEPS))]
+  layouts: list[packing.Layout] = ["padded", "packed"]
+  if table.parts == 3:
+    layouts.append("shared")
+  lines: list[Sequence[Any]] = [
+    ("layout", "tokens an item", "places an item", "fill", "items/s", "rows")
+  ]
+  for layout in layouts:
+    how = packing.Packing(
+      layout=layout,
+      # A padded row holds one sequence, and needs no more room than that.
+      row_length=config.data.max_length
+      if layout == "padded"
+      else config.row_length,
+      shards=shards,
+      microbatches=config.microbatches,
+      loss_on_prompt=config.data.loss_on_prompt,
+      pad_id=tokenizer.pad_id,
+      runs_on=config.runs_on and layout != "padded",
+    )
+    longest = packing.longest_piece(table, layout)
+    if longest > how.row_length and not how.runs_on:
+      # Not the layout in use, which `dataset.prepare` has checked.
+      rows = f"a piece takes {longest} > {how.row_length}"
+      lines.append((layout, "-", "-", "-", "-", rows))
+      continue
+    how = batch_shapes.settled(table, how, steps, config.data.shapes)
+    tokens = slots = 0
+    started = time.perf_counter()
+    for indices in steps:
+      _, counts = batch.pack(table.take(indices), how)
+      tokens, slots = tokens + counts.tokens, slots + counts.slots
+    seconds = time.perf_counter() - started
+    items = len(steps) * config.batch_size
+    mark = " (in use)" if layout == config.data.layout else ""
+    lines.append(
+      (
+        layout + mark,
+        f"{tokens / items:.1f}",
+        f"{slots / items:.1f}",
+        f"{tokens / slots:.1%}",
+        f"{items / seconds:,.0f}",
+        f"{'/'.join(str(s.rows) for s in how.shapes)} x {how.row_length}",
+      )
+    )
+  note = f"over {len(steps)} steps, {shards} data shard(s), on this machine"
+  return f"Packing, {note}\n" + _columns(lines)
+
+
+def _items(
+  config: config_lib.TrainSettings,
+  table: token_table.Table,
+  tokenizer: tokenizer_lib.Tokenizer,
+  rows: int,
+) -> str:
+  """A few items spread over the table, decoded, with their masks."""
+  if not rows:
+    return ""
+  paint = _painter()
+  shown = []
+  for index in np.linspace(0, len(table) - 1, min(rows, len(table))).astype(
+    int
+  ):
+    item = table[int(index)]
+    parts = dataclasses.asdict(item)
+    name = parts.pop("id")
+    lines = [
+      f"{config.data.use[0] if len(config.data.use) == 1 else 'item'} {name}"
+    ]
+    for part, ids in parts.items():
+      style = "chosen" if part == "response" else part
+      if part == "prompt" and config.data.loss_on_prompt:
+        style = "chosen"
+      text = console.visible(tokenizer.decode(ids))
+      lines.append(f"{part}, {len(ids)} tokens:")
+      lines.append(paint(style, text))
+    shown.append("\n".join(lines))
+  return "Items\n" + "\n\n".join(shown)
+
+
+def _painter() -> Callable[[str, str], str]:
+  if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+    return lambda style, text: f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
+  return lambda style, text: f"[{style}]{text}[/{style}]"
+
+
+def _columns(lines: Iterable[Sequence[Any]]) -> str:
+  """Lines with their cells below each other, numbers to the right."""
+  cells = [[str(cell) for cell in line] for line in lines]
+  count = max(map(len, cells))
+  widths = [
+    max(len(line[i]) for line in cells if i < len(line)) for i in range(count)
+  ]
+  return "\n".join(
+    "  ".join(
+      cell.ljust(width) if i == 0 else cell.rjust(width)
+      for i, (cell, width) in enumerate(zip(line, widths))
+    ).rstrip()
+    for line in cells
+  )
+
+
+def main(
+  config: dict[str, Any], workdir: pathlib.Path, rows: int, shards: int
+) -> int:
+  del workdir  # Nothing is written.
+  built = settings.build(config_lib.TrainSettings, config)
+  console.result(run(built, rows, shards))
+  return 0
+
+
+if __name__ == "__main__":
+  flags.run(
+    main,
+    example="configs/dpo.py",
+    rows=(3, "items to show"),
+    shards=(1, "data shards of the machine that the run is meant for"),
+  )

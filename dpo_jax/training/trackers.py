@@ -1,0 +1,313 @@
+"""Where a run's metrics go beside metrics.jsonl: CSV, TensorBoard, W&B.
+
+metrics.jsonl is always written and is the one file that later stages read. A
+tracker only repeats it for people who watch, so none can stop a run: the first
+error of one is warned of, the tracker is left alone from then on, and the end
+of the run says so.
+
+A run that is resumed goes on in the same tracker run, each step standing once:
+the CSV is cut like metrics.jsonl, TensorBoard is told from which step on
+earlier events are void, and W&B, which takes nothing back, is sent only rows
+that it does not have.
+"""
+
+import csv
+import dataclasses
+import importlib.util
+import json
+import logging
+import os
+import pathlib
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from dpo_jax.core import console
+from dpo_jax.io import markdown, metrics
+
+_log = logging.getLogger(__name__)
+
+# What a tracker imports, and the extra that installs it.
+_NEEDS = {"tensorboard": ("tensorboardX", "tb"), "wandb": ("wandb", "wandb")}
+
+Rows = Sequence[Sequence[Any]]
+
+
+class Csv:
+  """metrics.csv: a line a row, a column a metric.
+
+  All trackers are opened with (settings, directory, rows, start_step, about):
+  the run's `TrackerSettings`, its directory, the rows of metrics.jsonl up to
+  and including `start_step`, and its config and manifest by name. They let
+  every error out; `Trackers` keeps it from the run.
+  """
+
+  def __init__(self, settings, directory, rows, start_step, about):
+    del settings, start_step, about
+    self._directory = directory
+    self._rows = list(rows)
+    self._columns: list[str] = []
+    self._file = None
+    self._begin()
+
+  def write(self, row) -> None:
+    self._rows.append(row)
+    if row.keys() <= set(self._columns):
+      self._writer.writerow(row)
+      self._file.flush()
+    else:
+      # A metric that was never seen: the header changes.
+      self._begin()
+
+  def table(self, step, name, columns, rows) -> None:
+    file_name = re.sub(r"[^\w.-]", "_", name)
+    path = self._directory / "tables" / f"{file_name}-{step:06d}.csv"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+      csv.writer(file).writerows([columns, *rows])
+
+  def close(self) -> None:
+    self._file.close()
+
+  def _begin(self) -> None:
+    if self._file is not None:
+      self._file.close()
+    seen = dict.fromkeys(key for row in self._rows for key in row)
+    self._columns = ["step", *(key for key in seen if key != "step")]
+    path = self._directory / "metrics.csv"
+    scratch = path.with_suffix(".tmp")
+    with scratch.open("w", encoding="utf-8", newline="") as file:
+      writer = csv.DictWriter(file, self._columns)
+      writer.writeheader()
+      writer.writerows(self._rows)
+    os.replace(scratch, path)
+    self._file = path.open("a", encoding="utf-8", newline="")
+    self._writer = csv.DictWriter(self._file, self._columns)
+
+
+class TensorBoard:
+  """Event files in tensorboard/, for `tensorboard --logdir`."""
+
+  def __init__(self, settings, directory, rows, start_step, about):
+    import tensorboardX
+
+    del settings
+    path = directory / "tensorboard"
+    if not start_step and path.exists():
+      shutil.rmtree(path)
+    resumed = path.exists()
+    self._writer = tensorboardX.SummaryWriter(
+      str(path),
+      purge_step=start_step + 1 if resumed else None,
+      # Files of one second would have one name; and they are read by name.
+      filename_suffix=f".{start_step:09d}.{secrets.token_hex(4)}",
+    )
+    if not resumed:
+      for name, values in about.items():
+        text = json.dumps(values, indent=2)
+        self._writer.add_text(name, f"```json\n{text}\n```", 0)
+      for row in rows:
+        self.write(row)
+
+  def write(self, row) -> None:
+    for key, value in row.items():
+      if key != "step" and isinstance(value, int | float):
+        self._writer.add_scalar(key, value, row["step"])
+
+  def table(self, step, name, columns, rows) -> None:
+    cells = [[markdown.literal(str(cell)) for cell in row] for row in rows]
+    text = "\n".join(markdown.table(columns, cells))
+    self._writer.add_text(name, text, step)
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+class Wandb:
+  """A run of Weights & Biases, its files in wandb/."""
+
+  def __init__(self, settings, directory, rows, start_step, about):
+    import wandb
+
+    del start_step
+    self._wandb = wandb
+    # Which run this is, and the place of the last row that it was sent.
+    self._file = directory / "wandb_run.json"
+    self._mark = {"id": secrets.token_hex(4), "sent": [-1, False]}
+    if self._file.is_file():
+      self._mark = json.loads(self._file.read_text("utf-8"))
+    self._run = wandb.init(
+      project=settings.wandb_project,
+      id=self._mark["id"],
+      # Two directories may have one name: dpo in runs/a and in runs/b.
+      name="/".join(directory.parts[-2:]),
+      dir=str(directory),
+      mode=settings.wandb_mode,
+      resume="allow" if settings.wandb_mode == "online" else None,
+      config=about.get("config", {}) | {"manifest": about.get("manifest", {})},
+      settings=wandb.Settings(
+        silent=True, console="off", disable_git=True, save_code=False
+      ),
+    )
+    console.say(f"W&B: {self._run.url or self._run.dir}", "tracker")
+    for row in rows:
+      self.write(row)
+
+  def write(self, row) -> None:
+    # A step's evaluation comes after its update.
+    place = [row["step"], "eval_items" in row]
+    if place <= self._mark["sent"]:
+      return
+    values = {key: value for key, value in row.items() if key != "step"}
+    self._run.log(values, step=row["step"])
+    self._mark["sent"] = place
+    self._file.write_text(json.dumps(self._mark) + "\n", encoding="utf-8")
+
+  def table(self, step, name, columns, rows) -> None:
+    table = self._wandb.Table(list(columns), [list(row) for row in rows])
+    self._run.log({name: table}, step=max(step, self._mark["sent"][0]))
+
+  def close(self) -> None:
+    self._run.finish()
+
+
+_OPEN = {"csv": Csv, "tensorboard": TensorBoard, "wandb": Wandb}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackerSettings:
+  """Which trackers a run has; explained in configs/common.py."""
+
+  use: tuple[str, ...]
+  wandb_project: str
+  wandb_mode: Literal["online", "offline"]
+
+  def __post_init__(self):
+    for name in self.use:
+      if name not in _OPEN:
+        raise ValueError(
+          f"trackers.use={self.use}: {name!r} must be one of {list(_OPEN)}"
+        )
+    if len(set(self.use)) != len(self.use):
+      raise ValueError(f"trackers.use={self.use} names one twice")
+    if not re.fullmatch(r"[\w.-]{1,128}", self.wandb_project):
+      raise ValueError(
+        f"trackers.wandb_project={self.wandb_project!r} must be 1 to 128"
+        " letters, digits, '_', '-' or '.'"
+      )
+
+
+def check(settings: TrackerSettings) -> None:
+  """ValueError if a tracker's library is missing, naming what to install."""
+  for name in settings.use:
+    library, extra = _NEEDS.get(name, ("", ""))
+    if library and importlib.util.find_spec(library) is None:
+      raise ValueError(
+        f"trackers.use has {name!r}, but {library} is not installed: pip"
+        f" install 'dpo-jax[{extra}]', or leave it out"
+      )
+
+
+class Trackers:
+  """The trackers of one run; none of their errors gets out."""
+
+  def __init__(
+    self,
+    settings: TrackerSettings,
+    directory: pathlib.Path,
+    rows: Sequence[dict[str, Any]],
+    start_step: int,
+  ):
+    """Opens the trackers, with the run's config and manifest attached.
+
+    Args:
+      settings: which.
+      directory: of the run.
+      rows: of metrics.jsonl, up to and including `start_step`.
+      start_step: updates that are done; 0 begins anew.
+    """
+    self._open: dict[str, Any] = {}
+    # The tracker, the step it had come to, and why it was left alone.
+    self.failed: dict[str, tuple[int, str]] = {}
+    self._step = start_step
+    about = {
+      name: json.loads(path.read_text("utf-8"))
+      for name in ("config", "manifest")
+      if (path := directory / f"{name}.json").is_file()
+    }
+    for name in settings.use:
+      try:
+        self._open[name] = _OPEN[name](
+          settings, directory, rows, start_step, about
+        )
+      except Exception as error:  # Whatever a library or the network raises.
+        self._fail(name, error)
+
+  def write(self, row: dict[str, Any]) -> None:
+    """A row of metrics.jsonl."""
+    self._step = row["step"]
+    self._each(lambda tracker: tracker.write(row))
+
+  def table(
+    self, step: int, name: str, columns: Sequence[str], rows: Rows
+  ) -> None:
+    """Texts and numbers in columns, such as sampled answers."""
+    self._each(lambda tracker: tracker.table(step, name, columns, rows))
+
+  def close(self) -> None:
+    """Ends the trackers, and says which of them do not have everything."""
+    self._each(lambda tracker: tracker.close())
+    self._open = {}
+    for name, (step, why) in self.failed.items():
+      console.say(
+        f"{name} has nothing after step {step} ({why}); metrics.jsonl is whole",
+        "tracker_failed",
+        tracker=name,
+        step=step,
+      )
+
+  def _each(self, call: Callable[[Any], None]) -> None:
+    for name, tracker in list(self._open.items()):
+      try:
+        call(tracker)
+      except Exception as error:  # As in __init__.
+        self._fail(name, error)
+
+  def _fail(self, name: str, error: Exception) -> None:
+    self._open.pop(name, None)
+    why = f"{type(error).__name__}: {error}"
+    self.failed[name] = (self._step, why)
+    _log.warning("tracker %s failed and is left alone: %s", name, why)
+
+
+class Writer:
+  """metrics.jsonl and the trackers, as one writer of rows."""
+
+  def __init__(
+    self, settings: TrackerSettings, directory: pathlib.Path, start_step: int
+  ):
+    self._metrics = metrics.Writer(directory, start_step)
+    self.trackers = Trackers(
+      settings, directory, self._metrics.rows, start_step
+    )
+
+  def write(self, row: dict[str, Any]) -> None:
+    self._metrics.write(row)
+    self.trackers.write(row)
+
+  def table(
+    self, step: int, name: str, columns: Sequence[str], rows: Rows
+  ) -> None:
+    self.trackers.table(step, name, columns, rows)
+
+  def at(self, step: int) -> list[dict[str, Any]]:
+    return self._metrics.at(step)
+
+  def sync(self) -> None:
+    self._metrics.sync()
+
+  def close(self) -> None:
+    self._metrics.close()
+    self.trackers.close()

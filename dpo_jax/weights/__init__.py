@@ -1,1 +1,0 @@
-"""Weights in files: Hugging Face's and PEFT's names and layouts."""

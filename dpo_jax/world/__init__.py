@@ -1,1 +1,0 @@
-"""Of the embedded world: facts, questions, answers and claims about them."""
