@@ -101,7 +101,8 @@ def hh(path: str = "Anthropic/hh-rlhf") -> config_dict.ConfigDict:
 def tfds() -> config_dict.ConfigDict:
   """HH again, from files with random access that were written once.
 
-  python -m dpo_jax.data.sources.hh_tfds --path=Anthropic/hh-rlhf --data_dir=data
+  python -m dpo_jax.data.sources.hh_tfds --path=Anthropic/hh-rlhf \\
+    --data_dir=data
   """
   c = hh()
   c.kind = "tfds"

@@ -18,6 +18,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from benchmarks import peers
+from dpo_jax import __main__ as entry
 from dpo_jax import replicate
 from dpo_jax.cli import help as help_lib
 from dpo_jax.core import redaction, settings
@@ -34,8 +35,8 @@ SETTINGS = {
   "sample.py": jobs.AnswerSettings,
   "judge.py": runner.JudgeSettings,
   "dpo_jax.replicate": replicate.ReplicateSettings,
-  "dpo_jax.plan.plan": config_lib.TrainSettings,
-  "dpo_jax.training.inspect_data": config_lib.TrainSettings,
+  "dpo_jax plan": config_lib.TrainSettings,
+  "dpo_jax inspect_data": config_lib.TrainSettings,
 }
 # Values that exist once a guide was followed; `extended` follows them.
 OWN = {"experiments/mine.py", "apo_zero"}
@@ -87,14 +88,23 @@ def programs(page):
       continue
     if words[at + 1] == "-c":
       ast.parse(words[at + 2])
+    elif words[at + 1 : at + 3] == ["-m", "dpo_jax"]:
+      yield f"dpo_jax {words[at + 3]}", words[at + 4 :]
     elif words[at + 1] == "-m":
       yield words[at + 2], words[at + 3 :]
     else:
       yield words[at + 1], words[at + 2 :]
 
 
+def module_of(program):
+  """The module of a command such as "dpo_jax plan", or the program itself."""
+  name = program.removeprefix("dpo_jax ")
+  return program if name == program else entry._MODULES.get(name, program)
+
+
 def source_of(program):
   """The file of a module or script; None for a library's."""
+  program = module_of(program)
   if program.endswith(".py"):
     return ROOT / program
   if program.split(".")[0] not in ("dpo_jax", "benchmarks", "configs"):
@@ -114,7 +124,7 @@ def known_flags(program):
   tree = ast.parse(path.read_text("utf-8"))
   calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
   for node in calls:
-    if ast.unparse(node.func) == "cli.run":
+    if ast.unparse(node.func) == "flags.run":
       return COMMON | {keyword.arg for keyword in node.keywords}
 
   def stop(parser, *unused):
@@ -127,7 +137,7 @@ def known_flags(program):
     patch.setattr(redaction, "install", lambda: None)
     patch.setattr(sys, "argv", [program])
     with pytest.raises(_Parsed) as found:
-      runpy.run_module(program, run_name="__main__", alter_sys=True)
+      runpy.run_module(module_of(program), run_name="__main__", alter_sys=True)
   return found.value.args[0]
 
 
@@ -230,7 +240,7 @@ def test_a_wrong_command_would_be_found(tmp_path, monkeypatch):
       test_commands_name_programs_and_flags_that_exist,
     ),
     (
-      "ssh host --command='python -m dpo_jax.nothing'",
+      "ssh host --command='python -m dpo_jax nothing'",
       test_commands_name_programs_and_flags_that_exist,
     ),
   ):
@@ -320,10 +330,10 @@ def test_the_guides_code_is_in_house_style(extended):
 
 def test_the_guides_config_builds(extended):
   code = """if True:
-    from dpo_jax.cli import help as help_lib
+    from dpo_jax.cli import help
     from dpo_jax.core import settings
     from dpo_jax.training import config
-    mine = help_lib.load("experiments/mine.py").to_dict()
+    mine = help.load("experiments/mine.py").to_dict()
     built = settings.build(config.TrainSettings, mine)
     print(built.data.use, built.data.sources["mine"].held_out)
   """

@@ -149,7 +149,7 @@ def test_waiting_for_data_is_measured(values, monkeypatch):
   """A slow source shows in what the step waited, a fast one does not."""
   made = make(values)
   waits = [fed.waited_s for fed in made.training(0)]
-  pack = input_pipeline.loader.packing.pack
+  pack = input_pipeline.loader.batch.pack
 
   def slowly(*arguments):
     total = 0
@@ -158,6 +158,6 @@ def test_waiting_for_data_is_measured(values, monkeypatch):
       total += i
     return pack(*arguments)
 
-  monkeypatch.setattr(input_pipeline.loader.packing, "pack", slowly)
+  monkeypatch.setattr(input_pipeline.loader.batch, "pack", slowly)
   slow = [fed.waited_s for fed in made.training(0)]
   assert np.median(slow[8:]) > 2 * np.median(waits[8:])

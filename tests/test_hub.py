@@ -327,11 +327,11 @@ def test_a_run_without_a_token_is_refused_before_it_begins(
       sys.executable,
       "-c",
       "import sys\n"
-      "from dpo_jax import hub\n"
+      "from dpo_jax.hub import push\n"
       # A second process that takes the accelerator would stop the first.
       "assert 'jax' not in sys.modules\n"
-      "hub.check(hub.PushSettings('a/b', False, '', True, True))\n"
-      "hub.check(hub.PushSettings('a/b', False, '', True, False))",
+      "push.check(push.PushSettings('a/b', False, '', True, True))\n"
+      "push.check(push.PushSettings('a/b', False, '', True, False))",
     ],
     capture_output=True,
     text=True,

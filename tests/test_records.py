@@ -247,11 +247,10 @@ def test_a_full_disk_keeps_what_was_committed(tmp_path):
   before = path.read_bytes()
   code = f"""
 import dataclasses, resource, signal
-from dpo_jax import records
-from dpo_jax.storage import row_store
+from dpo_jax.io import jsonl, records
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before)} + 100,) * 2)
-with row_store.Store({str(path)!r}, records.Response) as store:
+with jsonl.Store({str(path)!r}, records.Response) as store:
   try:
     store.append(dataclasses.replace(store.rows[0], sample_id=1))
   except OSError as error:
@@ -276,9 +275,8 @@ def python(code: str) -> subprocess.Popen:
 def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path, caplog):
   path = tmp_path / "rows.jsonl"
   code = f"""
-from dpo_jax import records
-from dpo_jax.storage import row_store
-with row_store.Store({str(path)!r}, records.Response) as store:
+from dpo_jax.io import jsonl, records
+with jsonl.Store({str(path)!r}, records.Response) as store:
   print("held", flush=True)
   input()
 """
@@ -324,10 +322,9 @@ def test_a_killed_writer_leaves_whole_rows_only(tmp_path):
   path = tmp_path / "rows.jsonl"
   code = f"""
 import dataclasses
-from dpo_jax import records
-from dpo_jax.storage import row_store
+from dpo_jax.io import jsonl, records
 row = records.decode({records.encode(RESPONSE)!r}, records.Response)
-with row_store.Store({str(path)!r}, records.Response) as store:
+with jsonl.Store({str(path)!r}, records.Response) as store:
   number = 0
   while True:
     store.append(dataclasses.replace(row, sample_id=number))

@@ -76,7 +76,7 @@ def test_nothing_that_python_says_holds_a_key():
     "import logging, os, sys, threading, warnings\n"
     "old = logging.StreamHandler()\n"
     "logging.basicConfig()\n"
-    "from dpo_jax.interface import redaction\n"
+    "from dpo_jax.core import redaction\n"
     "redaction.install(); redaction.install()\n"
     "key = os.environ['HF_TOKEN']\n"
     f"for name, statement in {SAYS!r}.items():\n"

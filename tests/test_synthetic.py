@@ -333,8 +333,8 @@ def test_the_seed_decides_everything(world):
 
 def test_hash_randomisation_changes_nothing():
   code = (
-    "import hashlib; from dpo_jax import synthetic;"
-    "w = synthetic.generate(1, pretrain=20, train=40, test=20);"
+    "import hashlib; from dpo_jax.demo import world;"
+    "w = world.generate(1, pretrain=20, train=40, test=20);"
     "print(hashlib.sha256(repr(w).encode()).hexdigest())"
   )
   world = world_lib.generate(1, pretrain=20, train=40, test=20)

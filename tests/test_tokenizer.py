@@ -249,7 +249,7 @@ def test_where_a_class_has_a_say_transformers_decides(
 
 def test_no_torch_is_imported_to_read_pythias(shared):
   code = (
-    "import sys\nfrom dpo_jax import tokenizer\n"
+    "import sys\nfrom dpo_jax.data import tokenizer\n"
     "tokenizer.load(sys.argv[1])\nprint('torch' in sys.modules)"
   )
   done = subprocess.run(

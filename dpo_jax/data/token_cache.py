@@ -55,7 +55,8 @@ def tokenize(
     directory: where entries are; made if it is missing. "" keeps none.
     tokenizer: the model's own.
     rows: comparisons in order.
-    profile: as in `tokenization.tokenize`; so are the lengths and `prompt_keeps`.
+    profile: as in `tokenization.tokenize`; so are the lengths and
+      `prompt_keeps`.
 
   Raises:
     ValueError: as `tokenization.tokenize`, or an entry cannot be written.

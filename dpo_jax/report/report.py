@@ -1,7 +1,7 @@
 """The report of a working directory: report.md, its numbers, and figures.
 
 Nothing is stored that could be recomputed: every number is made from the rows
-of verdicts/, responses/ and the runs' metrics, and `dpo_jax.report.verify` makes them
+of verdicts/, responses/ and the runs' metrics, and `verify` makes them
 again and compares.
 
   python -m dpo_jax report runs/hh --strict
