@@ -96,7 +96,9 @@ def packed(
     table, how, map(order.items, range(flags.steps)), run.data.shapes
   )
   scored = loader.in_order(table, one, batch_size=group)
-  kept = reference.spread(table, reference.compute(shape, base, scored, mesh))
+  kept = reference.spread(
+    table, reference.token_logps(shape, base, None, scored, mesh)
+  )
   stream = loader.stream(
     table, order, how, start_step=0, steps=flags.steps, reference=kept
   )

@@ -38,7 +38,7 @@ def base():
 def compute(base, table, how=HOW, mesh=None, batch_size=4):
   mesh = mesh or sharding.make_mesh(1, 1, 1, jax.devices()[:1])
   packed = loader.in_order(table, how, batch_size=batch_size)
-  return reference.compute(tiny.CONFIG, base, packed, mesh)
+  return reference.token_logps(tiny.CONFIG, base, None, packed, mesh)
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +240,9 @@ def test_in_bfloat16_they_are_those_of_the_step():
   mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
   # The very batch of the step.
   packed = loader.in_order(table, how, batch_size=4)
-  kept = reference.spread(table, reference.compute(config, base, packed, mesh))
+  kept = reference.spread(
+    table, reference.token_logps(config, base, None, packed, mesh)
+  )
   batch, _ = batch_lib.pack(table, how, kept)
   loss = losses.LossSettings("sigmoid", 5.0, 0.0)
   evaluate = jax.jit(

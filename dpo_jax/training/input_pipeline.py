@@ -199,7 +199,7 @@ def with_reference(
       )
       total = -(-len(items.table) // feed.eval_batch_size)
       bar = console.track(packed, total, f"reference of {side}", "batch")
-      logps = reference.compute(shape, base, bar, feed.mesh)
+      logps = reference.token_logps(shape, base, None, bar, feed.mesh)
       if distributed.first():
         reference.save(path, logps, made_of)
     found[f"{side}_reference"] = reference.spread(items.table, logps)

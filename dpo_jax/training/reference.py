@@ -25,19 +25,21 @@ from dpo_jax.training import step
 _FORMAT = "dpo_jax reference log-probs 1"
 
 
-def compute(
+def token_logps(
   config: gpt_neox.ModelConfig,
   base: Any,
+  lora: Any,
   packed: Iterable[tuple[batch_lib.Batch, batch_lib.Counts]],
   mesh: jax.sharding.Mesh,
 ) -> np.ndarray:
   """Log-probs of all response tokens in the items' order, float32, in nats.
 
   Args:
-    config: the model, whose adapters are left off.
-    base: the reference's weights, on the mesh.
+    config: the model.
+    base: its weights, on the mesh.
+    lora: its adapters, on the mesh; None leaves them off.
     packed: batches of one micro-batch that hold all pairs in order.
-    mesh: where the batches are laid.
+    mesh: where the batches are computed.
   """
   score = jax.jit(
     functools.partial(step.token_logps, config),
@@ -49,9 +51,9 @@ def compute(
     for batch, _ in packed:
       placed = sharding.place(batch, mesh, leading=1)
       micro = jax.tree.map(lambda x: x[0], placed)
-      logps = jax.device_get(score(base, None, micro))
+      logps = jax.device_get(score(base, lora, micro))
       there = batch.owner[0] >= 0
-      # A sequence lies in one shard, its tokens in order.
+      # A sequence is in one shard, its tokens in order.
       order = np.argsort(batch.owner[0][there], kind="stable")
       found.append(logps[there][order])
   return np.concatenate(found)
@@ -71,7 +73,7 @@ def save(
 
   Args:
     path: a .safetensors file.
-    logps: from `compute`.
+    logps: from `token_logps`.
     made_of: fingerprints that `load` compares.
   """
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.data.sources import files
 from dpo_jax.io import atomic, remote
 from dpo_jax.model import hf
-from dpo_jax.training import step
+from dpo_jax.training import reference as reference_lib
 
 # Rows are a multiple of this many tokens, so that near lengths share a shape.
 _ROW_MULTIPLE = 64
@@ -72,7 +72,7 @@ class ScoreSettings:
       {"chosen", "rejected"} transcripts.
     output: the .jsonl file to write.
     beta: strength of the KL penalty in the rewards.
-    profile: how texts become ids, and what is cut; see `rows.profiles`.
+    profile: how texts become ids, and what is cut; see `tokenization`.
     max_length: tokens of a prompt with a response; 0 takes the model's own.
     max_prompt_length: tokens of a prompt that is cut; 0 takes half of it, or
       none under "trl".
@@ -268,20 +268,12 @@ def _token_logps(
     pad_id=0,
   )
   how = batch_shapes.settled(pairs, layout, steps_, _SHAPES)
-  place = sharding.batch_sharding(mesh)
-  score = jax.jit(functools.partial(step.token_logps, config))
-  found = []
   packed = loader.in_order(pairs, how, batch_size=settings.batch_size)
-  with jax.set_mesh(mesh):
-    for batch, counts in console.track(packed, len(steps_), name, "batch"):
-      micro = jax.tree.map(lambda x: x[0], batch)
-      logps = jax.device_get(score(base, lora, jax.device_put(micro, place)))
-      for i in range(len(counts.ids)):
-        # A sequence lies in one shard, its tokens in order.
-        found.append(
-          (logps[micro.owner == 2 * i], logps[micro.owner == 2 * i + 1])
-        )
-  return found
+  bar = console.track(packed, len(steps_), name, "batch")
+  logps = reference_lib.token_logps(config, base, lora, bar, mesh)
+  ends = np.cumsum(pairs.lengths[:, 1:])
+  responses = np.split(logps, ends[:-1])
+  return list(zip(responses[::2], responses[1::2]))
 
 
 def _row(settings, pair, cut, policy, reference) -> dict[str, Any]:
