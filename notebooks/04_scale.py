@@ -218,8 +218,9 @@ np.testing.assert_allclose(split, one, rtol=1e-5)
 # ## The planner, for this machine
 #
 # The run's own training and evaluation step, compiled with shapes alone: no
-# weights are read, none are made. It says bytes, flops and traffic; times only
-# for devices whose peaks are in `dpo_jax/core/hardware.py`.
+# weights are read, none are made. It says bytes, and how full the rows are; a
+# lower bound of a step's time only for devices whose peaks are in
+# `dpo_jax/core/hardware.py`.
 
 # %%
 c = dpo.get_config("pythia-14m-lora")

@@ -23,7 +23,7 @@ from PIL import Image
 
 _COLORS = 64
 # What the package's own lines say of how long something took.
-_TIMES = re.compile(r"; compiled in \d+ s| after \d+\.\d minutes")
+_TIMES = re.compile(r" after \d+\.\d minutes")
 
 
 def digest(path: pathlib.Path) -> str:

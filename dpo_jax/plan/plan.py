@@ -128,7 +128,7 @@ def most_rows(
   items = config.batch_size // config.microbatches
   widest = mean_batch.widest_rows(config, items, shards)
   counts = {2**power for power in range(limit.bit_length())}
-  tried = ""
+  refused = ""
   for count in sorted(counts | {widest}):
     if not rows < count <= limit:
       continue
@@ -138,12 +138,13 @@ def most_rows(
       wider, shape, mesh, count, ("train",)
     )
     if not one.fits(chip):
-      tried = f", {count} do not"
+      refused = f", {count} do not"
       break
     rows = count
   console.result(
-    f"{rows} row(s) a device fit{tried}:"
-    f" {mean_batch.items_of(config, rows, shards)} items a micro-batch"
+    f"{rows} row(s) a device fit"
+    f" ({mean_batch.items_of(config, rows, shards)} items a micro-batch)"
+    f"{refused}"
   )
   if rows < min(widest, limit):
     console.result(
