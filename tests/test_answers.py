@@ -16,11 +16,11 @@ import tiny
 
 from configs import data as data_config
 from configs import sample as sample_config
-from dpo_jax.core import settings
+from dpo_jax.core import errors, settings
 from dpo_jax.data import sources, tokenizer
 from dpo_jax.io import records
 from dpo_jax.model import gpt_neox, hf
-from dpo_jax.sampling import decode, sampler
+from dpo_jax.sampling import decode, response_files, sampler
 from dpo_jax.sampling import generate as generate_lib
 from dpo_jax.sampling import jobs as jobs_lib
 
@@ -290,6 +290,16 @@ def test_rows_of_other_weights_are_refused_where_another_process_wrote_them(
   with pytest.raises(ValueError, match=r"sft\.model: 'x' -> "):
     generate_lib.run(world.build(), tmp_path)
   assert part.read_bytes() == whole.read_bytes()
+
+
+def test_an_incomplete_file_is_not_merged(whole, tmp_path):
+  rows = records.read(whole, records.Response)
+  path, part = tmp_path / "sft.jsonl", tmp_path / "sft@1.part"
+  part.write_bytes(records.encode(rows[1]))
+  file = response_files.File(path, {}, rows, dict(enumerate(rows[3:], 3)))
+  with pytest.raises(errors.Stopped, match="lacks 2 answers"):
+    response_files.merge(file)
+  assert list(tmp_path.iterdir()) == [part]
 
 
 def test_steps_of_a_run_are_policies_of_their_own(world, whole, tmp_path):
