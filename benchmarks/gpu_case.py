@@ -88,7 +88,7 @@ def weights(run: config_lib.TrainSettings, shape: gpt_neox.ModelConfig):
       alone(),
     ),
   )
-  # Those of `programs.initial` with the same key.
+  # Those of `compile.initial` with the same key.
   return make(jax.random.key(0)), gpt_neox.init_lora(shape, jax.random.key(1))
 
 

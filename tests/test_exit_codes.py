@@ -17,9 +17,9 @@ import test_console
 from dpo_jax import __main__
 from dpo_jax.core import console
 from dpo_jax.hub import push
+from dpo_jax.io import step_files as checkpoint
 from dpo_jax.io.mirror import __main__ as mirror
 from dpo_jax.report import report, verify
-from dpo_jax.training import checkpoint_command as checkpoint
 from dpo_jax.training import score
 
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "commands.md"

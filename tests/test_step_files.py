@@ -9,7 +9,6 @@ import sys
 import pytest
 
 from dpo_jax.io import step_files
-from dpo_jax.training import checkpoint_command as checkpoint_cli
 
 
 def keep(newest=2, every=0, best=0, metric="eval_loss", best_is="lowest"):
@@ -168,7 +167,7 @@ def test_what_no_run_wrote_is_refused(tmp_path):
 
 def test_verify_and_list(tmp_path, capsys):
   def call(*arguments):
-    code = checkpoint_cli.main(list(arguments))
+    code = step_files.main(list(arguments))
     return code, *capsys.readouterr()
 
   directory = tmp_path / "checkpoints"

@@ -6,7 +6,7 @@ what must stand together: one sequence (prompt and response), or a whole pair
 `[prompt | chosen | rejected]` whose responses both see the prompt and do not
 see each other. The mask that does this is one line, in `attention.Segments`.
 
-Where a piece goes is decided in `placement`; tokens are moved here, in a few
+Where a piece goes is decided in `packing`; tokens are moved here, in a few
 array operations.
 
 Letters: M micro-batches, B rows, T tokens of a row, S shards into which the

@@ -3,7 +3,7 @@
 A piece is what must stand together in a row: one sequence, or a whole pair. A
 plan gives each piece its row and its place; nothing here looks at a token. So
 all batches of a run can be planned before it begins, and the few shapes that
-hold them chosen for the least waste (`settling`).
+hold them chosen for the least waste (`batch_shapes`).
 
 Letters: N items of P parts (a prompt and its responses), K pieces, R rows in
 use, B rows of a batch, T tokens of a row, S shards into which the rows are
@@ -44,7 +44,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-  """How a batch is laid out; `packing.pack` does it.
+  """How a batch is laid out; `batch.pack` does it.
 
   Attributes:
     layout: "padded" (a sequence a row), "packed" (several sequences a row) or
@@ -55,7 +55,7 @@ class Packing:
     loss_on_prompt: predict the prompt's tokens too (examples only).
     pad_id: the token of padding.
     shapes: those that a batch may take, ascending; the first that holds it is
-      taken, and one beyond them only if none does. See `settling`.
+      taken, and one beyond them only if none does. See `batch_shapes`.
     runs_on: pieces run on from row to row, for `attention` by "blocks";
       otherwise each lies in one row.
   """

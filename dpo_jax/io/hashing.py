@@ -8,7 +8,7 @@ def content_hash(*parts: str) -> str:
   """Of texts, hex; a length prefix keeps each part from running into the next.
 
   Other prefixes are in use where ids and fingerprints are already on disk: in
-  `comparisons`, `rows.tables` and `rows.token_cache`.
+  `preferences`, `token_table` and `token_cache`.
   """
   digest = hashlib.sha256()
   for part in parts:

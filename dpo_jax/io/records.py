@@ -189,7 +189,7 @@ def read(path: str | os.PathLike, cls: type[Row]) -> list[Row]:
 
   Raises:
     ValueError: a line is malformed, naming file, line and field. A last line
-      that was cut is an error here; `row_store.Store` mends it.
+      that was cut is an error here; `jsonl.Store` mends it.
   """
   rows, rest, _ = scan(path, cls)
   if rest:

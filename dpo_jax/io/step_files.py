@@ -6,17 +6,21 @@ never completed, and one whose files differ from it is damaged. Neither is ever
 gone on from, and neither is deleted: it is renamed to `<step>.rejected`.
 """
 
+import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import pathlib
 import shutil
+import sys
 from collections.abc import Set
 from typing import Literal
 
+from dpo_jax.core import console
 from dpo_jax.io import atomic, hashing, strict_json
 
 MANIFEST = "manifest.json"
@@ -284,3 +288,53 @@ def _files(path: pathlib.Path) -> list[str]:
     for file in path.rglob("*")
     if not file.is_dir() and file != path / MANIFEST
   )
+
+
+def main(arguments: list[str]) -> int:
+  """What a run's checkpoints are: python -m dpo_jax checkpoint COMMAND DIR.
+
+  `list` prints each step with its size and evaluation. `verify` compares every
+  file with its step's manifest and fails if one differs. DIR is a run's
+  directory, or its checkpoints/. Exit codes: 0 all whole; 1 a step is not; 2
+  there is nothing to look at.
+  """
+  parser = argparse.ArgumentParser(
+    prog="python -m dpo_jax checkpoint",
+    description=inspect.getdoc(main),
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("command", choices=("verify", "list"))
+  parser.add_argument("directory", type=pathlib.Path)
+  console.add_flag(parser)
+  options = parser.parse_args(arguments)
+  directory = options.directory
+  if (directory / "checkpoints").is_dir():
+    directory = directory / "checkpoints"
+  found = steps(directory)
+  if not found:
+    console.error(f"{directory} holds no checkpoints")
+    return 2
+  show = _show_verified if options.command == "verify" else _show_size
+  return max([show(directory, step) for step in found])
+
+
+def _show_verified(directory: pathlib.Path, step: int) -> int:
+  found = problem(directory, step)
+  console.result(f"step {step}: {found or 'whole'}", step=step)
+  return 1 if found else 0
+
+
+def _show_size(directory: pathlib.Path, step: int) -> int:
+  said = f"step {step}: {size(directory, step):,} bytes"
+  try:
+    found = metrics(directory, step)
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    console.result(f"{said}, not whole: {error}", step=step)
+    return 1
+  values = [f"{name} {value:.6g}" for name, value in found.items()]
+  console.result(", ".join([said, *values]), step=step)
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))

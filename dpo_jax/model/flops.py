@@ -20,12 +20,12 @@ from dpo_jax.model import gpt_neox
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """What a batch holds, padding left out; `packing.Counts` has all three.
+  """What a batch holds, padding left out; `batch.Counts` has all three.
 
   Attributes:
     tokens: tokens in the rows, a shared prompt counted once.
     completion_tokens: tokens that are predicted.
-    visible: pairs of a query and a key that it sees; see `placement.visible`.
+    visible: pairs of a query and a key that it sees; see `packing.visible`.
   """
 
   tokens: float

@@ -1,6 +1,6 @@
 """GPT-NeoX, the architecture of every Pythia, with LoRA beside its kernels.
 
-One block is defined in `blocks`; here there are only plain nested dicts of
+One block is defined in `block`; here there are only plain nested dicts of
 arrays, `base` and `lora`, and `jax.*` transforms. The base path of a weight is
 the same with and without LoRA, so that the reference of DPO is the same base
 with `lora=None`: no second copy of the weights. Layers are stacked on a leading
@@ -60,7 +60,7 @@ class ModelConfig:
   `dtype` is what the blocks compute in; layer norms, the softmax of attention
   and the logits are float32 whatever it says. `attention` names how segments
   are attended, see `attention`; `logit_chunk` and `logit_words` are how many
-  tokens' logits of how many words exist at one time, see `logps`.
+  tokens' logits of how many words exist at one time, see `logprobs`.
   """
 
   vocab_size: int

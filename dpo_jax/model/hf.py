@@ -51,7 +51,7 @@ def load(
     lora: adapters that the config is to describe; their weights come from
       `gpt_neox.init_lora` or `load_adapter`.
     param_dtype: what the weights are kept in.
-    mesh: where the weights lie, by the rules of `partitioning`; None leaves
+    mesh: where the weights lie, by the rules of `sharding`; None leaves
       them on the default device.
 
   Raises:

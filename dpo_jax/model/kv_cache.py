@@ -9,7 +9,7 @@ copies a cache whose head dim is not one into such a form and back. In int8 each
 key and each value has a scale of its own, its largest magnitude over 127.
 
 A layer's own cache holds its keys as columns, [B, N, H, S]: of many rows with
-one query each, a CPU's cores then share the sums (`attention.cached`).
+one query each, a CPU's cores then share the sums (`attention.decode`).
 
 Letters: L layers, B rows, N heads, S slots, T tokens of this call, H head dim,
 C = N H.
@@ -159,7 +159,7 @@ def recall(
     dtype: what they are given back in.
 
   Returns:
-    Keys and values in a form of `attention.cached`: [B, N, span, H]; of a
+    Keys and values in a form of `attention.decode`: [B, N, span, H]; of a
     folded cache [B, span, C]; of one of `split` keys are `decode.Columns`.
   """
   if layer is None:

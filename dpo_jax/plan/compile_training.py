@@ -1,6 +1,6 @@
 """A run's own programs, compiled with shapes alone: no weights, no items.
 
-What stands for the items of a batch is in `mean_items`.
+What stands for the items of a batch is in `mean_batch`.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ class Compiled:
   """One program, or why the compiler refused it.
 
   Attributes:
-    name: "train", "eval", or of `compiling_answers`.
+    name: "train", "eval", or of `compile_sampling`.
     memory: None where it does not fit.
     refusal: the compiler's words, "" where it fits.
   """
@@ -217,7 +217,7 @@ def uncached(mesh: jax.sharding.Mesh) -> Iterator[None]:
 
 
 def laid(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-  """A tree's shapes as they lie on a mesh, by the rules of `partitioning`."""
+  """A tree's shapes as they lie on a mesh, by the rules of `sharding`."""
   return jax.tree.map(
     lambda x, lying: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lying),
     tree,

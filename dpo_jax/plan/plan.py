@@ -7,7 +7,7 @@ slice that need not be there, or without --topology for the devices that are,
 and prints the bytes of a device, whether that fits, the rows that do, and a
 lower bound of a step's time (`lower_bound`). Nothing runs, and weights are
 neither read nor made: everything is shapes. The items of a batch are not read
-either; what stands for them is in `mean_items`, the means of HH.
+either; what stands for them is in `mean_batch`, the means of HH.
 
 Where the config's own mesh does not fit, meshes that split the weights further
 are tried, and the first that fits is planned and named. --config may also be a

@@ -141,7 +141,7 @@ class State:
     logps: log-prob of each under the model at temperature 1, [B, M].
     count: how many tokens are new, [B].
     done: whether the row takes no more; empty slots are done, [B].
-    turn: how much of a human turn its text ends with, see `stops`, [B].
+    turn: how much of a human turn its text ends with, see `stop`, [B].
     cache: see `kv_cache`; a tuple of single layers' if they are apart.
     prompts: such a cache of the prompts that rows share; None if they do not.
   """

@@ -10,7 +10,7 @@ temperatures and sample ids and equals, byte for byte, the file of a run that
 nothing interrupted.
 
 With several processes each answers a share of the prompts on its own devices
-and needs nothing of the others meanwhile (`answer_files`). Or all of them
+and needs nothing of the others meanwhile (`response_files`). Or all of them
 answer every prompt together, on one mesh, and the first one writes.
 """
 

@@ -136,7 +136,7 @@ def generate(
       `vocab_size` are never drawn.
     requests: what to generate.
     engine: the shapes and the seed.
-    mesh: of `partitioning.make_mesh`; rows are split over data and fsdp.
+    mesh: of `sharding.make_mesh`; rows are split over data and fsdp.
     wanted: indices of the requests to answer; all by default. Shapes depend on
       all of them, so that what is left of an interrupted run is the same.
 

@@ -103,7 +103,7 @@ def training(
     shape: its model.
     tx: its optimizer.
     state: arrays, or their shapes.
-    mesh: where the state lies, by the rules of `partitioning`.
+    mesh: where the state lies, by the rules of `sharding`.
   """
   objective = step_lib.Objective(
     config.objective,

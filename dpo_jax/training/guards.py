@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.core import settings as settings_lib
-from dpo_jax.io import strict_json
+from dpo_jax.io import atomic, strict_json
 
 INCIDENTS = "incidents.jsonl"
 
@@ -123,26 +123,18 @@ class IncidentWriter:
     kept = [
       row for row in read_incidents(self._path) if row["step"] <= start_step
     ]
-    scratch = self._path.with_suffix(".tmp")
-    with scratch.open("wb") as file:
-      _commit(file, kept)
-    os.replace(scratch, self._path)
+    atomic.write_text(self._path, "".join(map(_line, kept)))
 
   def write(self, row: dict[str, Any]) -> None:
-    with self._path.open("ab") as file:
-      _commit(file, [row])
+    with self._path.open("a", encoding="utf-8") as file:
+      file.write(_line(row))
+      file.flush()
+      os.fsync(file.fileno())
 
 
-def _commit(file, rows: list[dict[str, Any]]) -> None:
-  file.writelines(
-    json.dumps(
-      {key: _plain(value) for key, value in row.items()}, ensure_ascii=False
-    ).encode()
-    + b"\n"
-    for row in rows
-  )
-  file.flush()
-  os.fsync(file.fileno())
+def _line(row: dict[str, Any]) -> str:
+  values = {key: _plain(value) for key, value in row.items()}
+  return json.dumps(values, ensure_ascii=False) + "\n"
 
 
 def _plain(value: Any) -> Any:

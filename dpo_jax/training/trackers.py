@@ -16,7 +16,6 @@ import dataclasses
 import importlib.util
 import json
 import logging
-import os
 import pathlib
 import re
 import secrets
@@ -25,7 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from dpo_jax.core import console
-from dpo_jax.io import markdown, metrics
+from dpo_jax.io import atomic, markdown, metrics
 
 _log = logging.getLogger(__name__)
 
@@ -77,12 +76,13 @@ class Csv:
     seen = dict.fromkeys(key for row in self._rows for key in row)
     self._columns = ["step", *(key for key in seen if key != "step")]
     path = self._directory / "metrics.csv"
-    scratch = path.with_suffix(".tmp")
-    with scratch.open("w", encoding="utf-8", newline="") as file:
+    with (
+      atomic.replacing(path) as scratch,
+      scratch.open("w", encoding="utf-8", newline="") as file,
+    ):
       writer = csv.DictWriter(file, self._columns)
       writer.writeheader()
       writer.writerows(self._rows)
-    os.replace(scratch, path)
     self._file = path.open("a", encoding="utf-8", newline="")
     self._writer = csv.DictWriter(self._file, self._columns)
 

@@ -4,13 +4,13 @@ A row holds several pieces; a piece is a sequence, or a prompt with two
 responses that both see the prompt and not each other. `Segments` says so with
 two numbers a token instead of a mask of T x T, so that an implementation may
 leave out what is masked whole. Sampling has a cache and no pieces: it passes
-the mask itself, as booleans, or with it which rows share a prompt (`shared`),
-and these are always attended densely.
+the mask itself, as booleans, or with it which rows share a prompt
+(`shared_prefix`), and these are always attended densely.
 
 Implementations, by the name in `model.attention`; which one runs is what the
 config says, and `check` refuses one that the devices cannot run:
   dense: scores of all T x T in float32. Runs everywhere.
-  blocks: `block_attention`, for rows that pieces run through; made for CPUs.
+  blocks: `blockwise`, for rows that pieces run through; made for CPUs.
   cudnn: the fused kernels of NVIDIA's cuDNN, in bfloat16; what is hidden it
     gets as a bias of T x T, and computes.
   flash: our own kernels (`flash`) for TPUs and NVIDIA GPUs, which leave out
@@ -51,7 +51,7 @@ class Segments:
     parts: part of each token in its piece: PROMPT, or a response's number.
     seen: None where pieces lie whole in their rows. Else rows are blocks that
       pieces run through, and this is which of them look at which; see
-      `block_attention`.
+      `blockwise`.
   """
 
   pieces: jax.Array
@@ -165,7 +165,7 @@ def check(
 def dense(q: jax.Array, k: Any, v: Any, mask: jax.Array) -> jax.Array:
   """`attend` by a mask, bool [B, T, S]; scores and softmax in float32.
 
-  Keys and values may be in any form of `cached`.
+  Keys and values may be in any form of `decode`.
   """
   scores = decode.scores(q, k) / math.sqrt(q.shape[-1])
   # A finite floor: a row that sees nothing (padding) stays free of NaN.

@@ -27,7 +27,7 @@ from dpo_jax.model.attention import decode
 
 
 class Parts(NamedTuple):
-  """Keys or values, each in a form of `cached`.
+  """Keys or values, each in a form of `decode`.
 
   Attributes:
     own: those of each row's own slots, of B rows.

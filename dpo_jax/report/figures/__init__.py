@@ -1,7 +1,7 @@
 """Figures in one style, from plain rows to PNG, PDF and SVG files.
 
 What other modules use is here: one function a figure, and `of`, the figures of
-a report. `house` has the style and the files, `rates` win rates, `runs`
+a report. `style` has the style and the files, `rates` win rates, `runs`
 training, `layout` token and array layouts. The style itself is style.mplstyle:
 plt.style.use("dpo_jax.report.figures.style").
 """
