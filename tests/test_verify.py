@@ -445,15 +445,6 @@ def test_two_files_of_one_model_are_called_by_their_names(tmp_path, capsys):
   assert "eval_two  25.0 [5,70]" in text
 
 
-def test_hostile_names_do_not_steer_the_terminal(tmp_path, capsys):
-  value = content()
-  value["metadata"]["run_name"] = "a\x1b[2J\u202e\nb"
-  write(tmp_path, value)
-  code, text, _ = check(capsys, tmp_path)
-  assert code == 0
-  assert not set(text) & set("\x1b\u202e")
-
-
 def without(*path):
   def change(value):
     for key in path[:-1]:
