@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from dpo_jax.io import records
+from dpo_jax.io import hashing, records
 
 
 def call(
@@ -20,7 +20,7 @@ def call(
   """One judge call; `changes` replace any other field of the row."""
   key = f"{model} {step} {temperature} {prompt} {sample} {order} {control}"
   row = records.Verdict(
-    key=records.content_hash(key),
+    key=hashing.content_hash(key),
     prompt_id=prompt,
     model=model,
     step=step,

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from dpo_jax.io import jsonl, records
+from dpo_jax.io import hashing, jsonl, records
 from dpo_jax.report import compose, report
 
 SETTINGS = report.ReportSettings(
@@ -43,7 +43,7 @@ def response(model, step, temperature, prompt_id, text=" Beat them."):
 
 def verdict(row, order, outcome, **changes):
   call = records.Verdict(
-    key=records.content_hash(repr(row), order),
+    key=hashing.content_hash(repr(row), order),
     prompt_id=row.prompt_id,
     model=row.model,
     step=row.step,

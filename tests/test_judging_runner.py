@@ -13,7 +13,7 @@ from test_judging_client import KEY, settings
 
 from dpo_jax import judging
 from dpo_jax.demo import world as world_lib
-from dpo_jax.io import jsonl, records
+from dpo_jax.io import hashing, jsonl, records
 from dpo_jax.judging import controls, questions, rewards, runner
 
 PROMPT = "\n\nHuman: hi\n\nAssistant:"
@@ -544,7 +544,7 @@ def test_judge_json_says_what_the_rows_cannot(tmp_path):
   kept = json.loads((tmp_path / "verdicts" / "judge.json").read_text())
   rows = verdicts(tmp_path)
   texts = [t for n in (0, 1) for t in (f"p{n}", PROMPT, " short")]
-  assert kept["data_fingerprint"] == records.content_hash(*texts)
+  assert kept["data_fingerprint"] == hashing.content_hash(*texts)
   assert kept["judge"] == "judge-as-asked"
   assert kept["template"] == "dialogue"
   assert kept["template_hash"] == rows[0].template_hash

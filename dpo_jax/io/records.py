@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, TypeVar
 
 from dpo_jax.core import settings
-from dpo_jax.io import hashing, strict_json
+from dpo_jax.io import strict_json
 
 Order = Literal["model_first", "chosen_first"]
 Control = Literal["", "aa", "gold", "retest"]
@@ -119,9 +119,6 @@ class Verdict:
 
 
 Row = TypeVar("Row", Response, Verdict)
-
-
-content_hash = hashing.content_hash
 
 
 def encode(row: Response | Verdict) -> bytes:

@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from dpo_jax.core import settings as settings_lib
-from dpo_jax.io import jsonl, records
+from dpo_jax.io import hashing, jsonl, records
 from dpo_jax.judging import questions
 
 FILE = "controls.jsonl"
@@ -59,7 +59,7 @@ def cases(
       found += _both("gold", control, store, orders, seed)
   asked = [c for c in ordinary if not questions.same(c)]
   asked.sort(
-    key=lambda c: records.content_hash("retest", str(seed), repr(c.unit))
+    key=lambda c: hashing.content_hash("retest", str(seed), repr(c.unit))
   )
   found += [
     questions.Case(store, case.response, case.order, "retest")
@@ -77,7 +77,7 @@ def _draw(
   rows: Sequence[records.Response], count: int, name: str, seed: int
 ) -> list[records.Response]:
   def place(row: records.Response) -> str:
-    return records.content_hash(name, str(seed), row.prompt_id)
+    return hashing.content_hash(name, str(seed), row.prompt_id)
 
   return sorted(rows, key=place)[:count]
 

@@ -33,7 +33,7 @@ import re
 import unicodedata
 
 from dpo_jax import judging
-from dpo_jax.io import records
+from dpo_jax.io import hashing
 
 # How the enclosed texts are to be read; the same for every template.
 _ENCLOSED = """\
@@ -144,7 +144,7 @@ class Template:
   @property
   def hash(self) -> str:
     """Identifies the template and the way in which it is filled."""
-    return records.content_hash("fenced template 2", self.text, self.ending)
+    return hashing.content_hash("fenced template 2", self.text, self.ending)
 
 
 def load(name: str, *, output: str, ties: bool) -> Template:
@@ -205,7 +205,7 @@ def _fence(question: judging.Question, ask: int) -> str:
   texts = (question.prompt, question.first, question.second)
   attempt = 0
   while True:
-    code = records.content_hash(
+    code = hashing.content_hash(
       "fence", question.salt, str(ask), str(attempt), *texts
     )[:16]
     if not any(code in text for text in texts):

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from dpo_jax import judging
-from dpo_jax.io import jsonl, records
+from dpo_jax.io import hashing, jsonl, records
 
 ORDERS: tuple[records.Order, records.Order] = ("model_first", "chosen_first")
 
@@ -80,7 +80,7 @@ def orders(
   if setting == "both":
     return ORDERS
   # All models meet a prompt in the same order, so that they stay comparable.
-  drawn = records.content_hash(
+  drawn = hashing.content_hash(
     "order", str(seed), response.prompt_id, str(response.sample_id)
   )
   return (ORDERS[int(drawn, 16) % 2],)
@@ -99,13 +99,13 @@ def question(case: Case) -> judging.Question:
 def fingerprint(responses: Iterable[records.Response]) -> str:
   """Hash of the sorted (prompt id, prompt, chosen): what was compared with."""
   rows = {(row.prompt_id, row.prompt, row.chosen) for row in responses}
-  return records.content_hash(*(text for row in sorted(rows) for text in row))
+  return hashing.content_hash(*(text for row in sorted(rows) for text in row))
 
 
 def _key(judge: judging.Judge, case: Case) -> str:
   response = case.response
   control = (case.control,) if case.control else ()
-  return records.content_hash(
+  return hashing.content_hash(
     judge.name,
     judge.parameters,
     judge.template_hash,

@@ -9,7 +9,7 @@ from typing import Literal
 from dpo_jax import judging
 from dpo_jax.demo import claims, tables, world
 from dpo_jax.demo import text as text_lib
-from dpo_jax.io import records
+from dpo_jax.io import hashing
 
 Name = Literal["oracle", "length"]
 
@@ -58,7 +58,7 @@ def prefer_higher(
 
   return judging.Judge(
     name=name,
-    parameters=records.content_hash(*sources),
+    parameters=hashing.content_hash(*sources),
     template_hash="",
     ask=ask,
   )

@@ -7,7 +7,6 @@ is a proof.
 
 import csv
 import dataclasses
-import hashlib
 import io
 import json
 import math
@@ -18,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpo_jax import winrates
-from dpo_jax.io import atomic, markdown
+from dpo_jax.io import atomic, hashing, markdown
 from dpo_jax.report import checks, excerpts, figures, load, page, sections
 from dpo_jax.report.page import browse
 
@@ -105,8 +104,8 @@ def save(made: Report, directory: pathlib.Path) -> pathlib.Path:
     path = figure.draw(directory / figure.name)
     drawn[figure.name] = {
       "data": figure.fingerprint,
-      "sha256": digest(path),
-      "vector_sha256": digest(figures.vector(path)),
+      "sha256": hashing.file_hash(path),
+      "vector_sha256": hashing.file_hash(figures.vector(path)),
     }
   for name in set(figures.NAMES) - drawn.keys():
     (directory / name).unlink(missing_ok=True)
@@ -120,10 +119,6 @@ def save(made: Report, directory: pathlib.Path) -> pathlib.Path:
       text = page.illustrate(text, made.figures)
     atomic.write_text(directory / name, text)
   return directory / TEXT
-
-
-def digest(path: pathlib.Path) -> str:
-  return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _page(

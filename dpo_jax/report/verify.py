@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dpo_jax.core import console
-from dpo_jax.io import strict_json
+from dpo_jax.io import hashing, strict_json
 from dpo_jax.report import compose, figures, load, page, report, seed_files
 
 _SHOWN = 20
@@ -86,13 +86,13 @@ def _figures(
     entry = entry if isinstance(entry, dict) else {}
     data = "the fingerprint of its data"
     for file, what, value, expected in (
-      (path, "its file's sha256", compose.digest(path), entry.get("sha256")),
+      (path, "its file's sha256", hashing.file_hash(path), entry.get("sha256")),
       (path, data, _drawn(path), figure.fingerprint),
       (path, "its data in numbers.json", entry.get("data"), figure.fingerprint),
       (
         vector,
         "its file's sha256",
-        compose.digest(vector),
+        hashing.file_hash(vector),
         entry.get("vector_sha256"),
       ),
       (vector, data, _drawn(vector), figure.fingerprint),

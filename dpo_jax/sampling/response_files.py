@@ -12,7 +12,6 @@ the files' contents. Going on with a file is refused as soon as either differs.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ import jax
 
 from dpo_jax.core import distributed, errors
 from dpo_jax.core import settings as settings_lib
-from dpo_jax.io import atomic, jsonl, records, remote, strict_json
+from dpo_jax.io import atomic, hashing, jsonl, records, remote, strict_json
 from dpo_jax.sampling import draw
 from dpo_jax.sampling import jobs as jobs_lib
 
@@ -243,11 +242,7 @@ def _digest(directory: pathlib.Path, patterns: tuple[str, ...]) -> str:
   files = sorted(
     {file for pattern in patterns for file in directory.glob(pattern)}
   )
-  digests = []
-  for path in files:
-    with open(path, "rb") as file:
-      digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-  return records.content_hash(*digests)
+  return hashing.content_hash(*map(hashing.file_hash, files))
 
 
 def _key(row: records.Response) -> tuple[str, float, int]:
