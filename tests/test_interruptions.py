@@ -545,4 +545,4 @@ def test_out_of_memory_names_the_knobs(config, tmp_path):
     "mesh.fsdp",
   ):
     assert knob in str(error.value)
-  assert "dpo_jax.plan.plan" in str(error.value)
+  assert "dpo_jax plan" in str(error.value)
