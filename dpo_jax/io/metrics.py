@@ -48,13 +48,13 @@ class Writer:
     kept = []
     if start_step and path.exists():
       kept = [row for row in read(path) if row["step"] <= start_step]
-    atomic.write_text(path, "".join(map(_line, kept)))
+    atomic.write_text(path, "".join(map(encode, kept)))
     self.rows = kept
     self._file = path.open("a", encoding="utf-8")
 
   def write(self, row: dict[str, Any]) -> None:
     self.rows.append(row)
-    self._file.write(_line(row))
+    self._file.write(encode(row))
     self._file.flush()
 
   def at(self, step: int) -> list[dict[str, Any]]:
@@ -113,9 +113,10 @@ class Throughput:
     }
 
 
-def _line(row: dict[str, Any]) -> str:
-  rounded = {key: _plain(value) for key, value in row.items()}
-  return json.dumps(rounded, allow_nan=False) + "\n"
+def encode(row: dict[str, Any]) -> str:
+  """The row's line of JSON, newline included."""
+  values = {key: _plain(value) for key, value in row.items()}
+  return json.dumps(values, allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:

@@ -8,8 +8,6 @@ once: a resumed run drops the lines after the step that it goes on from.
 """
 
 import dataclasses
-import json
-import math
 import os
 import pathlib
 from typing import Any, Literal
@@ -19,6 +17,7 @@ import jax.numpy as jnp
 
 from dpo_jax.core import settings as settings_lib
 from dpo_jax.io import atomic, strict_json
+from dpo_jax.io import metrics as metrics_lib
 
 INCIDENTS = "incidents.jsonl"
 
@@ -123,22 +122,10 @@ class IncidentWriter:
     kept = [
       row for row in read_incidents(self._path) if row["step"] <= start_step
     ]
-    atomic.write_text(self._path, "".join(map(_line, kept)))
+    atomic.write_text(self._path, "".join(map(metrics_lib.encode, kept)))
 
   def write(self, row: dict[str, Any]) -> None:
     with self._path.open("a", encoding="utf-8") as file:
-      file.write(_line(row))
+      file.write(metrics_lib.encode(row))
       file.flush()
       os.fsync(file.fileno())
-
-
-def _line(row: dict[str, Any]) -> str:
-  values = {key: _plain(value) for key, value in row.items()}
-  return json.dumps(values, ensure_ascii=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-  """JSON has no NaN: a number that is not finite is written as its name."""
-  if isinstance(value, float) and not math.isfinite(value):
-    return str(value)
-  return value
