@@ -89,7 +89,7 @@ def test_no_text_closes_its_fence():
 
 def test_a_code_that_a_text_happens_to_hold_is_not_used(monkeypatch):
   codes = iter(["a" * 64, "b" * 64])
-  monkeypatch.setattr(prompts.records, "content_hash", lambda *_: next(codes))
+  monkeypatch.setattr(prompts.hashing, "content_hash", lambda *_: next(codes))
   text = prompts.fill(
     prompts.Template("{prompt}{first}{second}", ""),
     judging.Question("p", "a" * 16, "s"),
