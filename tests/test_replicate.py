@@ -1,12 +1,19 @@
 """The whole line in real processes: the embedded world and real HH rows."""
 
 import csv
+import itertools
 import json
 import os
 import pathlib
+import signal
+import subprocess
 import sys
+import threading
 
+import compare_trees
+import numpy as np
 import planted
+import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -132,3 +139,65 @@ def test_real_rows_and_tokenizer_go_through_the_whole_line(shared, tmp_path):
   # The table has six significant digits.
   assert abs(table["sft", ""] - wins / len(verdicts)) < 1e-5
   assert planted.search(tmp_path) > 30
+
+
+STAGES = (
+  "world",
+  "vocabulary",
+  "init",
+  "pretrain",
+  "sft",
+  "dpo",
+  "sample",
+  "judge",
+  "report",
+)
+
+
+def killed(workdir, stage, delay_s):
+  """Starts the command, kills it in a stage; returns whether it was alive."""
+  command = [sys.executable, "-m", "dpo_jax.replicate", "--log=json"]
+  with subprocess.Popen(
+    [*command, "--config=configs/demo.py:tiny", f"--workdir={workdir}"],
+    cwd=ROOT,
+    env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+    stderr=subprocess.PIPE,
+    stdout=subprocess.DEVNULL,
+    text=True,
+  ) as process:
+    for line in process.stderr:
+      if f'"stage": "{stage}"' in line:
+        break
+    killer = threading.Timer(delay_s, process.kill)
+    killer.start()
+    # To its end, so that the pipe does not fill.
+    process.stderr.read()
+    killer.cancel()
+  assert process.returncode in (0, -signal.SIGKILL)
+  return process.returncode != 0
+
+
+@pytest.mark.slow
+def test_twenty_kills_over_all_stages_change_nothing(tmp_path):
+  def whole(name):
+    workdir = tmp_path / name
+    flags = ("--config=configs/demo.py:tiny", f"--workdir={workdir}")
+    done = replicate(*flags)
+    assert done.returncode == 0, done.stderr
+    found = compare_trees.collect(workdir)
+    return {f"demo/{file}": rows for file, rows in found.items()}
+
+  untouched = whole("untouched")
+  delays = np.random.default_rng(0)
+  kills = 0
+  for number in itertools.count():
+    # A working directory is gone through once, and another begun.
+    for stage in STAGES:
+      if kills == 20:
+        break
+      delay_s = delays.uniform(0, 2)
+      kills += killed(tmp_path / f"killed{number}", stage, delay_s)
+    after = whole(f"killed{number}")
+    assert compare_trees.compare(untouched, after) == []
+    if kills == 20:
+      break
