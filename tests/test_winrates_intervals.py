@@ -46,7 +46,7 @@ def test_effective_wilson_by_hand():
 
 def percentile(units, *, seed, resamples, confidence):
   """The plain bootstrap interval: quantiles of the resampled means."""
-  means = intervals.resampled_means(units, seed=seed, resamples=resamples)
+  means = intervals.resampled_means(units, seed, resamples)
   return np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
 
 
@@ -94,9 +94,16 @@ def test_bca_shifts_a_skewed_interval_to_the_long_side():
   assert found.high > plain[1]
 
 
-def test_bca_is_named_percentile_where_it_is_undefined():
-  found = intervals.bca([0.5] * 30, seed=0, resamples=200, confidence=0.95)
-  assert found == intervals.Interval("percentile", 0.5, 0.5)
+def test_rounding_decides_no_tie_of_bca():
+  # Means of thirds equal the mean of all but for their rounding; those of
+  # whole numbers are exact.
+  whole = np.random.default_rng(3).choice(7, size=150)
+  settings = {"seed": 0, "resamples": 2000, "confidence": 0.95}
+  found = intervals.bca(whole / 6, **settings)
+  exact = intervals.bca(whole, **settings)
+  assert (6 * found.low, 6 * found.high) == pytest.approx(
+    (exact.low, exact.high), rel=1e-9
+  )
 
 
 @pytest.mark.parametrize(

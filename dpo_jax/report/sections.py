@@ -23,8 +23,6 @@ _METHODS = {
   " Student's t, where prompts are few",
   "bca": "bootstrap over prompts, corrected for bias and skew (BCa,"
   " {resamples} resamples, seed {seed})",
-  "percentile": "percentile bootstrap over prompts ({resamples} resamples,"
-  " seed {seed}) where BCa is undefined",
 }
 
 

@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from scipy import special
 
 from dpo_jax.winrates import calls, intervals, rates
 
@@ -137,10 +136,10 @@ def sign_test(above: int, below: int) -> float:
     proportions or percentages, Psychometrika 12, 1947; its exact form is this
     test of the discordant pairs.
   """
-  # Both sides are alike: the tail up to the lesser number, twice. Where the
-  # numbers are equal, the two tails share a term.
-  tail = special.bdtr(min(above, below), above + below, 0.5)
-  return min(1.0, 2 * float(tail))
+  from scipy import stats
+
+  n = above + below
+  return float(stats.binomtest(above, n).pvalue) if n else 1.0
 
 
 def _first_slots(group: Iterable[calls.Call]) -> list[float]:

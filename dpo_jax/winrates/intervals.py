@@ -7,7 +7,6 @@ result names it:
   wilson bound      prompts that all score alike: the widest spread is assumed
   wilson effective  few prompts: as many won-or-lost ones as would be as sure
   bca               the bootstrap over prompts, corrected for bias and skew
-  percentile        the plain bootstrap, where that correction is undefined
 
 The plain bootstrap of a small table is too narrow: at 20 prompts, a rate of
 10% and some split verdicts its nominal 95% covers the truth in 90%. Tests hold
@@ -17,10 +16,10 @@ or a little above where the possible means lie on a coarse grid.
 
 import dataclasses
 import math
+import types
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import special
 
 MIN_PROMPTS = 100
 """Below this many prompts the bootstrap is not used."""
@@ -58,6 +57,8 @@ def check_confidence(confidence: float) -> None:
 
 def normal_quantile(confidence: float) -> float:
   """Half the width of a two-sided interval, in standard errors."""
+  from scipy import special
+
   return float(special.ndtri(0.5 + confidence / 2))
 
 
@@ -95,6 +96,8 @@ def effective_wilson(
     Dean and Pagano, Evaluating confidence interval methods for binomial
     proportions in clustered surveys, JSSAM 3, 2015.
   """
+  from scipy import special
+
   units = np.asarray(units, float)
   n = len(units)
   if n == 0:
@@ -116,37 +119,33 @@ def bca(
 ) -> Interval:
   """Bias-corrected and accelerated bootstrap interval of a mean, [n].
 
-  Percentile, and named so, where the correction is undefined: all scores are
-  equal, or all resampled means lie on one side of the mean.
+  It is undefined, NaN with a warning, where all scores are equal.
 
   References:
-    Efron, Better bootstrap confidence intervals, JASA 82, 1987. The
-    acceleration is the jackknife's, which for a mean is the skewness of the
-    scores over 6 sqrt(n).
+    Efron, Better bootstrap confidence intervals, JASA 82, 1987.
   """
+  from scipy import stats
+
   units = np.asarray(units, float)
-  means = resampled_means(units, seed=seed, resamples=resamples)
-  mean, tail = math.fsum(units) / len(units), (1 - confidence) / 2
-  spread = float(((units - mean) ** 2).sum())
-  # Means of a few distinct scores repeat: half of those equal to the mean
-  # count as below it. Rounding may not decide which these are.
-  near = 1e-9 * max(1.0, float(np.abs(units).max()))
-  below = np.mean(means < mean - near) + np.mean(means <= mean + near)
-  bias = float(special.ndtri(below / 2))
-  quantiles = np.asarray([tail, 1 - tail])
-  name = "percentile"
-  if spread > 0 and math.isfinite(bias):
-    acceleration = float(((units - mean) ** 3).sum()) / (6 * spread**1.5)
-    shifted = bias + special.ndtri(quantiles)
-    if (scale := 1 - acceleration * shifted).min() > 0:
-      quantiles = special.ndtr(bias + shifted / scale)
-      name = "bca"
-  low, high = np.quantile(means, quantiles)
-  return Interval(name, float(low), float(high))
+  drawn, mean = resampled_means(units, seed, resamples), np.mean(units)
+  # Means of a few distinct scores repeat, and those that equal the mean of all
+  # count half: rounding errors may not decide which these are.
+  drawn[np.isclose(drawn, mean, rtol=0, atol=1e-9)] = mean
+  found = stats.bootstrap(
+    (units,),
+    np.mean,
+    n_resamples=0,
+    bootstrap_result=types.SimpleNamespace(bootstrap_distribution=drawn),
+    confidence_level=confidence,
+    method="BCa",
+    # Of the jackknife, whose n resamples of n - 1 would fill the memory.
+    batch=256,
+  ).confidence_interval
+  return Interval("bca", float(found.low), float(found.high))
 
 
 def resampled_means(
-  units: Sequence[float] | np.ndarray, *, seed: int, resamples: int
+  units: Sequence[float] | np.ndarray, seed: int, resamples: int
 ) -> np.ndarray:
   """Means of bootstrap resamples of scores [n], [resamples].
 
@@ -227,6 +226,8 @@ def detectable_difference(n: int) -> float | None:
   bootstrap, whose standard deviation is 2 points; below that it is higher.
   None if no difference is detected.
   """
+  from scipy import special
+
   if n < 2:
     return None
   quantile = float(special.stdtrit(n - 1, 0.975))

@@ -14,7 +14,6 @@ import math
 from collections.abc import Iterable
 
 import numpy as np
-from scipy import special
 
 from dpo_jax.winrates import calls, intervals
 
@@ -220,6 +219,8 @@ def length_controlled(
     Dubois et al., Length-controlled AlpacaEval, 2024 (arXiv 2404.04475): the
     same tanh, without its terms for the prompt's difficulty.
   """
+  from scipy import special
+
   intervals.check_confidence(confidence)
   quantile = intervals.normal_quantile(confidence)
   found = []
@@ -318,6 +319,8 @@ def fit_logistic(
     scores' spread (HC1: n / (n - 2)); None where the maximum is not finite or
     prompts are too few.
   """
+  from scipy import special
+
   n = len(scores)
   if n < 3:
     return None
