@@ -139,11 +139,11 @@ def report(flags) -> None:
 
 def interval(gap: np.ndarray, name: str) -> tuple[float, float, str]:
   """Ends and method of the 95% interval of a mean; few may differ from 0."""
-  how = {"seed": 0, "resamples": 2000, "confidence": 0.95}
+  how = intervals.Settings()
   if name in BOUNDS:
-    found = intervals.of_mean(gap, bound=BOUNDS[name], **how)
+    found = intervals.of_mean(gap, how, bound=BOUNDS[name])
   else:
-    found = intervals.bca(gap, **how)
+    found = intervals.bca(gap, how)
   return found.low, found.high, found.method
 
 

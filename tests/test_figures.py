@@ -188,7 +188,7 @@ def test_an_svg_is_of_one_theme_and_the_same_every_time(tmp_path):
         reported.response("dpo", None, 0.7, "p"), "model_first", "model"
       )
     ],
-    seed=0,
+    winrates.Settings(),
   )
   svgs = [
     figures.win_rate_by_temperature(rate, tmp_path / "x.svg", dark=dark)

@@ -480,7 +480,7 @@ def rate(model, step, temperature, n=40):
     )
     for i in range(n)
   ]
-  (found,) = winrates.win_rates(calls, seed=0)
+  (found,) = winrates.win_rates(calls, winrates.Settings())
   return found
 
 

@@ -11,10 +11,12 @@ import scipy.stats
 
 from dpo_jax import winrates
 
+SETTINGS = winrates.Settings()
 
-def one(verdicts, **settings):
+
+def one(verdicts):
   """The only row of a table."""
-  (rate,) = winrates.win_rates(verdicts, seed=0, **settings)
+  (rate,) = winrates.win_rates(verdicts, SETTINGS)
   return rate
 
 
@@ -70,7 +72,7 @@ def test_rows_are_grouped_and_ordered():
     judged.call("model", model=model, step=step, temperature=temperature)
     for model, step, temperature in cells
   ]
-  rates = winrates.win_rates(calls, seed=0)
+  rates = winrates.win_rates(calls, SETTINGS)
   assert [(r.model, r.step, r.temperature) for r in rates] == [
     ("base", None, 1.0),
     ("sft", None, 1.0),
@@ -101,8 +103,8 @@ def test_a_row_depends_on_its_own_calls_only():
   beside = [
     judged.call("model", model="base", temperature=t) for t in (0.25, 0.5)
   ]
-  assert winrates.win_rates([*beside, *calls], seed=0)[-1] == alone
-  (other_seed,) = winrates.win_rates(calls, seed=1)
+  assert winrates.win_rates([*beside, *calls], SETTINGS)[-1] == alone
+  (other_seed,) = winrates.win_rates(calls, winrates.Settings(seed=1))
   assert other_seed.win_rate == alone.win_rate
   assert (other_seed.low, other_seed.high) != (alone.low, alone.high)
 
@@ -142,7 +144,7 @@ def test_no_verdict_at_all_gives_no_rate_and_no_crash():
   assert (rate.worst, rate.best) == (0.0, 1.0)
   assert math.isnan(rate.first_slot_rate)
   assert math.isnan(rate.order_consistency)
-  assert winrates.win_rates([], seed=0) == []
+  assert winrates.win_rates([], SETTINGS) == []
 
 
 def test_controls_are_in_no_win_rate():
@@ -153,10 +155,12 @@ def test_controls_are_in_no_win_rate():
     judged.call("chosen", "p0000", control="retest"),
   ]
   assert one([*calls, *controls]) == one(calls)
-  health = winrates.judge_health([*calls, *controls])
+  health = winrates.judge_health([*calls, *controls], SETTINGS)
   assert (health.calls, health.comparisons) == (6, 3)
   with pytest.raises(ValueError, match="several values of judge"):
-    winrates.win_rates([*calls, judged.control("aa", "tie", judge="b")], seed=0)
+    winrates.win_rates(
+      [*calls, judged.control("aa", "tie", judge="b")], SETTINGS
+    )
 
 
 def test_probabilities_of_the_judge_make_a_rate_beside_the_verdicts():
@@ -180,7 +184,7 @@ def test_a_judge_that_always_picks_the_first_text():
   calls = [
     c for i in range(30) for c in judged.both("model", "chosen", f"p{i}")
   ]
-  health = winrates.judge_health(calls)
+  health = winrates.judge_health(calls, SETTINGS)
   assert health.first_slot_rate == 1.0
   assert health.order_consistency == 0.0
   assert (health.prompts, health.comparisons, health.calls) == (30, 30, 60)
@@ -194,14 +198,14 @@ def test_mixed_judges_and_templates_are_refused(field):
     judged.call("model", "p1", **{field: "another"}),
   ]
   with pytest.raises(ValueError, match=f"{field}.*another"):
-    winrates.win_rates(calls, seed=0)
+    winrates.win_rates(calls, SETTINGS)
   with pytest.raises(ValueError, match=f"{field}.*another"):
-    winrates.judge_health(calls)
+    winrates.judge_health(calls, SETTINGS)
 
 
 def test_a_call_that_stands_twice_is_refused():
   with pytest.raises(ValueError, match=r"more than once.*p0"):
-    winrates.win_rates([judged.call("model"), judged.call("chosen")], seed=0)
+    winrates.win_rates([judged.call("model"), judged.call("chosen")], SETTINGS)
 
 
 def test_an_answer_takes_the_place_of_a_missing_one():
@@ -212,7 +216,7 @@ def test_an_answer_takes_the_place_of_a_missing_one():
   ]
   rate = one(again)
   assert (rate.n, rate.wins, rate.missing) == (1, 1, 0)
-  assert winrates.judge_health(again).calls == 1
+  assert winrates.judge_health(again, SETTINGS).calls == 1
   # A judge that never answered is no second judge.
   assert (
     one([judged.call("missing", judge="wrong"), judged.call("model")]).wins == 1
@@ -228,15 +232,6 @@ def test_a_verdict_on_a_new_text_takes_the_place_of_the_old():
   assert winrates.current(rows) == rows[2:]
   with pytest.raises(ValueError, match="t1, t2"):
     winrates.current([*rows, judged.call("model", key="x", template_hash="t2")])
-
-
-@pytest.mark.parametrize(
-  ("settings", "message"),
-  [({"resamples": 0}, "resamples=0"), ({"confidence": 95}, "confidence=95")],
-)
-def test_settings_out_of_range_are_refused(settings, message):
-  with pytest.raises(ValueError, match=message):
-    winrates.win_rates([judged.call("model")], seed=0, **settings)
 
 
 # Rate and interval in per cent, as printed in the table of shared/design.
@@ -280,7 +275,7 @@ def real_calls(shared, outcomes):
 def test_a_recount_of_real_verdicts_gives_the_known_table(shared):
   # The table counts wins among all 150 prompts, so a "Tie" is not a win.
   words = {"Model": "model", "Chosen": "chosen", "Tie": "chosen"}
-  rates = winrates.win_rates(real_calls(shared, words), seed=0)
+  rates = winrates.win_rates(real_calls(shared, words), SETTINGS)
   assert [(r.model, r.temperature) for r in rates] == list(RECOUNTED)
   for rate in rates:
     assert (rate.n, rate.interval) == (150, "wilson")
@@ -294,7 +289,7 @@ def test_a_recount_of_real_verdicts_gives_the_known_table(shared):
 
 def test_real_ties_that_are_parse_misses_only_widen_the_bounds(shared):
   words = {"Model": "model", "Chosen": "chosen", "Tie": "missing"}
-  rates = winrates.win_rates(real_calls(shared, words), seed=0)
+  rates = winrates.win_rates(real_calls(shared, words), SETTINGS)
   assert sum(rate.missing for rate in rates) == 13
   for rate in rates:
     assert rate.n + rate.missing == rate.prompts == 150

@@ -44,10 +44,11 @@ def test_effective_wilson_by_hand():
   assert intervals.effective_wilson([], confidence=0.9) == (0.0, 1.0)
 
 
-def percentile(units, *, seed, resamples, confidence):
+def percentile(units, settings):
   """The plain bootstrap interval: quantiles of the resampled means."""
-  means = intervals.resampled_means(units, seed, resamples)
-  return np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+  tail = (1 - settings.confidence) / 2
+  means = intervals.resampled_means(units, settings)
+  return np.quantile(means, [tail, 1 - tail])
 
 
 def samples():
@@ -63,13 +64,13 @@ def samples():
 @pytest.mark.parametrize("name", ["even", "skewed", "continuous"])
 def test_the_bootstrap_agrees_with_scipy(name, method):
   units = samples()[name]
-  settings = {"seed": 1, "resamples": 40000, "confidence": 0.9}
+  settings = intervals.Settings(1, 40000, 0.9)
   if method == "BCa":
-    found = intervals.bca(units, **settings)
+    found = intervals.bca(units, settings)
     assert found.method == "bca"
     ours = (found.low, found.high)
   else:
-    ours = percentile(units, **settings)
+    ours = percentile(units, settings)
   theirs = scipy.stats.bootstrap(
     (units,),
     np.mean,
@@ -87,9 +88,9 @@ def test_the_bootstrap_agrees_with_scipy(name, method):
 
 def test_bca_shifts_a_skewed_interval_to_the_long_side():
   units = samples()["skewed"]
-  settings = {"seed": 0, "resamples": 20000, "confidence": 0.95}
-  plain = percentile(units, **settings)
-  found = intervals.bca(units, **settings)
+  settings = intervals.Settings(resamples=20000)
+  plain = percentile(units, settings)
+  found = intervals.bca(units, settings)
   assert found.low > plain[0]
   assert found.high > plain[1]
 
@@ -98,9 +99,8 @@ def test_rounding_decides_no_tie_of_bca():
   # Means of thirds equal the mean of all but for their rounding; those of
   # whole numbers are exact.
   whole = np.random.default_rng(3).choice(7, size=150)
-  settings = {"seed": 0, "resamples": 2000, "confidence": 0.95}
-  found = intervals.bca(whole / 6, **settings)
-  exact = intervals.bca(whole, **settings)
+  found = intervals.bca(whole / 6, intervals.Settings())
+  exact = intervals.bca(whole, intervals.Settings())
   assert (6 * found.low, 6 * found.high) == pytest.approx(
     (exact.low, exact.high), rel=1e-9
   )
@@ -123,7 +123,7 @@ def test_rounding_decides_no_tie_of_bca():
 )
 def test_the_method_fits_the_scores(units, single, method):
   found = intervals.of_rate(
-    units, single=single, seed=0, resamples=500, confidence=0.95
+    units, intervals.Settings(resamples=500), single=single
   )
   assert found.method == method
   assert 0 <= found.low <= found.high <= 1
@@ -134,13 +134,13 @@ def test_the_method_fits_the_scores(units, single, method):
 
 @pytest.mark.parametrize("n", [5, 400])
 def test_an_interval_of_differences_is_that_of_rates_stretched(n):
-  settings = {"seed": 4, "resamples": 1000, "confidence": 0.95}
+  settings = intervals.Settings(seed=4, resamples=1000)
   units = np.random.default_rng(0).choice([-1, -0.5, 0, 0.5, 1], size=n)
-  found = intervals.of_mean(units, bound=1.0, **settings)
-  rate = intervals.of_rate((units + 1) / 2, single=False, **settings)
+  found = intervals.of_mean(units, settings, bound=1.0)
+  rate = intervals.of_rate((units + 1) / 2, settings)
   assert found.low == pytest.approx(2 * rate.low - 1)
   assert found.high == pytest.approx(2 * rate.high - 1)
-  wide = intervals.of_mean(3 * units, bound=3.0, **settings)
+  wide = intervals.of_mean(3 * units, settings, bound=3.0)
   assert wide.low == pytest.approx(3 * found.low)
   if n > 100:
     t = scipy.stats.ttest_1samp(units, 0).confidence_interval(0.95)
@@ -155,15 +155,13 @@ def test_an_interval_of_differences_is_that_of_rates_stretched(n):
 )
 def test_settings_out_of_range_are_refused(resamples, confidence, message):
   with pytest.raises(ValueError, match=message):
-    intervals.check(resamples, confidence)
+    intervals.Settings(0, resamples, confidence)
 
 
 @functools.cache
 def interval_of(zeros, halves, ones, single):
   units = np.repeat(SCORES, [zeros, halves, ones])
-  return intervals.of_rate(
-    units, single=single, seed=0, resamples=2000, confidence=0.95
-  )
+  return intervals.of_rate(units, intervals.Settings(), single=single)
 
 
 def chances(rate, split):
@@ -218,7 +216,7 @@ def test_many_prompts_are_covered_as_often_as_is_said(rate, split):
 
 def test_the_plain_bootstrap_would_not_do_for_few_prompts(monkeypatch):
   def plain(units, *, confidence):
-    return percentile(units, seed=0, resamples=2000, confidence=confidence)
+    return percentile(units, intervals.Settings(confidence=confidence))
 
   interval_of.cache_clear()
   monkeypatch.setattr(intervals, "effective_wilson", plain)
@@ -273,11 +271,7 @@ def difference_coverage(n, p, trials):
   )
   for table, count in zip(tables, times):
     found = intervals.of_mean(
-      np.repeat(values, table),
-      bound=1.0,
-      seed=0,
-      resamples=2000,
-      confidence=0.95,
+      np.repeat(values, table), intervals.Settings(), bound=1.0
     )
     held += count * (found.low - 1e-12 <= truth <= found.high + 1e-12)
   return held / trials
@@ -324,11 +318,7 @@ def power(n, p, values):
   tables, weights = tables[kept], weights[kept]
   found = [
     intervals.of_mean(
-      np.repeat(values, table),
-      bound=1.0,
-      seed=seed,
-      resamples=2000,
-      confidence=0.95,
+      np.repeat(values, table), intervals.Settings(seed), bound=1.0
     ).low
     > 0
     for seed, table in enumerate(tables)

@@ -12,9 +12,9 @@ import scipy.optimize
 import scipy.special
 import scipy.stats
 
-from dpo_jax.winrates import controls, paired, rates
+from dpo_jax.winrates import controls, intervals, paired, rates
 
-SETTINGS = {"seed": 0, "resamples": 500}
+SETTINGS = intervals.Settings(resamples=500)
 
 
 def test_a_difference_of_four_prompts_by_hand():
@@ -28,7 +28,7 @@ def test_a_difference_of_four_prompts_by_hand():
     # Checkpoints are in none.
     *judged.scored([0, 0, 0, 0], model="dpo", step=100),
   ]
-  (row,) = paired.differences(calls, **SETTINGS)
+  (row,) = paired.differences(calls, SETTINGS)
   assert (row.lower, row.upper, row.temperature, row.n) == (
     "sft",
     "dpo",
@@ -48,7 +48,7 @@ def test_models_without_a_common_prompt_have_no_difference():
     judged.call("model", "p1", model="dpo"),
     judged.call("missing", "p0", model="dpo"),
   ]
-  assert paired.differences(calls, **SETTINGS) == []
+  assert paired.differences(calls, SETTINGS) == []
 
 
 def test_mcnemar_equals_scipy_on_won_or_lost_prompts():
@@ -59,7 +59,7 @@ def test_mcnemar_equals_scipy_on_won_or_lost_prompts():
     for model, row in scores.items()
     for i, won in enumerate(row)
   ]
-  (row,) = paired.differences(calls, **SETTINGS)
+  (row,) = paired.differences(calls, SETTINGS)
   b = int(((scores["sft"] == 1) & (scores["base"] == 0)).sum())
   c = int(((scores["sft"] == 0) & (scores["base"] == 1)).sum())
   # The exact test by its sum: twice the smaller tail of B(b + c, 1/2).
@@ -77,7 +77,7 @@ def test_pairing_narrows_the_interval_of_alike_models():
     *judged.scored(base, model="base"),
     *judged.scored(sft, model="sft"),
   ]
-  (row,) = paired.differences(calls, **SETTINGS)
+  (row,) = paired.differences(calls, SETTINGS)
   assert row.interval == "bca"
   unpaired = 1.96 * math.sqrt((base.var() + sft.var()) / 300)
   assert row.low > 0
@@ -101,7 +101,7 @@ def test_holm_is_over_the_temperatures_of_a_pair():
     fields = {"temperature": temperature}
     calls += judged.scored([0] * 10, model="base", **fields)
     calls += judged.scored([1] * won + [0] * (10 - won), model="sft", **fields)
-  first, second = paired.differences(calls, **SETTINGS)
+  first, second = paired.differences(calls, SETTINGS)
   assert (first.p, second.p) == pytest.approx((2 / 2**9, 2 / 2**6))
   assert first.p_holm == pytest.approx(2 * 2 / 2**9)
   assert second.p_holm == pytest.approx(2 / 2**6)
@@ -119,7 +119,7 @@ def test_a_slope_by_hand():
   first = (0 * -40 + 0.5 * -10 + 1 * 50) / 3 / (4200 / 9) * 30
   second = (0.5 * -40 + 0.5 * -10 + 0 * 50) / 3 / (4200 / 9) * 30
   calls.append(judged.call("model", "p9", step=0))
-  (row,) = paired.slopes(calls, **SETTINGS)
+  (row,) = paired.slopes(calls, SETTINGS)
   assert (row.n, row.left_out, row.steps) == (2, 1, 3)
   assert (row.first, row.last, row.temperatures) == (0, 30, (1.0,))
   assert row.gain == pytest.approx((first + second) / 2)
@@ -139,24 +139,24 @@ def test_a_slope_equals_that_of_the_rates_and_averages_temperatures():
     for j, t in enumerate(temperatures)
     for row in judged.scored(scores[:, i, j], step=step, temperature=t)
   ]
-  (row,) = paired.slopes(calls, **SETTINGS)
+  (row,) = paired.slopes(calls, SETTINGS)
   rates = scores.mean(axis=(0, 2))
   slope = np.polyfit(steps, rates, 1)[0]
   assert row.gain == pytest.approx(slope * 300)
   assert row.interval == "bca"
   # A third temperature at one step only would tilt the line: it is left out.
   more = judged.scored([1] * 150, step=400, temperature=0.1)
-  assert paired.slopes([*calls, *more], **SETTINGS) == [row]
+  assert paired.slopes([*calls, *more], SETTINGS) == [row]
 
 
 def test_one_checkpoint_has_no_slope():
-  assert paired.slopes(judged.scored([1, 0], step=5), **SETTINGS) == []
-  assert paired.slopes(judged.scored([1, 0]), **SETTINGS) == []
+  assert paired.slopes(judged.scored([1, 0], step=5), SETTINGS) == []
+  assert paired.slopes(judged.scored([1, 0]), SETTINGS) == []
 
 
 def test_steps_that_never_change_have_no_p_value():
   calls = [*judged.scored([1, 0], step=1), *judged.scored([1, 0], step=2)]
-  (row,) = paired.slopes(calls, **SETTINGS)
+  (row,) = paired.slopes(calls, SETTINGS)
   assert row.gain == 0
   assert math.isnan(row.p)
   assert row.low < 0 < row.high
@@ -181,7 +181,7 @@ def test_controls_by_hand():
     judged.call("model", "p0003", control="retest"),
     judged.call("model", "p0003", "chosen_first", control="retest"),
   ]
-  found = controls.controls(calls, **SETTINGS)
+  found = controls.controls(calls, SETTINGS)
   assert (found.aa.n, found.aa.rate) == (2, 0.75)
   assert found.aa_p == 1.0
   # p0 both times, p1 once of two.
@@ -200,14 +200,14 @@ def test_ties_of_a_text_with_itself_are_on_no_side():
     calls.append(judged.control("aa", verdict, f"p{index}"))
   # An ordinary call without a verdict is no unread control.
   calls.append(judged.call("missing", "p9"))
-  found = controls.controls(calls, **SETTINGS)
+  found = controls.controls(calls, SETTINGS)
   assert found.aa.rate == pytest.approx((8 + 5 / 2) / 13)
   assert found.aa_p == pytest.approx(2 / 2**8)
   assert found.unread == 0
 
 
 def test_no_controls_are_no_crash():
-  found = controls.controls(judged.scored([1]), **SETTINGS)
+  found = controls.controls(judged.scored([1]), SETTINGS)
   assert found.aa.n == found.gold.n == found.retest.n == found.unread == 0
   assert math.isnan(found.gold.rate)
   assert (found.gold.low, found.gold.high) == (0.0, 1.0)
@@ -234,7 +234,7 @@ def test_the_first_slot_share_is_over_prompts():
     judged.call("chosen", "p2"),  # second slot
     judged.call("tie", "p3"),  # undecided: left out
   ]
-  health = controls.judge_health(calls, **SETTINGS)
+  health = controls.judge_health(calls, SETTINGS)
   assert health.first_slot_rate == 3 / 4
   assert (health.first_slot.n, health.first_slot.rate) == (3, 2 / 3)
   assert health.first_slot.low < 2 / 3 < health.first_slot.high
@@ -247,7 +247,7 @@ def test_two_lengths_give_the_mean_of_the_log_odds():
     *[length_call(f"l{i}", i < 15, 140) for i in range(20)],
     *[length_call(f"s{i}", i < 8, 60) for i in range(20)],
   ]
-  (row,) = rates.length_controlled(calls)
+  (row,) = rates.length_controlled(calls, SETTINGS)
   odds = [math.log(15 / 5), math.log(8 / 12)]
   assert row.scale == pytest.approx(40)
   assert row.rate == pytest.approx(scipy.special.expit(sum(odds) / 2))
@@ -297,9 +297,9 @@ def test_length_says_nothing_where_scores_do_not_determine_it():
   one_length = [length_call(f"p{i}", i % 2, 120) for i in range(20)]
   apart = [length_call(f"p{i}", i >= 10, 90 + i) for i in range(20)]
   for calls in (all_won, one_length, apart, all_won[:2]):
-    (row,) = rates.length_controlled(calls)
+    (row,) = rates.length_controlled(calls, SETTINGS)
     assert math.isnan(row.rate)
-  (row,) = rates.length_controlled([judged.call("missing")])
+  (row,) = rates.length_controlled([judged.call("missing")], SETTINGS)
   assert row.n == 0
 
 
@@ -312,7 +312,7 @@ def test_length_control_takes_the_effect_of_length_away():
     for i, (gap, chance) in enumerate(zip(gaps, truth))
   ]
   calls = [dataclasses.replace(row, chosen_chars=500) for row in calls]
-  (row,) = rates.length_controlled(calls)
+  (row,) = rates.length_controlled(calls, SETTINGS)
   assert sum(c.verdict == "model" for c in calls) / 2000 > 0.55
   assert row.low < scipy.special.expit(-0.4) < row.high < 0.5
 
@@ -333,7 +333,7 @@ def test_rates_by_length_are_those_of_groups_of_prompts():
   ]
   others = judged.both("model", "model", "p00", temperature=1.0)
   others += judged.both("model", "model", "p00", temperature=0.7, step=50)
-  bins = rates.by_length([*rows, *others], confidence=0.95)
+  bins = rates.by_length([*rows, *others], SETTINGS)
   # Five groups would have 8 prompts each; four have 10.
   assert [b.n for b in bins] == [10] * 4
   assert [b.difference for b in bins] == [-15.5, -5.5, 4.5, 14.5]
@@ -343,5 +343,3 @@ def test_rates_by_length_are_those_of_groups_of_prompts():
   for found, wins in zip(bins, (0, 0, 10, 10)):
     interval = scipy.stats.binomtest(wins, 10).proportion_ci(0.95, "wilson")
     assert (found.low, found.high) == pytest.approx(interval, abs=1e-12)
-  with pytest.raises(ValueError, match="confidence"):
-    rates.by_length(rows, confidence=1.0)

@@ -76,7 +76,7 @@ class ReportSettings:
     if len(set(self.runs)) < len(self.runs):
       raise ValueError(f"runs={self.runs} names a run twice")
     settings_lib.check(self)
-    intervals.check(self.resamples, self.confidence)
+    intervals.Settings(self.seed, self.resamples, self.confidence)
 
   @property
   def directory(self) -> str:
@@ -138,8 +138,9 @@ def read(settings: ReportSettings, workdir: str | os.PathLike) -> Material:
     )
   responses = _responses(workdir / "responses")
   _check_texts(workdir / "responses", responses)
-  sizes = {"resamples": settings.resamples, "confidence": settings.confidence}
-  sizes["seed"] = settings.seed
+  sizes = intervals.Settings(
+    settings.seed, settings.resamples, settings.confidence
+  )
   return Material(
     settings=settings,
     verdicts=ordinary,
@@ -155,19 +156,17 @@ def read(settings: ReportSettings, workdir: str | os.PathLike) -> Material:
       for row in responses
       if row.chosen.strip()
     ),
-    rates=winrates.win_rates(ordinary, **sizes),
+    rates=winrates.win_rates(ordinary, sizes),
     by_subset={
-      name: winrates.win_rates(calls, **sizes)
+      name: winrates.win_rates(calls, sizes)
       for name, calls in _by_subset(ordinary, responses).items()
     },
-    health=winrates.judge_health(ordinary, **sizes),
-    controls=controls.controls(every, **sizes),
-    differences=paired.differences(ordinary, **sizes),
-    slopes=paired.slopes(ordinary, **sizes),
-    lengths=rates_lib.length_controlled(
-      ordinary, confidence=settings.confidence
-    ),
-    by_length=rates_lib.by_length(ordinary, confidence=settings.confidence),
+    health=winrates.judge_health(ordinary, sizes),
+    controls=controls.controls(every, sizes),
+    differences=paired.differences(ordinary, sizes),
+    slopes=paired.slopes(ordinary, sizes),
+    lengths=rates_lib.length_controlled(ordinary, sizes),
+    by_length=rates_lib.by_length(ordinary, sizes),
     odd=odd(every),
   )
 

@@ -13,5 +13,6 @@ first_slot_rate = rates.first_slot_rate
 judge_health = controls.judge_health
 wilson_interval = intervals.wilson
 win_rates = rates.win_rates
+Settings = intervals.Settings
 JudgeHealth = controls.JudgeHealth
 WinRate = rates.WinRate

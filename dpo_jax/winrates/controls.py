@@ -68,18 +68,12 @@ class Controls:
 
 
 def judge_health(
-  verdicts: Iterable[calls.Call],
-  *,
-  seed: int = 0,
-  resamples: int = 2000,
-  confidence: float = 0.95,
+  verdicts: Iterable[calls.Call], settings: intervals.Settings
 ) -> JudgeHealth:
   """The judge's own record over a table; errors as in `rates.win_rates`."""
   group = calls.ordinary(verdicts)
   if not group:
     raise ValueError("no verdicts: there is no judge to describe")
-  settings = {"seed": seed, "resamples": resamples, "confidence": confidence}
-  intervals.check(resamples, confidence)
   counts = collections.Counter(call.verdict for call in group)
   agree, both = rates.agreement(group)
   return JudgeHealth(
@@ -91,36 +85,30 @@ def judge_health(
     missing=counts["missing"],
     refusals=counts["refusal"],
     first_slot_rate=rates.first_slot_rate(group),
-    first_slot=_share(_first_slots(group), **settings),
+    first_slot=_share(_first_slots(group), settings),
     both_orders=both,
     order_consistency=agree / both if both else math.nan,
   )
 
 
 def controls(
-  verdicts: Iterable[calls.Call],
-  *,
-  seed: int = 0,
-  resamples: int = 2000,
-  confidence: float = 0.95,
+  verdicts: Iterable[calls.Call], settings: intervals.Settings
 ) -> Controls:
   """The control calls of a table, all shares NaN where there are none."""
-  intervals.check(resamples, confidence)
-  settings = {"seed": seed, "resamples": resamples, "confidence": confidence}
   groups = collections.defaultdict(list)
   for call in (standing := calls.current(verdicts)):
     groups[call.control].append(call)
   aa = calls.units(groups["aa"])
   gold = calls.units(groups["gold"])
   return Controls(
-    aa=_share(list(aa.values()), **settings),
+    aa=_share(list(aa.values()), settings),
     aa_p=sign_test(
       sum(score > 0.5 for score in aa.values()),
       sum(score < 0.5 for score in aa.values()),
     ),
-    aa_first_slot=_share(_first_slots(groups["aa"]), **settings),
-    gold=_share(list(gold.values()), **settings),
-    retest=_share(_retests(groups[""], groups["retest"]), **settings),
+    aa_first_slot=_share(_first_slots(groups["aa"]), settings),
+    gold=_share(list(gold.values()), settings),
+    retest=_share(_retests(groups[""], groups["retest"]), settings),
     unread=sum(
       bool(call.control) and call.verdict not in calls.SCORES
       for call in standing
@@ -167,15 +155,7 @@ def _retests(
   return [sum(same) / len(same) for same in found.values()]
 
 
-def _share(
-  units: Sequence[float], *, seed: int, resamples: int, confidence: float
-) -> Share:
-  found = intervals.of_rate(
-    units,
-    single=False,
-    seed=seed,
-    resamples=resamples,
-    confidence=confidence,
-  )
+def _share(units: Sequence[float], settings: intervals.Settings) -> Share:
+  found = intervals.of_rate(units, settings)
   rate = float(np.mean(units)) if len(units) else math.nan
   return Share(len(units), rate, found.low, found.high)

@@ -31,28 +31,39 @@ MIN_RESAMPLES = 100
 
 
 @dataclasses.dataclass(frozen=True)
+class Settings:
+  """How intervals are made.
+
+  Attributes:
+    seed: of the bootstrap, which starts anew with it for every interval.
+    resamples: of the bootstrap.
+    confidence: in (0, 1).
+
+  Raises:
+    ValueError: a setting is out of range.
+  """
+
+  seed: int = 0
+  resamples: int = 2000
+  confidence: float = 0.95
+
+  def __post_init__(self):
+    if self.resamples < MIN_RESAMPLES:
+      raise ValueError(
+        f"resamples={self.resamples} must be at least {MIN_RESAMPLES}: fewer do"
+        " not find the ends of an interval"
+      )
+    if not 0 < self.confidence < 1:
+      raise ValueError(f"confidence={self.confidence} must be in (0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
 class Interval:
   """Ends of an interval, and the method that made it."""
 
   method: str
   low: float
   high: float
-
-
-def check(resamples: int, confidence: float) -> None:
-  """ValueError unless an interval can be made with these settings."""
-  if resamples < MIN_RESAMPLES:
-    raise ValueError(
-      f"resamples={resamples} must be at least {MIN_RESAMPLES}: fewer do not"
-      " find the ends of an interval"
-    )
-  check_confidence(confidence)
-
-
-def check_confidence(confidence: float) -> None:
-  """ValueError unless it is in (0, 1)."""
-  if not 0 < confidence < 1:
-    raise ValueError(f"confidence={confidence} must be in (0, 1)")
 
 
 def normal_quantile(confidence: float) -> float:
@@ -110,13 +121,7 @@ def effective_wilson(
   return _score_interval(mean, mean * (1 - mean) / variance * n, quantile)
 
 
-def bca(
-  units: Sequence[float] | np.ndarray,
-  *,
-  seed: int,
-  resamples: int,
-  confidence: float,
-) -> Interval:
+def bca(units: Sequence[float] | np.ndarray, settings: Settings) -> Interval:
   """Bias-corrected and accelerated bootstrap interval of a mean, [n].
 
   It is undefined, NaN with a warning, where all scores are equal.
@@ -127,7 +132,7 @@ def bca(
   from scipy import stats
 
   units = np.asarray(units, float)
-  drawn, mean = resampled_means(units, seed, resamples), np.mean(units)
+  drawn, mean = resampled_means(units, settings), np.mean(units)
   # Means of a few distinct scores repeat, and those that equal the mean of all
   # count half: rounding errors may not decide which these are.
   drawn[np.isclose(drawn, mean, rtol=0, atol=1e-9)] = mean
@@ -136,7 +141,7 @@ def bca(
     np.mean,
     n_resamples=0,
     bootstrap_result=types.SimpleNamespace(bootstrap_distribution=drawn),
-    confidence_level=confidence,
+    confidence_level=settings.confidence,
     method="BCa",
     # Of the jackknife, whose n resamples of n - 1 would fill the memory.
     batch=256,
@@ -145,7 +150,7 @@ def bca(
 
 
 def resampled_means(
-  units: Sequence[float] | np.ndarray, seed: int, resamples: int
+  units: Sequence[float] | np.ndarray, settings: Settings
 ) -> np.ndarray:
   """Means of bootstrap resamples of scores [n], [resamples].
 
@@ -154,60 +159,42 @@ def resampled_means(
   """
   values, counts = np.unique(np.asarray(units, float), return_counts=True)
   n = counts.sum()
-  draws = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples)
+  generator = np.random.default_rng(settings.seed)
+  draws = generator.multinomial(n, counts / n, size=settings.resamples)
   return draws @ values / n
 
 
 def of_rate(
   units: Sequence[float] | np.ndarray,
+  settings: Settings,
   *,
-  single: bool,
-  seed: int,
-  resamples: int,
-  confidence: float,
+  single: bool = False,
 ) -> Interval:
   """The interval that fits prompts' scores in [0, 1], [n].
 
-  Args:
-    units: one score a prompt.
-    single: every prompt had one call, so that scores of 0 and 1 are binomial.
-    seed: of the bootstrap.
-    resamples: of the bootstrap.
-    confidence: in (0, 1).
+  `single`: every prompt had one call, so that scores of 0 and 1 are binomial.
   """
   units = np.asarray(units, float)
   n = len(units)
   binary = bool(np.isin(units, (0.0, 1.0)).all())
   counts = np.unique(units, return_counts=True)[1]
   if n == 0 or (single and binary) or len(counts) == 1:
-    ends = wilson(math.fsum(units), n, confidence=confidence)
+    ends = wilson(math.fsum(units), n, confidence=settings.confidence)
     plain = single and binary and n
     return Interval("wilson" if plain else "wilson bound", *ends)
   if n < MIN_PROMPTS or n - counts.max() < MIN_SPREAD:
-    ends = effective_wilson(units, confidence=confidence)
+    ends = effective_wilson(units, confidence=settings.confidence)
     return Interval("wilson effective", *ends)
-  return bca(units, seed=seed, resamples=resamples, confidence=confidence)
+  return bca(units, settings)
 
 
 def of_mean(
-  units: Sequence[float] | np.ndarray,
-  *,
-  bound: float,
-  seed: int,
-  resamples: int,
-  confidence: float,
+  units: Sequence[float] | np.ndarray, settings: Settings, *, bound: float
 ) -> Interval:
   """The interval of a mean of scores in [-bound, bound], [n], as `of_rate`."""
-  units = np.asarray(units, float)
   # Rounding may leave an end by a hair.
-  shares = np.clip((units / bound + 1) / 2, 0.0, 1.0)
-  found = of_rate(
-    shares,
-    single=False,
-    seed=seed,
-    resamples=resamples,
-    confidence=confidence,
-  )
+  shares = np.clip((np.asarray(units, float) / bound + 1) / 2, 0.0, 1.0)
+  found = of_rate(shares, settings)
   low, high = ((2 * end - 1) * bound for end in (found.low, found.high))
   return Interval(found.method, low, high)
 

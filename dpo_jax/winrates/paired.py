@@ -66,18 +66,13 @@ class Slope:
 
 
 def differences(
-  verdicts: Iterable[calls.Call],
-  *,
-  seed: int,
-  resamples: int = 2000,
-  confidence: float = 0.95,
+  verdicts: Iterable[calls.Call], settings: intervals.Settings
 ) -> list[Difference]:
   """Every pair of final models at every temperature that both have.
 
   The pair's first model in the table's order is `lower`. Pairs without a
   common prompt are left out. Errors are those of `rates.win_rates`.
   """
-  intervals.check(resamples, confidence)
   tables: dict[str, dict[float, dict[str, float]]] = {}
   for cell, group in calls.by_cell(calls.ordinary(verdicts)).items():
     model, step, temperature = cell
@@ -85,15 +80,15 @@ def differences(
       tables.setdefault(model, {})[temperature] = calls.units(group)
   found = []
   for lower, upper in itertools.combinations(tables, 2):
-    family = []
+    gaps = {}
     for temperature in sorted(tables[lower].keys() & tables[upper].keys()):
       pair = [tables[upper][temperature], tables[lower][temperature]]
       prompts, scores = calls.shared(pair)
       if prompts:
-        family.append((temperature, scores[:, 0] - scores[:, 1]))
+        gaps[temperature] = scores[:, 0] - scores[:, 1]
     rows = [
-      _difference(lower, upper, temperature, gaps, seed, resamples, confidence)
-      for temperature, gaps in family
+      _difference(lower, upper, temperature, row, settings)
+      for temperature, row in gaps.items()
     ]
     adjusted = holm([row.p for row in rows])
     found += [
@@ -118,14 +113,9 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def slopes(
-  verdicts: Iterable[calls.Call],
-  *,
-  seed: int,
-  resamples: int = 2000,
-  confidence: float = 0.95,
+  verdicts: Iterable[calls.Call], settings: intervals.Settings
 ) -> list[Slope]:
   """One Slope for each model with checkpoints at two steps or more."""
-  intervals.check(resamples, confidence)
   tables: dict[str, dict[tuple[int, float], dict[str, float]]] = (
     collections.defaultdict(dict)
   )
@@ -135,17 +125,13 @@ def slopes(
       tables[model][step, temperature] = calls.units(group)
   found = []
   for model, table in tables.items():
-    row = _slope(model, table, seed, resamples, confidence)
+    row = _slope(model, table, settings)
     found += [row] if row else []
   return found
 
 
-def _difference(
-  lower, upper, temperature, gaps, seed, resamples, confidence
-) -> Difference:
-  interval = intervals.of_mean(
-    gaps, bound=1.0, seed=seed, resamples=resamples, confidence=confidence
-  )
+def _difference(lower, upper, temperature, gaps, settings) -> Difference:
+  interval = intervals.of_mean(gaps, settings, bound=1.0)
   wins, losses = int((gaps > 0).sum()), int((gaps < 0).sum())
   p = controls.sign_test(wins, losses)
   return Difference(
@@ -164,7 +150,7 @@ def _difference(
   )
 
 
-def _slope(model, table, seed, resamples, confidence) -> Slope | None:
+def _slope(model, table, settings) -> Slope | None:
   """The test of one model's checkpoints; None if nothing can be said."""
   # A temperature that only some steps have would tilt the slope.
   by_temperature = collections.defaultdict(set)
@@ -184,14 +170,9 @@ def _slope(model, table, seed, resamples, confidence) -> Slope | None:
   centred = np.asarray(steps, float) - np.mean(steps)
   weights = centred / (centred**2).sum() * (steps[-1] - steps[0])
   gains = scores @ weights
-  interval = intervals.of_mean(
-    gains,
-    # No scores in [0, 1] give more: the weights add up to zero.
-    bound=float(weights[weights > 0].sum()),
-    seed=seed,
-    resamples=resamples,
-    confidence=confidence,
-  )
+  # No scores in [0, 1] give more: the weights add up to zero.
+  bound = float(weights[weights > 0].sum())
+  interval = intervals.of_mean(gains, settings, bound=bound)
   judged = set().union(*cells)
   return Slope(
     model=model,

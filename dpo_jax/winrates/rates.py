@@ -58,11 +58,7 @@ class WinRate:
 
 
 def win_rates(
-  verdicts: Iterable[calls.Call],
-  *,
-  seed: int,
-  resamples: int = 2000,
-  confidence: float = 0.95,
+  verdicts: Iterable[calls.Call], settings: intervals.Settings
 ) -> list[WinRate]:
   """One WinRate for each (model, step, temperature) of a table.
 
@@ -73,21 +69,17 @@ def win_rates(
   Args:
     verdicts: judge calls of one judge and one template, in the order of their
       files; those that `calls.current` leaves out, and controls, do not count.
-    seed: of the bootstrap, which starts anew with it in every row.
-    resamples: bootstrap resamples.
-    confidence: of the intervals, in (0, 1).
+    settings: of the intervals.
 
   Returns:
     Rows by model (base, sft, dpo, others), final models before checkpoints,
     then by step and temperature.
 
   Raises:
-    ValueError: judges or templates are mixed, a call stands twice, or a
-      setting is out of range.
+    ValueError: judges or templates are mixed, or a call stands twice.
   """
-  intervals.check(resamples, confidence)
   return [
-    _win_rate(group, seed=seed, resamples=resamples, confidence=confidence)
+    _win_rate(group, settings)
     for group in calls.by_cell(calls.ordinary(verdicts)).values()
   ]
 
@@ -119,18 +111,11 @@ def agreement(verdicts: Iterable[calls.Call]) -> tuple[int, int]:
   return sum(one == other for one, other in pairs), len(pairs)
 
 
-def _win_rate(
-  group: list[calls.Call], *, seed: int, resamples: int, confidence: float
-) -> WinRate:
+def _win_rate(group: list[calls.Call], settings: intervals.Settings) -> WinRate:
   prompts = calls.by_prompt(group)
   units = np.asarray(list(calls.units(group).values()))
-  found = intervals.of_rate(
-    units,
-    single=all(len(rows) == 1 for rows in prompts.values()),
-    seed=seed,
-    resamples=resamples,
-    confidence=confidence,
-  )
+  single = all(len(rows) == 1 for rows in prompts.values())
+  found = intervals.of_rate(units, settings, single=single)
   counts = collections.Counter(call.verdict for call in group)
   agree, both = agreement(group)
 
@@ -208,7 +193,7 @@ class LengthControlled:
 
 
 def length_controlled(
-  verdicts: Iterable[calls.Call], *, confidence: float = 0.95
+  verdicts: Iterable[calls.Call], settings: intervals.Settings
 ) -> list[LengthControlled]:
   """One row for each (model, step, temperature), as `win_rates`.
 
@@ -221,8 +206,7 @@ def length_controlled(
   """
   from scipy import special
 
-  intervals.check_confidence(confidence)
-  quantile = intervals.normal_quantile(confidence)
+  quantile = intervals.normal_quantile(settings.confidence)
   found = []
   for cell, group in calls.by_cell(calls.ordinary(verdicts)).items():
     tables = [calls.units(group), calls.length_units(group)]
@@ -269,17 +253,16 @@ class LengthBin:
 
 
 def by_length(
-  verdicts: Iterable[calls.Call], *, confidence: float, bins: int = 5
+  verdicts: Iterable[calls.Call],
+  settings: intervals.Settings,
+  *,
+  bins: int = 5,
 ) -> list[LengthBin]:
   """Rates of final models by length, at the temperature nearest to 0.7.
 
   A model's prompts, sorted by the difference in length, are cut into `bins` of
   one size, or into fewer where each would have less than 10.
-
-  Raises:
-    ValueError: confidence is not in (0, 1).
   """
-  intervals.check_confidence(confidence)
   cells = {
     cell: group
     for cell, group in calls.by_cell(calls.ordinary(verdicts)).items()
@@ -296,7 +279,7 @@ def by_length(
     for part in np.array_split(columns, min(bins, max(1, len(columns) // 10))):
       if len(part):
         low, high = intervals.effective_wilson(
-          part[:, 0], confidence=confidence
+          part[:, 0], confidence=settings.confidence
         )
         rate, difference = map(float, part.mean(axis=0))
         found.append(
