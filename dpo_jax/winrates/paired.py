@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -196,4 +197,5 @@ def _t_test(values: np.ndarray) -> float:
 
   if len(values) < 2 or float(np.ptp(values)) < 1e-12:
     return math.nan
-  return float(stats.ttest_1samp(values, 0).pvalue)
+  found: Any = stats.ttest_1samp(values, 0)
+  return float(found.pvalue)
