@@ -61,6 +61,7 @@ setuptools.setup(
   cmdclass={"build_py": BuildPy},
   entry_points={"console_scripts": ["dpo-jax = dpo_jax.__main__:main"]},
   package_data={
+    "dpo_jax.hub": ["*.md"],
     "dpo_jax.report.figures": ["*.mplstyle"],
     "dpo_jax.report.page": ["*.html", "*.css", "*.js"],
   },
@@ -71,7 +72,10 @@ setuptools.setup(
     "etils[epath]",
     "flax>=0.12",
     "grain>=0.2.16",
+    "huggingface_hub",
     "jax>=0.10",
+    # Of huggingface_hub's model cards, which does not install it.
+    "jinja2",
     "markdown-it-py>=3",
     "matplotlib",
     "ml-collections>=1.1",

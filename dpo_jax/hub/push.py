@@ -10,10 +10,8 @@ repeated at any time and sends only what is missing:
                       models/step-000100 of one that trains all weights
 
 What is pushed names no directory of this machine, see `portable`. hub.json
-keeps what was pushed, by content, so that nothing is sent twice; a card whose
-win rates came later is sent alone. No token is ever read here:
-huggingface_hub takes it from HF_TOKEN, or from its own store. While a run
-trains, a `Publisher` pushes in a process of its own.
+keeps what was pushed, by content: without it all is sent again. No token is
+ever read here: huggingface_hub takes it from HF_TOKEN, or from its own store.
 
   python -m dpo_jax hub runs/dpo --repo=user/name --dry_run
 
@@ -24,8 +22,7 @@ again; 2 nothing can be pushed.
 
 import argparse
 import dataclasses
-import hashlib
-import io
+import functools
 import json
 import os
 import pathlib
@@ -34,12 +31,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 from dpo_jax.core import console, errors, redaction
 from dpo_jax.hub import model_card
-from dpo_jax.io import atomic, metrics, remote, strict_json
+from dpo_jax.io import atomic, hashing, metrics, remote, strict_json
 
 FILE = "hub.json"
 MAIN = "main"
@@ -51,6 +49,9 @@ _PATHS = ("path", "_cache", "tokenizer", "source")
 # Within a text, an absolute path, or one from a home or a parent directory.
 _LOCAL = re.compile(r"(?<![\w./:~-])(?:~\w*|\.\.)?/[^'\",()\[\]]*")
 
+# The files of a branch by their names there: where they are, or what they hold.
+Files = dict[str, pathlib.Path | str]
+
 
 class NotPushed(errors.Stopped):
   """Training is done and its files are whole, but some are not on the hub."""
@@ -58,16 +59,7 @@ class NotPushed(errors.Stopped):
 
 @dataclasses.dataclass(frozen=True)
 class PushSettings:
-  """Where a run's models go.
-
-  Attributes:
-    repo: user/name; it is made if it does not exist.
-    public: whether everybody sees a repository that is made.
-    licence: of the weights, as the hub names it, such as "apache-2.0"; ""
-      states none.
-    checkpoints: whether each checkpoint becomes a branch.
-    dry_run: only write what would be pushed; nothing is sent.
-  """
+  """Where a run's models go; explained in configs/common.py."""
 
   repo: str
   public: bool
@@ -95,35 +87,9 @@ def check(settings: PushSettings) -> None:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Revision:
-  """A branch and the files that make it up: their names there, and contents.
-
-  `temporary` is a directory that is only kept until it is pushed.
-  """
-
-  branch: str
-  files: dict[str, pathlib.Path | bytes]
-  temporary: pathlib.Path | None
-
-  @property
-  def size(self) -> int:
-    return sum(map(_size, self.files.values()))
-
-  def digest(self) -> str:
-    """SHA-256 of names and contents."""
-    whole = hashlib.sha256()
-    for name, content in sorted(self.files.items()):
-      read = io.BytesIO(content) if isinstance(content, bytes) else None
-      with read or content.open("rb") as file:
-        one = hashlib.file_digest(file, "sha256").hexdigest()
-      whole.update(f"{name}\0{one}\n".encode())
-    return whole.hexdigest()
-
-
-def revisions(
+def branches(
   directory: pathlib.Path, settings: PushSettings
-) -> list[Revision]:
+) -> dict[str, Files]:
   """What a run's directory has to push, the checkpoints first.
 
   Raises:
@@ -133,32 +99,40 @@ def revisions(
     portable(strict_json.read_object(directory / name))
     for name in ("config.json", "manifest.json")
   )
-  run = model_card.Run(
-    directory, config, manifest, settings.repo, settings.licence
+  card = functools.partial(
+    model_card.make,
+    directory,
+    config,
+    manifest,
+    repo=settings.repo,
+    license=settings.licence,
   )
-  found, last = [], {}
+  repo, _, revision = config["model"]["path"].partition("@")
+  # As PEFT names a base on the hub; a local one it names null.
+  base = {"base_model_name_or_path": None, "revision": None}
+  if remote.is_repository(repo):
+    base = {"base_model_name_or_path": repo, "revision": revision or None}
+  found, last = {}, {}
   for folder in ("adapters", "models"):
-    for _, name in remote.steps(str(directory / folder)):
-      path = pathlib.Path(name)
-      own = _files(path)
-      if folder == "adapters":
-        adapter = path / "adapter_config.json"
-        own[adapter.name] = _adapter(adapter, config["model"]["path"])
-        last = {f"adapter/{name}": file for name, file in own.items()}
-      own["README.md"] = model_card.of_checkpoint(run, path.name).encode()
-      temporary = path if folder == "models" else None
+    for _, path in remote.steps(str(directory / folder)):
+      branch, files = pathlib.Path(path).name, _files(path)
+      if adapter := files.get("adapter_config.json"):
+        about = strict_json.read_object(adapter) | base
+        files["adapter_config.json"] = _json(about)
+        last = {f"adapter/{name}": file for name, file in files.items()}
       if settings.checkpoints:
-        found.append(Revision(path.name, own, temporary))
+        found[branch] = files | {"README.md": card(branch)[0]}
   if (directory / "finished.json").is_file():
-    text, figure = model_card.of_run(run)
-    files = last | _files(directory / "export")
-    files["run/config.json"] = _json(config)
-    files["run/manifest.json"] = _json(manifest)
-    files[f"run/{metrics.FILE}"] = directory / metrics.FILE
-    if figure is not None:
-      files[model_card.FIGURE] = figure
-    files["README.md"] = text.encode()
-    found.append(Revision(MAIN, files, None))
+    text, figure = card(MAIN)
+    found[MAIN] = {
+      **last,
+      **_files(directory / "export"),
+      "run/config.json": _json(config),
+      "run/manifest.json": _json(manifest),
+      f"run/{metrics.FILE}": directory / metrics.FILE,
+      **({figure.name: figure} if figure else {}),
+      "README.md": text,
+    }
   return found
 
 
@@ -188,154 +162,103 @@ def named(path: str) -> str:
   is called by the run's name.
   """
   directory = pathlib.Path(path)
-  if "://" in path or (model_card.on_hub(path) and not directory.exists()):
+  on_hub = remote.is_repository(path.partition("@")[0])
+  if "://" in path or (on_hub and not directory.exists()):
     return path
   if directory.name == "export":
     directory = directory.parent
-    noted = directory / FILE
-    pushed = strict_json.read_object(noted) if noted.is_file() else {}
-    for repo, branches in pushed.items():
-      if MAIN in branches:
-        return f"{repo}@{branches[MAIN]['commit']}"
+    for repo, pushed in _pushed(directory).items():
+      if MAIN in pushed:
+        return f"{repo}@{pushed[MAIN]['commit']}"
   return directory.name
 
 
-def _adapter(source: pathlib.Path, base: str) -> bytes:
-  """An adapter_config.json that names its base on the hub, or none."""
-  repo, revision = (
-    remote.split(base) if model_card.on_hub(base) else (None,) * 2
-  )
-  base_fields = {"base_model_name_or_path": repo, "revision": revision}
-  return _json(strict_json.read_object(source) | base_fields)
+def _files(directory: str | pathlib.Path) -> Files:
+  children = pathlib.Path(directory).iterdir()
+  return {child.name: child for child in children if child.is_file()}
 
 
-def _files(directory: pathlib.Path) -> dict[str, pathlib.Path | bytes]:
-  return {file.name: file for file in directory.iterdir() if file.is_file()}
+def _json(content: dict[str, Any]) -> str:
+  return json.dumps(content, indent=2) + "\n"
 
 
-def _json(content: dict[str, Any]) -> bytes:
-  return (json.dumps(content, indent=2) + "\n").encode()
+def _pushed(directory: pathlib.Path) -> dict[str, dict[str, dict[str, str]]]:
+  """By repository and branch, the content that was pushed and its commit."""
+  path = directory / FILE
+  return strict_json.read_object(path) if path.is_file() else {}
 
 
-def _size(content: pathlib.Path | bytes) -> int:
-  """Bytes of a file, or of what becomes one."""
-  if isinstance(content, bytes):
-    return len(content)
-  return content.stat().st_size
-
-
-def push(
-  settings: PushSettings, directory: pathlib.Path, tries: int
-) -> dict[str, str]:
-  """Pushes what is missing on the hub; see the module.
-
-  Args:
-    settings: where to.
-    directory: of the run.
-    tries: how often each branch is tried at most.
-
-  Returns:
-    The branches that could not be pushed, and why.
-  """
+def push(settings: PushSettings, directory: pathlib.Path) -> bool:
+  """Pushes what is missing, and says which branches failed; true if none."""
   import huggingface_hub
 
   huggingface_hub.utils.disable_progress_bars()
-  api = huggingface_hub.HfApi()
-  failed: dict[str, str] = {}
-  for _ in range(tries):
-    failed = {}
-    for revision in revisions(directory, settings):
-      try:
-        _push_one(api, settings, directory, revision)
-      # Whatever the library, the network or the hub raises.
-      except Exception as error:
-        failed[revision.branch] = f"{type(error).__name__}: {error}"
-    if not failed:
-      break
-  return failed
+  whole = True
+  for branch, files in branches(directory, settings).items():
+    try:
+      _push_one(settings, directory, branch, files)
+    # Whatever the library, the network or the hub raises.
+    except Exception as error:
+      whole = False
+      console.error(
+        f"{branch} was not pushed to {settings.repo}: {type(error).__name__}:"
+        f" {error}"
+      )
+  return whole
 
 
-def _push_one(api, settings, directory, revision: Revision) -> None:
-  """Makes a branch hold the revision, unless it does, and notes that."""
-  path = directory / FILE
-  done = strict_json.read_object(path) if path.exists() else {}
-  pushed = done.setdefault(settings.repo, {})
-  branch, digest = revision.branch, revision.digest()
-  if pushed.get(branch, {}).get("content") != digest:
-    if not pushed:
-      private = not settings.public
-      api.create_repo(settings.repo, private=private, exist_ok=True)
-    if branch != MAIN:
-      api.create_branch(settings.repo, branch=branch, exist_ok=True)
-    commit = _commit(api, settings.repo, revision)
-    pushed[branch] = {"content": digest, "commit": commit}
-    atomic.write_text(path, json.dumps(done, indent=2) + "\n")
-    console.say(
-      f"pushed {branch} to {settings.repo} ({_mib(revision.size)})",
-      "pushed",
-      repo=settings.repo,
-      branch=branch,
-      commit=commit,
-    )
-  if revision.temporary is not None:
-    shutil.rmtree(revision.temporary)
-
-
-def _commit(api, repo: str, revision: Revision) -> str:
-  """Makes a branch hold just the revision's files; the commit's id."""
+def _push_one(
+  settings: PushSettings, directory: pathlib.Path, branch: str, files: Files
+) -> None:
+  """Makes a branch hold the files and no others, and notes that."""
   import huggingface_hub
 
-  there = api.list_repo_files(repo, revision=revision.branch)
-  gone = set(there) - revision.files.keys() - {".gitattributes"}
-  operations = [
-    huggingface_hub.CommitOperationAdd(
-      name, content if isinstance(content, bytes) else str(content)
-    )
-    for name, content in sorted(revision.files.items())
-  ]
-  operations += [
-    huggingface_hub.CommitOperationDelete(name) for name in sorted(gone)
-  ]
-  made = api.create_commit(
-    repo,
-    operations,
-    commit_message=f"{revision.branch} of a dpo_jax run",
-    revision=revision.branch,
+  repo, pushed = settings.repo, _pushed(directory)
+  parts = [part for item in sorted(files.items()) for part in item]
+  content = hashing.content_hash(
+    *(x if isinstance(x, str) else hashing.file_hash(x) for x in parts)
   )
-  return made.oid
+  noted = pushed.setdefault(repo, {})
+  if noted.get(branch, {}).get("content") != content:
+    api = huggingface_hub.HfApi()
+    api.create_repo(repo, private=not settings.public, exist_ok=True)
+    if branch != MAIN:
+      api.create_branch(repo, branch=branch, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+      stage(files, pathlib.Path(folder))
+      made = api.upload_folder(
+        repo_id=repo,
+        folder_path=folder,
+        revision=branch,
+        delete_patterns="*",
+        commit_message=f"{branch} of a dpo_jax run",
+      )
+    noted[branch] = {"content": content, "commit": made.oid}
+    atomic.write_text(directory / FILE, _json(pushed))
+    about = {"repo": repo, "branch": branch, "commit": made.oid}
+    console.say(f"pushed {branch} to {repo}", "pushed", **about)
+  # Weights that were kept for this alone.
+  if (weights := directory / "models" / branch).is_dir():
+    shutil.rmtree(weights)
 
 
-def write(settings: PushSettings, directory: pathlib.Path) -> list[str]:
-  """Writes what would be pushed to push/BRANCH/; weights become hard links.
-
-  Returns:
-    A line for each branch and each file.
-  """
-  target = directory / "push"
-  shutil.rmtree(target, ignore_errors=True)
-  lines = []
-  for revision in revisions(directory, settings):
-    lines.append(f"{settings.repo}@{revision.branch}, {_mib(revision.size)}:")
-    for name, content in sorted(revision.files.items()):
-      path = target / revision.branch / name
-      path.parent.mkdir(parents=True, exist_ok=True)
-      if isinstance(content, bytes):
-        path.write_bytes(content)
-      else:
-        os.link(content, path)
-      lines.append(f"  {name}  {_size(content):,} bytes")
-  return lines
-
-
-def _mib(size: int) -> str:
-  return f"{size / 2**20:,.1f} MiB"
+def stage(files: Files, directory: pathlib.Path) -> None:
+  """Puts files into a directory, those that are somewhere as links."""
+  for name, content in files.items():
+    path = directory / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, str):
+      path.write_text(content, encoding="utf-8")
+    else:
+      path.symlink_to(content.absolute())
 
 
 class Publisher:
   """Pushes a run's models beside its training; a context manager.
 
   Each push is a process of its own: whatever happens to it, training goes on,
-  and leaving the context ends it at once. Only the first process of a run may
+  and leaving the context ends it at once. (A Future of huggingface_hub's that
+  hangs keeps the process from ending.) Only the first process of a run may
   push; the others ask `room` alone.
   """
 
@@ -363,7 +286,7 @@ class Publisher:
     """
     busy = self._child is not None and self._child.poll() is None
     if self.settings.checkpoints and not self.settings.dry_run and not busy:
-      self._start(tries=1)
+      self._start()
 
   def finish(self) -> None:
     """Pushes what is missing, and what failed once more.
@@ -373,27 +296,24 @@ class Publisher:
     """
     if self._child is not None:
       self._child.wait()
-    if self._start(tries=2).wait():
+    if self._start().wait() and self._start().wait():
       raise NotPushed(
         f"the run is finished, but not all of it is on the hub as"
         f" {self.settings.repo}; the same command, or python -m dpo_jax hub"
         f" {self.directory} --repo={self.settings.repo}, pushes what is missing"
       )
 
-  def _start(self, tries: int) -> subprocess.Popen:
+  def _start(self) -> subprocess.Popen:
     settings = self.settings
-    flags = [f"--repo={settings.repo}", f"--licence={settings.licence}"]
-    for name in ("public", "dry_run"):
-      if getattr(settings, name):
-        flags.append(f"--{name}")
-    if not settings.checkpoints:
-      flags.append("--no_checkpoints")
     log = console.mode() if console.mode() != "bar" else "plain"
-    flags += [f"--tries={tries}", f"--log={log}"]
-    root = str(pathlib.Path(__file__).resolve().parents[1])
+    flags = [f"--repo={settings.repo}", f"--licence={settings.licence}"]
+    flags += ["--public"] * settings.public + ["--dry_run"] * settings.dry_run
+    flags += ["--no_checkpoints"] * (not settings.checkpoints)
+    root = str(pathlib.Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "dpo_jax", "hub", str(self.directory)]
     self._child = subprocess.Popen(
-      [sys.executable, "-m", "dpo_jax", "hub", str(self.directory), *flags],
+      [*command, *flags, f"--log={log}"],
       stdin=subprocess.DEVNULL,
       env=os.environ | {"PYTHONPATH": path},
     )
@@ -402,41 +322,6 @@ class Publisher:
 
 def main(arguments: Sequence[str] | None = None) -> int:
   redaction.install()
-  flags = _parser().parse_args(arguments)
-  directory = flags.directory.absolute()
-  try:
-    settings = PushSettings(
-      flags.repo,
-      flags.public,
-      flags.licence,
-      not flags.no_checkpoints,
-      flags.dry_run,
-    )
-    if not (directory / "config.json").is_file():
-      raise ValueError(f"{directory} holds no training run")
-    if not revisions(directory, settings):
-      raise ValueError(
-        f"{directory} has nothing to push: the run is not finished, and has no"
-        " adapters of checkpoints"
-      )
-    check(settings)
-    if settings.dry_run:
-      lines = write(settings, directory)
-      text = "\n".join([*lines, f"written to {directory / 'push'}"])
-      console.result(text, "dry_run", path=str(directory / "push"))
-      return 0
-    if flags.again:
-      (directory / FILE).unlink(missing_ok=True)
-  except (ValueError, OSError) as error:
-    console.error(str(error))
-    return 2
-  failed = push(settings, directory, flags.tries)
-  for branch, why in failed.items():
-    console.error(f"{branch} was not pushed to {settings.repo}: {why}")
-  return 1 if failed else 0
-
-
-def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="python -m dpo_jax hub",
     description="Pushes a training run's models to the Hugging Face hub; what"
@@ -444,22 +329,48 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument("directory", type=pathlib.Path, help="of the run")
   parser.add_argument("--repo", required=True, help="user/name")
-  parser.add_argument("--public", action="store_true", help="for everybody")
   parser.add_argument("--licence", default="", help="such as apache-2.0")
-  parser.add_argument(
-    "--no_checkpoints", action="store_true", help="the branch main alone"
-  )
-  parser.add_argument(
-    "--dry_run", action="store_true", help="write to push/, send nothing"
-  )
-  parser.add_argument(
-    "--again",
-    action="store_true",
-    help="send all, whatever hub.json says was sent",
-  )
-  parser.add_argument("--tries", type=int, default=2, help="of each branch")
+  for name, what in (
+    ("public", "for everybody"),
+    ("no_checkpoints", "the branch main alone"),
+    ("dry_run", "write to push/, send nothing"),
+  ):
+    parser.add_argument(f"--{name}", action="store_true", help=what)
   console.add_flag(parser)
-  return parser
+  flags = parser.parse_args(arguments)
+  directory, kept = flags.directory.absolute(), not flags.no_checkpoints
+  try:
+    settings = PushSettings(
+      flags.repo, flags.public, flags.licence, kept, flags.dry_run
+    )
+    run = (directory / "config.json").is_file()
+    if not run or not (found := branches(directory, settings)):
+      raise ValueError(
+        f"{directory} has nothing to push: it holds no training run, or one"
+        " that is not finished and has no adapters of checkpoints"
+      )
+    check(settings)
+    if settings.dry_run:
+      _write(settings.repo, found, directory / "push")
+      return 0
+  except (ValueError, OSError) as error:
+    console.error(str(error))
+    return 2
+  return 0 if push(settings, directory) else 1
+
+
+def _write(repo: str, found: dict[str, Files], directory: pathlib.Path) -> None:
+  """Writes what would be pushed to a folder for each branch, and lists it."""
+  shutil.rmtree(directory, ignore_errors=True)
+  lines = []
+  for branch, files in found.items():
+    stage(files, directory / branch)
+    lines.append(f"{repo}@{branch}:")
+    for name in sorted(files):
+      size = (directory / branch / name).stat().st_size
+      lines.append(f"  {name}  {size:,} bytes")
+  lines.append(f"written to {directory}")
+  console.result("\n".join(lines), "dry_run", path=str(directory))
 
 
 if __name__ == "__main__":
