@@ -57,7 +57,7 @@ def interrupted_at_6_resumed_from_3(directory, *use):
     for row in written:
       writer.write(row)
     writer.close()
-    assert writer.trackers.failed == {}
+    assert writer.failed == {}
 
 
 def test_csv_has_a_line_a_row_and_a_column_a_metric(directory):
@@ -123,7 +123,7 @@ def test_tensorboard_starts_over_with_a_run_that_does(directory):
 
 
 def test_tensorboard_shows_tables(directory):
-  writer = trackers.Trackers(settings("tensorboard"), directory, [], 0)
+  writer = trackers.Writer(settings("tensorboard"), directory, 0)
   cells = [["one | two\n<b>three</b>", 0.5]]
   writer.table(4, "answers", ["text", "reward"], cells)
   writer.close()
@@ -201,9 +201,9 @@ path = pathlib.Path(sys.argv[1])
 test_trackers.interrupted_at_6_resumed_from_3(path, "wandb")
 writer = test_trackers.trackers.Writer(
   test_trackers.settings("wandb"), path, 6)
-writer.trackers.table(6, "answers", ["text", "reward"], [["hello", 0.5]])
+writer.table(6, "answers", ["text", "reward"], [["hello", 0.5]])
 writer.close()
-assert writer.trackers.failed == {}, writer.trackers.failed
+assert writer.failed == {}, writer.failed
 """
   home = directory.parent / "home"
   home.mkdir()
@@ -284,7 +284,7 @@ def test_a_tracker_that_fails_is_named_once_and_stops_nothing(
     for row in rows(4, 6):
       writer.write(row)
     # On a full disk.
-    closed = writer.trackers._open["csv"]
+    closed = writer._open["csv"]
     closed._file.close()
     for row in rows(7, 8):
       writer.write(row)

@@ -11,16 +11,18 @@ earlier events are void, and W&B, which takes nothing back, is sent only rows
 that it does not have.
 """
 
+import contextlib
 import csv
 import dataclasses
 import importlib.util
+import io
 import json
 import logging
 import pathlib
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from dpo_jax.core import console
@@ -37,27 +39,24 @@ Rows = Sequence[Sequence[Any]]
 class Csv:
   """metrics.csv: a line a row, a column a metric.
 
-  All trackers are opened with (settings, directory, rows, start_step, about):
-  the run's `TrackerSettings`, its directory, the rows of metrics.jsonl up to
-  and including `start_step`, and its config and manifest by name. They let
-  every error out; `Trackers` keeps it from the run.
+  All trackers are opened with (settings, directory, rows, start_step): the
+  run's `TrackerSettings`, its directory, and the rows of metrics.jsonl, which
+  end at `start_step` and are appended to before each `write`. They let every
+  error out; `Writer` keeps it from the run.
   """
 
-  def __init__(self, settings, directory, rows, start_step, about):
-    del settings, start_step, about
-    self._directory = directory
-    self._rows = list(rows)
-    self._columns: list[str] = []
-    self._file = None
+  def __init__(self, settings, directory, rows, start_step):
+    del settings, start_step
+    self._directory, self._rows = directory, rows
     self._begin()
 
   def write(self, row) -> None:
-    self._rows.append(row)
-    if row.keys() <= set(self._columns):
+    if row.keys() <= self._columns.keys():
       self._writer.writerow(row)
       self._file.flush()
     else:
       # A metric that was never seen: the header changes.
+      self._file.close()
       self._begin()
 
   def table(self, step, name, columns, rows) -> None:
@@ -71,18 +70,13 @@ class Csv:
     self._file.close()
 
   def _begin(self) -> None:
-    if self._file is not None:
-      self._file.close()
-    seen = dict.fromkeys(key for row in self._rows for key in row)
-    self._columns = ["step", *(key for key in seen if key != "step")]
-    path = self._directory / "metrics.csv"
-    with (
-      atomic.replacing(path) as scratch,
-      scratch.open("w", encoding="utf-8", newline="") as file,
-    ):
-      writer = csv.DictWriter(file, self._columns)
-      writer.writeheader()
-      writer.writerows(self._rows)
+    keys = (key for row in self._rows for key in row)
+    self._columns = dict.fromkeys(["step", *keys])
+    whole, path = io.StringIO(), self._directory / "metrics.csv"
+    writer = csv.DictWriter(whole, self._columns)
+    writer.writeheader()
+    writer.writerows(self._rows)
+    atomic.write_text(path, whole.getvalue())
     self._file = path.open("a", encoding="utf-8", newline="")
     self._writer = csv.DictWriter(self._file, self._columns)
 
@@ -90,7 +84,7 @@ class Csv:
 class TensorBoard:
   """Event files in tensorboard/, for `tensorboard --logdir`."""
 
-  def __init__(self, settings, directory, rows, start_step, about):
+  def __init__(self, settings, directory, rows, start_step):
     import tensorboardX
 
     del settings
@@ -105,7 +99,7 @@ class TensorBoard:
       filename_suffix=f".{start_step:09d}.{secrets.token_hex(4)}",
     )
     if not resumed:
-      for name, values in about.items():
+      for name, values in _about(directory).items():
         text = json.dumps(values, indent=2)
         self._writer.add_text(name, f"```json\n{text}\n```", 0)
       for row in rows:
@@ -128,7 +122,7 @@ class TensorBoard:
 class Wandb:
   """A run of Weights & Biases, its files in wandb/."""
 
-  def __init__(self, settings, directory, rows, start_step, about):
+  def __init__(self, settings, directory, rows, start_step):
     import wandb
 
     del start_step
@@ -138,6 +132,7 @@ class Wandb:
     self._mark = {"id": secrets.token_hex(4), "sent": [-1, False]}
     if self._file.is_file():
       self._mark = json.loads(self._file.read_text("utf-8"))
+    about = _about(directory)
     self._run = wandb.init(
       project=settings.wandb_project,
       id=self._mark["id"],
@@ -146,7 +141,7 @@ class Wandb:
       dir=str(directory),
       mode=settings.wandb_mode,
       resume="allow" if settings.wandb_mode == "online" else None,
-      config=about.get("config", {}) | {"manifest": about.get("manifest", {})},
+      config=about.pop("config", {}) | about,
       settings=wandb.Settings(
         silent=True, console="off", disable_git=True, save_code=False
       ),
@@ -174,6 +169,16 @@ class Wandb:
 
 
 _OPEN = {"csv": Csv, "tensorboard": TensorBoard, "wandb": Wandb}
+
+
+def _about(directory: pathlib.Path) -> dict[str, Any]:
+  """The run's config and manifest, by name."""
+  paths = [directory / f"{name}.json" for name in ("config", "manifest")]
+  return {
+    path.stem: json.loads(path.read_text("utf-8"))
+    for path in paths
+    if path.is_file()
+  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,97 +215,36 @@ def check(settings: TrackerSettings) -> None:
       )
 
 
-class Trackers:
-  """The trackers of one run; none of their errors gets out."""
+class Writer:
+  """metrics.jsonl and the trackers, as one writer of rows.
+
+  Only errors of metrics.jsonl get out.
+  """
 
   def __init__(
-    self,
-    settings: TrackerSettings,
-    directory: pathlib.Path,
-    rows: Sequence[dict[str, Any]],
-    start_step: int,
+    self, settings: TrackerSettings, directory: pathlib.Path, start_step: int
   ):
-    """Opens the trackers, with the run's config and manifest attached.
-
-    Args:
-      settings: which.
-      directory: of the run.
-      rows: of metrics.jsonl, up to and including `start_step`.
-      start_step: updates that are done; 0 begins anew.
-    """
+    """Opens all of them in a run's directory; `start_step` updates are done."""
+    self._metrics = metrics.Writer(directory, start_step)
+    self._step = start_step
     self._open: dict[str, Any] = {}
     # The tracker, the step it had come to, and why it was left alone.
     self.failed: dict[str, tuple[int, str]] = {}
-    self._step = start_step
-    about = {
-      name: json.loads(path.read_text("utf-8"))
-      for name in ("config", "manifest")
-      if (path := directory / f"{name}.json").is_file()
-    }
+    rows = self._metrics.rows
     for name in settings.use:
-      try:
-        self._open[name] = _OPEN[name](
-          settings, directory, rows, start_step, about
-        )
-      except Exception as error:  # Whatever a library or the network raises.
-        self._fail(name, error)
+      with self._guarded(name):
+        self._open[name] = _OPEN[name](settings, directory, rows, start_step)
 
   def write(self, row: dict[str, Any]) -> None:
-    """A row of metrics.jsonl."""
+    self._metrics.write(row)
     self._step = row["step"]
-    self._each(lambda tracker: tracker.write(row))
+    self._each("write", row)
 
   def table(
     self, step: int, name: str, columns: Sequence[str], rows: Rows
   ) -> None:
     """Texts and numbers in columns, such as sampled answers."""
-    self._each(lambda tracker: tracker.table(step, name, columns, rows))
-
-  def close(self) -> None:
-    """Ends the trackers, and says which of them do not have everything."""
-    self._each(lambda tracker: tracker.close())
-    self._open = {}
-    for name, (step, why) in self.failed.items():
-      console.say(
-        f"{name} has nothing after step {step} ({why}); metrics.jsonl is whole",
-        "tracker_failed",
-        tracker=name,
-        step=step,
-      )
-
-  def _each(self, call: Callable[[Any], None]) -> None:
-    for name, tracker in list(self._open.items()):
-      try:
-        call(tracker)
-      except Exception as error:  # As in __init__.
-        self._fail(name, error)
-
-  def _fail(self, name: str, error: Exception) -> None:
-    self._open.pop(name, None)
-    why = f"{type(error).__name__}: {error}"
-    self.failed[name] = (self._step, why)
-    _log.warning("tracker %s failed and is left alone: %s", name, why)
-
-
-class Writer:
-  """metrics.jsonl and the trackers, as one writer of rows."""
-
-  def __init__(
-    self, settings: TrackerSettings, directory: pathlib.Path, start_step: int
-  ):
-    self._metrics = metrics.Writer(directory, start_step)
-    self.trackers = Trackers(
-      settings, directory, self._metrics.rows, start_step
-    )
-
-  def write(self, row: dict[str, Any]) -> None:
-    self._metrics.write(row)
-    self.trackers.write(row)
-
-  def table(
-    self, step: int, name: str, columns: Sequence[str], rows: Rows
-  ) -> None:
-    self.trackers.table(step, name, columns, rows)
+    self._each("table", step, name, columns, rows)
 
   def at(self, step: int) -> list[dict[str, Any]]:
     return self._metrics.at(step)
@@ -309,5 +253,28 @@ class Writer:
     self._metrics.sync()
 
   def close(self) -> None:
+    """Ends all, and says which of the trackers do not have everything."""
     self._metrics.close()
-    self.trackers.close()
+    self._each("close")
+    for name, (step, why) in self.failed.items():
+      console.say(
+        f"{name} has nothing after step {step} ({why}); metrics.jsonl is whole",
+        "tracker_failed",
+        tracker=name,
+        step=step,
+      )
+
+  def _each(self, method: str, *arguments: Any) -> None:
+    for name, tracker in list(self._open.items()):
+      with self._guarded(name):
+        getattr(tracker, method)(*arguments)
+
+  @contextlib.contextmanager
+  def _guarded(self, name: str) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:  # Whatever a library or the network raises.
+      self._open.pop(name, None)
+      why = f"{type(error).__name__}: {error}"
+      self.failed[name] = (self._step, why)
+      _log.warning("tracker %s failed and is left alone: %s", name, why)
