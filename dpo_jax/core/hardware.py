@@ -1,9 +1,7 @@
 """What accelerators can do at best, as their makers publish it.
 
-One row for each `device_kind` of jax. Rates are peaks of dense operations,
-never reached in practice: a share of them is a measure (MFU), and a time
-computed with them is a lower bound. A device that is not in the table has no
-row, and whoever asks gets None and says so.
+One row for each `device_kind` of jax. Rates are peaks of dense operations: a
+share of them is a measure (MFU), a time computed with them a lower bound.
 
 References:
   TPU: Google Cloud's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e"
@@ -24,22 +22,16 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """The peaks of one device as jax counts devices.
-
-  Attributes:
-    name: what people call it.
-    bf16_flops: dense bfloat16 multiplications and additions a second.
-    float32_flops: the same of float32 operands that are not rounded.
-    hbm_bytes: memory on the device.
-    hbm_bandwidth: bytes a second between memory and compute.
-    link_bandwidth: bytes a second that it can send to the other devices of its
-      slice or node, all links together.
-  """
+  """The peaks of one device as jax counts devices."""
 
   name: str
+  # Dense multiplications and additions a second; of float32, of operands that
+  # are not rounded.
   bf16_flops: float
   float32_flops: float
   hbm_bytes: int
+  # Bytes a second to compute, and to the other devices of the slice or node
+  # over all links together.
   hbm_bandwidth: float
   link_bandwidth: float
 
@@ -85,13 +77,9 @@ def chip(device_kind: str) -> Chip | None:
 def mfu(
   flops: float, seconds: float, devices: int, peak: Chip | None
 ) -> float | None:
-  """Model flops utilisation: the share of the peak rate that was useful.
+  """Model flops utilization: the share of the peak rate that was useful.
 
-  Args:
-    flops: useful flops that were done, from `flops`.
-    seconds: how long they took.
-    devices: how many devices did them.
-    peak: their kind; None, where it is not known, gives None.
+  None where the devices' peak is not known.
 
   References:
     Chowdhery et al., PaLM, 2022 (arXiv 2204.02311), Appendix B.

@@ -6,16 +6,14 @@ regex gives each weight its logical axes, `RULES` maps those to mesh axes. An
 array axis that its mesh axis does not divide is an error, never a silent
 replication.
 
-No axis splits the tokens of a row. A row of HH has 1,024 of them, for which
-Pythia-2.8B keeps 168 MB (32 layers x 1,024 x 2,560 in bfloat16, each layer
-recomputed), and a step of 64 pairs has 14 such rows: rows go over devices
-before their tokens have to. Split tokens would send the keys and values of
-every layer, 10.5 MB a row, forward and again backward, which is about what
-`tensor` sends, and `tensor` splits weights too. It would pay for rows of 32,768
-tokens, for which 5.4 GB are kept.
+No axis splits the tokens of a row: with rows of 1,024 of them, rows go over
+devices before their tokens have to. Split tokens would send the keys and values
+of every layer, forward and backward, about what `tensor` sends, which splits
+weights too.
 """
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -61,17 +59,11 @@ class MeshSettings:
 def make_mesh(
   data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None
 ) -> Mesh:
-  """A mesh with axes data, fsdp, tensor.
-
-  Args:
-    data: devices along `data`; -1, for at most one of the three, takes what
-      the others leave.
-    fsdp: devices along `fsdp`.
-    tensor: devices along `tensor`.
-    devices: what to lay out; all devices of all processes by default.
+  """A mesh of `devices`, by default all devices of all processes.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: the sizes do not multiply to the number of devices; -1, for at
+      most one of them, takes what the others leave.
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = [data, fsdp, tensor]
@@ -80,14 +72,12 @@ def make_mesh(
       f"mesh sizes {dict(zip(AXES, sizes))} must be positive, with at most"
       " one -1"
     )
-  count = len(devices)
   if -1 in sizes:
-    known = -data * fsdp * tensor
-    sizes[sizes.index(-1)] = max(count // known, 1)
-  if sizes[0] * sizes[1] * sizes[2] != count:
+    sizes[sizes.index(-1)] = max(len(devices) // -math.prod(sizes), 1)
+  if (needed := math.prod(sizes)) != len(devices):
     raise ValueError(
-      f"mesh {dict(zip(AXES, sizes))} needs"
-      f" {sizes[0] * sizes[1] * sizes[2]} devices, but there are {count}"
+      f"mesh {dict(zip(AXES, sizes))} needs {needed} devices, but there are"
+      f" {len(devices)}"
     )
   return jax.make_mesh(
     tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
@@ -105,17 +95,14 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
 
 
 def place(tree: Any, mesh: Mesh, leading: int = 0) -> Any:
-  """Lays arrays that every process has whole on the mesh, split as a batch.
-
-  Each process hands over just the rows of its own devices.
-  """
+  """Arrays that every process has whole, split over the mesh as a batch."""
   sharding = batch_sharding(mesh, leading)
-  return jax.tree.map(
-    lambda x: jax.make_array_from_callback(
-      x.shape, sharding, lambda index: x[index]
-    ),
-    tree,
-  )
+
+  def one(x):
+    # Each process hands over just the rows of its own devices.
+    return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+
+  return jax.tree.map(one, tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -124,10 +111,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def path_name(path: tuple[Any, ...]) -> str:
   """A key path of jax.tree as "blocks/dense/kernel"."""
-  return "/".join(
-    str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", ""))))
-    for key in path
-  )
+  return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
@@ -151,8 +135,7 @@ def _sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     (axes for pattern, axes in PATHS if re.search(rf"(^|/){pattern}", name)),
     (None,) * len(shape),
   )
-  axes = [RULES[axis] if axis else None for axis in logical]
-  axes = [None] * (len(shape) - len(axes)) + axes
+  axes = (*(None,) * (len(shape) - len(logical)), *_axes(logical))
   for size, axis in zip(shape, axes, strict=True):
     if axis is not None and size % mesh.shape[axis]:
       raise ValueError(
@@ -162,15 +145,17 @@ def _sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(*axes))
 
 
+def _axes(logical: tuple[str | None, ...]) -> list[Any]:
+  return [RULES[axis] if axis else None for axis in logical]
+
+
 def laid(mesh: Mesh, *logical: str | None) -> NamedSharding:
   """Where an array with these logical axes lies; `RULES` tells."""
-  axes = [RULES[axis] if axis else None for axis in logical]
-  return NamedSharding(mesh, PartitionSpec(*axes))
+  return NamedSharding(mesh, PartitionSpec(*_axes(logical)))
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
   """Says where an activation lies; without a mesh in context, nothing."""
   if jax.sharding.get_abstract_mesh().empty:
     return x
-  axes = [RULES[axis] if axis else None for axis in logical]
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*_axes(logical)))
