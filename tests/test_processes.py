@@ -6,6 +6,7 @@ Real processes, each with some CPU devices, that talk over gloo.
 import contextlib
 import dataclasses
 import functools
+import http.server
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -74,6 +76,7 @@ def slurm(count):
       "SLURM_JOB_ID": job,
       "SLURM_STEP_NODELIST": "localhost",
       "SLURM_NTASKS": "2",
+      "SLURM_STEP_NUM_TASKS": "2",
       "SLURM_PROCID": str(number),
       "SLURM_LOCALID": str(number),
     }
@@ -364,7 +367,11 @@ ALL = {"local_device_ids": []}
       },
     ),
     (SLURM, {}),
-    (SLURM | {"SLURM_NTASKS": "1"}, None),
+    # A lone task of srun, and a shell of salloc, in a job of eight.
+    (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),
+    (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, None),
+    # A batch script, or a shell of salloc that is no step.
+    ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None),
     # One task a node, which has all GPUs of it.
     (SLURM | {"SLURM_STEP_NUM_NODES": "2"}, ALL),
     (SLURM | {"SLURM_STEP_NUM_NODES": "1"}, {}),
@@ -376,12 +383,12 @@ ALL = {"local_device_ids": []}
       ALL,
     ),
     (SLURM | {"SLURM_STEP_NUM_NODES": "2", "JAX_LOCAL_DEVICE_IDS": "3"}, {}),
-    # A shell of salloc or a batch script, not a task of srun.
-    ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, None),
     ({"OMPI_COMM_WORLD_SIZE": "2"}, {}),
     ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, {}),
     ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, ALL),
     ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+    # mpirun in a job of Slurm, whose step is its daemon's.
+    (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "OMPI_COMM_WORLD_SIZE": "2"}, {}),
     ({"TPU_WORKER_HOSTNAMES": "a,b"}, None),
     ({"TPU_ML_PLATFORM": "JAX", "TPU_WORKER_HOSTNAMES": "a,b"}, {}),
     ({"TPU_ML_PLATFORM": "JAX", "TPU_PROCESS_ADDRESSES": "a:1,b:1"}, {}),
@@ -423,6 +430,93 @@ print(jax.config.read("jax_cuda_visible_devices"))
     check=True,
   )
   assert done.stdout.splitlines()[-1] == gpus
+
+
+FOUND = """
+import os
+import jax
+from dpo_jax.core import distributed
+
+# There are no TPUs here, of which jax takes note.
+if "JAX_FORCE_TPU_INIT" in os.environ:
+  del os.environ["TPU_SKIP_MDS_QUERY"]
+with distributed.joined():
+  print(distributed.everywhere(jax.process_index()).tolist())
+"""
+
+
+def open_mpi(count):
+  """What mpirun says. jax makes the port of the job's number."""
+  job = (free_port() % 4096) * 4096
+  return [
+    {
+      "OMPI_MCA_orte_hnp_uri": f"{job}.0;tcp://127.0.0.1:1",
+      "OMPI_COMM_WORLD_SIZE": str(count),
+      "OMPI_COMM_WORLD_RANK": str(number),
+      "OMPI_COMM_WORLD_LOCAL_RANK": str(number),
+    }
+    for number in range(count)
+  ]
+
+
+@contextlib.contextmanager
+def metadata(number, count):
+  """The address of what a Cloud TPU host is told of itself."""
+  told = {
+    "agent-worker-number": str(number),
+    "worker-network-endpoints": ",".join(["unknown:unknown:127.0.0.1"] * count),
+    "tpu-env": "ZONE: 'nowhere'",
+  }
+
+  class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      text = told[self.path.rpartition("/")[2]].encode()
+      self.send_response(200)
+      self.send_header("Content-Length", str(len(text)))
+      self.end_headers()
+      self.wfile.write(text)
+
+    def log_message(self, *unused):
+      pass
+
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.mark.parametrize(
+  ("launcher", "count"), [("mpirun", 2), ("TPU", 1), ("TPU", 2)]
+)
+def test_processes_find_each_other_by_what_they_are_told(launcher, count):
+  with contextlib.ExitStack() as stack:
+    if launcher == "mpirun":
+      environments = open_mpi(count)
+    else:
+      port = str(free_port())
+      environments = [
+        {
+          "GCE_METADATA_IP": stack.enter_context(metadata(number, count)),
+          "JAX_COORDINATOR_PORT": port,
+          "JAX_FORCE_TPU_INIT": "1",
+        }
+        for number in range(count)
+      ]
+    children = [
+      subprocess.Popen(
+        [sys.executable, "-c", FOUND],
+        cwd=ROOT,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"} | extra,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+      for extra in environments
+    ]
+    for child in children:
+      output, error = child.communicate(timeout=60)
+      assert child.returncode == 0, error
+      assert output.splitlines()[-1] == str([*range(count)])
 
 
 @pytest.mark.parametrize(

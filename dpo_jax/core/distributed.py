@@ -1,8 +1,8 @@
-"""The processes of one run: who they are, and how they stay together.
+"""The processes of one run: how they find each other and stay together.
 
 The same command is started on every host of a TPU slice, or as every task of a
 Slurm or Open MPI job. Each process reads all data and computes with its own
-devices; the first one owns the run's lock and writes its files. What one
+devices; the first one holds the run's lock and writes its files. What one
 process alone finds out, all of them must learn before the next collective
 operation, or the others would wait in it for ever.
 """
@@ -19,48 +19,44 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from dpo_jax.core import errors
 
-# jax's own default.
-HEARTBEAT_S = 100
-
-# Those that jax's own detection of a Slurm step needs.
-_SLURM = (
-  "SLURM_JOB_ID",
-  "SLURM_STEP_NODELIST",
-  "SLURM_NTASKS",
-  "SLURM_PROCID",
-  "SLURM_LOCALID",
-)
-
 
 @contextlib.contextmanager
-def joined(heartbeat_s: int = HEARTBEAT_S) -> Iterator[None]:
+def joined(heartbeat_s: int = 100) -> Iterator[None]:
   """Joins the other processes if the environment says that there are some.
 
-  To be entered before anything is computed. One process alone is left as it
-  is. When the block fails, the process ends without taking leave of the others:
-  they would wait for each other, instead of seeing that one is gone. When one
-  is gone without a word, the operation that waits for it fails, or, where
-  nothing tells, the process is ended `heartbeat_s` after it was last heard of.
-
-  Args:
-    heartbeat_s: how long another process may be silent.
+  To be entered before anything is computed. When the block fails, but for a
+  signal that stopped all, the process ends without the barrier at which jax
+  would wait for the others, who wait for this one. When another is gone, the
+  operation that waits for it fails, or this process is ended `heartbeat_s`
+  after that one was last heard of.
 
   Raises:
-    ValueError: the environment says that there are several processes, but not
-      how to reach them.
+    ValueError: there are several processes, but no way to reach them.
   """
-  _start(heartbeat_s)
+  arguments = arguments_of(os.environ)
+  if arguments is not None:
+    try:
+      jax.distributed.initialize(
+        **arguments, heartbeat_timeout_seconds=heartbeat_s
+      )
+    except (ValueError, OSError) as error:
+      raise ValueError(
+        f"the other processes of this job were not found ({error}); set"
+        " JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and"
+        " JAX_PROCESS_ID in each of them, or on a single TPU host"
+        " TPU_SKIP_MDS_QUERY=1"
+      ) from error
   try:
     yield
   except BaseException as error:
-    if jax.process_count() > 1:
-      # Of all handlers the last to be registered, so the first to run: after
-      # the error was printed, before jax waits for the others.
-      refused = isinstance(error, ValueError)
-      code = 2 if refused else getattr(error, "code", 1)
+    if jax.process_count() > 1 and not getattr(error, "everywhere", False):
+      code = 2 if isinstance(error, ValueError) else getattr(error, "code", 1)
+      # Registered last and so called first: the error is printed by then, and
+      # jax has not yet begun to wait.
       atexit.register(_leave, code)
     raise
 
@@ -71,30 +67,12 @@ def _leave(code: int) -> None:
   os._exit(code)
 
 
-def _start(heartbeat_s: int) -> None:
-  if jax.distributed.is_initialized():
-    return
-  arguments = arguments_of(os.environ)
-  if arguments is None:
-    return
-  try:
-    jax.distributed.initialize(
-      **arguments, heartbeat_timeout_seconds=heartbeat_s
-    )
-  except (ValueError, OSError) as error:
-    raise ValueError(
-      f"the other processes of this job were not found ({error}); set"
-      " JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and"
-      " JAX_PROCESS_ID in each of them, or on a single TPU host"
-      " TPU_SKIP_MDS_QUERY=1"
-    ) from error
-
-
 def arguments_of(environ: Mapping[str, str]) -> dict[str, Any] | None:
   """How to call jax.distributed.initialize; None for one process alone.
 
-  Explicit variables come first; where there are none, jax finds addresses and
-  numbers out by itself for Slurm, Open MPI and Cloud TPU.
+  jax finds addresses and numbers by itself under Slurm, Open MPI and on Cloud
+  TPU. What it does not do is to see that there is but one process, for which it
+  would wait in a shell of salloc and fail where there is no launcher.
 
   Raises:
     ValueError: just some of the explicit variables are set, or not to numbers.
@@ -102,42 +80,39 @@ def arguments_of(environ: Mapping[str, str]) -> dict[str, Any] | None:
   names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
   given = {name: environ[name] for name in names if environ.get(name)}
   if given:
-    if len(given) < len(names) or not all(
-      given[name].isdecimal() for name in names[1:]
-    ):
+    address, *numbers = (given.get(name, "") for name in names)
+    if not address or not all(number.isdecimal() for number in numbers):
       raise ValueError(
         f"{given}: several processes need all of {', '.join(names)}, the last"
         " two as numbers"
       )
+    count, number = map(int, numbers)
     return {
-      "coordinator_address": given[names[0]],
-      "num_processes": int(given[names[1]]),
-      "process_id": int(given[names[2]]),
+      "coordinator_address": address,
+      "num_processes": count,
+      "process_id": number,
     }
-  if all(name in environ for name in _SLURM):
-    tasks = environ["SLURM_NTASKS"]
-    nodes = environ.get("SLURM_STEP_NUM_NODES")
-    return _gpus(environ, nodes == tasks) if int(tasks) > 1 else None
-  if int(environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+  # Of the step, not of the job: mpirun and srun start in one of several tasks.
+  if (tasks := environ.get("OMPI_COMM_WORLD_SIZE", "1")) != "1":
     return _gpus(environ, environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1")
-  # Importing jax marks a Cloud TPU host so. Without its workers' names in the
+  if (tasks := environ.get("SLURM_STEP_NUM_TASKS", "1")) != "1":
+    return _gpus(environ, environ.get("SLURM_STEP_NUM_NODES") == tasks)
+  # As jax has marked a Cloud TPU host. Without its workers' names in the
   # environment, only the metadata server knows how many there are.
   if environ.get("TPU_ML_PLATFORM") == "JAX":
-    workers = environ.get("TPU_PROCESS_ADDRESSES") or environ.get(
-      "TPU_WORKER_HOSTNAMES"
-    )
-    if workers:
-      return {} if "," in workers else None
-    return None if environ.get("TPU_SKIP_MDS_QUERY") else {}
+    workers = environ.get("TPU_WORKER_HOSTNAMES", "")
+    workers = environ.get("TPU_PROCESS_ADDRESSES", workers)
+    asks = not workers and not environ.get("TPU_SKIP_MDS_QUERY")
+    return {} if asks or "," in workers else None
   return None
 
 
 def _gpus(environ: Mapping[str, str], only: bool) -> dict[str, Any]:
-  """Which of the GPUs that it sees a task of a launcher takes.
+  """Which GPUs a launcher's task takes, of those that it sees.
 
-  jax would have it take one, by the task's number on its node: right where all
-  tasks of a node see all of its GPUs. No restriction, which is an empty list,
-  is right where it is the `only` task there, or sees just its own.
+  jax takes the one of the task's number on its node. No restriction, which is
+  an empty list, is right for the `only` task of a node, or one that sees just
+  its own.
   """
   if "JAX_LOCAL_DEVICE_IDS" in environ:
     return {}
@@ -164,17 +139,13 @@ def together(doing: str) -> Iterator[None]:
   Raises:
     errors.Stopped: another process failed; it tells why.
   """
-  if jax.process_count() == 1:
-    yield
-    return
   try:
     yield
   except BaseException:
     everywhere(False)
     raise
-  done = everywhere(True)
-  if not done.all():
-    failed = np.flatnonzero(~done).tolist()
+  failed = np.flatnonzero(~everywhere(True)).tolist()
+  if failed:
     raise errors.Stopped(
       f"{doing}: stopped with process {failed}, which tells why"
     )
@@ -206,10 +177,6 @@ def shared(path: pathlib.Path) -> None:
 
 def everywhere(value: Any) -> np.ndarray:
   """A small value of each process, stacked in their order, on all of them."""
-  if jax.process_count() == 1:
-    return np.asarray(value)[None]
-  from jax.experimental import multihost_utils
-
   with jax.transfer_guard("allow"):
     return np.asarray(multihost_utils.process_allgather(np.asarray(value)))
 
@@ -231,18 +198,15 @@ def agree(what: str, text: str) -> None:
 
 def wait(name: str) -> None:
   """Goes on when all processes have come here."""
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-
-    with jax.transfer_guard("allow"):
-      multihost_utils.sync_global_devices(name)
+  with jax.transfer_guard("allow"):
+    multihost_utils.sync_global_devices(name)
 
 
 def fetch(tree: Any) -> Any:
   """A tree's arrays as NumPy's, whole, on every process.
 
-  All processes must call it: what lies on devices of others is gathered, an
-  array at a time.
+  All processes must call it: what is on devices of others is gathered, an array
+  at a time.
   """
 
   def one(x):
@@ -250,8 +214,6 @@ def fetch(tree: Any) -> Any:
       x.is_fully_addressable or x.is_fully_replicated
     ):
       return jax.device_get(x)
-    from jax.experimental import multihost_utils
-
     with jax.transfer_guard("allow"):
       return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
