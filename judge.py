@@ -10,7 +10,7 @@ says what they would cost, and asks none of them.
 import dataclasses
 
 from dpo_jax.cli import flags
-from dpo_jax.core import console, settings
+from dpo_jax.core import console, preemption, settings
 from dpo_jax.judging import runner
 
 
@@ -20,7 +20,8 @@ def main(config, workdir, estimate: bool) -> int:
     found = runner.estimate(built, workdir)
     console.result(str(found), "estimate", **dataclasses.asdict(found))
     return 0
-  runner.run_and_say(built, workdir)
+  with preemption.interruptible():
+    runner.run_and_say(built, workdir)
   return 0
 
 

@@ -10,12 +10,12 @@ import pathlib
 from typing import Any
 
 from dpo_jax.cli import flags
-from dpo_jax.core import console, distributed, settings
+from dpo_jax.core import console, distributed, preemption, settings
 from dpo_jax.sampling import generate, jobs
 
 
 def main(config: dict[str, Any], workdir: pathlib.Path) -> int:
-  with distributed.joined():
+  with distributed.joined(), preemption.interruptible():
     built = settings.build(jobs.AnswerSettings, config)
     paths = generate.run(built, workdir)
   if distributed.first():

@@ -85,9 +85,10 @@ def training() -> config_dict.ConfigDict:
   # tenth to a half, at about the same peak memory. What the environment sets by
   # MALLOC_* or GLIBC_TUNABLES is left alone.
   c.keep_freed_memory = True
-  # Seconds after SIGTERM or SIGINT was seen in which a run saves and stops by
-  # itself; then it is ended. What was committed is whole either way.
-  c.grace_s = 30.0
+  # Seconds after SIGTERM, SIGINT or SIGHUP in which a run saves and stops by
+  # itself; then it is ended. What was committed is whole either way. A Spot VM
+  # is gone after 30.
+  c.grace_s = 25.0
   # How long, in seconds, a process of several may not be heard of until the
   # others take it for dead and end; whole seconds.
   c.heartbeat_s = 100

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from dpo_jax.cli import flags
-from dpo_jax.core import console, settings
+from dpo_jax.core import console, preemption, settings
 from dpo_jax.data import sources
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.demo import world as world_lib
@@ -249,7 +249,8 @@ def _filled(values: Any, paths: dict[str, str]) -> Any:
 
 
 def main(config: dict[str, Any], workdir: pathlib.Path) -> int:
-  run(config, workdir)
+  with preemption.interruptible():
+    run(config, workdir)
   return 0
 
 

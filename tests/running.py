@@ -152,7 +152,9 @@ class Child:
   It is killed at the end if it still lives.
   """
 
-  def __init__(self, directory, config, workdir, **environ):
+  def __init__(
+    self, directory, config, workdir, command=("train.py",), **environ
+  ):
     """Starts it; `directory` takes its config and what it prints."""
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / "config.py"
@@ -161,7 +163,12 @@ class Child:
     file.with_suffix(".json").write_text(values)
     self._printed = (directory / "printed").open("w+b")
     self.process = subprocess.Popen(
-      [sys.executable, "train.py", f"--config={file}", f"--workdir={workdir}"],
+      [
+        sys.executable,
+        *command,
+        f"--config={file}",
+        f"--workdir={workdir}",
+      ],
       cwd=ROOT,
       env=os.environ | {"PYTHONPATH": str(ROOT)} | environ,
       stdout=self._printed,

@@ -187,6 +187,34 @@ def test_going_on_after_sigkill_gives_the_same_file(
   assert len(entered) == 12 - committed
 
 
+def test_a_signal_ends_sampling_and_whole_rows_are_kept(world, whole, tmp_path):
+  file = tmp_path / "config.py"
+  file.write_text(running.CONFIG)
+  file.with_suffix(".json").write_text(json.dumps(world.values))
+  where = "dpo_jax.io.jsonl:Store.append_many"
+  done = subprocess.run(
+    [
+      *(sys.executable, "tests/signalled.py", "sample.py", where, "2"),
+      *("SIGTERM", "0", f"--config={file}", f"--workdir={tmp_path}"),
+    ],
+    cwd=ROOT,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+  assert done.returncode == 143, done.stderr
+  assert done.stderr.endswith(
+    "error: stopped by SIGTERM with every whole row kept; run the same command"
+    " again to go on\n"
+  )
+  path = tmp_path / "responses" / "sft.jsonl"
+  assert 0 < len(records.read(path, records.Response)) < 12
+  generate_lib.run(world.build(), tmp_path)
+  assert path.read_bytes() == whole.read_bytes()
+
+
 @pytest.mark.parametrize(
   ("over", "devices", "begun", "answered"),
   [

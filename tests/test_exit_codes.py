@@ -1,6 +1,6 @@
 """The exit codes of docs/commands.md, and --log in every command.
 
-Those of the scripts, and 130 and 143, are tested where the scripts are.
+Those of the scripts, and 129, 130 and 143, are tested where the scripts are.
 """
 
 import json
@@ -59,7 +59,7 @@ def rows(title):
 def test_the_page_lists_the_commands_codes_and_modes():
   names = [*__main__._SCRIPTS, *__main__._MODULES]
   assert [row.strip("`") for row in rows("Commands")] == names
-  assert rows("Exit codes") == ["0", "1", "2", "130", "143"]
+  assert rows("Exit codes") == ["0", "1", "2", "129", "130", "143"]
   assert [row.strip("`") for row in rows("What is shown")] == [*console.MODES]
 
 

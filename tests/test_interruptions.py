@@ -11,7 +11,6 @@ import pathlib
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import jax
@@ -133,66 +132,19 @@ def test_a_signal_in_any_phase_loses_nothing(
   workdir = tmp_path / "run"
   handlers = [signal.getsignal(number) for number in preemption.SIGNALS]
   for turn, (phase, owner, name, options, where, saved) in enumerate(PHASES):
-    number = preemption.SIGNALS[turn % 2]
+    number = preemption.SIGNALS[turn % 3]
     with monkeypatch.context() as patch:
       signalled(patch, owner, name, number, **options)
       with pytest.raises(preemption.Interrupted) as stopped:
         train.run(config(), workdir)
     assert f"{number.name} {where}" in str(stopped.value), phase
-    assert stopped.value.code == {"SIGTERM": 143, "SIGINT": 130}[number.name]
+    assert stopped.value.code == 128 + number
     found = step_files.steps(workdir / "checkpoints")
     assert (found[-1] if found else None) == saved, phase
     assert not (workdir / "finished.json").exists()
   assert [signal.getsignal(number) for number in preemption.SIGNALS] == handlers
   train.run(config(), workdir)
   assert_same(workdir, whole)
-
-
-STUCK = """
-import sys, time
-from dpo_jax.core import preemption
-
-with preemption.Watch(float(sys.argv[1])) as watch, watch.deferred():
-  print("ready", flush=True)
-  # It never asks whether to stop.
-  while True:
-    time.sleep(0.01)
-"""
-
-
-@contextlib.contextmanager
-def stuck(grace_s):
-  """A process that does not stop by itself."""
-  with subprocess.Popen(
-    [sys.executable, "-c", STUCK, str(grace_s)],
-    cwd=running.ROOT,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  ) as child:
-    try:
-      assert child.stdout.readline() == "ready\n"
-      yield child
-    finally:
-      child.kill()
-
-
-def test_a_run_that_does_not_stop_is_ended():
-  with stuck(0.5) as child:
-    child.send_signal(signal.SIGTERM)
-    _, stderr = child.communicate(timeout=30)
-  assert child.returncode == 143
-  assert "not stopped 0.5 s after SIGTERM" in stderr
-
-
-def test_a_second_interrupt_ends_it_at_once():
-  with stuck(600) as child:
-    child.send_signal(signal.SIGINT)
-    # One that comes within a second is taken for the same key.
-    time.sleep(1.5)
-    child.send_signal(signal.SIGINT)
-    child.communicate(timeout=30)
-  assert child.returncode == 130
 
 
 # --- kill -9

@@ -80,7 +80,8 @@ def test_three_kills_bill_no_answered_question_twice(tmp_path):
   assert 80 <= len(server.requests) <= 80 + 3 * concurrency
 
 
-def test_an_interrupt_keeps_what_was_answered(tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_keeps_what_was_answered(tmp_path, name):
   write(tmp_path, [response(n, f" answer {n}") for n in range(20)])
 
   def rule(request, number):
@@ -92,9 +93,11 @@ def test_an_interrupt_keeps_what_was_answered(tmp_path):
     script(tmp_path, server.url, "--config.concurrency=2") as child,
   ):
     server.wait_for(14)
-    child.send_signal(signal.SIGINT)
-    child.communicate(timeout=30)
-  assert child.returncode != 0
+    child.send_signal(signal.Signals[name])
+    _, err = child.communicate(timeout=30)
+  assert child.returncode == 128 + signal.Signals[name]
+  assert f"error: stopped by {name}" in err
+  assert "Traceback" not in err
   assert len(verdicts(tmp_path)) == 12
   assert sorted(os.listdir(tmp_path / "verdicts")) == [
     "controls.jsonl",

@@ -302,7 +302,7 @@ with distributed.joined():
   except errors.Stopped as error:
     print(type(error).__name__)
   # A signal to one of them stops both at the same point.
-  with preemption.Watch(30) as watch, watch.deferred():
+  with preemption.watching(30) as watch, watch.deferred():
     if me == 1:
       signal.raise_signal(signal.SIGINT)
     asked = 1

@@ -4,7 +4,7 @@ Exit codes:
   0  done
   1  failed on the way; what was committed is kept, and the same command goes on
   2  refused because of flags, settings or input, before any work began
-  130, 143  stopped by SIGINT, by SIGTERM; the same command goes on
+  129, 130, 143  stopped by SIGHUP, SIGINT, SIGTERM; the same command goes on
 """
 
 import difflib

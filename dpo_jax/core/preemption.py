@@ -1,76 +1,53 @@
-"""SIGTERM and SIGINT as requests to stop, at the next step boundary.
+"""SIGTERM, SIGINT and SIGHUP as requests to stop.
 
-While nothing would be lost, a signal raises `Interrupted` at once: in data
-preparation, in exporting. In a `deferred` block it is only noted, and the block
-asks `requested` where it can stop. A process that is still there `grace_s`
-later is ended; Python hears of a signal when the main thread comes back from
-native code, and the time is counted from then.
+Training (`watching`) stops at a step boundary. Where nothing would be lost, in
+data preparation and export, a signal raises `Interrupted` at once; in a
+`deferred` block it sets a flag, and the block asks `requested`. Sampling and
+judging keep each row as it is made, and are `interruptible` anywhere.
 
-With several processes they must stop at the same point, or the others would
-wait for ever: SIGTERM is left to jax's preemption service, which also learns of
-the maintenance of a Cloud TPU host, tells all of them of a signal to any, and
-names the point. It has a native handler, which one of Python would replace.
+Several processes must stop at the same step. There SIGTERM is left to jax's
+preemption service, which tells all of them, also of the maintenance of a Cloud
+TPU host, and chooses the step; a handler of Python would replace its native
+one. SIGINT and SIGHUP are passed on to it.
 
-A second SIGINT, a second or more after the first, ends the process at once.
+A signal that is ignored as the process starts, SIGHUP under nohup, stays so.
 """
 
 import contextlib
 import os
 import signal
 import threading
-import time
-from collections.abc import Iterator
-
-import jax
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from dpo_jax.core import errors
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Interrupted(errors.Stopped):
   """A signal asked the run to stop; running it again goes on.
 
-  Its exit code is 128 and the signal's number: 143 for SIGTERM, 130 for SIGINT.
+  Its exit code is 128 and the signal's number: 143, 130 or 129. `everywhere`
+  tells that all processes stopped at the same point.
   """
 
-  def __init__(self, number: int, where: str):
+  def __init__(self, number: int, where: str, everywhere: bool = False):
     name = signal.Signals(number).name
     super().__init__(
       f"stopped by {name} {where}; run the same command again to go on"
     )
-    self.code = 128 + number
+    self.code, self.everywhere = 128 + number, everywhere
 
 
 class Watch:
-  """Takes the signals over while it is entered; a context manager.
+  """What came; see `watching`."""
 
-  Outside the main thread, where Python has no handlers, it does nothing.
-  """
-
-  def __init__(self, grace_s: float):
-    """`grace_s`: how long after a signal the process may go on to live."""
-    self._grace_s = grace_s
+  def __init__(self, alone: bool):
+    self._alone = alone
     self._number: int | None = None
-    self._came_s = 0.0
-    self._watchdog: threading.Timer | None = None
     self._deferring = False
     self._asked = 0
-    self._before = {}
-
-  def __enter__(self) -> "Watch":
-    if threading.current_thread() is threading.main_thread():
-      taken = SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
-      self._before = {number: signal.getsignal(number) for number in taken}
-      for number in taken:
-        signal.signal(number, self._handle)
-    return self
-
-  def __exit__(self, *exc_info) -> None:
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
-    if self._watchdog is not None:
-      self._watchdog.cancel()
 
   @contextlib.contextmanager
   def deferred(self) -> Iterator[None]:
@@ -84,51 +61,104 @@ class Watch:
       yield
     finally:
       self._deferring = False
-    if self._number is not None and jax.process_count() == 1:
+    if self._number is not None and self._alone:
       raise self.interrupted("at the end of training")
 
   def requested(self) -> bool:
-    """Whether to stop here.
-
-    All processes ask at the same points, and get the same answer.
-    """
-    if jax.process_count() == 1:
+    """Whether to stop; to be asked by all processes at the same points."""
+    if self._alone:
       return self._number is not None
     from jax.experimental import multihost_utils
 
     self._asked += 1
-    stop = multihost_utils.reached_preemption_sync_point(self._asked)
-    if stop and self._number is None:
-      self._note(signal.SIGTERM)
-    return stop
+    return multihost_utils.reached_preemption_sync_point(self._asked)
 
   def interrupted(self, where: str) -> Interrupted:
     """The error to raise; `where` says what was done and kept."""
-    return Interrupted(self._number or signal.SIGTERM, where)
+    return Interrupted(self._number or signal.SIGTERM, where, not self._alone)
 
-  def _handle(self, number: int, frame) -> None:
+  def handle(self, number: int, frame: Any) -> None:
     if self._number is None:
-      self._note(number)
-      if jax.process_count() > 1:
+      self._number = number
+      if not self._alone:
         signal.raise_signal(signal.SIGTERM)
-      if not self._deferring:
+      elif not self._deferring:
         raise self.interrupted("before or after training")
-    elif number == signal.SIGINT and time.monotonic() - self._came_s > 1:
-      os._exit(128 + number)
 
-  def _note(self, number: int) -> None:
-    self._number, self._came_s = number, time.monotonic()
-    self._watchdog = threading.Timer(self._grace_s, self._end)
-    self._watchdog.daemon = True
-    self._watchdog.start()
 
-  def _end(self) -> None:
-    """Ends the process, whatever its main thread is at."""
-    name = signal.Signals(self._number).name
-    text = (
-      f"error: not stopped {self._grace_s:g} s after {name}: ending at once;"
-      " what was committed is whole\n"
-    )
+@contextlib.contextmanager
+def watching(grace_s: float) -> Iterator[Watch]:
+  """Takes the signals over; `grace_s` after one the process is ended."""
+  import jax
+
+  alone = jax.process_count() == 1
+  watch = Watch(alone)
+  with _handled(watch.handle, SIGNALS if alone else SIGNALS[1:], grace_s):
+    yield watch
+
+
+@contextlib.contextmanager
+def interruptible(grace_s: float = 25.0) -> Iterator[None]:
+  """SIGTERM and SIGHUP interrupt the block as SIGINT does.
+
+  Raises:
+    Interrupted: a signal came, and the block has ended.
+  """
+  came = []
+
+  def handle(number, frame):
+    came.append(number)
+    # asyncio has a handler of its own, which cancels what it runs.
+    interrupt = signal.getsignal(signal.SIGINT)
+    known = callable(interrupt)
+    (interrupt if known else signal.default_int_handler)(number, frame)
+
+  try:
+    with _handled(handle, (signal.SIGTERM, signal.SIGHUP), grace_s):
+      yield
+  except KeyboardInterrupt:
+    number = came[0] if came else signal.SIGINT
+    raise Interrupted(number, "with every whole row kept") from None
+
+
+@contextlib.contextmanager
+def _handled(
+  handle: Callable[[int, Any], None], numbers: tuple[int, ...], grace_s: float
+) -> Iterator[None]:
+  """Handles signals in the main thread; in others Python cannot."""
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  # The numbers of signals are written as they come, also while Python's
+  # handlers wait for the main thread to return from native code.
+  reader, writer = os.pipe()
+  os.set_blocking(writer, False)
+  left = threading.Event()
+  watchdog = (reader, left, grace_s)
+  threading.Thread(target=_end_late, args=watchdog, daemon=True).start()
+  woken = signal.set_wakeup_fd(writer)
+  before = {number: signal.getsignal(number) for number in numbers}
+  try:
+    for number, handler in before.items():
+      if handler != signal.SIG_IGN:
+        signal.signal(number, handle)
+    yield
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+    signal.set_wakeup_fd(woken)
+    left.set()
+    os.close(writer)
+
+
+def _end_late(reader: int, left: threading.Event, grace_s: float) -> None:
+  """Ends the process if it is not `left` in time after a signal."""
+  with open(reader, "rb", buffering=0) as signals:
+    while (number := signals.read(1)) and number[0] not in SIGNALS:
+      pass
+  if number and not left.wait(grace_s):
+    name = signal.Signals(number[0]).name
+    text = f"error: not stopped {grace_s:g} s after {name}: ending at once"
     # Past Python's buffers, whose locks another thread may hold.
-    os.write(2, text.encode())
-    os._exit(128 + self._number)
+    os.write(2, f"{text}; what was committed is whole\n".encode())
+    os._exit(128 + number[0])

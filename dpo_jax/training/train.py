@@ -50,7 +50,7 @@ def run(
   if config.keep_freed_memory:
     compile_lib.keep_freed_memory()
   compile_lib.keep(config.compilation_cache)
-  with preemption.Watch(config.grace_s) as watch:
+  with preemption.watching(config.grace_s) as watch:
     with distributed.together("preparing the directory"):
       if distributed.first():
         rundir.prepare(workdir, "checkpoints")
