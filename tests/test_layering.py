@@ -48,7 +48,7 @@ CONFINED = {
   "matplotlib": {"report"},
   "ml_collections": {"cli"},
   "openai": {"judging"},
-  "orbax": {"training"},
+  "orbax": {"io", "training"},
   "safetensors": {"io"},
   "scipy": {"winrates"},
   "tensorboardX": {"training"},

@@ -1,12 +1,15 @@
 """Which steps are whole, and which are kept: faults made in real files."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 from dpo_jax.io import step_files
 
@@ -27,43 +30,66 @@ def make(directory, step, metrics=None, complete=True):
   return path
 
 
-@pytest.mark.parametrize(
-  ("retention", "kept"),
-  [
-    (keep(newest=0), {1, 2, 3, 4, 5, 6}),
-    (keep(newest=1), {6}),
-    (keep(newest=2), {5, 6}),
-    (keep(newest=9), {1, 2, 3, 4, 5, 6}),
-    (keep(newest=1, every=2), {2, 4, 6}),
-    (keep(newest=1, every=4), {4, 6}),
-    # 0.3 stands at steps 2 and 5: the first of them is the better.
-    (keep(newest=1, best=1), {2, 6}),
-    (keep(newest=1, best=2), {2, 5, 6}),
-    (keep(newest=1, best=9), {1, 2, 3, 5, 6}),
-    (keep(newest=1, best=1, best_is="highest"), {1, 6}),
-    (keep(newest=1, best=1, metric="eval_rewards/accuracies"), {3, 6}),
-    (keep(newest=1, every=4, best=1), {2, 4, 6}),
-  ],
-)
-def test_retention(tmp_path, retention, kept):
-  # Step 4 has no evaluation.
-  losses = {1: 0.9, 2: 0.3, 3: 0.5, 5: 0.3, 6: 0.4}
-  for step in range(1, 7):
+def test_retention_by_hand(tmp_path):
+  # Step 4 has no evaluation; of the equal steps 2 and 5 the first is better.
+  losses = {1: 0.9, 2: 0.3, 3: math.nan, 5: 0.3, 6: 0.4, 7: math.inf, 8: 1.0}
+  for step in range(1, 9):
     metrics = {"eval_loss": losses[step]} if step in losses else {}
-    if step == 3:
-      metrics["eval_rewards/accuracies"] = 0.5
     make(tmp_path, step, metrics)
-  step_files.prune(tmp_path, retention)
-  assert set(step_files.steps(tmp_path)) == kept
-  assert {path.name for path in tmp_path.iterdir()} == set(map(str, kept))
+  found = {i: step_files.metrics(tmp_path, i) for i in range(1, 9)}
+  for retention, kept in (
+    (keep(newest=0), set(found)),
+    (keep(newest=2), {7, 8}),
+    (keep(newest=9), set(found)),
+    (keep(newest=1, every=3), {3, 6, 8}),
+    (keep(newest=1, best=9), {1, 2, 5, 6, 8}),
+    (keep(newest=1, best=1, best_is="highest"), {8}),
+    (keep(newest=1, best=9, metric="eval_rewards/accuracies"), {8}),
+  ):
+    assert retention.kept(found) == kept
+  step_files.prune(tmp_path, keep(newest=1, every=4, best=1), {3})
+  assert {path.name for path in tmp_path.iterdir()} == set("2348")
 
 
-def test_a_number_that_is_not_finite_is_never_the_best(tmp_path):
-  for step, loss in ((1, float("nan")), (2, 0.5), (3, float("inf")), (4, 1.0)):
-    make(tmp_path, step, {"eval_loss": loss})
-  step_files.prune(tmp_path, keep(newest=1, best=1))
-  assert step_files.steps(tmp_path) == [2, 4]
-  step_files.note(tmp_path, 4, {"eval_loss": 0.25})
+def kept_by_rule(retention, found):
+  """The same without Orbax."""
+  kept = set(sorted(found)[-retention.newest :])
+  if retention.every:
+    kept |= {step for step in found if step % retention.every == 0}
+  sign = 1 if retention.best_is == "lowest" else -1
+  ranked = sorted(
+    (sign * metrics[retention.metric], step)
+    for step, metrics in found.items()
+    if math.isfinite(metrics.get(retention.metric, math.nan))
+  )
+  return kept | {step for _, step in ranked[: retention.best]}
+
+
+VALUES = st.sampled_from([-1.0, 0.0, 0.5, 2.0, math.nan, math.inf, -math.inf])
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(
+  st.builds(
+    keep,
+    newest=st.integers(0, 4),
+    every=st.integers(0, 4),
+    best=st.integers(0, 10),
+    best_is=st.sampled_from(["lowest", "highest"]),
+  ),
+  st.dictionaries(
+    st.integers(1, 12),
+    st.dictionaries(st.sampled_from(["eval_loss", "other"]), VALUES),
+    max_size=10,
+  ),
+)
+def test_retention_is_its_rules(retention, found):
+  assert retention.kept(found) == kept_by_rule(retention, found)
+
+
+def test_an_evaluation_can_be_noted_later(tmp_path):
+  make(tmp_path, 4)
+  step_files.note(tmp_path, 4, {"eval_loss": 0.25, "other": math.nan})
   assert step_files.metrics(tmp_path, 4) == {"eval_loss": 0.25}
   assert step_files.problem(tmp_path, 4) == ""
 

@@ -17,8 +17,9 @@ import math
 import pathlib
 import shutil
 import sys
+import types
 from collections.abc import Set
-from typing import Literal
+from typing import Any, Literal
 
 from dpo_jax.core import console
 from dpo_jax.io import atomic, hashing, strict_json
@@ -34,15 +35,11 @@ _FORMAT = 1
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-  """Which steps are kept; each rule keeps its own, whatever the others say.
+  """Which steps are kept: those that any rule keeps.
 
-  Attributes:
-    newest: so many of the newest; 0 keeps all.
-    every: steps that it divides; 0 is no such rule.
-    best: so many with the best `metric`; 0 is no such rule.
-    metric: a number of the evaluation at the step; steps without are not
-      among the best.
-    best_is: which end of it is the best.
+  The rules are the `newest` steps (0: all), multiples of `every` (0: none), and
+  the `best` steps by an evaluation's `metric`; of equals the earlier is better,
+  and steps where it is missing or not finite are not among the best.
   """
 
   newest: int
@@ -53,20 +50,35 @@ class Retention:
 
   def kept(self, found: dict[int, dict[str, float]]) -> set[int]:
     """The steps to keep, of steps with their metrics."""
-    if not self.newest:
-      return set(found)
-    kept = set(sorted(found)[-self.newest :])
+    # Not at the top: `checkpoint list` would take a second longer.
+    from orbax.checkpoint import checkpoint_managers as policies
+
+    sign = 1 if self.best_is == "lowest" else -1
+    ranks = {
+      step: (sign * metrics[self.metric], step)
+      for step, metrics in found.items()
+      if math.isfinite(metrics.get(self.metric, math.nan))
+    }
+    rules: list[policies.PreservationPolicy] = [
+      policies.LatestN(self.newest or None),
+      policies.BestN(
+        get_metric_fn=lambda rank: rank,
+        reverse=True,
+        # Asked for as many as there are steps, it keeps those without a metric.
+        n=min(self.best, len(ranks)),
+        keep_checkpoints_without_metrics=False,
+      ),
+    ]
     if self.every:
-      kept |= {step for step in found if step % self.every == 0}
-    if self.best:
-      sign = 1 if self.best_is == "lowest" else -1
-      ranked = sorted(
-        (sign * metrics[self.metric], step)
-        for step, metrics in found.items()
-        if math.isfinite(metrics.get(self.metric, math.nan))
-      )
-      kept |= {step for _, step in ranked[: self.best]}
-    return kept
+      rules.append(policies.EveryNSteps(self.every))
+    steps: list[Any] = [
+      types.SimpleNamespace(step=step, metrics=ranks.get(step))
+      for step in sorted(found)
+    ]
+    kept = policies.AnyPreservationPolicy(rules).should_preserve(
+      steps, context=policies.PreservationContext()
+    )
+    return {item.step for item, keep in zip(steps, kept) if keep}
 
 
 def steps(directory: pathlib.Path) -> list[int]:
