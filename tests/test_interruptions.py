@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import running
 
-from dpo_jax.core import preemption, sharding
+from dpo_jax.core import preemption, settings, sharding
 from dpo_jax.data import dataset
 from dpo_jax.io import metrics, step_files
 from dpo_jax.model import hf
@@ -160,6 +160,73 @@ def test_killed_in_a_save_it_ends_where_it_would_have(whole, config, tmp_path):
     child.process.kill()
     assert child.end() == -signal.SIGKILL
   train.run(config(), workdir)
+  assert_same(workdir, whole)
+
+
+KILLED_AT = """
+import json, os, pathlib, shutil, signal, sys
+from dpo_jax.core import settings
+from dpo_jax.io import step_files
+from dpo_jax.training import config, train
+
+def kill(owner, name, when, before=lambda path: None):
+  original = getattr(owner, name)
+  def call(path, *arguments, **options):
+    if when(path, *arguments):
+      before(path)
+      os.kill(os.getpid(), signal.SIGKILL)
+    return original(path, *arguments, **options)
+  setattr(owner, name, call)
+
+where, values, workdir = sys.argv[1:]
+if where == "before the deletes":
+  kill(step_files, "prune", lambda path, *_: (path / "4").exists())
+elif where == "amid the deletes":
+  kill(
+    shutil,
+    "rmtree",
+    lambda path: str(path).endswith("2.deleting"),
+    lambda path: next(path.rglob("d/*")).unlink(),
+  )
+else:
+  kill(step_files, "complete", lambda path, step, _: step == 7)
+values = settings.build(config.TrainSettings, json.loads(values))
+train.run(values, pathlib.Path(workdir))
+"""
+
+
+def test_killed_as_a_save_completes_it_ends_where_it_would_have(
+  whole, config, tmp_path
+):
+  workdir = tmp_path / "run"
+  directory = workdir / "checkpoints"
+  # Each is all that there is to go on from, once those before it are deleted.
+  one = config(keep_checkpoints=1)
+  values = json.dumps(settings.to_dict(one))
+
+  def found():
+    return {path.name for path in directory.iterdir()}
+
+  for where, left, start in (
+    ("before the deletes", {"2", "4"}, 4),
+    ("amid the deletes", {"2.deleting", "4", "6"}, 6),
+    ("before the manifest", {"4", "6", "7"}, 6),
+  ):
+    done = subprocess.run(
+      [sys.executable, "-c", KILLED_AT, where, values, str(workdir)],
+      cwd=running.ROOT,
+      capture_output=True,
+      text=True,
+      timeout=180,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert found() == left
+    assert step_files.newest(directory)[0] == start
+  assert not (directory / "7" / step_files.MANIFEST).exists()
+  train.run(one, workdir)
+  starts = json.loads((workdir / "manifest.json").read_text())["starts"]
+  assert [begun["step"] for begun in starts] == [0, 4, 6, 6]
+  assert found() == {"7", "7.rejected"}
   assert_same(workdir, whole)
 
 
@@ -440,6 +507,8 @@ def test_what_may_change_is_recorded(
   changes = {"loss.beta": 0.6, "optimizer.eps": 1e-7}
   with pytest.raises(ValueError, match=r"config.optimizer.eps: 1e-08 -> 1e-07"):
     train.run(config(**changes, allow_changes=["loss"]), workdir)
+  with pytest.raises(ValueError, match=r"lora_a: float32\[.*, 2\] -> float32"):
+    train.run(config(**{"lora.rank": 4}, allow_changes=["lora"]), workdir)
   # Other pairs under the same name, too.
   other = files / "other.jsonl"
   running.write(other, list(running.rows(30, 4)))

@@ -1,9 +1,9 @@
-"""The files of a run's checkpoints: which steps are whole, and which are kept.
+"""Checkpoint directories of a run: manifests, verification and retention.
 
 A step is a directory named by its number. Its manifest.json, written last,
-holds the SHA-256 of every other file and of itself: a step without one was
-never completed, and one whose files differ from it is damaged. Neither is ever
-gone on from, and neither is deleted: it is renamed to `<step>.rejected`.
+holds the SHA-256 of every other file and of itself. A step without a manifest,
+or whose files differ from it, is neither resumed from nor deleted: it is
+renamed to `<step>.rejected`.
 """
 
 import argparse
@@ -28,9 +28,9 @@ MANIFEST = "manifest.json"
 # A step being deleted: a killed deletion must not look like a damaged step.
 _DELETING = ".deleting"
 _REJECTED = ".rejected"
-# What orbax calls a step that it is still writing.
+# Orbax's name for a step that it is still writing.
 _WRITING = ".orbax-checkpoint-tmp"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,138 +71,81 @@ class Retention:
     ]
     if self.every:
       rules.append(policies.EveryNSteps(self.every))
-    steps: list[Any] = [
+    infos: list[Any] = [
       types.SimpleNamespace(step=step, metrics=ranks.get(step))
       for step in sorted(found)
     ]
     kept = policies.AnyPreservationPolicy(rules).should_preserve(
-      steps, context=policies.PreservationContext()
+      infos, context=policies.PreservationContext()
     )
-    return {item.step for item, keep in zip(steps, kept) if keep}
+    return {info.step for info, keep in zip(infos, kept) if keep}
 
 
 def steps(directory: pathlib.Path) -> list[int]:
   """All steps of a directory in ascending order, whole or not."""
-  if not directory.is_dir():
-    return []
-  return sorted(
-    int(path.name)
-    for path in directory.iterdir()
-    if path.name.isdecimal() and path.is_dir()
-  )
+  names = (path.name for path in directory.glob("*"))
+  return sorted(int(name) for name in names if name.isdecimal())
 
 
 def complete(
   directory: pathlib.Path, step: int, metrics: dict[str, float]
 ) -> None:
-  """Writes a step's manifest once all its files are on disk.
+  """Writes a step's manifest, once all its files are written.
 
-  Args:
-    directory: the run's checkpoints.
-    step: whose files are all written.
-    metrics: of the evaluation at this step, for retention.
+  `metrics` are of the evaluation at the step, for retention.
   """
   path = directory / str(step)
-  files = _files(path)
-
-  def flushed(name):
-    atomic.sync(path / name)
-    return hashing.file_hash(path / name)
-
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    hashes = list(pool.map(flushed, files))
-  for folder in (*filter(pathlib.Path.is_dir, path.rglob("*")), path):
-    atomic.sync(folder)
-  manifest = {
-    "format": _FORMAT,
-    "step": step,
-    "metrics": _finite(metrics),
-    "files": {
-      name: {"bytes": (path / name).stat().st_size, "sha256": digest}
-      for name, digest in zip(files, hashes)
-    },
-  }
-  _write(directory, step, manifest)
+    list(pool.map(atomic.sync, [*path.rglob("*"), path]))
+  _write(directory, step, metrics, _hashed(path))
 
 
 def problem(directory: pathlib.Path, step: int) -> str:
-  """What is wrong with a step, every file compared; "" if it is whole."""
+  """What is wrong with a step, every file hashed; "" if it is whole."""
   path = directory / str(step)
   if not (path / MANIFEST).is_file():
     return f"it has no {MANIFEST}: its save was interrupted"
   try:
-    wanted = _manifest(directory, step)["files"]
-  except (OSError, ValueError, KeyError, TypeError) as error:
+    wanted, found = hashes(directory, step), _hashed(path)
+  except (OSError, ValueError) as error:
     return str(error)
-  found = _files(path)
-  for what, names in (
-    ("missing", wanted.keys() - set(found)),
-    ("not its own", set(found) - wanted.keys()),
-  ):
-    if names:
-      return f"{len(names)} files are {what}: {', '.join(sorted(names)[:3])}"
-
-  def differs(name):
-    size = (path / name).stat().st_size
-    if size != wanted[name]["bytes"]:
-      return f"{name} has {size} bytes, not {wanted[name]['bytes']}"
-    if hashing.file_hash(path / name) != wanted[name]["sha256"]:
-      return f"{name} is not what was written"
-    return ""
-
-  with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    return next(filter(None, pool.map(differs, found)), "")
+  wrong = sorted({name for name, _ in wanted.items() ^ found.items()})
+  if wrong:
+    return f"it differs from its manifest in {', '.join(wrong[:3])}"
+  return ""
 
 
 def metrics(directory: pathlib.Path, step: int) -> dict[str, float]:
-  """The evaluation at a whole step.
-
-  Raises:
-    ValueError: its manifest is damaged.
-  """
+  """The evaluation at a step; ValueError if its manifest is damaged."""
   return _manifest(directory, step)["metrics"]
 
 
 def hashes(directory: pathlib.Path, step: int) -> dict[str, str]:
-  """The SHA-256 of each file of a step, but its manifest, as it was completed.
-
-  Raises:
-    ValueError: its manifest is damaged.
-  """
-  files = _manifest(directory, step)["files"]
-  return {name: file["sha256"] for name, file in files.items()}
-
-
-def staged(directory: pathlib.Path, step: int) -> pathlib.Path:
-  """Where a step's files are brought to before it is seen."""
-  return directory / f"{step}{_WRITING}-brought"
-
-
-def install(directory: pathlib.Path, step: int) -> None:
-  """Makes a step of what was staged; what is in its place is put aside."""
-  path = directory / str(step)
-  if path.exists():
-    aside = path.with_name(path.name + _REJECTED)
-    shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
-  staged(directory, step).rename(path)
-  atomic.sync(directory)
+  """SHA-256 of each file of a step; ValueError if its manifest is damaged."""
+  return _manifest(directory, step)["files"]
 
 
 def note(directory: pathlib.Path, step: int, metrics: dict[str, float]) -> None:
   """Puts the evaluation of a whole step into its manifest."""
-  manifest = _manifest(directory, step) | {"metrics": _finite(metrics)}
-  _write(directory, step, manifest)
+  _write(directory, step, metrics, hashes(directory, step))
 
 
-def size(directory: pathlib.Path, step: int) -> int:
-  """Bytes of a step's files."""
+def staged(directory: pathlib.Path, step: int) -> pathlib.Path:
+  """Where a step's files are downloaded to before `install`."""
+  return directory / f"{step}{_WRITING}-brought"
+
+
+def install(directory: pathlib.Path, step: int) -> None:
+  """Makes a step of what was staged; one already there is put aside."""
   path = directory / str(step)
-  return sum((path / name).stat().st_size for name in _files(path))
+  if path.exists():
+    _reject(path)
+  staged(directory, step).rename(path)
+  atomic.sync(directory)
 
 
 def newest(directory: pathlib.Path) -> tuple[int | None, list[str]]:
-  """The newest whole step, and why those after it are not.
+  """The newest whole step, and what is wrong with those after it.
 
   Raises:
     ValueError: a step was whole once, but none is now.
@@ -225,21 +168,18 @@ def newest(directory: pathlib.Path) -> tuple[int | None, list[str]]:
 
 
 def tidy(directory: pathlib.Path, latest: int | None) -> None:
-  """Puts aside what an interrupted process left; `latest` is the newest step.
-
-  Steps after `latest` are renamed, half-written and half-deleted ones removed.
+  """Puts steps after `latest` aside, removes half-written and -deleted ones.
 
   Raises:
-    ValueError: the directory holds what no run wrote.
+    ValueError: the directory holds something else.
   """
   for path in directory.iterdir():
     if path.name.endswith(_DELETING) or _WRITING in path.name:
       shutil.rmtree(path)
-    elif path.name.isdecimal() and (latest is None or int(path.name) > latest):
-      aside = path.with_name(path.name + _REJECTED)
-      shutil.rmtree(aside, ignore_errors=True)
-      path.rename(aside)
-    elif not (path.name.isdecimal() or path.name.endswith(_REJECTED)):
+    elif path.name.isdecimal():
+      if latest is None or int(path.name) > latest:
+        _reject(path)
+    elif not path.name.endswith(_REJECTED):
       raise ValueError(
         f"{path} is no checkpoint: move it away, or use another directory"
       )
@@ -251,39 +191,63 @@ def prune(
   retention: Retention,
   held: Set[int] = frozenset(),
 ) -> None:
-  """Deletes completed steps that no rule keeps, and nobody holds."""
+  """Deletes the completed steps that retention does not keep, but `held`."""
   found = {}
   for step in steps(directory):
     # One that is damaged neither counts nor is deleted.
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(ValueError):
       found[step] = metrics(directory, step)
   for step in sorted(found.keys() - retention.kept(found) - held):
-    path = directory / str(step)
-    gone = path.with_name(path.name + _DELETING)
-    path.rename(gone)
+    gone = directory / f"{step}{_DELETING}"
+    (directory / str(step)).rename(gone)
     atomic.sync(directory)
     shutil.rmtree(gone)
 
 
-def _finite(metrics: dict[str, float]) -> dict[str, float]:
-  return {k: value for k, value in metrics.items() if math.isfinite(value)}
+def _reject(path: pathlib.Path) -> None:
+  aside = path.with_name(path.name + _REJECTED)
+  shutil.rmtree(aside, ignore_errors=True)
+  path.rename(aside)
 
 
-def _write(directory: pathlib.Path, step: int, manifest: dict) -> None:
-  manifest = manifest | {"sha256": _own_hash(manifest)}
-  text = json.dumps(manifest, indent=2) + "\n"
+def _hashed(path: pathlib.Path) -> dict[str, str]:
+  """The SHA-256 of each file beneath a step but its manifest, by name."""
+  files = [
+    file
+    for file in sorted(path.rglob("*"))
+    # A killed writer may have left a temporary of the manifest.
+    if not file.is_dir() and not (file.parent == path and MANIFEST in file.name)
+  ]
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    names = [file.relative_to(path).as_posix() for file in files]
+    return dict(zip(names, pool.map(hashing.file_hash, files)))
+
+
+def _write(
+  directory: pathlib.Path,
+  step: int,
+  metrics: dict[str, float],
+  files: dict[str, str],
+) -> None:
+  content = {
+    "format": _FORMAT,
+    "step": step,
+    "metrics": {k: x for k, x in metrics.items() if math.isfinite(x)},
+    "files": files,
+  }
+  text = json.dumps(content | {"sha256": _own_hash(content)}, indent=2) + "\n"
   atomic.write_text(directory / str(step) / MANIFEST, text)
   atomic.sync(directory)
 
 
 def _manifest(directory: pathlib.Path, step: int) -> dict:
-  path = directory / str(step) / MANIFEST
-  found = strict_json.read(path)
+  found = strict_json.read(directory / str(step) / MANIFEST)
   if not isinstance(found, dict) or found.get("sha256") != _own_hash(found):
     raise ValueError(f"{MANIFEST} is not what was written")
-  if found["format"] != _FORMAT or found["step"] != step:
+  if (found["format"], found["step"]) != (_FORMAT, step):
     raise ValueError(
-      f"{MANIFEST} is of step {found['step']} in format {found['format']}"
+      f"{MANIFEST} is of step {found['step']} in format {found['format']},"
+      f" not {step} in {_FORMAT}"
     )
   return found
 
@@ -291,15 +255,6 @@ def _manifest(directory: pathlib.Path, step: int) -> dict:
 def _own_hash(manifest: dict) -> str:
   content = {key: value for key, value in manifest.items() if key != "sha256"}
   return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _files(path: pathlib.Path) -> list[str]:
-  """All files beneath a step but its manifest, sorted."""
-  return sorted(
-    file.relative_to(path).as_posix()
-    for file in path.rglob("*")
-    if not file.is_dir() and file != path / MANIFEST
-  )
 
 
 def main(arguments: list[str]) -> int:
@@ -326,26 +281,26 @@ def main(arguments: list[str]) -> int:
   if not found:
     console.error(f"{directory} holds no checkpoints")
     return 2
-  show = _show_verified if options.command == "verify" else _show_size
-  return max([show(directory, step) for step in found])
+  code = 0
+  for step in found:
+    if options.command == "verify":
+      said = problem(directory, step)
+      code |= bool(said)
+    else:
+      try:
+        said = _summary(directory, step)
+      except (OSError, ValueError) as error:
+        said, code = f"not whole: {error}", 1
+    console.result(f"step {step}: {said or 'whole'}", step=step)
+  return code
 
 
-def _show_verified(directory: pathlib.Path, step: int) -> int:
-  found = problem(directory, step)
-  console.result(f"step {step}: {found or 'whole'}", step=step)
-  return 1 if found else 0
-
-
-def _show_size(directory: pathlib.Path, step: int) -> int:
-  said = f"step {step}: {size(directory, step):,} bytes"
-  try:
-    found = metrics(directory, step)
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    console.result(f"{said}, not whole: {error}", step=step)
-    return 1
+def _summary(directory: pathlib.Path, step: int) -> str:
+  files = hashes(directory, step)
+  size = sum((directory / str(step) / name).stat().st_size for name in files)
+  found = metrics(directory, step)
   values = [f"{name} {value:.6g}" for name, value in found.items()]
-  console.result(", ".join([said, *values]), step=step)
-  return 0
+  return ", ".join([f"{size:,} bytes", *values])
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""A run's checkpoints: trainable weights, optimizer state and position.
+"""A run's checkpoints: trained weights, optimizer state and position.
 
-The frozen base is never saved: its source and its hash stand in the metadata.
-Trees are stored as flat dicts by path, so that a checkpoint does not depend on
-the classes of the optimizer that wrote it.
+The frozen base is not saved: its source and hash are in the metadata. The
+arrays are one flat dict by path, so that a checkpoint does not depend on the
+classes of the optimizer that wrote it.
 
-Orbax writes in the background and makes a step visible when it is whole; a
+Orbax writes in the background and makes a step visible once it is whole; a
 thread then hashes its files, writes its manifest, and only after that deletes
-the steps that are no longer kept. What goes wrong there is raised by the next
-call of `check`, `save` or `close`.
+the steps that retention does not keep. Orbax's CheckpointManager could not do
+that: it deletes in place, so that a kill leaves half a step under its name, and
+it reports to jax's preemption service, from a thread, a step that is past.
 """
 
 import concurrent.futures
@@ -43,11 +44,10 @@ class Checkpoints:
     retention: step_files.Retention,
     copies: mirror.Mirror | None = None,
   ):
-    """Opens or makes `directory` and finds its newest whole step.
+    """Opens or makes `directory`, finds its newest whole step.
 
-    `copies` is told of each step that is whole; the first process may have it.
-
-    What is wrong with later steps is told on stderr, and they are put aside.
+    Later steps are put aside, with a warning of what is wrong with them.
+    `copies`, of the first process alone, is told of each step that is whole.
 
     Raises:
       ValueError: a step was whole once, but none is now; or the directory
@@ -61,9 +61,7 @@ class Checkpoints:
         self._directory.mkdir(parents=True, exist_ok=True)
         latest, problems = step_files.newest(self._directory)
         for problem in problems:
-          _log.warning("%s", problem)
-        if problems:
-          _log.warning("going on from step %d", latest or 0)
+          _log.warning("%s; going on from step %d", problem, latest or 0)
         step_files.tidy(self._directory, latest)
     # The others must not look for themselves: a disk may show them less.
     found = int(distributed.everywhere(-1 if latest is None else latest)[0])
@@ -73,14 +71,13 @@ class Checkpoints:
     self._completing: concurrent.futures.Future | None = None
 
   def latest(self) -> int | None:
-    """The newest step that was whole when it was last looked at, or None."""
+    """The newest step, saved or being saved; None if there is none."""
     return self._latest
 
   def save(
     self,
     state: step_lib.TrainState,
     name: str,
-    position: dict[str, Any],
     meta: dict[str, Any],
     metrics: dict[str, float],
   ) -> None:
@@ -89,8 +86,7 @@ class Checkpoints:
     Args:
       state: what to save.
       name: the trained subtree, "base" or "lora".
-      position: where the data goes on, JSON values.
-      meta: what made the state, JSON values.
+      meta: what made the state and where the data goes on, JSON values.
       metrics: of the evaluation at this step; {} if there was none.
 
     Raises:
@@ -100,18 +96,22 @@ class Checkpoints:
     step = int(jax.device_get(state.step))
     if step == self._latest:
       return
-    flat = {key: _flat(tree) for key, tree in _trees(state, name).items()}
-    flat = jax.tree.map(_one_copy, flat)
-    self.make_room(flat)
+    arrays = jax.tree.map(_one_copy, _flat(_saved(state, name)))
+    needed = _MARGIN + sum(x.nbytes for x in arrays.values())
+    free = shutil.disk_usage(self._directory).free
+    if free < needed:
+      raise SaveError(
+        f"{self._directory}: a checkpoint needs {needed:,} bytes, but the disk"
+        f" has {free:,} free; make room and run the same command again"
+      )
     try:
       self._orbax.save(
         self._directory / str(step),
         args=ocp.args.Composite(
-          position=ocp.args.JsonSave(position),
+          arrays=ocp.args.StandardSave(arrays),
           meta=ocp.args.JsonSave(
-            meta | {"step": step, "arrays": _described(flat)}
+            meta | {"step": step, "arrays": _described(arrays)}
           ),
-          **{key: ocp.args.StandardSave(tree) for key, tree in flat.items()},
         ),
       )
     except Exception as error:
@@ -134,33 +134,19 @@ class Checkpoints:
     if self._copies is not None:
       self._copies.completed(step)
 
-  def note(self, metrics: dict[str, float]) -> None:
-    """Puts the evaluation of the newest step into its manifest, if whole."""
-    self._finish()
-    if distributed.first() and self._latest is not None:
-      step_files.note(self._directory, self._latest, metrics)
-      self._copy(self._latest)
-
-  def make_room(self, tree: Any) -> None:
-    """Checks that the disk has room for a tree of arrays.
-
-    Raises:
-      SaveError: it has not.
-    """
-    needed = _MARGIN + sum(x.nbytes for x in jax.tree.leaves(tree))
-    free = shutil.disk_usage(self._directory).free
-    if free < needed:
-      raise SaveError(
-        f"{self._directory}: a checkpoint needs {needed:,} bytes, but the disk"
-        f" has {free:,} free; make room and run the same command again"
-      )
-
   def _failed(self, step: int, error: Exception) -> SaveError:
     free = shutil.disk_usage(self._directory).free
     return SaveError(
       f"{self._directory / str(step)} could not be saved ({free:,} bytes are"
       f" free): {type(error).__name__}: {error}"
     )
+
+  def note(self, metrics: dict[str, float]) -> None:
+    """Puts the evaluation of the newest step into its manifest, if whole."""
+    self._finish()
+    if distributed.first() and self._latest is not None:
+      step_files.note(self._directory, self._latest, metrics)
+      self._copy(self._latest)
 
   def check(self) -> None:
     """Raises, without waiting, what went wrong in the last save.
@@ -179,8 +165,8 @@ class Checkpoints:
 
   def restore(
     self, state: step_lib.TrainState, name: str
-  ) -> tuple[step_lib.TrainState, dict[str, Any], dict[str, Any]]:
-    """The newest checkpoint, laid out as `state` is, its meta and position.
+  ) -> tuple[step_lib.TrainState, dict[str, Any]]:
+    """The newest checkpoint, laid out like `state`, and its meta.
 
     Args:
       state: a state of the run's shapes and shardings; all but its frozen
@@ -190,33 +176,20 @@ class Checkpoints:
     Raises:
       ValueError: the checkpoint's arrays are of other names or shapes.
     """
-    assert self._latest is not None
     path = self._directory / str(self._latest)
-    current = _trees(state, name)
-    wanted = {
-      key: _flat(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
-      for key, tree in current.items()
-    }
-    jsons = ocp.args.Composite(
-      meta=ocp.args.JsonRestore(), position=ocp.args.JsonRestore()
-    )
-    about = self._orbax.restore(path, args=jsons)
-    _check_arrays(path, about["meta"]["arrays"], _described(wanted))
+    saved = _saved(state, name)
+    wanted = _flat(jax.tree.map(ocp.utils.to_shape_dtype_struct, saved))
+    json = ocp.args.Composite(meta=ocp.args.JsonRestore())
+    meta = self._orbax.restore(path, args=json)["meta"]
+    _refuse_others(path, meta["arrays"], _described(wanted))
     found = self._orbax.restore(
-      path,
-      args=ocp.args.Composite(
-        **{key: ocp.args.StandardRestore(tree) for key, tree in wanted.items()}
-      ),
+      path, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(wanted))
+    )["arrays"]
+    restored = jax.tree.unflatten(
+      jax.tree.structure(saved), [found[key] for key in wanted]
     )
-    trained = _unflat(current["trainable"], found["trainable"])
-    restored = dataclasses.replace(
-      state,
-      step=jax.device_put(jax.numpy.int32(self._latest), state.step.sharding),
-      params=state.params | {name: trained},
-      opt_state=_unflat(current["opt_state"], found["opt_state"]),
-      guard=_unflat(current["guard"], found["guard"]),
-    )
-    return restored, about["meta"], about["position"]
+    params = state.params | restored.params
+    return dataclasses.replace(restored, params=params), meta
 
   def close(self) -> None:
     """Waits for the save in progress and raises what went wrong in it."""
@@ -227,13 +200,14 @@ class Checkpoints:
       self._orbax.close()
 
 
-def _trees(state: step_lib.TrainState, name: str) -> dict[str, Any]:
-  """What a checkpoint holds of a state, an item each."""
-  return {
-    "trainable": state.params[name],
-    "opt_state": state.opt_state,
-    "guard": state.guard,
-  }
+def _saved(state: step_lib.TrainState, name: str) -> step_lib.TrainState:
+  """A state without its frozen weights."""
+  return dataclasses.replace(state, params={name: state.params[name]})
+
+
+def _flat(state: step_lib.TrainState) -> dict[str, Any]:
+  leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+  return {sharding.path_name(path): leaf for path, leaf in leaves}
 
 
 def _one_copy(array: jax.Array) -> jax.Array:
@@ -247,34 +221,19 @@ def _one_copy(array: jax.Array) -> jax.Array:
   return array.addressable_shards[0].data
 
 
-def _described(flat: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
-  return {
-    key: {path: f"{x.dtype}{list(x.shape)}" for path, x in tree.items()}
-    for key, tree in flat.items()
-  }
+def _described(arrays: dict[str, Any]) -> dict[str, str]:
+  return {path: f"{x.dtype}{list(x.shape)}" for path, x in arrays.items()}
 
 
-def _check_arrays(path, found, wanted) -> None:
-  if found != wanted:
-    differ = [
-      f"{key}/{name}: {found.get(key, {}).get(name)} -> {tree.get(name)}"
-      for key, tree in wanted.items()
-      for name in sorted({*tree, *found.get(key, {})})
-      if found.get(key, {}).get(name) != tree.get(name)
-    ]
+def _refuse_others(
+  path: pathlib.Path, found: dict[str, str], wanted: dict[str, str]
+) -> None:
+  """Orbax would convert other dtypes, and not name an array of other shape."""
+  differ = sorted({name for name, _ in found.items() ^ wanted.items()})
+  if differ:
+    lines = [f"{x}: {found.get(x)} -> {wanted.get(x)}" for x in differ[:8]]
     raise ValueError(
       f"{path} holds other arrays than this config trains:\n  "
-      + "\n  ".join(differ[:8])
+      + "\n  ".join(lines)
       + "\nuse the config that it was made with, or another --workdir"
     )
-
-
-def _flat(tree: Any) -> dict[str, Any]:
-  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  return {sharding.path_name(path): leaf for path, leaf in leaves}
-
-
-def _unflat(like: Any, flat: dict[str, Any]) -> Any:
-  return jax.tree.map_with_path(
-    lambda path, _: flat[sharding.path_name(path)], like
-  )

@@ -277,9 +277,9 @@ class Loop:
     self.checkpoints.save(
       self.state,
       made.name,
-      made.feed.schedule.state(done),
       {
-        "made_of": made.made_of(config.seed),
+        "made_of": made.made_of(config.seed)
+        | {"position": made.feed.schedule.state(done)},
         "base": {"source": config.model.path, "hash": made.fingerprint},
         "config": settings.to_dict(config),
         "versions": versions.versions(),

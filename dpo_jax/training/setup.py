@@ -121,10 +121,10 @@ def assemble(
   )
   changed: list[str] = []
   if checkpoints.latest() is not None:
-    state, meta, position = checkpoints.restore(state, name)
+    state, meta = checkpoints.restore(state, name)
     changed = _changed(
       workdir,
-      meta["made_of"] | {"position": position},
+      meta["made_of"],
       assembled.made_of(config.seed)
       | {"position": fed.schedule.state(meta["step"])},
       config.allow_changes,
