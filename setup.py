@@ -9,6 +9,7 @@ README = pathlib.Path(__file__).parent / "README.md"
 
 SCRIPTS = ("judge.py", "sample.py", "train.py")
 TEST = [
+  "gcsfs",
   "hypothesis",
   # Notebooks are executed.
   "ipykernel",
@@ -71,6 +72,7 @@ setuptools.setup(
     "datasets",
     "etils[epath]",
     "flax>=0.12",
+    "fsspec",
     "grain>=0.2.16",
     "huggingface_hub",
     "jax>=0.10",
@@ -86,8 +88,6 @@ setuptools.setup(
     "safetensors",
     "scipy",
     "tensorflow-datasets",
-    # Of orbax too; it writes checkpoints to buckets.
-    "tensorstore",
     "tokenizers",
     "tqdm",
     "transformers>=5",

@@ -58,10 +58,11 @@ def training() -> config_dict.ConfigDict:
   c.best_metric = "eval_loss"
   # Which of its ends is the best: "lowest" or "highest".
   c.best_is = "lowest"
-  # "gs://bucket/path", a path for this run alone: each checkpoint is copied
-  # there with the run's records, and at the end the model. On a new machine,
-  # whose disk has nothing of it, the same command goes on from there. A copy
-  # that fails stops nothing; the next one makes up for it. "" copies nothing.
+  # "gs://bucket/path" (with the extra gcs), a path for this run alone: each
+  # checkpoint is uploaded there with the run's records, and at the end the
+  # model. On a new machine, whose disk has nothing of it, the same command
+  # resumes from there. An upload that fails stops nothing; the next one makes
+  # up for it. "" uploads nothing.
   c.checkpoint_bucket = ""
   # Write a PEFT adapter directory at every checkpoint, to sample from. These
   # are never deleted. Needs LoRA.

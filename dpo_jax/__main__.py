@@ -18,8 +18,7 @@ _MODULES = {
   "score": "dpo_jax.training.score",
   "plan": "dpo_jax.plan.plan",
   "inspect_data": "dpo_jax.training.inspect_data",
-  "checkpoint": "dpo_jax.io.step_files",
-  "mirror": "dpo_jax.io.mirror.__main__",
+  "checkpoint": "dpo_jax.io.checkpoint",
   "hub": "dpo_jax.hub.push",
 }
 

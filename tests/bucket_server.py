@@ -1,17 +1,15 @@
 """Google Cloud Storage on this machine: real HTTP, objects with generations.
 
-It answers what tensorstore asks through the JSON API: reading, writing and
-deleting an object, on the condition of a generation or without, and listing in
-pages. What Google refuses it refuses: requests without the token, to a bucket
-that does not exist, and with a condition that does not hold. An object is there
-when all its bytes have come.
+It answers what gcsfs asks through the JSON API: writing in one request or in
+chunks, reading, deleting, and listing in pages. What Google refuses it refuses:
+requests without the token, to a bucket that does not exist, and creating what
+is there. An object is there when all its bytes have come.
 """
 
 import contextlib
 import http.server
 import json
 import threading
-import time
 import urllib.parse
 
 TOKEN = "ya29.planted0123456789abcdef"
@@ -22,25 +20,23 @@ class Bucket:
   """What the server holds.
 
   Attributes:
-    objects: {name: (bytes, generation)}.
-    asked: (method, name) of each request, in order.
-    fault: called with (method, name); an HTTP status answers instead, "cut"
-      breaks the connection amid the body.
-    listed: whether objects may be listed.
+    objects: {name: bytes}.
+    asked: (act, name) of each request: "write", "read", "about", "delete" or
+      "list".
+    fault: called with (act, name); an HTTP status answers instead, "cut" breaks
+      the connection, "lost" does so after the act was carried out.
   """
 
   def __init__(self):
     self.objects = {}
     self.asked = []
-    self.generation = 0
     self.changing = threading.Lock()
     self.address = ""
     self.heal()
 
   def heal(self):
-    self.fault = lambda method, name: None
-    self.listed = True
-    self._holds, self._open = lambda method, name: False, threading.Event()
+    self.fault = lambda act, name: None
+    self._holds, self._open = lambda act, name: False, threading.Event()
     self.held = threading.Event()
 
   def hold(self, when):
@@ -51,30 +47,18 @@ class Bucket:
   def go_on(self):
     self._open.set()
 
-  def waits(self, method, name):
-    if self._holds(method, name) and not self._open.is_set():
+  def waits(self, act, name):
+    if self._holds(act, name) and not self._open.is_set():
       self.held.set()
       self._open.wait(60)
 
-  def until(self, condition, timeout_s=60):
-    end = time.monotonic() + timeout_s
-    while not condition():
-      assert time.monotonic() < end, self.asked[-20:]
-      # Between two looks; what is waited for is seen, not slept for.
-      time.sleep(0.001)
-
-  def put(self, name, content):
-    with self.changing:
-      self.generation += 1
-      self.objects[name] = (content, self.generation)
-
-  def names(self, path):
-    """Of the objects below a path, without it."""
-    return sorted(
-      name.removeprefix(f"{path}/")
-      for name in list(self.objects)
-      if name.startswith(f"{path}/")
-    )
+  def environment(self):
+    """What points gcsfs here."""
+    return {
+      "STORAGE_EMULATOR_HOST": self.address,
+      "FSSPEC_GCS_TOKEN": TOKEN,
+      "FETCH_RAW_TOKEN_EXPIRY": "false",
+    }
 
 
 @contextlib.contextmanager
@@ -116,64 +100,92 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     address = urllib.parse.urlsplit(self.path)
     asked = dict(urllib.parse.parse_qsl(address.query))
     _, _, quoted = address.path.partition("/o/")
-    name = asked.get("name") or urllib.parse.unquote(quoted)
-    method = self.command
     size = int(self.headers.get("Content-Length") or 0)
-    self.bucket.asked.append((method, name))
-    fault = self.bucket.fault(method, name)
-    body = self.rfile.read(size // 2 if fault == "cut" else size)
-    self.bucket.waits(method, name)
-    if fault == "cut" or len(body) < size:
+    body = self.rfile.read(size)
+    if len(body) < size:
+      raise ConnectionError("it was killed")
+    name = asked.get("name") or urllib.parse.unquote(quoted)
+    if asked.get("uploadType") == "multipart":
+      _, about, content = body.split(b"--==0==", 2)
+      name = json.loads(about.split(b"\n\n", 1)[1])["name"]
+      body = content.split(b"\n\n", 1)[1].removesuffix(b"\n--==0==--")
+    act = self._act(address.path, name)
+    self.bucket.asked.append((act, name))
+    self.bucket.waits(act, name)
+    fault = self.bucket.fault(act, name)
+    if fault == "cut":
       self.close_connection = True
-      self.connection.close()
-    elif fault:
+    elif type(fault) is int:
       self._refuse(fault, "out of order")
     elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
-      self._refuse(401, "Invalid Credentials")
+      self._refuse(401, "No such token")
     elif f"/b/{BUCKET}/o" not in address.path:
       self._refuse(404, "The specified bucket does not exist.")
-    elif not name:
-      self._list(asked)
     else:
+      self.lost = fault == "lost"
       with self.bucket.changing:
-        self._object(method, name, asked.get("ifGenerationMatch"), body)
+        getattr(self, f"_{act}")(name, asked, body)
 
   do_GET = do_POST = do_DELETE = _handle
 
-  def _object(self, method, name, wanted, body):
-    objects = self.bucket.objects
-    content, generation = objects.get(name, (None, 0))
-    if wanted is not None and int(wanted) != generation:
-      self._refuse(412, "conditionNotMet")
-    elif method == "POST":
-      self.bucket.generation += 1
-      objects[name] = (body, self.bucket.generation)
-      about = {"name": name, "generation": str(self.bucket.generation)}
-      self._answer(200, json.dumps(about).encode())
-    elif content is None:
-      self._refuse(404, "No such object")
-    elif method == "DELETE":
-      del objects[name]
-      self._answer(204, b"")
-    else:
-      self._answer(200, content, {"x-goog-generation": str(generation)})
+  def _act(self, path, name):
+    if self.command == "GET" and not name:
+      return "list"
+    if self.command == "GET":
+      return "read" if path.startswith("/download/") else "about"
+    return {"POST": "write", "DELETE": "delete"}[self.command]
 
-  def _list(self, asked):
-    if not self.bucket.listed:
-      return self._refuse(403, "no storage.objects.list")
-    first = asked.get("pageToken") or asked.get("startOffset", "")
-    end = asked.get("endOffset", "\uffff")
-    names = sorted(n for n in list(self.bucket.objects) if first <= n < end)
-    page = {"items": [{"name": name} for name in names[:10]]}
+  def _write(self, name, asked, body):
+    if asked.get("uploadType") == "resumable" and "chunks" not in asked:
+      place = f"{self.bucket.address}{self.path}&chunks=1"
+      return self._answer(200, b"", {"Location": place})
+    if asked.get("ifGenerationMatch") == "0" and name in self.bucket.objects:
+      return self._refuse(412, "conditionNotMet")
+    self.bucket.objects[name] = body
+    return self._answer(200, json.dumps(self._describe(name)).encode())
+
+  def _about(self, name, asked, body):
+    if name not in self.bucket.objects:
+      return self._refuse(404, "No such object")
+    return self._answer(200, json.dumps(self._describe(name)).encode())
+
+  def _read(self, name, asked, body):
+    content = self.bucket.objects.get(name)
+    if content is None:
+      return self._refuse(404, "No such object")
+    if span := self.headers.get("Range"):
+      first, last = span.removeprefix("bytes=").split("-")
+      return self._answer(206, content[int(first) : int(last) + 1])
+    return self._answer(200, content)
+
+  def _delete(self, name, asked, body):
+    if self.bucket.objects.pop(name, None) is None:
+      return self._refuse(404, "No such object")
+    return self._answer(204, b"")
+
+  def _list(self, name, asked, body):
+    prefix, first = asked.get("prefix", ""), asked.get("pageToken", "")
+    names = sorted(
+      x for x in self.bucket.objects if x.startswith(prefix) and x >= first
+    )
+    items = [self._describe(x) for x in names[:10]]
+    page = {"kind": "storage#objects", "items": items}
     if names[10:]:
       page["nextPageToken"] = names[10]
     self._answer(200, json.dumps(page).encode())
+
+  def _describe(self, name):
+    size = str(len(self.bucket.objects[name]))
+    return {"name": name, "size": size, "generation": "1"}
 
   def _refuse(self, code, why):
     error = {"error": {"code": code, "message": why}}
     self._answer(code, json.dumps(error).encode())
 
   def _answer(self, code, body, headers=None):
+    if getattr(self, "lost", False):
+      self.lost, self.close_connection = False, True
+      return
     self.send_response(code)
     for name, value in (headers or {}).items():
       self.send_header(name, value)

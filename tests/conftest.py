@@ -30,6 +30,9 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # The threads of torch would wait for each other beside those of other tests.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Read as gcsfs is imported: it would ask for the kind of each bucket over gRPC,
+# and wait a minute for servers that speak HTTP alone.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import jax

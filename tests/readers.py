@@ -23,6 +23,7 @@ import tiny
 
 from dpo_jax.data import preferences, token_cache, token_table, tokenizer
 from dpo_jax.io import (
+  bucket,
   jsonl,
   metrics,
   records,
@@ -31,7 +32,6 @@ from dpo_jax.io import (
   step_files,
   strict_json,
 )
-from dpo_jax.io.mirror import contents
 from dpo_jax.judging import batch_api, prompts, verdicts
 from dpo_jax.model import gpt_neox, hf
 from dpo_jax.report import compose, verify
@@ -479,22 +479,24 @@ def _step(files, data):
   step_files.metrics(directory, 3)
 
 
-def _contents(files, data):
+def _bucket(files, data):
   # Whoever writes a table can give it the right hash.
   with contextlib.suppress(ValueError, AttributeError, TypeError):
     values = strict_json.parse(data)
     values.pop("sha256", None)
-    data = json.dumps(values | {"sha256": contents._hash(values)}).encode()
-  table = contents.decode(data)
-  assert contents.decode(contents.encode(table)) == table
+    data = json.dumps(values | {"sha256": bucket._own_hash(values)}).encode()
+  table = bucket.decode(data)
+  assert bucket.decode(bucket.encode(table)) == table
 
 
-def _contents_table(files):
-  part = "ab" * 32
-  made = contents.File(3, part, (part,))
+def _bucket_table(files):
+  made = bucket.File(3, "ab" * 32)
   names = ("checkpoints/3/a", "metrics.jsonl")
-  table = contents.Contents(3, {"eval_loss": 0.5}, dict.fromkeys(names, made))
-  return [contents.encode(table)]
+  folder = "000003-5f0c61d2a9be"
+  table = bucket.Table(
+    3, {"eval_loss": 0.5}, folder, dict.fromkeys(names, made)
+  )
+  return [bucket.encode(table)]
 
 
 def _step_manifest(files):
@@ -648,7 +650,7 @@ READERS = {
   "origin of answers": Reader(
     "json", lambda f: [b'{"model": "a", "n": 1}'], _claim
   ),
-  "table of a bucket": Reader("json", _contents_table, _contents),
+  "table of a bucket": Reader("json", _bucket_table, _bucket),
   "manifest of a step": Reader("json", _step_manifest, _step),
   "a template": Reader(
     "bytes",

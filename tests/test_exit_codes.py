@@ -17,8 +17,7 @@ import test_console
 from dpo_jax import __main__
 from dpo_jax.core import console
 from dpo_jax.hub import push
-from dpo_jax.io import step_files as checkpoint
-from dpo_jax.io.mirror import __main__ as mirror
+from dpo_jax.io import checkpoint
 from dpo_jax.report import report, verify
 from dpo_jax.training import score
 
@@ -30,7 +29,6 @@ COMMANDS = {
   "report": report.main,
   "verify": verify.main,
   "checkpoint": checkpoint.main,
-  "mirror": mirror.main,
   "hub": push.main,
   "score": lambda arguments: score.main(),
 }
@@ -38,7 +36,6 @@ REFUSED = {
   "report": ("nowhere",),
   "verify": ("nowhere",),
   "checkpoint": ("list", "nowhere"),
-  "mirror": ("list", "nowhere"),
   "hub": ("nowhere", "--repo=a/b"),
   "score": ("--model=m", "--pairs=p", "--output=nowhere/x"),
 }

@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from dpo_jax.io import step_files
+from dpo_jax.io import checkpoint, step_files
 
 
 def keep(newest=2, every=0, best=0, metric="eval_loss", best_is="lowest"):
@@ -195,7 +195,7 @@ def test_what_no_run_wrote_is_refused(tmp_path):
 
 def test_verify_and_list(tmp_path, capsys):
   def call(*arguments):
-    code = step_files.main(list(arguments))
+    code = checkpoint.main(list(arguments))
     return code, *capsys.readouterr()
 
   directory = tmp_path / "checkpoints"

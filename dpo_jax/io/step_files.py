@@ -6,22 +6,18 @@ or whose files differ from it, is neither resumed from nor deleted: it is
 renamed to `<step>.rejected`.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
-import inspect
 import json
 import math
 import pathlib
 import shutil
-import sys
 import types
 from collections.abc import Set
 from typing import Any, Literal
 
-from dpo_jax.core import console
 from dpo_jax.io import atomic, hashing, strict_json
 
 MANIFEST = "manifest.json"
@@ -255,53 +251,3 @@ def _manifest(directory: pathlib.Path, step: int) -> dict:
 def _own_hash(manifest: dict) -> str:
   content = {key: value for key, value in manifest.items() if key != "sha256"}
   return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def main(arguments: list[str]) -> int:
-  """What a run's checkpoints are: python -m dpo_jax checkpoint COMMAND DIR.
-
-  `list` prints each step with its size and evaluation. `verify` compares every
-  file with its step's manifest and fails if one differs. DIR is a run's
-  directory, or its checkpoints/. Exit codes: 0 all whole; 1 a step is not; 2
-  there is nothing to look at.
-  """
-  parser = argparse.ArgumentParser(
-    prog="python -m dpo_jax checkpoint",
-    description=inspect.getdoc(main),
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  parser.add_argument("command", choices=("verify", "list"))
-  parser.add_argument("directory", type=pathlib.Path)
-  console.add_flag(parser)
-  options = parser.parse_args(arguments)
-  directory = options.directory
-  if (directory / "checkpoints").is_dir():
-    directory = directory / "checkpoints"
-  found = steps(directory)
-  if not found:
-    console.error(f"{directory} holds no checkpoints")
-    return 2
-  code = 0
-  for step in found:
-    if options.command == "verify":
-      said = problem(directory, step)
-      code |= bool(said)
-    else:
-      try:
-        said = _summary(directory, step)
-      except (OSError, ValueError) as error:
-        said, code = f"not whole: {error}", 1
-    console.result(f"step {step}: {said or 'whole'}", step=step)
-  return code
-
-
-def _summary(directory: pathlib.Path, step: int) -> str:
-  files = hashes(directory, step)
-  size = sum((directory / str(step) / name).stat().st_size for name in files)
-  found = metrics(directory, step)
-  values = [f"{name} {value:.6g}" for name, value in found.items()]
-  return ", ".join([f"{size:,} bytes", *values])
-
-
-if __name__ == "__main__":
-  sys.exit(main(sys.argv[1:]))

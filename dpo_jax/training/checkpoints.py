@@ -22,7 +22,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from dpo_jax.core import distributed, errors, sharding
-from dpo_jax.io import mirror, step_files
+from dpo_jax.io import step_files, upload
 from dpo_jax.training import step as step_lib
 
 _log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Checkpoints:
     self,
     directory: pathlib.Path,
     retention: step_files.Retention,
-    copies: mirror.Mirror | None = None,
+    copies: upload.Uploader | None = None,
   ):
     """Opens or makes `directory`, finds its newest whole step.
 
@@ -149,12 +149,7 @@ class Checkpoints:
       self._copy(self._latest)
 
   def check(self) -> None:
-    """Raises, without waiting, what went wrong in the last save.
-
-    So does it if another process has taken over where the copies go.
-    """
-    if self._copies is not None:
-      self._copies.check()
+    """Raises, without waiting, what went wrong in the last save."""
     if self._completing is not None and self._completing.done():
       self._finish()
 

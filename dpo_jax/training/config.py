@@ -6,8 +6,7 @@ from typing import Literal
 from dpo_jax.core import settings, sharding
 from dpo_jax.data import dataset
 from dpo_jax.hub import push as push_lib
-from dpo_jax.io import remote, step_files
-from dpo_jax.io.mirror import objects
+from dpo_jax.io import bucket, remote, step_files
 from dpo_jax.model import attention, gpt_neox
 from dpo_jax.training import guards, losses, trackers
 from dpo_jax.training import optimizer as optimizer_lib
@@ -188,7 +187,7 @@ class TrainSettings:
     remote.refuse_address("reference_cache", self.reference_cache)
     if self.checkpoint_bucket:
       try:
-        objects.split(self.checkpoint_bucket)
+        bucket.check(self.checkpoint_bucket)
       except ValueError as error:
         raise ValueError(f"checkpoint_bucket: {error}") from None
     for name in self.allow_changes:

@@ -14,7 +14,7 @@ import jax
 
 from dpo_jax.core import console, distributed, preemption, settings
 from dpo_jax.hub import push as push_lib
-from dpo_jax.io import locks, mirror, rundir
+from dpo_jax.io import locks, rundir, upload
 from dpo_jax.training import checkpoints as checkpoints_lib
 from dpo_jax.training import (
   checks,
@@ -43,8 +43,7 @@ def run(
     checkpoint.SaveError: a checkpoint could not be written.
     interruption.Interrupted: a signal asked for it.
     hub.NotPushed: all is done, but not all of it is on the hub.
-    mirror.NotCopied: all is done, but not all of it is in the bucket.
-    lease.Held: another process writes to the bucket; lease.Lost: now it does.
+    upload.NotCopied: all is done, but not all of it is in the bucket.
   """
   # First, as a backend begins with threads.
   if config.keep_freed_memory:
@@ -89,7 +88,7 @@ def _run(
     with distributed.together("looking at the bucket"):
       if config.checkpoint_bucket and distributed.first():
         copies = stack.enter_context(
-          mirror.Mirror(config.checkpoint_bucket, workdir, config.retention())
+          upload.Uploader(config.checkpoint_bucket, workdir, config.retention())
         )
         copies.fetch(values, allowed)
     with distributed.together("looking at the directory"):
@@ -125,7 +124,7 @@ def _train(
   watch: preemption.Watch,
   changed: list[str],
   publisher: push_lib.Publisher | None,
-  copies: mirror.Mirror | None,
+  copies: upload.Uploader | None,
 ) -> None:
   checkpoints = checkpoints_lib.Checkpoints(
     workdir / "checkpoints", config.retention(), copies

@@ -1,0 +1,577 @@
+"""Runs whose disk is lost, kept in a bucket: real files, real HTTP, real kills.
+
+Buckets are directories and memory, and a server on this machine that speaks
+Google's JSON API. Whatever happens, what a run on an empty disk leaves at last
+is bit for bit what one that was never touched leaves.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import types
+
+import bucket_server
+import pytest
+import running
+from fsspec import config as fsspec_config
+
+from dpo_jax.core import preemption
+from dpo_jax.io import bucket as bucket_lib
+from dpo_jax.io import checkpoint, step_files, strict_json, upload
+from dpo_jax.training import train
+
+KEEP = step_files.Retention(1, 0, 0, "eval_loss", "lowest")
+OF_TABLE = re.compile(r"/(\d{6}|finished)\.json$")
+
+
+@pytest.fixture(scope="module")
+def served():
+  with bucket_server.serve() as bucket:
+    yield bucket
+
+
+@pytest.fixture
+def gcs(served, monkeypatch):
+  """The server; its objects stay from test to test, each has its own path."""
+  import gcsfs.retry
+
+  for name, value in served.environment().items():
+    monkeypatch.setenv(name, value)
+  # fsspec read the environment when it was imported.
+  token = {"token": bucket_server.TOKEN}
+  monkeypatch.setitem(fsspec_config.conf, "gcs", token)
+  # It waits for 31 s in all between the attempts of a request.
+  at_once = types.SimpleNamespace(sleep=lambda seconds: asyncio.sleep(0))
+  monkeypatch.setattr(gcsfs.retry, "asyncio", at_once)
+  yield served
+  served.go_on()
+  served.heal()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  return running.make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="module")
+def whole(files, tmp_path_factory):
+  """An uninterrupted run without a bucket."""
+  workdir = tmp_path_factory.mktemp("whole") / "run"
+  train.run(running.configs(files)(), workdir)
+  return workdir
+
+
+@pytest.fixture
+def address(request):
+  """The test's own path in the server's bucket."""
+  name = re.sub(r"\W", "-", request.node.name)
+  return f"gs://{bucket_server.BUCKET}/runs/{name}"
+
+
+@pytest.fixture
+def config(files):
+  return running.configs(files)
+
+
+def assert_same(workdir, whole):
+  assert running.read(workdir) == running.read(whole)
+  assert running.weights(workdir) == running.weights(whole)
+  assert listing(workdir) == listing(whole)
+  directory = workdir / "checkpoints"
+  for step in step_files.steps(directory):
+    assert step_files.problem(directory, step) == ""
+
+
+def listing(workdir):
+  """All files but those of checkpoints, which orbax calls as it likes."""
+  found = {p.relative_to(workdir) for p in workdir.rglob("*") if p.is_file()}
+  return {p for p in found if p.parts[0] != "checkpoints"}
+
+
+def starts(workdir):
+  found = strict_json.read_object(workdir / "manifest.json")["starts"]
+  return [start["step"] for start in found]
+
+
+def look(address):
+  return bucket_lib.look(bucket_lib.connect(address), {})
+
+
+def assert_nothing_is_left_over(address):
+  """Every object is a table, or of one."""
+  there = look(address)
+  live = {f"{t.folder}/{x}" for t in there.tables.values() for x in t.files}
+  assert {*there.names} == {*there.tables, *live}
+
+
+# --- a disk that is lost
+
+
+def amid_objects(act, name, tables, objects, deletes):
+  return act == "write" and tables == 1 and objects > 3
+
+
+def at_the_table(act, name, tables, objects, deletes):
+  return act == "write" and tables == 2 and OF_TABLE.search(name)
+
+
+def after_the_table(act, name, tables, objects, deletes):
+  return act == "list" and tables == 2
+
+
+def amid_deletes(act, name, tables, objects, deletes):
+  return act == "delete" and tables == 2 and deletes > 2
+
+
+@pytest.mark.parametrize(
+  "moment",
+  [
+    pytest.param(amid_objects, marks=pytest.mark.slow),
+    at_the_table,
+    pytest.param(after_the_table, marks=pytest.mark.slow),
+    amid_deletes,
+  ],
+)
+def test_killed_in_an_upload_an_empty_disk_goes_on(
+  gcs, address, config, whole, tmp_path, moment
+):
+  """Killed amid the second upload; the third machine finds all done."""
+  workdir = tmp_path / "run"
+  settings = config(checkpoint_bucket=address, keep_checkpoints=1)
+  path = address.removeprefix(f"gs://{bucket_server.BUCKET}/")
+
+  def stop(act, name):
+    asked = [x for x in gcs.asked if x[1].startswith(path)]
+    tables = [i for i, x in enumerate(asked) if is_table(*x)]
+    since = [x[0] for x in asked[tables[-1] :]] if tables else []
+    counts = (len(tables), since.count("write"), since.count("delete"))
+    return moment(act, name, *counts)
+
+  gcs.hold(stop)
+  with running.Child(
+    tmp_path / "child", settings, workdir, **gcs.environment()
+  ) as child:
+    child.until(gcs.held.is_set)
+    child.process.kill()
+    assert child.end() == -signal.SIGKILL
+  written = [name for act, name in gcs.asked if is_table(act, name)]
+  mine = [name for name in written if name.startswith(path)]
+  gcs.go_on()
+  end = time.monotonic() + 60
+  while moment is at_the_table and mine[1] not in gcs.objects:
+    assert time.monotonic() < end
+  shutil.rmtree(workdir)
+  train.run(settings, workdir)
+  last = int(OF_TABLE.search(mine[-1])[1])
+  assert len(mine) == (1 if moment is amid_objects else 2)
+  assert starts(workdir) == [0, last]
+  assert_same(workdir, whole)
+  assert [*look(address).tables] == ["000007.json", "finished.json"]
+  assert_nothing_is_left_over(address)
+  shutil.rmtree(workdir)
+  train.run(settings, workdir)
+  assert_same(workdir, whole)
+  held = [p for p in workdir.rglob("*") if p.is_file()]
+  assert not any(bucket_server.TOKEN.encode() in p.read_bytes() for p in held)
+
+
+def is_table(act, name):
+  return act == "write" and bool(OF_TABLE.search(name))
+
+
+@pytest.mark.slow
+def test_whichever_is_newer_is_gone_on_from(config, whole, tmp_path):
+  """The disk of a first machine comes back; a second one had gone further."""
+  first, second = tmp_path / "first", tmp_path / "second"
+  settings = config(checkpoint_bucket=f"file://{tmp_path}/bucket")
+  with pytest.MonkeyPatch.context() as patch:
+    running.at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(preemption.Interrupted):
+      train.run(settings, first)
+  # It was uploaded before the process ended, which was asked to.
+  assert max(look(settings.checkpoint_bucket).steps) == 5
+  shutil.copytree(first, second)
+  shutil.rmtree(second / "checkpoints" / "5")
+  train.run(settings, second)
+  assert starts(second) == [0, 5]
+  train.run(settings, first)
+  assert starts(first) == [0, 5]
+  assert_same(first, whole)
+  assert_same(second, whole)
+
+
+# --- a bucket that fails
+
+
+@pytest.mark.parametrize(
+  ("fault", "reason"),
+  [(403, "Forbidden"), (503, "out of order"), ("silent", "TimeoutError")],
+)
+def test_a_bucket_that_fails_stops_nothing(
+  gcs, address, config, whole, tmp_path, monkeypatch, fault, reason
+):
+  """Every object is refused: the run ends whole, and says so; then it heals."""
+  workdir = tmp_path / "run"
+  settings = config(checkpoint_bucket=address)
+  monkeypatch.setattr(bucket_lib, "_TIMEOUT_S", 0.5)
+
+  def of_a_run(act, name):
+    return act == "write" and not name.endswith("/probe")
+
+  if fault == "silent":
+    gcs.hold(of_a_run)
+  else:
+    gcs.fault = lambda *asked: fault if of_a_run(*asked) else None
+  with pytest.raises(upload.NotCopied, match=reason):
+    train.run(settings, workdir)
+  assert_same(workdir, whole)
+  gcs.go_on()
+  gcs.heal()
+  assert not look(address).tables
+  train.run(settings, workdir)
+  assert {"000007.json", "finished.json"} <= {*look(address).tables}
+
+
+def no_bucket(gcs):
+  return "gs://no-such-bucket/runs/x"
+
+
+def no_list(gcs):
+  gcs.fault = lambda act, name: 403 if act == "list" else None
+
+
+def no_delete(gcs):
+  gcs.fault = lambda act, name: 403 if act == "delete" else None
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (no_bucket, "no-such-bucket"),
+    (no_list, "Forbidden"),
+    (no_delete, "Forbidden"),
+  ],
+)
+def test_a_bucket_that_cannot_be_used_is_refused_first(
+  gcs, address, config, tmp_path, monkeypatch, change, message
+):
+  monkeypatch.setattr(train.setup, "assemble", None)
+  settings = config(checkpoint_bucket=change(gcs) or address)
+  with pytest.raises(ValueError, match=message) as error:
+    train.run(settings, tmp_path / "run")
+  assert "credentials" in str(error.value)
+  assert bucket_server.TOKEN not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "runs/x",
+    "gs://b",
+    "gs://my-bucket",
+    "gs://my-bucket/",
+    "gs://my-bucket/a/../b",
+    "gs://my-bucket/a//b",
+    "s3://my-bucket/a",
+    "gs://My/a",
+    "file://relative/a",
+    "memory://a",
+  ],
+)
+def test_an_address_that_is_none_is_refused(config, name):
+  with pytest.raises(
+    ValueError, match=r"checkpoint_bucket: .* must be gs://bucket"
+  ):
+    config(checkpoint_bucket=name)
+
+
+def test_a_client_that_is_not_installed_is_named(monkeypatch):
+  monkeypatch.setitem(sys.modules, "gcsfs", None)
+  known = sys.modules["fsspec.registry"]._registry
+  monkeypatch.delitem(known, "gs", raising=False)
+  with pytest.raises(ValueError, match=r"dpo-jax\[gcs\]"):
+    bucket_lib.connect("gs://my-bucket/a")
+
+
+# --- what a bucket holds of a finished run
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory):
+  """A finished run in a bucket, each of whose steps is kept."""
+  place = tmp_path_factory.mktemp("kept")
+  completed = upload.Uploader.completed
+
+  def one_by_one(self, step):
+    completed(self, step)
+    self._worker.submit(int).result()
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(upload.Uploader, "completed", one_by_one)
+    config = running.configs(files)(
+      checkpoint_bucket=f"file://{place}/bucket", keep_checkpoints=0
+    )
+    train.run(config, place / "run")
+  assert [*look(config.checkpoint_bucket).steps] == [2, 4, 6, 7]
+  return place / "bucket"
+
+
+@pytest.fixture
+def kept(finished, config, tmp_path):
+  """A copy of that bucket, an empty disk, and the run's settings."""
+  shutil.copytree(finished, tmp_path / "bucket")
+  address = f"file://{tmp_path}/bucket"
+
+  def build(**changes):
+    place = {"checkpoint_bucket": address, "keep_checkpoints": 0}
+    return config(**place | changes)
+
+  return tmp_path / "bucket", tmp_path / "run", build
+
+
+def damage(bucket, table, name):
+  """Flips a bit in an object of a table."""
+  made = bucket_lib.decode((bucket / table).read_bytes())
+  path = bucket / made.folder / name
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+def test_a_damaged_step_is_passed_over(kept, whole, caplog):
+  bucket, workdir, config = kept
+  damage(bucket, "000007.json", "checkpoints/7/manifest.json")
+  (bucket / "000006.json").write_text("{}")
+  train.run(config(), workdir)
+  for step in (6, 7):
+    assert f"bucket/00000{step}.json is not used" in caplog.text
+  assert starts(workdir)[-1] == 4
+  assert_same(workdir, whole)
+  # The tables were put aside with their objects, and the steps are there anew.
+  there = look(config().checkpoint_bucket)
+  assert there.rejected() == {"000006", "000007"}
+  for step in (6, 7):
+    assert len([*bucket.glob(f"00000{step}-*")]) == 2
+  shutil.rmtree(workdir)
+  train.run(config(), workdir)
+  assert_same(workdir, whole)
+
+
+def test_a_damaged_model_is_made_again(kept, whole, caplog):
+  bucket, workdir, config = kept
+  damage(bucket, "finished.json", "export/model.safetensors")
+  train.run(config(), workdir)
+  assert "finished.json is not used" in caplog.text
+  assert_same(workdir, whole)
+  shutil.rmtree(workdir)
+  train.run(config(), workdir)
+  assert_same(workdir, whole)
+
+
+def test_nothing_is_started_over_where_a_step_was_whole(kept):
+  bucket, workdir, config = kept
+  for step in (2, 4):
+    damage(bucket, f"00000{step}.json", f"checkpoints/{step}/manifest.json")
+  for step in (6, 7):
+    (bucket / f"00000{step}.json").write_text("{}")
+  before = {p: p.read_bytes() for p in bucket.rglob("*") if p.is_file()}
+  for _ in range(2):
+    with pytest.raises(ValueError, match="holds no whole step any more"):
+      train.run(config(), workdir)
+  assert not (workdir / "config.json").exists()
+  after = {p: p.read_bytes() for p in bucket.rglob("*") if p.is_file()}
+  assert after == before
+
+
+def test_another_config_is_refused_by_every_key(kept):
+  bucket, workdir, config = kept
+  with pytest.raises(ValueError, match="begun with another config") as error:
+    train.run(config(seed=6, **{"loss.beta": 1.0}), workdir)
+  assert "config.loss.beta: 0.5 -> 1.0" in str(error.value)
+  assert "config.seed: 5 -> 6" in str(error.value)
+  assert str(bucket) in str(error.value)
+  assert not (workdir / "config.json").exists()
+
+
+def test_objects_of_nobody_are_refused(kept):
+  bucket, workdir, config = kept
+  (bucket / "notes.txt").write_text("mine")
+  with pytest.raises(ValueError, match=r"notes.txt.* name a path for this run"):
+    train.run(config(), workdir)
+
+
+def test_a_run_is_listed_verified_and_fetched(kept, whole, capsys):
+  bucket, workdir, config = kept
+  address = config().checkpoint_bucket
+  assert checkpoint.main(["list", address]) == 0
+  printed = capsys.readouterr().out.splitlines()
+  names = ["step 2", "step 4", "step 6", "step 7", "finished at step 7"]
+  assert [line.partition(":")[0] for line in printed] == names
+  assert "eval_loss" in printed[2]
+  assert checkpoint.main(["verify", address]) == 0
+  assert checkpoint.main(["fetch", address, str(workdir)]) == 0
+  assert_same(workdir, whole)
+  assert checkpoint.main(["fetch", address, str(workdir)]) == 2
+  damage(bucket, "000007.json", "checkpoints/7/manifest.json")
+  assert checkpoint.main(["verify", address]) == 1
+  assert "step 7: 000007-" in capsys.readouterr().out
+  # The one before it is fetched, and the exit code says that one is damaged.
+  other = workdir.with_name("other")
+  assert checkpoint.main(["fetch", address, str(other)]) == 1
+  assert step_files.steps(other / "checkpoints") == [6]
+  assert checkpoint.main(["list", f"{address}/nothing"]) == 2
+
+
+# --- the uploader alone
+
+
+def make_step(workdir, step, content=b"weights", metrics=None):
+  file = workdir / "checkpoints" / str(step) / "d" / "weights"
+  file.parent.mkdir(parents=True)
+  file.write_bytes(content)
+  (workdir / "metrics.jsonl").write_text("row\n" * step)
+  step_files.complete(workdir / "checkpoints", step, metrics or {})
+
+
+def make_finished(workdir, step):
+  (workdir / "export").mkdir()
+  (workdir / "export" / "model.safetensors").write_bytes(b"model")
+  (workdir / "finished.json").write_text(json.dumps({"step": step}))
+
+
+@pytest.fixture
+def memory():
+  """An address in memory."""
+  yield "memory:///bucket/run"
+  bucket = bucket_lib.connect("memory:///bucket")
+  for name in bucket.find(""):
+    bucket.rm_file(name)
+
+
+def push(copies, step):
+  copies.completed(step)
+  copies._worker.submit(int).result()
+
+
+def test_retention_by_hand(memory, tmp_path):
+  """Steps that no rule keeps go, and objects of no table but newer ones."""
+  bucket = bucket_lib.connect(memory)
+  retention = step_files.Retention(1, 2, 1, "eval_loss", "lowest")
+  for folder in ("000001-aaaaaaaaaaaa", "000009-aaaaaaaaaaaa"):
+    bucket.pipe_file(f"{folder}/cut", b"of an upload that was cut")
+  seen = []
+  with upload.Uploader(memory, tmp_path, retention) as copies:
+    for step in range(1, 6):
+      make_step(tmp_path, step, metrics={"eval_loss": abs(step - 3)})
+      push(copies, step)
+      seen.append([*look(memory).steps])
+  # The last, those that 2 divides, and the best, which is 1, 2, then 3.
+  assert seen == [[1], [2], [2, 3], [2, 3, 4], [2, 3, 4, 5]]
+  there = look(memory)
+  live = {f"{t.folder}/{x}" for t in there.tables.values() for x in t.files}
+  spared = {"000009-aaaaaaaaaaaa/cut"}
+  assert {*there.names} == {*there.tables, *live, *spared}
+  again = tmp_path / "again"
+  bucket_lib.bring(bucket, there.steps[4], again)
+  name = "checkpoints/4/d/weights"
+  assert (again / name).read_bytes() == (tmp_path / name).read_bytes()
+  assert (again / "metrics.jsonl").read_text() == "row\n" * 4
+  assert step_files.problem(again / "checkpoints", 4) == ""
+
+
+def test_an_evaluation_after_the_upload_counts(memory, tmp_path):
+  retention = step_files.Retention(1, 0, 1, "eval_loss", "lowest")
+  with upload.Uploader(memory, tmp_path, retention) as copies:
+    make_step(tmp_path, 1)
+    push(copies, 1)
+    step_files.note(tmp_path / "checkpoints", 1, {"eval_loss": 0.5})
+    for step in (2, 3):
+      make_step(tmp_path, step, metrics={"eval_loss": 0.7})
+      push(copies, step)
+  assert [*look(memory).steps] == [1, 3]
+
+
+def test_a_step_on_its_way_stays_on_the_disk(gcs, address, tmp_path):
+  directory = tmp_path / "checkpoints"
+  for step in (1, 2):
+    make_step(tmp_path, step)
+  with upload.Uploader(address, tmp_path, KEEP) as copies:
+    gcs.hold(lambda act, name: act == "write")
+    began_s = time.monotonic()
+    copies.completed(1)
+    assert time.monotonic() - began_s < 1
+    assert gcs.held.wait(60)
+    step_files.prune(directory, KEEP, copies.held())
+    assert step_files.steps(directory) == [1, 2]
+    gcs.go_on()
+    copies._worker.submit(int).result()
+    step_files.prune(directory, KEEP, copies.held())
+    assert step_files.steps(directory) == [2]
+
+
+def test_a_second_writer_of_a_step_is_refused(memory, tmp_path, caplog):
+  """Both go on; the first's step stays, and the second's end says so."""
+  first, second = tmp_path / "first", tmp_path / "second"
+  with contextlib.ExitStack() as stack:
+    for workdir in (first, second):
+      make_step(workdir, 1, str(workdir).encode())
+      make_finished(workdir, 1)
+    runs = [
+      stack.enter_context(upload.Uploader(memory, workdir, KEEP))
+      for workdir in (first, second)
+    ]
+    for copies in runs:
+      push(copies, 1)
+    assert "000001.json was uploaded by another process" in caplog.text
+    runs[0].finish()
+    with pytest.raises(upload.NotCopied, match="by another process"):
+      runs[1].finish()
+  bucket_lib.bring(
+    bucket_lib.connect(memory), look(memory).steps[1], tmp_path / "again"
+  )
+  found = (tmp_path / "again/checkpoints/1/d/weights").read_bytes()
+  assert found == str(first).encode()
+
+
+# Of aiohttp, to gcsfs, which sends chunks as they are.
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
+def test_a_lost_answer_is_not_taken_for_another_writer(gcs, address, tmp_path):
+  """The table was created, but nobody heard; the weights come in chunks."""
+  make_step(tmp_path, 1, os.urandom(6 * 2**20))
+  make_finished(tmp_path, 1)
+  gcs.fault = lambda act, name: "lost" if is_table(act, name) else None
+  with upload.Uploader(address, tmp_path, KEEP) as copies:
+    push(copies, 1)
+    gcs.heal()
+    copies.finish()
+  assert_nothing_is_left_over(address)
+  again = tmp_path / "again"
+  bucket = bucket_lib.connect(address)
+  bucket_lib.bring(bucket, look(address).steps[1], again)
+  assert step_files.problem(again / "checkpoints", 1) == ""
+
+
+def test_what_is_still_being_written_is_not_copied(tmp_path):
+  for name in ("step-2/a.bin", ".step-4.partial/a.bin", "step-2/b.bin.tmp"):
+    file = tmp_path / "adapters" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"1")
+  (tmp_path / "adapters" / "link").symlink_to("step-2/a.bin")
+  found = upload._files(tmp_path, ("adapters", "config.json"))
+  assert set(found) == {"adapters/step-2/a.bin"}
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "", "a\0b"])
+@pytest.mark.parametrize("field", ["folder", "files"])
+def test_a_table_cannot_name_a_file_elsewhere(name, field):
+  made = {"folder": "000001-aaaaaaaaaaaa", "files": {}}
+  made[field] = name if field == "folder" else {name: bucket_lib.File(0, "")}
+  data = bucket_lib.encode(bucket_lib.Table(1, {}, **made))
+  with pytest.raises(bucket_lib.Damaged, match="would leave the directory"):
+    bucket_lib.decode(data)
