@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -186,6 +187,37 @@ def is_table(act, name):
 
 
 @pytest.mark.slow
+def test_killed_in_a_download_the_same_command_goes_on(
+  gcs, address, config, whole, tmp_path, finished
+):
+  workdir = tmp_path / "run"
+  settings = config(checkpoint_bucket=address, keep_checkpoints=0)
+  path = address.removeprefix(f"gs://{bucket_server.BUCKET}/")
+  for file in finished.rglob("*"):
+    if file.is_file():
+      name = f"{path}/{file.relative_to(finished)}"
+      gcs.objects[name] = file.read_bytes()
+  reads = []
+
+  def stop(act, name):
+    reads.append((act, name.startswith(f"{path}/000007-")))
+    return act == "read" and reads.count(("read", True)) > 9
+
+  gcs.hold(stop)
+  with running.Child(
+    tmp_path / "child", settings, workdir, **gcs.environment()
+  ) as child:
+    child.until(gcs.held.is_set)
+    child.process.kill()
+    child.end()
+  gcs.go_on()
+  assert any((workdir / ".download").rglob("*"))
+  train.run(settings, workdir)
+  assert starts(workdir) == [0]
+  assert_same(workdir, whole)
+
+
+@pytest.mark.slow
 def test_whichever_is_newer_is_gone_on_from(config, whole, tmp_path):
   """The disk of a first machine comes back; a second one had gone further."""
   first, second = tmp_path / "first", tmp_path / "second"
@@ -356,9 +388,32 @@ def test_a_damaged_step_is_passed_over(kept, whole, caplog):
   # The tables were put aside with their objects, and the steps are there anew.
   there = look(config().checkpoint_bucket)
   assert there.rejected() == {"000006", "000007"}
+  folders = {name.partition("/")[0] for name in there.names}
   for step in (6, 7):
-    assert len([*bucket.glob(f"00000{step}-*")]) == 2
+    assert len([x for x in folders if x.startswith(f"00000{step}-")]) == 2
   shutil.rmtree(workdir)
+  train.run(config(), workdir)
+  assert_same(workdir, whole)
+
+
+def test_stopped_as_files_arrive_the_same_command_goes_on(
+  kept, whole, monkeypatch
+):
+  """Between the first file that is moved into place and the rest."""
+  _, workdir, config = kept
+  replace, moved = pathlib.Path.replace, []
+
+  def once(self, target):
+    if moved:
+      running.interrupt()
+    moved.append(target.name)
+    return replace(self, target)
+
+  monkeypatch.setattr(pathlib.Path, "replace", once)
+  with pytest.raises(KeyboardInterrupt):
+    train.run(config(), workdir)
+  monkeypatch.undo()
+  assert moved == ["config.json"]
   train.run(config(), workdir)
   assert_same(workdir, whole)
 

@@ -270,6 +270,15 @@ def look(bucket: Any, known: Mapping[str, Table]) -> Listing:
   return Listing(tables, damaged, names)
 
 
+def delete(bucket: Any, names: Iterable[str]) -> None:
+  def one(name):
+    # Another process may have deleted it.
+    with contextlib.suppress(FileNotFoundError):
+      bucket.rm_file(name)
+
+  each(one, names)
+
+
 # --- Download
 
 

@@ -49,31 +49,29 @@ def _local(command: str, directory: pathlib.Path) -> int:
   found = step_files.steps(directory)
   if not found:
     raise ValueError(f"{directory} holds no checkpoints")
-  show = _show_verified if command == "verify" else _show_size
-  return max([show(directory, step) for step in found])
+  code = 0
+  for step in found:
+    if command == "verify":
+      said = step_files.problem(directory, step)
+      code |= bool(said)
+    else:
+      try:
+        said = _size(directory, step)
+      except (OSError, ValueError) as error:
+        said, code = f"not whole: {error}", 1
+    console.result(f"step {step}: {said or 'whole'}", step=step)
+  return code
 
 
-def _show_verified(directory: pathlib.Path, step: int) -> int:
-  found = step_files.problem(directory, step)
-  console.result(f"step {step}: {found or 'whole'}", step=step)
-  return 1 if found else 0
+def _size(directory: pathlib.Path, step: int) -> str:
+  files = step_files.hashes(directory, step)
+  size = sum((directory / str(step) / name).stat().st_size for name in files)
+  return _summary(size, step_files.metrics(directory, step))
 
 
-def _show_size(directory: pathlib.Path, step: int) -> int:
-  size = step_files.size(directory, step)
-  try:
-    found = step_files.metrics(directory, step)
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    said = f"step {step}: {size:,} bytes, not whole: {error}"
-    console.result(said, step=step)
-    return 1
-  _say_size(f"step {step}", step, size, found)
-  return 0
-
-
-def _say_size(what: str, step: int, size: int, metrics) -> None:
+def _summary(size: int, metrics: dict[str, float]) -> str:
   values = [f"{name} {value:.6g}" for name, value in metrics.items()]
-  console.result(", ".join([f"{what}: {size:,} bytes", *values]), step=step)
+  return ", ".join([f"{size:,} bytes", *values])
 
 
 def _remote(command: str, address: str, directory: pathlib.Path | None) -> int:
@@ -85,21 +83,19 @@ def _remote(command: str, address: str, directory: pathlib.Path | None) -> int:
     )
   for name, why in there.damaged.items():
     console.error(f"{name}: {why}")
-  if directory is not None:
-    return max(_fetch(bucket, there, directory), 1 if there.damaged else 0)
   code = 1 if there.damaged else 0
+  if directory is not None:
+    return max(code, _fetch(bucket, there, directory))
   for name, table in there.tables.items():
+    said = _summary(table.bytes, table.metrics)
+    if command == "verify":
+      try:
+        bucket_lib.verify(bucket, table, table.files)
+        said = "whole"
+      except bucket_lib.Damaged as error:
+        said, code = str(error), 1
     done = "finished at " if name == bucket_lib.FINISHED else ""
-    what = f"{done}step {table.step}"
-    if command == "list":
-      _say_size(what, table.step, table.bytes, table.metrics)
-      continue
-    try:
-      bucket_lib.verify(bucket, table, table.files)
-      console.result(f"{what}: whole", step=table.step)
-    except bucket_lib.Damaged as error:
-      console.result(f"{what}: {error}", step=table.step)
-      code = 1
+    console.result(f"{done}step {table.step}: {said}", step=table.step)
   return code
 
 
@@ -109,20 +105,18 @@ def _fetch(bucket, there: bucket_lib.Listing, directory: pathlib.Path) -> int:
   final = there.tables.get(bucket_lib.FINISHED)
   code = 0
   for step, table in sorted(there.steps.items(), reverse=True):
+    found = False
     try:
       bucket_lib.bring(bucket, table, directory)
-    except bucket_lib.Damaged as error:
-      console.error(f"step {step}: {error}")
-      code = 1
-      continue
-    try:
+      found = True
       if final and final.step == step:
         bucket_lib.bring(bucket, final, directory)
     except bucket_lib.Damaged as error:
-      console.error(f"the final model: {error}")
+      console.error(f"step {step}: {error}")
       code = 1
-    console.result(f"{directory} is as it was at step {step}", step=step)
-    return code
+    if found:
+      console.result(f"{directory} is as it was at step {step}", step=step)
+      return code
   return 1
 
 

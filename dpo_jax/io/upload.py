@@ -300,18 +300,10 @@ class Uploader:
       with contextlib.suppress(OSError, ValueError):
         found[step] = step_files.metrics(self._directory, step)
     dropped = found.keys() - self._retention.kept(found)
-    self._delete(map(bucket_lib.table_name, dropped))
+    bucket_lib.delete(self._bucket, map(bucket_lib.table_name, dropped))
     for step in dropped:
       del there.tables[bucket_lib.table_name(step)]
-    self._delete(there.stale())
-
-  def _delete(self, names: Iterable[str]) -> None:
-    def one(name):
-      # Another process may have deleted it.
-      with contextlib.suppress(FileNotFoundError):
-        self._bucket.rm_file(name)
-
-    bucket_lib.each(one, names)
+    bucket_lib.delete(self._bucket, there.stale())
 
 
 def _newest_here(directory: pathlib.Path) -> int | None:
