@@ -23,8 +23,8 @@ class Bucket:
     objects: {name: bytes}.
     asked: (act, name) of each request: "write", "read", "about", "delete" or
       "list".
-    fault: called with (act, name); an HTTP status answers instead, "cut" breaks
-      the connection, "lost" does so after the act was carried out.
+    fault: called with (act, name); an HTTP status answers instead, "lost"
+      breaks the connection after the act was carried out.
   """
 
   def __init__(self):
@@ -113,9 +113,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self.bucket.asked.append((act, name))
     self.bucket.waits(act, name)
     fault = self.bucket.fault(act, name)
-    if fault == "cut":
-      self.close_connection = True
-    elif type(fault) is int:
+    if type(fault) is int:
       self._refuse(fault, "out of order")
     elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
       self._refuse(401, "No such token")

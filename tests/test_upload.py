@@ -573,18 +573,23 @@ def test_a_step_on_its_way_stays_on_the_disk(gcs, address, tmp_path):
 def test_a_second_writer_of_a_step_is_refused(memory, tmp_path, caplog):
   """Both go on; the first's step stays, and the second's end says so."""
   first, second = tmp_path / "first", tmp_path / "second"
+  keep_all = step_files.Retention(0, 0, 0, "eval_loss", "lowest")
   with contextlib.ExitStack() as stack:
     for workdir in (first, second):
-      make_step(workdir, 1, str(workdir).encode())
-      make_finished(workdir, 1)
+      for step in (1, 2, 3):
+        make_step(workdir, step, str(workdir).encode())
+      make_finished(workdir, 3)
     runs = [
-      stack.enter_context(upload.Uploader(memory, workdir, KEEP))
+      stack.enter_context(upload.Uploader(memory, workdir, keep_all))
       for workdir in (first, second)
     ]
-    for copies in runs:
-      push(copies, 1)
-    assert "000001.json was uploaded by another process" in caplog.text
-    runs[0].finish()
+    # The last was seen there before it was tried.
+    for copies, step in (0, 1), (1, 1), (0, 2), (1, 3), (1, 2):
+      push(runs[copies], step)
+    said = re.findall(r"00000(\d).json was uploaded by another", caplog.text)
+    assert said == ["1", "2"]
+    with pytest.raises(upload.NotCopied, match="by another process"):
+      runs[0].finish()
     with pytest.raises(upload.NotCopied, match="by another process"):
       runs[1].finish()
   bucket_lib.bring(

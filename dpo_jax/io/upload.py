@@ -43,6 +43,10 @@ _RECORDS = (
 )
 
 
+# Files by their names, each with its hash if it never grows.
+_Files = dict[str, tuple[pathlib.Path, str | None]]
+
+
 class Refused(ValueError):
   """Another process uploaded the same step."""
 
@@ -75,7 +79,7 @@ class Uploader:
     self._waiting: int | None = None
     self._pushing: int | None = None
     self._failed = self._refused = ""
-    # Folders that this process uploaded to.
+    # Folders of this process, and those that it found as it began.
     self._own: set[str] = set()
 
   def __enter__(self) -> "Uploader":
@@ -90,6 +94,7 @@ class Uploader:
         f"{self._address} holds {foreign[:5]}, which no run uploaded;"
         " name a path for this run alone"
       )
+    self._own = {table.folder for table in self._there.tables.values()}
     return self
 
   def __exit__(self, *exc_info) -> None:
@@ -168,7 +173,8 @@ class Uploader:
   def held(self) -> set[int]:
     """Steps whose files are still needed on the disk."""
     with self._changing:
-      return {self._waiting, self._pushing} - {None}
+      both = (self._waiting, self._pushing)
+      return {step for step in both if step is not None}
 
   def finish(self) -> None:
     """Uploads the exported model, and what failed once more.
@@ -225,30 +231,33 @@ class Uploader:
 
   def _push(self, step: int) -> None:
     if step in self._there.steps:
-      return
+      return self._check_own(bucket_lib.table_name(step))
     path, place = self._directory / str(step), f"checkpoints/{step}/"
     hashes = step_files.hashes(self._directory, step)
-    files = {place + name: (path / name, hashes[name]) for name in hashes}
+    files: _Files = {
+      place + name: (path / name, hashes[name]) for name in hashes
+    }
     manifest = path / step_files.MANIFEST
     files[place + manifest.name] = (manifest, None)
     metrics = step_files.metrics(self._directory, step)
-    self._upload(bucket_lib.table_name(step), step, metrics, files)
+    return self._upload(bucket_lib.table_name(step), step, metrics, files)
 
   def _push_finished(self) -> None:
     step = max(step_files.steps(self._directory), default=None)
     if step is None:
       raise ValueError(f"{self._directory} holds no checkpoint")
     self._push(step)
-    if bucket_lib.FINISHED not in self._there.tables:
-      files = _files(self._workdir, ("export", bucket_lib.FINISHED))
-      self._upload(bucket_lib.FINISHED, step, {}, files)
+    if bucket_lib.FINISHED in self._there.tables:
+      return self._check_own(bucket_lib.FINISHED)
+    files = _files(self._workdir, ("export", bucket_lib.FINISHED))
+    return self._upload(bucket_lib.FINISHED, step, {}, files)
 
   def _upload(
     self,
     name: str,
     step: int,
     metrics: dict[str, float],
-    files: dict[str, tuple[pathlib.Path, str | None]],
+    files: _Files,
   ) -> None:
     """Uploads files and the records, then creates their table."""
     began_s = time.monotonic()
@@ -274,13 +283,16 @@ class Uploader:
     except FileExistsError:
       self._there = bucket_lib.look(self._bucket, self._there.tables)
     # It may be of this process, to which the answer got lost.
+    self._check_own(name)
+    self._say(f"{name} is in", step, table.bytes, began_s)
+
+  def _check_own(self, name: str) -> None:
     found = self._there.tables.get(name)
     if found is None or found.folder not in self._own:
       raise Refused(
         f"{self._address}/{name} was uploaded by another process: train this"
         " run in one place at a time"
       )
-    self._say(f"{name} is in", step, table.bytes, began_s)
 
   def _say(self, what: str, step: int, size: int, began_s: float) -> None:
     took_s = time.monotonic() - began_s
@@ -314,15 +326,13 @@ def _newest_here(directory: pathlib.Path) -> int | None:
     return None
 
 
-def _files(
-  workdir: pathlib.Path, names: Iterable[str]
-) -> dict[str, tuple[pathlib.Path, str | None]]:
-  """Files and folders of a run, each file with its hash if it never grows.
+def _files(workdir: pathlib.Path, names: Iterable[str]) -> _Files:
+  """Files and folders of a run.
 
   Without links and what is still being written: the name of a directory that is
   not whole yet begins with a point.
   """
-  found = {}
+  found: _Files = {}
   for top in map(workdir.joinpath, names):
     for path in (top, *sorted(top.rglob("*"))):
       name = path.relative_to(workdir)
