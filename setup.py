@@ -85,7 +85,7 @@ setuptools.setup(
     "openai>=3",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12",
-    "safetensors",
+    "safetensors>=0.8",
     "scipy",
     "tensorflow-datasets",
     "tokenizers",

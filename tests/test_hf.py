@@ -634,18 +634,27 @@ def test_a_missing_model_is_refused(tmp_path):
     hf.load(tmp_path, **NUMERICS)
 
 
-def test_header_reads_back_what_was_written(tmp_path):
-  """The file format itself, against the safetensors library."""
+def test_what_is_written_is_read_by_the_library(tmp_path):
   path = tmp_path / "x.safetensors"
-  arrays = [np.arange(3, dtype=np.float32), np.ones((2, 0), np.float16)]
-  entries = [("a", arrays[0].dtype, (3,)), ("b", arrays[1].dtype, (2, 0))]
-  safetensors_lib.write(path, entries, arrays, {"made": "here"})
-  assert safetensors_lib.header(path)[1] == {"format": "pt", "made": "here"}
+  transposed = np.arange(6, dtype=np.float32).reshape(2, 3).T
+  arrays = {
+    "a": transposed,
+    "b": np.ones((2, 0), np.float16),
+    "c": np.asarray([1, 256], jnp.bfloat16),
+    "d": np.asarray(7, np.int64),
+  }
+  safetensors_lib.write(path, arrays, arrays.values(), {"made": "here"})
   again = safetensors.torch.load_file(path)
-  assert again["a"].tolist() == [0, 1, 2]
-  assert tuple(again["b"].shape) == (2, 0)
+  assert {name: tensor.tolist() for name, tensor in again.items()} == {
+    name: array.tolist() for name, array in arrays.items()
+  }
+  found, metadata = safetensors_lib.read(path)
+  assert metadata == {"format": "pt", "made": "here"}
+  assert {name: array.dtype for name, array in found.items()} == {
+    name: array.dtype for name, array in arrays.items()
+  }
   with pytest.raises(ValueError, match="a is float32"):
-    safetensors_lib.write(path, [("a", arrays[1].dtype, (3,))], arrays[:1])
+    safetensors_lib.write(path, {"a": arrays["b"]}, [transposed])
 
 
 # --- what tells weights apart

@@ -198,17 +198,12 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
   path = tmp_path / "train.safetensors"
   sha256 = {"sha256": reference._hash(values)}
   for metadata in (sha256, sha256 | {"kind": "other"}):
-    safetensors.write(
-      path, [("logps", values.dtype, values.shape)], [values], metadata
-    )
+    safetensors.write(path, {"logps": values}, [values], metadata)
     with pytest.raises(ValueError, match="holds no reference log-probs"):
       reference.load(path, table, {})
   # Of the right kind, but without its hash.
   safetensors.write(
-    path,
-    [("logps", values.dtype, values.shape)],
-    [values],
-    {"kind": reference._FORMAT},
+    path, {"logps": values}, [values], {"kind": reference._FORMAT}
   )
   with pytest.raises(ValueError, match="is damaged"):
     reference.load(path, table, {})

@@ -73,20 +73,6 @@ def test_an_entry_is_what_tokenising_gives(filled, words, caplog):
   assert not caplog.records
 
 
-def test_tokens_are_mapped_and_aligned(filled, words):
-  path, _ = filled
-  table = token_cache.tokenize(
-    path.parent, Never(words), rows(), **LENGTHS
-  ).table
-  base = table.tokens
-  while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
-    base = base.base
-  assert isinstance(base, np.memmap)
-  assert table.tokens.flags.aligned
-  assert table.lengths.flags.aligned
-  assert not table.tokens.flags.writeable
-
-
 def test_without_a_directory_nothing_is_kept(tmp_path, words, monkeypatch):
   monkeypatch.chdir(tmp_path)
   done = token_cache.tokenize("", words, rows(), **LENGTHS)

@@ -3,8 +3,7 @@
 An entry is one safetensors file named by a hash of everything that makes its
 ids: the rows' texts, the tokenizer, the profile and its lengths. It is written
 whole or not at all, so that processes may write it at the same time, and it
-carries a hash of its content, which every reading compares. Token ids are
-mapped, not loaded.
+carries a hash of its content, which every reading compares.
 """
 
 import contextlib
@@ -26,8 +25,7 @@ _log = logging.getLogger(__name__)
 # Raise it when the form of an entry changes; profiles.VERSION is for the rules.
 FORMAT = 1
 
-# The arrays of an entry, in the file's order. Wide types come first: the format
-# keeps no gaps, and a mapped array should lie at a multiple of its item.
+# The arrays of an entry, in the order of its hash.
 _ARRAYS = {
   "lengths": np.dtype(np.int64),
   "id_lengths": np.dtype(np.int64),
@@ -130,8 +128,8 @@ def _write(path, done: tokenization.Tokenised, key) -> None:
   about = json.dumps({"key": key, "counts": done.counts})
   safetensors.write(
     path,
-    [(name, dtype, arrays[name].shape) for name, dtype in _ARRAYS.items()],
-    [arrays[name] for name in _ARRAYS],
+    arrays,
+    arrays.values(),
     {"about": about, "sha256": _digest(about, arrays)},
   )
 
@@ -142,14 +140,12 @@ def _read(path, key) -> tokenization.Tokenised:
   Raises:
     ValueError: the file is cut, changed, or not this key's.
   """
-  tensors, metadata = safetensors.header(path)
-  if set(tensors) != set(_ARRAYS):
-    raise ValueError(f"holds {sorted(tensors)}, not tokenised pairs")
-  arrays = {}
+  arrays, metadata = safetensors.read(path)
+  if set(arrays) != set(_ARRAYS):
+    raise ValueError(f"holds {sorted(arrays)}, not tokenised pairs")
   for name, dtype in _ARRAYS.items():
-    if safetensors.INTEGERS.get(tensors[name].dtype) != dtype:
-      raise ValueError(f"its {name} are {tensors[name].dtype}, not {dtype}")
-    arrays[name] = tensors[name].view().view(np.ndarray)
+    if arrays[name].dtype != dtype:
+      raise ValueError(f"its {name} are {arrays[name].dtype}, not {dtype}")
   about = metadata.get("about", "")
   if metadata.get("sha256") != _digest(about, arrays):
     raise ValueError("its content is not what was written")

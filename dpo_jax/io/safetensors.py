@@ -1,64 +1,74 @@
-"""Safetensors on disk: tensors that are mapped, not loaded.
+"""Safetensors on disk, read slice by slice and written tensor by tensor.
 
-A file is eight bytes of header length, a JSON header and the raw tensors, so a
-tensor's values can be looked at in place, slice by slice, and a file can be
-written tensor by tensor: neither way needs the whole model in memory. The
-safetensors library checks every header before we believe it. Nothing else is
-ever opened: pickled weights can run code.
+The safetensors library checks a file's header and reads it; nothing else is
+ever opened, since pickled weights can run code. It writes only tensors that are
+all in memory, and our layout is a transpose of the stored one, so its
+`save_file` would need a second copy of a model: `write` holds one tensor.
 """
 
-import dataclasses
 import json
+import math
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 
 from dpo_jax.io import strict_json
 
-# Of a header; Pythia 12B's has 60 kB, and the library would take 100 MB.
-MAX_HEADER_BYTES = 16 * 2**20
-
-# The value types that weights come in, by their names in a header.
-DTYPES = {
-  "F32": np.dtype(np.float32),
-  "F16": np.dtype(np.float16),
-  "BF16": np.dtype(jnp.bfloat16),
+# Names of NumPy's types in a header; only the first three are of weights.
+_DTYPES = {
+  "float32": "F32",
+  "float16": "F16",
+  "bfloat16": "BF16",
+  "int64": "I64",
+  "int32": "I32",
+  "uint8": "U8",
 }
-# What else is kept in this format: never weights.
-INTEGERS = {
-  "I64": np.dtype(np.int64),
-  "I32": np.dtype(np.int32),
-  "U8": np.dtype(np.uint8),
-}
+WEIGHT_DTYPES = tuple(_DTYPES.values())[:3]
 
 
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-  """Where a tensor's values lie: a file and the first byte in it."""
+def open_file(path: pathlib.Path) -> Any:
+  """An open `safetensors.safe_open` of NumPy arrays.
 
-  file: pathlib.Path
-  dtype: str
-  shape: tuple[int, ...]
-  offset: int
+  Raises:
+    ValueError: the file is cut, its header does not describe it, or it is a
+      pointer of git-LFS.
+  """
+  strict_json.refuse_pointer(path)
+  try:
+    # The library compares the header's length, every offset, shape and type
+    # with the file's size, and allocates nothing for the tensors.
+    return safetensors.safe_open(path, framework="np", backend="pread")
+  except (safetensors.SafetensorError, OSError) as error:
+    raise ValueError(
+      f"{path} is not a whole safetensors file ({error}); fetch or export it"
+      " again"
+    ) from error
 
-  def view(self) -> np.ndarray:
-    """The values, read from the file only where they are touched."""
-    dtype = (DTYPES | INTEGERS)[self.dtype]
-    return np.memmap(self.file, dtype, "r", self.offset, self.shape)
+
+def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  """All arrays of a file by name, and its metadata; errors as `open_file`."""
+  with open_file(path) as file:
+    try:
+      return file.get_tensors(), file.metadata() or {}
+    # NumPy has no such type.
+    except (safetensors.SafetensorError, TypeError, AttributeError) as error:
+      raise ValueError(f"{path} cannot be read ({error})") from error
 
 
-def find(directory: pathlib.Path, stem: str) -> dict[str, Tensor]:
+def find(directory: pathlib.Path, stem: str) -> dict[str, Any]:
   """The tensors of a directory by name, from one file or from shards.
 
   Args:
     directory: where `<stem>.safetensors` or `<stem>.safetensors.index.json`
       is; the single file is taken if there are both, as transformers does.
     stem: "model" or "adapter_model".
+
+  Returns:
+    A slice of the safetensors library for each, read where it is indexed.
 
   Raises:
     ValueError: there are no safetensors, a file is cut or its header lies, or
@@ -67,7 +77,7 @@ def find(directory: pathlib.Path, stem: str) -> dict[str, Tensor]:
   single = directory / f"{stem}.safetensors"
   index = directory / f"{stem}.safetensors.index.json"
   if single.is_file():
-    return header(single)[0]
+    return _slices(single)
   if index.is_file():
     return _sharded(index)
   pickled = sorted(
@@ -84,106 +94,22 @@ def find(directory: pathlib.Path, stem: str) -> dict[str, Tensor]:
   )
 
 
-def header(
-  path: pathlib.Path,
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-  """The tensors of one file by name, and its metadata.
-
-  Raises:
-    ValueError: the file is cut, its header does not describe it or is larger
-      than `MAX_HEADER_BYTES`, or it is a pointer of git-LFS.
-  """
-  strict_json.refuse_pointer(path)
-  with open(path, "rb") as file:
-    length = int.from_bytes(file.read(8), "little")
-  if MAX_HEADER_BYTES < length < path.stat().st_size:
-    raise ValueError(
-      f"{path} has a header of {length} bytes, more than {MAX_HEADER_BYTES}:"
-      " no model that is computed here needs one"
-    )
-  try:
-    # The library compares the header's length, every offset, shape and type
-    # with the file's size, and allocates nothing for the tensors.
-    with safetensors.safe_open(path, framework="np") as file:
-      metadata = file.metadata() or {}
-  except (safetensors.SafetensorError, OSError) as error:
-    raise ValueError(
-      f"{path} is not a whole safetensors file ({error}); fetch or export it"
-      " again"
-    ) from error
-  with open(path, "rb") as file:
-    file.seek(8)
-    entries = strict_json.parse(file.read(length))
-  entries.pop("__metadata__", None)
-  tensors = {
-    name: Tensor(
-      path,
-      entry["dtype"],
-      tuple(entry["shape"]),
-      8 + length + entry["data_offsets"][0],
-    )
-    for name, entry in entries.items()
-  }
-  return tensors, metadata
+def _slices(path: pathlib.Path) -> dict[str, Any]:
+  file = open_file(path)
+  return {name: file.get_slice(name) for name in file.offset_keys()}
 
 
-def write(
-  path: pathlib.Path,
-  entries: Sequence[tuple[str, np.dtype, tuple[int, ...]]],
-  arrays: Iterable[np.ndarray],
-  metadata: dict[str, str] | None = None,
-) -> None:
-  """Writes one file, a tensor at a time, and flushes it to the disk.
-
-  Args:
-    path: the file.
-    entries: name, value type and shape of each tensor.
-    arrays: their values in the same order; one is held at a time.
-    metadata: strings kept in the header.
-
-  Raises:
-    ValueError: an array is not what its entry says, or holds NaN or infinity.
-  """
-  names = {dtype: name for name, dtype in (DTYPES | INTEGERS).items()}
-  # "pt" is how torch's own files are marked; transformers 4 insists on it.
-  described: dict[str, Any] = {
-    "__metadata__": {"format": "pt", **(metadata or {})}
-  }
-  end = 0
-  for name, dtype, shape in entries:
-    start, end = end, end + dtype.itemsize * int(np.prod(shape))
-    described[name] = {
-      "dtype": names[dtype],
-      "shape": list(shape),
-      "data_offsets": [start, end],
-    }
-  text = json.dumps(described, separators=(",", ":")).encode()
-  text += b" " * (-len(text) % 8)
-  with open(path, "wb") as file:
-    file.write(len(text).to_bytes(8, "little") + text)
-    for (name, dtype, shape), array in zip(entries, arrays, strict=True):
-      if array.dtype != dtype or array.shape != shape:
-        raise ValueError(
-          f"{name} is {array.dtype}{array.shape}, not {dtype}{shape}"
-        )
-      if not np.isfinite(array).all():
-        raise ValueError(f"{name} holds NaN or infinity; it is not written")
-      file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sharded(index: pathlib.Path) -> dict[str, Tensor]:
+def _sharded(index: pathlib.Path) -> dict[str, Any]:
   names = strict_json.read_object(index).get("weight_map")
   if not isinstance(names, dict) or not names:
     raise ValueError(f"{index} has no weight_map")
-  tensors: dict[str, Tensor] = {}
+  tensors: dict[str, Any] = {}
   for shard in sorted(set(names.values()), key=str):
     if not isinstance(shard, str) or pathlib.Path(shard).name != shard:
       raise ValueError(f"{index} names {shard!r}, which is no file beside it")
     if not (index.parent / shard).is_file():
       raise ValueError(f"{index} names {shard}, which is missing; fetch it")
-    found = header(index.parent / shard)[0]
+    found = _slices(index.parent / shard)
     listed = {name for name, file in names.items() if file == shard}
     if listed != set(found):
       raise ValueError(
@@ -192,3 +118,47 @@ def _sharded(index: pathlib.Path) -> dict[str, Tensor]:
       )
     tensors |= found
   return tensors
+
+
+def write(
+  path: pathlib.Path,
+  shapes: Mapping[str, Any],
+  arrays: Iterable[np.ndarray],
+  metadata: dict[str, str] | None = None,
+) -> None:
+  """Writes one file, a tensor at a time, and flushes it to the disk.
+
+  Args:
+    path: the file.
+    shapes: for each tensor by name, what has its `dtype` and `shape`.
+    arrays: their values in the same order; one is held at a time.
+    metadata: strings kept in the header.
+
+  Raises:
+    ValueError: an array has another shape or type, or holds NaN or infinity.
+  """
+  # "pt" is how torch's own files are marked; transformers 4 insists on it.
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"} | (metadata or {})}
+  end = 0
+  for name, leaf in shapes.items():
+    dtype = np.dtype(leaf.dtype)
+    start, end = end, end + dtype.itemsize * math.prod(leaf.shape)
+    header[name] = {
+      "dtype": _DTYPES[dtype.name],
+      "shape": list(leaf.shape),
+      "data_offsets": [start, end],
+    }
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  with open(path, "wb") as file:
+    file.write(len(text).to_bytes(8, "little") + text)
+    for (name, leaf), array in zip(shapes.items(), arrays, strict=True):
+      if array.dtype != leaf.dtype or array.shape != tuple(leaf.shape):
+        raise ValueError(
+          f"{name} is {array.dtype}{array.shape}, not {leaf.dtype}{leaf.shape}"
+        )
+      if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds NaN or infinity; it is not written")
+      file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    file.flush()
+    os.fsync(file.fileno())

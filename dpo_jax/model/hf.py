@@ -156,7 +156,8 @@ def load_adapter(
   tree = hf_weights.read(directory, weights, shapes, tensors, "float32", None)
   file = directory / "adapter_model.safetensors"
   if base is not None and file.is_file():
-    made_for = safetensors.header(file)[1].get(_FINGERPRINT)
+    with safetensors.open_file(file) as opened:
+      made_for = (opened.metadata() or {}).get(_FINGERPRINT)
     if made_for and made_for != fingerprint(base):
       raise ValueError(
         f"{directory} was trained on other base weights ({made_for}) than these"

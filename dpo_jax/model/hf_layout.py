@@ -60,12 +60,27 @@ class Weight:
       math.prod(shape[axis] for axis in group) for group in self.axes
     )
 
-  def ours(self, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A stored tensor in our layout; a view, nothing is read or copied."""
-    shape = shape[1:] if self.stacked else shape
+  def read(
+    self, stored: Any, shape: tuple[int, ...], index: tuple[slice, ...]
+  ) -> np.ndarray:
+    """The part at `index` of one layer's weight of ours, as a view of what is
+    read of the stored tensor: that part alone.
+
+    Args:
+      stored: an array, or a slice of the safetensors library.
+      shape: of our (one layer's) weight.
+      index: a range of each of our axes. Of axes that are flattened together
+        only the first may be a part.
+    """
+    ranges, split = [], []
+    for first, *others in self.axes:
+      start, stop, _ = index[first].indices(shape[first])
+      sizes = [shape[axis] for axis in others]
+      each = math.prod(sizes)
+      ranges.append(slice(start * each, stop * each))
+      split += [stop - start, *sizes]
     order = [axis for group in self.axes for axis in group]
-    split = stored.reshape([shape[axis] for axis in order])
-    return split.transpose(np.argsort(order))
+    return stored[tuple(ranges)].reshape(split).transpose(np.argsort(order))
 
   def stored(self, ours: np.ndarray) -> np.ndarray:
     """One of our weights (of one layer, if stacked) as it is stored."""

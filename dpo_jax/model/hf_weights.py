@@ -1,7 +1,7 @@
 """Trees of weights to and from safetensors, by the tables of the layouts.
 
-Reading never holds a model twice: a stored tensor is mapped, and each device's
-part of a stacked weight is filled from it layer by layer. Writing goes one
+Reading never holds a model twice: each device's part of a stacked weight is
+filled layer by layer with what is read of the stored tensors. Writing goes one
 stacked weight at a time into a hidden sibling directory, which is renamed when
 it is complete: a directory of the final name is never half a model.
 """
@@ -45,7 +45,7 @@ def read(
   directory: pathlib.Path,
   weights: Sequence[hf_layout.Weight],
   shapes: Tree,
-  tensors: dict[str, safetensors.Tensor],
+  tensors: dict[str, Any],
   dtype: str,
   mesh: jax.sharding.Mesh | None,
 ) -> Tree:
@@ -55,7 +55,7 @@ def read(
     directory: where the tensors are from, for messages.
     weights: what the tree holds.
     shapes: the tree's shapes.
-    tensors: the stored tensors by name.
+    tensors: the stored tensors by name, from `safetensors.find`.
     dtype: what to keep the weights in.
     mesh: where to put them; None leaves them on the default device.
 
@@ -72,14 +72,14 @@ def read(
   for name, shape in expected.items():
     if name not in tensors:
       problems.append(f"{name} is missing")
-    elif tensors[name].shape != shape:
+      continue
+    found = tuple(tensors[name].get_shape())
+    dtype_found = tensors[name].get_dtype()
+    if found != shape:
+      problems.append(f"{name} has shape {found}, but its config says {shape}")
+    elif dtype_found not in safetensors.WEIGHT_DTYPES:
       problems.append(
-        f"{name} has shape {tensors[name].shape}, but its config says {shape}"
-      )
-    elif tensors[name].dtype not in safetensors.DTYPES:
-      problems.append(
-        f"{name} is {tensors[name].dtype}, not one of"
-        f" {list(safetensors.DTYPES)}"
+        f"{name} is {dtype_found}, not one of {list(safetensors.WEIGHT_DTYPES)}"
       )
   for name in tensors:
     if name not in expected and not hf_layout.BUFFERS.search(name):
@@ -111,15 +111,13 @@ def _read_weight(weight, shape, tensors, dtype, place, problems) -> jax.Array:
       return parts[key]
     size = tuple(len(range(*axis)) for axis in key)
     out = parts[key] = np.empty(size, jnp.dtype(dtype))
-    inner = index[1:] if weight.stacked else index
-    layers = out if weight.stacked else out[None]
-    chosen = names[index[0]] if weight.stacked else names
+    layers, chosen, inner, whole = out[None], names, index, shape
+    if weight.stacked:
+      layers, chosen = out, names[index[0]]
+      inner, whole = index[1:], shape[1:]
     for layer, name in zip(layers, chosen, strict=True):
-      np.copyto(
-        layer,
-        weight.ours(tensors[name].view(), shape)[inner],
-        casting="unsafe",
-      )
+      found = weight.read(tensors[name], whole, inner)
+      np.copyto(layer, found, casting="unsafe")
       if not np.isfinite(layer).all():
         problems.append(f"{name} holds NaN or infinity")
     return out
@@ -157,12 +155,12 @@ def write(
   Raises:
     ValueError: a weight is not finite.
   """
-  entries = []
+  shapes = {}
   for weight in weights:
     leaf = _leaf(tree, weight.path)
     shape = weight.stored_shape(leaf.shape)
-    names = weight.names(leaf.shape)
-    entries += [(name, np.dtype(leaf.dtype), shape) for name in names]
+    for name in weight.names(leaf.shape):
+      shapes[name] = jax.ShapeDtypeStruct(shape, leaf.dtype)
 
   def arrays() -> Iterator[np.ndarray]:
     for weight in weights:
@@ -174,7 +172,7 @@ def write(
         yield weight.stored(distributed.fetch(layer))
 
   if distributed.first():
-    safetensors.write(path, entries, arrays(), metadata)
+    safetensors.write(path, shapes, arrays(), metadata)
   else:
     for _ in arrays():
       pass

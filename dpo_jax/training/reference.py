@@ -80,7 +80,7 @@ def save(
   with atomic.replacing(path) as part:
     safetensors.write(
       part,
-      [("logps", logps.dtype, logps.shape)],
+      {"logps": logps},
       [logps],
       made_of | {"kind": _FORMAT, "sha256": _hash(logps)},
     )
@@ -94,7 +94,7 @@ def load(
   Raises:
     ValueError: the file is broken, or was made of something else.
   """
-  tensors, metadata = safetensors.header(path)
+  arrays, metadata = safetensors.read(path)
   mend = f"delete {path.name} to have it made again, or name another directory"
   if metadata.get("kind") != _FORMAT:
     raise ValueError(f"{path} holds no reference log-probs; {mend}")
@@ -104,9 +104,9 @@ def load(
         f"{path} was made with {name}={metadata.get(name)}, but it is now"
         f" {value}; {mend}"
       )
-  if set(tensors) != {"logps"} or tensors["logps"].dtype != "F32":
+  if set(arrays) != {"logps"} or arrays["logps"].dtype != np.float32:
     raise ValueError(f"{path} is damaged; {mend}")
-  logps = np.array(tensors["logps"].view())
+  logps = arrays["logps"]
   count = int(table.lengths[:, 1:].sum())
   if logps.shape != (count,) or metadata.get("sha256") != _hash(logps):
     raise ValueError(f"{path} is damaged; {mend}")
