@@ -133,33 +133,26 @@ def test_a_pointer_in_the_place_of_a_shard_is_named(files):
 # --- sizes
 
 
-def test_a_line_that_is_too_long_is_one_bad_row(tmp_path):
+def test_a_line_beyond_the_bound_is_not_held(tmp_path):
   path = tmp_path / "rows.jsonl"
-  good = sourcing.line(sourcing.GOOD)
-  # Of exactly the longest length, and of three times that.
-  room = strict_json.MAX_LINE_BYTES - len(good)
   longest = sourcing.line(sourcing.GOOD | {"note": ""})
-  longest = longest.replace(
-    b'""', b'"' + b"x" * (room + len(good) - len(longest)) + b'"'
-  )
-  assert len(longest) == strict_json.MAX_LINE_BYTES
-  path.write_bytes(longest + b"x" * (3 * room) + b"\n" + good)
-  with pytest.raises(ValueError, match=r"rows\.jsonl:2: longer than 16 MiB"):
-    sourcing.load(path)
-  with at_most(100):
-    loaded = sourcing.load(path, filtered={"skip_bad": 1})
-  assert loaded.counts["read"] == 3
-  assert loaded.counts["malformed: longer than 16 MiB"] == 1
-  assert len(loaded.rows) == 2
+  room = strict_json.MAX_BYTES - len(longest)
+  longest = longest.replace(b'""', b'"' + b"x" * room + b'"')
+  assert len(longest) == strict_json.MAX_BYTES
+  path.write_bytes(longest + longest)
+  assert len(sourcing.load(path).rows) == 2
+  with path.open("ab") as file:
+    file.truncate(10 * strict_json.MAX_BYTES)
+  with at_most(200), pytest.raises(ValueError, match=r":3: longer than 32 MiB"):
+    sourcing.load(path, filtered={"skip_bad": 9})
 
 
-@pytest.mark.parametrize("piece", [b"x", b" " * 9999 + b"\n"])
-def test_a_gzip_bomb_is_refused(tmp_path, piece):
-  """100 MiB in 100 kB: one line without an end, and blank lines."""
+def test_a_gzip_bomb_is_refused(tmp_path):
+  """100 MiB without an end of line in 100 kB."""
   path = tmp_path / "rows.jsonl.gz"
-  path.write_bytes(gzip.compress(piece * (100 * MIB // len(piece)), 6))
+  path.write_bytes(gzip.compress(b"x" * (100 * MIB), 6))
   assert path.stat().st_size < MIB / 4
-  with at_most(60), pytest.raises(ValueError, match=r"200 times its size"):
+  with at_most(80), pytest.raises(ValueError, match=r":1: longer than 32 MiB"):
     sourcing.load(path, filtered={"skip_bad": 9})
 
 
@@ -167,9 +160,7 @@ def test_real_rows_stay_far_below_the_bounds(shared):
   """The bounds are generous: what is real needs a tenth of them."""
   for path in (shared / "data").rglob("*.jsonl.gz"):
     longest = max(len(text) for _, text in strict_json.lines(path))
-    assert longest < strict_json.MAX_LINE_BYTES / 10
-    whole = gzip.decompress(path.read_bytes())
-    assert len(whole) / path.stat().st_size < strict_json.MAX_GZIP_RATIO / 10
+    assert longest < strict_json.MAX_BYTES / 10
   for path in (shared / "seed_results").glob("*.json"):
     assert path.stat().st_size < strict_json.MAX_BYTES / 10
   found = (shared / "tokenizer" / "pythia" / "tokenizer.json").stat().st_size
@@ -179,7 +170,7 @@ def test_real_rows_stay_far_below_the_bounds(shared):
 @pytest.mark.parametrize(
   ("name", "size", "read", "message"),
   [
-    ("model/config.json", 33, load_model, r"config\.json: more than 32 MiB"),
+    ("model/config.json", 33, load_model, r"config\.json: longer than 32 MiB"),
     (
       "model/tokenizer.json",
       65,
@@ -190,13 +181,13 @@ def test_real_rows_stay_far_below_the_bounds(shared):
       "adapter/adapter_config.json",
       33,
       load_adapter,
-      r"adapter_config\.json: more than 32 MiB",
+      r"adapter_config\.json: longer than 32 MiB",
     ),
     (
       "eval_x.json",
       33,
       lambda f: seed_files.read(f / "eval_x.json"),
-      r"eval_x\.json: more than 32 MiB",
+      r"eval_x\.json: longer than 32 MiB",
     ),
   ],
 )
@@ -211,34 +202,15 @@ def test_files_beyond_their_bound_are_not_held(
     read(files)
 
 
-def test_many_names_of_which_one_stands_twice_are_refused_in_little_time():
-  pairs = [f'"{i}":0' for i in range(200_000)] + ['"7":1']
-  # Counting each name in turn would take 4e10 comparisons.
-  with pytest.raises(strict_json.Refused, match="'7' stands more than once"):
-    strict_json.parse(("{" + ",".join(pairs) + "}").encode())
-
-
-@pytest.mark.parametrize("value", ["[[[[[[[[]]]]]]]]", '{"":[{}]}', "0.5"])
-def test_a_file_of_many_small_values_costs_what_is_said(tmp_path, value):
-  """The densest JSON that the bound lets in, at a 64th of its size."""
-  path = tmp_path / "x.json"
-  size = strict_json.MAX_BYTES // 64
-  text = "[" + ",".join([value] * (size // (len(value) + 1))) + "]"
-  path.write_text(text)
-  # 1.3 GiB in all, as the bound's comment says.
-  with at_most(1.5 * 1024 / 64):
-    strict_json.read(path)
-
-
 # --- our own rows
 
 
 def test_a_row_that_could_not_be_read_again_is_not_written(tmp_path):
   path = tmp_path / "rows.jsonl"
-  row = dataclasses.replace(RESPONSE, response="x" * strict_json.MAX_LINE_BYTES)
+  row = dataclasses.replace(RESPONSE, response="x" * strict_json.MAX_BYTES)
   with (
     jsonl.Store(path, records.Response) as store,
-    pytest.raises(ValueError, match="more than the 16777216 of a line"),
+    pytest.raises(ValueError, match="more than the 33554432 of a line"),
   ):
     store.append_many([RESPONSE, row])
   assert path.read_bytes() == b""
@@ -247,10 +219,10 @@ def test_a_row_that_could_not_be_read_again_is_not_written(tmp_path):
 def test_a_long_last_line_is_no_interrupted_append(tmp_path):
   """No append was ever so long: nothing is cut off from such a file."""
   path = tmp_path / "rows.jsonl"
-  path.write_bytes(line() + b"x" * (strict_json.MAX_LINE_BYTES + 2))
+  path.write_bytes(line() + b"x" * (strict_json.MAX_BYTES + 2))
   before = path.stat().st_size
   with (
-    pytest.raises(ValueError, match=r"rows\.jsonl:2: longer than 16 MiB"),
+    pytest.raises(ValueError, match=r"rows\.jsonl:2: longer than 32 MiB"),
     jsonl.Store(path, records.Response),
   ):
     pass
@@ -263,7 +235,6 @@ def test_a_long_last_line_is_no_interrupted_append(tmp_path):
     (b'{"step": 1}\n{"step": "2"}\n', r":2 is not a row of metrics"),
     (b'{"step": 1}\n[]\n', r":2 is not a row of metrics"),
     (b'{"step": 1, "loss": NaN}\n', r":1: NaN is not a JSON number"),
-    (b'{"step": 1, "step": 2}\n', r":1: .*'step' stands more than once"),
     (b"\xff\n", r":1: not UTF-8"),
   ],
 )

@@ -151,11 +151,10 @@ def test_store_says_what_it_cut(tmp_path, caplog):
     (line().replace(b"1.0", b"1e999", 1), "too large to be finite: 1e999"),
     (line().replace(b" yes", b"\\ud83d"), "'response' holds a lone surrogate"),
     (line().replace(b" yes", b"\xff"), "not UTF-8 at byte"),
-    (line().replace(b'"top_k"', b'"model"'), "'model' stands more than once"),
-    (line()[:40] + b"\n", "Unterminated|Expecting"),
+    (line()[:40] + b"\n", "not JSON: Invalid control character"),
     (b"\n", "Expecting value"),
     (b"[1]\n", "row must be a dict"),
-    (b"[" * 100_000 + b"\n", "nested deeper"),
+    (b"[" * 100_000 + b"\n", "nested too deeply"),
   ],
 )
 def test_bad_line_is_named_with_its_field(tmp_path, data, message):
@@ -179,7 +178,7 @@ def test_bad_line_is_named_with_its_field(tmp_path, data, message):
     ({"temperature": float("nan")}, "temperature.*finite"),
     ({"temperature": np.float64(0.5)}, "temperature.*float64"),
     ({"token_count": np.int64(3)}, "token_count"),
-    ({"response": "\ud83d"}, "response holds half of a surrogate"),
+    ({"response": "\ud83d"}, "'response' holds a lone surrogate"),
     ({"finish_reason": "done"}, "finish_reason"),
   ],
 )

@@ -93,7 +93,7 @@ BAD_LINES = {
   "words": (b"hello\n", "not JSON"),
   "raw newline in a string": (b'{"chosen": "a\rb", "rejected": "c"}\n', "JSON"),
   "zeros of a torn write": (b"\0" * 64 + b"\n", "not JSON"),
-  "deep": (b"[" * 100_000 + b"\n", "nested deeper than 32 levels"),
+  "deep": (b"[" * 100_000 + b"\n", "nested too deeply"),
   "a number of 5,000 digits": (b"9" * 5000 + b"\n", "not JSON"),
   "list": (b"[1, 2]\n", "row is not an object: list"),
   "null": (b"null\n", "row is not an object: NoneType"),
@@ -113,10 +113,6 @@ BAD_LINES = {
   "lone surrogate": (
     b'{"chosen": "a \\ud83d", "rejected": "b"}\n',
     "field 'chosen' holds a lone surrogate",
-  ),
-  "twice": (
-    b'{"chosen": "a", "rejected": "b", "chosen": "c"}\n',
-    "field 'chosen' stands more than once",
   ),
 }
 
@@ -267,7 +263,7 @@ def test_a_pointer_of_git_lfs_is_told_from_rows(write, name):
 
 
 def test_a_gzip_of_another_name_is_refused(write):
-  with pytest.raises(ValueError, match=r"name it rows.jsonl.gz"):
+  with pytest.raises(ValueError, match=r"rows.jsonl is a gzip file"):
     load(write(gzip.compress(line(GOOD))))
 
 

@@ -130,26 +130,19 @@ def encode(row: Response | Verdict) -> bytes:
       than what is read again.
   """
   values = vars(_typed(type(row), vars(row)))
-  for name, value in values.items():
-    try:
-      str(value).encode()
-    except UnicodeEncodeError as error:
-      raise ValueError(
-        f"row.{name} holds half of a surrogate pair at character"
-        f" {error.start}, which UTF-8 cannot carry"
-      ) from None
+  strict_json.check_texts(values)
   line = json.dumps(values, ensure_ascii=False).encode() + b"\n"
-  if len(line) > strict_json.MAX_LINE_BYTES:
+  if len(line) > strict_json.MAX_BYTES:
     raise ValueError(
-      f"the row has {len(line)} bytes, more than the"
-      f" {strict_json.MAX_LINE_BYTES} of a line; shorten its texts"
+      f"the row has {len(line)} bytes, more than the {strict_json.MAX_BYTES} of"
+      " a line; shorten its texts"
     )
   return line
 
 
 def decode(line: bytes, cls: type[Row]) -> Row:
   """The row that a line holds; ValueError names the field that is wrong."""
-  return _typed(cls, strict_json.parse_line(line))
+  return _typed(cls, strict_json.parse(line))
 
 
 def _typed(cls: type[Row], values: Any) -> Row:

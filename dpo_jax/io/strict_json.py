@@ -1,43 +1,25 @@
-"""JSON of unknown origin, read with every doubt resolved against it.
+"""JSON that this program did not write in the same run.
 
-All readers of files that this program did not write in the same run go through
-here: whole files (`read`), files of lines (`lines`, then `parse` of each), and
-the first look at anything (`refuse_pointer`). What is read is bounded before it
-is held, so that a hostile file costs a bounded amount of memory.
+Strict UTF-8, strict JSON, finite numbers, and texts that UTF-8 can carry. No
+more than `MAX_BYTES` of a file that is one value, or of one line of a file of
+lines, are held, whatever a gzip would become.
 """
 
-import collections
 import gzip
 import json
 import math
 import os
-import pathlib
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-# Of a file that is one JSON value. Published result files have 0.2 MiB, the
-# record of a batch of 50,000 questions some 7 MiB; the values of 32 MiB of
-# empty lists within lists take 1.3 GiB.
+# The longest row of 1,812 of HH has 8 kB, published result files 0.2 MiB, the
+# record of a batch of 50,000 questions some 7 MiB.
 MAX_BYTES = 32 * 2**20
-# Of one line. The longest row of 1,812 of HH has 8 kB; a question with all its
-# answers, which is one line too, may have a hundred times that.
-MAX_LINE_BYTES = 16 * 2**20
-# Our deepest file, a replication's config, has 6 levels, a row of messages 3.
-MAX_DEPTH = 32
-# How many bytes one byte of gzip may become. HH's rows give 4.4, a bomb up to
-# 1,032, the most that the format can.
-MAX_GZIP_RATIO = 200
-# What a gzip may become in any case: too little to do harm.
-FREE_GZIP_BYTES = 16 * 2**20
 
 T = TypeVar("T")
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_IS_POINTER = (
-  "is a pointer of git-LFS and holds nothing of the file itself: fetch it with"
-  " `git lfs pull`"
-)
 _GZIP = b"\x1f\x8b"
 
 
@@ -57,9 +39,10 @@ def read(path: str | os.PathLike) -> Any:
     ValueError: naming the file, if it cannot be opened, is larger than
       `MAX_BYTES`, a pointer of git-LFS, or refused by `parse`.
   """
+  data = read_bytes(path)
   try:
-    return parse(read_bytes(path))
-  except ValueError as error:
+    return parse(data)
+  except Refused as error:
     raise ValueError(f"{path}: {error}") from error
 
 
@@ -72,53 +55,55 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
-  """The bytes of a file of at most `MAX_BYTES`; ValueError if it has more."""
-  # Piece by piece: the file may grow, be a device, or be small.
-  data = bytearray()
+  """The bytes of a file of at most `MAX_BYTES`; errors as in `read`."""
   try:
-    with pathlib.Path(path).open("rb") as file:
-      while len(data) <= MAX_BYTES and (piece := file.read(2**18)):
-        data += piece
+    with open(path, "rb") as file:
+      data = file.read(MAX_BYTES + 1)
   except OSError as error:
-    raise ValueError(f"cannot be read ({error.strerror})") from error
+    raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
   if len(data) > MAX_BYTES:
-    raise ValueError(f"more than {MAX_BYTES >> 20} MiB: too large to be read")
-  if data.startswith(_POINTER):
-    raise ValueError(f"it {_IS_POINTER}")
-  return bytes(data)
+    raise ValueError(f"{path}: longer than {MAX_BYTES >> 20} MiB")
+  _check_start(path, data)
+  return data
 
 
 def refuse_pointer(path: str | os.PathLike) -> None:
   """Raises ValueError if a file is what git-LFS leaves in a file's place."""
   with open(path, "rb") as file:
-    if file.read(len(_POINTER)) == _POINTER:
-      raise ValueError(f"{path} {_IS_POINTER}")
+    _check_start(path, file.read(len(_POINTER)))
+
+
+def _check_start(path: str | os.PathLike, data: bytes) -> None:
+  if data.startswith(_POINTER):
+    raise ValueError(
+      f"{path} is a pointer of git-LFS and holds nothing of the file itself:"
+      " fetch it with `git lfs pull`"
+    )
+  if data.startswith(_GZIP) and not str(path).endswith(".gz"):
+    raise ValueError(f"{path} is a gzip file: add .gz to its name")
 
 
 def lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
   """(number, line with its end) of a file of lines, gzip if named `.gz`.
 
   Lines end with the byte 0x0a alone, since texts hold other line separators
-  (U+2028, U+0085, a carriage return) that belong to them. Of one that is too
-  long only so much is given as makes `parse_line` refuse it; its rest is passed
-  over.
+  (U+2028, U+0085, a carriage return) that belong to them.
 
   Raises:
-    ValueError: the file is a pointer of git-LFS, a gzip of another name, or a
-      gzip that is broken or becomes too large for its size.
+    ValueError: the file is a pointer of git-LFS or a gzip of another name, the
+      gzip is broken, or a line is longer than `MAX_BYTES`.
   """
-  path = pathlib.Path(path)
-  zipped = path.suffix == ".gz"
   refuse_pointer(path)
   number = 0
-  with path.open("rb") as raw:
-    if not zipped:
-      if raw.read(len(_GZIP)) == _GZIP:
-        raise ValueError(f"{path} is a gzip file: name it {path.name}.gz")
-      raw.seek(0)
-    file = gzip.GzipFile(fileobj=raw) if zipped else raw
+  with (
+    gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file
+  ):
     try:
-      for number, line in _bounded(path, raw, file):
+      while line := file.readline(MAX_BYTES + 1):
+        number += 1
+        if len(line) > MAX_BYTES:
+          limit = MAX_BYTES >> 20
+          raise ValueError(f"{path}:{number}: longer than {limit} MiB")
         yield number, line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
       raise ValueError(
@@ -137,7 +122,7 @@ def scan(
 
   Args:
     path: the file.
-    decode: `parse_line`, or what checks a row, too.
+    decode: `parse`, or what checks a row, too.
 
   Returns:
     Whole lines, decoded; what follows the last of them, b"" after no
@@ -148,8 +133,7 @@ def scan(
   """
   values, size = [], 0
   for number, line in lines(path):
-    # No append was ever that long: an interrupted one cannot have left it.
-    if not line.endswith(b"\n") and len(line) <= MAX_LINE_BYTES:
+    if not line.endswith(b"\n"):
       return values, line, size
     try:
       values.append(decode(line))
@@ -161,78 +145,33 @@ def scan(
 
 def appended(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
   """Numbers, from 1, and values of the whole lines of a file; see `scan`."""
-  return iter(enumerate(scan(path, parse_line)[0], 1))
-
-
-def _bounded(path, raw, file) -> Iterator[tuple[int, bytes]]:
-  """The lines of `file`, which reads `raw`; both are open."""
-  number, total, allowed = 0, 0, FREE_GZIP_BYTES
-  starts = True
-  while line := file.readline(MAX_LINE_BYTES + 1):
-    total += len(line)
-    if file is not raw and total > allowed:
-      allowed = FREE_GZIP_BYTES + MAX_GZIP_RATIO * raw.tell()
-      if total > allowed:
-        raise ValueError(
-          f"{path} becomes more than {MAX_GZIP_RATIO} times its size when it"
-          " is unpacked: that is no file of texts"
-        )
-    if starts:
-      number += 1
-      yield number, line
-    # What follows is the rest of a line that is refused already.
-    starts = line.endswith(b"\n")
-
-
-def parse_line(line: bytes) -> Any:
-  """As `parse`, of a line of at most `MAX_LINE_BYTES`."""
-  if len(line) > MAX_LINE_BYTES:
-    raise Refused(f"longer than {MAX_LINE_BYTES >> 20} MiB")
-  return parse(line.removesuffix(b"\n"))
+  return iter(enumerate(scan(path, parse)[0], 1))
 
 
 def parse(data: bytes) -> Any:
   """The value of some JSON text in UTF-8; a byte order mark may precede it.
 
   Raises:
-    Refused: it is not UTF-8, not JSON, nested deeper than `MAX_DEPTH`, or
-      holds a number that is not finite, half of a surrogate pair, which UTF-8
-      cannot carry, or a name twice in one object.
+    Refused: it is not UTF-8, not JSON, nested deeper than Python's stack, or
+      holds a number that is not finite or half of a surrogate pair.
   """
   try:
-    text = data.decode("utf-8-sig")
+    value = json.loads(
+      data.decode("utf-8-sig"), parse_constant=_constant, parse_float=_finite
+    )
+    check_texts(value)
   except UnicodeDecodeError as error:
     raise Refused("not UTF-8", f" at byte {error.start}") from None
-  try:
-    value = json.loads(
-      text,
-      object_pairs_hook=_unique,
-      parse_constant=_refuse_constant,
-      parse_float=_finite,
-    )
   except RecursionError:
-    raise Refused(f"nested deeper than {MAX_DEPTH} levels") from None
+    raise Refused("nested too deeply") from None
   except Refused:
     raise
   except ValueError as error:
     raise Refused("not JSON", f": {error}") from None
-  _check_depth(value)
-  # Halves of surrogate pairs can only be written as escapes.
-  if b"\\ud" in data or b"\\uD" in data:
-    _check_halves(value)
   return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  values = dict(pairs)
-  if len(values) != len(pairs):
-    counts = collections.Counter(name for name, _ in pairs)
-    twice = min(name for name, count in counts.items() if count > 1)
-    raise Refused(f"field {twice!r:.80} stands more than once")
-  return values
-
-
-def _refuse_constant(name: str) -> Any:
+def _constant(name: str) -> Any:
   raise Refused(f"{name} is not a JSON number")
 
 
@@ -243,38 +182,20 @@ def _finite(digits: str) -> float:
   return value
 
 
-def _check_depth(value: Any) -> None:
-  """Walks level by level, since a value may be deeper than calls may be."""
-  level = [value]
-  for _ in range(MAX_DEPTH):
-    level = [
-      child
-      for item in level
-      for _, child in _children("", item)
-      if isinstance(child, dict | list)
-    ]
-    if not level:
-      return
-  raise Refused(f"nested deeper than {MAX_DEPTH} levels")
+def check_texts(value: Any, name: str = "") -> None:
+  """Raises Refused, naming the field, for half of a surrogate pair.
 
-
-def _check_halves(value: Any) -> None:
-  waiting = [("", value)]
-  while waiting:
-    name, item = waiting.pop()
-    for text in (name, item):
-      if isinstance(text, str):
-        try:
-          text.encode()
-        except UnicodeEncodeError:
-          raise Refused(f"field {name!r:.80} holds a lone surrogate") from None
-    waiting.extend(_children(name, item))
-
-
-def _children(name: str, item: Any) -> Iterable[tuple[str, Any]]:
-  """The members of a value, an item of a list under the list's own name."""
-  if isinstance(item, dict):
-    return item.items()
-  if isinstance(item, list):
-    return ((name, child) for child in item)
-  return ()
+  JSON can escape one and UTF-8 cannot carry it.
+  """
+  if isinstance(value, str):
+    try:
+      value.encode()
+    except UnicodeEncodeError:
+      raise Refused(f"field {name!r:.80} holds a lone surrogate") from None
+  elif isinstance(value, dict):
+    for key, item in value.items():
+      check_texts(key, key)
+      check_texts(item, key)
+  elif isinstance(value, list):
+    for item in value:
+      check_texts(item, name)

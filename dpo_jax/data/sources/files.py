@@ -25,8 +25,7 @@ def rows(path: pathlib.Path, counts: dict[str, int]) -> Iterator:
       marks, and lines that end as on Windows.
 
   Raises:
-    ValueError: as `strict_json.lines`: a broken gzip, one that becomes too
-      large, a gzip of another name, or a pointer of git-LFS.
+    ValueError: as `strict_json.lines`.
   """
   for number, line in strict_json.lines(path):
     if not line.strip():
@@ -83,7 +82,7 @@ def _of_any_split(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def _decode(line: bytes) -> Any:
   try:
-    return strict_json.parse_line(line)
+    return strict_json.parse(line)
   except strict_json.Refused as error:
     return preferences.Malformed(error.reason, error.detail)
 
