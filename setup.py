@@ -70,7 +70,6 @@ setuptools.setup(
     "absl-py",
     "beautifulsoup4",
     "datasets",
-    "etils[epath]",
     "flax>=0.12",
     "fsspec",
     "grain>=0.2.16",

@@ -1,18 +1,17 @@
-"""Models and data of gs://, through epath and fsspec over a bucket in memory.
+"""Models and data of gs://, through fsspec over a bucket in memory.
 
-All but the network is what runs for a real bucket: epath's own backend asks
-fsspec for the file system of gs://, and finds this one in gcsfs's place.
+All but the network is what runs for a real bucket: fsspec is asked for the file
+system of gs://, and finds this one in gcsfs's place.
 """
 
 import pathlib
+import sys
 from typing import ClassVar
 
-import fsspec
 import jax
 import numpy as np
 import pytest
 import running
-from etils.epath import backend
 from fsspec.implementations import memory
 
 from dpo_jax.cli import flags
@@ -26,7 +25,7 @@ HERE = "gs://bucket/files"
 
 
 class Bucket(memory.MemoryFileSystem):
-  """Objects by name, with sizes and times as gcsfs gives them."""
+  """Objects by name."""
 
   store: ClassVar[dict] = {}
   pseudo_dirs: ClassVar[list] = [""]
@@ -36,10 +35,6 @@ class Bucket(memory.MemoryFileSystem):
   @classmethod
   def _strip_protocol(cls, path):
     return super()._strip_protocol(str(path).removeprefix("gs://"))
-
-  def info(self, path, **kwargs):
-    found = super().info(path, **kwargs)
-    return found | {"mtime": found.get("created")}
 
   def _open(self, path, mode="rb", **kwargs):
     if mode == "rb":
@@ -51,16 +46,12 @@ class Bucket(memory.MemoryFileSystem):
 def bucket(monkeypatch, tmp_path):
   """An empty bucket, and a home whose cache is empty."""
   monkeypatch.setenv("HOME", str(tmp_path / "home"))
-  known = dict(fsspec.registry)
-  fsspec.register_implementation("gcs", Bucket, clobber=True)
-  backend.fsspec_backend._get_filesystem.cache_clear()
+  known = sys.modules["fsspec.registry"]._registry
+  monkeypatch.setitem(known, "gs", Bucket)
   yield Bucket()
-  backend.fsspec_backend._get_filesystem.cache_clear()
   Bucket.store.clear()
   Bucket.pseudo_dirs[:] = [""]
   Bucket.opened.clear()
-  if "gcs" in known:
-    fsspec.register_implementation("gcs", known["gcs"], clobber=True)
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +112,20 @@ def test_an_object_is_copied_again_only_when_it_changed(bucket):
 
 def test_a_copy_that_is_cut_is_never_taken(bucket, monkeypatch):
   bucket.pipe_file(f"{HERE}/a.json", b"12345")
-  whole = Bucket.info
   monkeypatch.setattr(
-    Bucket, "info", lambda self, path: whole(self, path) | {"size": 6}
+    Bucket, "get_file", lambda _, path, to: pathlib.Path(to).write_bytes(b"12")
   )
-  with pytest.raises(ValueError, match="has 6 bytes, but 5 came"):
+  with pytest.raises(ValueError, match="has 5 bytes, but 2 came"):
     remote.fetch_objects(f"{HERE}/a.json", ())
   left = pathlib.Path.home().rglob("*.json*")
   assert [path for path in left if path.is_file()] == []
+
+
+@pytest.mark.parametrize("name", ["a/../../../x.json", "/etc/x.json"])
+def test_an_object_stays_in_the_folder_of_copies(bucket, name):
+  Bucket.store[f"/bucket/files/{name}"] = memory.MemoryFile(bucket, name, b"1")
+  with pytest.raises(ValueError, match="would leave the folder"):
+    remote.fetch_objects(HERE, ["*.json"], deep=True)
 
 
 def test_adapters_of_steps_are_listed(bucket):

@@ -39,7 +39,6 @@ CONFINED = {
   "absl": {"cli"},
   "bs4": {"data"},
   "datasets": {"data"},
-  "etils": {"io"},
   "flax": {"model"},
   "fsspec": {"io"},
   "grain": {"data"},
@@ -66,7 +65,6 @@ COMMON = {"dpo_jax", "jax", "numpy", "optax", "tqdm"}
 LAZY = {
   "bs4",
   "datasets",
-  "etils",
   "fsspec",
   "grain",
   "httpx2",

@@ -3,25 +3,25 @@
 A model is named by a directory, user/name@revision on the hub, or an address
 gs://bucket/path. What is fetched of it is weights in safetensors, JSON, and a
 tokenizer's word lists, never code and never a pickle, and only the repository's
-top folder. Everything that is read afterwards is a local file, mapped and held
-to the same checks as any other.
+top folder. Everything that is read afterwards is a local file, held to the same
+checks as any other.
 
 An object of a bucket is copied into ~/.cache/dpo_jax/buckets, and again only
-when its size or its time of change is another.
+when the bucket describes it otherwise: by another size, generation or time.
 """
 
 import contextlib
 import difflib
 import fnmatch
 import hashlib
+import json
 import os
 import pathlib
 import re
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dpo_jax.io import atomic
+from dpo_jax.io import atomic, strict_json
 
 _SCHEME = "gs://"
 # user/name, or a name of the hub's own such as "gpt2"; and a revision of it: a
@@ -131,7 +131,9 @@ def steps(path: str) -> list[tuple[int, str]]:
         found.append((int(match[1]), str(child)))
     return sorted(found)
   if is_address(path):
-    for name in _folders(path):
+    with _reachable(path, _MEND_BUCKET):
+      _, objects = _objects(path)
+    for name in {name.split("/")[0] for name in objects if "/" in name}:
       if match := _STEP.fullmatch(name):
         found.append((int(match[1]), f"{path.rstrip('/')}/{name}"))
     return sorted(found)
@@ -188,70 +190,63 @@ def fetch_objects(
   digest = hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:16]
   copies = pathlib.Path.home() / ".cache" / "dpo_jax" / "buckets" / digest
   with _reachable(address, _MEND_BUCKET):
-    source = _open(address)
-    if source.is_file():
-      _copy(source, copies / source.name)
-      return copies / source.name
-    names = {}
-    for file in _files(source, deep):
-      if any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns):
-        names[_relative(file, source)] = file
-    if not names:
+    system, objects = _objects(address)
+    single = address.rstrip("/").rpartition("/")[2] if "" in objects else ""
+    if single:
+      objects = {single: objects[""]}
+    else:
+      objects = {
+        name: about
+        for name, about in objects.items()
+        if (deep or "/" not in name)
+        and any(fnmatch.fnmatch(name.split("/")[-1], x) for x in patterns)
+      }
+    if not objects:
       raise FileNotFoundError(f"no object like {', '.join(patterns)}")
-    for name, file in names.items():
-      _copy(file, copies / name)
-  for left in copies.rglob("*"):
-    if left.is_file() and str(left.relative_to(copies)) not in names:
+    _copy(system, objects, copies)
+  # Hidden files are copies that other processes are making.
+  for left in copies.rglob("[!.]*"):
+    if left.is_file() and str(left.relative_to(copies)) not in objects:
       left.unlink()
-  return copies
+  return copies / single
 
 
-def _folders(address: str) -> list[str]:
-  """The names of a folder's folders; [] if it is none."""
-  with _reachable(address, _MEND_BUCKET):
-    source = _open(address)
-    if not source.is_dir():
-      return []
-    return sorted(path.name for path in source.iterdir() if path.is_dir())
+def _objects(address: str) -> tuple[Any, dict[str, dict[str, Any]]]:
+  """The file system of an address, and what it says of each object below.
+
+  Objects are named relative to the address; one that is there itself is "".
+  """
+  import fsspec
+
+  system, path = fsspec.url_to_fs(address.rstrip("/"), use_listings_cache=False)
+  found = system.find(path, detail=True)
+  return system, {
+    name.removeprefix(path).removeprefix("/"): about
+    for name, about in found.items()
+  }
 
 
-def _open(address: str) -> Any:
-  from etils import epath
-
-  return epath.Path(address)
-
-
-def _files(source: Any, deep: bool) -> Iterable[Any]:
-  for path in source.iterdir():
-    if path.is_file():
-      yield path
-    elif deep and path.is_dir():
-      yield from _files(path, deep)
-
-
-def _relative(file: Any, source: Any) -> str:
-  """A file's name below a folder; an object may be called anything."""
-  name = pathlib.PurePosixPath(os.fspath(file)).relative_to(os.fspath(source))
-  if ".." in name.parts or "\0" in str(name):
-    raise ValueError(f"the object {str(name)!r} would leave the folder")
-  return str(name)
-
-
-def _copy(source: Any, target: pathlib.Path) -> None:
-  """Copies an object, unless the copy is of the same size and time."""
-  about = source.stat()
-  changed = float(about.mtime or 0)
-  if target.is_file():
-    found = target.stat()
-    if (found.st_size, int(found.st_mtime)) == (about.length, int(changed)):
-      return
-  target.parent.mkdir(parents=True, exist_ok=True)
-  with atomic.replacing(target) as staged:
-    with source.open("rb") as reader, staged.open("wb") as writer:
-      shutil.copyfileobj(reader, writer, 2**20)
-    if (size := staged.stat().st_size) != about.length:
-      raise OSError(f"{source} has {about.length} bytes, but {size} came")
-  os.utime(target, (changed, changed))
+def _copy(
+  system: Any, objects: dict[str, dict[str, Any]], copies: pathlib.Path
+) -> None:
+  """Copies what is described otherwise than when it was copied."""
+  noted = copies.with_name(f"{copies.name}.json")
+  known = strict_json.read_object(noted) if noted.is_file() else {}
+  for name, about in objects.items():
+    # An object may be called anything.
+    parts = pathlib.PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts or "\0" in name:
+      raise ValueError(f"the object {name!r} would leave the folder")
+    target = copies / name
+    if known.get(name) == repr(about) and target.is_file():
+      continue
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.replacing(target) as staged:
+      system.get_file(about["name"], str(staged))
+      if (size := staged.stat().st_size) != about["size"]:
+        raise OSError(f"{name} has {about['size']} bytes, but {size} came")
+    known[name] = repr(about)
+    atomic.write_text(noted, json.dumps(known))
 
 
 @contextlib.contextmanager
