@@ -24,6 +24,10 @@ class Lock:
   a killed process on this host is stale and is taken over. A file left by
   another host cannot be told apart from a live holder and is refused.
 
+  filelock does not do: its FileLock names no holder and takes what another host
+  left; its SoftFileLock is held by a killed process until that is reaped, which
+  is never in a container without an init process.
+
   Raises:
     Held: on entering, when somebody else holds it, naming pid and
       host.
@@ -34,16 +38,15 @@ class Lock:
     self._fd = -1
 
   def __enter__(self) -> "Lock":
-    while True:
+    while self._fd < 0:
       fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
       try:
         if self._take(fd):
           self._fd = fd
-          return self
-      except BaseException:
-        os.close(fd)
-        raise
-      os.close(fd)
+      finally:
+        if self._fd < 0:
+          os.close(fd)
+    return self
 
   def _take(self, fd: int) -> bool:
     """False when the file was removed by its last holder meanwhile."""
