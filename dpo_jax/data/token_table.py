@@ -179,7 +179,7 @@ def join(tables: Iterable[Table]) -> Table:
   if len({table.parts for table in tables}) > 1:
     raise ValueError("pairs and examples cannot stand in one table")
   if len(tables) == 1:
-    # Mapped tokens stay mapped.
+    # Without a copy of the tokens.
     return tables[0]
   offsets = np.cumsum([0, *(len(table.tokens) for table in tables)])
   return Table(

@@ -15,6 +15,7 @@ import difflib
 import fnmatch
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import re
@@ -218,6 +219,8 @@ def _objects(address: str) -> tuple[Any, dict[str, dict[str, Any]]]:
   """
   import fsspec
 
+  # It logs a traceback for each request that fails.
+  logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
   system, path = fsspec.url_to_fs(address.rstrip("/"), use_listings_cache=False)
   found = system.find(path, detail=True)
   return system, {

@@ -8,7 +8,6 @@ all in memory, and our layout is a transpose of the stored one, so its
 
 import json
 import math
-import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -126,7 +125,7 @@ def write(
   arrays: Iterable[np.ndarray],
   metadata: dict[str, str] | None = None,
 ) -> None:
-  """Writes one file, a tensor at a time, and flushes it to the disk.
+  """Writes one file, a tensor at a time; whoever moves it into place syncs it.
 
   Args:
     path: the file.
@@ -160,5 +159,3 @@ def write(
       if not np.isfinite(array).all():
         raise ValueError(f"{name} holds NaN or infinity; it is not written")
       file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    file.flush()
-    os.fsync(file.fileno())
