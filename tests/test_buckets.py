@@ -8,6 +8,9 @@ import pathlib
 import sys
 from typing import ClassVar
 
+import bucket_server
+import fsspec.config
+import gcsfs
 import jax
 import numpy as np
 import pytest
@@ -147,6 +150,34 @@ def test_what_is_not_there_says_what_is_needed(bucket):
     with pytest.raises(ValueError, match="gs://bucket/nothing") as error:
       load("gs://bucket/nothing")
     assert "dpo-jax[gcs]" in str(error.value)
+
+
+def test_google_storage_over_http(monkeypatch, tmp_path):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  # fsspec read the environment when it was imported.
+  token = {"token": bucket_server.TOKEN}
+  monkeypatch.setitem(fsspec.config.conf, "gcs", token)
+  gcsfs.GCSFileSystem.clear_instance_cache()
+  with bucket_server.serve() as served:
+    for name, value in served.environment().items():
+      monkeypatch.setenv(name, value)
+    for name in ("a.json", "b.bin", "step-000010/c.json", "step-000002/c.json"):
+      served.objects[f"files/{name}"] = name.encode()
+    address = f"gs://{bucket_server.BUCKET}/files"
+    assert [step for step, _ in remote.steps(address)] == [2, 10]
+    for _ in range(2):
+      path = remote.fetch(address)
+      assert [x.read_text() for x in path.iterdir()] == ["a.json"]
+    served.objects["files/a.json"] = b"changed"
+    path = remote.fetch_objects(f"{address}/a.json", ())
+    assert path.read_bytes() == b"changed"
+    path = remote.fetch(address)
+    assert (path / "a.json").read_bytes() == b"changed"
+    reads = [name for act, name in served.asked if act == "read"]
+    assert reads == ["files/a.json"] * 3
+    served.fault = lambda act, name: 403
+    with pytest.raises(ValueError, match=r"(?s)Forbidden.*dpo-jax\[gcs\]"):
+      remote.fetch(address)
 
 
 def test_nothing_is_written_to_a_bucket(bucket, files, tmp_path):
