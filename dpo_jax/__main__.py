@@ -8,7 +8,7 @@ train, sample and judge are the scripts of those names; the rest are modules.
 import runpy
 import sys
 
-from dpo_jax.cli import config_files
+from dpo_jax.cli import help as help_lib
 
 _SCRIPTS = ("train", "sample", "judge")
 _MODULES = {
@@ -36,7 +36,7 @@ def main() -> None:
     sys.exit(0 if asked else 2)
   sys.argv[:2] = [f"dpo-jax {name}"]
   if name in _SCRIPTS:
-    path = str(config_files.root() / f"{name}.py")
+    path = str(help_lib.root() / f"{name}.py")
     runpy.run_path(path, run_name="__main__")
   else:
     runpy.run_module(_MODULES[name], run_name="__main__", alter_sys=True)

@@ -4,12 +4,12 @@ import json
 import logging
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 import test_configs
-from ml_collections import config_dict
 
 from dpo_jax.cli import flags
 from dpo_jax.cli import help as help_lib
@@ -129,20 +129,36 @@ def test_an_unknown_mode_is_refused():
   ],
 )
 def test_every_field_of_every_config_has_a_comment(name, variant):
-  def make():
-    return test_configs.get(name, variant)
-
-  found = help_lib.fields(make)
+  found = help_lib.fields(f"configs/{name}.py:{variant}")
   assert [field.name for field in found if not field.comment] == []
   # None is left out: names of leaves are those that lead to no group.
-  names = list(help_lib.names(make()))
+  names = list(help_lib.names(test_configs.get(name, variant)))
   leaves = {
     name for name in names if not any(n.startswith(f"{name}.") for n in names)
   }
   assert {field.name for field in found} == leaves
 
 
-def test_a_comment_is_of_the_line_that_first_set_the_field(tmp_path):
+@pytest.mark.parametrize(
+  ("config", "field", "comment"),
+  [
+    # Names that have another meaning in another group.
+    ("demo", "init.seed", "Of the random weights."),
+    ("demo", "sft.seed", "Decides data order, LoRA's initial values and"),
+    ("demo", "paths.tokenizer", "Directory of the tokenizer."),
+    ("demo", "sft.tokenizer", "Directory with tokenizer.json, or the id"),
+    ("hh", "paths.tokenizer", "Directory with tokenizer.json, or the id"),
+    ("dpo", "mesh.data", "Devices along each axis; -1, once, takes what"),
+    ("sample:seed", "policies.dpo.adapter", "A PEFT adapter directory for"),
+    ("models", "heads", "Of attention; they share the width."),
+  ],
+)
+def test_a_comment_is_of_the_fields_own_group(config, field, comment):
+  found = {one.name: one for one in help_lib.fields(config)}
+  assert found[f"config.{field}"].comment.startswith(comment)
+
+
+def test_comments_are_found_above_lines_and_keys(tmp_path):
   file = tmp_path / "c.py"
   file.write_text(
     "from ml_collections import config_dict\n"
@@ -168,7 +184,7 @@ def test_a_comment_is_of_the_line_that_first_set_the_field(tmp_path):
     "  )\n"
     "  return c\n"
   )
-  found = help_lib.fields(lambda: help_lib.load(str(file)))
+  found = help_lib.fields(str(file))
   assert [(f.name, f.value, f.comment) for f in found] == [
     ("config.loss.beta", 0.5, "How strong."),
     ("config.loss.name", "x", "Two lines of it."),
@@ -201,10 +217,17 @@ def test_a_config_that_is_not_there_names_the_near_one(name, words):
     help_lib.load(name)
 
 
-def test_noting_leaves_the_library_as_it_was():
-  before = dict(vars(config_dict.ConfigDict))
-  help_lib.fields(lambda: test_configs.get("judge"))
-  assert dict(vars(config_dict.ConfigDict)) == before
+def test_a_repeated_group_is_shown_once_with_what_differs():
+  shown = help_lib.page(help_lib.fields("configs/dpo.py")).splitlines()
+  at = shown.index("  config.data.sources.tfds: like config.data.sources.hh")
+  assert shown[at + 1 : at + 5] == [
+    "  --config.data.sources.tfds.kind='tfds'",
+    "  --config.data.sources.tfds.train_path='data'",
+    "  --config.data.sources.tfds.eval_path='data'",
+    "  config.data.sources.shp: like config.data.sources.hh",
+  ]
+  meaning = "      As train_split, of the held-out side."
+  assert shown.count(meaning) == 1
 
 
 @pytest.mark.parametrize(
@@ -218,35 +241,52 @@ def test_noting_leaves_the_library_as_it_was():
       "--config.data.sources.hh.train_pth=x",
       "config.data.sources.hh.train_path",
     ),
+    ("--config.loss.beta.x=0.3", "config.loss.beta"),
+    ("--epochs=3", "config.epochs"),
+    ("-loss.beta=0.3", "config.loss.beta"),
+    ("--beta", "config.loss.beta"),
+    ("--wrokdir=x", "workdir"),
   ],
 )
-def test_an_unknown_field_names_the_near_one(flag, near):
-  config = test_configs.get("dpo")
-  with pytest.raises(ValueError, match="no such field") as error:
-    flags._check_fields(config, ["--config=x", flag])
+def test_an_unknown_flag_names_the_near_one(flag, near):
+  with pytest.raises(ValueError, match="no such flag or field") as error:
+    flags._config("configs/dpo.py", ["program", flag], ["workdir", "log"])
+  name = flag.lstrip("-").partition("=")[0]
+  assert str(error.value).startswith(f"--{name}: ")
   assert f"did you mean {near}?" in str(error.value)
 
 
 @pytest.mark.parametrize(
-  ("flag", "near"),
+  ("flag", "words"),
   [
-    ("--epochs=3", "--config.epochs"),
-    ("-loss.beta=0.3", "--config.loss.beta"),
-    ("--beta", "--config.loss.beta"),
+    ("--config.loss.beta=x", r"--config\.loss\.beta=x: could not convert"),
+    ("--config.epochs=1.5", r"--config\.epochs=1\.5: invalid literal"),
+    ("--config.loss.beta", r"Missing value for flag --config\.loss\.beta"),
+    ("loss", r"unexpected arguments: \['loss'\]"),
   ],
 )
-def test_a_field_without_its_config_is_told_where_it_is(flag, near):
-  config = test_configs.get("dpo")
-  with pytest.raises(ValueError, match="is no flag") as error:
-    flags._check_fields(config, ["--config=x", flag])
-  assert f"did you mean {near}?" in str(error.value)
+def test_a_wrong_value_is_named(flag, words):
+  with pytest.raises(ValueError, match=words):
+    flags._config("configs/dpo.py", ["program", flag], [])
 
 
-def test_known_fields_pass():
-  flags._check_fields(
-    test_configs.get("dpo"),
-    ["--config.loss.beta=1", "--config.loss", "--noconfig.data.loss_on_prompt"],
+def test_known_fields_are_changed():
+  values = flags._config(
+    "dpo:pythia-14m",
+    [
+      *("program", "--config.loss.beta=1", "--config.optimizer.b1", "-0.5"),
+      *("--noconfig.data.allow_leakage", "--config.data.use=('hh','shp')"),
+      *("--config.lora.targets=dense", "--config.lora.targets=query_key_value"),
+      "--config.samples={'prompts': 3}",
+    ],
+    [],
   )
+  assert values["loss"]["beta"] == 1.0
+  assert values["optimizer"]["b1"] == -0.5
+  assert values["data"]["allow_leakage"] is False
+  assert values["data"]["use"] == ("hh", "shp")
+  assert values["lora"]["targets"] == ("dense", "query_key_value")
+  assert values["samples"] == {"prompts": 3}
 
 
 def script(*arguments, name="train.py"):
@@ -264,11 +304,43 @@ def test_help_of_a_script_shows_its_fields_and_codes():
   assert done.returncode == 0, done.stderr
   assert "--config.loss.beta=0.1\n      Strength of the KL" in done.stdout
   assert "refused because of flags" in done.stdout
-  assert "--log=MODE" in done.stdout
+  assert "--log: auto (bar on a terminal" in done.stdout
+  assert "--push_to_hub: user/name on the hub" in done.stdout
 
 
-def test_wrong_flags_exit_with_2_and_one_json_line():
-  done = script("--config=configs/dpo.py", "--log=json", "--config.loss.bta=1")
+@pytest.mark.parametrize("section", ["controls", "config.controls"])
+def test_help_of_a_section_shows_its_fields_alone(section):
+  done = script(f"--help={section}", name="judge.py")
+  assert done.returncode == 0, done.stderr
+  flagged = re.findall(r"^ *--(\S+)=", done.stdout, re.MULTILINE)
+  assert flagged == [
+    "config.controls.aa",
+    "config.controls.gold",
+    "config.controls.retests",
+  ]
+
+
+def test_help_of_a_section_that_is_none_names_near_ones():
+  done = script("--help=loss", "--config=demo:tiny", name="judge.py")
+  assert (done.returncode, done.stdout) == (2, "")
+  assert re.search(r"did you mean .*config\.sft\.loss", done.stderr)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    (("--log=json", "--estimate=x"), "Non-boolean argument"),
+    (
+      ("--config=configs/judge.py", "--config.controls.a=1", "--log=json"),
+      "did you mean config.controls.aa?",
+    ),
+    (("--log=loud",), "log='loud' must be one of"),
+    ((), "--config is missing"),
+  ],
+)
+def test_wrong_flags_of_a_command_exit_with_2(arguments, words):
+  done = script(*arguments, name="judge.py")
   assert done.returncode == 2
   (line,) = done.stderr.splitlines()
-  assert "did you mean config.loss.beta?" in json.loads(line)["text"]
+  assert words in line
+  assert line.startswith("{" if "--log=json" in arguments else "error: ")

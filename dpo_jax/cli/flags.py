@@ -1,4 +1,4 @@
-"""What the scripts share: flags, help, one call, an exit code.
+"""Flags, help and exit codes of the commands that take --config.
 
 Exit codes:
   0  done
@@ -8,6 +8,7 @@ Exit codes:
 """
 
 import difflib
+import faulthandler
 import os
 import pathlib
 import re
@@ -15,10 +16,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
-from dpo_jax.cli import config_files
 from dpo_jax.cli import help as help_lib
 from dpo_jax.core import console, errors, redaction
 from dpo_jax.io import remote
@@ -30,10 +30,20 @@ _DEFINE = {
   int: flags.DEFINE_integer,
   str: flags.DEFINE_string,
 }
+_FLAGS = {
+  "config": ("", "FILE or FILE:VARIANT of configs/; --config.FIELD=VALUE too"),
+  "workdir": ("", "where to write; runs/NAME for configs/NAME.py by default"),
+  "log": (
+    "auto",
+    "auto (bar on a terminal, else plain), bar, plain, json (each line an"
+    " object) or quiet",
+  ),
+  "help": ("", "this; --help=loss: only the fields of config.loss"),
+}
 
 
-def run(main: Main, example: str = "", **options: tuple[Any, str]) -> None:
-  """Parses --config and --workdir, calls `main`, exits with its code.
+def run(main: Main, example: str, **options: tuple[Any, str]) -> None:
+  """Parses the flags, calls `main`, exits with its code.
 
   Args:
     main: takes the config as a plain dict and the working directory, which is
@@ -43,51 +53,85 @@ def run(main: Main, example: str = "", **options: tuple[Any, str]) -> None:
       default (a bool, int or str) and its help.
   """
   redaction.install()
-  if _asks_for_help(sys.argv[1:]):
-    _print_help(_config_of(sys.argv[1:]) or example, options)
-    sys.exit(0)
-  config = config_flags.DEFINE_config_file(
-    "config", None, "configs/NAME.py or configs/NAME.py:VARIANT"
-  )
-  workdir = flags.DEFINE_string("workdir", None, _FLAGS["workdir=DIR"])
-  flags.DEFINE_enum("log", "auto", console.MODES, _FLAGS["log=MODE"])
-  flags.mark_flag_as_required("config")
-  found = {
-    name: _DEFINE[type(default)](name, default, text)
-    for name, (default, text) in options.items()
-  }
-
-  def call(arguments):
-    console.set_mode(flags.FLAGS.log)
-    _say_where(sys.argv[1:])
-    logging.set_verbosity(logging.WARNING)
-    if len(arguments) > 1:
-      return _refused(f"unexpected arguments: {arguments[1:]}")
-    file = config_flags.get_config_filename(flags.FLAGS["config"])
-    name = pathlib.Path(file.partition(":")[0]).stem
+  faulthandler.enable()
+  given = flags.FlagValues()
+  given.set_gnu_getopt(True)
+  for name, (default, text) in (_FLAGS | options).items():
+    _DEFINE[type(default)](name, default, text, flag_values=given)
+  # So that it needs no value.
+  given["help"].boolean = True
+  try:
     try:
-      path = _directory(workdir.value or f"runs/{name}")
-      values = {name: option.value for name, option in found.items()}
-      settings = config.value.to_dict()
-      redaction.refuse(settings)
-      return main(settings, path, **values)
-    except ValueError as error:
-      return _refused(str(error))
-    except errors.Stopped as error:
-      console.error(str(error))
-      return error.code
+      rest = given(sys.argv, known_only=True)
+    finally:
+      console.set_mode(given["log"].value)
+    name = given["config"].value
+    if given["help"].value:
+      _print_help(given, name or example)
+      sys.exit()
+    config = _config(name, rest, list(given))
+    stem = pathlib.Path(name.partition(":")[0]).stem
+    workdir = _directory(given["workdir"].value or f"runs/{stem}")
+    code = main(config, workdir, **{key: given[key].value for key in options})
+  except (flags.Error, ValueError) as error:
+    console.error(str(error))
+    code = 2
+  except errors.Stopped as error:
+    console.error(str(error))
+    code = error.code
+  sys.exit(code)
 
-  app.run(call, flags_parser=_parsed)
+
+def _config(name: str, arguments: list[str], others: list[str]) -> dict:
+  """The config of a name, changed by the arguments.
+
+  Raises:
+    ValueError: there is no such config, field or flag; a hint names a near
+      field, or one of the `others`, which are flags. Or a value is wrong.
+  """
+  if not name:
+    raise ValueError("--config is missing: name a file of configs/")
+  file = help_lib.find(name)
+  if file != name:
+    path = file.partition(":")[0]
+    console.say(
+      f"--config={name} is no file here: taking {path}", "config", path=path
+    )
+  config = help_lib.load(file)
+  fields = flags.FlagValues()
+  fields.set_gnu_getopt(True)
+  try:
+    config_flags.DEFINE_config_dict(
+      "config", config, flag_values=fields, sys_argv=arguments
+    )
+    rest = fields(arguments)[1:]
+  except (flags.Error, ValueError, LookupError, AttributeError) as error:
+    # Of an unknown field ml_collections names the last part alone.
+    known = [*others, *help_lib.names(config)]
+    raise ValueError(_unknown(arguments, known) or str(error)) from None
+  if rest:
+    raise ValueError(f"unexpected arguments: {rest}")
+  values = config.to_dict()
+  redaction.refuse(values)
+  return values
 
 
-_FLAGS = {
-  "config=FILE:VARIANT": "A file of configs/, and one of its variants.",
-  "config.FIELD=VALUE": "Changes a field; all of them stand below.",
-  "workdir=DIR": "Where to write; runs/NAME for configs/NAME.py by default.",
-  "log=MODE": "What is shown: auto (bar on a terminal, else plain), bar, plain,"
-  " json (each line an object) or quiet.",
-  "help": "This; with --config, the fields and values of that config.",
-}
+def _unknown(arguments: list[str], known: list[str]) -> str:
+  """What to say of the first flag that is not known; "" if all are."""
+  for argument in arguments[1:]:
+    found = re.match(r"--?([a-zA-Z][\w.]*)", argument)
+    if found and not {found[1], found[1].removeprefix("no")} & {*known}:
+      return f"--{found[1]}: no such flag or field; {_near(found[1], known)}"
+  return ""
+
+
+def _near(name: str, known: list[str]) -> str:
+  """A hint at known names like one that is not."""
+  leaf = name.rpartition(".")[2]
+  same = [one for one in known if one.rpartition(".")[2] == leaf]
+  near = difflib.get_close_matches(name, same, 3, cutoff=0)
+  near = near or difflib.get_close_matches(name, known, 1)
+  return f"did you mean {' or '.join(near)}?" if near else "see --help"
 
 
 def _directory(name: str) -> pathlib.Path:
@@ -103,110 +147,20 @@ def _directory(name: str) -> pathlib.Path:
   return path
 
 
-def _refused(text: str) -> int:
-  console.error(text)
-  return 2
-
-
-def _parsed(arguments: list[str]) -> list[str]:
-  """What is left of the arguments after flags; exits with 2 on wrong ones."""
-  try:
-    file = _config_of(arguments)
-    if not file:
-      raise ValueError("--config is missing: name a file of configs/")
-    # Once more than needed, for messages without a library's traceback.
-    _check_fields(help_lib.load(file), arguments[1:])
-    return flags.FLAGS(_with_config(arguments, config_files.find(file)))
-  except (flags.Error, ValueError, OSError) as error:
-    if "--log=json" in arguments:
-      console.set_mode("json")
-    sys.exit(_refused(str(error)))
-
-
-def _check_fields(config: Any, arguments: list[str]) -> None:
-  """ValueError for a --config.FIELD that does not exist, naming near ones."""
-  names = list(help_lib.names(config))
-  for argument in arguments:
-    _check_bare(argument, names)
-    found = re.match(r"--?(?:no)?(config\.[^=]*)", argument)
-    if not found or found[1] in names:
-      continue
-    parent, _, leaf = found[1].rpartition(".")
-    leaves = {name: name.rpartition(".") for name in names}
-    siblings = [last for up, _, last in leaves.values() if up == parent]
-    near = [name for name, (_, _, last) in leaves.items() if last == leaf]
-    near = (
-      [f"{parent}.{n}" for n in difflib.get_close_matches(leaf, siblings, 1)]
-      or near[:3]
-      or difflib.get_close_matches(found[1], names, 3)
-    )
-    hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
-    raise ValueError(f"--{found[1]}: the config has no such field; {hint}")
-
-
-def _check_bare(argument: str, names: list[str]) -> None:
-  """ValueError for --FIELD that is no flag, but a field of the config."""
-  found = re.match(r"--?([\w.]+)", argument)
-  if not found or found[1] in flags.FLAGS:
-    return
-  near = [name for name in names if name.endswith(f".{found[1]}")]
-  if near:
-    raise ValueError(
-      f"--{found[1]} is no flag; did you mean --{' or --'.join(near[:3])}?"
-    )
-
-
-def _asks_for_help(arguments: list[str]) -> bool:
-  known = ("-h", "--help", "-help", "--helpshort", "--helpfull")
-  return any(argument in known for argument in arguments)
-
-
-def _config_of(arguments: list[str]) -> str:
-  """The value of --config, or ""."""
-  for number, argument in enumerate(arguments):
-    name, equals, value = argument.partition("=")
-    if name in ("--config", "-config"):
-      return value if equals else "".join(arguments[number + 1 : number + 2])
-  return ""
-
-
-def _with_config(arguments: list[str], file: str) -> list[str]:
-  """The arguments with another value of --config."""
-  names = ("--config", "-config")
-  found = []
-  for before, argument in zip(["", *arguments], arguments):
-    name, equals, _ = argument.partition("=")
-    if name in names and equals:
-      argument = f"{name}={file}"
-    elif before in names:
-      argument = file
-    found.append(argument)
-  return found
-
-
-def _say_where(arguments: list[str]) -> None:
-  """Says which file --config means, where it is not the one that it names."""
-  given = _config_of(arguments)
-  found = config_files.find(given)
-  if found != given:
-    path = found.partition(":")[0]
-    console.say(
-      f"--config={given} is no file here: taking {path}", "config", path=path
-    )
-
-
-def _print_help(config: str, options: dict[str, tuple[Any, str]]) -> None:
-  lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Flags:"]
-  own = {f"{name}={default}": text for name, (default, text) in options.items()}
-  for name, text in (_FLAGS | own).items():
-    lines.append(f"  --{name}\n      {text}")
-  lines += ["", __doc__.partition("\n\n")[2].strip()]
-  if config:
-    try:
-      fields = help_lib.fields(lambda: help_lib.load(config))
-    except (ValueError, OSError) as error:
-      sys.exit(_refused(f"--config={config}: {error}"))
-    lines += ["", f"Fields of {config}:", help_lib.page(fields)]
+def _print_help(given: flags.FlagValues, config: str) -> None:
+  """Prints what --help asks for: all, or the fields of a section."""
+  section = given["help"].value.removeprefix("config.")
+  name = "config" if section == "true" else f"config.{section}"
+  fields = help_lib.fields(config)
+  found = [one for one in fields if f"{one.name}.".startswith(f"{name}.")]
+  if not found:
+    known = list(help_lib.names(help_lib.load(config)))
+    raise ValueError(f"--help={section}: no such section; {_near(name, known)}")
+  lines = [f"Fields of {config}:", help_lib.page(found)]
+  if name == "config":
+    text = (sys.modules["__main__"].__doc__ or "").strip()
+    codes = __doc__.partition("\n\n")[2]
+    lines = [text, given.get_help(include_special_flags=False), codes, *lines]
   try:
     print("\n".join(lines), flush=True)
   except BrokenPipeError:

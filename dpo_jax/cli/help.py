@@ -1,25 +1,27 @@
-"""What the fields of a config mean, from the comments beside them.
+"""Files of configs/: where they are, and what their fields mean.
 
-The files of configs/ are the one place where a field is explained: in the
-comment above the line that sets it. A config is built while the lines that
-set its fields are noted; the first such line with a comment explains the
-field, so that a recipe which changes a value keeps its meaning.
+The files of configs/ are the one place that explains a field: the comment above
+the line that sets it, `c.beta = 0.1`, or above its key in a dict. The lines of
+one function that set fields of one group form a block. A group of a config is
+explained by the block that sets most of its fields, and of several by the one
+with more comments; so a recipe that changes some values needs none.
 """
 
 import ast
-import contextlib
+import collections
 import dataclasses
-import functools
+import difflib
 import pathlib
 import runpy
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import config_dict
 
-from dpo_jax.cli import config_files
+# Comments by field, in the order of the lines; "" for a field without one.
+Block = dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,19 +33,57 @@ class Field:
   comment: str
 
 
+def root() -> pathlib.Path:
+  """The directory that holds configs/, train.py, sample.py and judge.py.
+
+  In a clone they lie beside the package; a wheel carries them in
+  dpo_jax/shipped/.
+  """
+  package = pathlib.Path(__file__).resolve().parent.parent
+  shipped = package / "shipped"
+  return shipped if shipped.is_dir() else package.parent
+
+
+def find(name: str) -> str:
+  """The "FILE:VARIANT" that a --config names; one's own files come first.
+
+  Args:
+    name: "configs/demo.py", "configs/demo.py:tiny", or "demo:tiny" for short.
+
+  Returns:
+    The name as it was if there is no such file.
+  """
+  path, colon, variant = name.partition(":")
+  for short in (path, f"configs/{path}.py"):
+    for file in (short, str(root() / short)):
+      if pathlib.Path(file).is_file():
+        return file + colon + variant
+  return name
+
+
 def load(name: str) -> config_dict.ConfigDict:
-  """The config of a file, or of a "FILE:VARIANT"; see `config_files.find`.
+  """The config of a "FILE:VARIANT", see `find`.
 
   Raises:
-    ValueError: there is no such file, it has no `get_config`, or the variant
-      is unknown.
-    OSError: the file cannot be read.
+    ValueError: there is no such file, or none that can be read, it has no
+      `get_config`, or the variant is unknown.
   """
-  config_files.importable()
-  path, colon, variant = config_files.find(name).partition(":")
+  path, colon, variant = find(name).partition(":")
   if not pathlib.Path(path).is_file():
-    raise ValueError(config_files.missing(path))
-  found = runpy.run_path(path)
+    known = sorted(file.stem for file in (root() / "configs").glob("*.py"))
+    near = difflib.get_close_matches(pathlib.Path(path).stem, known, 1)
+    hint = (
+      f"did you mean configs/{near[0]}.py?" if near else f"there are {known}"
+    )
+    raise ValueError(f"--config: there is no file {path!r}; {hint}")
+  # Files of configs/ import each other as configs.NAME.
+  for place, directory in ((len(sys.path), str(root())), (0, "")):
+    if directory not in sys.path:
+      sys.path.insert(place, directory)
+  try:
+    found = runpy.run_path(path)
+  except OSError as error:
+    raise ValueError(f"--config={name}: {error}") from None
   if "get_config" not in found:
     raise ValueError(f"{path} has no function get_config")
   return found["get_config"](*([variant] if colon else []))
@@ -57,120 +97,95 @@ def names(config: Any, name: str = "config") -> Iterator[str]:
       yield from names(config[key], f"{name}.{key}")
 
 
-def fields(make: Callable[[], Any]) -> list[Field]:
-  """The fields of the config that `make` builds, in their order.
+def fields(name: str) -> list[Field]:
+  """The fields of the config that `load` reads, in the order of its files."""
+  config = load(name)
+  files = [find(name).partition(":")[0]]
+  for module in [*sys.modules]:
+    if module.startswith("configs."):
+      files.append(sys.modules[module].__file__)
+  blocks = [block for file in files for block in _blocks(file)]
+  return list(_walk(config, "config", blocks))
 
-  Args:
-    make: builds a ConfigDict anew; it is called once.
+
+def page(found: list[Field]) -> str:
+  """The fields as text: `--config.name=value` and below it what it means.
+
+  A group that repeats an earlier one, such as a second source of pairs, is
+  shown by the values that differ from it.
   """
-  with _noted() as sites:
-    config = make()
-  return list(_walk(config, "config", sites))
-
-
-def page(found: list[Field], width: int = 79) -> str:
-  """The fields as text: `--config.name=value` and below it what it means."""
-  lines = []
+  groups = collections.defaultdict(dict)
   for field in found:
-    lines.append(f"  --{field.name}={field.value!r}")
-    if field.comment:
-      lines += textwrap.wrap(
-        field.comment,
-        width,
-        initial_indent=" " * 6,
-        subsequent_indent=" " * 6,
-        break_on_hyphens=False,
-      )
+    for group, rest in _groups(field.name):
+      groups[group][rest] = field
+  first, like = {}, {}
+  for group, members in groups.items():
+    key = tuple((rest, field.comment) for rest, field in members.items())
+    like[group] = first.setdefault(key, group)
+  lines, shown = [], set()
+  for field in found:
+    line = f"  --{field.name}={field.value!r}"
+    repeats = [pair for pair in _groups(field.name) if like[pair[0]] != pair[0]]
+    if not repeats:
+      text = textwrap.fill(field.comment, 73, break_on_hyphens=False)
+      lines += [line, *textwrap.indent(text, " " * 6).splitlines()]
+      continue
+    group, rest = repeats[0]
+    if group not in shown:
+      shown.add(group)
+      lines.append(f"  {group}: like {like[group]}")
+    if field.value != groups[like[group]][rest].value:
+      lines.append(line)
   return "\n".join(lines)
 
 
-@contextlib.contextmanager
-def _noted():
-  """Notes, for each (id of a ConfigDict, key), the lines that set it.
-
-  The dicts are kept too, so that no id is used twice.
-  """
-  sites: dict[tuple[int, str], list[tuple[str, int]]] = {}
-  kept = []
-  originals = {
-    name: getattr(config_dict.ConfigDict, name)
-    for name in ("__init__", "__setattr__")
-  }
-
-  def note(owner, key, frame):
-    kept.append(owner)
-    where = (frame.f_code.co_filename, frame.f_lineno)
-    sites.setdefault((id(owner), key), []).append(where)
-
-  def set_attribute(self, key, value):
-    frame = sys._getframe(1)
-    if not key.startswith("_") and frame.f_globals["__name__"] != _LIBRARY:
-      note(self, key, frame)
-    originals["__setattr__"](self, key, value)
-
-  def begin(self, initial=None, *args, **kwargs):
-    originals["__init__"](self, initial, *args, **kwargs)
-    frame = sys._getframe(1)
-    if isinstance(initial, Mapping) and frame.f_globals["__name__"] != _LIBRARY:
-      for key in initial:
-        note(self, str(key), frame)
-
-  config_dict.ConfigDict.__setattr__ = set_attribute
-  config_dict.ConfigDict.__init__ = begin
-  try:
-    yield sites
-  finally:
-    for name, original in originals.items():
-      setattr(config_dict.ConfigDict, name, original)
+def _groups(name: str) -> Iterator[tuple[str, str]]:
+  """The groups that a field is in, outermost first, and its name in each."""
+  parts = name.split(".")
+  for count in range(2, len(parts)):
+    yield ".".join(parts[:count]), ".".join(parts[count:])
 
 
-_LIBRARY = config_dict.__name__
+def _walk(
+  config: config_dict.ConfigDict, name: str, blocks: list[Block]
+) -> Iterator[Field]:
+  def fits(block: Block) -> tuple[int, int]:
+    both = block.keys() & config.keys()
+    return len(both), sum(bool(block[key]) for key in both)
 
-
-def _walk(config, name: str, sites) -> Iterator[Field]:
-  # As first set, not by name as a ConfigDict would give them.
-  order = [key for owner, key in sites if owner == id(config)]
+  block = max(blocks, key=fits)
+  order = [*block, *config]
   for key in sorted(config, key=order.index):
     value = config[key]
-    path = f"{name}.{key}"
-    found = sites.get((id(config), key), ())
-    comments = (_comment(file, line, key) for file, line in found)
-    comment = next(filter(None, comments), "")
     if isinstance(value, config_dict.ConfigDict) and len(value):
-      yield from _walk(value, path, sites)
+      yield from _walk(value, f"{name}.{key}", blocks)
     else:
-      yield Field(path, value, comment)
+      yield Field(f"{name}.{key}", value, block.get(key, ""))
 
 
-def _comment(file: str, line: int, key: str) -> str:
-  """The comment above a statement, or above a key of its dict literal."""
-  lines, starts = _source(file)
-  start = starts.get((line, key), line)
-  above = []
-  for number in range(start - 1, 0, -1):
-    text = lines[number - 1].strip()
-    if not text.startswith("#"):
-      break
-    above.append(text.removeprefix("#").strip())
-  return " ".join(reversed(above))
-
-
-@functools.cache
-def _source(file: str) -> tuple[list[str], dict[tuple[int, str], int]]:
-  """A file's lines, and where the keys of its dict literals stand.
-
-  The second maps (any line of the statement with the literal, key) to the
-  line of the key.
-  """
+def _blocks(file: str) -> Iterator[Block]:
+  """The blocks of a file of configs/, see the top."""
   text = pathlib.Path(file).read_text("utf-8")
-  starts = {}
-  for node in ast.walk(ast.parse(text)):
-    if not isinstance(node, ast.Assign | ast.Return | ast.Expr):
-      continue
-    for inner in ast.walk(node):
-      if isinstance(inner, ast.Dict):
-        for key in inner.keys:
+  lines = text.splitlines()
+  for function in ast.parse(text).body:
+    # By what is set: "c" of `c.beta = 0.1`, or the line of a dict.
+    blocks: dict[str | int, Block] = collections.defaultdict(dict)
+    for node in ast.walk(function):
+      if isinstance(node, ast.Dict):
+        for key in node.keys:
           if isinstance(key, ast.Constant):
-            for number in range(node.lineno, node.end_lineno + 1):
-              starts[number, str(key.value)] = key.lineno
-  return text.splitlines(), starts
+            blocks[node.lineno][str(key.value)] = _comment(lines, key.lineno)
+      elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+        block = blocks[ast.unparse(node.value)]
+        block[node.attr] = block.get(node.attr) or _comment(lines, node.lineno)
+    yield from blocks.values()
+
+
+def _comment(lines: list[str], line: int) -> str:
+  """The comment that ends just above a line, its lines joined."""
+  above = []
+  for text in reversed(lines[: line - 1]):
+    if not text.strip().startswith("#"):
+      break
+    above.append(text.strip().removeprefix("#").strip())
+  return " ".join(reversed(above))
