@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import test_configs
+import tqdm
 
 from dpo_jax.cli import flags
 from dpo_jax.cli import help as help_lib
@@ -70,7 +71,7 @@ def test_json_lines_are_objects_whatever_speaks(mode, capsys):
 def test_plain_lines_have_a_rate_and_what_is_left(mode, capsys, monkeypatch):
   mode("plain")
   now = [100.0]
-  monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+  monkeypatch.setattr(tqdm.std, "time", lambda: now[0])
 
   def clock():
     now[0] += 6.0
@@ -79,18 +80,9 @@ def test_plain_lines_have_a_rate_and_what_is_left(mode, capsys, monkeypatch):
   # A line at 12 s, when 10 have passed, and one at the end: one step in 6 s.
   assert capsys.readouterr().err.splitlines() == [
     "two devices",
-    "dpo run: 3/4 steps, 0.167/s, 0:00:06 left, loss 0.25, tokens/s 12,346",
-    "dpo run: 4/4 steps, 0.167/s, loss 0.125, tokens/s 12,346",
+    "dpo run:  75% 3/4 [00:12<00:06,  6.00s/step, loss 0.25, tokens/s 12,346]",
+    "dpo run: 100% 4/4 [00:18<00:00,  6.00s/step, loss 0.125, tokens/s 12,346]",
   ]
-
-
-def test_units_have_their_plural(mode, capsys):
-  mode("plain")
-  for unit in ("batch", "step"):
-    assert list(console.track([7], 1, "score", unit)) == [7]
-  said = capsys.readouterr().err
-  assert "score: 1/1 batches" in said
-  assert "score: 1/1 steps" in said
 
 
 def test_a_bar_shows_the_values(mode, capsys):
@@ -109,6 +101,78 @@ def test_quiet_leaves_results_and_errors(mode, capsys):
   said = capsys.readouterr()
   assert said.out == "runs/x/export\n"
   assert said.err == "error: it broke\n"
+
+
+# Everything that a process may say, each with a word of its own.
+SPEAKERS = """
+import logging, sys, warnings
+logging.basicConfig(level=logging.INFO)
+from absl import logging as absl_logging
+from dpo_jax.core import console
+console.set_mode(sys.argv[1])
+with console.Bar(9, "run", "step") as bar:
+  bar.update(1, {"loss": 0.5})
+  console.say("apple")
+  logging.getLogger("dpo_jax.training").warning("banana %d", 1)
+  logging.getLogger("somebody.else").warning("cherry")
+  absl_logging.warning("damson")
+  warnings.warn("elder", stacklevel=1)
+  console.error("fig")
+  console.result("grape")
+  bar.update(8, {"loss": 0.25})
+console.mute()
+console.say("hazel")
+with console.Bar(9, "iris", "step") as bar:
+  bar.update(9)
+console.error("jasmine")
+"""
+FRUITS = re.findall(r"(?:say|warn\w*|error|result)\(\"(\w+)", SPEAKERS)
+
+
+@pytest.mark.parametrize("name", console.MODES)
+def test_each_message_is_shown_once(name):
+  done = subprocess.run(
+    [sys.executable, "-W", "default", "-c", SPEAKERS, name],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+  )
+  assert done.returncode == 0, done.stderr
+  # What a terminal would show: "\r" begins a line anew.
+  said = re.split("[\r\n]+", done.stdout + done.stderr)
+  for word in (*FRUITS, "iris"):
+    lines = [line for line in said if word in line]
+    hidden = {"hazel", "iris"} | ({"apple"} if name == "quiet" else set())
+    assert len(lines) == (word not in hidden), (word, lines)
+    for line in lines:
+      # A bar that was not cleared would be on the same line.
+      assert "step" not in line
+      if name == "json":
+        assert word in json.loads(line)["text"]
+  assert ("9/9" in done.stderr) == (name != "quiet")
+  assert done.stdout.count("\n") == 1
+
+
+def test_a_message_is_shown_once_where_no_mode_is_chosen():
+  """As in a notebook, whatever handler it has given the root."""
+  code = (
+    "import logging; logging.basicConfig(level=0)\n"
+    "from dpo_jax.core import console\n"
+    "console.say('apple')\n"
+    "logging.getLogger('dpo_jax.training').warning('banana')\n"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+  )
+  assert done.stderr.splitlines() == [
+    "apple",
+    "WARNING:dpo_jax.training:banana",
+  ]
 
 
 def test_an_unknown_mode_is_refused():

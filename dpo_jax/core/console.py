@@ -9,17 +9,15 @@ form of all of it:
   json   each line of stdout and stderr is one JSON object with an "event"
   quiet  results, warnings and errors only
 
-Results (the path of what was written, a summary) go to stdout in every mode,
-and all else to stderr.
+Results (the path of what was written, a summary) go to stdout in every mode.
+All else is a log record on stderr, as warnings of any library are.
 """
 
 import argparse
-import datetime
+import io
 import json
 import logging
 import sys
-import time
-import traceback
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -31,7 +29,41 @@ MODES = ("auto", "bar", "plain", "json", "quiet")
 EVERY_S = 10.0
 
 _mode = "auto"
-_muted = False
+
+
+class _Formatter(logging.Formatter):
+  """Log records as text, or as JSON objects in that mode."""
+
+  def format(self, record: logging.LogRecord) -> str:
+    level = record.levelname.lower()
+    if mode() != "json":
+      text = super().format(record).rstrip()
+      return text if record.levelno < logging.WARNING else f"{level}: {text}"
+    fields = {"event": "log", "level": level, "logger": record.name}
+    fields = getattr(record, "fields", fields) | {"text": record.getMessage()}
+    if record.exc_info:
+      fields["traceback"] = self.formatException(record.exc_info)
+    return json.dumps(fields, default=str)
+
+
+class _Handler(logging.Handler):
+  """Writes log records to stderr, above the bars, which are redrawn."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    try:
+      tqdm.tqdm.write(self.format(record), file=sys.stderr)
+    except Exception:
+      self.handleError(record)
+
+
+_handler = _Handler()
+_handler.setFormatter(_Formatter())
+# Has a handler of its own, so that a notebook, which chooses no mode, sees it
+# too, and sees it once, whatever handlers it gives the root.
+_log = logging.getLogger(__name__)
+_log.addHandler(_handler)
+_log.propagate = False
+_log.setLevel(logging.INFO)
 
 
 def add_flag(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +73,7 @@ def add_flag(parser: argparse.ArgumentParser) -> None:
     def __call__(self, parser, namespace, value, option=None):
       set_mode(value)
 
+  set_mode("auto")
   parser.add_argument(
     "--log",
     action=Set,
@@ -51,10 +84,10 @@ def add_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def set_mode(mode: str) -> None:
-  """Chooses the form for this process.
+  """Chooses the form for this process, warnings and log records included.
 
-  "json" also turns warnings, log records and tracebacks of Python into lines;
-  what libraries in C++ write to stderr by themselves stays as it is.
+  "json" also turns uncaught exceptions into lines; what libraries in C++ write
+  to stderr by themselves stays as it is.
 
   Raises:
     ValueError: there is no such mode.
@@ -63,15 +96,10 @@ def set_mode(mode: str) -> None:
   if mode not in MODES:
     raise ValueError(f"log={mode!r} must be one of {list(MODES)}")
   _mode = mode
-  if mode == "json":
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Lines())
-    root = logging.getLogger()
-    for old in list(root.handlers):
-      root.removeHandler(old)
-    root.addHandler(handler)
-    logging.captureWarnings(True)
-    sys.excepthook = _excepthook
+  _log.setLevel(logging.WARNING if mode == "quiet" else logging.INFO)
+  logging.getLogger().handlers[:] = [_handler]
+  logging.captureWarnings(True)
+  sys.excepthook = _excepthook if mode == "json" else sys.__excepthook__
 
 
 def mode() -> str:
@@ -83,8 +111,7 @@ def mode() -> str:
 
 def mute() -> None:
   """Leaves all but errors and results to another process of the same run."""
-  global _muted
-  _muted = True
+  _log.setLevel(logging.WARNING)
 
 
 def say(text: str, event: str = "note", **fields: Any) -> None:
@@ -95,21 +122,16 @@ def say(text: str, event: str = "note", **fields: Any) -> None:
     event: what kind of line it is, in JSON only.
     **fields: further JSON values that `text` puts into words.
   """
-  if _muted:
-    return
-  if mode() == "json":
-    _emit(sys.stderr, event, fields | {"text": text})
-  elif mode() != "quiet":
-    # Above the bars, which are redrawn beneath it.
-    tqdm.tqdm.write(text, file=sys.stderr)
+  _log.info(text, extra={"fields": {"event": event} | fields})
 
 
 def result(text: str, event: str = "result", **fields: Any) -> None:
   """What a command was asked for, on stdout, in every mode."""
   if mode() == "json":
-    _emit(sys.stdout, event, fields | {"text": text})
-  else:
-    tqdm.tqdm.write(text, file=sys.stdout)
+    fields = {"event": event} | fields | {"text": text}
+    text = json.dumps(fields, default=str)
+  tqdm.tqdm.write(text, file=sys.stdout)
+  sys.stdout.flush()
 
 
 def visible(text: str) -> str:
@@ -124,19 +146,25 @@ def visible(text: str) -> str:
 
 def error(text: str) -> None:
   """Why a command ends without its result, on stderr, in every mode."""
-  text = visible(text)
-  if mode() == "json":
-    _emit(sys.stderr, "error", {"text": text})
-  else:
-    print(f"error: {text}", file=sys.stderr)
+  _log.error(visible(text), extra={"fields": {"event": "error"}})
 
 
-class Bar:
+def _excepthook(kind, value, trace) -> None:
+  _log.error(
+    f"{kind.__name__}: {value}",
+    exc_info=(kind, value, trace),
+    extra={"fields": {"event": "error"}},
+  )
+
+
+class Bar(tqdm.tqdm):
   """Progress through `total` units; a context manager.
 
-  A bar that is drawn shows rate and ETA by itself; a line holds what has been
-  done, the units a second since the start, and the seconds that are left.
+  tqdm's bar; its line now and then, and at the end, where no bar is drawn.
   """
+
+  # No thread that redraws: a line is due when a unit is done.
+  monitor_interval = 0
 
   def __init__(self, total: int, what: str, unit: str, done: int = 0):
     """Begins to show.
@@ -147,16 +175,21 @@ class Bar:
       unit: singular, such as "step".
       done: units that an earlier run has done.
     """
-    self._what, self._unit, self._total = what, unit, total
-    self._done = self._start = done
-    self._shown = ""
-    self._values: dict[str, Any] = {}
-    self._began = self._spoken = time.monotonic()
-    self._bar = None
-    if mode() == "bar" and total and not _muted:
-      self._bar = tqdm.tqdm(
-        total=total, initial=done, desc=what, unit=unit, file=sys.stderr
-      )
+    drawn = mode() == "bar"
+    self._values: Mapping[str, Any] = {}
+    super().__init__(
+      total=total,
+      initial=done,
+      desc=what,
+      unit=unit,
+      # One that tqdm need not clear before a message.
+      file=sys.stderr if drawn else io.StringIO(),
+      gui=not drawn,
+      miniters=0,
+      mininterval=0.1 if drawn else EVERY_S,
+      smoothing=0.3 if drawn else 0.0,
+      disable=not (total and _log.isEnabledFor(logging.INFO)),
+    )
 
   def update(
     self, count: int = 1, values: Mapping[str, Any] | None = None
@@ -168,58 +201,31 @@ class Bar:
       values: what to show beside them, {"tokens/s": 1234.5}; stays until the
         next values are given.
     """
-    self._done += count
+    if self.disable:
+      return
     if values is not None:
       self._values = dict(values)
-    if self._bar is not None:
-      self._bar.set_postfix_str(_words(self._values), refresh=False)
-      self._bar.update(count)
+      self.set_postfix_str(_words(values), refresh=False)
+    shown = super().update(count)
+    if self.gui and not shown and count and self.n >= self.total:
+      self.refresh()
+
+  def refresh(self, *args: Any, **kwargs: Any) -> None:
+    if not self.gui:
+      super().refresh(*args, **kwargs)
       return
-    now = time.monotonic()
-    if _muted:
-      return
-    ended = count and self._done >= self._total
-    if ended or now - self._spoken >= EVERY_S:
-      self._spoken = now
-      self._speak(now)
-
-  def close(self) -> None:
-    if self._bar is not None:
-      self._bar.close()
-
-  def __enter__(self) -> "Bar":
-    return self
-
-  def __exit__(self, *exc_info) -> None:
-    self.close()
-
-  def _speak(self, now: float) -> None:
-    rate = (self._done - self._start) / max(now - self._began, 1e-9)
-    left = (self._total - self._done) / rate if rate else None
-    if mode() == "json":
-      fields = {
-        "what": self._what,
-        "unit": self._unit,
-        "done": self._done,
-        "total": self._total,
-        "per_second": rate,
-        "eta_s": left,
-      }
-      _emit(sys.stderr, "progress", fields | self._values)
-    elif mode() == "plain":
-      words = [
-        f"{self._what}: {self._done}/{self._total} {_plural(self._unit)}",
-        f"{rate:.3g}/s",
-      ]
-      if left:
-        words.append(f"{datetime.timedelta(seconds=round(left))} left")
-      if self._values:
-        words.append(_words(self._values))
-      print(", ".join(words), file=sys.stderr, flush=True)
-
-
-def _plural(unit: str) -> str:
-  return f"{unit}es" if unit.endswith("ch") else f"{unit}s"
+    shown = self.format_dict
+    rate = (self.n - self.initial) / max(shown["elapsed"], 1e-9)
+    fields = {
+      "what": self.desc,
+      "unit": self.unit,
+      "done": self.n,
+      "total": self.total,
+      "per_second": rate,
+      "eta_s": (self.total - self.n) / rate if rate else None,
+    }
+    line = self.format_meter(**(shown | {"ncols": 0}))
+    say(line, "progress", **(fields | self._values))
 
 
 def track(items: Iterable, total: int, what: str, unit: str) -> Iterator:
@@ -238,31 +244,3 @@ def _number(value: Any) -> str:
   if isinstance(value, float):
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
   return f"{value:,}" if type(value) is int else str(value)
-
-
-def _emit(stream, event: str, fields: Mapping[str, Any]) -> None:
-  """One JSON object on one line; what JSON cannot hold becomes its text."""
-  line = json.dumps({"event": event} | dict(fields), default=str)
-  stream.write(line + "\n")
-  stream.flush()
-
-
-class _Lines(logging.Formatter):
-  """Log records as JSON objects."""
-
-  def format(self, record: logging.LogRecord) -> str:
-    fields = {
-      "event": "log",
-      "level": record.levelname.lower(),
-      "logger": record.name,
-      "text": record.getMessage(),
-    }
-    if record.exc_info:
-      fields["traceback"] = self.formatException(record.exc_info)
-    return json.dumps(fields)
-
-
-def _excepthook(kind, value, trace) -> None:
-  text = "".join(traceback.format_exception(kind, value, trace))
-  fields = {"text": f"{kind.__name__}: {value}", "traceback": text}
-  _emit(sys.stderr, "error", fields)
