@@ -23,11 +23,12 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 def mode():
   """Sets a mode for one test."""
   handlers = list(logging.getLogger().handlers)
-  hook = sys.excepthook
+  hook, factory = sys.excepthook, logging.getLogRecordFactory()
   yield console.set_mode
   console.set_mode("auto")
   logging.captureWarnings(False)
   sys.excepthook = hook
+  logging.setLogRecordFactory(factory)
   logging.getLogger().handlers[:] = handlers
 
 
@@ -110,12 +111,20 @@ logging.basicConfig(level=logging.INFO)
 from absl import logging as absl_logging
 from dpo_jax.core import console
 console.set_mode(sys.argv[1])
+# Gives its loggers a handler, and lets them propagate.
+from huggingface_hub.utils import logging as hub_logging
+# As transformers does, which takes longer to import.
+alone = logging.getLogger("alone")
+alone.addHandler(logging.StreamHandler())
+alone.propagate = False
 with console.Bar(9, "run", "step") as bar:
   bar.update(1, {"loss": 0.5})
   console.say("apple")
   logging.getLogger("dpo_jax.training").warning("banana %d", 1)
   logging.getLogger("somebody.else").warning("cherry")
   absl_logging.warning("damson")
+  hub_logging.get_logger("huggingface_hub.file").warning("kiwi")
+  logging.getLogger("alone.part").warning("lemon")
   warnings.warn("elder", stacklevel=1)
   console.error("fig")
   console.result("grape")

@@ -56,6 +56,24 @@ class _Handler(logging.Handler):
       self.handleError(record)
 
 
+_make_record = logging.getLogRecordFactory()
+
+
+def _record(name: str, *args: Any, **kwargs: Any) -> logging.LogRecord:
+  """A log record, of which a library's own handler shows nothing.
+
+  transformers, datasets and huggingface_hub have one on stderr, which would
+  break a bar, and show a second time what reaches the root. They get it when
+  they are imported, which is later than the mode is chosen.
+  """
+  library = logging.getLogger(name.partition(".")[0])
+  for handler in [*library.handlers]:
+    if getattr(handler, "stream", None) in (sys.stderr, sys.__stderr__):
+      library.removeHandler(handler)
+      library.propagate = True
+  return _make_record(name, *args, **kwargs)
+
+
 _handler = _Handler()
 _handler.setFormatter(_Formatter())
 # Has a handler of its own, so that a notebook, which chooses no mode, sees it
@@ -92,13 +110,16 @@ def set_mode(mode: str) -> None:
   Raises:
     ValueError: there is no such mode.
   """
-  global _mode
+  global _mode, _make_record
   if mode not in MODES:
     raise ValueError(f"log={mode!r} must be one of {list(MODES)}")
   _mode = mode
   _log.setLevel(logging.WARNING if mode == "quiet" else logging.INFO)
   logging.getLogger().handlers[:] = [_handler]
   logging.captureWarnings(True)
+  if (factory := logging.getLogRecordFactory()) is not _record:
+    _make_record = factory
+    logging.setLogRecordFactory(_record)
   sys.excepthook = _excepthook if mode == "json" else sys.__excepthook__
 
 
