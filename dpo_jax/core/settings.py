@@ -19,117 +19,65 @@ from typing import Any
 LOWEST_TEMPERATURE = 1e-4
 
 
-@dataclasses.dataclass(frozen=True)
-class _Range:
-  must: str
-  holds: Callable[[Any], bool]
-
-
-_COUNT = _Range("be at least 1", lambda x: x >= 1)
-_NATURAL = _Range("not be negative", lambda x: x >= 0)
-_POSITIVE = _Range("be positive and finite", lambda x: 0 < x < math.inf)
-_AMOUNT = _Range("be finite and not negative", lambda x: 0 <= x < math.inf)
-_RATIO = _Range("be finite and at least 1", lambda x: 1 <= x < math.inf)
-_BELOW_ONE = _Range("be in [0, 1)", lambda x: 0 <= x < 1)
-_SHARE = _Range("be in [0, 1]", lambda x: 0 <= x <= 1)
-# jax.random.key keeps 32 bits: 2**32 would be 0 again.
-_UINT32 = _Range("be in [0, 2**32)", lambda x: 0 <= x < 2**32)
-_TEMPERATURE = _Range(
-  f"be finite and at least {LOWEST_TEMPERATURE}, or 0 for greedy decoding",
-  lambda x: x == 0 or LOWEST_TEMPERATURE <= x < math.inf,
+# What must hold of fields: by their names, or as Class.field where a name has
+# two meanings.
+_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+  (
+    "be at least 1",
+    lambda x: x >= 1,
+    """
+    LoraConfig.rank attention_block logit_chunk shapes batch_size microbatches
+    epochs eval_batch_size heartbeat_s samples_per_prompt max_prompt_tokens
+    max_new_tokens length_multiple prefill_tokens chunk concurrency max_tokens
+    """,
+  ),
+  (
+    "not be negative",
+    lambda x: x >= 0,
+    """
+    LoraSettings.rank logit_words max_train max_eval max_pairs_per_prompt
+    max_turns min_response_chars max_response_chars max_prompt_chars skip_bad
+    ScoreSettings.max_length ScoreSettings.max_prompt_length max_steps
+    eval_every checkpoint_every keep_checkpoints keep_every keep_best
+    max_skipped warmup_steps prompts every top_k AnswerSettings.batch_size
+    Engine.batch_size span aa gold retests max_retries expected_reply_tokens
+    examples
+    """,
+  ),
+  (
+    "be positive and finite",
+    lambda x: 0 < x < math.inf,
+    """
+    LoraConfig.alpha weight grace_s beta learning_rate eps clip_norm cache_gib
+    timeout_s batch_poll_s
+    """,
+  ),
+  (
+    "be finite and not negative",
+    lambda x: 0 <= x < math.inf,
+    """
+    weight_decay ServerSettings.temperature retry_wait_s max_wait_s
+    requests_per_minute tokens_per_minute budget_usd batch_price
+    expected_reply_s
+    """,
+  ),
+  ("be finite and at least 1", lambda x: 1 <= x < math.inf, "min_score_ratio"),
+  ("be in [0, 1)", lambda x: 0 <= x < 1, "LoraConfig.dropout b1 b2"),
+  ("be in [0, 1]", lambda x: 0 <= x <= 1, "aa_alpha gold_floor"),
+  ("be in (0, 1]", lambda x: 0 < x <= 1, "top_p"),
+  ("be in [0, 0.5)", lambda x: 0 <= x < 0.5, "label_smoothing"),
+  ("be in [0.5, 1]", lambda x: 0.5 <= x <= 1, "first_slot_limit"),
+  ("be 0 to 20", lambda x: 0 <= x <= 20, "top_logprobs"),
+  # jax.random.key keeps 32 bits: 2**32 would be 0 again.
+  ("be in [0, 2**32)", lambda x: 0 <= x < 2**32, "seed stream sample_id"),
+  (
+    f"be finite and at least {LOWEST_TEMPERATURE}, or 0 for greedy decoding",
+    lambda x: x == 0 or LOWEST_TEMPERATURE <= x < math.inf,
+    "temperature temperatures",
+  ),
 )
-
-# By the field's name, or Class.field where a name has two meanings.
 RANGES = {
-  # Models.
-  "LoraConfig.rank": _COUNT,
-  "LoraSettings.rank": _NATURAL,
-  "LoraConfig.alpha": _POSITIVE,
-  "LoraConfig.dropout": _BELOW_ONE,
-  "attention_block": _COUNT,
-  "logit_chunk": _COUNT,
-  "logit_words": _NATURAL,
-  # Data.
-  "max_train": _NATURAL,
-  "max_eval": _NATURAL,
-  "shapes": _COUNT,
-  "weight": _POSITIVE,
-  "min_score_ratio": _RATIO,
-  "max_pairs_per_prompt": _NATURAL,
-  "max_turns": _NATURAL,
-  "min_response_chars": _NATURAL,
-  "max_response_chars": _NATURAL,
-  "max_prompt_chars": _NATURAL,
-  "skip_bad": _NATURAL,
-  "ScoreSettings.max_length": _NATURAL,
-  "ScoreSettings.max_prompt_length": _NATURAL,
-  # Training.
-  "seed": _UINT32,
-  "batch_size": _COUNT,
-  "microbatches": _COUNT,
-  "epochs": _COUNT,
-  "max_steps": _NATURAL,
-  "eval_every": _NATURAL,
-  "eval_batch_size": _COUNT,
-  "checkpoint_every": _NATURAL,
-  "keep_checkpoints": _NATURAL,
-  "keep_every": _NATURAL,
-  "keep_best": _NATURAL,
-  "grace_s": _POSITIVE,
-  "heartbeat_s": _COUNT,
-  "max_skipped": _NATURAL,
-  "beta": _POSITIVE,
-  "label_smoothing": _Range("be in [0, 0.5)", lambda x: 0 <= x < 0.5),
-  "learning_rate": _POSITIVE,
-  "warmup_steps": _NATURAL,
-  "weight_decay": _AMOUNT,
-  "b1": _BELOW_ONE,
-  "b2": _BELOW_ONE,
-  "eps": _POSITIVE,
-  "clip_norm": _POSITIVE,
-  # Sampling.
-  "prompts": _NATURAL,
-  "every": _NATURAL,
-  "samples_per_prompt": _COUNT,
-  "max_prompt_tokens": _COUNT,
-  "max_new_tokens": _COUNT,
-  "temperature": _TEMPERATURE,
-  "temperatures": _TEMPERATURE,
-  "top_k": _NATURAL,
-  "top_p": _Range("be in (0, 1]", lambda x: 0 < x <= 1),
-  "stream": _UINT32,
-  "sample_id": _UINT32,
-  "AnswerSettings.batch_size": _NATURAL,
-  "Engine.batch_size": _NATURAL,
-  "length_multiple": _COUNT,
-  "prefill_tokens": _COUNT,
-  "chunk": _COUNT,
-  "span": _NATURAL,
-  "cache_gib": _POSITIVE,
-  # Judging.
-  "concurrency": _COUNT,
-  "aa": _NATURAL,
-  "gold": _NATURAL,
-  "retests": _NATURAL,
-  "ServerSettings.temperature": _AMOUNT,
-  "max_tokens": _COUNT,
-  "top_logprobs": _Range("be 0 to 20", lambda x: 0 <= x <= 20),
-  "timeout_s": _POSITIVE,
-  "max_retries": _NATURAL,
-  "retry_wait_s": _AMOUNT,
-  "max_wait_s": _AMOUNT,
-  "requests_per_minute": _AMOUNT,
-  "tokens_per_minute": _AMOUNT,
-  "budget_usd": _AMOUNT,
-  "batch_price": _AMOUNT,
-  "batch_poll_s": _POSITIVE,
-  "expected_reply_tokens": _NATURAL,
-  "expected_reply_s": _AMOUNT,
-  # Report.
-  "examples": _NATURAL,
-  "aa_alpha": _SHARE,
-  "first_slot_limit": _Range("be in [0.5, 1]", lambda x: 0.5 <= x <= 1),
-  "gold_floor": _SHARE,
+  name: (must, holds) for must, holds, names in _RULES for name in names.split()
 }
 
 
@@ -143,13 +91,12 @@ def check(settings: Any, prefix: str = "") -> None:
   Raises:
     ValueError: naming the first field that is out of its range, and its value.
   """
-  for field in dataclasses.fields(settings):
-    own = f"{type(settings).__name__}.{field.name}"
-    allowed = RANGES.get(own) or RANGES.get(field.name)
-    value = getattr(settings, field.name)
+  for name, value in vars(settings).items():
+    own = f"{type(settings).__name__}.{name}"
+    must, holds = RANGES.get(own) or RANGES.get(name) or ("", lambda x: True)
     for item in value if isinstance(value, tuple) else (value,):
-      if allowed and not allowed.holds(item):
-        raise ValueError(f"{prefix}{field.name}={item} must {allowed.must}")
+      if not holds(item):
+        raise ValueError(f"{prefix}{name}={item} must {must}")
 
 
 def build(cls, values: Mapping[str, Any], name: str = "config"):
