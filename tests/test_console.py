@@ -32,6 +32,17 @@ def mode():
   logging.getLogger().handlers[:] = handlers
 
 
+def python(*arguments):
+  """Runs Python in the root of the repository."""
+  return subprocess.run(
+    [sys.executable, *arguments],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+  )
+
+
 def speak(clock=None):
   console.say("two devices", "devices", count=2)
   with console.Bar(4, "dpo run", "step", done=1) as bar:
@@ -140,19 +151,13 @@ FRUITS = re.findall(r"(?:say|warn\w*|error|result)\(\"(\w+)", SPEAKERS)
 
 @pytest.mark.parametrize("name", console.MODES)
 def test_each_message_is_shown_once(name):
-  done = subprocess.run(
-    [sys.executable, "-W", "default", "-c", SPEAKERS, name],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-    env=os.environ | {"PYTHONPATH": str(ROOT)},
-  )
+  done = python("-W", "default", "-c", SPEAKERS, name)
   assert done.returncode == 0, done.stderr
   # What a terminal would show: "\r" begins a line anew.
   said = re.split("[\r\n]+", done.stdout + done.stderr)
+  hidden = {"hazel", "iris"} | ({"apple"} if name == "quiet" else set())
   for word in (*FRUITS, "iris"):
     lines = [line for line in said if word in line]
-    hidden = {"hazel", "iris"} | ({"apple"} if name == "quiet" else set())
     assert len(lines) == (word not in hidden), (word, lines)
     for line in lines:
       # A bar that was not cleared would be on the same line.
@@ -171,14 +176,7 @@ def test_a_message_is_shown_once_where_no_mode_is_chosen():
     "console.say('apple')\n"
     "logging.getLogger('dpo_jax.training').warning('banana')\n"
   )
-  done = subprocess.run(
-    [sys.executable, "-c", code],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-    env=os.environ | {"PYTHONPATH": str(ROOT)},
-  )
-  assert done.stderr.splitlines() == [
+  assert python("-c", code).stderr.splitlines() == [
     "apple",
     "WARNING:dpo_jax.training:banana",
   ]
@@ -189,7 +187,7 @@ def test_an_unknown_mode_is_refused():
     console.set_mode("loud")
 
 
-# --- help
+# --- help and flags
 
 
 @pytest.mark.parametrize(
@@ -362,28 +360,18 @@ def test_known_fields_are_changed():
   assert values["samples"] == {"prompts": 3}
 
 
-def script(*arguments, name="train.py"):
-  return subprocess.run(
-    [sys.executable, str(ROOT / name), *arguments],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-    env=os.environ | {"PYTHONPATH": str(ROOT)},
-  )
-
-
 def test_help_of_a_script_shows_its_fields_and_codes():
-  done = script("--help")
+  done = python("judge.py", "--help")
   assert done.returncode == 0, done.stderr
-  assert "--config.loss.beta=0.1\n      Strength of the KL" in done.stdout
+  assert "--config.controls.aa=50\n      Prompts whose chosen" in done.stdout
   assert "refused because of flags" in done.stdout
   assert "--log: auto (bar on a terminal" in done.stdout
-  assert "--push_to_hub: user/name on the hub" in done.stdout
+  assert "--[no]estimate: print calls" in done.stdout
 
 
 @pytest.mark.parametrize("section", ["controls", "config.controls"])
 def test_help_of_a_section_shows_its_fields_alone(section):
-  done = script(f"--help={section}", name="judge.py")
+  done = python("judge.py", f"--help={section}")
   assert done.returncode == 0, done.stderr
   flagged = re.findall(r"^ *--(\S+)=", done.stdout, re.MULTILINE)
   assert flagged == [
@@ -394,7 +382,7 @@ def test_help_of_a_section_shows_its_fields_alone(section):
 
 
 def test_help_of_a_section_that_is_none_names_near_ones():
-  done = script("--help=loss", "--config=demo:tiny", name="judge.py")
+  done = python("judge.py", "--help=loss", "--config=demo:tiny")
   assert (done.returncode, done.stdout) == (2, "")
   assert re.search(r"did you mean .*config\.sft\.loss", done.stderr)
 
@@ -412,7 +400,7 @@ def test_help_of_a_section_that_is_none_names_near_ones():
   ],
 )
 def test_wrong_flags_of_a_command_exit_with_2(arguments, words):
-  done = script(*arguments, name="judge.py")
+  done = python("judge.py", *arguments)
   assert done.returncode == 2
   (line,) = done.stderr.splitlines()
   assert words in line

@@ -153,7 +153,7 @@ def _walk(
     both = block.keys() & config.keys()
     return len(both), sum(bool(block[key]) for key in both)
 
-  block = max(blocks, key=fits)
+  block = max(blocks, key=fits, default={})
   order = [*block, *config]
   for key in sorted(config, key=order.index):
     value = config[key]
