@@ -360,8 +360,9 @@ def test_known_fields_are_changed():
   assert values["samples"] == {"prompts": 3}
 
 
-def test_help_of_a_script_shows_its_fields_and_codes():
-  done = python("judge.py", "--help")
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_of_a_script_shows_its_fields_and_codes(flag):
+  done = python("judge.py", flag)
   assert done.returncode == 0, done.stderr
   assert "--config.controls.aa=50\n      Prompts whose chosen" in done.stdout
   assert "refused because of flags" in done.stdout

@@ -57,7 +57,10 @@ def run(main: Main, example: str, **options: tuple[Any, str]) -> None:
   given = flags.FlagValues()
   given.set_gnu_getopt(True)
   for name, (default, text) in (_FLAGS | options).items():
-    _DEFINE[type(default)](name, default, text, flag_values=given)
+    short = "h" if name == "help" else None
+    _DEFINE[type(default)](
+      name, default, text, flag_values=given, short_name=short
+    )
   # So that it needs no value.
   given["help"].boolean = True
   try:
