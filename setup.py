@@ -63,6 +63,7 @@ setuptools.setup(
   entry_points={"console_scripts": ["dpo-jax = dpo_jax.__main__:main"]},
   package_data={
     "dpo_jax.hub": ["*.md"],
+    "dpo_jax.judging": ["templates/*.txt"],
     "dpo_jax.report.figures": ["*.mplstyle"],
     "dpo_jax.report.page": ["*.html", "*.css", "*.js"],
   },

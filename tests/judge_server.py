@@ -14,6 +14,7 @@ import json
 import math
 import re
 import threading
+import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
@@ -373,7 +374,8 @@ class Server:
     self, method: str, path: str, headers: dict[str, str], data: bytes
   ) -> Answer:
     """What is sent back for a request."""
-    path = path.partition("?")[0]
+    # A proxy gets the whole address.
+    path = urllib.parse.urlsplit(path).path
     if method == "POST" and path == "/v1/chat/completions":
       return self.complete(Request(headers, json.loads(data)))
     if path.startswith(("/v1/files", "/v1/batches")):

@@ -5,7 +5,6 @@ reader returns, or raises a ValueError whose message can be shown. Whatever else
 it raises is a finding.
 """
 
-import asyncio
 import contextlib
 import dataclasses
 import functools
@@ -410,13 +409,7 @@ def _completion(files, data):
 
 def _batch_results(files, data):
   del files
-
-  async def pieces():
-    for at in range(0, len(data), 100):
-      yield data[at : at + 100]
-
-  found = asyncio.run(batch_api._results(pieces(), {"a", "b"}))
-  assert found.keys() <= {"a", "b"}
+  found = batch_api.read_results(data)
   assert all(isinstance(result, dict) for result in found.values())
 
 

@@ -1,8 +1,5 @@
-import asyncio
-import itertools
 import json
 import os
-import random
 import signal
 
 import judge_server
@@ -13,7 +10,7 @@ from test_judging_runner import judge_with, response, verdicts, write
 from test_judging_script import script
 
 from dpo_jax import judging
-from dpo_jax.judging import batch_api, runner, transport
+from dpo_jax.judging import runner
 
 
 def batches(server, **changes):
@@ -223,79 +220,3 @@ def test_a_batch_of_another_judge_is_not_collected_for_this_one(tmp_path):
     (tmp_path / "verdicts" / "batches" / name).write_text('{"mark": 1}')
     with pytest.raises(ValueError, match=rf"{name}: not the record of a batch"):
       runner.run(batches(server), tmp_path)
-
-
-# --- result files that no server should send
-
-
-def collected(pieces, wanted):
-  async def stream():
-    for piece in pieces:
-      yield piece
-
-  return asyncio.run(batch_api._results(stream(), wanted))
-
-
-def test_results_are_the_same_however_they_are_cut():
-  lines = [
-    json.dumps({"custom_id": name, "response": {"n": n}}).encode()
-    for n, name in enumerate("abcd")
-  ]
-  # Not wanted, not readable, not a result, nested too deeply, with no name.
-  lines[2:2] = [b"", b"{", b"[]", b"null", b"[" * 10**5, b'{"custom_id": []}']
-  data = b"\n".join(lines)
-  wanted = {"a", "c", "d", "e"}
-  found = collected([data], wanted)
-  assert {k: v["response"]["n"] for k, v in found.items()} == {
-    "a": 0,
-    "c": 2,
-    "d": 3,
-  }
-  rng = random.Random(0)
-  for _ in range(50):
-    cuts = sorted(rng.sample(range(len(data)), 9))
-    pieces = [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)])]
-    assert collected(pieces, wanted) == found
-  # The last line of all may end.
-  assert collected([data, b"\n"], wanted) == found
-
-
-def test_a_line_longer_than_a_reply_is_left_out():
-  long = b'{"custom_id": "a", "x": "' + b" " * transport.MAX_REPLY_BYTES + b'"}'
-  short = b'{"custom_id": "b"}'
-  pieces = [long[i : i + 2**20] for i in range(0, len(long), 2**20)]
-  assert collected([*pieces, b"\n", short], set("abcdefgh")) == {
-    "b": {"custom_id": "b"}
-  }
-
-
-def test_more_lines_than_questions_are_not_read():
-  assert collected([b"\n"] * 1002, {"a"}) == {}
-  with pytest.raises(transport.Failure, match="have 1,003 bytes in"):
-    collected(itertools.repeat(b"\n"), {"a"})
-
-
-def test_a_result_file_beyond_its_bound_is_not_held(tmp_path, monkeypatch):
-  write(tmp_path, [response(0)])
-  original = judge_server.Batches._final
-
-  def flooded(self, end, asked):
-    final = original(self, end, asked)
-    # Two questions: 16 MiB and one for each of them.
-    self.files[final["output_file_id"]] += (b" " * 2**20 + b"\n") * 19
-    return final
-
-  with monkeypatch.context() as patch:
-    patch.setattr(judge_server.Batches, "_final", flooded)
-    with judge_server.Server(judge_server.prefer_longer) as server:
-      with pytest.raises(judging.Stop, match=r"2 questions have .* too much"):
-        runner.run(batches(server), tmp_path)
-      # Asked for once: it would be as large again.
-      assert len(server.batches.made) == 1
-      assert len(files(tmp_path)) == 1
-      # The batch is on record, and is collected when the file is as it should.
-      name = server.batches.made[0]["final"]["output_file_id"]
-      server.batches.files[name] = server.batches.files[name].rstrip()
-      summary = runner.run(batches(server), tmp_path)
-      assert summary.complete
-      assert len(server.batches.made) == 1

@@ -1,15 +1,22 @@
-import asyncio
 import dataclasses
 import json
+import pathlib
 
 import judge_server
 import pytest
 import test_console
-from test_judging_client import settings
+from test_judging_client import TEMPLATE, settings
 from test_judging_runner import judge_with, response, verdicts, write
 
 from dpo_jax.core import console
-from dpo_jax.judging import budget, runner
+from dpo_jax.judging import (
+  budget,
+  client,
+  prompts,
+  questions,
+  runner,
+  usage,
+)
 
 # Dollars for a million tokens, so that a token costs 1 and 2 dollars here.
 mode = test_console.mode
@@ -67,7 +74,6 @@ def test_nothing_is_sent_beyond_the_budget_and_a_higher_one_goes_on(tmp_path):
   assert kept["cost"] == pytest.approx(140 * 20)
   assert (kept["prompt_tokens"], kept["completion_tokens"]) == (2000, 400)
   assert kept["calls"] == 20
-  assert kept["unrecorded_cost"] == pytest.approx(0.0)
 
 
 def test_calls_in_flight_are_reserved(tmp_path):
@@ -95,7 +101,6 @@ def test_a_call_without_a_count_costs_its_bound_in_later_runs_too(tmp_path):
     used = judge_with(server, budget_usd=1e6, prices=DEAR, concurrency=1)
     runner.run(used, tmp_path)
     bound = bound_of(server.requests[0])
-    assert ledger(tmp_path)["unrecorded_cost"] == pytest.approx(bound)
     assert ledger(tmp_path)["cost"] == pytest.approx(bound + 2 * 3)
     write(tmp_path, [response(0), response(1)])
     # Room for a new call on its own, but not after what was paid before.
@@ -121,6 +126,21 @@ def test_an_error_of_the_server_costs_nothing(tmp_path):
   assert row.prompt_tokens > 0
   assert ledger(tmp_path)["cost"] == pytest.approx(cost)
   assert ledger(tmp_path)["calls"] == 5
+
+
+def test_a_killed_run_has_spent_what_its_rows_say(tmp_path):
+  """It wrote rows, and judge.json as it was before them."""
+  write(tmp_path, [response(0)])
+  with judge_server.Server(lambda request, n: says_using(100, 20)) as server:
+    used = judge_with(server, budget_usd=1e6, prices=DEAR)
+    runner.run(used, tmp_path)
+    before = (tmp_path / "verdicts" / "judge.json").read_bytes()
+    write(tmp_path, [response(0), response(1, " else")])
+    runner.run(used, tmp_path)
+    assert ledger(tmp_path)["cost"] == pytest.approx(4 * 140)
+    (tmp_path / "verdicts" / "judge.json").write_bytes(before)
+    runner.run(used, tmp_path)
+  assert ledger(tmp_path)["cost"] == pytest.approx(4 * 140)
 
 
 def test_a_shared_answer_is_paid_for_once(tmp_path):
@@ -162,7 +182,7 @@ def test_a_price_that_is_none(line):
 
 def test_a_price_that_stands_twice():
   assert budget.read_prices(["m 1 2"])["m"].of(3, 4) == pytest.approx(11e-6)
-  with pytest.raises(ValueError, match="'m' stands more than once"):
+  with pytest.raises(ValueError, match="'m' is there more than once"):
     budget.read_prices(["m 1 2", "m 1 2"])
 
 
@@ -234,22 +254,27 @@ def test_an_estimate_alone_asks_and_writes_nothing(tmp_path, monkeypatch):
 
 
 def test_an_estimate_by_hand():
-  purse = budget.Budget(budget.Price(1.0, 4.0), 10.0, before=2.0)
-  made = budget.estimate(
-    purse,
-    [4000] * 1000,
-    prompts=150,
-    reply_tokens=50,
-    reply_s=3.0,
-    concurrency=10,
-    requests_per_minute=50.0,
-    tokens_per_minute=35_000.0,
+  settings_ = settings(
+    "http://127.0.0.1:9/v1",
+    prices=("judge-as-asked 1 4",),
+    budget_usd=10.0,
+    requests_per_minute=0.25,
+    tokens_per_minute=400.0,
+    expected_reply_tokens=50,
   )
-  # 1,000 calls of 1,000 + 50 tokens: 1 + 0.2 dollars; 5 minutes by ten at a
-  # time, 20 by the requests, 30 by the tokens.
-  assert made == budget.Estimate(
-    1000, 1_000_000, 50_000, 30.0, pytest.approx(1.2), 2.0, 10.0, 150
+  row = response(0)
+  log = usage.UsageLog(
+    pathlib.Path("none"), *_judged_by(settings_), rows=[], responses=[row]
   )
+  case = questions.Case(None, row, "model_first")
+  size = len(prompts.fill(TEMPLATE, case.question).encode())
+  plan = questions.Plan(2, {"a": [case], "b": [case]}, [], {}, 0)
+  tokens = round(2 * size / 4)
+  # 2 s by one at a time, 8 minutes by the requests, fewer by the tokens.
+  assert log.estimate(plan) == usage.Estimate(
+    2, tokens, 100, 8.0, pytest.approx((tokens + 400) / 1e6), 0.0, 10.0, 1
+  )
+  made = usage.Estimate(9, 9, 9, 1.0, 1.2, 2.0, 10.0, 150)
   assert "will not do" not in str(made)
   assert "will not do" in str(dataclasses.replace(made, cap=3.0))
   # See the tests of intervals.
@@ -257,21 +282,6 @@ def test_an_estimate_by_hand():
   assert "points" not in str(dataclasses.replace(made, prompts=1))
 
 
-def test_whoever_waits_for_room_learns_when_there_is_none():
-  async def go():
-    purse = budget.Budget(budget.Price(1e6, 1e6), 100.0)
-    await purse.reserve(90.0)
-    waiting = [asyncio.create_task(purse.reserve(50.0)) for _ in range(3)]
-    await asyncio.sleep(0)
-    assert not any(task.done() for task in waiting)
-    purse.settle(90.0, 10, 20)
-    # 30 are spent: one of 50 has room, and two wait for what it leaves.
-    await asyncio.sleep(0.01)
-    assert [task.done() for task in waiting].count(True) == 1
-    purse.settle(50.0, 50, 0)
-    done = await asyncio.gather(*waiting, return_exceptions=True)
-    assert sum(isinstance(error, budget.Spent) for error in done) == 2
-    with pytest.raises(budget.Spent):
-      await purse.reserve(1.0)
-
-  asyncio.run(go())
+def _judged_by(used):
+  asked = client.Client(used, 1)
+  return asked.judge, asked

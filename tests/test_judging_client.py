@@ -8,7 +8,7 @@ import judge_server
 import pytest
 
 from dpo_jax import judging
-from dpo_jax.judging import client, prompts, transport
+from dpo_jax.judging import client, prompts
 
 KEY = "sk-planted-0123456789"
 QUESTION = judging.Question("\n\nHuman: hi\n\nAssistant:", " longer", " no")
@@ -46,7 +46,7 @@ def settings(url, **changes) -> client.ServerSettings:
 
 def ask(used, questions=(QUESTION,)) -> list[judging.Reply]:
   async def go():
-    async with client.connect(used, 8) as judge:
+    async with client.Client(used, 8) as judge:
       return await asyncio.gather(*map(judge.ask, questions))
 
   return asyncio.run(go())
@@ -143,10 +143,10 @@ def test_retry_after_is_waited_for_by_every_question(headers):
     return judge_server.fails(429, **headers) if number == 0 else GOOD
 
   async def go(fake):
-    async with client.connect(settings(fake.url), 8) as judge:
+    async with client.Client(settings(fake.url), 8) as judge:
       first = asyncio.create_task(judge.ask(QUESTION))
       # Asked later, and held back by the answer that the first one got.
-      while not (judge.limiter.open_at or first.done()):
+      while not (judge.limits.next_at > time.monotonic() or first.done()):
         await asyncio.sleep(0.001)
       return await asyncio.gather(first, judge.ask(QUESTION))
 
@@ -162,7 +162,7 @@ def test_a_wait_beyond_the_cap_ends_the_run():
   answer = judge_server.fails(429, "slow", retry_after="3600")
   with (
     judge_server.Server(judge_server.in_turn(answer)) as fake,
-    pytest.raises(judging.Stop, match=r"wait for 3600 s.*max_wait_s=5.*later"),
+    pytest.raises(judging.Stop, match=r"wait of 3600 s.*max_wait_s=5.*later"),
   ):
     ask(settings(fake.url))
   assert len(fake.requests) == 1
@@ -177,6 +177,20 @@ def test_all_waits_of_a_request_together_are_capped():
   assert "max_wait_s=0.25" in reply.error
   # At 0, 0.1 and 0.2 s; a third wait would make 0.3 s.
   assert len(fake.requests) == 3
+
+
+def test_the_proxy_of_the_environment_is_used_and_its_exceptions(monkeypatch):
+  for name in ("http_proxy", "all_proxy", "no_proxy", "NO_PROXY", "ALL_PROXY"):
+    monkeypatch.delenv(name, raising=False)
+  with judge_server.Server(judge_server.prefer_longer) as proxy:
+    monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
+    (reply,) = ask(settings("http://judge.invalid/v1"))
+    assert reply.choice == "first"
+    assert proxy.requests[0].headers["host"] == "judge.invalid"
+    with judge_server.Server(judge_server.prefer_longer) as direct:
+      monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+      (reply,) = ask(settings(direct.url))
+    assert (len(direct.requests), len(proxy.requests)) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -207,20 +221,11 @@ def test_a_hopeless_run_stops_at_once_without_the_key(
     error = error.__cause__ or error.__context__
 
 
-def test_a_reply_without_an_end_is_not_held(monkeypatch):
-  monkeypatch.setattr(transport, "MAX_REPLY_BYTES", 2**20)
-  endless = judge_server.Answer(body=b" " * 2**20 + b"{}")
-  with judge_server.Server(judge_server.in_turn(endless)) as fake:
-    (reply,) = ask(settings(fake.url, max_retries=0))
-  assert reply.choice == "missing"
-  assert "unreadable reply: more than 1 MiB" in reply.error
-
-
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
     ({"base_url": "localhost:8000"}, "http://"),
-    ({"base_url": f"https://{KEY}@host/v1"}, "a user or key before its '@'"),
+    ({"base_url": f"https://{KEY}@host/v1"}, "no user or key before an '@'"),
     ({"api_key_env": KEY}, "must be the name of an environment variable"),
     ({"model": ""}, "model"),
     ({"max_tokens": 0}, "max_tokens=0"),
@@ -247,7 +252,7 @@ def test_a_key_that_is_none(monkeypatch, value):
 
 def test_the_parameters_of_a_judge_tell_judges_apart():
   async def identity(used):
-    async with client.connect(used, 8) as one:
+    async with client.Client(used, 8) as one:
       judge = one.judge
       return judge.name, judge.parameters, judge.template_hash
 

@@ -7,10 +7,11 @@ import sys
 import judge_server
 import planted
 import pytest
-from test_judging_client import ask, settings
+from test_judging_client import KEY, ask, settings
 from test_judging_runner import judge_with, response, verdicts, write
 from test_judging_script import ROOT
 
+from dpo_jax import judging
 from dpo_jax.judging import runner
 
 
@@ -147,3 +148,21 @@ def test_a_key_is_in_no_file_output_or_argument_whatever_echoes_it(tmp_path):
   kept = json.loads((tmp_path / "verdicts" / "judge.json").read_text())
   assert kept["complete"] is True
   assert 0 < kept["cost"] < 1.0
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308, 304])
+@pytest.mark.parametrize("mode", ["live", "batch"])
+def test_a_redirect_is_refused(status, mode, tmp_path, monkeypatch):
+  """Followed, it would take the key and the texts to another host."""
+  monkeypatch.setenv("JKEY", KEY)
+  write(tmp_path, [response()])
+  with judge_server.Server(judge_server.prefer_longer) as elsewhere:
+    answer = judge_server.fails(status, "moved", location=elsewhere.url)
+    with judge_server.Server(judge_server.in_turn(answer)) as fake:
+      fake.batches.trouble = [answer]
+      used = judge_with(fake, api_key_env="JKEY", mode=mode)
+      with pytest.raises(judging.Stop, match=f"{status}.*{elsewhere.url}"):
+        runner.run(used, tmp_path)
+    assert not elsewhere.requests
+    assert not elsewhere.batches.files
+  assert verdicts(tmp_path) == []

@@ -47,7 +47,7 @@ def test_a_built_in_template_asks_for_comparison_then_verdict(
 def test_the_templates_differ_and_so_do_their_endings():
   hashes = {
     prompts.load(name, output=output, ties=ties).hash
-    for name in prompts.BUILT_IN
+    for name in prompts.LABELS
     for output in ("text", "json_schema")
     for ties in (False, True)
   }

@@ -1,8 +1,7 @@
 """A judge is a question asked of somebody: these types are all it needs.
 
 A question shows two texts in a fixed order; the reply names a slot, never a
-model. Who stands in which slot is known to the runner alone, so a judge
-cannot favour one side, and any judge can stand in for any other.
+model. The runner alone knows which slot is whose: a judge cannot favor a side.
 """
 
 import dataclasses
@@ -22,8 +21,7 @@ class Stop(errors.Stopped):
 class Question:
   """Which of two answers to the prompt is better?
 
-  `salt` tells apart questions about the same texts, such as the two orders of
-  a text against itself; no judge sees it, but its fences depend on it.
+  `salt` tells apart questions about the same texts: it changes their fences.
   """
 
   prompt: str
@@ -34,12 +32,11 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-  """What a judge said.
+  """What a judge said, in its own words, and who it said it was.
 
-  `text` is its own words, `model` and `fingerprint` who it said it was, and
-  `error` the cause when the choice is missing, else empty. `score` is its
-  probability, 0 to 1, that the first text is better, if it gave one. Tokens
-  are all that were spent on the question, calls in vain included.
+  `error` is the cause of a missing choice, else empty. `score` is the judge's
+  probability that the first text is better, if it gave one. Tokens are all that
+  were spent on the question.
   """
 
   choice: Choice
@@ -52,14 +49,16 @@ class Reply:
   completion_tokens: int = 0
 
 
+NOTHING = Reply("missing", "", "", "")
+
+
 @dataclasses.dataclass(frozen=True)
 class Judge:
   """Somebody who answers questions.
 
-  `name`, `parameters` and `template_hash` go into the key of every verdict:
-  two judges that may answer the same question differently must differ in one
-  of them. `ask` raises `Stop` when asking on is of no use; every other failure
-  is a reply whose choice is missing.
+  The first three are part of every verdict's key: judges that may answer a
+  question differently must differ in one of them. `ask` raises `Stop` when
+  further questions are of no use; any other failure is a missing choice.
   """
 
   name: str

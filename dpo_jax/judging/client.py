@@ -1,25 +1,24 @@
 """A judge behind any OpenAI-compatible server.
 
-The judge is the only place that retries. Its failures are of three kinds: the
-whole run is of no use (a bad key, a spent quota, an unknown model) and stops;
-the server is in trouble and is asked again after a wait; or the reply cannot
-be read and is asked for once more. What is left after that is a missing
-verdict with its cause, never a tie and never a loss.
-
-The SDK makes the client, its headers and the calls of batch mode. A question's
-one request goes straight through the SDK's HTTP client: checking every field of
-request and reply against its types, and building the options of a call, took
-more time than all the rest of it. `verdicts` reads what is needed by hand.
+The judge is the only place that retries. Its failures are of three kinds: all
+requests would fail alike (a bad key, a spent quota, an unknown model, a
+redirect), and the run stops; the server is in trouble, and the request is
+retried after a wait; or the reply cannot be read, and is asked for once more.
+What is left is a missing verdict with its cause, never a tie and never a loss.
 """
 
 import asyncio
 import contextlib
 import dataclasses
+import email.utils
 import functools
+import itertools
 import json
+import math
 import os
 import random
 import re
+import time
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Literal, TypeVar
@@ -27,7 +26,7 @@ from typing import Any, Literal, TypeVar
 from dpo_jax import judging
 from dpo_jax.core import redaction
 from dpo_jax.core import settings as settings_lib
-from dpo_jax.judging import budget, limits, prompts, transport, verdicts
+from dpo_jax.judging import budget, prompts, verdicts
 
 T = TypeVar("T")
 
@@ -62,16 +61,13 @@ class ServerSettings:
   expected_reply_s: float
 
   def __post_init__(self):
-    if not self.base_url.startswith(("http://", "https://")):
+    url = urllib.parse.urlsplit(self.base_url)
+    # The values are not shown: they may hold the key itself.
+    if url.scheme not in ("http", "https") or url.username is not None:
       raise ValueError(
-        f"base_url={self.base_url!r} must start with http:// or https://"
+        "base_url must start with http:// or https:// and hold no user or key"
+        " before an '@': api_key_env names the variable with the key"
       )
-    if urllib.parse.urlsplit(self.base_url).username is not None:
-      raise ValueError(
-        "base_url holds a user or key before its '@': leave it out, and name"
-        " the environment variable with the key in api_key_env"
-      )
-    # Not shown: whoever gives the key itself should not find it in a log.
     if not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}|", self.api_key_env):
       raise ValueError(
         "api_key_env must be the name of an environment variable, in capitals,"
@@ -80,8 +76,7 @@ class ServerSettings:
     if not self.model:
       raise ValueError("model='' must name the judging model")
     settings_lib.check(self)
-    prices = budget.read_prices(self.prices)
-    if self.budget_usd and self.model not in prices:
+    if self.budget_usd and self.price is None:
       raise ValueError(
         f"budget_usd={self.budget_usd:g} cannot be kept: the price of"
         f" {self.model!r} is not in prices; add it, or set budget_usd=0"
@@ -89,12 +84,9 @@ class ServerSettings:
 
   @property
   def price(self) -> budget.Price | None:
-    """Of a token of this model in this mode; None if it is not known."""
-    price = budget.read_prices(self.prices).get(self.model)
-    if price is None:
-      return None
+    """Price of this model's tokens in this mode; None if unknown."""
     factor = self.batch_price if self.mode == "batch" else 1.0
-    return budget.Price(factor * price.prompt, factor * price.completion)
+    return budget.read_prices(self.prices, factor).get(self.model)
 
   @property
   def parameters(self) -> str:
@@ -102,139 +94,149 @@ class ServerSettings:
     names = ("temperature", "max_tokens", "output", "ties", "top_logprobs")
     return json.dumps({name: getattr(self, name) for name in names})
 
-  def load_template(self) -> prompts.Template:
-    """ValueError if there is none of that name, or it cannot be used."""
-    return prompts.load(self.template, output=self.output, ties=self.ties)
-
   def read_key(self) -> str:
-    """The key from the environment; ValueError without it if it is no key."""
-    variable = self.api_key_env
-    if not variable:
+    """The key from the environment; ValueError if there is none."""
+    if not self.api_key_env:
       return ""
-    key = os.environ.get(variable, "").strip()
-    if not key:
+    key = os.environ.get(self.api_key_env, "").strip()
+    if not (key and key.isascii() and key.isprintable()):
       raise ValueError(
-        f"the environment variable {variable} is not set: export the server's"
-        " key in it, or set api_key_env='' for a server that wants none"
-      )
-    if not (key.isascii() and key.isprintable()):
-      raise ValueError(
-        f"the environment variable {variable} holds characters that cannot be"
-        " part of a key"
+        f"the environment variable {self.api_key_env} is not set, or holds no"
+        " key: export the server's key in it, or set api_key_env='' for a"
+        " server that wants none"
       )
     return key
 
 
-@contextlib.asynccontextmanager
-async def connect(
-  settings: ServerSettings, concurrency: int
-) -> AsyncIterator["Client"]:
-  """A client of the server, for as long as the context lasts.
+@dataclasses.dataclass(eq=False)
+class Failure(judging.Stop):
+  """A request without a reply, that may have been `billed` all the same.
 
-  Args:
-    settings: where and how.
-    concurrency: most requests in flight at a time.
-
-  Raises:
-    ValueError: the key's environment variable is unset or holds no key, or
-      the template cannot be used.
-    ImportError: the openai package is not installed.
+  `again`: a retry may help, after `wait_s` if the server named a wait.
+  `fatal`: all requests would fail alike, so that the run stops.
   """
-  try:
-    import openai  # lazily: only a judge over HTTP needs it
-  except ImportError as error:
-    raise ImportError(
-      "judging over HTTP needs the openai package: pip install 'openai>=3'"
-    ) from error
-  template = settings.load_template()
-  key = settings.read_key()
-  http = openai.DefaultAsyncHttpxClient(
-    transport=transport.spread(concurrency), timeout=settings.timeout_s
-  )
-  # Without an explicit address the SDK would take one from the environment.
-  async with openai.AsyncOpenAI(
-    api_key=key or "none",
-    base_url=settings.base_url,
-    timeout=settings.timeout_s,
-    max_retries=0,
-    http_client=http,
-  ) as sdk:
-    limiter = limits.Limiter(
-      concurrency,
-      requests_per_minute=settings.requests_per_minute,
-      tokens_per_minute=settings.tokens_per_minute,
-      max_wait_s=settings.max_wait_s,
-    )
-    purse = budget.Budget(settings.price, settings.budget_usd)
-    yield Client(settings, template, sdk, http, key, limiter, purse)
+
+  cause: str
+  again: bool = False
+  wait_s: float | None = None
+  billed: bool = False
+  fatal: bool = False
+
+  def __str__(self) -> str:
+    return self.cause
 
 
-def judge(
-  settings: ServerSettings,
-  template: prompts.Template,
-  ask: Callable[[judging.Question], Awaitable[judging.Reply]],
-) -> judging.Judge:
-  """The judge behind a server, by all that its answers depend on."""
-  return judging.Judge(
-    name=settings.model,
-    parameters=settings.parameters,
-    template_hash=template.hash,
-    ask=ask,
-  )
+class Limits:
+  """Requests in flight, and requests and tokens a minute, to one server.
+
+  The window of requests in flight is halved when the server complains, and
+  grows by one with each round of answers. Requests are spaced evenly.
+  """
+
+  def __init__(self, settings: ServerSettings, most: int):
+    self.most, self.window, self.in_flight = most, float(most), 0
+    rates = (settings.requests_per_minute, settings.tokens_per_minute)
+    self._request_s, self._token_s = (60 / x if x else 0.0 for x in rates)
+    self._max_wait_s = settings.max_wait_s
+    self.next_at = 0.0
+    self._halvings = 0
+    self._turn = asyncio.Lock()
+    self._freed = asyncio.Event()
+
+  @contextlib.asynccontextmanager
+  async def slot(self, tokens: int) -> AsyncIterator[None]:
+    """A place among the requests in flight, for about that many tokens."""
+    async with self._turn:
+      while self.in_flight >= int(self.window):
+        self._freed.clear()
+        await self._freed.wait()
+      while (wait_s := self.next_at - time.monotonic()) > 0:
+        await asyncio.sleep(wait_s)
+      pace_s = max(self._request_s, self._token_s * tokens)
+      self.next_at = max(self.next_at, time.monotonic()) + pace_s
+      self.in_flight += 1
+    halvings = self._halvings
+    try:
+      yield
+      self.window = min(self.most, self.window + 1 / self.window)
+    except Failure as failure:
+      # Requests that left before the last halving say nothing new.
+      if failure.again and halvings == self._halvings:
+        self.window = max(1.0, self.window / 2)
+        self._halvings += 1
+      raise
+    finally:
+      self.in_flight -= 1
+      self._freed.set()
+
+  def pause(self, wait_s: float) -> None:
+    """Holds all requests back; judging.Stop if for more than `max_wait_s`."""
+    if wait_s > self._max_wait_s:
+      raise judging.Stop(
+        f"the server asks for a wait of {wait_s:.0f} s, more than"
+        f" max_wait_s={self._max_wait_s:g}: run the same command again later"
+      )
+    self.next_at = max(self.next_at, time.monotonic() + wait_s)
 
 
 class Client:
-  """Requests to one server, whose calls to wait hold for all questions."""
+  """Questions to one server; an async context manager while it is asked.
 
-  def __init__(
-    self,
-    settings: ServerSettings,
-    template: prompts.Template,
-    sdk: Any,
-    http: Any,
-    key: str,
-    limiter: limits.Limiter,
-    purse: budget.Budget,
-  ):
+  `judge` needs no connection; `limits` and `budget` hold for all requests.
+  """
+
+  def __init__(self, settings: ServerSettings, concurrency: int):
     self.settings = settings
-    self.template = template
-    self.sdk = sdk
-    self.limiter = limiter
-    self.budget = purse
-    self._key = key
-    self._http = http
-    self._url = f"{str(sdk.base_url).rstrip('/')}/chat/completions"
-    # Some values are marks of headers that are left out.
-    self._headers = {
-      name: value
-      for name, value in (sdk.default_headers | sdk.auth_headers).items()
-      if isinstance(value, str)
-    }
-    self.judge = judge(settings, template, self.ask)
+    self.template = prompts.load(
+      settings.template, output=settings.output, ties=settings.ties
+    )
+    self.limits = Limits(settings, concurrency)
+    self.budget = budget.Budget(settings.price, settings.budget_usd)
+    identity = (settings.model, settings.parameters, self.template.hash)
+    self.judge = judging.Judge(*identity, self.ask)
+    self._key = ""
+
+  async def __aenter__(self) -> "Client":
+    import openai  # lazily: only a judge over HTTP needs it
+
+    self._key = self.settings.read_key()
+    # Retries inside the SDK would be invisible to the budget, and a redirect
+    # could take key and texts to another host.
+    self.sdk = openai.AsyncOpenAI(
+      api_key=self._key or "none",
+      base_url=self.settings.base_url,
+      timeout=self.settings.timeout_s,
+      max_retries=0,
+      http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
+    )
+    return self
+
+  async def __aexit__(self, *exc_info) -> None:
+    await self.sdk.close()
 
   async def ask(self, question: judging.Question) -> judging.Reply:
-    """The reply to a question, after one more ask if it cannot be read.
+    """The reply to a question, asked once more if it cannot be read.
 
     Raises:
-      judging.Stop: asking on is of no use.
+      judging.Stop: further questions are of no use.
       budget.Spent: the budget does not allow for the call.
     """
-    reply = None
+    reply = judging.NOTHING
     for number in range(2):
       page = prompts.fill(self.template, question, number)
       try:
-        completion = await self.persist(functools.partial(self._once, page))
+        completion = await self.retry(functools.partial(self._complete, page))
       except budget.Spent:
-        if reply is None:
+        if not number:
           raise
         break
-      except transport.Failure as failure:
-        before = reply or judging.Reply("missing", "", "", "")
-        return dataclasses.replace(before, error=str(failure))
+      except Failure as failure:
+        if failure.fatal:
+          raise
+        return dataclasses.replace(reply, error=failure.cause)
       reply = self.read(completion, reply)
       if reply.choice != "missing":
         break
-    assert reply is not None
     return reply
 
   def body(self, page: str) -> dict[str, Any]:
@@ -247,42 +249,27 @@ class Client:
       settings.max_tokens_name: settings.max_tokens,
     }
     if settings.output == "json_schema":
-      schema = {
-        "name": "verdict",
-        "strict": True,
-        "schema": prompts.schema(ties=settings.ties),
-      }
-      body["response_format"] = {"type": "json_schema", "json_schema": schema}
+      schema = prompts.schema(ties=settings.ties)
+      named = {"name": "verdict", "strict": True, "schema": schema}
+      body["response_format"] = {"type": "json_schema", "json_schema": named}
     if settings.top_logprobs:
-      body["logprobs"] = True
-      body["top_logprobs"] = settings.top_logprobs
+      body |= {"logprobs": True, "top_logprobs": settings.top_logprobs}
     return body
 
-  def bound(self, page: str) -> float:
-    """The most that asking with this page can cost, dollars."""
-    return self.budget.bound(len(page.encode()), self.settings.max_tokens)
-
   def read(
-    self, completion: Any, before: judging.Reply | None = None
+    self, completion: Any, before: judging.Reply = judging.NOTHING
   ) -> judging.Reply:
-    """The reply of a completion, without the key, even if a server echoes it.
-
-    The tokens of a reply `before`, which could not be read, are added.
-    """
-    settings = self.settings
+    """The reply without the key, with the tokens of an unreadable `before`."""
     reply = verdicts.read_completion(
-      completion, output=settings.output, ties=settings.ties
-    )
-    spent = (
-      (before.prompt_tokens, before.completion_tokens) if before else (0, 0)
+      completion, output=self.settings.output, ties=self.settings.ties
     )
     return dataclasses.replace(
       reply,
       text=self.clean(reply.text),
       model=self.clean(reply.model),
       fingerprint=self.clean(reply.fingerprint),
-      prompt_tokens=reply.prompt_tokens + spent[0],
-      completion_tokens=reply.completion_tokens + spent[1],
+      prompt_tokens=reply.prompt_tokens + before.prompt_tokens,
+      completion_tokens=reply.completion_tokens + before.completion_tokens,
     )
 
   def clean(self, text: str) -> str:
@@ -291,142 +278,123 @@ class Client:
       text = text.replace(self._key, "[key]")
     return redaction.clean(text)
 
-  async def persist(self, call: Callable[[], Awaitable[T]]) -> T:
-    """What the call gives, after as many retries and waits as are allowed.
+  async def retry(self, call: Callable[[], Awaitable[T]]) -> T:
+    """The result of a call, within the retries and waits that are allowed.
 
-    Raises:
-      Failure: the last one, once no more are allowed.
+    Raises the last `Failure`; judging.Stop where the server names too long a
+    wait.
     """
-    settings = self.settings
-    waited = 0.0
-    failure = None
-    for attempt in range(settings.max_retries + 1):
+    settings, waited = self.settings, 0.0
+    for attempt in itertools.count():
       try:
         return await call()
-      except transport.Failure as error:
+      except Failure as error:
         failure = error
       if not failure.again or attempt == settings.max_retries:
-        break
-      wait = failure.wait_s
-      if wait is None:
+        raise failure
+      if failure.wait_s is None:
         # Without jitter, all that failed together would return together.
         wait = settings.retry_wait_s * 2**attempt * random.uniform(0.5, 1.0)
+      else:
+        wait = failure.wait_s
+        self.limits.pause(wait)
       waited += wait
-      # A single wait that is too long is everybody's: the limiter stops them.
-      alone = failure.wait_s is None or wait <= settings.max_wait_s
-      if alone and waited > settings.max_wait_s:
-        raise transport.Failure(
+      if waited > settings.max_wait_s:
+        raise Failure(
           f"{failure}; a wait of {wait:.0f} s would pass"
-          f" max_wait_s={settings.max_wait_s:g}",
-          again=False,
+          f" max_wait_s={settings.max_wait_s:g}"
         )
-      if failure.wait_s is None:
-        await asyncio.sleep(wait)
-      # Else the limiter holds this question back with all the others.
-    assert failure is not None
-    raise failure
+      await asyncio.sleep(wait)
+    raise AssertionError
 
-  async def _once(self, page: str) -> Any:
-    """One request, paid for and let through by the limiter."""
-    bound = self.bound(page)
+  async def _complete(self, page: str) -> Any:
+    """The completion of one request, reserved before it leaves."""
+    bound = self.budget.bound(page, self.settings.max_tokens)
     tokens = len(page) // 4 + self.settings.expected_reply_tokens
-    await self.budget.reserve(bound)
+    create = self.sdk.chat.completions.with_raw_response.create
+    self.budget.reserve(bound)
+    cost, calls = 0.0, 0
     try:
-      ticket = await self.limiter.acquire(tokens)
-    except BaseException:
-      self.budget.give_back(bound)
-      raise
-    complaint, counted, billed = False, 0, True
-    try:
-      headers, completion = await self._post(page)
-      self.limiter.heard(ticket, headers)
-      usage = verdicts.usage(completion)
-      counted = sum(usage.values())
-      if counted:
-        self.budget.settle(bound, **usage)
+      async with self.limits.slot(tokens):
+        cost, calls = bound, 1
+        raw = await self.send(create(**self.body(page)))
+        completion = verdicts.parse(raw.content)
+        if completion is None:
+          cause = "the reply is not a chat completion"
+          raise Failure(cause, again=True, billed=True)
+      cost = self.budget.cost_of(verdicts.usage(completion), bound)
       return completion
-    except transport.Failure as failure:
-      complaint, billed = failure.again, failure.billed
-      self.limiter.heard(ticket, failure.headers)
-      if failure.wait_s is not None:
-        self.limiter.pause(failure.wait_s)
-      raise
-    except judging.Stop:
-      billed = False
+    except Failure as failure:
+      cost = bound if failure.billed else 0.0
       raise
     finally:
-      if not counted:
-        end = self.budget.settle_unknown if billed else self.budget.settle_error
-        end(bound)
-      self.limiter.release(ticket, complaint=complaint, tokens=counted)
+      self.budget.settle(bound, cost, calls)
 
-  async def _post(self, page: str) -> tuple[Mapping[str, str], Any]:
-    """Headers and JSON of the answer to one request for a completion."""
-    content = json.dumps(self.body(page), ensure_ascii=False).encode()
-    request = self._http.build_request(
-      "POST", self._url, content=content, headers=self._headers
-    )
-    response, body = await self.attempt(transport.fetch(self._http, request))
-    if response.is_error:
-      raise self.failure(transport.status_error(response, body))
-    try:
-      return response.headers, json.loads(body)
-    except (ValueError, RecursionError):
-      cause = "the reply is not a chat completion"
-      failure = transport.Failure(cause, again=True, billed=True)
-    raise failure
+  async def send(self, call: Awaitable[T]) -> T:
+    """The result of one call of the SDK; raises Failure for its errors.
 
-  async def attempt(self, call: Awaitable[T]) -> T:
-    """What one call of the SDK, or of its HTTP client, gives.
-
-    Raises:
-      Failure: it brought no answer.
-      judging.Stop: it never will.
+    The SDK's timeout is for every read; this one also ends a slow drip.
     """
     import httpx2
     import openai
 
     timeout_s = self.settings.timeout_s
     try:
-      # The SDK's timeout is of every read; this one ends a slow drip too.
       async with asyncio.timeout(timeout_s):
         return await call
     except openai.APIStatusError as error:
-      failure = self.failure(error)
-    except (openai.APITimeoutError, httpx2.TimeoutException, TimeoutError):
+      body = {"message": error.message} | verdicts.as_dict(error.body)
+      failure = self.failure(error.status_code, body, error.response.headers)
+    except (openai.APITimeoutError, TimeoutError):
       cause = f"no reply within {timeout_s:g} s"
-      failure = transport.Failure(cause, again=True, billed=True)
-    except (openai.APIConnectionError, httpx2.TransportError) as error:
-      is_ours = isinstance(error, httpx2.TransportError)
-      origin = error if is_ours else error.__cause__ or error
-      cause = self.clean(
-        f"connection failed: {origin or type(origin).__name__}"
-      )
-      sent = not isinstance(origin, httpx2.ConnectError | httpx2.ConnectTimeout)
-      failure = transport.Failure(cause, again=True, billed=sent)
-    except (openai.APIError, httpx2.HTTPError, ValueError) as error:
+      failure = Failure(cause, again=True, billed=True)
+    except openai.APIConnectionError as error:
+      origin = error.__cause__ or error
+      cause = f"connection failed: {origin or type(origin).__name__}"
+      sent = not isinstance(origin, httpx2.ConnectError)
+      failure = Failure(self.clean(cause), again=True, billed=sent)
+    except (openai.OpenAIError, ValueError) as error:
       cause = self.clean(f"unreadable reply: {error}")
-      failure = transport.Failure(cause, again=True, billed=True)
+      failure = Failure(cause, again=True, billed=True)
     # Raised here, the server's message is not part of any traceback.
     raise failure
 
-  def failure(self, error: Any) -> transport.Failure | judging.Stop:
-    """What an error status means for this request, or for the whole run."""
-    status = error.status_code
-    body = error.body if isinstance(error.body, dict) else {}
-    message = body.get("message") or error.message
-    cause = " ".join(self.clean(f"HTTP {status}: {message}").split())[:300]
+  def failure(
+    self, status: Any, error: dict[str, Any], headers: Mapping[str, str] = {}
+  ) -> Failure:
+    """What an error means for this request, or for the whole run.
+
+    `status` is none where a batch never got as far; `error` is as the API words
+    it, with "message", "code" and "type".
+    """
+    status = status if type(status) is int else 0
+    text = f"HTTP {status}: " if status else ""
+    text += str(error.get("message") or error.get("code"))
+    cause = " ".join(self.clean(text).split())[:300]
+    mend = ""
     if status in (401, 403):
       mend = f"check the key in {self.settings.api_key_env or 'api_key_env'}"
-    elif "insufficient_quota" in (error.code, error.type):
+    elif "insufficient_quota" in (error.get("code"), error.get("type")):
       mend = "the account's quota is spent; add credit and run again"
     elif status == 404:
       mend = f"check base_url and model={self.settings.model!r}"
-    else:
-      again = status in (408, 409, 429) or status >= 500
-      headers = error.response.headers
-      wait_s = transport.retry_after(headers)
-      return transport.Failure(
-        cause, again=again, wait_s=wait_s, headers=headers
-      )
-    return judging.Stop(f"{cause} ({mend})")
+    elif 300 <= status < 400:
+      location = self.clean(headers.get("location", ""))
+      mend = f"it redirects to {location:.200}: set base_url to the API itself"
+    if mend:
+      return Failure(f"{cause} ({mend})", fatal=True)
+    again = status in (0, 408, 409, 429) or status >= 500
+    return Failure(cause, again=again, wait_s=_retry_after(headers))
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+  """Seconds that the server asks to wait; None if it names no time."""
+  text = headers.get("retry-after", "")
+  milliseconds = headers.get("retry-after-ms")
+  with contextlib.suppress(ValueError):
+    wait = float(milliseconds) / 1e3 if milliseconds else float(text)
+    return wait if 0 <= wait < math.inf else None
+  with contextlib.suppress(TypeError, ValueError):
+    date = email.utils.parsedate_to_datetime(text)
+    return max(0.0, date.timestamp() - time.time())
+  return None

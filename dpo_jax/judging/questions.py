@@ -5,7 +5,8 @@ texts and order) are one question, whose answer is written for each of them.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from dpo_jax import judging
 from dpo_jax.io import hashing, jsonl, records
@@ -26,11 +27,26 @@ class Case:
   def unit(self) -> tuple:
     return (*self.response.unit, self.order, self.control)
 
+  @property
+  def same(self) -> bool:
+    """Whether both texts are equal: a tie without a call."""
+    return self.response.response.strip() == self.response.chosen.strip()
+
+  @property
+  def question(self) -> judging.Question:
+    """The two texts in the order in which they are shown."""
+    texts = (self.response.response, self.response.chosen)
+    if self.order == "chosen_first":
+      texts = texts[::-1]
+    salt = f"{self.control} {self.order}" if self.control else ""
+    return judging.Question(self.response.prompt, *texts, salt)
+
 
 @dataclasses.dataclass
 class Plan:
   """Questions by key with the cases they answer, and rows that need none."""
 
+  size: int
   questions: dict[str, list[Case]]
   rows: list[tuple[Case, records.Verdict]]
   outcomes: dict[tuple, records.Outcome]
@@ -39,38 +55,33 @@ class Plan:
 
 def plan(
   judge: judging.Judge,
-  cases: Iterable[Case],
-  stores: Iterable[jsonl.Store[records.Verdict]],
+  cases: list[Case],
+  rows: Iterable[records.Verdict],
 ) -> Plan:
-  """Sorts the cases into answered, answerable without a call, and open."""
+  """Sorts the cases into answered by `rows`, answerable at once, and open."""
   current: dict[tuple, records.Verdict] = {}
   answered: dict[str, records.Verdict] = {}
-  for store in stores:
-    for row in store.rows:
-      current[row.unit] = row
-      if row.verdict != "missing":
-        answered[row.key] = row
-  result = Plan(questions={}, rows=[], outcomes={}, identical=0)
+  for row in rows:
+    current[row.unit] = row
+    if row.verdict != "missing":
+      answered[row.key] = row
+  result = Plan(len(cases), {}, [], {}, identical=0)
   for case in cases:
     key = _key(judge, case)
-    tie = not case.control and same(case)
+    tie = case.same and not case.control
     result.identical += tie
     row = current.get(case.unit)
     if row and row.key == key and row.verdict != "missing":
       result.outcomes[case.unit] = row.verdict
     elif tie:
       reply = judging.Reply("tie", "", "", "")
-      result.rows.append((case, verdict(judge, key, case, reply)))
+      result.rows.append((case, _verdict(judge, key, case, reply)))
     elif key in answered:
-      result.rows.append((case, _about(case, answered[key])))
+      about = {**_about(case), "prompt_tokens": 0, "completion_tokens": 0}
+      result.rows.append((case, dataclasses.replace(answered[key], **about)))
     else:
       result.questions.setdefault(key, []).append(case)
   return result
-
-
-def same(case: Case) -> bool:
-  """Whether both texts are one, which is a tie that nobody need be asked."""
-  return case.response.response.strip() == case.response.chosen.strip()
 
 
 def orders(
@@ -86,16 +97,6 @@ def orders(
   return (ORDERS[int(drawn, 16) % 2],)
 
 
-def question(case: Case) -> judging.Question:
-  """The two texts in the order in which they are shown."""
-  response = case.response
-  texts = (response.response, response.chosen)
-  if case.order == "chosen_first":
-    texts = texts[::-1]
-  salt = f"{case.control} {case.order}" if case.control else ""
-  return judging.Question(response.prompt, *texts, salt)
-
-
 def fingerprint(responses: Iterable[records.Response]) -> str:
   """Hash of the sorted (prompt id, prompt, chosen): what was compared with."""
   rows = {(row.prompt_id, row.prompt, row.chosen) for row in responses}
@@ -104,7 +105,6 @@ def fingerprint(responses: Iterable[records.Response]) -> str:
 
 def _key(judge: judging.Judge, case: Case) -> str:
   response = case.response
-  control = (case.control,) if case.control else ()
   return hashing.content_hash(
     judge.name,
     judge.parameters,
@@ -113,43 +113,37 @@ def _key(judge: judging.Judge, case: Case) -> str:
     response.prompt,
     response.response,
     response.chosen,
-    *control,
+    *((case.control,) if case.control else ()),
   )
+
+
+def _about(case: Case) -> dict[str, Any]:
+  """The fields of a row that identify its response."""
+  names = ("prompt_id", "model", "step", "temperature", "sample_id")
+  return {name: getattr(case.response, name) for name in names}
 
 
 def rows(
   judge: judging.Judge, key: str, cases: list[Case], reply: judging.Reply
-) -> list[records.Verdict]:
-  """The rows of one question; what it cost stands in the first alone."""
-  free = dataclasses.replace(reply, prompt_tokens=0, completion_tokens=0)
-  return [
-    verdict(judge, key, case, free if number else reply)
-    for number, case in enumerate(cases)
-  ]
+) -> Iterator[tuple[Case, records.Verdict]]:
+  """The rows of one question with their cases; the first has its tokens."""
+  for case in cases:
+    yield case, _verdict(judge, key, case, reply)
+    reply = dataclasses.replace(reply, prompt_tokens=0, completion_tokens=0)
 
 
-def verdict(
+def _verdict(
   judge: judging.Judge, key: str, case: Case, reply: judging.Reply
 ) -> records.Verdict:
-  """The row that a reply makes."""
-  outcome: records.Outcome
-  shown_first = case.order == "model_first"
-  score = reply.score
-  if score is not None and not shown_first:
+  outcome, score = reply.choice, reply.score
+  model_first = case.order == "model_first"
+  if score is not None and not model_first:
     score = 1.0 - score
-  if reply.choice in ("first", "second"):
-    model_wins = shown_first == (reply.choice == "first")
-    outcome = "model" if model_wins else "chosen"
-  else:
-    outcome = reply.choice
-  response = case.response
+  if outcome in ("first", "second"):
+    outcome = "model" if model_first == (outcome == "first") else "chosen"
   return records.Verdict(
+    **_about(case),
     key=key,
-    prompt_id=response.prompt_id,
-    model=response.model,
-    step=response.step,
-    temperature=response.temperature,
-    sample_id=response.sample_id,
     order=case.order,
     control=case.control,
     verdict=outcome,
@@ -158,26 +152,10 @@ def verdict(
     judge_returned=reply.model,
     judge_fingerprint=reply.fingerprint,
     template_hash=judge.template_hash,
-    response_chars=len(response.response),
-    chosen_chars=len(response.chosen),
+    response_chars=len(case.response.response),
+    chosen_chars=len(case.response.chosen),
     prompt_tokens=reply.prompt_tokens,
     completion_tokens=reply.completion_tokens,
     raw=reply.text,
     error=reply.error,
-  )
-
-
-def _about(case: Case, row: records.Verdict) -> records.Verdict:
-  """The answer to the same question, about another response of equal text."""
-  response = case.response
-  return dataclasses.replace(
-    row,
-    prompt_id=response.prompt_id,
-    model=response.model,
-    step=response.step,
-    temperature=response.temperature,
-    sample_id=response.sample_id,
-    # Nothing was asked for this row.
-    prompt_tokens=0,
-    completion_tokens=0,
   )

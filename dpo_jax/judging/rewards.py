@@ -3,7 +3,6 @@
 import functools
 import inspect
 import pathlib
-from collections.abc import Callable, Sequence
 from typing import Literal
 
 from dpo_jax import judging
@@ -23,27 +22,17 @@ def length(prompt: str, response: str) -> float:
 
 
 def judge(name: Name) -> judging.Judge:
-  """The judge by the world's true reward ("oracle"), or by `length`."""
-  if name == "length":
-    return prefer_higher(name, length, [inspect.getsource(length)])
-  sources = [
-    pathlib.Path(module.__file__ or "").read_text(encoding="utf-8")
-    for module in _WORLD
-  ]
-  return prefer_higher(name, world.reward, sources)
+  """The judge that prefers the higher reward; equal ones are a tie.
 
-
-def prefer_higher(
-  name: str, reward: Callable[[str, str], float], sources: Sequence[str]
-) -> judging.Judge:
-  """A judge that prefers the text of higher reward; equal ones are a tie.
-
-  Args:
-    name: of the judge.
-    reward: (prompt, response) -> float.
-    sources: source code that the reward follows from: verdicts of an earlier
-      reward are never taken for those of this one.
+  It is identified by the source code of its reward as well: verdicts of an
+  earlier reward are never taken for those of this one.
   """
+  if name == "length":
+    reward, sources = length, [inspect.getsource(length)]
+  else:
+    files = [pathlib.Path(module.__file__ or "") for module in _WORLD]
+    sources = [path.read_text(encoding="utf-8") for path in files]
+    reward = world.reward
   # Both orders and repeated references ask for the same rewards.
   reward = functools.lru_cache(maxsize=65536)(reward)
 
@@ -56,9 +45,4 @@ def prefer_higher(
     choice = "first" if first > second else "second"
     return judging.Reply(choice, text, name, "")
 
-  return judging.Judge(
-    name=name,
-    parameters=hashing.content_hash(*sources),
-    template_hash="",
-    ask=ask,
-  )
+  return judging.Judge(name, hashing.content_hash(*sources), "", ask)

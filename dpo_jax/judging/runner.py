@@ -1,12 +1,8 @@
 """Questions about every response, asked once each, their answers kept.
 
-A question is known by the hash of all that its answer depends on. Before
-asking, the runner looks the hash up among the verdicts on disk, so that a run
-that was killed, or run again after an edit, asks only what has no answer yet;
-a missing verdict is no answer and is asked again.
-
-A verdict that no report would count, or that a report would refuse, is found
-before anything is asked and paid for.
+A question is identified by a hash of all that its answer depends on. What has
+an answer on disk is not asked again; a missing verdict is no answer. A verdict
+that a report would refuse is found before anything is asked and paid for.
 """
 
 import asyncio
@@ -16,9 +12,9 @@ import dataclasses
 import os
 import pathlib
 import re
-import signal
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+import time
+from collections.abc import Callable, Coroutine
 from typing import Any, Literal
 
 from dpo_jax import judging
@@ -26,14 +22,16 @@ from dpo_jax.core import console
 from dpo_jax.core import settings as settings_lib
 from dpo_jax.io import jsonl, records
 from dpo_jax.judging import (
-  account,
   batch_api,
   budget,
   client,
   controls,
   questions,
   rewards,
+  usage,
 )
+
+_Store = jsonl.Store[records.Verdict]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +61,7 @@ class JudgeSettings:
       )
 
 
-def run(settings: JudgeSettings, workdir: str | os.PathLike) -> account.Summary:
+def run(settings: JudgeSettings, workdir: str | os.PathLike) -> usage.Summary:
   """Judges `workdir`/responses/*.jsonl into `workdir`/verdicts/*.jsonl.
 
   Where an event loop is running already, as in a notebook, another one runs in
@@ -74,7 +72,7 @@ def run(settings: JudgeSettings, workdir: str | os.PathLike) -> account.Summary:
     judging.Stop: the judge can answer nothing more; verdicts so far are kept.
     locks.Held: another process is judging this directory.
   """
-  work = _run(settings, pathlib.Path(workdir))
+  work = _run(settings, workdir)
   try:
     asyncio.get_running_loop()
   except RuntimeError:
@@ -84,12 +82,8 @@ def run(settings: JudgeSettings, workdir: str | os.PathLike) -> account.Summary:
 
 def run_and_say(
   settings: JudgeSettings, workdir: str | os.PathLike
-) -> account.Summary:
-  """As `run`, and prints what it did.
-
-  Raises:
-    judging.Stop: also where questions were asked and no verdict was read.
-  """
+) -> usage.Summary:
+  """As `run`, and prints what it did; no verdict at all is a `judging.Stop`."""
   summary = run(settings, workdir)
   console.result(str(summary), **dataclasses.asdict(summary))
   if summary.nothing_read:
@@ -101,13 +95,20 @@ def run_and_say(
   return summary
 
 
-def _in_thread(work: Coroutine[Any, Any, account.Summary]) -> account.Summary:
+def estimate(
+  settings: JudgeSettings, workdir: str | os.PathLike
+) -> usage.Estimate:
+  """What `run` would ask and cost; asks and writes nothing, needs no key."""
+  used, judge = _judge(settings)
+  plan, log = _prepare(settings, workdir, judge, used, jsonl.Store.peek)
+  return log.estimate(plan)
+
+
+def _in_thread(work: Coroutine[Any, Any, usage.Summary]) -> usage.Summary:
   """The result of `work`, which an interrupt of this thread cancels.
 
-  KeyboardInterrupt is raised when `work` has ended: raised wherever this thread
-  waits, it could leave a lock taken that the other one needs.
+  This thread polls: interrupted as it waits for a lock, it could keep that.
   """
-  interrupts = []
   own = asyncio.Runner(loop_factory=asyncio.new_event_loop)
   task = own.get_loop().create_task(work)
 
@@ -115,289 +116,132 @@ def _in_thread(work: Coroutine[Any, Any, account.Summary]) -> account.Summary:
     with own:
       own.run(asyncio.wait([task]))
 
-  def note(number, frame):
-    interrupts.append(number)
+  thread = threading.Thread(target=run_it)
+  try:
+    thread.start()
+    while not task.done():
+      time.sleep(0.05)
+  except KeyboardInterrupt:
     with contextlib.suppress(RuntimeError):  # The loop has just ended.
       own.get_loop().call_soon_threadsafe(task.cancel)
-
-  thread = threading.Thread(target=run_it)
-  with _interrupts_to(note):
-    thread.start()
-    # In turns: a signal that comes as this thread begins to wait is seen when
-    # it has waited.
-    while thread.is_alive():
-      thread.join(0.2)
-  if interrupts:
-    raise KeyboardInterrupt
+    raise
+  finally:
+    thread.join()
   return task.result()
 
 
-@contextlib.contextmanager
-def _interrupts_to(note: Callable[[int, Any], None]) -> Iterator[None]:
-  """Calls `note` instead of raising KeyboardInterrupt, where that is raised."""
-  raised = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-  here = threading.current_thread() is threading.main_thread()
-  if not (raised and here):
-    yield
-    return
-  signal.signal(signal.SIGINT, note)
-  try:
-    yield
-  finally:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def estimate(
-  settings: JudgeSettings, workdir: str | os.PathLike
-) -> budget.Estimate:
-  """What `run` would ask, and what that would cost.
-
-  Nothing is asked, nothing is written, and no key is needed.
-
-  Raises:
-    ValueError: as `run`, for settings and files.
-  """
-  workdir = pathlib.Path(workdir)
-  files = _read_responses(workdir / "responses")
-  directory = workdir / settings.verdicts
-  _refuse_leftovers(directory, files)
-  stores = {
-    name: jsonl.Store(directory / name, records.Verdict).peek()
-    for name in [*(path.name for path in files), controls.FILE]
-  }
-  purse = None
-  if settings.kind != "server":
-    judge = rewards.judge(settings.kind)
-  else:
-    assert settings.server is not None  # JudgeSettings saw to it
-    template = settings.server.load_template()
-    judge = client.judge(settings.server, template, _unasked)
-    purse = budget.Budget(settings.server.price, settings.server.budget_usd)
-  _refuse_other_judge(directory, judge, stores.values())
-  cases = _cases(settings, files, stores)
-  plan = questions.plan(judge, cases, stores.values())
-  books = account.Books(
-    directory,
-    settings.server,
-    judge,
-    purse,
-    [row for store in stores.values() for row in store.rows],
-    [case.response for case in cases if not case.control],
-  )
-  return books.estimate(plan, settings.concurrency)
-
-
-async def _unasked(question: judging.Question) -> judging.Reply:
-  raise AssertionError(f"{question} is only to be counted")
-
-
 async def _run(
-  settings: JudgeSettings, workdir: pathlib.Path
-) -> account.Summary:
-  files = _read_responses(workdir / "responses")
-  directory = workdir / settings.verdicts
-  _refuse_leftovers(directory, files)
+  settings: JudgeSettings, workdir: str | os.PathLike
+) -> usage.Summary:
+  used, judge = _judge(settings)
   async with contextlib.AsyncExitStack() as stack:
-    used = None
-    if settings.kind != "server":
-      judge = rewards.judge(settings.kind)
-    else:
-      assert settings.server is not None
-      connection = client.connect(settings.server, settings.concurrency)
-      used = await stack.enter_async_context(connection)
-      judge = used.judge
-    stores = {
-      name: stack.enter_context(jsonl.Store(directory / name, records.Verdict))
-      for name in [*(path.name for path in files), controls.FILE]
-    }
-    _refuse_other_judge(directory, judge, stores.values())
-    cases = _cases(settings, files, stores)
-    plan = questions.plan(judge, cases, stores.values())
-    books = account.Books(
-      directory,
-      settings.server,
-      judge,
-      used.budget if used else None,
-      [row for store in stores.values() for row in store.rows],
-      [case.response for case in cases if not case.control],
-    )
+    if used:
+      await stack.enter_async_context(used)
+    plan, log = _prepare(settings, workdir, judge, used, stack.enter_context)
+    if used and plan.questions:
+      found = log.estimate(plan)
+      console.say(str(found), "estimate", **dataclasses.asdict(found))
+    log.write(plan)
     try:
-      await _ask(settings.concurrency, judge, used, plan, books)
+      await _ask(settings.concurrency, judge, used, plan, log)
     finally:
-      summary = account.Summary(
-        responses=sum(map(len, files.values())),
-        judged=len({c.response.unit for c in cases if not c.control}),
-        asked=books.asked,
-        identical=plan.identical,
-        outcomes=_count(plan, control=False),
-        control_outcomes=_count(plan, control=True),
-        causes=dict(books.causes.most_common()),
-        not_dispatched=len(cases) - len(plan.outcomes),
-        spending=books.spending,
-      )
-      books.close(summary)
+      summary = log.write(plan)
   return summary
 
 
-def _count(plan: questions.Plan, *, control: bool) -> dict[str, int]:
-  found = (
-    outcome
-    for unit, outcome in plan.outcomes.items()
-    if bool(unit[-1]) == control
-  )
-  return dict(collections.Counter(sorted(found)))
-
-
-def _cases(
+def _judge(
   settings: JudgeSettings,
-  files: dict[pathlib.Path, list[records.Response]],
-  stores: dict[str, jsonl.Store[records.Verdict]],
-) -> list[questions.Case]:
-  """All that is to be judged: every response, and then the controls."""
-  ordinary = []
-  for path, responses in files.items():
-    store = stores[path.name]
-    _refuse_strangers(store, responses)
-    ordinary += [
-      questions.Case(store, response, order)
+) -> tuple[client.Client | None, judging.Judge]:
+  if settings.server is None:
+    return None, rewards.judge(settings.kind)
+  used = client.Client(settings.server, settings.concurrency)
+  return used, used.judge
+
+
+def _prepare(
+  settings: JudgeSettings,
+  workdir: str | os.PathLike,
+  judge: judging.Judge,
+  used: client.Client | None,
+  open_store: Callable[[_Store], _Store],
+) -> tuple[questions.Plan, usage.UsageLog]:
+  """Reads and checks the files; what is wrong with them is a ValueError."""
+  directory = pathlib.Path(workdir) / settings.verdicts
+  files = _read_responses(pathlib.Path(workdir) / "responses")
+  names = {*files, controls.FILE, *(p.name for p in directory.glob("*.jsonl"))}
+  stores = {
+    name: open_store(jsonl.Store(directory / name, records.Verdict))
+    for name in sorted(names)
+  }
+  rows = [row for store in stores.values() for row in store.rows]
+  _refuse_other_judge(directory, judge, rows)
+  cases = []
+  for name in sorted(names - {controls.FILE}):
+    responses = files.get(name, [])
+    _refuse_strangers(stores[name], responses)
+    cases += [
+      questions.Case(stores[name], response, order)
       for response in responses
       if response.chosen.strip()
       for order in questions.orders(settings.orders, settings.seed, response)
     ]
-  return ordinary + controls.cases(
-    settings.controls,
-    settings.seed,
-    settings.orders,
-    ordinary,
-    stores[controls.FILE],
-  )
-
-
-def _refuse_leftovers(
-  directory: pathlib.Path, files: Iterable[pathlib.Path]
-) -> None:
-  """ValueError where verdicts stand without a file of responses."""
-  names = {path.name for path in files}
-  if controls.FILE in names:
-    raise ValueError(
-      f"responses/{controls.FILE} has the name of the controls' verdicts:"
-      " rename it"
-    )
-  extra = {path.name for path in directory.glob("*.jsonl")} - names
-  extra -= {controls.FILE}
-  if extra:
-    raise ValueError(
-      f"{directory} holds {sorted(extra)} without responses of that name: move"
-      " these verdicts away, or use another --workdir"
-    )
+  own = (settings.controls, settings.seed, settings.orders)
+  cases += list(controls.cases(*own, cases, stores[controls.FILE]))
+  responses = [response for file in files.values() for response in file]
+  log = usage.UsageLog(directory, judge, used, rows, responses)
+  return questions.plan(judge, cases, rows), log
 
 
 def _read_responses(
   directory: pathlib.Path,
-) -> dict[pathlib.Path, list[records.Response]]:
-  """The responses of every file; ValueError unless each stands once."""
-  files = {
-    path: records.read(path, records.Response)
-    for path in sorted(directory.glob("*.jsonl"))
-  }
-  if not any(files.values()):
+) -> dict[str, list[records.Response]]:
+  """The responses of every file; ValueError unless each is there once."""
+  files, seen = {}, {}
+  for path in sorted(directory.glob("*.jsonl")):
+    if path.name == controls.FILE:
+      raise ValueError(f"{path} has the name of the controls: rename it")
+    files[path.name] = records.read(path, records.Response)
+    for unit in (response.unit for response in files[path.name]):
+      if unit in seen:
+        raise ValueError(
+          f"{path}: (prompt id, model, step, temperature, sample id) = {unit}"
+          f" is in {seen[unit]} already: keep one"
+        )
+      seen[unit] = path
+  if not seen:
     raise ValueError(
       f"{directory} holds no responses (*.jsonl): run sample.py with the same"
       " --workdir first"
     )
-  seen: dict[tuple, pathlib.Path] = {}
-  for path, responses in files.items():
-    for response in responses:
-      if response.unit in seen:
-        raise ValueError(
-          f"{path}: (prompt id, model, step, temperature, sample id) ="
-          f" {response.unit} stands in {seen[response.unit]} already: keep one"
-        )
-      seen[response.unit] = path
   return files
 
 
-def _refuse_strangers(
-  store: jsonl.Store[records.Verdict], responses: list[records.Response]
-) -> None:
-  """Verdicts on responses that are gone would be counted as if they stood."""
+def _refuse_strangers(store: _Store, responses: list[records.Response]) -> None:
+  """ValueError for verdicts on responses that are gone: they would count."""
   known = {response.unit for response in responses}
   strangers = [row for row in store.rows if row.unit[:5] not in known]
   if strangers:
     raise ValueError(
       f"{store.path} holds {len(strangers)} verdicts on responses that are not"
-      f" in the responses file, such as {strangers[0].unit}: move the verdicts"
-      " away, or use another --workdir"
+      f" in responses/{store.path.name}, such as {strangers[0].unit}: move the"
+      " verdicts away, or use another --workdir"
     )
 
 
 def _refuse_other_judge(
-  directory: pathlib.Path,
-  judge: judging.Judge,
-  stores: Iterable[jsonl.Store[records.Verdict]],
+  directory: pathlib.Path, judge: judging.Judge, rows: list[records.Verdict]
 ) -> None:
-  """One directory holds one judge's verdicts on one template's pages.
-
-  A report refuses others, so that answers to pay for would be of no use. What
-  a judge left that answered nothing may stay.
-
-  Raises:
-    ValueError: another one's answers are there.
-  """
-  rows = [
-    row for store in stores for row in store.rows if row.verdict != "missing"
-  ]
-  for what, field in (("judge", "judge"), ("template", "template_hash")):
-    own = {"judge": judge.name, "template": judge.template_hash}[what]
-    others = {getattr(row, field) for row in rows} - {own}
-    if others:
-      raise ValueError(
-        f"{directory} holds verdicts of another {what},"
-        f" {', '.join(sorted(others))}, than {own}, and no report mixes them:"
-        " give this one a directory of its own, --config.verdicts=verdicts-NAME"
-        " (of replicate, with --config.report.verdicts), or move those away"
-      )
-
-
-class _Writer:
-  """Rows on their way to their files; `serve` has to run beside the callers.
-
-  A flush takes milliseconds, in which other answers arrive: it runs in a
-  thread, and all that arrived meanwhile is the next one.
-  """
-
-  def __init__(self):
-    self._pending = collections.defaultdict(list)
-    self._arrived = asyncio.Event()
-    self._written = asyncio.Event()
-    self._lock = threading.Lock()
-
-  def put(self, case: questions.Case, row: records.Verdict) -> None:
-    self._pending[case.store].append(row)
-
-  async def commit(self) -> None:
-    """Returns when the rows that were put so far are on disk."""
-    self._arrived.set()
-    await self._written.wait()
-
-  async def serve(self) -> None:
-    while True:
-      await self._arrived.wait()
-      self._arrived.clear()
-      written, self._written = self._written, asyncio.Event()
-      pending, self._pending = self._pending, collections.defaultdict(list)
-      await asyncio.to_thread(self._append, pending)
-      written.set()
-
-  def flush(self) -> None:
-    """Commits what is pending, after the flush that may be going on."""
-    pending, self._pending = self._pending, collections.defaultdict(list)
-    self._append(pending)
-
-  def _append(self, pending) -> None:
-    with self._lock:
-      for store, rows in pending.items():
-        store.append_many(rows)
+  """ValueError for answers that no report would mix with this judge's."""
+  found = {(r.judge, r.template_hash) for r in rows if r.verdict != "missing"}
+  others = found - {(judge.name, judge.template_hash)}
+  if others:
+    name, template = min(others)
+    raise ValueError(
+      f"{directory} holds verdicts of judge {name!r} on template {template:.8},"
+      f" not of {judge.name!r} on {judge.template_hash:.8}: give this one a"
+      " directory of its own, --config.verdicts=verdicts-NAME (of replicate,"
+      " with --config.report.verdicts), or move those away"
+    )
 
 
 async def _ask(
@@ -405,101 +249,79 @@ async def _ask(
   judge: judging.Judge,
   used: client.Client | None,
   plan: questions.Plan,
-  books: account.Books,
+  log: usage.UsageLog,
 ) -> None:
   """Asks the open questions and commits each answer as it arrives."""
-  rows = _Writer()
-  books.open(plan, concurrency)
-  bar = console.Bar(len(plan.questions), f"judge {judge.name}", "verdict")
+  rows: dict[_Store, list[records.Verdict]] = collections.defaultdict(list)
+  unseen = set(plan.questions)
+  bar = console.Bar(len(unseen), f"judge {judge.name}", "verdict")
 
-  def put(key: str, reply: judging.Reply) -> None:
-    books.asked += 1
-    cases = plan.questions[key]
-    for case, row in zip(
-      cases, questions.rows(judge, key, cases, reply), strict=True
-    ):
-      rows.put(case, row)
-      books.put(row)
-      plan.outcomes[case.unit] = row.verdict
+  def add(case: questions.Case, row: records.Verdict) -> None:
+    rows[case.store].append(row)
+    plan.outcomes[case.unit] = row.verdict
 
-  def progress(count: int = 1) -> None:
-    bar.update(count, books.shown)
+  def answer(key: str, reply: judging.Reply) -> None:
+    log.asked += 1
+    for case, row in questions.rows(judge, key, plan.questions[key], reply):
+      add(case, row)
+      log.add(row)
+    # A batch may answer a question twice.
+    bar.update(key in unseen, log.shown)
+    unseen.discard(key)
+
+  def commit() -> None:
+    while rows:
+      store, added = rows.popitem()
+      store.append_many(added)
 
   with bar:
     for case, row in plan.rows:
-      rows.put(case, row)
-      plan.outcomes[case.unit] = row.verdict
+      add(case, row)
     try:
-      if used is not None and used.settings.mode == "batch":
-        await _batches(used, books.directory, plan, put, rows, progress)
+      if used and used.settings.mode == "batch":
+        folder = log.directory / "batches"
+        own = (used, folder, plan.questions, answer, commit)
+        await batch_api.Batches(*own).run()
       else:
-        await _live(concurrency, judge, plan, put, rows, progress)
+        await _live(concurrency, judge, plan, answer, commit)
     finally:
-      rows.flush()
+      commit()
 
 
 async def _live(
   concurrency: int,
   judge: judging.Judge,
   plan: questions.Plan,
-  put: Callable[[str, judging.Reply], None],
-  rows: _Writer,
-  progress: Callable[[], None],
+  answer: Callable[[str, judging.Reply], None],
+  commit: Callable[[], None],
 ) -> None:
-  remaining = iter(plan.questions.items())
-
-  async def work() -> None:
-    for key, cases in remaining:
-      try:
-        reply = await judge.ask(questions.question(cases[0]))
-      except budget.Spent:
-        return
-      put(key, reply)
-      # Only then the next question: a kill repeats `concurrency` calls at most.
-      await rows.commit()
-      progress()
-
-  await _all(work, min(concurrency, len(plan.questions)), rows.serve)
-
-
-async def _batches(
-  used: client.Client,
-  directory: pathlib.Path,
-  plan: questions.Plan,
-  put: Callable[[str, judging.Reply], None],
-  rows: _Writer,
-  progress: Callable[[int], None],
-) -> None:
-  shown = 0
-
-  def look() -> None:
-    nonlocal shown
-    done = sum(
-      plan.outcomes.get(cases[0].unit, "missing") != "missing"
-      for cases in plan.questions.values()
-    )
-    progress(done - shown)
-    shown = done
-
-  batches = batch_api.Batches(
-    used, directory / "batches", plan.questions, put, rows.flush
-  )
-  await batches.run(look)
-
-
-async def _all(work: Callable, count: int, serve: Callable) -> None:
-  """Runs `count` workers beside a server for them.
-
-  The first error ends them all and is raised as it is, out of its group.
-  """
+  """Keeps `concurrency` questions in flight; the first error ends them all."""
+  todo, room = collections.deque(plan.questions), True
+  flying: dict[asyncio.Future, str] = {}
+  errors: list[BaseException] = []
   try:
-    async with asyncio.TaskGroup() as group:
-      helper = group.create_task(serve())
-      workers = [group.create_task(work()) for _ in range(count)]
-      await asyncio.gather(*workers)
-      helper.cancel()
-  except ExceptionGroup as errors:
-    error = errors.exceptions[0]
-  else:
-    return
-  raise error
+    while not errors:
+      # Only committed answers make room: a kill repeats `concurrency` calls.
+      while room and todo and len(flying) < concurrency:
+        question = plan.questions[todo[0]][0].question
+        flying[asyncio.ensure_future(judge.ask(question))] = todo.popleft()
+      if not flying:
+        return
+      await asyncio.wait(flying, return_when=asyncio.FIRST_COMPLETED)
+      done = [(t, flying.pop(t)) for t in list(flying) if t.done()]
+      refused = [k for t, k in done if isinstance(t.exception(), budget.Spent)]
+      for task, key in done:
+        error = task.exception()
+        if error is None:
+          answer(key, task.result())
+        elif key not in refused:
+          errors.append(error)
+      commit()
+      # What was refused may fit once others have cost less than their bounds.
+      room = len(refused) < len(done)
+      todo.extendleft(refused)
+    raise errors[0]
+  finally:
+    for task in flying:
+      task.cancel()
+    await asyncio.gather(*flying, return_exceptions=True)

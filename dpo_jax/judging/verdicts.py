@@ -2,15 +2,12 @@
 
 Only the last line that states a verdict counts. A line that can be read in
 two ways is missing, and so is a reply without a verdict; a refusal is its own
-class, so that it is never mistaken for a tie or a loss.
-
-The re-implemented system read `More helpful: "B"` as a tie, because it looked
-for the letter alone.
-
-A server's completion, a plain dict, may hold anything: what is not where it
-should be makes a missing verdict with its cause, never an error.
+class. A completion may hold anything: what is not where it should be makes a
+missing verdict with its cause, never an error.
 """
 
+import contextlib
+import dataclasses
 import json
 import math
 import re
@@ -84,7 +81,7 @@ _REFUSAL = re.compile(
 def read(text: str | None, *, ties: bool = False) -> Letter:
   """The letter of the slot that a reply prefers.
 
-  A tie is read only where the judge may call one, else it is missing.
+  A tie is read only where the judge may call one.
   """
   text = _plain(text or "")
   lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -114,26 +111,20 @@ def _plain(text: str) -> str:
 
 
 def read_json(text: str | None, *, ties: bool = False) -> Letter:
-  """The choice of a reply that was held to `prompts.schema`.
-
-  Nothing else is taken for a verdict: a reply in prose, or cut, or with two
-  choices is missing.
-  """
-  try:
-    value = json.loads(text or "", object_pairs_hook=_unique)
-  except (ValueError, RecursionError):
+  """The choice of a reply that was held to `prompts.schema`, and no other."""
+  value = parse(text or "")
+  if value is None:
     plain = _plain(text or "").strip()
     return "refusal" if _REFUSAL.match(plain) else "missing"
-  choice = value.get("choice") if isinstance(value, dict) else None
+  choice = as_dict(value).get("choice")
   if choice == "A" or choice == "B":
     return choice
   return "tie" if ties and choice == "tie" else "missing"
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-  names = [name for name, _ in pairs]
-  if len(set(names)) != len(names):
-    raise ValueError("a name stands twice")
+  if len(dict(pairs)) != len(pairs):
+    raise ValueError("a name is there twice")
   return dict(pairs)
 
 
@@ -144,11 +135,9 @@ def _letter(text: str, ties: bool, *, trailing: bool = True) -> Letter:
     spoken = re.search(r"[^\W_]" if not trailing else r"\b[AB]\b", remark)
     return "missing" if spoken else "tie"
   match = _LETTER.fullmatch(text)
-  if not match:
+  if not match or not _REMARK.fullmatch(match["rest"]):
     return "missing"
   letter, rest = match["letter"], match["rest"]
-  if not _REMARK.fullmatch(rest):
-    return "missing"
   if not trailing and re.search(r"[^\W_]", rest):
     return "missing"
   # What is said of the other text counts as a reason only after "because".
@@ -167,102 +156,89 @@ def read_completion(
   completion: Any, *, output: Output, ties: bool
 ) -> judging.Reply:
   """The reply of a completion; tokens are those of this completion alone."""
-  if not isinstance(completion, dict) or "choices" not in completion:
-    return _missing("the reply is not a chat completion")
-  who = {
-    "model": _text(completion.get("model")),
-    "fingerprint": _text(completion.get("system_fingerprint")),
+  fields = as_dict(completion)
+  reply = dataclasses.replace(
+    judging.NOTHING,
+    model=_text(fields.get("model")),
+    fingerprint=_text(fields.get("system_fingerprint")),
     **usage(completion),
-  }
-  choices = completion["choices"]
-  if not (isinstance(choices, list) and choices and _is_choice(choices[0])):
-    return _missing("the reply has no choices", **who)
-  choice = choices[0]
-  message = choice["message"]
-  refused = _text(message.get("refusal"))
-  text = _text(message.get("content")) or refused
+  )
+  if "choices" not in fields:
+    error = "the reply is not a chat completion"
+    return dataclasses.replace(judging.NOTHING, error=error)
+  choices = fields["choices"]
+  choice = as_dict(choices[0] if isinstance(choices, list) and choices else 0)
+  if not isinstance(choice.get("message"), dict):
+    return dataclasses.replace(reply, error="the reply has no choices")
+  refused = _text(choice["message"].get("refusal"))
+  text = _text(choice["message"].get("content")) or refused
+  reply = dataclasses.replace(reply, text=text)
   finish = choice.get("finish_reason")
   if refused or finish == "content_filter":
-    return judging.Reply("refusal", text, error="", **who)
+    return dataclasses.replace(reply, choice="refusal")
   if finish == "length":
-    return _missing("the reply was cut at max_tokens", text, **who)
-  parse = read_json if output == "json_schema" else read
-  letter = parse(text, ties=ties)
-  score = None
-  if letter in ("A", "B", "tie"):
-    score = _score(choice.get("logprobs"), letter, output, ties)
-  error = "no verdict in the reply" if letter == "missing" else ""
-  preferred = (
-    "first" if letter == "A" else "second" if letter == "B" else letter
+    return dataclasses.replace(reply, error="the reply was cut at max_tokens")
+  letter = (read_json if output == "json_schema" else read)(text, ties=ties)
+  if letter == "missing":
+    return dataclasses.replace(reply, error="no verdict in the reply")
+  if letter == "refusal":
+    return dataclasses.replace(reply, choice="refusal")
+  return dataclasses.replace(
+    reply,
+    choice={"A": "first", "B": "second", "tie": "tie"}[letter],
+    score=_score(choice.get("logprobs"), letter, output, ties),
   )
-  return judging.Reply(preferred, text, error=error, score=score, **who)
 
 
 def usage(completion: Any) -> dict[str, int]:
   """Tokens as the server counted them; 0 where it did not."""
-  counts = completion.get("usage") if isinstance(completion, dict) else None
-  counts = counts if isinstance(counts, dict) else {}
+  counts = as_dict(as_dict(completion).get("usage"))
   names = ("prompt_tokens", "completion_tokens")
-  return {
-    name: counts[name]
-    if type(counts.get(name)) is int and counts[name] >= 0
-    else 0
-    for name in names
-  }
+  found = {name: counts.get(name) for name in names}
+  return {k: n if type(n) is int and n >= 0 else 0 for k, n in found.items()}
 
 
 def _score(
   logprobs: Any, letter: str, output: Output, ties: bool
 ) -> float | None:
-  """Probability that A wins, among the choices, where the verdict stands.
+  """Probability that A wins, among the choices, at the verdict's token.
 
   A tie counts half. None if the server gave no log-probabilities, or the
   verdict is not a token of its own.
   """
-  content = logprobs.get("content") if isinstance(logprobs, dict) else None
-  if not isinstance(content, list):
-    return None
-  tokens = [
-    _text(c.get("token")) if isinstance(c, dict) else "" for c in content
-  ]
+  content = as_dict(logprobs).get("content")
+  content = content if isinstance(content, list) else []
+  tokens = [_text(as_dict(entry).get("token")) for entry in content]
   place = _place(tokens, letter, output, ties)
-  if place is None:
-    return None
-  shares = {"A": 0.0, "B": 0.0, "tie": 0.0}
-  others = content[place].get("top_logprobs")
+  others = None if place is None else content[place].get("top_logprobs")
+  shares = {"A": 0.0, "B": 0.0} | ({"tie": 0.0} if ties else {})
   for entry in others if isinstance(others, list) else ():
     if not isinstance(entry, dict):
       return None
     name, logprob = _bare(_text(entry.get("token"))), entry.get("logprob")
     if name in shares and isinstance(logprob, int | float) and logprob <= 0:
       shares[name] += math.exp(logprob)
-  if not ties:
-    shares["tie"] = 0.0
   total = sum(shares.values())
   if not total > 0:
     return None
-  return min(1.0, (shares["A"] + 0.5 * shares["tie"]) / total)
+  return min(1.0, (shares["A"] + 0.5 * shares.get("tie", 0.0)) / total)
 
 
 def _place(
   tokens: list[str], letter: str, output: Output, ties: bool
 ) -> int | None:
   """The last token that turns the text so far into one with this verdict."""
-  text = "".join(tokens)
-  end = len(text)
-  for index in range(len(tokens) - 1, -1, -1):
-    start = end - len(tokens[index])
+  for index in reversed(range(len(tokens))):
     if _bare(tokens[index]) == letter:
+      text = "".join(tokens[:index])
+      # A JSON object is not closed yet: the key before must be the choice.
       if output == "json_schema":
-        # The object is not closed yet: the key before it must be the choice.
-        key = text[:start].rstrip().removesuffix('"').rstrip()
-        if key.endswith(":") and key[:-1].rstrip().endswith('"choice"'):
-          return index
+        found = re.search(r'"choice"\s*:\s*"?\s*\Z', text)
       else:
-        before = read(text[:start], ties=ties)
-        if before != letter and read(text[:end], ties=ties) == letter:
-          return index
-    end = start
+        after = read(text + tokens[index], ties=ties)
+        found = read(text, ties=ties) != letter == after
+      if found:
+        return index
   return None
 
 
@@ -272,16 +248,19 @@ def _bare(token: str) -> str:
   return bare.lower() if bare.lower() == "tie" else bare.upper()
 
 
-def _is_choice(value: Any) -> bool:
-  return isinstance(value, dict) and isinstance(value.get("message"), dict)
+def parse(data: bytes | str) -> Any:
+  """What JSON from a server holds; None if it is none."""
+  with contextlib.suppress(ValueError, RecursionError):
+    return json.loads(data, object_pairs_hook=_unique)
+  return None
+
+
+def as_dict(value: Any) -> dict:
+  """The value if it is a dict, else an empty one."""
+  return value if isinstance(value, dict) else {}
 
 
 def _text(value: Any) -> str:
   """The string as UTF-8 can carry it: halves of surrogates are replaced."""
-  if not isinstance(value, str):
-    return ""
-  return value.encode("utf-8", "replace").decode()
-
-
-def _missing(error: str, text: str = "", **who: Any) -> judging.Reply:
-  return judging.Reply("missing", text, error=error, **({"model": ""} | who))
+  text = value if isinstance(value, str) else ""
+  return text.encode("utf-8", "replace").decode()

@@ -1,0 +1,268 @@
+"""What a judging run did and cost, for the user and in judge.json.
+
+Numbers about models are made from verdict rows alone. judge.json holds what no
+row can: questions without an answer, and the cost of calls without a row.
+"""
+
+import collections
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from dpo_jax import judging
+from dpo_jax.core import settings as settings_lib
+from dpo_jax.io import atomic, records, strict_json
+from dpo_jax.judging import client, prompts, questions
+from dpo_jax.winrates import intervals
+
+FILE = "judge.json"
+
+# English text, byte-pair encoded. For the estimate alone: no cap rests on it.
+_BYTES_PER_TOKEN = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """What a run will take if all goes well; dollars are None without a price."""
+
+  calls: int
+  prompt_tokens: int
+  completion_tokens: int
+  minutes: float
+  dollars: float | None
+  before: float
+  cap: float
+  prompts: int
+
+  def __str__(self) -> str:
+    text = (
+      f"about to ask {self.calls:,} questions: some {self.prompt_tokens:,} +"
+      f" {self.completion_tokens:,} tokens, {self.minutes:.1f} minutes"
+    )
+    if self.dollars is None:
+      text += "; the price is unknown"
+    else:
+      text += f", {self.dollars:.4f} dollars"
+      if self.before:
+        text += f" after {self.before:.4f} of earlier runs"
+      if self.cap:
+        text += f", of a budget of {self.cap:g}"
+        if self.before + self.dollars > self.cap:
+          text += ", which will not do for all of them"
+    difference = intervals.detectable_difference(self.prompts)
+    if difference is not None:
+      text += (
+        f"\nwith {self.prompts:,} prompts, differences of"
+        f" {100 * difference:.1f} points between two models are told apart (95%"
+        " interval, 80% power; smaller ones where their scores agree)"
+      )
+    return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+  """What a run did, and what the verdict files hold after it."""
+
+  responses: int
+  judged: int
+  asked: int
+  identical: int
+  outcomes: dict[str, int]
+  control_outcomes: dict[str, int]
+  causes: dict[str, int]
+  not_dispatched: int
+  spending: str
+
+  @property
+  def missing(self) -> int:
+    both = (self.outcomes, self.control_outcomes)
+    return sum(counts.get("missing", 0) for counts in both)
+
+  @property
+  def complete(self) -> bool:
+    return not (self.missing or self.not_dispatched)
+
+  @property
+  def nothing_read(self) -> bool:
+    """Whether questions were asked, and there is no verdict at all."""
+    return bool(self.asked) and not {*self.outcomes} - {"missing"}
+
+  def __str__(self) -> str:
+    asked = f"{self.responses} responses, {self.asked} questions asked"
+    lines = [f"{asked}; verdicts: {_listed(self.outcomes)}"]
+    if self.control_outcomes:
+      lines.append(f"controls: {_listed(self.control_outcomes)}")
+    if self.identical:
+      lines.append(f"{self.identical} ties without a call: the same text twice")
+    if self.responses > self.judged:
+      empty = self.responses - self.judged
+      lines.append(f"{empty} responses not judged: chosen is empty")
+    if self.spending:
+      lines.append(f"spent: {self.spending}")
+    counted = (*self.outcomes.values(), *self.control_outcomes.values())
+    total = sum(counted) + self.not_dispatched
+    if self.not_dispatched:
+      lines.append(
+        f"INCOMPLETE: {self.not_dispatched} of {total} questions were not"
+        " asked: the budget is reached; a higher budget_usd goes on from here"
+      )
+    if self.missing:
+      causes = list(self.causes.items())[:3]
+      why = "; ".join(f"{count}: {cause:.100}" for cause, count in causes)
+      lines.append(
+        f"INCOMPLETE: {self.missing} of {total} verdicts are missing"
+        f"{f' ({why})' if why else ''}; the same command asks for them again"
+      )
+    return "\n".join(lines)
+
+
+def _listed(counts: dict[str, int]) -> str:
+  return ", ".join(f"{n} {name}" for name, n in counts.items()) or "none"
+
+
+@dataclasses.dataclass
+class _Totals:
+  """What judge.json hands on to the next run."""
+
+  calls: int = 0
+  cost: float | None = 0.0
+  prompt_tokens: int = 0
+  completion_tokens: int = 0
+
+
+def _read(path: pathlib.Path) -> _Totals:
+  found = vars(_Totals())
+  if path.exists():
+    found |= strict_json.read_object(path)
+  known = {name: found[name] for name in vars(_Totals())}
+  return settings_lib.build(_Totals, known, str(path))
+
+
+class UsageLog:
+  """Counts what a run uses, and keeps judge.json up to date."""
+
+  def __init__(
+    self,
+    directory: pathlib.Path,
+    judge: judging.Judge,
+    used: client.Client | None,
+    rows: list[records.Verdict],
+    responses: list[records.Response],
+  ):
+    """ValueError if there is a budget, and the cost of `rows` is unknown."""
+    self.directory, self.asked = directory, 0
+    self._judge, self._used = judge, used
+    self._all = len(responses)
+    self._judged = [row for row in responses if row.chosen.strip()]
+    self._causes = collections.Counter()
+    self._tokens = [
+      sum(row.prompt_tokens for row in rows),
+      sum(row.completion_tokens for row in rows),
+    ]
+    old = _read(directory / FILE)
+    self._calls, self._known = old.calls, old.cost is not None
+    if not used:
+      return
+    used.budget.cost = old.cost or 0.0
+    if used.budget.price:
+      # Rows of a run that was killed before it could write judge.json.
+      new = zip(self._tokens, (old.prompt_tokens, old.completion_tokens))
+      used.budget.cost += used.budget.price.of(*(max(0, n - o) for n, o in new))
+    if used.budget.cap and not self._known:
+      raise ValueError(
+        f"{directory} holds verdicts whose price is unknown, so that budget_usd"
+        " cannot be kept: set budget_usd=0, or another --config.verdicts"
+      )
+
+  def estimate(self, plan: questions.Plan) -> Estimate:
+    """What asking the open questions of a plan will take."""
+    calls, used = len(plan.questions), self._used
+    count = len({row.prompt_id for row in self._judged})
+    if not used:
+      # A reward is computed here, for nothing.
+      return Estimate(calls, 0, 0, 0.0, 0.0, 0.0, 0.0, count)
+    settings, price = used.settings, used.settings.price
+    size = sum(
+      len(prompts.fill(used.template, cases[0].question).encode())
+      for cases in plan.questions.values()
+    )
+    prompt_tokens = round(size / _BYTES_PER_TOKEN)
+    tokens = (prompt_tokens, calls * settings.expected_reply_tokens)
+    in_flight = max(1, min(used.limits.most, calls))
+    minutes = [calls * settings.expected_reply_s / in_flight / 60]
+    if settings.requests_per_minute:
+      minutes.append(calls / settings.requests_per_minute)
+    if settings.tokens_per_minute:
+      minutes.append(sum(tokens) / settings.tokens_per_minute)
+    return Estimate(
+      calls,
+      *tokens,
+      minutes=max(minutes),
+      dollars=price.of(*tokens) if price else None,
+      before=used.budget.cost,
+      cap=used.budget.cap,
+      prompts=count,
+    )
+
+  def add(self, row: records.Verdict) -> None:
+    """Counts a row that this run made."""
+    if row.verdict == "missing":
+      self._causes[row.error] += 1
+    self._tokens[0] += row.prompt_tokens
+    self._tokens[1] += row.completion_tokens
+
+  @property
+  def cost(self) -> float | None:
+    """Dollars of all runs; None if a price is unknown."""
+    if not self._used:
+      return 0.0
+    known = self._known and self._used.budget.price
+    return self._used.budget.cost if known else None
+
+  @property
+  def shown(self) -> dict[str, Any]:
+    """The part of the usage that a progress bar shows."""
+    dollars = {} if self.cost is None else {"dollars": self.cost}
+    tokens = {"tokens in": self._tokens[0], "out": self._tokens[1]}
+    return dollars | tokens if self._used else {}
+
+  def write(self, plan: questions.Plan) -> Summary:
+    """Brings judge.json up to date with the outcomes so far."""
+    used, spending = self._used, ""
+    if used:
+      spending = f"{self._tokens[0]:,} + {self._tokens[1]:,} tokens"
+      if self.cost is not None:
+        spending = f"{self.cost:.4f} dollars, {spending}"
+    outcomes = ({}, {})
+    for unit, outcome in sorted(plan.outcomes.items(), key=lambda x: x[1]):
+      counts = outcomes[bool(unit[-1])]
+      counts[outcome] = counts.get(outcome, 0) + 1
+    summary = Summary(
+      responses=self._all,
+      judged=len(self._judged),
+      asked=self.asked,
+      identical=plan.identical,
+      outcomes=outcomes[0],
+      control_outcomes=outcomes[1],
+      causes=dict(self._causes.most_common()),
+      not_dispatched=plan.size - len(plan.outcomes),
+      spending=spending,
+    )
+    values = {
+      "judge": self._judge.name,
+      "template_hash": self._judge.template_hash,
+      "template": used.settings.template if used else "",
+      "parameters": self._judge.parameters,
+      "complete": summary.complete,
+      "missing": summary.missing,
+      "not_dispatched": summary.not_dispatched,
+      "cost": self.cost,
+      "calls": self._calls + (used.budget.calls if used else self.asked),
+      "prompt_tokens": self._tokens[0],
+      "completion_tokens": self._tokens[1],
+      "data_fingerprint": questions.fingerprint(self._judged),
+    }
+    text = json.dumps(values, indent=2) + "\n"
+    atomic.write_text(self.directory / FILE, text)
+    return summary
