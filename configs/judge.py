@@ -66,8 +66,7 @@ def _server(**values) -> ml_collections.ConfigDict:
   # All waits of one request together; beyond it the verdict is missing. A
   # single longer wait that the server asks of everybody ends the run.
   server.max_wait_s = 120.0
-  # Caps, evenly spaced; 0 for none. The server's own x-ratelimit headers and
-  # Retry-After are kept in any case.
+  # Caps, evenly spaced; 0 for none. Retry-After is kept in any case.
   server.requests_per_minute = 0.0
   # As requests_per_minute.
   server.tokens_per_minute = 0.0
