@@ -431,7 +431,7 @@ def test_verdicts_without_their_responses_are_refused(tmp_path):
   write(tmp_path, [response(0, " Same.", " Same."), response(1, chosen="")])
   runner.run(ORACLE, tmp_path)
   write(tmp_path, [response(1, chosen="")])
-  with pytest.raises(ValueError, match=r"2 verdicts on responses.*'p0'"):
+  with pytest.raises(ValueError, match=r"verdicts on responses.*'p0'"):
     runner.run(ORACLE, tmp_path)
   (tmp_path / "responses" / "dpo.jsonl").rename(
     tmp_path / "responses" / "sft.jsonl"

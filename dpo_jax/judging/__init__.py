@@ -32,11 +32,10 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-  """What a judge said, in its own words, and who it said it was.
+  """What a judge said, and who it said it was.
 
-  `error` is the cause of a missing choice, else empty. `score` is the judge's
-  probability that the first text is better, if it gave one. Tokens are all that
-  were spent on the question.
+  `error` is the cause of a missing choice. `score` is the judge's probability
+  that the first text is better. Tokens are all that the question took.
   """
 
   choice: Choice
@@ -54,14 +53,17 @@ NOTHING = Reply("missing", "", "", "")
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-  """Somebody who answers questions.
+  """Somebody who answers questions, identified by the other three fields.
 
-  The first three are part of every verdict's key: judges that may answer a
-  question differently must differ in one of them. `ask` raises `Stop` when
-  further questions are of no use; any other failure is a missing choice.
+  `ask` raises `Stop` when further questions are of no use; any other failure
+  is a missing choice.
   """
 
   name: str
   parameters: str
   template_hash: str
   ask: Callable[[Question], Awaitable[Reply]]
+
+  @property
+  def identity(self) -> tuple[str, str, str]:
+    return self.name, self.parameters, self.template_hash

@@ -1,13 +1,10 @@
 """Judging through the Batch API: half the price, an answer within a day.
 
 A batch is billed when it is created, so it must never be lost: its record in
-`<verdicts>/batches` is written before it is created, and holds its id before it
-is waited for; without one it is found in the server's list by its mark. What
-expired, failed or could not be read goes into another batch.
+`<verdicts>/batches` is written before, and gets its id before it is waited for.
 """
 
 import asyncio
-import collections
 import contextlib
 import dataclasses
 import json
@@ -58,13 +55,11 @@ class Batches:
   commit: Callable[[], None]
 
   def __post_init__(self):
-    judge = self.client.judge
-    self.identity = (judge.name, judge.parameters, judge.template_hash)
+    self.identity = self.client.judge.identity
     self.waiting = [self._load(path) for path in self.directory.glob("*.json")]
     taken = {i.key: i.bound for batch in self.waiting for i in batch.items}
     self.client.budget.reserved = sum(taken.values())
-    new = (key for key in self.questions if key not in taken)
-    self.todo = collections.deque(map(Item, new))
+    self.todo = [Item(key) for key in self.questions if key not in taken]
 
   async def run(self) -> None:
     """Creates, waits for and collects batches until nothing is open."""
@@ -92,7 +87,7 @@ class Batches:
           page = self._page(self.todo[0])
           self.todo[0].bound = spend.bound(page, settings.max_tokens)
           spend.reserve(self.todo[0].bound)
-          items.append(self.todo.popleft())
+          items.append(self.todo.pop(0))
       if not items:
         return
       batch = Batch(uuid.uuid4().hex, *self.identity, tuple(items))
@@ -108,14 +103,13 @@ class Batches:
           batch.batch_id = shown.id
           return self._save(batch)
     else:
-      lines = [
-        {"custom_id": item.key, "method": "POST", "url": _URL}
-        | {"body": self.client.body(self._page(item))}
-        for item in batch.items
-        if item.key in self.questions
-      ]
-      data = "".join(json.dumps(line) + "\n" for line in lines).encode()
-      file = (f"{batch.mark}.jsonl", data)
+      data = ""
+      for item in batch.items:
+        if item.key in self.questions:
+          line = {"custom_id": item.key, "method": "POST", "url": _URL}
+          line["body"] = self.client.body(self._page(item))
+          data += json.dumps(line) + "\n"
+      file = (f"{batch.mark}.jsonl", data.encode())
       file = await sdk.files.create(file=file, purpose="batch")
       batch.file_id = file.id
       self._save(batch)
@@ -144,11 +138,12 @@ class Batches:
     self.commit()
     self.waiting.remove(batch)
     (self.directory / f"{batch.mark}.json").unlink()
-    for failure in filter(None, failures):
-      raise failure
+    for failure in failures:
+      if failure and failure.fatal:
+        raise failure
 
   def _settle(self, item: Item, result: dict) -> client.Failure | None:
-    """Answers a question by its result, or queues it; what is fatal returns."""
+    """Answers a question by its result, or queues it for another batch."""
     response, used = verdicts.as_dict(result.get("response")), self.client
     body, status = response.get("body"), response.get("status_code")
     if status == 200:
@@ -163,17 +158,15 @@ class Batches:
       item.failures += 1
       again = failure.again and item.failures <= used.settings.max_retries
     used.budget.settle(item.bound, cost)
-    if failure and failure.fatal:
-      return failure
-    if item.key in self.questions:  # Else its response has changed.
+    # A response may have changed meanwhile; what is fatal leaves it open.
+    if item.key in self.questions and not (failure and failure.fatal):
       self.todo.extend([item] * again)
       if not (again and failure):
         self.answer(item.key, reply)
-    return None
+    return failure
 
-  async def _call(self, function: Callable, argument: Any) -> Any:
-    used = self.client
-    return await used.retry(lambda: used.send(function(argument)))
+  async def _call(self, function: Callable, value: Any) -> Any:
+    return await self.client.retry(lambda: self.client.send(function(value)))
 
   def _page(self, item: Item) -> str:
     question = self.questions[item.key][0].question
@@ -194,9 +187,8 @@ class Batches:
       raise ValueError(f"{path}: not the record of a batch: {error}") from None
     if (batch.judge, batch.parameters, batch.template_hash) != self.identity:
       raise ValueError(
-        f"{path}: batch {batch.batch_id} of {batch.judge!r} was asked with"
-        " another model, template or parameters: collect it with these, or"
-        " delete the file to give it up"
+        f"{path}: batch {batch.batch_id} was asked of another judge,"
+        f" {batch.judge!r}: collect it with that, or delete the file"
       )
     return batch
 

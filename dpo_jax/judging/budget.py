@@ -65,15 +65,13 @@ class Budget:
 
   def bound(self, page: str, max_tokens: int) -> float:
     """Upper bound on the cost of a call, dollars."""
-    if self.price is None:
-      return 0.0
-    return self.price.of(len(page.encode()) + _FORMAT_TOKENS, max_tokens)
+    most = (len(page.encode()) + _FORMAT_TOKENS, max_tokens)
+    return self.price.of(*most) if self.price else 0.0
 
   def cost_of(self, usage: Mapping[str, int], bound: float) -> float:
     """Dollars for the tokens that a server counted; the bound if it did not."""
-    if self.price is None or not any(usage.values()):
-      return bound
-    return self.price.of(**usage)
+    known = self.price and any(usage.values())
+    return self.price.of(**usage) if known else bound
 
   def reserve(self, bound: float) -> None:
     """Reserves the bound of a call; `Spent` if it does not fit."""

@@ -1,10 +1,8 @@
 """A judge behind any OpenAI-compatible server.
 
-The judge is the only place that retries. Its failures are of three kinds: all
-requests would fail alike (a bad key, a spent quota, an unknown model, a
-redirect), and the run stops; the server is in trouble, and the request is
-retried after a wait; or the reply cannot be read, and is asked for once more.
-What is left is a missing verdict with its cause, never a tie and never a loss.
+The judge is the only place that retries: a server in trouble, after a wait; a
+reply that cannot be read, once. What would fail for every request (a bad key, a
+redirect) ends the run; anything else is a missing verdict with its cause.
 """
 
 import asyncio
@@ -122,15 +120,11 @@ class Failure(judging.Stop):
   billed: bool = False
   fatal: bool = False
 
-  def __str__(self) -> str:
-    return self.cause
-
 
 class Limits:
-  """Requests in flight, and requests and tokens a minute, to one server.
+  """Requests in flight, and evenly spaced in time, to one server.
 
-  The window of requests in flight is halved when the server complains, and
-  grows by one with each round of answers. Requests are spaced evenly.
+  Complaints halve the window of requests in flight, a round of answers adds 1.
   """
 
   def __init__(self, settings: ServerSettings, most: int):
@@ -180,10 +174,7 @@ class Limits:
 
 
 class Client:
-  """Questions to one server; an async context manager while it is asked.
-
-  `judge` needs no connection; `limits` and `budget` hold for all requests.
-  """
+  """Questions to one server; an async context manager while it is asked."""
 
   def __init__(self, settings: ServerSettings, concurrency: int):
     self.settings = settings
@@ -215,12 +206,7 @@ class Client:
     await self.sdk.close()
 
   async def ask(self, question: judging.Question) -> judging.Reply:
-    """The reply to a question, asked once more if it cannot be read.
-
-    Raises:
-      judging.Stop: further questions are of no use.
-      budget.Spent: the budget does not allow for the call.
-    """
+    """The reply to a question; raises judging.Stop or budget.Spent."""
     reply = judging.NOTHING
     for number in range(2):
       page = prompts.fill(self.template, question, number)
@@ -279,11 +265,7 @@ class Client:
     return redaction.clean(text)
 
   async def retry(self, call: Callable[[], Awaitable[T]]) -> T:
-    """The result of a call, within the retries and waits that are allowed.
-
-    Raises the last `Failure`; judging.Stop where the server names too long a
-    wait.
-    """
+    """The result of a call within all retries and waits, else `Failure`."""
     settings, waited = self.settings, 0.0
     for attempt in itertools.count():
       try:
@@ -331,15 +313,13 @@ class Client:
       self.budget.settle(bound, cost, calls)
 
   async def send(self, call: Awaitable[T]) -> T:
-    """The result of one call of the SDK; raises Failure for its errors.
-
-    The SDK's timeout is for every read; this one also ends a slow drip.
-    """
+    """The result of one call of the SDK; raises Failure for its errors."""
     import httpx2
     import openai
 
     timeout_s = self.settings.timeout_s
     try:
+      # The SDK's timeout is for every read; this one also ends a slow drip.
       async with asyncio.timeout(timeout_s):
         return await call
     except openai.APIStatusError as error:
@@ -362,11 +342,7 @@ class Client:
   def failure(
     self, status: Any, error: dict[str, Any], headers: Mapping[str, str] = {}
   ) -> Failure:
-    """What an error means for this request, or for the whole run.
-
-    `status` is none where a batch never got as far; `error` is as the API words
-    it, with "message", "code" and "type".
-    """
+    """What an error, as the API words it, means; status None is of a batch."""
     status = status if type(status) is int else 0
     text = f"HTTP {status}: " if status else ""
     text += str(error.get("message") or error.get("code"))
@@ -389,12 +365,11 @@ class Client:
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
   """Seconds that the server asks to wait; None if it names no time."""
-  text = headers.get("retry-after", "")
-  milliseconds = headers.get("retry-after-ms")
-  with contextlib.suppress(ValueError):
-    wait = float(milliseconds) / 1e3 if milliseconds else float(text)
-    return wait if 0 <= wait < math.inf else None
+  for name, unit_s in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+    with contextlib.suppress(ValueError):
+      wait = unit_s * float(headers.get(name, ""))
+      return wait if 0 <= wait < math.inf else None
   with contextlib.suppress(TypeError, ValueError):
-    date = email.utils.parsedate_to_datetime(text)
+    date = email.utils.parsedate_to_datetime(headers.get("retry-after", ""))
     return max(0.0, date.timestamp() - time.time())
   return None

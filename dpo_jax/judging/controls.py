@@ -1,11 +1,8 @@
 """Questions whose answers say something of the judge, not of the models.
 
-- aa: a chosen text against itself, really asked, in two calls. A sound judge
-  names either slot half of the time.
-- gold: a prompt's own chosen answer against another prompt's. A sound judge
-  prefers the first nearly always.
-- retest: an ordinary question once more, behind other fences. A sound judge
-  answers as before.
+- aa: a chosen text against itself, really asked: either slot, half of the time.
+- gold: a prompt's own chosen answer against another prompt's: the first.
+- retest: an ordinary question once more, behind other fences: the same answer.
 
 Samples are drawn by hash: the same in every run with the same seed, and a
 larger one holds a smaller one.

@@ -1,16 +1,14 @@
 """The page that is put to a judge: its words, and the texts made harmless.
 
 The templates have the structure of the paper's (Rafailov et al., 2023, Appendix
-C.2, arXiv 2305.18290) in words of our own: what is compared, one sentence of
-comparison, a line with the verdict.
+C.2, arXiv 2305.18290), and words of our own.
 
-Each text is fenced by two lines with a code: a hash of the prompt, both texts
-and the number of the ask. It differs between calls, is the same when a call is
-repeated, and no text can hold its own. A text can still imitate the page, so
-every line of it gets a bar in front, and every imitation a tilde before the
-part that makes it act: `[[~A]]`, `Candidate ~B:`, `<~|im_end|>`. Imitations are
-found in a folded copy (full width, look-alike letters, invisible characters)
-and marked in the original, of which nothing is removed.
+Each text is fenced by two lines with a code, a hash of all three texts and the
+number of the ask: no text can hold its own. A text can still imitate the page,
+so every line of it gets a bar in front, and every imitation a tilde before the
+part that makes it act: `[[~A]]`, `Candidate ~B:`. Imitations are found in a
+folded copy (full width, look-alikes, invisible characters) and marked in the
+original, of which nothing is removed.
 """
 
 import dataclasses
@@ -35,11 +33,7 @@ _PLACEHOLDER = re.compile(r"\{(prompt|first|second|fence|ending)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-  """A text with the places {prompt}, {first} and {second}, each once.
-
-  {fence}, where it is used, is filled with the code of the fences, {ending}
-  with how to answer. Other braces stay as they are.
-  """
+  """A text with the places {prompt}, {first} and {second}, each once."""
 
   text: str
   ending: str

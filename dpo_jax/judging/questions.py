@@ -1,7 +1,6 @@
 """From responses to questions: what is asked, and what needs no asking.
 
-A case is one verdict to be written. Cases of the same key (same judge, prompt,
-texts and order) are one question, whose answer is written for each of them.
+A case is one verdict to be written; cases of the same key are one question.
 """
 
 import dataclasses
@@ -106,9 +105,7 @@ def fingerprint(responses: Iterable[records.Response]) -> str:
 def _key(judge: judging.Judge, case: Case) -> str:
   response = case.response
   return hashing.content_hash(
-    judge.name,
-    judge.parameters,
-    judge.template_hash,
+    *judge.identity,
     case.order,
     response.prompt,
     response.response,

@@ -22,11 +22,8 @@ def length(prompt: str, response: str) -> float:
 
 
 def judge(name: Name) -> judging.Judge:
-  """The judge that prefers the higher reward; equal ones are a tie.
-
-  It is identified by the source code of its reward as well: verdicts of an
-  earlier reward are never taken for those of this one.
-  """
+  """The judge that prefers the higher reward; equal ones are a tie."""
+  # Verdicts of an earlier reward are never taken for those of this one.
   if name == "length":
     reward, sources = length, [inspect.getsource(length)]
   else:

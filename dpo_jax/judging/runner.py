@@ -1,8 +1,7 @@
 """Questions about every response, asked once each, their answers kept.
 
-A question is identified by a hash of all that its answer depends on. What has
-an answer on disk is not asked again; a missing verdict is no answer. A verdict
-that a report would refuse is found before anything is asked and paid for.
+A question is identified by a hash of all that its answer depends on: what has
+an answer on disk is not asked again. A missing verdict is no answer.
 """
 
 import asyncio
@@ -64,9 +63,6 @@ class JudgeSettings:
 def run(settings: JudgeSettings, workdir: str | os.PathLike) -> usage.Summary:
   """Judges `workdir`/responses/*.jsonl into `workdir`/verdicts/*.jsonl.
 
-  Where an event loop is running already, as in a notebook, another one runs in
-  a thread of its own.
-
   Raises:
     ValueError: settings or files cannot be used; nothing was asked.
     judging.Stop: the judge can answer nothing more; verdicts so far are kept.
@@ -89,8 +85,7 @@ def run_and_say(
   if summary.nothing_read:
     judge = settings.server.base_url if settings.server else settings.kind
     raise judging.Stop(
-      f"no verdict was read from {judge}: mend what is said above; the same"
-      " command asks again"
+      f"no verdict was read from {judge}: see the causes above"
     )
   return summary
 
@@ -99,16 +94,12 @@ def estimate(
   settings: JudgeSettings, workdir: str | os.PathLike
 ) -> usage.Estimate:
   """What `run` would ask and cost; asks and writes nothing, needs no key."""
-  used, judge = _judge(settings)
-  plan, log = _prepare(settings, workdir, judge, used, jsonl.Store.peek)
+  plan, log = _prepare(settings, workdir, _client(settings), jsonl.Store.peek)
   return log.estimate(plan)
 
 
 def _in_thread(work: Coroutine[Any, Any, usage.Summary]) -> usage.Summary:
-  """The result of `work`, which an interrupt of this thread cancels.
-
-  This thread polls: interrupted as it waits for a lock, it could keep that.
-  """
+  """The result of `work` beside a notebook's loop; an interrupt cancels it."""
   own = asyncio.Runner(loop_factory=asyncio.new_event_loop)
   task = own.get_loop().create_task(work)
 
@@ -119,7 +110,7 @@ def _in_thread(work: Coroutine[Any, Any, usage.Summary]) -> usage.Summary:
   thread = threading.Thread(target=run_it)
   try:
     thread.start()
-    while not task.done():
+    while not task.done():  # Interrupted in a lock's wait, we could keep it.
       time.sleep(0.05)
   except KeyboardInterrupt:
     with contextlib.suppress(RuntimeError):  # The loop has just ended.
@@ -133,39 +124,33 @@ def _in_thread(work: Coroutine[Any, Any, usage.Summary]) -> usage.Summary:
 async def _run(
   settings: JudgeSettings, workdir: str | os.PathLike
 ) -> usage.Summary:
-  used, judge = _judge(settings)
-  async with contextlib.AsyncExitStack() as stack:
-    if used:
-      await stack.enter_async_context(used)
-    plan, log = _prepare(settings, workdir, judge, used, stack.enter_context)
+  used = _client(settings)
+  async with used or contextlib.nullcontext(), contextlib.AsyncExitStack() as s:
+    plan, log = _prepare(settings, workdir, used, s.enter_context)
     if used and plan.questions:
       found = log.estimate(plan)
       console.say(str(found), "estimate", **dataclasses.asdict(found))
     log.write(plan)
     try:
-      await _ask(settings.concurrency, judge, used, plan, log)
+      await _ask(settings.concurrency, used, plan, log)
     finally:
       summary = log.write(plan)
   return summary
 
 
-def _judge(
-  settings: JudgeSettings,
-) -> tuple[client.Client | None, judging.Judge]:
-  if settings.server is None:
-    return None, rewards.judge(settings.kind)
-  used = client.Client(settings.server, settings.concurrency)
-  return used, used.judge
+def _client(settings: JudgeSettings) -> client.Client | None:
+  server = settings.server
+  return client.Client(server, settings.concurrency) if server else None
 
 
 def _prepare(
   settings: JudgeSettings,
   workdir: str | os.PathLike,
-  judge: judging.Judge,
   used: client.Client | None,
   open_store: Callable[[_Store], _Store],
 ) -> tuple[questions.Plan, usage.UsageLog]:
   """Reads and checks the files; what is wrong with them is a ValueError."""
+  judge = used.judge if used else rewards.judge(settings.kind)
   directory = pathlib.Path(workdir) / settings.verdicts
   files = _read_responses(pathlib.Path(workdir) / "responses")
   names = {*files, controls.FILE, *(p.name for p in directory.glob("*.jsonl"))}
@@ -174,11 +159,25 @@ def _prepare(
     for name in sorted(names)
   }
   rows = [row for store in stores.values() for row in store.rows]
-  _refuse_other_judge(directory, judge, rows)
+  found = {(r.judge, r.template_hash) for r in rows if r.verdict != "missing"}
+  for name, template in found - {(judge.name, judge.template_hash)}:
+    raise ValueError(
+      f"{directory} holds verdicts of judge {name!r} on template {template:.8},"
+      f" not of {judge.name!r} on {judge.template_hash:.8}, and no report mixes"
+      " them: give this one a directory of its own, --config.verdicts="
+      "verdicts-NAME (of replicate, with --config.report.verdicts)"
+    )
   cases = []
   for name in sorted(names - {controls.FILE}):
     responses = files.get(name, [])
-    _refuse_strangers(stores[name], responses)
+    known = {response.unit for response in responses}
+    for row in stores[name].rows:
+      if row.unit[:5] not in known:
+        raise ValueError(
+          f"{stores[name].path} holds verdicts on responses that are not in"
+          f" responses/{name}, such as {row.unit}: move the verdicts away, or"
+          " use another --workdir"
+        )
     cases += [
       questions.Case(stores[name], response, order)
       for response in responses
@@ -216,42 +215,14 @@ def _read_responses(
   return files
 
 
-def _refuse_strangers(store: _Store, responses: list[records.Response]) -> None:
-  """ValueError for verdicts on responses that are gone: they would count."""
-  known = {response.unit for response in responses}
-  strangers = [row for row in store.rows if row.unit[:5] not in known]
-  if strangers:
-    raise ValueError(
-      f"{store.path} holds {len(strangers)} verdicts on responses that are not"
-      f" in responses/{store.path.name}, such as {strangers[0].unit}: move the"
-      " verdicts away, or use another --workdir"
-    )
-
-
-def _refuse_other_judge(
-  directory: pathlib.Path, judge: judging.Judge, rows: list[records.Verdict]
-) -> None:
-  """ValueError for answers that no report would mix with this judge's."""
-  found = {(r.judge, r.template_hash) for r in rows if r.verdict != "missing"}
-  others = found - {(judge.name, judge.template_hash)}
-  if others:
-    name, template = min(others)
-    raise ValueError(
-      f"{directory} holds verdicts of judge {name!r} on template {template:.8},"
-      f" not of {judge.name!r} on {judge.template_hash:.8}: give this one a"
-      " directory of its own, --config.verdicts=verdicts-NAME (of replicate,"
-      " with --config.report.verdicts), or move those away"
-    )
-
-
 async def _ask(
   concurrency: int,
-  judge: judging.Judge,
   used: client.Client | None,
   plan: questions.Plan,
   log: usage.UsageLog,
 ) -> None:
   """Asks the open questions and commits each answer as it arrives."""
+  judge = log.judge
   rows: dict[_Store, list[records.Verdict]] = collections.defaultdict(list)
   unseen = set(plan.questions)
   bar = console.Bar(len(unseen), f"judge {judge.name}", "verdict")

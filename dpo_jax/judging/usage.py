@@ -131,14 +131,6 @@ class _Totals:
   completion_tokens: int = 0
 
 
-def _read(path: pathlib.Path) -> _Totals:
-  found = vars(_Totals())
-  if path.exists():
-    found |= strict_json.read_object(path)
-  known = {name: found[name] for name in vars(_Totals())}
-  return settings_lib.build(_Totals, known, str(path))
-
-
 class UsageLog:
   """Counts what a run uses, and keeps judge.json up to date."""
 
@@ -151,16 +143,19 @@ class UsageLog:
     responses: list[records.Response],
   ):
     """ValueError if there is a budget, and the cost of `rows` is unknown."""
-    self.directory, self.asked = directory, 0
-    self._judge, self._used = judge, used
-    self._all = len(responses)
+    self.directory, self.judge, self._used = directory, judge, used
+    self.asked, self._all = 0, len(responses)
     self._judged = [row for row in responses if row.chosen.strip()]
     self._causes = collections.Counter()
     self._tokens = [
       sum(row.prompt_tokens for row in rows),
       sum(row.completion_tokens for row in rows),
     ]
-    old = _read(directory / FILE)
+    path, old = directory / FILE, vars(_Totals())
+    if path.exists():
+      found = strict_json.read_object(path)
+      old = {name: found.get(name, value) for name, value in old.items()}
+    old = settings_lib.build(_Totals, old, str(path))
     self._calls, self._known = old.calls, old.cost is not None
     if not used:
       return
@@ -250,10 +245,10 @@ class UsageLog:
       spending=spending,
     )
     values = {
-      "judge": self._judge.name,
-      "template_hash": self._judge.template_hash,
+      "judge": self.judge.name,
+      "template_hash": self.judge.template_hash,
       "template": used.settings.template if used else "",
-      "parameters": self._judge.parameters,
+      "parameters": self.judge.parameters,
       "complete": summary.complete,
       "missing": summary.missing,
       "not_dispatched": summary.not_dispatched,

@@ -79,10 +79,7 @@ _REFUSAL = re.compile(
 
 
 def read(text: str | None, *, ties: bool = False) -> Letter:
-  """The letter of the slot that a reply prefers.
-
-  A tie is read only where the judge may call one.
-  """
+  """The letter of the slot that a reply prefers; a tie where there are ties."""
   text = _plain(text or "")
   lines = [line.strip() for line in text.splitlines() if line.strip()]
   if not lines:
@@ -201,11 +198,7 @@ def usage(completion: Any) -> dict[str, int]:
 def _score(
   logprobs: Any, letter: str, output: Output, ties: bool
 ) -> float | None:
-  """Probability that A wins, among the choices, at the verdict's token.
-
-  A tie counts half. None if the server gave no log-probabilities, or the
-  verdict is not a token of its own.
-  """
+  """Probability that A wins, a tie counting half; None where it is unknown."""
   content = as_dict(logprobs).get("content")
   content = content if isinstance(content, list) else []
   tokens = [_text(as_dict(entry).get("token")) for entry in content]
