@@ -1,7 +1,7 @@
 """A judge is a question asked of somebody: these types are all it needs.
 
-A question shows two texts in a fixed order; the reply names a slot, never a
-model. The runner alone knows which slot is whose: a judge cannot favor a side.
+A question shows two texts in a fixed order, and the reply names a slot: only
+the runner knows whose it is, so that a judge cannot favor a side.
 """
 
 import dataclasses
@@ -19,10 +19,7 @@ class Stop(errors.Stopped):
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """Which of two answers to the prompt is better?
-
-  `salt` tells apart questions about the same texts: it changes their fences.
-  """
+  """Which answer is better? Questions of equal texts differ in their `salt`."""
 
   prompt: str
   first: str
@@ -32,10 +29,9 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-  """What a judge said, and who it said it was.
+  """What a judge said, and who it said it was; `error` is why it is missing.
 
-  `error` is the cause of a missing choice. `score` is the judge's probability
-  that the first text is better. Tokens are all that the question took.
+  `score` is its probability that the first text is better, if it gave one.
   """
 
   choice: Choice
@@ -53,11 +49,7 @@ NOTHING = Reply("missing", "", "", "")
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-  """Somebody who answers questions, identified by the other three fields.
-
-  `ask` raises `Stop` when further questions are of no use; any other failure
-  is a missing choice.
-  """
+  """Somebody who answers questions, or raises `Stop` when that is of no use."""
 
   name: str
   parameters: str

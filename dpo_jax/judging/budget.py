@@ -1,9 +1,7 @@
 """A cap on what judging costs, that holds.
 
-A call is billed after it was made, so every call reserves an upper bound of its
-cost before it leaves. The bound is safe, not close: a token is at least one
-byte, so a page of n bytes has at most n tokens. When the call has ended its
-reservation becomes what the server counted.
+Every call reserves an upper bound of its cost before it leaves, as it is billed
+after: a token is at least a byte, so a page of n bytes has at most n tokens.
 """
 
 import dataclasses
@@ -52,10 +50,7 @@ def read_prices(lines: Iterable[str], factor: float = 1.0) -> dict[str, Price]:
 
 @dataclasses.dataclass
 class Budget:
-  """Counts the calls of this run and the dollars of all runs; keeps to a cap.
-
-  There is no cap at 0, nor where the price is unknown.
-  """
+  """Counts this run's calls and all runs' dollars; a cap of 0 is none."""
 
   price: Price | None
   cap: float

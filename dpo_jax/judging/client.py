@@ -108,11 +108,7 @@ class ServerSettings:
 
 @dataclasses.dataclass(eq=False)
 class Failure(judging.Stop):
-  """A request without a reply, that may have been `billed` all the same.
-
-  `again`: a retry may help, after `wait_s` if the server named a wait.
-  `fatal`: all requests would fail alike, so that the run stops.
-  """
+  """A request without a reply, perhaps `billed`; `fatal` if any would fail."""
 
   cause: str
   again: bool = False
@@ -122,10 +118,7 @@ class Failure(judging.Stop):
 
 
 class Limits:
-  """Requests in flight, and evenly spaced in time, to one server.
-
-  Complaints halve the window of requests in flight, a round of answers adds 1.
-  """
+  """Requests in flight, fewer after complaints, and evenly spaced in time."""
 
   def __init__(self, settings: ServerSettings, most: int):
     self.most, self.window, self.in_flight = most, float(most), 0

@@ -4,8 +4,7 @@
 - gold: a prompt's own chosen answer against another prompt's: the first.
 - retest: an ordinary question once more, behind other fences: the same answer.
 
-Samples are drawn by hash: the same in every run with the same seed, and a
-larger one holds a smaller one.
+Drawn by hash: the same for the same seed, and the more hold the fewer.
 """
 
 import dataclasses

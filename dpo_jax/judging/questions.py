@@ -5,7 +5,6 @@ A case is one verdict to be written; cases of the same key are one question.
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from dpo_jax import judging
 from dpo_jax.io import hashing, jsonl, records
@@ -114,7 +113,7 @@ def _key(judge: judging.Judge, case: Case) -> str:
   )
 
 
-def _about(case: Case) -> dict[str, Any]:
+def _about(case: Case) -> dict:
   """The fields of a row that identify its response."""
   names = ("prompt_id", "model", "step", "temperature", "sample_id")
   return {name: getattr(case.response, name) for name in names}

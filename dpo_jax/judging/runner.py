@@ -63,10 +63,8 @@ class JudgeSettings:
 def run(settings: JudgeSettings, workdir: str | os.PathLike) -> usage.Summary:
   """Judges `workdir`/responses/*.jsonl into `workdir`/verdicts/*.jsonl.
 
-  Raises:
-    ValueError: settings or files cannot be used; nothing was asked.
-    judging.Stop: the judge can answer nothing more; verdicts so far are kept.
-    locks.Held: another process is judging this directory.
+  ValueError: settings or files cannot be used, and nothing was asked.
+  judging.Stop: the judge can answer nothing more; verdicts so far are kept.
   """
   work = _run(settings, workdir)
   try:

@@ -1,25 +1,19 @@
 """What a judging run did and cost, for the user and in judge.json.
 
-Numbers about models are made from verdict rows alone. judge.json holds what no
-row can: questions without an answer, and the cost of calls without a row.
+judge.json holds what no verdict row can: questions without an answer, and the
+cost of calls without a row.
 """
 
 import collections
 import dataclasses
 import json
 import pathlib
-from typing import Any
 
 from dpo_jax import judging
 from dpo_jax.core import settings as settings_lib
 from dpo_jax.io import atomic, records, strict_json
 from dpo_jax.judging import client, prompts, questions
 from dpo_jax.winrates import intervals
-
-FILE = "judge.json"
-
-# English text, byte-pair encoded. For the estimate alone: no cap rests on it.
-_BYTES_PER_TOKEN = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,11 +145,11 @@ class UsageLog:
       sum(row.prompt_tokens for row in rows),
       sum(row.completion_tokens for row in rows),
     ]
-    path, old = directory / FILE, vars(_Totals())
-    if path.exists():
-      found = strict_json.read_object(path)
+    self._path, old = directory / "judge.json", vars(_Totals())
+    if self._path.exists():
+      found = strict_json.read_object(self._path)
       old = {name: found.get(name, value) for name, value in old.items()}
-    old = settings_lib.build(_Totals, old, str(path))
+    old = settings_lib.build(_Totals, old, str(self._path))
     self._calls, self._known = old.calls, old.cost is not None
     if not used:
       return
@@ -182,8 +176,8 @@ class UsageLog:
       len(prompts.fill(used.template, cases[0].question).encode())
       for cases in plan.questions.values()
     )
-    prompt_tokens = round(size / _BYTES_PER_TOKEN)
-    tokens = (prompt_tokens, calls * settings.expected_reply_tokens)
+    # English text has four bytes a token. No cap rests on it.
+    tokens = (round(size / 4), calls * settings.expected_reply_tokens)
     in_flight = max(1, min(used.limits.most, calls))
     minutes = [calls * settings.expected_reply_s / in_flight / 60]
     if settings.requests_per_minute:
@@ -216,7 +210,7 @@ class UsageLog:
     return self._used.budget.cost if known else None
 
   @property
-  def shown(self) -> dict[str, Any]:
+  def shown(self) -> dict[str, float]:
     """The part of the usage that a progress bar shows."""
     dollars = {} if self.cost is None else {"dollars": self.cost}
     tokens = {"tokens in": self._tokens[0], "out": self._tokens[1]}
@@ -258,6 +252,5 @@ class UsageLog:
       "completion_tokens": self._tokens[1],
       "data_fingerprint": questions.fingerprint(self._judged),
     }
-    text = json.dumps(values, indent=2) + "\n"
-    atomic.write_text(self.directory / FILE, text)
+    atomic.write_text(self._path, json.dumps(values, indent=2) + "\n")
     return summary

@@ -1,9 +1,7 @@
 """From a judge's reply to its verdict: one table of forms, and no guesses.
 
-Only the last line that states a verdict counts. A line that can be read in
-two ways is missing, and so is a reply without a verdict; a refusal is its own
-class. A completion may hold anything: what is not where it should be makes a
-missing verdict with its cause, never an error.
+Only the last line that states a verdict counts. What can be read in two ways is
+missing, and so is what is not where it should be; a refusal is its own class.
 """
 
 import contextlib
