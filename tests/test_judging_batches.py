@@ -214,7 +214,9 @@ def test_a_batch_of_another_judge_is_not_collected_for_this_one(tmp_path):
     server.batches.trouble = [judge_server.fails(401)]
     with pytest.raises(judging.Stop):
       runner.run(batches(server), tmp_path)
-    with pytest.raises(ValueError, match=r"asked of another judge, 'judge-as-asked'"):
+    with pytest.raises(
+      ValueError, match=r"asked of another judge, 'judge-as-asked'"
+    ):
       runner.run(batches(server, model="other"), tmp_path)
     (name,) = files(tmp_path)
     (tmp_path / "verdicts" / "batches" / name).write_text('{"mark": 1}')

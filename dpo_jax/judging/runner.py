@@ -11,8 +11,8 @@ import dataclasses
 import os
 import pathlib
 import re
+import signal
 import threading
-import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Literal
 
@@ -99,23 +99,33 @@ def estimate(
 def _in_thread(work: Coroutine[Any, Any, usage.Summary]) -> usage.Summary:
   """The result of `work` beside a notebook's loop; an interrupt cancels it."""
   own = asyncio.Runner(loop_factory=asyncio.new_event_loop)
-  task = own.get_loop().create_task(work)
+  task, interrupts = own.get_loop().create_task(work), []
 
   def run_it():
     with own:
       own.run(asyncio.wait([task]))
 
-  thread = threading.Thread(target=run_it)
-  try:
-    thread.start()
-    while not task.done():  # Interrupted in a lock's wait, we could keep it.
-      time.sleep(0.05)
-  except KeyboardInterrupt:
+  # KeyboardInterrupt raised wherever this thread waits could keep a lock.
+  def note(*unused):
+    interrupts.append(True)
     with contextlib.suppress(RuntimeError):  # The loop has just ended.
       own.get_loop().call_soon_threadsafe(task.cancel)
-    raise
+
+  thread = threading.Thread(target=run_it)
+  usual = signal.getsignal(signal.SIGINT)
+  main = threading.current_thread() is threading.main_thread()
+  ours = main and usual is signal.default_int_handler
+  if ours:
+    signal.signal(signal.SIGINT, note)
+  try:
+    thread.start()
+    while thread.is_alive():
+      thread.join(0.2)
   finally:
-    thread.join()
+    if ours:
+      signal.signal(signal.SIGINT, usual)
+  if interrupts:
+    raise KeyboardInterrupt
   return task.result()
 
 
