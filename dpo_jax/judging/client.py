@@ -219,7 +219,6 @@ class Client:
     return reply
 
   def body(self, page: str) -> dict[str, Any]:
-    """The body of a request."""
     settings = self.settings
     body: dict[str, Any] = {
       "model": settings.model,

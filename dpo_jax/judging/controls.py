@@ -49,7 +49,6 @@ def cases(
   def both(
     control: records.Control, row: records.Response, against: str
   ) -> Iterator[questions.Case]:
-    """The row's chosen text in the model's place, against another text."""
     shown = dataclasses.replace(
       row,
       response=row.chosen,

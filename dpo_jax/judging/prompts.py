@@ -180,7 +180,6 @@ def mark(text: str) -> str:
 
 
 def _fold(text: str) -> tuple[str, list[int]]:
-  """Plain letters for matching, and where each of them came from."""
   if text.isascii():
     return text, list(range(len(text)))
   folded: list[str] = []

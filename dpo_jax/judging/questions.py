@@ -114,7 +114,6 @@ def _key(judge: judging.Judge, case: Case) -> str:
 
 
 def _about(case: Case) -> dict:
-  """The fields of a row that identify its response."""
   names = ("prompt_id", "model", "step", "temperature", "sample_id")
   return {name: getattr(case.response, name) for name in names}
 

@@ -66,12 +66,11 @@ def run(settings: JudgeSettings, workdir: str | os.PathLike) -> usage.Summary:
   ValueError: settings or files cannot be used, and nothing was asked.
   judging.Stop: the judge can answer nothing more; verdicts so far are kept.
   """
-  work = _run(settings, workdir)
   try:
     asyncio.get_running_loop()
   except RuntimeError:
-    return asyncio.run(work)
-  return _in_thread(work)
+    return asyncio.run(_run(settings, workdir))
+  return _in_thread(_run(settings, workdir))
 
 
 def run_and_say(
@@ -112,9 +111,9 @@ def _in_thread(work: Coroutine[Any, Any, usage.Summary]) -> usage.Summary:
       own.get_loop().call_soon_threadsafe(task.cancel)
 
   thread = threading.Thread(target=run_it)
-  usual = signal.getsignal(signal.SIGINT)
   main = threading.current_thread() is threading.main_thread()
-  ours = main and usual is signal.default_int_handler
+  usual = signal.default_int_handler
+  ours = main and signal.getsignal(signal.SIGINT) is usual
   if ours:
     signal.signal(signal.SIGINT, note)
   try:
@@ -274,7 +273,6 @@ async def _live(
   answer: Callable[[str, judging.Reply], None],
   commit: Callable[[], None],
 ) -> None:
-  """Keeps `concurrency` questions in flight; the first error ends them all."""
   todo, room = collections.deque(plan.questions), True
   flying: dict[asyncio.Future, str] = {}
   errors: list[BaseException] = []

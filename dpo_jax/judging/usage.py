@@ -79,7 +79,6 @@ class Summary:
 
   @property
   def nothing_read(self) -> bool:
-    """Whether questions were asked, and there is no verdict at all."""
     return bool(self.asked) and not {*self.outcomes} - {"missing"}
 
   def __str__(self) -> str:
@@ -195,7 +194,6 @@ class UsageLog:
     )
 
   def add(self, row: records.Verdict) -> None:
-    """Counts a row that this run made."""
     if row.verdict == "missing":
       self._causes[row.error] += 1
     self._tokens[0] += row.prompt_tokens

@@ -100,7 +100,6 @@ def read(text: str | None, *, ties: bool = False) -> Letter:
 
 
 def _plain(text: str) -> str:
-  """One form for full-width letters; invisible characters taken out."""
   text = unicodedata.normalize("NFKC", text).replace("’", "'")
   return "".join(c for c in text if unicodedata.category(c) != "Cf")
 
@@ -234,7 +233,6 @@ def _place(
 
 
 def _bare(token: str) -> str:
-  """A, B or tie, if the token says that and no more."""
   bare = token.strip(" \t\r\n\"'*_.:`[]()<>“”▁Ġ")
   return bare.lower() if bare.lower() == "tie" else bare.upper()
 
