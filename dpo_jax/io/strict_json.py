@@ -57,12 +57,12 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
 def read_bytes(path: str | os.PathLike) -> bytes:
   """The bytes of a file of at most `MAX_BYTES`; errors as in `read`."""
   try:
+    if os.path.getsize(path) > MAX_BYTES:
+      raise ValueError(f"{path}: longer than {MAX_BYTES >> 20} MiB")
     with open(path, "rb") as file:
-      data = file.read(MAX_BYTES + 1)
+      data = file.read()
   except OSError as error:
     raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-  if len(data) > MAX_BYTES:
-    raise ValueError(f"{path}: longer than {MAX_BYTES >> 20} MiB")
   _check_start(path, data)
   return data
 
