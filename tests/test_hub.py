@@ -215,10 +215,8 @@ def test_a_dry_run_writes_all_and_sends_nothing(run):
     done = push(server, run, "--dry_run")
     assert server.repos == {}
   assert done.returncode == 0, done.stderr
-  size = (run / "export" / "model.safetensors").stat().st_size
-  assert f"  model.safetensors  {size:,} bytes" in done.stdout
   for branch in (*STEPS, "main"):
-    assert f"{REPO}@{branch}:\n" in done.stdout
+    assert branch in done.stdout
     written = {
       str(path.relative_to(run / "push" / branch)): path.read_bytes()
       for path in (run / "push" / branch).rglob("*")

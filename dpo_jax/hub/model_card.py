@@ -27,14 +27,8 @@ def make(
 ) -> tuple[str, pathlib.Path | None]:
   """The card of a branch, and the figure that it shows.
 
-  Args:
-    directory: of the run. A report in it, or beside it as `replicate` has it,
-      gives the finished model's win rates and their figure.
-    config: its config.json, with the paths as they are to be shown.
-    manifest: its manifest.json, likewise.
-    branch: "main", or "step-000100" for a checkpoint.
-    repo: user/name.
-    license: as the hub names it; "" states none.
+  The report that gives the finished model's win rates is in the run's
+  directory, or beside it as `replicate` has it.
   """
   import huggingface_hub
 

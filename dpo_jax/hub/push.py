@@ -90,11 +90,7 @@ def check(settings: PushSettings) -> None:
 def branches(
   directory: pathlib.Path, settings: PushSettings
 ) -> dict[str, Files]:
-  """What a run's directory has to push, the checkpoints first.
-
-  Raises:
-    ValueError: a file of the run is not what it should be.
-  """
+  """What a run's directory has to push, the checkpoints first."""
   config, manifest = (
     portable(strict_json.read_object(directory / name))
     for name in ("config.json", "manifest.json")
@@ -114,8 +110,8 @@ def branches(
     base = {"base_model_name_or_path": repo, "revision": revision or None}
   found, last = {}, {}
   for folder in ("adapters", "models"):
-    for _, path in remote.steps(str(directory / folder)):
-      branch, files = pathlib.Path(path).name, _files(path)
+    for _, name in remote.steps(str(directory / folder)):
+      branch, files = pathlib.Path(name).name, _files(pathlib.Path(name))
       if adapter := files.get("adapter_config.json"):
         about = strict_json.read_object(adapter) | base
         files["adapter_config.json"] = _json(about)
@@ -173,9 +169,8 @@ def named(path: str) -> str:
   return directory.name
 
 
-def _files(directory: str | pathlib.Path) -> Files:
-  children = pathlib.Path(directory).iterdir()
-  return {child.name: child for child in children if child.is_file()}
+def _files(directory: pathlib.Path) -> Files:
+  return {path.name: path for path in directory.iterdir() if path.is_file()}
 
 
 def _json(content: dict[str, Any]) -> str:
@@ -188,26 +183,7 @@ def _pushed(directory: pathlib.Path) -> dict[str, dict[str, dict[str, str]]]:
   return strict_json.read_object(path) if path.is_file() else {}
 
 
-def push(settings: PushSettings, directory: pathlib.Path) -> bool:
-  """Pushes what is missing, and says which branches failed; true if none."""
-  import huggingface_hub
-
-  huggingface_hub.utils.disable_progress_bars()
-  whole = True
-  for branch, files in branches(directory, settings).items():
-    try:
-      _push_one(settings, directory, branch, files)
-    # Whatever the library, the network or the hub raises.
-    except Exception as error:
-      whole = False
-      console.error(
-        f"{branch} was not pushed to {settings.repo}: {type(error).__name__}:"
-        f" {error}"
-      )
-  return whole
-
-
-def _push_one(
+def _push(
   settings: PushSettings, directory: pathlib.Path, branch: str, files: Files
 ) -> None:
   """Makes a branch hold the files and no others, and notes that."""
@@ -225,7 +201,7 @@ def _push_one(
     if branch != MAIN:
       api.create_branch(repo, branch=branch, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-      stage(files, pathlib.Path(folder))
+      _stage(files, pathlib.Path(folder))
       made = api.upload_folder(
         repo_id=repo,
         folder_path=folder,
@@ -242,8 +218,7 @@ def _push_one(
     shutil.rmtree(weights)
 
 
-def stage(files: Files, directory: pathlib.Path) -> None:
-  """Puts files into a directory, those that are somewhere as links."""
+def _stage(files: Files, directory: pathlib.Path) -> None:
   for name, content in files.items():
     path = directory / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -256,10 +231,9 @@ def stage(files: Files, directory: pathlib.Path) -> None:
 class Publisher:
   """Pushes a run's models beside its training; a context manager.
 
-  Each push is a process of its own: whatever happens to it, training goes on,
-  and leaving the context ends it at once. (A Future of huggingface_hub's that
-  hangs keeps the process from ending.) Only the first process of a run may
-  push; the others ask `room` alone.
+  Each push is a process of its own, which leaving the context ends: a Future
+  of huggingface_hub's that hangs would keep this one from ending. Only the
+  first process of a run may push; the others ask `room` alone.
   """
 
   def __init__(self, settings: PushSettings, directory: pathlib.Path):
@@ -270,7 +244,7 @@ class Publisher:
     return self
 
   def __exit__(self, *exc_info) -> None:
-    if self._child is not None and self._child.poll() is None:
+    if self._child is not None:
       self._child.kill()
       self._child.wait()
 
@@ -280,20 +254,13 @@ class Publisher:
     return self.settings.checkpoints and len(waiting) < _WAITING
 
   def checkpoint(self) -> None:
-    """There is something new to push; returns at once.
-
-    While an earlier push goes on, this one is left to the next call.
-    """
+    """Starts to push what is new, unless an earlier push still goes on."""
     busy = self._child is not None and self._child.poll() is None
     if self.settings.checkpoints and not self.settings.dry_run and not busy:
       self._start()
 
   def finish(self) -> None:
-    """Pushes what is missing, and what failed once more.
-
-    Raises:
-      NotPushed: something could not be pushed, twice.
-    """
+    """Pushes what is missing; NotPushed if a second try fails too."""
     if self._child is not None:
       self._child.wait()
     if self._start().wait() and self._start().wait():
@@ -309,18 +276,18 @@ class Publisher:
     flags = [f"--repo={settings.repo}", f"--licence={settings.licence}"]
     flags += ["--public"] * settings.public + ["--dry_run"] * settings.dry_run
     flags += ["--no_checkpoints"] * (not settings.checkpoints)
-    root = str(pathlib.Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "dpo_jax", "hub", str(self.directory)]
     self._child = subprocess.Popen(
       [*command, *flags, f"--log={log}"],
       stdin=subprocess.DEVNULL,
-      env=os.environ | {"PYTHONPATH": path},
+      env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     return self._child
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+  import huggingface_hub
+
   redaction.install()
   parser = argparse.ArgumentParser(
     prog="python -m dpo_jax hub",
@@ -330,12 +297,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument("directory", type=pathlib.Path, help="of the run")
   parser.add_argument("--repo", required=True, help="user/name")
   parser.add_argument("--licence", default="", help="such as apache-2.0")
-  for name, what in (
-    ("public", "for everybody"),
-    ("no_checkpoints", "the branch main alone"),
-    ("dry_run", "write to push/, send nothing"),
-  ):
-    parser.add_argument(f"--{name}", action="store_true", help=what)
+  switch = functools.partial(parser.add_argument, action="store_true")
+  switch("--public", help="for everybody")
+  switch("--no_checkpoints", help="the branch main alone")
+  switch("--dry_run", help="write to push/, send nothing")
   console.add_flag(parser)
   flags = parser.parse_args(arguments)
   directory, kept = flags.directory.absolute(), not flags.no_checkpoints
@@ -351,26 +316,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
       )
     check(settings)
     if settings.dry_run:
-      _write(settings.repo, found, directory / "push")
+      written = directory / "push"
+      shutil.rmtree(written, ignore_errors=True)
+      for branch, files in found.items():
+        _stage(files, written / branch)
+      text = f"{settings.repo}: {', '.join(found)} written to {written}"
+      console.result(text, "dry_run", path=str(written))
       return 0
   except (ValueError, OSError) as error:
     console.error(str(error))
     return 2
-  return 0 if push(settings, directory) else 1
-
-
-def _write(repo: str, found: dict[str, Files], directory: pathlib.Path) -> None:
-  """Writes what would be pushed to a folder for each branch, and lists it."""
-  shutil.rmtree(directory, ignore_errors=True)
-  lines = []
+  huggingface_hub.utils.disable_progress_bars()
+  code = 0
   for branch, files in found.items():
-    stage(files, directory / branch)
-    lines.append(f"{repo}@{branch}:")
-    for name in sorted(files):
-      size = (directory / branch / name).stat().st_size
-      lines.append(f"  {name}  {size:,} bytes")
-  lines.append(f"written to {directory}")
-  console.result("\n".join(lines), "dry_run", path=str(directory))
+    try:
+      _push(settings, directory, branch, files)
+    # Whatever the library, the network or the hub raises.
+    except Exception as error:
+      code = 1
+      console.error(
+        f"{branch} was not pushed to {settings.repo}: {type(error).__name__}:"
+        f" {error}"
+      )
+  return code
 
 
 if __name__ == "__main__":
