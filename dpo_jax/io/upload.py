@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import logging
 import pathlib
-import threading
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -75,9 +74,8 @@ class Uploader:
     self._address, self._workdir = address.rstrip("/"), workdir
     self._directory, self._retention = workdir / "checkpoints", retention
     self._worker = concurrent.futures.ThreadPoolExecutor(1, "upload")
-    self._changing = threading.Lock()
-    self._waiting: int | None = None
-    self._pushing: int | None = None
+    # The step that is being uploaded, and those that wait.
+    self._steps: list[int] = []
     self._failed = self._refused = ""
     # Folders of this process, and those that it found as it began.
     self._own: set[str] = set()
@@ -166,15 +164,12 @@ class Uploader:
 
     Of steps that wait for an upload in progress, only the newest is uploaded.
     """
-    with self._changing:
-      self._waiting = step
-    self._worker.submit(self._push_waiting)
+    self._steps.append(step)
+    self._worker.submit(self._push_first)
 
   def held(self) -> set[int]:
     """Steps whose files are still needed on the disk."""
-    with self._changing:
-      both = (self._waiting, self._pushing)
-      return {step for step in both if step is not None}
+    return {*self._steps[:1], *self._steps[-1:]}
 
   def finish(self) -> None:
     """Uploads the exported model, and what failed once more.
@@ -193,14 +188,11 @@ class Uploader:
         " missing"
       )
 
-  def _push_waiting(self) -> None:
-    with self._changing:
-      step, self._waiting = self._waiting, None
-      self._pushing = step
-    if step is not None:
+  def _push_first(self) -> None:
+    step = self._steps[0]
+    if len(self._steps) == 1:
       self._attempt(lambda: self._push(step))
-    with self._changing:
-      self._pushing = None
+    self._steps.pop(0)
 
   def _attempt(self, push) -> None:
     """Uploads, and keeps what went wrong."""
