@@ -113,10 +113,10 @@ def run_smoke(
   """Trains and samples, takes the fixed verdicts, and writes the report."""
   if (workdir / "report" / "numbers.json").exists():
     return
-  # A file that no responses belong to: the judge stage refuses it.
+  # A row that is no verdict, without responses: the judge stage refuses it.
   blocker = workdir / "verdicts" / "blocker.jsonl"
   blocker.parent.mkdir(parents=True, exist_ok=True)
-  blocker.touch()
+  blocker.write_text("{}\n")
   flags = [
     f"--workdir={workdir}",
     f"--config.paths.data={shared / 'data' / 'hh-rlhf'}",

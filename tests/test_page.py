@@ -3,7 +3,6 @@ any text without obeying it."""
 
 import ast
 import base64
-import fnmatch
 import hashlib
 import json
 import pathlib
@@ -261,8 +260,8 @@ def test_a_wheel_carries_the_files_of_the_page():
   ]
   for path in (ROOT / "dpo_jax").rglob("*"):
     if path.is_file() and path.suffix not in (".py", ".pyc"):
-      package = ".".join(path.parent.relative_to(ROOT).parts)
       assert any(
-        fnmatch.fnmatch(path.name, pattern)
-        for pattern in patterns.get(package, [])
+        path.match(f"{package.replace('.', '/')}/{pattern}")
+        for package, names in patterns.items()
+        for pattern in names
       ), path
