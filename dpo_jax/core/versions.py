@@ -5,9 +5,6 @@ import importlib.metadata
 import pathlib
 import platform
 import subprocess
-from typing import Any
-
-import jax
 
 # Whose versions can change a number of a run.
 _PACKAGES = (
@@ -42,15 +39,6 @@ def versions() -> dict[str, str]:
     changes = _git("status", "--porcelain", "--untracked-files=no")
     found["commit"] = commit + ("+changes" if changes else "")
   return found
-
-
-def randomness(seed: int) -> dict[str, Any]:
-  """What the random numbers of a run follow from."""
-  return {
-    "seed": seed,
-    "generator": jax.config.jax_default_prng_impl,
-    "partitionable": jax.config.jax_threefry_partitionable,
-  }
 
 
 def _git(*arguments: str) -> str:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dpo_jax.core import distributed, sharding, versions
+from dpo_jax.core import distributed, sharding
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.model import gpt_neox, hf
 from dpo_jax.training import checkpoints as checkpoints_lib
@@ -64,7 +64,12 @@ class Assembled:
       "held_out_data": report["held_out"]["tokens"],
       "tokenizer": self.tokenizer.fingerprint,
       "base": self.fingerprint,
-      "randomness": versions.randomness(seed),
+      # What the random numbers of a run follow from.
+      "randomness": {
+        "seed": seed,
+        "generator": jax.config.jax_default_prng_impl,
+        "partitionable": jax.config.jax_threefry_partitionable,
+      },
     }
 
 
