@@ -76,7 +76,7 @@ def test_products_of_a_traced_forward_pass():
 
 def test_devices():
   chip = hardware.chip("TPU v5 lite")
-  assert (chip.name, chip.bf16_flops) == ("TPU v5e", 197e12)
+  assert chip.bf16_flops == 197e12
   assert hardware.chip("NVIDIA H200").bf16_flops == 989.4e12
   assert hardware.chip("cpu") is None
   # A page's number is in the right unit if a pod's peak comes out: 256 chips.

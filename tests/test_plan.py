@@ -156,7 +156,7 @@ def compiling_as_if(monkeypatch, gibibytes):
     )
     return [compile_training.Compiled(name, memory)]
 
-  chip = hardware.Chip("a small one", 1e12, 1e12, 8 * 2**30, 1e9, 1e9)
+  chip = hardware.Chip(1e12, 1e12, 8 * 2**30, 1e9, 1e9)
   monkeypatch.setitem(hardware.CHIPS, "cpu", chip)
   monkeypatch.setattr(compile_training, "compile_steps", compiled)
 
@@ -509,7 +509,7 @@ def test_the_most_answers_that_fit(limit, most, monkeypatch):
     ]
     return types.SimpleNamespace(rows=rows, programs=programs)
 
-  chip = hardware.Chip("a small one", 1e12, 1e12, 8 * 2**30, 1e12, 1e12)
+  chip = hardware.Chip(1e12, 1e12, 8 * 2**30, 1e12, 1e12)
   monkeypatch.setitem(hardware.CHIPS, "cpu", chip)
   monkeypatch.setattr(compile_sampling, "compile_answers", compiled)
   mesh = sharding.make_mesh(8, 1, 1)
@@ -532,7 +532,7 @@ def test_a_sampler_that_does_not_fit_is_planned_with_fewer_rows(
     )
     for rows in (16, 8)
   )
-  chip = hardware.Chip("small", 1e12, 1e12, (much + little) // 2, 1e12, 1e12)
+  chip = hardware.Chip(1e12, 1e12, (much + little) // 2, 1e12, 1e12)
   monkeypatch.setitem(hardware.CHIPS, "cpu", chip)
   assert plan.plan_answers(how, SMALL, jax.devices(), "it", 1)
   text = capsys.readouterr().out

@@ -13,7 +13,7 @@ from dpo_jax.training import train
 def test_mfu_of_a_run_by_hand(kept, tmp_path, monkeypatch):
   """As if each of the eight devices did a million flops a second."""
   peak = 1e6
-  chip = hardware.Chip("a slow one", peak, peak, 2**30, 1e9, 1e9)
+  chip = hardware.Chip(peak, peak, 2**30, 1e9, 1e9)
   monkeypatch.setitem(hardware.CHIPS, "cpu", chip)
   files = running.make_files(tmp_path)
   run = running.configs(files)(

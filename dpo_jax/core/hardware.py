@@ -24,7 +24,6 @@ GIB = 2**30
 class Chip:
   """The peaks of one device as jax counts devices."""
 
-  name: str
   # Dense multiplications and additions a second; of float32, of operands that
   # are not rounded.
   bf16_flops: float
@@ -36,36 +35,29 @@ class Chip:
   link_bandwidth: float
 
 
-def _tpu(name: str, flops: float, memory: int, read: float, sent: float):
+def _tpu(flops: float, memory: int, read: float, sent: float) -> Chip:
   # Six products of bfloat16 make one of float32.
-  return Chip(name, flops, flops / 6, memory, read, sent)
+  return Chip(flops, flops / 6, memory, read, sent)
 
 
-_V4 = _tpu("TPU v4", 275e12, int(30.75 * GIB), 1.2e12, 268e9)
-_V5E = _tpu("TPU v5e", 197e12, int(15.75 * GIB), 8.19e11, 200e9)
-_V5P = _tpu("TPU v5p", 459e12, int(95.73 * GIB), 2.765e12, 300e9)
-_V6E = _tpu("TPU v6e", 918e12, int(31.24 * GIB), 1.638e12, 400e9)
-_A100_40 = Chip("A100 40GB", 312e12, 19.5e12, 40 * GIB, 1.555e12, 300e9)
-_A100_80 = Chip("A100 80GB", 312e12, 19.5e12, 80 * GIB, 2.039e12, 300e9)
-_A100_PCIE = Chip("A100 80GB PCIe", 312e12, 19.5e12, 80 * GIB, 1.935e12, 300e9)
-_H100 = Chip("H100 SXM", 989.4e12, 66.9e12, 80 * GIB, 3.35e12, 450e9)
-_H100_PCIE = Chip("H100 PCIe", 756e12, 51.2e12, 80 * GIB, 2.0e12, 300e9)
-_H200 = Chip("H200 SXM", 989.4e12, 66.9e12, 141 * 10**9, 4.8e12, 450e9)
+_V5E = _tpu(197e12, int(15.75 * GIB), 8.19e11, 200e9)
+_V5P = _tpu(459e12, int(95.73 * GIB), 2.765e12, 300e9)
+_V6E = _tpu(918e12, int(31.24 * GIB), 1.638e12, 400e9)
 
 CHIPS = {
-  "TPU v4": _V4,
+  "TPU v4": _tpu(275e12, int(30.75 * GIB), 1.2e12, 268e9),
   "TPU v5 lite": _V5E,
   "TPU v5e": _V5E,
   "TPU v5": _V5P,
   "TPU v5p": _V5P,
   "TPU v6 lite": _V6E,
   "TPU v6e": _V6E,
-  "NVIDIA A100-SXM4-40GB": _A100_40,
-  "NVIDIA A100-SXM4-80GB": _A100_80,
-  "NVIDIA A100 80GB PCIe": _A100_PCIE,
-  "NVIDIA H100 80GB HBM3": _H100,
-  "NVIDIA H100 PCIe": _H100_PCIE,
-  "NVIDIA H200": _H200,
+  "NVIDIA A100-SXM4-40GB": Chip(312e12, 19.5e12, 40 * GIB, 1.555e12, 300e9),
+  "NVIDIA A100-SXM4-80GB": Chip(312e12, 19.5e12, 80 * GIB, 2.039e12, 300e9),
+  "NVIDIA A100 80GB PCIe": Chip(312e12, 19.5e12, 80 * GIB, 1.935e12, 300e9),
+  "NVIDIA H100 80GB HBM3": Chip(989.4e12, 66.9e12, 80 * GIB, 3.35e12, 450e9),
+  "NVIDIA H100 PCIe": Chip(756e12, 51.2e12, 80 * GIB, 2.0e12, 300e9),
+  "NVIDIA H200": Chip(989.4e12, 66.9e12, 141 * 10**9, 4.8e12, 450e9),
 }
 
 
