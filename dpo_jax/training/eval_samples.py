@@ -55,7 +55,7 @@ class Sampler:
 
     Raises:
       ValueError: a row of the file is malformed.
-      interruption.Interrupted: the run was asked to stop meanwhile.
+      preemption.Interrupted: the run was asked to stop meanwhile.
       errors.Stopped: another process could not read the file.
     """
     if not self.prompts:

@@ -41,7 +41,7 @@ def run(
     checks.TrainingError: the loss at step 0 is not what theory says, or a loss
       or gradient is not finite.
     checkpoint.SaveError: a checkpoint could not be written.
-    interruption.Interrupted: a signal asked for it.
+    preemption.Interrupted: a signal asked for it.
     hub.NotPushed: all is done, but not all of it is on the hub.
     upload.NotCopied: all is done, but not all of it is in the bucket.
   """
