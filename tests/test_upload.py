@@ -130,6 +130,17 @@ def amid_deletes(act, name, tables, objects, deletes):
   return act == "delete" and tables == 2 and deletes > 2
 
 
+def kill_where(gcs, stop, directory, settings, workdir):
+  """Kills a run in a child process at the request that `stop` is true of."""
+  gcs.hold(stop)
+  with running.Child(
+    directory, settings, workdir, **gcs.environment()
+  ) as child:
+    child.until(gcs.held.is_set)
+    child.process.kill()
+    assert child.end() == -signal.SIGKILL
+
+
 @pytest.mark.parametrize(
   "moment",
   [
@@ -154,13 +165,7 @@ def test_killed_in_an_upload_an_empty_disk_goes_on(
     counts = (len(tables), since.count("write"), since.count("delete"))
     return moment(act, name, *counts)
 
-  gcs.hold(stop)
-  with running.Child(
-    tmp_path / "child", settings, workdir, **gcs.environment()
-  ) as child:
-    child.until(gcs.held.is_set)
-    child.process.kill()
-    assert child.end() == -signal.SIGKILL
+  kill_where(gcs, stop, tmp_path / "child", settings, workdir)
   written = [name for act, name in gcs.asked if is_table(act, name)]
   mine = [name for name in written if name.startswith(path)]
   gcs.go_on()
@@ -203,13 +208,7 @@ def test_killed_in_a_download_the_same_command_goes_on(
     reads.append((act, name.startswith(f"{path}/000007-")))
     return act == "read" and reads.count(("read", True)) > 9
 
-  gcs.hold(stop)
-  with running.Child(
-    tmp_path / "child", settings, workdir, **gcs.environment()
-  ) as child:
-    child.until(gcs.held.is_set)
-    child.process.kill()
-    child.end()
+  kill_where(gcs, stop, tmp_path / "child", settings, workdir)
   gcs.go_on()
   assert any((workdir / ".download").rglob("*"))
   train.run(settings, workdir)
