@@ -15,10 +15,10 @@ from dpo_jax.sampling import generate, jobs
 
 
 def main(config: dict[str, Any], workdir: pathlib.Path) -> int:
-  with distributed.joined(), preemption.interruptible():
-    built = settings.build(jobs.AnswerSettings, config)
+  with distributed.initialized(), preemption.interruptible():
+    built = settings.build(jobs.SamplingSettings, config)
     paths = generate.run(built, workdir)
-  if distributed.first():
+  if distributed.is_main():
     for path in paths:
       console.result(str(path), path=str(path))
   return 0

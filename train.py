@@ -18,7 +18,7 @@ def main(
   if push_to_hub:
     config["push_to_hub"] = push_to_hub
   built = settings.build(config_lib.TrainSettings, config)
-  with distributed.joined(built.heartbeat_s):
+  with distributed.initialized(built.heartbeat_s):
     train.run(built, workdir)
   return 0
 

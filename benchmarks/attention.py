@@ -75,7 +75,9 @@ def rows_of_pairs(rows: int, length: int) -> attention.Segments:
 
 def visited(segments: attention.Segments) -> float:
   """Which share of T x T lies in blocks of a TPU that see something."""
-  rows = flash.plan(segments.pieces, segments.parts, segments.mask(), "mosaic")
+  rows = flash.plan(
+    segments.segment_ids, segments.part_ids, segments.mask(), "mosaic"
+  )
   size = flash.SIZES["mosaic"]
   count = rows.codes.shape[-1] // size
   listed = rows.keys[size].reshape(-1, count, count + 1)

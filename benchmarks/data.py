@@ -1,4 +1,4 @@
-"""How fast pairs are tokenised, read back and packed, and how full rows are.
+"""How fast pairs are tokenized, read back and packed, and how full rows are.
 
   python benchmarks/data.py --data=DIR --tokenizer=DIR [--repeats=5]
 
@@ -52,7 +52,7 @@ def main():
     if profile == "trl":
       other["max_prompt_length"] = 0
     show(
-      f"tokenise, {profile}",
+      f"tokenize, {profile}",
       repeat(
         arguments.repeats,
         len(rows),
@@ -95,7 +95,7 @@ def layouts(table, layout, length, shards, repeats):
   plan = loader.Schedule((len(table),), (1.0,), BATCH, 0, 1)
   steps = [plan.items(step) for step in range(plan.steps)]
   started = time.perf_counter()
-  how = batch_shapes.settled(table, how, steps, SHAPES)
+  how = batch_shapes.choose(table, how, steps, SHAPES)
   settled_s = time.perf_counter() - started
   tokens = slots = completions = places = 0
   speeds = []
@@ -109,7 +109,7 @@ def layouts(table, layout, length, shards, repeats):
       done += len(counts.ids)
       tokens, slots = tokens + counts.tokens, slots + counts.slots
       completions += counts.completion_tokens
-      places += batch.owner.size
+      places += batch.sequence_ids.size
     speeds.append(done / (time.perf_counter() - started))
   pairs = repeats * min(500, plan.steps) * BATCH
   print(

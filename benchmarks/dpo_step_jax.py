@@ -52,7 +52,7 @@ def config(flags: argparse.Namespace) -> config_lib.TrainSettings:
   c.data.use = ("pairs",)
   c.data.sources = {"pairs": data_config.pairs(flags.pairs, flags.pairs)}
   c.data.filters.skip_bad = 10**6
-  c.data.profile = "paper"
+  c.data.tokenization = "paper"
   c.data.max_length, c.data.max_prompt_length = 512, 256
   c.data.max_train = flags.steps * flags.batch_size
   c.data.max_eval = flags.batch_size

@@ -121,11 +121,11 @@ def schedule(
   return loader.Schedule((len(table),), (1.0,), flags.batch_size, 0, 1)
 
 
-def answering(flags: argparse.Namespace) -> jobs.AnswerSettings:
+def answering(flags: argparse.Namespace) -> jobs.SamplingSettings:
   c = sample.get_config("paper")
   c.batch_size, c.max_new_tokens = flags.rows, flags.new_tokens
   c.cache_gib = 64.0
-  return settings.build(jobs.AnswerSettings, c.to_dict())
+  return settings.build(jobs.SamplingSettings, c.to_dict())
 
 
 def prompts(flags: argparse.Namespace) -> list[tuple[int, ...]]:

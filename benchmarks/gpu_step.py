@@ -85,14 +85,14 @@ def packed(
     microbatches=run.microbatches,
     loss_on_prompt=False,
     pad_id=1,
-    runs_on=run.runs_on,
+    spans_rows=run.spans_rows,
   )
   one = dataclasses.replace(how, microbatches=1)
   group = run.batch_size // run.microbatches
-  one = batch_shapes.settled(
+  one = batch_shapes.choose(
     table, one, loader.consecutive(len(table), group), 1
   )
-  how = batch_shapes.settled(
+  how = batch_shapes.choose(
     table, how, map(order.items, range(flags.steps)), run.data.shapes
   )
   scored = loader.in_order(table, one, batch_size=group)
@@ -103,7 +103,7 @@ def packed(
     table, order, how, start_step=0, steps=flags.steps, reference=kept
   )
   return [
-    (sharding.place(batch, mesh, leading=1), counts) for batch, counts in stream
+    (sharding.put(batch, mesh, leading=1), counts) for batch, counts in stream
   ]
 
 

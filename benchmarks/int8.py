@@ -184,7 +184,7 @@ def as_exported(flags, kept: str) -> dict[str, np.ndarray]:
 
 def answer(flags) -> dict[str, np.ndarray]:
   """True reward of one answer of each export to each prompt, [seeds, n]."""
-  c = demo.answers()
+  c = demo.responses()
   c.policies = {
     f"{kept}_{seed}": sample.policy(
       f"{kept}-{seed}",
@@ -196,7 +196,7 @@ def answer(flags) -> dict[str, np.ndarray]:
   }
   values = filled(c.to_dict(), places(flags))
   paths = generate.run(
-    settings.build(jobs.AnswerSettings, values), flags.workdir
+    settings.build(jobs.SamplingSettings, values), flags.workdir
   )
   rewards = {}
   for path in paths:
@@ -225,7 +225,7 @@ def scoring(path, pairs, output, reference, length) -> score.ScoreSettings:
     pairs=str(pairs),
     output=str(output),
     beta=demo.dpo().loss.beta,
-    profile=demo.dpo().data.profile,
+    profile=demo.dpo().data.tokenization,
     max_length=length,
     max_prompt_length=0,
     batch_size=32,

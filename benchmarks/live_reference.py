@@ -114,9 +114,9 @@ def timed(flags: argparse.Namespace) -> None:
     microbatches=1,
     loss_on_prompt=False,
     pad_id=0,
-    runs_on=run.runs_on,
+    spans_rows=run.spans_rows,
   )
-  batch = sharding.place(batch_lib.pack(pairs, how)[0], mesh, leading=1)
+  batch = sharding.put(batch_lib.pack(pairs, how)[0], mesh, leading=1)
   objective = step_lib.Objective("dpo", run.loss, run.batch_size)
   made = {}
   for how in PASSES:

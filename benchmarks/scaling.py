@@ -45,7 +45,7 @@ def run_of(size: str, kind: str, shards: int) -> config.TrainSettings:
   c.batch_size = c.eval_batch_size = BATCH
   # Those of the recipes for accelerators, for the smallest sizes too.
   c.model.dtype, c.model.remat, c.model.attention = "bfloat16", "full", "dense"
-  c.model.logit_chunk, c.model.logit_words = 1024, 0
+  c.model.logit_chunk, c.model.vocab_tile = 1024, 0
   c.precompute_reference = False
   c.microbatches = 1
   run = settings.build(config.TrainSettings, c.to_dict())

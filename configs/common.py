@@ -106,7 +106,7 @@ def training() -> config_dict.ConfigDict:
   # Whether everybody sees a repository that is made.
   c.push_public = False
   # Of the pushed weights, such as "apache-2.0"; "" states none.
-  c.push_licence = ""
+  c.push_license = ""
   # Push the checkpoints too. Those of a run that trains all weights take as
   # much disk as the model until they are pushed; two may wait.
   c.push_checkpoints = True
@@ -197,7 +197,7 @@ def model() -> config_dict.ConfigDict:
   # another; 0 is all, as it must be where mesh.tensor splits the vocabulary. On
   # a CPU about 1,000, with logit_chunk at thousands, is quick and lean: the
   # unembedding is read once for all tokens.
-  c.logit_words = 0
+  c.vocab_tile = 0
   return c
 
 
@@ -227,16 +227,16 @@ def data() -> config_dict.ConfigDict:
   # Whether held-out prompts may also be trained on; HH has a few.
   c.allow_leakage = True
   # How texts become ids, and what is cut. "paper": the official DPO code;
-  # "trl": TRL's DPOTrainer; "seed": the dpo-replication system. See
+  # "trl": TRL's DPOTrainer; "dpo-replication": the dpo-replication system. See
   # dpo_jax/data/tokenization.py.
-  c.profile = "paper"
+  c.tokenization = "paper"
   # Tokens of a prompt with its response, EOS included.
   c.max_length = 512
   # Tokens that a prompt keeps, its last ones: under "paper" where prompt and
   # response are too long, under "seed" always; "trl" cuts both as one: 0.
   c.max_prompt_length = 256
   # Where token ids are kept from run to run, by fingerprints of texts,
-  # tokenizer and profile; "" keeps none.
+  # tokenizer and tokenization rules; "" keeps none.
   c.token_cache = "~/.cache/dpo_jax/tokens"
   # SFT only. "chosen", or "both": each answer of a pair is an example, which
   # is plain language modelling on the mixed text.
@@ -296,7 +296,7 @@ def guards() -> config_dict.ConfigDict:
   """What is done about an update that would do harm; none is ever made."""
   c = config_dict.ConfigDict()
   # Where the loss or the gradient's norm is not finite: "stop" the run, or
-  # "skip" the update and go on. The items are written to incidents.jsonl.
+  # "skip" the update and go on. The items are written to skipped_updates.jsonl.
   c.not_finite = "stop"
   # Stop after more skipped updates than these, over the whole run.
   c.max_skipped = 10

@@ -55,7 +55,7 @@ def for_cpu(c) -> None:
   c.model.remat = "save_projections"
   # All tokens of a batch by a 48th of Pythia's words, so that no tile is less.
   c.model.logit_chunk = 4096
-  c.model.logit_words = 1048
+  c.model.vocab_tile = 1048
   c.microbatches = 1
   # Each is compiled in seconds here.
   c.data.shapes = 6

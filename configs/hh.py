@@ -76,7 +76,7 @@ def random_model(size: str) -> config_dict.ConfigDict:
 
 
 def answers(lora: bool) -> config_dict.ConfigDict:
-  c = sample.get_config("seed" if lora else "paper")
+  c = sample.get_config("dpo-replication" if lora else "paper")
   c.tokenizer = "{tokenizer}"
   c.data.source.train_path = c.data.source.eval_path = "{data}"
   c.policies = config_dict.ConfigDict()

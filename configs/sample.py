@@ -2,11 +2,13 @@
 
 Commands:
   python sample.py --config=configs/sample.py:paper --workdir=runs/paper
-  python sample.py --config=configs/sample.py:seed --workdir=runs/seed \\
+  python sample.py --config=configs/sample.py:dpo-replication \\
+    --workdir=runs/dpo-replication \\
     --config.policies.dpo.adapter=runs/dpo/adapters/step-000300
 
 Variants: `paper` draws at plain temperature and answers the single-turn test
-prompts of all four subsets, as in Figure 3 of Rafailov et al., 2023; `seed` is
+prompts of all four subsets, as in Figure 3 of Rafailov et al., 2023;
+`dpo-replication` is
 the recipe of the dpo-replication system: top_p 0.9, top_k 50, 256 new tokens,
 the first 150 rows of harmless-base.
 
@@ -49,7 +51,7 @@ def get_config(variant: str = "paper"):
   if variant == "paper":
     c.policies.dpo = policy("dpo", "runs/dpo/export", FINAL)
     c.data.filters.single_turn = True
-  elif variant == "seed":
+  elif variant == "dpo-replication":
     c.policies.dpo = policy("dpo", sft, FINAL)
     c.policies.dpo.adapter = "runs/dpo/adapters/step-000300"
     c.top_k, c.top_p, c.max_new_tokens = 50, 0.9, 256
@@ -58,7 +60,7 @@ def get_config(variant: str = "paper"):
     c.data.limit = 150
   else:
     raise ValueError(
-      f"variant {variant!r} must be 'paper', 'seed' or 'best-of-n'"
+      f"variant {variant!r} must be 'paper', 'dpo-replication' or 'best-of-n'"
     )
   return c
 

@@ -52,7 +52,7 @@ def lora_recipe(c) -> None:
   c.optimizer.b2 = 0.999
   c.optimizer.clip_norm = 1.0
   c.data.sources.hh.subsets = ("harmless-base",)
-  c.data.profile = "seed"
+  c.data.tokenization = "dpo-replication"
   c.data.max_prompt_length = 358
   c.export_adapters = True
   c.checkpoint_every = 100

@@ -104,7 +104,7 @@ class ReplicateSettings:
   pretrain: config_lib.TrainSettings | None
   sft: config_lib.TrainSettings
   dpo: config_lib.TrainSettings
-  sample: jobs.AnswerSettings
+  sample: jobs.SamplingSettings
   judge: runner.JudgeSettings
   report: report.ReportSettings
 

@@ -101,7 +101,7 @@ tokenizer = tokenizer_lib.train(
   (row["chosen"] for row in world.pretrain), 512, folder / "tokenizer"
 )
 table = tokenization.tokenize(
-  tokenizer, [pair], profile="paper", max_length=128, max_prompt_length=96
+  tokenizer, [pair], rules="paper", max_length=128, max_prompt_length=96
 ).table
 how = packing.Packing(
   "shared",
@@ -116,13 +116,13 @@ batch = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)  # the one micro-batch
 print(counts)
 
 # %%
-segments = attention.Segments(batch.pieces[:1], batch.parts[:1])
+segments = attention.Segments(batch.segment_ids[:1], batch.part_ids[:1])
 words = [
   tokenizer.backend.decode([token]) for token in np.asarray(batch.tokens[0])
 ]
 Image(
   figures.packing_mask(
-    segments.mask()[0], batch.parts[0], words, folder / "mask.png"
+    segments.mask()[0], batch.part_ids[0], words, folder / "mask.png"
   ),
   width=620,
 )

@@ -178,7 +178,7 @@ tokenizer = tokenizer_lib.train(
 table = tokenization.tokenize(
   tokenizer,
   [preferences.parse(row) for row in world.train],
-  profile="paper",
+  rules="paper",
   max_length=128,
   max_prompt_length=96,
 ).table
@@ -205,7 +205,7 @@ with jax.set_mesh(mesh):
     small,
     jax.device_put(weights, sharding.shardings(weights, mesh)),
     None,
-    jax.tree.map(lambda x: x[0], sharding.place(packed, mesh, leading=1)),
+    jax.tree.map(lambda x: x[0], sharding.put(packed, mesh, leading=1)),
     16,
   )
 print(f"{counts.tokens} tokens in {counts.slots} places")

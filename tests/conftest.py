@@ -13,7 +13,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-# Tiny shapes cost more to compile than to run: spare LLVM's optimisations, and
+# Tiny shapes cost more to compile than to run: spare LLVM's optimizations, and
 # fusions the way through MLIR, which takes half of all compiling. A flag that
 # is not known ends the process, and a later jaxlib may not know the second.
 os.environ.setdefault("XLA_FLAGS", "")

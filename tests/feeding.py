@@ -29,7 +29,7 @@ def main(config, output, start, processes, index, port):
   parts = {}
   for step, fed in enumerate(made.training(int(start)), int(start)):
     parts[f"{step}/ids"] = np.asarray(fed.counts.ids)
-    for name in ("tokens", "source", "target", "owner", "seats"):
+    for name in ("tokens", "source", "target", "sequence_ids", "dropout_ids"):
       for shard in getattr(fed.batch, name).addressable_shards:
         rows = shard.index[1]
         parts[f"{step}/{name}/{rows.start or 0}"] = np.asarray(shard.data)

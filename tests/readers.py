@@ -96,13 +96,13 @@ class Files:
     return tokenizer.train(words, 300, self.directory / "trained")
 
   @functools.cached_property
-  def tokenised(self):
+  def tokenized(self):
     return _tokenize(self)
 
   @functools.cached_property
   def entry(self):
     """The cache's entry as it was written: readers leave other ones."""
-    assert len(self.tokenised.table) == 2
+    assert len(self.tokenized.table) == 2
     (path,) = _cached(self)
     return path.read_bytes()
 
@@ -278,7 +278,7 @@ def _pairs(kind, name="rows.jsonl"):
     filters = {"skip_bad": 10**9}
     found = sourcing.load(path, filtered=filters, **changes)
     for row in found.rows:
-      # What is kept can be tokenised, written and asked about.
+      # What is kept can be tokenized, written and asked about.
       for text in (row.prompt, row.chosen, row.rejected):
         assert text.strip()
         text.encode()
@@ -354,7 +354,7 @@ def _tokens(files, data):
   (path,) = _cached(files)
   path.write_bytes(data)
   kept = _tokenize(files)
-  assert kept.table.fingerprint() == files.tokenised.table.fingerprint()
+  assert kept.table.fingerprint() == files.tokenized.table.fingerprint()
 
 
 def _cached(files):
@@ -370,7 +370,7 @@ def _tokenize(files):
     files.directory / "tokens",
     files.tokenizer,
     rows,
-    profile="paper",
+    tokenization="paper",
     max_length=64,
     max_prompt_length=32,
   )
@@ -603,7 +603,7 @@ READERS = {
   "incidents": Reader(
     "lines",
     lambda f: [_lines(INCIDENT, INCIDENT | {"step": 9})],
-    lambda f, data: guards.read_incidents(f.put("incidents.jsonl", data)),
+    lambda f, data: guards.read_skipped(f.put("skipped_updates.jsonl", data)),
   ),
   "report of responses": Reader(
     "lines",

@@ -37,7 +37,7 @@ class World:
   rows: tuple
 
   def build(self, **changes):
-    return settings.build(jobs_lib.AnswerSettings, self.values | changes)
+    return settings.build(jobs_lib.SamplingSettings, self.values | changes)
 
   def policy(self, name="sft", temperatures=(0.0, 1.0), **changes):
     values = sample_config.policy(
@@ -150,7 +150,7 @@ def dies_in_its_second_append(store, rows):
 jsonl.Store.append_many = dies_in_its_second_append
 values = json.loads(sys.argv[1])
 generate.run(
-  settings.build(jobs.AnswerSettings, values), pathlib.Path(sys.argv[2])
+  settings.build(jobs.SamplingSettings, values), pathlib.Path(sys.argv[2])
 )
 """
 
@@ -388,7 +388,7 @@ def test_best_of_n_is_a_few_lines(world, tmp_path):
   values |= {name: world.values[name] for name in names}
   values |= {"samples_per_prompt": 5, "max_new_tokens": 12}
   values |= {"max_prompt_tokens": 32}
-  built = settings.build(jobs_lib.AnswerSettings, values)
+  built = settings.build(jobs_lib.SamplingSettings, values)
   (path,) = generate_lib.run(built, tmp_path)
   rows = records.read(path, records.Response)
   assert [(row.prompt_id, row.sample_id) for row in rows] == [
@@ -400,7 +400,7 @@ def test_best_of_n_is_a_few_lines(world, tmp_path):
     assert len(set(texts)) == 5
   # Fewer are the first of them: nothing depends on how many there are.
   fewer = settings.build(
-    jobs_lib.AnswerSettings, values | {"samples_per_prompt": 2}
+    jobs_lib.SamplingSettings, values | {"samples_per_prompt": 2}
   )
   (path,) = generate_lib.run(fewer, tmp_path / "fewer")
   assert records.read(path, records.Response) == [
@@ -565,7 +565,7 @@ def test_configs_ask_for_the_papers_experiments(
     (tmp_path / name).mkdir(parents=True)
   monkeypatch.chdir(tmp_path)
   values = sample_config.get_config(variant).to_dict()
-  built = settings.build(jobs_lib.AnswerSettings, values)
+  built = settings.build(jobs_lib.SamplingSettings, values)
   prompts = [jobs_lib.Prompt(row, (2, 3), 0) for row in world.rows[:3]]
   jobs = jobs_lib.jobs(built)
   assert len(jobs) == files

@@ -164,7 +164,7 @@ def test_reference_log_probs_go_with_their_tokens():
   plain = stream(table)
   for number, (batch, _) in enumerate(stream(table, reference=reference)):
     assert plain[number][0].reference is None
-    there = batch.owner >= 0
+    there = batch.sequence_ids >= 0
     assert (batch.reference[~there] == 0).all()
     at = -batch.reference[there].astype(int) - 1
     np.testing.assert_array_equal(table.tokens[at], batch.target[there])
@@ -241,6 +241,6 @@ def test_evaluation_carries_reference_log_probs():
   table = token_table.from_items(tiny.pairs(10))
   kept = -np.arange(1, len(table.tokens) + 1, dtype=np.float32)
   for batch, _ in loader.in_order(table, HOW, batch_size=4, reference=kept):
-    there = batch.owner >= 0
+    there = batch.sequence_ids >= 0
     at = -batch.reference[there].astype(int) - 1
     np.testing.assert_array_equal(table.tokens[at], batch.target[there])

@@ -21,7 +21,7 @@ from dpo_jax.training import step as step_lib
 
 WHOLE = packing.Packing("shared", 64, 1, 1, False, 1)
 # Blocks far shorter than most pieces, and than some parts.
-BLOCKS = dataclasses.replace(WHOLE, row_length=4, runs_on=True)
+BLOCKS = dataclasses.replace(WHOLE, row_length=4, spans_rows=True)
 LORA = dataclasses.replace(
   tiny.CONFIG, lora=gpt_neox.LoraConfig(2, 4.0, 0.0, gpt_neox.TARGETS)
 )
@@ -62,7 +62,7 @@ def test_a_line_has_no_gaps(shards):
   items = token_table.from_items(tiny.pairs(12, 4))
   how = dataclasses.replace(BLOCKS, shards=shards)
   batch, counts = batch_lib.pack(items, how)
-  lines = batch.pieces.reshape(shards, -1)
+  lines = batch.segment_ids.reshape(shards, -1)
   tokens = [np.count_nonzero(line) for line in lines]
   assert sum(tokens) == counts.tokens == items.lengths.sum()
   for line, count in zip(lines, tokens):
@@ -78,7 +78,7 @@ def test_a_line_has_no_gaps(shards):
 
 @functools.partial(jax.jit, static_argnums=0)
 def outcome(config, base, adapters, batch):
-  """Log-probs by owner, and their gradient."""
+  """Log-probs by sequence_ids, and their gradient."""
 
   def sums(adapters):
     found, _ = step_lib.sequence_logps(config, base, adapters, batch, 12)
@@ -143,7 +143,7 @@ def test_bfloat16_is_multiplied_as_such():
   items = token_table.from_items(tiny.pairs(6, 4))
   batch, _ = batch_lib.pack(items, BLOCKS)
   micro = jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
-  visible = blockwise.mask(micro.pieces, micro.parts, micro.seen)
+  visible = blockwise.mask(micro.segment_ids, micro.parts, micro.seen)
   rows, size = micro.tokens.shape
   keys = jax.random.split(jax.random.key(3), 3)
   shapes = ((rows, size, 2, 8), (rows, 2, size, 8), (rows, 2, size, 8))
@@ -262,5 +262,5 @@ def test_rows_of_the_other_kind_are_refused():
   items = tiny.pairs(6)
   with pytest.raises(ValueError, match=r"attention='dense'.*'blocks' takes"):
     run("dense", BLOCKS, items)
-  with pytest.raises(ValueError, match=r"attention='blocks'.*seen=None"):
+  with pytest.raises(ValueError, match=r"attention='blocks'.*block_pairs=None"):
     run("blocks", WHOLE, items)

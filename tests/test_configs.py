@@ -29,7 +29,7 @@ CONFIGS = {
   "dpo": (config_lib.TrainSettings, RECIPES),
   "hh": (replicate.ReplicateSettings, (*RECIPES, "smoke")),
   "judge": (runner.JudgeSettings, ("oracle", "length", "openai", "local")),
-  "sample": (jobs.AnswerSettings, ("paper", "seed", "best-of-n")),
+  "sample": (jobs.SamplingSettings, ("paper", "seed", "best-of-n")),
   "sft": (config_lib.TrainSettings, RECIPES),
 }
 # Files that others are made from.
@@ -178,9 +178,9 @@ def test_the_common_fields_are_the_settings():
 
 def test_tiles_of_a_vocabulary_that_a_mesh_splits_are_refused():
   c = get("dpo", "pythia-14m-lora")
-  assert c.model.logit_words
+  assert c.model.vocab_tile
   c.mesh.tensor = 2
-  with pytest.raises(ValueError, match=r"logit_words=1048 with mesh\.tensor=2"):
+  with pytest.raises(ValueError, match=r"vocab_tile=1048 with mesh\.tensor=2"):
     settings.build(config_lib.TrainSettings, c.to_dict())
 
 

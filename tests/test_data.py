@@ -55,7 +55,7 @@ def settings(tmp_path):
     allow_leakage=False,
     max_length=48,
     max_prompt_length=32,
-    profile="paper",
+    tokenization="paper",
     token_cache="",
     responses="chosen",
     loss_on_prompt=False,
@@ -212,7 +212,7 @@ def test_settings_of_the_other_objective_are_refused(words, settings):
   [
     ({"max_prompt_length": 48}, "max_prompt_length=48"),
     ({"max_prompt_length": 0}, "max_prompt_length=0"),
-    ({"profile": "trl"}, "max_prompt_length=32 has no meaning"),
+    ({"tokenization": "trl"}, "max_prompt_length=32 has no meaning"),
     ({"use": ()}, r"data.use=\(\) must name one or more .*\['files'\]"),
     ({"use": ("hh",)}, r"data.use=\('hh',\) must name"),
     ({"use": ("files", "files")}, "each once"),
@@ -263,11 +263,13 @@ def test_a_leak_between_sources_is_a_leak(words, settings, tmp_path):
     dataset.prepare(both, "dpo", words)
 
 
-@pytest.mark.parametrize("profile", ["paper", "trl", "seed"])
-def test_a_kept_table_is_the_same_table(words, settings, tmp_path, profile):
+@pytest.mark.parametrize("tokenization", ["paper", "trl", "dpo-replication"])
+def test_a_kept_table_is_the_same_table(
+  words, settings, tmp_path, tokenization
+):
   lengths = {
-    "profile": profile,
-    "max_prompt_length": 0 if profile == "trl" else 32,
+    "tokenization": tokenization,
+    "max_prompt_length": 0 if tokenization == "trl" else 32,
   }
   fresh = dataset.prepare(settings(**lengths), "dpo", words)
   kept = [
@@ -282,7 +284,9 @@ def test_a_kept_table_is_the_same_table(words, settings, tmp_path, profile):
     assert list(prepared.train.table) == list(fresh.train.table)
   # As in the seed, responses are stripped: a real difference.
   first = words.decode(fresh.train.table[0].chosen)
-  assert first.startswith("yes" if profile == "seed" else " yes")
+  assert first.startswith(
+    "yes" if tokenization == "dpo-replication" else " yes"
+  )
 
 
 def test_real_rows_fit_their_rows(shared):
@@ -297,7 +301,7 @@ def test_real_rows_fit_their_rows(shared):
     max_train=0,
     max_eval=0,
     allow_leakage=False,
-    profile="paper",
+    tokenization="paper",
     max_length=512,
     max_prompt_length=256,
     token_cache="",
@@ -321,7 +325,7 @@ def test_real_rows_fit_their_rows(shared):
     for pair in prepared.train.table
   )
   assert 1551 - cut <= whole <= 1551
-  assert packing.longest_piece(prepared.train.table, "shared") <= 1024
+  assert packing.longest_segment(prepared.train.table, "shared") <= 1024
 
 
 def test_a_post_keeps_its_start_and_a_dialogue_its_end(

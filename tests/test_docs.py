@@ -32,7 +32,7 @@ NAMES = [path.relative_to(ROOT).as_posix() for path in PAGES]
 # What each program makes of its config.
 SETTINGS = {
   "train.py": config_lib.TrainSettings,
-  "sample.py": jobs.AnswerSettings,
+  "sample.py": jobs.SamplingSettings,
   "judge.py": runner.JudgeSettings,
   "dpo_jax.replicate": replicate.ReplicateSettings,
   "dpo_jax plan": config_lib.TrainSettings,
@@ -226,7 +226,9 @@ def test_configs_in_python_blocks_build(page, monkeypatch):
     exec(compile(body, str(page), "exec"), names)
     config = names["get_config"]().to_dict()
     kind = (
-      jobs.AnswerSettings if "policies" in config else config_lib.TrainSettings
+      jobs.SamplingSettings
+      if "policies" in config
+      else config_lib.TrainSettings
     )
     settings.build(kind, config)
 

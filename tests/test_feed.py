@@ -85,7 +85,7 @@ def test_any_number_of_hosts_sees_one_stream(values, tmp_path):
   for step, fed in enumerate(made.training(0)):
     for held in (*two, one) if step >= 11 else two:
       assert tuple(held[f"{step}/ids"]) == fed.counts.ids
-    for name in ("tokens", "source", "target", "owner", "seats"):
+    for name in ("tokens", "source", "target", "sequence_ids", "dropout_ids"):
       whole = np.asarray(getattr(fed.batch, name))
       prefix = f"{step}/{name}/"
       for parts in (two, [one]) if step >= 11 else (two,):
@@ -121,8 +121,10 @@ def test_a_run_meets_only_the_shapes_that_were_planned(values):
   met, widths = set(), set()
   for fed in made.training(0):
     met.add(fed.batch.tokens.shape)
-    widths.add(fed.batch.owner.shape)
-    assert fed.counts.tokens == int((np.asarray(fed.batch.pieces) > 0).sum())
+    widths.add(fed.batch.sequence_ids.shape)
+    assert fed.counts.tokens == int(
+      (np.asarray(fed.batch.segment_ids) > 0).sum()
+    )
     assert fed.waited_s >= 0
   assert met == planned
   assert len(planned) <= 4
@@ -130,7 +132,9 @@ def test_a_run_meets_only_the_shapes_that_were_planned(values):
   assert len(list(made.training(3))) == made.steps - 3
   evaluated = list(made.evaluation())
   assert len({batch.tokens.shape for batch in evaluated}) == 1
-  owners = np.concatenate([np.unique(np.asarray(b.owner)) for b in evaluated])
+  owners = np.concatenate(
+    [np.unique(np.asarray(b.sequence_ids)) for b in evaluated]
+  )
   # Twenty pairs, of which the last batch has four; -1 in each.
   assert (owners >= 0).sum() == 2 * len(made.items.held_out.table)
 

@@ -61,7 +61,7 @@ def arrays(seed, rows=ROWS, heads=HEADS, length=LENGTH, dim=DIM):
 def pulled(name, segments, q, k, v, gradient):
   """Attention and its gradients; `gradient` counts where there is a token."""
   out, pull = jax.vjp(attention.bind(name, segments), q, k, v)
-  real = (segments.pieces > 0)[:, :, None, None]
+  real = (segments.segment_ids > 0)[:, :, None, None]
   return out, *pull(jnp.where(real, gradient, 0))
 
 
@@ -69,7 +69,7 @@ def assert_equal(segments, values, atol=1e-5):
   found = pulled("flash_interpreted", segments, *values)
   wanted = pulled("dense", segments, *values)
   # Dense attention gives padding the mean of all values.
-  real = np.asarray(segments.pieces > 0)[:, :, None, None]
+  real = np.asarray(segments.segment_ids > 0)[:, :, None, None]
   wanted = wanted[0] * real, *wanted[1:]
   for name, a, b in zip(("out", "dq", "dk", "dv"), found, wanted, strict=True):
     # Float32 sums in another order.
@@ -95,7 +95,7 @@ _rows = st.lists(st.lists(_piece, max_size=6), min_size=ROWS, max_size=ROWS)
 def test_values_and_gradients_are_those_of_dense(rows, seed):
   segments = segments_of(rows)
   found = assert_equal(segments, arrays(seed))
-  if np.any(segments.pieces):
+  if np.any(segments.segment_ids):
     assert all(float(jnp.abs(x).max()) > 0 for x in found[::3])
 
 
@@ -104,7 +104,7 @@ def test_values_and_gradients_are_those_of_dense(rows, seed):
 def test_todo_lists_just_the_blocks_that_see_something(rows):
   segments = segments_of(rows)
   mask = np.asarray(segments.mask())
-  plan = flash.plan(segments.pieces, segments.parts, mask, "interpret")
+  plan = flash.plan(segments.segment_ids, segments.part_ids, mask, "interpret")
   count = -(-LENGTH // SIZE)
   for listed, turned in (
     (plan.keys[SIZE], mask),
@@ -139,16 +139,17 @@ def test_real_packed_rows(shared):
   words = tokenizer.load(shared / "tokenizer" / "pythia")
   rows = sourcing.harmless(shared, limit=12)
   table = tokenization.tokenize(
-    words, rows, profile="paper", max_length=40, max_prompt_length=20
+    words, rows, rules="paper", max_length=40, max_prompt_length=20
   ).table
   how = packing.Packing("shared", LENGTH, 1, 1, False, 1)
   batch, _ = batch_lib.pack(table, how)
-  assert batch.pieces.max() > 1
-  assert batch.pieces.min() == 0
-  for at in range(0, batch.pieces.shape[1] - 1, ROWS):
+  assert batch.segment_ids.max() > 1
+  assert batch.segment_ids.min() == 0
+  for at in range(0, batch.segment_ids.shape[1] - 1, ROWS):
     here = slice(at, at + ROWS)
     segments = attention.Segments(
-      jnp.asarray(batch.pieces[0, here]), jnp.asarray(batch.parts[0, here])
+      jnp.asarray(batch.segment_ids[0, here]),
+      jnp.asarray(batch.part_ids[0, here]),
     )
     assert_equal(segments, arrays(at))
 
@@ -188,7 +189,7 @@ def trained(name, sizes=None, count=4):
   for number in range(count):
     batch, _ = batch_lib.pack(tiny.pairs(4, number), how)
     if sizes is not None:
-      batch = sharding_lib.place(batch, mesh, leading=1)
+      batch = sharding_lib.put(batch, mesh, leading=1)
     state, metrics = step(state, None, batch)
     seen.append((float(metrics["loss"]), float(metrics["grad_norm"])))
   return np.array(seen), jax.device_get(state.params["lora"])

@@ -82,7 +82,7 @@ def real(shared):
   words = tokenizer.load(shared / "tokenizer" / "pythia")
   rows = sourcing.harmless(shared, limit=STEPS * BATCH)
   found = tokenization.tokenize(
-    words, rows, profile="paper", max_length=48, max_prompt_length=24
+    words, rows, rules="paper", max_length=48, max_prompt_length=24
   )
   assert len(found.table) == STEPS * BATCH
   return words, list(found.table)

@@ -102,8 +102,8 @@ def train_rows(workdir):
 
 
 def test_a_run_skips_what_is_not_finite(whole, files):
-  path = whole / guards.INCIDENTS
-  found = {row["step"]: row for row in guards.read_incidents(path)}
+  path = whole / guards.SKIPPED
+  found = {row["step"]: row for row in guards.read_skipped(path)}
   assert list(found) == [6, 12]
   made = 0
   for row in train_rows(whole):
@@ -135,7 +135,7 @@ def test_what_the_guard_knows_survives_a_stop(
   # One skipped update more than allowed: nothing of it is saved.
   with pytest.raises(checks.TrainingError, match=r"step 6: .*; 1 were not, mo"):
     train.run(config(**{"guards.max_skipped": 0}), workdir)
-  (first,) = guards.read_incidents(workdir / guards.INCIDENTS)
+  (first,) = guards.read_skipped(workdir / guards.SKIPPED)
   assert first["step"] == 6
   more = config(allow_changes=["guards"])
   original = metrics.Writer.write
@@ -152,7 +152,7 @@ def test_what_the_guard_knows_survives_a_stop(
   train.run(more, workdir)
   assert running.read(workdir) == running.read(whole)
   assert running.weights(workdir) == running.weights(whole)
-  paths = [directory / guards.INCIDENTS for directory in (workdir, whole)]
+  paths = [directory / guards.SKIPPED for directory in (workdir, whole)]
   assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
@@ -165,7 +165,7 @@ def test_what_is_told_a_step_late_is_the_same(
   train.run(config(), run)
   assert running.read(run) == running.read(whole)
   assert running.weights(run) == running.weights(whole)
-  paths = [directory / guards.INCIDENTS for directory in (run, whole)]
+  paths = [directory / guards.SKIPPED for directory in (run, whole)]
   assert paths[0].read_bytes() == paths[1].read_bytes()
   with pytest.raises(checks.TrainingError, match="step 6: loss is nan"):
     train.run(config(**{"guards.not_finite": "stop"}), stopped)
@@ -175,20 +175,20 @@ def test_what_is_told_a_step_late_is_the_same(
 
 def test_incidents_are_read_again_or_refused(tmp_path):
   row = {"step": 3, "cause": "loss is nan", "loss": math.nan, "items": ["a"]}
-  guards.IncidentWriter(tmp_path, 0)
+  guards.SkippedUpdateLog(tmp_path, 0)
   assert not list(tmp_path.iterdir())
-  writer = guards.IncidentWriter(tmp_path, 0)
+  writer = guards.SkippedUpdateLog(tmp_path, 0)
   for step in (3, 5):
     writer.write(row | {"step": step})
-  path = tmp_path / guards.INCIDENTS
+  path = tmp_path / guards.SKIPPED
   # A line that a kill cut short.
   with path.open("a") as file:
     file.write('{"step": 6, "ca')
-  assert [row["step"] for row in guards.read_incidents(path)] == [3, 5]
-  guards.IncidentWriter(tmp_path, 4)
+  assert [row["step"] for row in guards.read_skipped(path)] == [3, 5]
+  guards.SkippedUpdateLog(tmp_path, 4)
   assert path.read_text() == (
     '{"step": 3, "cause": "loss is nan", "loss": "nan", "items": ["a"]}\n'
   )
   path.write_text(json.dumps({"step": "3"}) + "\n")
   with pytest.raises(ValueError, match=r"jsonl:1 is not an incident with step"):
-    guards.IncidentWriter(tmp_path, 4)
+    guards.SkippedUpdateLog(tmp_path, 4)

@@ -97,7 +97,7 @@ def push(server, workdir, *flags):
 
 
 def settings(**changes):
-  values = {"repo": REPO, "public": False, "licence": "", "dry_run": False}
+  values = {"repo": REPO, "public": False, "license": "", "dry_run": False}
   values["checkpoints"] = True
   return push_lib.PushSettings(**values | changes)
 
@@ -150,7 +150,7 @@ assert not any(path.is_dir() for path in remote.fetch(repo).iterdir())
 
 def test_models_and_adapters_are_pushed_and_load_by_revision(run, whole):
   with push_server.serve() as server:
-    done = push(server, run, "--licence=mit")
+    done = push(server, run, "--license=mit")
     assert done.returncode == 0, done.stderr
     assert server.private == {REPO}
     assert server.commits == [(REPO, branch) for branch in [*STEPS, "main"]]
@@ -181,7 +181,7 @@ def test_models_and_adapters_are_pushed_and_load_by_revision(run, whole):
       == (branches[STEPS[-1]]["adapter_model.safetensors"])
     )
     # Again: nothing is sent. Another card: the cards alone change.
-    assert push(server, run, "--licence=mit").returncode == 0
+    assert push(server, run, "--license=mit").returncode == 0
     assert len(server.commits) == 5
     sent = len(server.objects)
     main["of/an/older.run"] = b""
@@ -408,7 +408,7 @@ def test_no_directory_of_the_machine_is_named(run, path, known, repo, revision):
 
 
 def test_the_card_says_what_the_files_say(run, whole):
-  card, files = pushed(run, "main", licence="mit")
+  card, files = pushed(run, "main", license="mit")
   assert model_card.FIGURE not in files
   front = card.split("---")[1]
   assert "license: mit\n" in front
@@ -492,7 +492,7 @@ def test_names_that_are_no_ids_are_refused(name):
     ({"repo": "name"}, "push_to_hub='name' must be user/name"),
     ({"repo": "../x"}, "push_to_hub"),
     ({"repo": "user/name@main"}, "push_to_hub"),
-    ({"licence": "my licence"}, "push_licence"),
+    ({"license": "my license"}, "push_license"),
   ],
 )
 def test_wrong_push_settings_are_refused(changes, words):

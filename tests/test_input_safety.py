@@ -23,7 +23,7 @@ from dpo_jax.data import tokenizer
 from dpo_jax.io import jsonl, metrics, records, safetensors, strict_json
 from dpo_jax.judging import verdicts
 from dpo_jax.model import gpt_neox, hf
-from dpo_jax.report import seed_files, verify
+from dpo_jax.report import dpo_replication, verify
 from dpo_jax.training import reference
 
 NUMERICS = {
@@ -99,7 +99,7 @@ def load_adapter(files):
     ("model/tokenizer_config.json", lambda f: tokenizer.load(f / "model")),
     ("adapter/adapter_model.safetensors", load_adapter),
     ("adapter/adapter_config.json", load_adapter),
-    ("eval_x.json", lambda f: seed_files.read(f / "eval_x.json")),
+    ("eval_x.json", lambda f: dpo_replication.read(f / "eval_x.json")),
     ("rows.jsonl", lambda f: sourcing.load(f / "rows.jsonl")),
     ("rows.jsonl.gz", lambda f: sourcing.load(f / "rows.jsonl.gz")),
     ("dpo.jsonl", lambda f: records.read(f / "dpo.jsonl", records.Response)),
@@ -186,7 +186,7 @@ def test_real_rows_stay_far_below_the_bounds(shared):
     (
       "eval_x.json",
       33,
-      lambda f: seed_files.read(f / "eval_x.json"),
+      lambda f: dpo_replication.read(f / "eval_x.json"),
       r"eval_x\.json: longer than 32 MiB",
     ),
   ],

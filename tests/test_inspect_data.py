@@ -73,7 +73,8 @@ def test_rows_are_counted_by_reason(real):
   ) == ["1", "1"]
   assert row_of(real, "kept") == ["1551", "255"]
   assert real.startswith(
-    "dpo on hh, profile 'paper': 24 steps of 64 in an epoch, 15 items left out"
+    "dpo on hh, tokenization 'paper': 24 steps of 64 in an epoch, 15 items"
+    " left out"
   )
 
 

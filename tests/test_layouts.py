@@ -45,7 +45,7 @@ def real(shared):
   words = tokenizer.load(shared / "tokenizer" / "pythia")
   rows = sourcing.harmless(shared, limit=40)
   table = tokenization.tokenize(
-    words, rows, profile="paper", max_length=96, max_prompt_length=40
+    words, rows, rules="paper", max_length=96, max_prompt_length=40
   ).table
   return table.take(np.arange(PAIRS) * 7)
 
@@ -57,7 +57,7 @@ def pack(items, layout):
   )
   batch, _ = batch_lib.pack(items, how)
   assert batch.tokens.shape == (1, 2 * PAIRS, LENGTH)
-  assert batch.owner.shape == (1, 1, 512)
+  assert batch.sequence_ids.shape == (1, 1, 512)
   return jax.tree.map(lambda x: x[0], batch)
 
 
@@ -67,12 +67,16 @@ def numbers(config, kind, base, adapters, batch):
 
   def total(adapters):
     policy = step.token_logps(config, base, adapters, batch)
-    sums, lengths = logprobs.sequence_sums(policy, batch.owner, 2 * PAIRS)
+    sums, lengths = logprobs.sequence_sums(
+      policy, batch.sequence_ids, 2 * PAIRS
+    )
     if kind == "sft":
       # Of the chosen responses alone.
       return -jnp.sum(sums[::2]) / jnp.sum(lengths[::2]), (sums, sums)
     other = step.token_logps(config, base, None, batch)
-    ratios, _ = logprobs.sequence_sums(policy - other, batch.owner, 2 * PAIRS)
+    ratios, _ = logprobs.sequence_sums(
+      policy - other, batch.sequence_ids, 2 * PAIRS
+    )
     margins = ratios[::2] - ratios[1::2]
     each = losses.dpo_loss(margins, jnp.zeros_like(margins), beta=0.5)
     return jnp.mean(each), (sums, each)
@@ -135,8 +139,10 @@ def test_neighbours_change_no_token(trained, pairs):
   mixed = token_table.from_items([pairs[0], *other[1:]])
   batches = [pack(items, "shared") for items in (pairs, mixed)]
   # Its row has others in it.
-  (row,) = set((batches[0].source // LENGTH)[batches[0].owner == 0].tolist())
-  assert len(set(batches[0].pieces[row].tolist()) - {0}) > 1
+  (row,) = set(
+    (batches[0].source // LENGTH)[batches[0].sequence_ids == 0].tolist()
+  )
+  assert len(set(batches[0].segment_ids[row].tolist()) - {0}) > 1
   (before, _), (after, _) = (
     numbers(config, "dpo", *weights, batch)[0] for batch in batches
   )

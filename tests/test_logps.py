@@ -272,7 +272,7 @@ def test_large_logits_stay_finite(words):
 def test_sums_by_owner():
   # Two rows; sequence 1 is spread over both, 2 owns nothing.
   values = jnp.array([[-1.0, -2.0, -4.0, -8.0], [-16.0, -32.0, -64.0, -128.0]])
-  owner = jnp.array([[0, 0, 1, -1], [3, -1, 1, 3]])
-  sums, lengths = logprobs.sequence_sums(values, owner, 4)
+  sequence_ids = jnp.array([[0, 0, 1, -1], [3, -1, 1, 3]])
+  sums, lengths = logprobs.sequence_sums(values, sequence_ids, 4)
   assert sums.tolist() == [-3.0, -68.0, 0.0, -144.0]
   assert lengths.tolist() == [2.0, 2.0, 0.0, 2.0]

@@ -62,7 +62,7 @@ def walk(batch, m, r, at):
   """The sequence that ends at a token, by walking back through what it sees."""
   mask = np.asarray(
     attention.Segments(
-      batch.pieces[m, r : r + 1], batch.parts[m, r : r + 1]
+      batch.segment_ids[m, r : r + 1], batch.part_ids[m, r : r + 1]
     ).mask()
   )[0]
   seen = np.flatnonzero(mask[at])
@@ -73,23 +73,23 @@ def assert_definition(batch, items, microbatches, loss_on_prompt=False):
   """Every predicted token sees just its own sequence, at its own positions."""
   share = len(items) // microbatches
   rows, length = batch.tokens.shape[1:]
-  shards, width = batch.owner.shape[1:]
+  shards, width = batch.sequence_ids.shape[1:]
   for m in range(microbatches):
     sequences = list(sequences_of(items[m * share : (m + 1) * share]))
     predicted = [[] for _ in sequences]
     for s, c in np.ndindex(shards, width):
-      owner = batch.owner[m, s, c]
-      if owner < 0:
+      sequence_ids = batch.sequence_ids[m, s, c]
+      if sequence_ids < 0:
         continue
       row, at = divmod(batch.source[m, s, c], length)
       assert row < rows // shards
       tokens, positions = walk(batch, m, s * (rows // shards) + row, at)
-      prompt, response = sequences[owner]
+      prompt, response = sequences[sequence_ids]
       whole = prompt + response
       assert tokens == whole[: len(tokens)]
       assert positions == tuple(range(len(tokens)))
       assert batch.target[m, s, c] == whole[len(tokens)]
-      predicted[owner].append(len(tokens))
+      predicted[sequence_ids].append(len(tokens))
     for (prompt, response), at in zip(sequences, predicted, strict=True):
       first = 1 if loss_on_prompt else len(prompt)
       assert sorted(at) == list(range(first, len(prompt) + len(response)))
@@ -132,24 +132,27 @@ def test_examples_by_definition(layout, loss_on_prompt):
 def test_a_row_by_hand():
   pair = token_table.Pair("i", (5, 6), (7, 8, 0), (9, 0))
   batch, counts = batch_lib.pack([pair], how(row_length=8))
-  assert batch.owner.shape == (1, 1, 128)
+  assert batch.sequence_ids.shape == (1, 1, 128)
   # Completions come in multiples of 128: here six are looked at.
   batch = dataclasses.replace(
     batch,
-    **{k: getattr(batch, k)[..., :6] for k in ("source", "target", "owner")},
+    **{
+      k: getattr(batch, k)[..., :6]
+      for k in ("source", "target", "sequence_ids")
+    },
   )
   assert batch.tokens.tolist() == [[[5, 6, 7, 8, 0, 9, 0, PAD]]]
   assert batch.positions.tolist() == [[[0, 1, 2, 3, 4, 2, 3, 0]]]
-  assert batch.pieces.tolist() == [[[1, 1, 1, 1, 1, 1, 1, 0]]]
-  assert batch.parts.tolist() == [[[0, 0, 1, 1, 1, 2, 2, 0]]]
-  assert batch.seats.tolist() == [[[1, 2, 3, 4, 5, 6, 7, 0]]]
+  assert batch.segment_ids.tolist() == [[[1, 1, 1, 1, 1, 1, 1, 0]]]
+  assert batch.part_ids.tolist() == [[[0, 0, 1, 1, 1, 2, 2, 0]]]
+  assert batch.dropout_ids.tolist() == [[[1, 2, 3, 4, 5, 6, 7, 0]]]
   assert batch.reference is None
   assert counts == batch_lib.Counts(("i",), 7, 5, 8, 22)
   # The prompt's last token predicts the first one of both responses.
   assert batch.source.tolist() == [[[1, 2, 3, 1, 5, 0]]]
   assert batch.target.tolist() == [[[7, 8, 0, 9, 0, 0]]]
-  assert batch.owner.tolist() == [[[0, 0, 0, 1, 1, -1]]]
-  mask = attention.Segments(batch.pieces[0], batch.parts[0]).mask()[0]
+  assert batch.sequence_ids.tolist() == [[[0, 0, 0, 1, 1, -1]]]
+  mask = attention.Segments(batch.segment_ids[0], batch.part_ids[0]).mask()[0]
   assert np.asarray(mask).astype(int).tolist() == [
     [1, 0, 0, 0, 0, 0, 0, 0],
     [1, 1, 0, 0, 0, 0, 0, 0],
@@ -199,7 +202,8 @@ def plain_pack(items, layout):
   for m in range(layout.microbatches):
     pieces = []
     for number, item in enumerate(items[m * share : (m + 1) * share]):
-      # (token, position, part, seat, owner or None, index that predicts it)
+      # (token, position, part, seat, sequence_ids or None, index that predicts
+      # it)
       prompt = [
         (
           t,
@@ -217,24 +221,31 @@ def plain_pack(items, layout):
         texts = [(item.response, number)]
       else:
         texts = [(item.chosen, 2 * number), (item.rejected, 2 * number + 1)]
-      for text, owner in texts:
-        responses.append((text, owner, seat))
+      for text, sequence_ids in texts:
+        responses.append((text, sequence_ids, seat))
         seat += len(text)
       if layout.layout == "shared":
         piece = list(prompt)
-        for part, (text, owner, first) in enumerate(responses, 1):
+        for part, (text, sequence_ids, first) in enumerate(responses, 1):
           before = len(piece) - 1
           for i, t in enumerate(text):
             origin = before + i if i else len(prompt) - 1
             at = len(prompt) + i
-            piece.append((t, at, part, first + i, owner, origin))
+            piece.append((t, at, part, first + i, sequence_ids, origin))
         pieces.append(piece)
       else:
-        for text, owner, first in responses:
+        for text, sequence_ids, first in responses:
           pieces.append(
             prompt
             + [
-              (t, len(prompt) + i, 1, first + i, owner, len(prompt) + i - 1)
+              (
+                t,
+                len(prompt) + i,
+                1,
+                first + i,
+                sequence_ids,
+                len(prompt) + i - 1,
+              )
               for i, t in enumerate(text)
             ]
           )
@@ -277,7 +288,7 @@ def test_packing_equals_its_slow_twin(case):
   m, rows, length = batch.tokens.shape
   assert (m, length) == (layout.microbatches, layout.row_length)
   assert rows % layout.shards == 0
-  assert batch.owner.shape[1] == layout.shards
+  assert batch.sequence_ids.shape[1] == layout.shards
   per_shard = rows // layout.shards
   flat = [token for text in flat_texts(items) for token in text]
   for m, shards in enumerate(micros):
@@ -287,42 +298,42 @@ def test_packing_equals_its_slow_twin(case):
         at = 0
         for number, piece in enumerate(row, 1):
           first = at
-          for token, position, part, seat, owner, origin in piece:
+          for token, position, part, seat, sequence_ids, origin in piece:
             here = (m, s * per_shard + r, at)
             seen.add(here[1:])
             assert batch.tokens[here] == token
             assert batch.positions[here] == position
-            assert batch.pieces[here] == number
-            assert batch.parts[here] == part
-            assert batch.seats[here] == seat
+            assert batch.segment_ids[here] == number
+            assert batch.part_ids[here] == part
+            assert batch.dropout_ids[here] == seat
             # Seats number the tokens of all items, one after the other.
             assert flat[seat - 1] == token
-            if owner is not None:
+            if sequence_ids is not None:
               there = (m, s, c)
               assert batch.source[there] == r * length + first + origin
               assert batch.target[there] == token
-              assert batch.owner[there] == owner
+              assert batch.sequence_ids[there] == sequence_ids
               assert batch.reference[there] == reference[seat - 1]
               c += 1
             at += 1
-      assert (batch.owner[m, s, c:] == -1).all()
+      assert (batch.sequence_ids[m, s, c:] == -1).all()
       for r in range(s * per_shard, (s + 1) * per_shard):
         empty = [t for t in range(length) if (r, t) not in seen]
-        assert not batch.pieces[m, r, empty].any()
-        assert not batch.seats[m, r, empty].any()
+        assert not batch.segment_ids[m, r, empty].any()
+        assert not batch.dropout_ids[m, r, empty].any()
         assert (batch.tokens[m, r, empty] == PAD).all()
   assert counts.ids == tuple(item.id for item in items)
-  assert counts.tokens == (batch.pieces > 0).sum()
-  assert counts.completion_tokens == (batch.owner >= 0).sum()
+  assert counts.tokens == (batch.segment_ids > 0).sum()
+  assert counts.completion_tokens == (batch.sequence_ids >= 0).sum()
   assert counts.slots == batch.tokens.size
-  piece, part = batch.pieces, batch.parts
+  piece, part = batch.segment_ids, batch.part_ids
   sees = (piece[..., None, :] == piece[..., None]) & (piece > 0)[..., None]
   sees &= (part[..., None, :] == 0) | (part[..., None, :] == part[..., None])
   assert counts.visible == np.tril(sees).sum()
   # The shape is the first of those given that holds all, if one does.
   needed = max(len(shard) for shards in micros for shard in shards)
-  widest = int((batch.owner >= 0).sum(-1).max())
-  found = packing.Shape(rows, batch.owner.shape[2])
+  widest = int((batch.sequence_ids >= 0).sum(-1).max())
+  found = packing.Shape(rows, batch.sequence_ids.shape[2])
   fits = [
     shape
     for shape in layout.shapes
@@ -359,7 +370,7 @@ def flat_texts(items):
 def test_a_piece_longer_than_a_row_is_refused(layout, length):
   # 4 + 10 + 7 tokens.
   pair = token_table.Pair("long", (2,) * 4, (3,) * 10, (4,) * 7)
-  assert packing.longest_piece([pair], layout) == length
+  assert packing.longest_segment([pair], layout) == length
   batch_lib.pack([pair], how(layout, row_length=length))
   with pytest.raises(ValueError, match=f"long takes {length} tokens.*row_le"):
     batch_lib.pack([pair], how(layout, row_length=length - 1))
@@ -490,9 +501,9 @@ def test_neighbours_in_a_row_change_nothing(weights, layout):
   mixed = [items[0], *other[1:]]
   rows, _ = batch_lib.pack(items, how(layout, **ROWS))
   # The pair under test has company in its row.
-  (at,) = np.unique(rows.source[0, 0][rows.owner[0, 0] == 0] // 40)
+  (at,) = np.unique(rows.source[0, 0][rows.sequence_ids[0, 0] == 0] // 40)
   here = rows.source[0, 0] // 40 == at
-  assert len(set(rows.owner[0, 0][here]) - {-1, 0, 1}) > 0
+  assert len(set(rows.sequence_ids[0, 0][here]) - {-1, 0, 1}) > 0
   (before, _, _), _ = run(weights, items, layout)
   (after, _, _), _ = run(weights, mixed, layout)
   # Not a bit: a masked weight is exactly zero.

@@ -111,14 +111,14 @@ def test_moments_lie_like_their_weights(trainable):
   weights = by_path(sharding.shardings(shapes()[trainable], mesh))
   seen = 0
   for name, leaf in by_path(state).items():
-    owner = next(
+    sequence_ids = next(
       (w for w in weights if name.endswith(f"{trainable}/{w}")), None
     )
-    if owner is None:
+    if sequence_ids is None:
       assert leaf.shape == ()
       assert placed[name].is_fully_replicated
     else:
-      assert placed[name] == weights[owner]
+      assert placed[name] == weights[sequence_ids]
       seen += 1
   assert seen == 2 * len(weights)
 

@@ -59,7 +59,7 @@ def test_the_shapes_are_the_cheapest(needs, count):
 def test_places_for_predicted_tokens_count_beside_rows(shared):
   """Real batches: fewer empty places and pairs for some more rows."""
   table = real_lengths(shared)
-  how = packing.Packing("shared", 64, 1, 1, False, 1, runs_on=True)
+  how = packing.Packing("shared", 64, 1, 1, False, 1, spans_rows=True)
   steps = steps_of(len(table), 16, 96)
   free = [
     packing.shape_of(packing.plans(table.take(step), how), how, growth=1.0)
@@ -73,7 +73,7 @@ def test_places_for_predicted_tokens_count_beside_rows(shared):
     assert holds.any(axis=1).all()
     return shapes[holds.argmax(axis=1)].sum(axis=0) / needs.sum(axis=0) - 1
 
-  settled = batch_shapes.settled(table, how, steps, 4).shapes
+  settled = batch_shapes.choose(table, how, steps, 4).shapes
   found = waste(np.asarray([(s.rows, s.width, s.seen) for s in settled]))
   alone = waste(batch_shapes._shapes(needs, np.array([1.0, 0.0, 0.0]), 4))
   print(found, alone)
@@ -92,13 +92,13 @@ def test_all_steps_fit_in_the_settled_shapes(layout, shards, microbatches):
   )
   steps = steps_of(60, 16, 40)
   for count in (1, 3):
-    settled = batch_shapes.settled(table, how, steps, count)
+    settled = batch_shapes.choose(table, how, steps, count)
     assert 1 <= len(settled.shapes) <= count
     assert dataclasses.replace(settled, shapes=()) == how
     met = set()
     for indices in steps:
       batch, counts = batch_lib.pack(table.take(indices), settled)
-      met.add(packing.Shape(batch.tokens.shape[1], batch.owner.shape[2]))
+      met.add(packing.Shape(batch.tokens.shape[1], batch.sequence_ids.shape[2]))
       assert counts.ids == tuple(table.ids[i] for i in indices)
     assert met == set(settled.shapes)
   # So few rows over 4 shards may always be as many.
@@ -108,7 +108,7 @@ def test_all_steps_fit_in_the_settled_shapes(layout, shards, microbatches):
 
 def test_a_batch_beyond_the_settled_shapes_is_still_whole():
   table = token_table.from_items(tiny.pairs(24, 5, prompt=(10, 20)))
-  settled = batch_shapes.settled(table, SHARED, [np.arange(4)], 1)
+  settled = batch_shapes.choose(table, SHARED, [np.arange(4)], 1)
   batch, counts = batch_lib.pack(table, settled)
   assert batch.tokens.shape[1] > settled.shapes[0].rows
   assert counts.tokens == table.lengths.sum()
@@ -126,11 +126,11 @@ def test_rows_beyond_come_in_few_sizes():
 def test_shapes_that_were_settled_before_are_forgotten():
   table = token_table.from_items(tiny.pairs(24, 5))
   taken = [np.arange(4), np.arange(4, 8)]
-  wanted = batch_shapes.settled(table, SHARED, taken, 2)
+  wanted = batch_shapes.choose(table, SHARED, taken, 2)
   # A layout that was settled for greater batches; feed does just that.
-  greater = batch_shapes.settled(table, SHARED, [np.arange(24)], 1)
+  greater = batch_shapes.choose(table, SHARED, [np.arange(24)], 1)
   assert greater.shapes[0].rows > wanted.shapes[-1].rows
-  assert batch_shapes.settled(table, greater, taken, 2) == wanted
+  assert batch_shapes.choose(table, greater, taken, 2) == wanted
 
 
 def test_a_text_s_first_token_needs_no_room():
@@ -139,7 +139,7 @@ def test_a_text_s_first_token_needs_no_room():
   how = packing.Packing("packed", 129, 1, 1, True, 1)
   batch, counts = batch_lib.pack([item], how)
   assert counts.completion_tokens == 128
-  assert batch.owner.shape == (1, 1, 128)
+  assert batch.sequence_ids.shape == (1, 1, 128)
 
 
 @pytest.mark.parametrize("count", [7, 13])
@@ -163,7 +163,7 @@ def test_real_rows_fill_nine_tenths(shared):
   how = dataclasses.replace(SHARED, row_length=1024)
   schedule = loader.Schedule((len(pairs),), (1.0,), 64, 0, 10)
   steps = [schedule.items(step) for step in range(schedule.steps)]
-  settled = batch_shapes.settled(pairs, how, steps, 4)
+  settled = batch_shapes.choose(pairs, how, steps, 4)
   assert len(settled.shapes) == 4
   tokens = slots = 0
   for indices in steps:
@@ -195,22 +195,24 @@ def test_micro_batches_of_lines_are_dealt_evenly():
     for i, size in enumerate(sizes)
   ]
   table = token_table.from_items(items)
-  how = packing.Packing("packed", 10, 1, 2, True, 1, runs_on=True)
+  how = packing.Packing("packed", 10, 1, 2, True, 1, spans_rows=True)
   # 9, then 8 to the other, 2 to where 8 is, 1 where there is still room.
   assert packing.dealt(table.lengths, how).tolist() == [0, 3, 1, 2]
   one = dataclasses.replace(how, microbatches=1)
-  apart = dataclasses.replace(how, runs_on=False)
+  apart = dataclasses.replace(how, spans_rows=False)
   for other in (one, apart):
     assert packing.dealt(table.lengths, other).tolist() == [0, 1, 2, 3]
   batch, counts = batch_lib.pack(table, how)
-  assert np.count_nonzero(batch.pieces, (1, 2)).tolist() == [10, 10]
+  assert np.count_nonzero(batch.segment_ids, (1, 2)).tolist() == [10, 10]
   assert counts.ids == ("0", "1", "2", "3")
   # Each token keeps its seat, by which dropout is drawn.
   whole, _ = batch_lib.pack(table, one)
 
   def seated(x):
-    return sorted(zip(x.seats[x.pieces > 0], x.tokens[x.pieces > 0]))
+    return sorted(
+      zip(x.dropout_ids[x.segment_ids > 0], x.tokens[x.segment_ids > 0])
+    )
 
   assert seated(batch) == seated(whole)
-  settled = batch_shapes.settled(table, how, [np.arange(4)], 1)
+  settled = batch_shapes.choose(table, how, [np.arange(4)], 1)
   assert settled.shapes[0].rows == 1

@@ -210,7 +210,7 @@ def test_the_widest_batches_are_those_of_real_lengths(
   how = packing.Packing(layout, 1024, shards, microbatches, False, 1)
   order = loader.Schedule((1551,), (1.0,), items, 0, 1)
   steps = map(order.items, range(order.steps))
-  *_, largest = batch_shapes.settled(table, how, steps, 4).shapes
+  *_, largest = batch_shapes.choose(table, how, steps, 4).shapes
   run = config(**{"data.row_length": 1024, "data.layout": layout})
   part = items // microbatches
   found = mean_batch.widest_rows(run, part, shards)
@@ -282,11 +282,11 @@ def test_the_bound_by_hand():
   # Two seconds of products, four of reading, two of gathering; of the four the
   # useful products take half a second.
   assert bound.seconds(chip) == (2.0, 4.0, 2.0)
-  assert bound.utilisation(chip) == 0.125
+  assert bound.utilization(chip) == 0.125
   # A float32 product takes six of bfloat16.
   exact = dataclasses.replace(bound, dtype="float32")
   assert exact.seconds(chip)[0] == pytest.approx(12.0)
-  assert exact.utilisation(chip) == pytest.approx(3 / 12)
+  assert exact.utilization(chip) == pytest.approx(3 / 12)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +365,7 @@ def sampling_config(**changes):
   c.length_multiple, c.prefill_tokens, c.span = 16, 64, 0
   c.batch_size = 8
   c.update_from_flattened_dict(changes)
-  return settings.build(jobs.AnswerSettings, c.to_dict())
+  return settings.build(jobs.SamplingSettings, c.to_dict())
 
 
 class Watched:
@@ -678,7 +678,7 @@ def test_the_real_sampler_is_planned(name, monkeypatch, request):
   mesh = sharding.make_mesh(-1, 1, 1, devices=devices)
   c = sample.get_config("paper")
   c.batch_size = 8 * mesh.size
-  how = settings.build(jobs.AnswerSettings, c.to_dict())
+  how = settings.build(jobs.SamplingSettings, c.to_dict())
   shape = compile_training.shape_named("2.8b")
   hbm = hardware.chip("TPU v5e").hbm_bytes
   found = compile_sampling.compile_answers(how, shape, mesh, hbm)

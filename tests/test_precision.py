@@ -45,7 +45,7 @@ def batch(layout, row_length):
     microbatches=1,
     loss_on_prompt=False,
     pad_id=1,
-    runs_on=row_length == 8,
+    spans_rows=row_length == 8,
   )
   return batch_lib.pack(tiny.pairs(4, 1), how)[0]
 
@@ -107,8 +107,8 @@ def configs(dtype):
         "shared",
         8,
       ),
-      ({"lora": lora, "logit_words": 16, "logit_chunk": 8}, "shared", 40),
-      ({"remat": "full", "logit_words": 16}, "packed", 40),
+      ({"lora": lora, "vocab_tile": 16, "logit_chunk": 8}, "shared", 40),
+      ({"remat": "full", "vocab_tile": 16}, "packed", 40),
     )
   ]
 

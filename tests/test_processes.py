@@ -268,13 +268,13 @@ from dpo_jax.core import preemption
 from dpo_jax.core import distributed
 from dpo_jax.io import locks
 
-with distributed.joined():
+with distributed.initialized():
   import jax, numpy as np
   from jax.sharding import NamedSharding, PartitionSpec
 
   me = jax.process_index()
-  assert distributed.everywhere(10 * me + 1).tolist() == [1, 11]
-  assert distributed.first() == (me == 0)
+  assert distributed.all_gather(10 * me + 1).tolist() == [1, 11]
+  assert distributed.is_main() == (me == 0)
   mesh = jax.make_mesh((2,), ("x",))
   value = np.arange(6).reshape(2, 3)
   split = jax.make_array_from_callback(
@@ -282,22 +282,22 @@ with distributed.joined():
   )
   assert not split.is_fully_addressable
   np.testing.assert_array_equal(distributed.fetch(split), value)
-  distributed.agree("the same", "text")
+  distributed.assert_equal("the same", "text")
   try:
-    distributed.agree("the data", f"text {me}")
+    distributed.assert_equal("the data", f"text {me}")
   except ValueError as error:
     print(error)
   try:
-    with distributed.together("reading"):
+    with distributed.raise_on_all("reading"):
       if me == 1:
         raise ValueError("no such file")
   except (ValueError, errors.Stopped) as error:
     print(type(error).__name__, error)
-  with distributed.owned(locks.Lock(sys.argv[1])):
-    distributed.shared(__import__("pathlib").Path(sys.argv[1]))
-    distributed.wait("held")
+  with distributed.on_main(locks.Lock(sys.argv[1])):
+    distributed.require_shared(__import__("pathlib").Path(sys.argv[1]))
+    distributed.barrier("held")
   try:
-    with distributed.owned(locks.Lock(sys.argv[2])):
+    with distributed.on_main(locks.Lock(sys.argv[2])):
       raise AssertionError("it is held by another")
   except errors.Stopped as error:
     print(type(error).__name__)
@@ -308,11 +308,11 @@ with distributed.joined():
     asked = 1
     while not watch.requested():
       asked += 1
-  points = distributed.everywhere(asked).tolist()
+  points = distributed.all_gather(asked).tolist()
   print("together" if points[0] == points[1] else points)
   if me == 1:
     raise RuntimeError("alone")
-  distributed.wait("never comes")
+  distributed.barrier("never comes")
 """
 
 
@@ -440,8 +440,8 @@ from dpo_jax.core import distributed
 # There are no TPUs here, of which jax takes note.
 if "JAX_FORCE_TPU_INIT" in os.environ:
   del os.environ["TPU_SKIP_MDS_QUERY"]
-with distributed.joined():
-  print(distributed.everywhere(jax.process_index()).tolist())
+with distributed.initialized():
+  print(distributed.all_gather(jax.process_index()).tolist())
 """
 
 
@@ -542,8 +542,8 @@ def test_one_process_alone_is_left_alone(monkeypatch):
   for name in os.environ:
     if name.startswith(("JAX_COORD", "JAX_NUM_PROC", "SLURM_", "OMPI_")):
       monkeypatch.delenv(name)
-  with distributed.joined():
+  with distributed.initialized():
     assert not jax.distributed.is_initialized()
-  assert distributed.everywhere(5).tolist() == [5]
-  with pytest.raises(KeyError), distributed.together("nothing"):
+  assert distributed.all_gather(5).tolist() == [5]
+  with pytest.raises(KeyError), distributed.raise_on_all("nothing"):
     raise KeyError

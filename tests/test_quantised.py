@@ -18,7 +18,7 @@ from dpo_jax.training import setup, train
 
 def test_a_kernel_by_hand():
   kernel = jnp.array([[1.0, -2.0, 0.0], [0.5, 4.0, 0.0]])
-  found = quantization.quantise(kernel, (0,))
+  found = quantization.quantize(kernel, (0,))
   np.testing.assert_allclose(found.scale, [[1 / 127, 4 / 127, 1 / 127]])
   # 0.5 * 127 and -2 * 127 / 4 lie halfway, and go to the even number.
   np.testing.assert_array_equal(found.values, [[127, -64, 0], [64, 127, 0]])
@@ -60,14 +60,14 @@ def test_layers_apart_decode_as_the_stack_does(bits, widest, monkeypatch):
   config = tiny.CONFIG
   base = tiny.weights(config)
   base = jax.jit(quantization.base)(base) if bits == 8 else base
-  apart = gpt_neox.apart(base)
+  apart = gpt_neox.unstack(base)
   kernel = apart["blocks"][1]["query_key_value"]["kernel"]
   kernel = kernel.values if bits == 8 else kernel
   assert kernel.shape == (3 * config.width, config.width)
   assert list(apart["unembed"]) == ["kernel" if widest else "words"]
   cache = gpt_neox.init_cache(config, 2, 4)
   found = []
-  for weights, own in ((base, cache), (apart, kv_cache.split(cache))):
+  for weights, own in ((base, cache), (apart, kv_cache.unstack(cache))):
     for place in range(2):
       hidden, own = gpt_neox.apply(
         config,
@@ -105,7 +105,7 @@ def test_the_model_computes_what_the_restored_weights_do():
 def test_it_lies_on_a_mesh_as_the_full_kernels_do():
   mesh = sharding.make_mesh(2, 2, 2)
   full = tiny.weights(tiny.CONFIG)
-  found = compile_lib.quantise(
+  found = compile_lib.quantize(
     jax.device_put(full, sharding.shardings(full, mesh)), mesh
   )
   wanted = sharding.shardings(full, mesh)

@@ -395,13 +395,13 @@ def test_a_layers_own_cache_holds_and_sees_what_the_stack_does(kind, rows):
   index = jnp.arange(rows) % 5
   mask = (jnp.arange(5)[None] <= index[:, None])[:, None]
   stack = kv_cache.init(1, rows, 2, 6, 16, kind)
-  (own,) = kv_cache.split(stack)
+  (own,) = kv_cache.unstack(stack)
   _, _, stack = kv_cache.remember(stack, 0, 0, *old, span=6)
   _, _, own = kv_cache.remember(own, None, 0, *old, span=6)
   *seen, stack = kv_cache.remember(stack, 0, index, *new, span=5)
   *columns, own = kv_cache.remember(own, None, index, *new, span=5)
   assert own["k"].shape == (rows, 2, 16, 6)
-  (split,) = kv_cache.split(stack)
+  (split,) = kv_cache.unstack(stack)
   jax.tree.map(np.testing.assert_array_equal, own, split)
   # Row 4 wrote at 4, which nobody had.
   assert own["v"][4, :, 4].any()

@@ -195,9 +195,11 @@ def test_what_is_too_long_is_cut_as_in_training(models, rows, pairs, tmp_path):
     )
 
 
-@pytest.mark.parametrize(("profile", "length"), [("seed", 60), ("trl", 70)])
+@pytest.mark.parametrize(
+  ("tokenization", "length"), [("dpo-replication", 60), ("trl", 70)]
+)
 def test_texts_become_ids_by_the_rule_that_is_named(
-  profile, length, models, rows, pairs, tmp_path
+  tokenization, length, models, rows, pairs, tmp_path
 ):
   """seed strips the responses, so that their first token is another one; trl
   keeps the first tokens of each whole text."""
@@ -206,7 +208,7 @@ def test_texts_become_ids_by_the_rule_that_is_named(
     tmp_path,
     pairs,
     f"--model={directory}",
-    f"--profile={profile}",
+    f"--tokenization={tokenization}",
     f"--max_length={length}",
   )
   theirs = transformers.AutoTokenizer.from_pretrained(directory)
@@ -214,7 +216,7 @@ def test_texts_become_ids_by_the_rule_that_is_named(
   for row, given in zip(out, rows, strict=True):
     prompt = theirs(given.prompt)["input_ids"]
     texts = given.chosen, given.rejected
-    if profile == "seed":
+    if tokenization == "dpo-replication":
       chosen, rejected = ([*theirs(t.strip())["input_ids"], 0] for t in texts)
       # Half of it by default, and less beside a long response.
       prompt = prompt[-(length // 2) :]
@@ -273,8 +275,10 @@ def test_settings_that_cannot_be_met_are_refused(
   refused("max_length=513 is more than the model's 512", "--max_length=513")
   refused("beta=0", "--beta=0")
   refused("batch_size=0", "--batch_size=0")
-  no_prompt_length = ("--profile=trl", "--max_prompt_length=9")
-  refused("max_prompt_length=9 has no meaning in profile", *no_prompt_length)
+  no_prompt_length = ("--tokenization=trl", "--max_prompt_length=9")
+  refused(
+    "max_prompt_length=9 has no meaning in tokenization", *no_prompt_length
+  )
   refused("directory cannot be written", f"--output={tmp_path}/no/out.jsonl")
   refused("other than the pairs", f"--output={pairs}")
   refused("cannot be read", f"--pairs={tmp_path / 'none.jsonl'}")

@@ -77,7 +77,7 @@ def step_of(config, mesh=None, microbatches=2):
   state = jax.device_put(state, lying)
   if reference is not None:
     reference = jax.device_put(reference, sharding.shardings(reference, mesh))
-  batch = sharding.place(batch, mesh, leading=1)
+  batch = sharding.put(batch, mesh, leading=1)
   out = (lying, sharding.replicated(mesh))
   return jax.jit(step, out_shardings=out), (state, reference, batch)
 

@@ -69,7 +69,7 @@ def laid(mesh):
   weights = (tiny.weights(CONFIG), tiny.adapters(CONFIG))
   return *(
     jax.device_put(tree, sharding.shardings(tree, mesh)) for tree in weights
-  ), sharding.place(batch_of(), mesh, leading=1)
+  ), sharding.put(batch_of(), mesh, leading=1)
 
 
 @functools.cache

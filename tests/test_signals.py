@@ -97,11 +97,15 @@ import jax
 from dpo_jax.core import distributed, errors, preemption
 
 try:
-  with distributed.joined(), preemption.watching(30) as watch, watch.deferred():
+  with (
+    distributed.initialized(),
+    preemption.watching(30) as watch,
+    watch.deferred(),
+  ):
     signal.raise_signal(signal.SIGTERM)
     while not watch.requested():
       pass
-    distributed.wait("all stop here")
+    distributed.barrier("all stop here")
     if jax.process_index() == 1:
       time.sleep(1)
     raise watch.interrupted("here")

@@ -447,7 +447,7 @@ def test_sums_of_a_pair_by_hand():
   pair = token_table.Pair("i", (2,), (3,) * 1024, (4,) * 1024)
   batch = pack([pair], 1, rows=1, row_length=2049)
   micro = jax.tree.map(lambda x: x[0], batch)
-  is_chosen = micro.owner == 0
+  is_chosen = micro.sequence_ids == 0
   # Tokens of a thousand nats, and a reference that is 2^-10 nats away: a
   # difference of sums, each a million nats, would keep nothing of it.
   policy = jnp.where(is_chosen, -1000.0, -2000.0)

@@ -1,4 +1,4 @@
-"""Tokenised rows on disk: the same as made afresh, or made again loudly."""
+"""Tokenized rows on disk: the same as made afresh, or made again loudly."""
 
 import dataclasses
 import logging
@@ -11,7 +11,7 @@ import pytest
 
 from dpo_jax.data import preferences, token_cache, tokenization, tokenizer
 
-LENGTHS = {"profile": "paper", "max_length": 24, "max_prompt_length": 8}
+LENGTHS = {"rules": "paper", "max_length": 24, "max_prompt_length": 8}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def filled(tmp_path, words, caplog):
 
 
 class Never:
-  """A tokenizer that only has a fingerprint: it cannot tokenise again."""
+  """A tokenizer that only has a fingerprint: it cannot tokenize again."""
 
   def __init__(self, words):
     self.fingerprint = words.fingerprint
@@ -87,10 +87,10 @@ def changed_text(row):
 @pytest.mark.parametrize(
   "other",
   [
-    lambda _: {"profile": "seed"},
+    lambda _: {"rules": "dpo-replication"},
     lambda _: {"max_length": 25},
     lambda _: {"max_prompt_length": 9},
-    lambda _: {"profile": "trl", "max_prompt_length": 0},
+    lambda _: {"rules": "trl", "max_prompt_length": 0},
     lambda rows: {"rows": rows[:-1]},
     lambda rows: {"rows": rows[::-1]},
     # Of the same id: what counts is the text.

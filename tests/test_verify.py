@@ -13,7 +13,7 @@ import pytest
 import reported
 
 from dpo_jax.io import records, strict_json
-from dpo_jax.report import figures, report, seed_files, verify
+from dpo_jax.report import dpo_replication, figures, report, verify
 
 
 @pytest.fixture(scope="module")
@@ -388,7 +388,7 @@ def test_a_consistent_file_passes(tmp_path, capsys):
   assert "dpo  25.0 [5,70]" in text
   assert "1 verdicts that the judge's text states were missed" in text
   assert "The longer text won 1 of 2 decided rows (50.0%)" in text
-  file = seed_files.read(path)
+  file = dpo_replication.read(path)
   assert (file.model, file.missed, file.refusals) == ("dpo", [1], [3])
 
 
@@ -500,7 +500,7 @@ def test_malformed_files_are_refused_by_field(
   assert str(path) in error
   assert re.search(message, error), error
   with pytest.raises(ValueError, match=message):
-    seed_files.read(path)
+    dpo_replication.read(path)
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_a_slope_by_hand():
   first = (0 * -40 + 0.5 * -10 + 1 * 50) / 3 / (4200 / 9) * 30
   second = (0.5 * -40 + 0.5 * -10 + 0 * 50) / 3 / (4200 / 9) * 30
   calls.append(judged.call("model", "p9", step=0))
-  (row,) = paired.slopes(calls, SETTINGS)
+  (row,) = paired.beta_slopes(calls, SETTINGS)
   assert (row.n, row.left_out, row.steps) == (2, 1, 3)
   assert (row.first, row.last, row.temperatures) == (0, 30, (1.0,))
   assert row.gain == pytest.approx((first + second) / 2)
@@ -139,24 +139,24 @@ def test_a_slope_equals_that_of_the_rates_and_averages_temperatures():
     for j, t in enumerate(temperatures)
     for row in judged.scored(scores[:, i, j], step=step, temperature=t)
   ]
-  (row,) = paired.slopes(calls, SETTINGS)
+  (row,) = paired.beta_slopes(calls, SETTINGS)
   rates = scores.mean(axis=(0, 2))
   slope = np.polyfit(steps, rates, 1)[0]
   assert row.gain == pytest.approx(slope * 300)
   assert row.interval == "bca"
   # A third temperature at one step only would tilt the line: it is left out.
   more = judged.scored([1] * 150, step=400, temperature=0.1)
-  assert paired.slopes([*calls, *more], SETTINGS) == [row]
+  assert paired.beta_slopes([*calls, *more], SETTINGS) == [row]
 
 
 def test_one_checkpoint_has_no_slope():
-  assert paired.slopes(judged.scored([1, 0], step=5), SETTINGS) == []
-  assert paired.slopes(judged.scored([1, 0]), SETTINGS) == []
+  assert paired.beta_slopes(judged.scored([1, 0], step=5), SETTINGS) == []
+  assert paired.beta_slopes(judged.scored([1, 0]), SETTINGS) == []
 
 
 def test_steps_that_never_change_have_no_p_value():
   calls = [*judged.scored([1, 0], step=1), *judged.scored([1, 0], step=2)]
-  (row,) = paired.slopes(calls, SETTINGS)
+  (row,) = paired.beta_slopes(calls, SETTINGS)
   assert row.gain == 0
   assert math.isnan(row.p)
   assert row.low < 0 < row.high

@@ -55,7 +55,7 @@ def adapters(config, seed=1):
 
 
 def pairs(count, seed=0, prompt=(2, 9), response=(1, 7), vocab=CONFIG):
-  """Tokenised pairs of random lengths from half-open ranges."""
+  """Tokenized pairs of random lengths from half-open ranges."""
   rng = np.random.default_rng(seed)
 
   def text(bounds):

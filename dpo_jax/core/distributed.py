@@ -25,7 +25,7 @@ from dpo_jax.core import errors
 
 
 @contextlib.contextmanager
-def joined(heartbeat_s: int = 100) -> Iterator[None]:
+def initialized(heartbeat_s: int = 100) -> Iterator[None]:
   """Joins the other processes if the environment says that there are some.
 
   To be entered before anything is computed. When the block fails, but for a
@@ -122,13 +122,13 @@ def _gpus(environ: Mapping[str, str], only: bool) -> dict[str, Any]:
   return {"local_device_ids": []} if only or str(len(seen)) == own else {}
 
 
-def first() -> bool:
+def is_main() -> bool:
   """Whether this process owns the run's files."""
   return jax.process_index() == 0
 
 
 @contextlib.contextmanager
-def together(doing: str) -> Iterator[None]:
+def raise_on_all(doing: str) -> Iterator[None]:
   """Leaves a block on all processes, or raises on all.
 
   Nothing within it may wait for the other processes.
@@ -142,9 +142,9 @@ def together(doing: str) -> Iterator[None]:
   try:
     yield
   except BaseException:
-    everywhere(False)
+    all_gather(False)
     raise
-  failed = np.flatnonzero(~everywhere(True)).tolist()
+  failed = np.flatnonzero(~all_gather(True)).tolist()
   if failed:
     raise errors.Stopped(
       f"{doing}: stopped with process {failed}, which tells why"
@@ -152,16 +152,16 @@ def together(doing: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def owned(holder: contextlib.AbstractContextManager) -> Iterator[None]:
+def on_main(holder: contextlib.AbstractContextManager) -> Iterator[None]:
   """Holds something in the first process; the others go on when it is held."""
   with contextlib.ExitStack() as stack:
-    with together("taking the lock"):
-      if first():
+    with raise_on_all("taking the lock"):
+      if is_main():
         stack.enter_context(holder)
     yield
 
 
-def shared(path: pathlib.Path) -> None:
+def require_shared(path: pathlib.Path) -> None:
   """Checks that a file of the first process is one of every process.
 
   Raises:
@@ -175,20 +175,20 @@ def shared(path: pathlib.Path) -> None:
     )
 
 
-def everywhere(value: Any) -> np.ndarray:
+def all_gather(value: Any) -> np.ndarray:
   """A small value of each process, stacked in their order, on all of them."""
   with jax.transfer_guard("allow"):
     return np.asarray(multihost_utils.process_allgather(np.asarray(value)))
 
 
-def agree(what: str, text: str) -> None:
+def assert_equal(what: str, text: str) -> None:
   """Checks that a text is the same on all processes.
 
   Raises:
     ValueError: it is not; `what` names it.
   """
   digest = hashlib.sha256(text.encode()).digest()[:8]
-  found = everywhere(np.frombuffer(digest, np.uint8))
+  found = all_gather(np.frombuffer(digest, np.uint8))
   if (found != found[:1]).any():
     raise ValueError(
       f"{what} differs between the {len(found)} processes of this run: give"
@@ -196,7 +196,7 @@ def agree(what: str, text: str) -> None:
     )
 
 
-def wait(name: str) -> None:
+def barrier(name: str) -> None:
   """Goes on when all processes have come here."""
   with jax.transfer_guard("allow"):
     multihost_utils.sync_global_devices(name)

@@ -13,7 +13,7 @@ import contextlib
 import jax
 
 
-def products(dtype: str) -> contextlib.AbstractContextManager:
+def matmul_precision(dtype: str) -> contextlib.AbstractContextManager:
   """Within it, what is computed in float32 is multiplied in float32.
 
   To be held while a program is traced, its backward pass included. What JAX was
@@ -28,7 +28,7 @@ def products(dtype: str) -> contextlib.AbstractContextManager:
   return jax.default_matmul_precision("highest")
 
 
-def rounded_to(dtype: str) -> str:
+def matmul_dtype(dtype: str) -> str:
   """What products are rounded to in a model that computes in `dtype`.
 
   Those of float32 are rounded on TPUs and GPUs where jax was told so.

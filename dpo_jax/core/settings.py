@@ -35,11 +35,11 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     "not be negative",
     lambda x: x >= 0,
     """
-    LoraSettings.rank logit_words max_train max_eval max_pairs_per_prompt
+    LoraSettings.rank vocab_tile max_train max_eval max_pairs_per_prompt
     max_turns min_response_chars max_response_chars max_prompt_chars skip_bad
     ScoreSettings.max_length ScoreSettings.max_prompt_length max_steps
     eval_every checkpoint_every keep_checkpoints keep_every keep_best
-    max_skipped warmup_steps prompts every top_k AnswerSettings.batch_size
+    max_skipped warmup_steps prompts every top_k SamplingSettings.batch_size
     Engine.batch_size span aa gold retests max_retries expected_reply_tokens
     examples
     """,

@@ -94,7 +94,7 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(*(None,) * leading, RULES["batch"]))
 
 
-def place(tree: Any, mesh: Mesh, leading: int = 0) -> Any:
+def put(tree: Any, mesh: Mesh, leading: int = 0) -> Any:
   """Arrays that every process has whole, split over the mesh as a batch."""
   sharding = batch_sharding(mesh, leading)
 
@@ -149,7 +149,7 @@ def _axes(logical: tuple[str | None, ...]) -> list[Any]:
   return [RULES[axis] if axis else None for axis in logical]
 
 
-def laid(mesh: Mesh, *logical: str | None) -> NamedSharding:
+def named(mesh: Mesh, *logical: str | None) -> NamedSharding:
   """Where an array with these logical axes lies; `RULES` tells."""
   return NamedSharding(mesh, PartitionSpec(*_axes(logical)))
 

@@ -36,34 +36,38 @@ class Batch:
   Attributes:
     tokens: token ids, [M, B, T].
     positions: position in the token's own sequence, [M, B, T].
-    pieces: which piece of its row a token belongs to, from 1, or where pieces
+    segment_ids: which piece of its row a token belongs to, from 1, or where
+      pieces
       run on from row to row, of its shard; 0 is padding, [M, B, T].
-    parts: 0 prompt, 1 chosen (or the only response), 2 rejected, [M, B, T].
-    seats: a number for each of the step's tokens that no layout changes, 0 for
+    part_ids: 0 prompt, 1 chosen (or the only response), 2 rejected, [M, B, T].
+    dropout_ids: a number for each of the step's tokens that no layout changes,
+      0 for
       padding: copies of a prompt share theirs, [M, B, T].
     source: where the hidden state that predicts lies among the shard's rows,
       one after the other, in [0, B / S * T), [M, S, C].
     target: the token to predict, [M, S, C].
-    owner: sequence that the predicted token counts for, -1 for padding. In a
+    sequence_ids: sequence that the predicted token counts for, -1 for padding.
+      In a
       micro-batch of pairs, pair i owns sequences 2i (chosen) and 2i + 1;
       [M, S, C].
     reference: log-probs of the targets under the reference, in nats, float32
       [M, S, C]; None where the step computes them.
-    seen: where pieces run on, pairs of a row of queries and a row of keys that
+    block_pairs: where pieces run on, pairs of a row of queries and a row of
+      keys that
       it looks at, counted from the shard's first, (-1, -1) for none,
       [M, S, P, 2]; else None.
   """
 
   tokens: np.ndarray | jax.Array
   positions: np.ndarray | jax.Array
-  pieces: np.ndarray | jax.Array
-  parts: np.ndarray | jax.Array
-  seats: np.ndarray | jax.Array
+  segment_ids: np.ndarray | jax.Array
+  part_ids: np.ndarray | jax.Array
+  dropout_ids: np.ndarray | jax.Array
   source: np.ndarray | jax.Array
   target: np.ndarray | jax.Array
-  owner: np.ndarray | jax.Array
+  sequence_ids: np.ndarray | jax.Array
   reference: np.ndarray | jax.Array | None
-  seen: np.ndarray | jax.Array | None = None
+  block_pairs: np.ndarray | jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,21 +106,23 @@ def pack(
   table = token_table.from_items(items)
   ids = table.ids
   # A number for the first token of each part of each item; 0 is padding.
-  seats = 1 + _before(table.lengths.reshape(-1)).reshape(table.lengths.shape)
+  dropout_ids = 1 + _before(table.lengths.reshape(-1)).reshape(
+    table.lengths.shape
+  )
   order = packing.dealt(table.lengths, how)
-  table, seats = table.take(order), seats[order]
+  table, dropout_ids = table.take(order), dropout_ids[order]
   plans = packing.plans(table, how)
   shape = packing.shape_of(plans, how)
   batch = _empty(how, shape, reference is not None)
   share = len(table) // how.microbatches
   for m, plan in enumerate(plans):
     plan = dataclasses.replace(plan, item=plan.item + m * share)
-    _fill(batch, m, m * share, table, plan, seats, how, reference)
+    _fill(batch, m, m * share, table, plan, dropout_ids, how, reference)
   return batch, Counts(
     ids=ids,
-    tokens=int(np.count_nonzero(batch.pieces)),
-    completion_tokens=int(np.count_nonzero(batch.owner >= 0)),
-    slots=batch.pieces.size,
+    tokens=int(np.count_nonzero(batch.segment_ids)),
+    completion_tokens=int(np.count_nonzero(batch.sequence_ids >= 0)),
+    slots=batch.segment_ids.size,
     visible=packing.visible(table.lengths, how.layout),
   )
 
@@ -150,15 +156,15 @@ def _empty(
   return Batch(
     tokens=np.full(tokens, how.pad_id, np.int32),
     positions=np.zeros(tokens, np.int32),
-    pieces=np.zeros(tokens, np.int32),
-    parts=np.zeros(tokens, np.int32),
-    seats=np.zeros(tokens, np.int32),
+    segment_ids=np.zeros(tokens, np.int32),
+    part_ids=np.zeros(tokens, np.int32),
+    dropout_ids=np.zeros(tokens, np.int32),
     source=np.zeros(completions, np.int32),
     target=np.zeros(completions, np.int32),
-    owner=np.full(completions, -1, np.int32),
+    sequence_ids=np.full(completions, -1, np.int32),
     reference=np.zeros(completions, np.float32) if with_reference else None,
-    seen=np.full((*completions[:2], shape.seen, 2), -1, np.int32)
-    if how.runs_on
+    block_pairs=np.full((*completions[:2], shape.block_pairs, 2), -1, np.int32)
+    if how.spans_rows
     else None,
   )
 
@@ -169,7 +175,7 @@ def _fill(
   first_item: int,
   table: token_table.Table,
   plan: packing.Plan,
-  seats: np.ndarray,
+  dropout_ids: np.ndarray,
   how: packing.Packing,
   reference: np.ndarray | None,
 ) -> None:
@@ -182,10 +188,10 @@ def _fill(
   shard_size = batch.tokens.shape[1] // shards * length
   base = plan.shard * shard_size + plan.turn * length
   # What pieces are numbered in: a row, or a shard's line.
-  span = shard_size if how.runs_on else length
-  if batch.seen is not None:
-    for s, seen in enumerate(plan.seen):
-      batch.seen[m, s, : len(seen)] = seen
+  span = shard_size if how.spans_rows else length
+  if batch.block_pairs is not None:
+    for s, seen in enumerate(plan.block_pairs):
+      batch.block_pairs[m, s, : len(seen)] = seen
   order = np.lexsort((plan.start, base[plan.row]))
   item, start = plan.item[order], (base[plan.row] + plan.start)[order]
   # Which part of its item a segment is, and what the layout calls it.
@@ -213,9 +219,9 @@ def _fill(
   for name, values in (
     ("tokens", table.tokens[of]),
     ("positions", within + np.where(labels == PROMPT, 0, spread(prompt))),
-    ("pieces", spread(_numbers(start // span))),
-    ("parts", labels),
-    ("seats", spread(seats[item[:, None], part]) + within),
+    ("segment_ids", spread(_numbers(start // span))),
+    ("part_ids", labels),
+    ("dropout_ids", spread(dropout_ids[item[:, None], part]) + within),
   ):
     getattr(batch, name)[m].reshape(-1)[to] = values
 
@@ -228,12 +234,12 @@ def _fill(
   place = np.arange(len(shard)) - np.searchsorted(shard, shard)
   # The prompt's last token predicts the first token of every response.
   source = np.where(within == 0, spread(start + prompt), to) - 1
-  owner = spread(item - first_item)
+  sequence_ids = spread(item - first_item)
   if table.parts == 3:
-    owner = 2 * owner + spread(part) - 1
+    sequence_ids = 2 * sequence_ids + spread(part) - 1
   batch.source[m, shard, place] = source[predicted] - shard * shard_size
   batch.target[m, shard, place] = table.tokens[of[predicted]]
-  batch.owner[m, shard, place] = owner[predicted]
+  batch.sequence_ids[m, shard, place] = sequence_ids[predicted]
   if reference is not None:
     batch.reference[m, shard, place] = reference[of[predicted]]
 

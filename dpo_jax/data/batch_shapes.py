@@ -19,7 +19,7 @@ _SHARES = np.array([0.9, 0.1, 0.0])
 _SHARES_RUNNING_ON = np.array([0.45, 0.31, 0.21])
 
 
-def settled(
+def choose(
   table: token_table.Table,
   how: packing.Packing,
   steps: Iterable[np.ndarray],
@@ -43,8 +43,8 @@ def settled(
     taken = table.take(indices)
     taken = taken.take(packing.dealt(taken.lengths, how))
     shape = packing.shape_of(packing.plans(taken, how), free, growth=1.0)
-    needs.append((shape.rows, shape.width, shape.seen))
-  shares = _SHARES_RUNNING_ON if how.runs_on else _SHARES
+    needs.append((shape.rows, shape.width, shape.block_pairs))
+  shares = _SHARES_RUNNING_ON if how.spans_rows else _SHARES
   found = _shapes(np.asarray(needs), shares, count)
   shapes = tuple(packing.Shape(*map(int, shape)) for shape in found)
   return dataclasses.replace(how, shapes=shapes)

@@ -37,7 +37,7 @@ class DataSettings:
   max_train: int
   max_eval: int
   allow_leakage: bool
-  profile: tokenization.Profile
+  tokenization: tokenization.Rules
   max_length: int
   max_prompt_length: int
   token_cache: str
@@ -55,7 +55,7 @@ class DataSettings:
         f" once: {sorted(self.sources)}"
       )
     tokenization.check_lengths(
-      self.profile, self.max_length, self.max_prompt_length
+      self.tokenization, self.max_length, self.max_prompt_length
     )
     if self.row_length < self.max_length:
       raise ValueError(
@@ -107,7 +107,7 @@ def prepare(
   objective: Literal["sft", "dpo"],
   tokenizer: tokenizer_lib.Tokenizer,
 ) -> Prepared:
-  """Reads, checks and tokenises the training and the held-out rows.
+  """Reads, checks and tokenizes the training and the held-out rows.
 
   Raises:
     ValueError: a file is missing or malformed, nothing is left, a held-out
@@ -165,12 +165,12 @@ def load(
   }
 
 
-def tokenised(
+def tokenized(
   settings: DataSettings,
   tokenizer: tokenizer_lib.Tokenizer,
   name: str,
   loaded: preferences.Loaded,
-) -> tokenization.Tokenised:
+) -> tokenization.Tokenized:
   """A source's rows as token ids, from the cache if they are there."""
   directory = settings.token_cache
   if directory:
@@ -179,7 +179,7 @@ def tokenised(
     directory,
     tokenizer,
     loaded.rows,
-    profile=settings.profile,
+    rules=settings.tokenization,
     max_length=settings.max_length,
     max_prompt_length=settings.max_prompt_length,
     prompt_keeps="start" if settings.sources[name].kind in _POSTS else "end",
@@ -195,7 +195,7 @@ def _side(
 ) -> Side:
   parts, by_source = [], {}
   for name, rows in loaded.items():
-    found = tokenised(settings, tokenizer, name, rows)
+    found = tokenized(settings, tokenizer, name, rows)
     table = found.table
     if objective == "sft" and len(table):
       table = table.examples(settings.responses)
@@ -210,7 +210,7 @@ def _side(
         f" {by_source[name]['counts']}"
       )
   table = token_table.join(parts)
-  longest = packing.longest_piece(table, settings.layout)
+  longest = packing.longest_segment(table, settings.layout)
   if longest > settings.row_length:
     raise ValueError(
       f"{side}: the longest piece takes {longest} tokens in layout"

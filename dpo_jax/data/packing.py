@@ -9,7 +9,7 @@ Letters: N items of P parts (a prompt and its responses), K pieces, R rows in
 use, B rows of a batch, T tokens of a row, S shards into which the rows are
 split, C completion tokens of a shard.
 
-Where pieces run on (`Packing.runs_on`) the rows of a shard are one line, cut
+Where pieces run on (`Packing.spans_rows`) the rows of a shard are one line, cut
 into blocks of T tokens; only the line's end is empty, and attention is told
 which blocks look at which.
 """
@@ -39,7 +39,7 @@ class Shape:
 
   rows: int
   width: int
-  seen: int = 0
+  block_pairs: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Packing:
     pad_id: the token of padding.
     shapes: those that a batch may take, ascending; the first that holds it is
       taken, and one beyond them only if none does. See `batch_shapes`.
-    runs_on: pieces run on from row to row, for `attention` by "blocks";
+    spans_rows: pieces run on from row to row, for `attention` by "blocks";
       otherwise each lies in one row.
   """
 
@@ -67,7 +67,7 @@ class Packing:
   loss_on_prompt: bool
   pad_id: int
   shapes: tuple[Shape, ...] = ()
-  runs_on: bool = False
+  spans_rows: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,8 @@ class Plan:
     turn: which of its shard's rows a row is, [R].
     rows: how many rows of T tokens it takes at least.
     width: the most completion tokens that a shard has.
-    seen: of each shard, which row looks at which, [n, 2]; empty without lines.
+    block_pairs: of each shard, which row looks at which, [n, 2]; empty without
+      lines.
   """
 
   item: np.ndarray
@@ -94,10 +95,10 @@ class Plan:
   turn: np.ndarray
   rows: int
   width: int
-  seen: tuple[np.ndarray, ...]
+  block_pairs: tuple[np.ndarray, ...]
 
 
-def longest_piece(items: Sequence[token_table.Item], layout: Layout) -> int:
+def longest_segment(items: Sequence[token_table.Item], layout: Layout) -> int:
   """Tokens of the longest piece: the least row length that will do."""
   lengths = token_table.from_items(items).lengths
   return int(_piece_sizes(lengths, layout)[1].max())
@@ -135,7 +136,7 @@ def plans(table: token_table.Table, how: Packing) -> list[Plan]:
       f"{table.ids[bare[0]]} has an empty prompt: nothing predicts its first"
       " token"
     )
-  if not how.runs_on and (size > how.row_length).any():
+  if not how.spans_rows and (size > how.row_length).any():
     worst = int(np.argmax(size))
     raise ValueError(
       f"{table.ids[item[worst]]} takes {size[worst]} tokens in layout"
@@ -166,7 +167,7 @@ def dealt(lengths: np.ndarray, how: Packing) -> np.ndarray:
     how: the layout.
   """
   count = len(lengths)
-  if how.microbatches == 1 or not how.runs_on or count % how.microbatches:
+  if how.microbatches == 1 or not how.spans_rows or count % how.microbatches:
     return np.arange(count)
   item, size = _piece_sizes(lengths, how.layout)
   size = np.bincount(item, size, minlength=count)
@@ -195,7 +196,7 @@ def _plan(
   item: np.ndarray, size: np.ndarray, predicted: np.ndarray, how: Packing
 ) -> Plan:
   """First fit, the longest piece first; then rows are dealt to shards."""
-  if how.runs_on:
+  if how.spans_rows:
     return _lines(item, size, predicted, how)
   if how.layout == "padded":
     row, start = np.arange(len(size)), np.zeros(len(size), np.int64)
@@ -280,9 +281,11 @@ def shape_of(
   """The first of `how.shapes` that holds all plans, or one beyond them."""
   rows = max(plan.rows for plan in plans)
   width = max(plan.width for plan in plans)
-  seen = max((len(x) for plan in plans for x in plan.seen), default=0)
+  seen = max((len(x) for plan in plans for x in plan.block_pairs), default=0)
   for shape in how.shapes:
-    if rows <= shape.rows and width <= shape.width and seen <= shape.seen:
+    if (
+      rows <= shape.rows and width <= shape.width and seen <= shape.block_pairs
+    ):
       return shape
   # Padded rows are as many as the sequences; packed ones vary.
   growth = 1.0 if how.layout == "padded" else growth

@@ -1,7 +1,7 @@
-"""Tokenised pairs kept on disk, so that the same rows are tokenised once.
+"""Tokenized pairs kept on disk, so that the same rows are tokenized once.
 
 An entry is one safetensors file named by a hash of everything that makes its
-ids: the rows' texts, the tokenizer, the profile and its lengths. It is written
+ids: the rows' texts, the tokenizer, the rules and its lengths. It is written
 whole or not at all, so that processes may write it at the same time, and it
 carries a hash of its content, which every reading compares.
 """
@@ -22,7 +22,8 @@ from dpo_jax.io import atomic, safetensors, strict_json
 
 _log = logging.getLogger(__name__)
 
-# Raise it when the form of an entry changes; profiles.VERSION is for the rules.
+# Raise it when the form of an entry changes; tokenization.VERSION is for the
+# rules.
 FORMAT = 1
 
 # The arrays of an entry, in the order of its hash.
@@ -40,11 +41,11 @@ def tokenize(
   tokenizer: tokenizer_lib.Tokenizer,
   rows: Sequence[preferences.Comparison],
   *,
-  profile: tokenization.Profile,
+  rules: tokenization.Rules,
   max_length: int,
   max_prompt_length: int,
   prompt_keeps: tokenization.Keep = "end",
-) -> tokenization.Tokenised:
+) -> tokenization.Tokenized:
   """`tokenization.tokenize`, or what it gave before for the same arguments.
 
   A broken entry is named in a warning and made again.
@@ -53,21 +54,21 @@ def tokenize(
     directory: where entries are; made if it is missing. "" keeps none.
     tokenizer: the model's own.
     rows: comparisons in order.
-    profile: as in `tokenization.tokenize`; so are the lengths and
+    rules: as in `tokenization.tokenize`; so are the lengths and
       `prompt_keeps`.
 
   Raises:
     ValueError: as `tokenization.tokenize`, or an entry cannot be written.
   """
   settings = {
-    "profile": profile,
+    "rules": rules,
     "max_length": max_length,
     "max_prompt_length": max_prompt_length,
     "prompt_keeps": prompt_keeps,
   }
   if not os.fspath(directory):
     return tokenization.tokenize(tokenizer, rows, **settings)
-  tokenization.check_lengths(profile, max_length, max_prompt_length)
+  tokenization.check_lengths(rules, max_length, max_prompt_length)
   key = settings | {
     "format": FORMAT,
     "rules": tokenization.VERSION,
@@ -99,7 +100,7 @@ def _naming(directory):
     yield
   except OSError as error:
     raise ValueError(
-      f"tokenised rows cannot be kept in data.token_cache={directory}: {error};"
+      f"tokenized rows cannot be kept in data.token_cache={directory}: {error};"
       " name a directory that can be written and has room, or '' to keep none"
     ) from error
 
@@ -115,7 +116,7 @@ def _fingerprint(rows: Iterable[preferences.Comparison]) -> str:
   return digest.hexdigest()
 
 
-def _write(path, done: tokenization.Tokenised, key) -> None:
+def _write(path, done: tokenization.Tokenized, key) -> None:
   table = done.table
   ids = [name.encode() for name in table.ids]
   arrays = {
@@ -134,7 +135,7 @@ def _write(path, done: tokenization.Tokenised, key) -> None:
   )
 
 
-def _read(path, key) -> tokenization.Tokenised:
+def _read(path, key) -> tokenization.Tokenized:
   """The entry of a file.
 
   Raises:
@@ -142,7 +143,7 @@ def _read(path, key) -> tokenization.Tokenised:
   """
   arrays, metadata = safetensors.read(path)
   if set(arrays) != set(_ARRAYS):
-    raise ValueError(f"holds {sorted(arrays)}, not tokenised pairs")
+    raise ValueError(f"holds {sorted(arrays)}, not tokenized pairs")
   for name, dtype in _ARRAYS.items():
     if arrays[name].dtype != dtype:
       raise ValueError(f"its {name} are {arrays[name].dtype}, not {dtype}")
@@ -162,7 +163,7 @@ def _read(path, key) -> tokenization.Tokenised:
     (np.cumsum(sizes) - sizes).reshape(lengths.shape),
     lengths,
   )
-  return tokenization.Tokenised(
+  return tokenization.Tokenized(
     table, arrays["cut"].view(bool), about["counts"]
   )
 

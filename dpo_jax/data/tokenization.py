@@ -3,14 +3,14 @@
 Three rules are in use for the same texts, and they give different ids, so that
 results are only comparable under one of them:
 
-paper: the official DPO code. Prompt and responses are tokenised apart, so that
+paper: the official DPO code. Prompt and responses are tokenized apart, so that
   a response's ids never depend on its prompt, and EOS is appended to both. If
   the prompt and the longer response pass `max_length`, the prompt keeps
   `max_prompt_length` tokens, the last of a dialogue, the first of a post (SHP,
   StackExchange); if that is still too long, both responses keep their first
   `max_length - max_prompt_length`.
 trl: TRL 1.16 (Hugging Face's DPOTrainer, prompt and responses given as
-  strings). The prompt is tokenised alone and joined with each response; what
+  strings). The prompt is tokenized alone and joined with each response; what
   all three token sequences begin with is the prompt, the rest are the
   responses. Each sequence keeps its first `max_length` tokens, and a pair whose
   prompt takes all of them is dropped, as is one of which no token is the
@@ -19,13 +19,13 @@ trl: TRL 1.16 (Hugging Face's DPOTrainer, prompt and responses given as
   tokens as the prompt has, which is the same unless tokens merge across the
   border, and before 1.9 pairs without room were kept.
 seed: the dpo-replication system, which strips both responses and then used TRL
-  of its time (0.28 and before). All three texts are tokenised apart, the prompt
+  of its time (0.28 and before). All three texts are tokenized apart, the prompt
   always keeps its last `max_prompt_length` tokens, and a sequence that is still
   too long loses more of its start. TRL cut chosen and rejected each by its own
   length; here they share their prompt, so that both lose what the longer one
   must. A pair that has no room for any token of its prompt is dropped.
 
-A pair with a special token's text in it is dropped under every profile: as
+A pair with a special token's text in it is dropped under every rules: as
 text it cannot be told from control.
 
 Letters: N pairs; three parts, prompt, chosen and rejected.
@@ -44,7 +44,7 @@ import numpy as np
 from dpo_jax.data import preferences, token_table
 from dpo_jax.data import tokenizer as tokenizer_lib
 
-Profile = Literal["paper", "trl", "seed"]
+Rules = Literal["paper", "trl", "dpo-replication"]
 Keep = Literal["end", "start"]
 
 # Stands in every cache's key: raise it when a rule gives other ids or counts.
@@ -55,7 +55,7 @@ _BATCH = 1024
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Tokenised:
+class Tokenized:
   """Pairs as token ids, and what became of the others.
 
   Attributes:
@@ -70,27 +70,25 @@ class Tokenised:
 
 
 def check_lengths(
-  profile: Profile, max_length: int, max_prompt_length: int
+  rules: Rules, max_length: int, max_prompt_length: int
 ) -> None:
-  """Refuses a profile that does not exist and lengths that it cannot keep.
+  """Refuses a rules that does not exist and lengths that it cannot keep.
 
   Raises:
-    ValueError: of an unknown profile, or a length that leaves a prompt or a
-      response no room, or that the profile would not look at.
+    ValueError: of an unknown rules, or a length that leaves a prompt or a
+      response no room, or that the rules would not look at.
   """
-  if profile not in get_args(Profile):
-    raise ValueError(
-      f"profile={profile!r} is none of {', '.join(get_args(Profile))}"
-    )
+  if rules not in get_args(Rules):
+    raise ValueError(f"rules={rules!r} is none of {', '.join(get_args(Rules))}")
   if max_length < 2:
     raise ValueError(
       f"max_length={max_length} must be at least 2: a token of the prompt and"
       " one of a response"
     )
-  if profile == "trl":
+  if rules == "trl":
     if max_prompt_length != 0:
       raise ValueError(
-        f"max_prompt_length={max_prompt_length} has no meaning in profile"
+        f"max_prompt_length={max_prompt_length} has no meaning in rules"
         " 'trl', which cuts prompt and response as one; set it to 0"
       )
   elif not 0 < max_prompt_length < max_length:
@@ -104,39 +102,39 @@ def tokenize(
   tokenizer: tokenizer_lib.Tokenizer,
   rows: Sequence[preferences.Comparison],
   *,
-  profile: Profile,
+  rules: Rules,
   max_length: int,
   max_prompt_length: int,
   prompt_keeps: Keep = "end",
-) -> Tokenised:
-  """Tokenises comparisons by one of the three rules.
+) -> Tokenized:
+  """Tokenizes comparisons by one of the three rules.
 
   Every kept pair has at least one token of its prompt and of each response.
 
   Args:
     tokenizer: the model's own.
     rows: comparisons in order.
-    profile: the rule, see above.
+    rules: the rule, see above.
     max_length: tokens of a prompt with a response, EOS included.
     max_prompt_length: tokens of a prompt that had to be cut; 0 for "trl".
     prompt_keeps: which of them under "paper", a fact of the dataset; the other
       two rules have one of their own.
 
   Raises:
-    ValueError: the lengths do not go with the profile, or the tokenizer adds
+    ValueError: the lengths do not go with the rules, or the tokenizer adds
       tokens of its own, which TRL would keep.
   """
-  check_lengths(profile, max_length, max_prompt_length)
-  if profile == "trl" and not tokenizer.adds_nothing:
+  check_lengths(rules, max_length, max_prompt_length)
+  if rules == "trl" and not tokenizer.adds_nothing:
     raise ValueError(
       "this tokenizer adds tokens to a text, or drops white space before its"
-      " end of text: TRL's ids are not to be had from it; take profile 'paper'"
+      " end of text: TRL's ids are not to be had from it; take rules 'paper'"
     )
   done = [
     _batch(
       tokenizer,
       rows[start : start + _BATCH],
-      profile,
+      rules,
       max_length,
       max_prompt_length,
       prompt_keeps,
@@ -147,29 +145,27 @@ def tokenize(
   for batch in done:
     for reason, number in batch.counts.items():
       counts[reason] = counts.get(reason, 0) + number
-  return Tokenised(
+  return Tokenized(
     token_table.join(batch.table for batch in done),
     np.concatenate([batch.cut for batch in done]),
     {reason: number for reason, number in counts.items() if number},
   )
 
 
-def _batch(
-  tokenizer, rows, profile, max_length, max_prompt_length, prompt_keeps
-):
-  kept, texts = _clean(tokenizer, rows, profile)
+def _batch(tokenizer, rows, rules, max_length, max_prompt_length, prompt_keeps):
+  kept, texts = _clean(tokenizer, rows, rules)
   tokens, starts, whole = _encode(tokenizer, texts)
   counts = {"holds a special token": len(rows) - len(kept)}
-  if profile == "trl":
+  if rules == "trl":
     shared = _common_prefix(tokens, starts, whole)
     merged = shared < whole[:, 0]
     counts["prompt's end merges with a response"] = int(merged.sum())
     starts[:, 1:] += shared[:, None]
     whole[:, 1:] -= shared[:, None]
     whole[:, 0] = shared
-  left = _RULES[profile](whole, max_length, max_prompt_length)
+  left = _RULES[rules](whole, max_length, max_prompt_length)
   # A response is cut at its end, and a prompt at its start but for posts.
-  if profile != "paper" or prompt_keeps == "end":
+  if rules != "paper" or prompt_keeps == "end":
     starts[:, 0] += whole[:, 0] - left[:, 0]
   room = (left > 0).all(1)
   dropped = {
@@ -182,7 +178,7 @@ def _batch(
   reasons = dropped | {"prompt cut": prompt_cut, "response cut": response_cut}
   counts |= {reason: int(which.sum()) for reason, which in reasons.items()}
   counts["responses equal once cut"] = _equal_responses(table)
-  return Tokenised(table, (prompt_cut | response_cut)[room], counts)
+  return Tokenized(table, (prompt_cut | response_cut)[room], counts)
 
 
 def _paper(whole, max_length, max_prompt_length):
@@ -209,17 +205,17 @@ def _seed(whole, max_length, max_prompt_length):
   return left
 
 
-_RULES = {"paper": _paper, "trl": _trl, "seed": _seed}
+_RULES = {"paper": _paper, "trl": _trl, "dpo-replication": _seed}
 
 
-def _clean(tokenizer, rows, profile):
+def _clean(tokenizer, rows, rules):
   """Rows without special tokens, and the three columns of texts to encode."""
   kept, texts = [], []
   for row in rows:
     parts = (row.prompt, row.chosen, row.rejected)
-    if profile == "trl":
+    if rules == "trl":
       parts = (row.prompt, row.prompt + row.chosen, row.prompt + row.rejected)
-    elif profile == "seed":
+    elif rules == "dpo-replication":
       parts = (row.prompt, row.chosen.strip(), row.rejected.strip())
     # Looked for in the very texts that are encoded: one may stand across the
     # border of prompt and response.

@@ -18,7 +18,7 @@ import random
 import re
 from collections.abc import Mapping
 
-from dpo_jax.demo import answers, claims, tables
+from dpo_jax.demo import claims, responses, tables
 from dpo_jax.demo import text as text_lib
 
 # Shares of the answer styles, in percent. RAW is the base model's diet;
@@ -164,7 +164,7 @@ def draw_response(
       that does not exist.
   """
   style = rng.choices(tuple(mix), tuple(mix.values()))[0]
-  return " " + answers.write_answer(style, text_lib.parse(prompt), rng)
+  return " " + responses.write_response(style, text_lib.parse(prompt), rng)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,7 +45,7 @@ def make(
   names = ["optimizer", "batch_size", "epochs", "seed"]
   names += ["loss"] * dpo + ["lora"] * lora
   recipe = {name: config[name] for name in names}
-  recipe["data"] = {name: data[name] for name in ("max_length", "profile")}
+  recipe["data"] = {name: data[name] for name in ("max_length", "tokenization")}
   card = huggingface_hub.ModelCard.from_template(
     huggingface_hub.ModelCardData(
       library_name="peft" if lora and step else "transformers",

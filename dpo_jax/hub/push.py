@@ -63,16 +63,16 @@ class PushSettings:
 
   repo: str
   public: bool
-  licence: str
+  license: str
   checkpoints: bool
   dry_run: bool
 
   def __post_init__(self):
     if not remote.is_repository(self.repo):
       raise ValueError(f"push_to_hub={self.repo!r} must be user/name")
-    if not re.fullmatch(r"[\w.-]*", self.licence):
+    if not re.fullmatch(r"[\w.-]*", self.license):
       raise ValueError(
-        f"push_licence={self.licence!r} must be a name such as apache-2.0"
+        f"push_license={self.license!r} must be a name such as apache-2.0"
       )
 
 
@@ -101,7 +101,7 @@ def branches(
     config,
     manifest,
     repo=settings.repo,
-    license=settings.licence,
+    license=settings.license,
   )
   repo, _, revision = config["model"]["path"].partition("@")
   # As PEFT names a base on the hub; a local one it names null.
@@ -273,7 +273,7 @@ class Publisher:
   def _start(self) -> subprocess.Popen:
     settings = self.settings
     log = console.mode() if console.mode() != "bar" else "plain"
-    flags = [f"--repo={settings.repo}", f"--licence={settings.licence}"]
+    flags = [f"--repo={settings.repo}", f"--license={settings.license}"]
     flags += ["--public"] * settings.public + ["--dry_run"] * settings.dry_run
     flags += ["--no_checkpoints"] * (not settings.checkpoints)
     command = [sys.executable, "-m", "dpo_jax", "hub", str(self.directory)]
@@ -296,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   )
   parser.add_argument("directory", type=pathlib.Path, help="of the run")
   parser.add_argument("--repo", required=True, help="user/name")
-  parser.add_argument("--licence", default="", help="such as apache-2.0")
+  parser.add_argument("--license", default="", help="such as apache-2.0")
   switch = functools.partial(parser.add_argument, action="store_true")
   switch("--public", help="for everybody")
   switch("--no_checkpoints", help="the branch main alone")
@@ -306,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   directory, kept = flags.directory.absolute(), not flags.no_checkpoints
   try:
     settings = PushSettings(
-      flags.repo, flags.public, flags.licence, kept, flags.dry_run
+      flags.repo, flags.public, flags.license, kept, flags.dry_run
     )
     run = (directory / "config.json").is_file()
     if not run or not (found := branches(directory, settings)):

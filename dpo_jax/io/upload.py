@@ -30,7 +30,7 @@ _RECORDS = (
   "config.json",
   "manifest.json",
   "metrics.jsonl",
-  "incidents.jsonl",
+  "skipped_updates.jsonl",
   "samples.jsonl",
   "metrics.csv",
   "hub.json",

@@ -59,7 +59,7 @@ class ModelConfig:
 
   `dtype` is what the blocks compute in; layer norms, the softmax of attention
   and the logits are float32 whatever it says. `attention` names how segments
-  are attended, see `attention`; `logit_chunk` and `logit_words` are how many
+  are attended, see `attention`; `logit_chunk` and `vocab_tile` are how many
   tokens' logits of how many words exist at one time, see `logprobs`.
   """
 
@@ -76,7 +76,7 @@ class ModelConfig:
   remat: Remat = "none"
   attention: attention_lib.Name = "dense"
   logit_chunk: int = 1024
-  logit_words: int = 0
+  vocab_tile: int = 0
   lora: LoraConfig | None = None
 
   def __post_init__(self):
@@ -181,7 +181,7 @@ def apply(
     dropout_key: a key for each token, [B, T], of LoRA's dropout; None in
       evaluation and sampling.
     cache: keys and values of earlier tokens, see `init_cache`; its first S
-      slots are seen. With those of `kv_cache.split` `base` and `lora` are of
+      slots are seen. With those of `kv_cache.unstack` `base` and `lora` are of
       single layers too, as `apart` gives them.
     prompts: such a cache of prompts that rows share, which is only read.
     index: the slot, in [0, S), where this call's first token is written; for
@@ -291,7 +291,7 @@ def apply_both(
   return policy, reference
 
 
-def apart(weights: Tree | None) -> Tree | None:
+def unstack(weights: Tree | None) -> Tree | None:
   """`base` or `lora` as a CPU decodes with them: copies, a layer's by itself.
 
   The blocks are a tuple of single layers'. Their kernels are [O, I], flattened

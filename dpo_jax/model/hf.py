@@ -113,7 +113,7 @@ def export(
   text = hf_layout.config_json(config, dtype, bos_id, eos_id)
   with hf_weights.complete(directory) as staged:
     hf_weights.write(staged / "model.safetensors", hf_layout.WEIGHTS, base, {})
-    if distributed.first():
+    if distributed.is_main():
       if tokenizer is not None:
         tokenizer.save(staged)
       (staged / "config.json").write_text(text, encoding="utf-8")
@@ -198,7 +198,7 @@ def export_adapter(
     hf_weights.write(
       staged / "adapter_model.safetensors", weights, lora, metadata
     )
-    if distributed.first():
+    if distributed.is_main():
       (staged / "adapter_config.json").write_text(text, encoding="utf-8")
 
 

@@ -171,7 +171,7 @@ def write(
       for layer in layers:
         yield weight.stored(distributed.fetch(layer))
 
-  if distributed.first():
+  if distributed.is_main():
     safetensors.write(path, shapes, arrays(), metadata)
   else:
     for _ in arrays():
@@ -195,7 +195,7 @@ def complete(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
   """
   final = pathlib.Path(directory)
   staged = final.with_name(f".{final.name}.partial")
-  if not distributed.first():
+  if not distributed.is_main():
     yield staged
     return
   found = {path.name for path in final.iterdir()} if final.exists() else set()

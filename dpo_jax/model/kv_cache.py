@@ -73,7 +73,7 @@ def axes(name: str, dims: int) -> tuple[str, ...]:
   return ("batch", "heads", "slots", "head_dim")[:dims]
 
 
-def split(cache: Tree) -> tuple[Tree, ...]:
+def unstack(cache: Tree) -> tuple[Tree, ...]:
   """Caches of single layers from one of all.
 
   "k" is [B, N, H, S] and "v" [B, N, S, H]; scales are [B, N, S].

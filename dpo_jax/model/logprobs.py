@@ -110,20 +110,20 @@ def plain(
 
 
 def sequence_sums(
-  logps: jax.Array, owner: jax.Array, sequences: int
+  logps: jax.Array, sequence_ids: jax.Array, sequences: int
 ) -> tuple[jax.Array, jax.Array]:
   """Sums each sequence's token log-probs.
 
   Args:
     logps: token log-probs, [S, C].
-    owner: which sequence each token belongs to, -1 for padding, [S, C].
+    sequence_ids: which sequence each token belongs to, -1 for padding, [S, C].
     sequences: how many sequences there are.
 
   Returns:
     Sums and token counts, both float32 [sequences].
   """
   # One extra segment takes the padding.
-  index = jnp.where(owner < 0, sequences, owner).reshape(-1)
+  index = jnp.where(sequence_ids < 0, sequences, sequence_ids).reshape(-1)
   total = functools.partial(
     jax.ops.segment_sum, segment_ids=index, num_segments=sequences + 1
   )

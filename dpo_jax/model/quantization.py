@@ -39,7 +39,7 @@ class Kernel:
   scale: jax.Array
 
 
-def quantise(kernel: jax.Array, inputs: tuple[int, ...]) -> Kernel:
+def quantize(kernel: jax.Array, inputs: tuple[int, ...]) -> Kernel:
   """A kernel in eight bits; `inputs` are the axes that its product sums."""
   kernel = kernel.astype(jnp.float32)
   greatest = jnp.max(jnp.abs(kernel), inputs, keepdims=True)
@@ -54,7 +54,7 @@ def base(tree: Tree) -> Tree:
     return {"kernel": part["kernel"].astype(jnp.bfloat16)}
 
   blocks = {
-    name: {**part, "kernel": quantise(part["kernel"], INPUTS[name])}
+    name: {**part, "kernel": quantize(part["kernel"], INPUTS[name])}
     if name in INPUTS
     else part
     for name, part in tree["blocks"].items()

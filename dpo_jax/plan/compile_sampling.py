@@ -40,7 +40,7 @@ class Answering:
 
 
 def stand_ins(
-  settings: jobs.AnswerSettings, rows: int, adapter: int
+  settings: jobs.SamplingSettings, rows: int, adapter: int
 ) -> list[sampler.Request]:
   """At least so many requests, as long as the settings allow."""
   temperatures = sorted(
@@ -65,7 +65,7 @@ def stand_ins(
 
 
 def compile_answers(
-  settings: jobs.AnswerSettings,
+  settings: jobs.SamplingSettings,
   shape: gpt_neox.ModelConfig,
   mesh: jax.sharding.Mesh,
   hbm: int | None,
@@ -136,7 +136,7 @@ def _state(layout, mesh) -> decode.State:
     lambda path, leaf: jax.ShapeDtypeStruct(
       leaf.shape,
       leaf.dtype,
-      sharding=sharding.laid(mesh, *decode.axes(path, leaf)),
+      sharding=sharding.named(mesh, *decode.axes(path, leaf)),
     ),
     state,
   )
@@ -167,14 +167,14 @@ def _compile(layout, base, stack, state, mesh, tokenizer):
     lambda path, x: jax.ShapeDtypeStruct(
       x.shape,
       x.dtype,
-      sharding=sharding.laid(mesh, *decode.cache_axes(path, x, before)),
+      sharding=sharding.named(mesh, *decode.cache_axes(path, x, before)),
     ),
     prefix.cache,
   )
   logits = jax.ShapeDtypeStruct(
     prefix.logits.shape,
     prefix.logits.dtype,
-    sharding=sharding.laid(mesh, "batch", "vocab"),
+    sharding=sharding.named(mesh, "batch", "vocab"),
   )
   prefix = decode.Prefix(cache, logits)
   weights, waiting, kept = (

@@ -123,7 +123,7 @@ def shape_of(
     lora=config.lora.config(),
     attention=config.model.attention,
     logit_chunk=config.model.logit_chunk,
-    logit_words=config.model.logit_words,
+    vocab_tile=config.model.vocab_tile,
   )
 
 

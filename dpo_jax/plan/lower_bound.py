@@ -56,7 +56,7 @@ class Bound:
       self.microbatches * self.gathered / chip.link_bandwidth,
     )
 
-  def utilisation(self, chip: hardware.Chip) -> float:
+  def utilization(self, chip: hardware.Chip) -> float:
     """Share of the peak that is useful at best."""
     return self.useful / self.peak(chip) / max(self.seconds(chip))
 

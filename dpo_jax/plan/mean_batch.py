@@ -110,7 +110,7 @@ def batch_of(
   if config.precompute_reference:
     kept = one(shards, width, dtype=jnp.float32)
   seen = None
-  if config.runs_on:
+  if config.spans_rows:
     size = config.row_length
     scores = _WIDEST * (mean.visible + _BESIDE * mean.tokens * size)
     pairs = rows * size / mean.places * scores / size**2

@@ -155,7 +155,7 @@ def most_rows(
 
 
 def plan_answers(
-  config: jobs.AnswerSettings,
+  config: jobs.SamplingSettings,
   shape: gpt_neox.ModelConfig,
   devices: list[jax.Device],
   name: str,
@@ -196,7 +196,7 @@ def plan_answers(
 
 
 def most_answers(
-  config: jobs.AnswerSettings,
+  config: jobs.SamplingSettings,
   shape: gpt_neox.ModelConfig,
   mesh: jax.sharding.Mesh,
   limit: int,
@@ -226,7 +226,7 @@ def main(config: dict[str, Any], workdir: pathlib.Path, **options: Any) -> int:
   devices = topology.devices(options["topology"])
   name, search = options["model"], options["search"]
   if "policies" in config:
-    built = settings.build(jobs.AnswerSettings, config)
+    built = settings.build(jobs.SamplingSettings, config)
     shape = compile_training.shape_named(name, built.tokenizer)
     fits = plan_answers(built, shape, devices, "the config", search)
     return 0 if fits else 1
@@ -235,7 +235,7 @@ def main(config: dict[str, Any], workdir: pathlib.Path, **options: Any) -> int:
   fits = plan_training(built, shape, devices, search)
   if options["answers"]:
     values = help_lib.load(options["answers"]).to_dict()
-    how = settings.build(jobs.AnswerSettings, values)
+    how = settings.build(jobs.SamplingSettings, values)
     fits &= plan_answers(how, shape, devices, options["answers"], search)
   return 0 if fits else 1
 

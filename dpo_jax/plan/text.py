@@ -72,7 +72,7 @@ def _split(config, bound, shards: int, rows: int, chip) -> str:
     f" read {many} time(s) a step"
   )
   if chip is not None:
-    said += f"; at best {bound.utilisation(chip):.0%} of peak"
+    said += f"; at best {bound.utilization(chip):.0%} of peak"
   return said + _mend(config, shards, rows, bound.fill)
 
 

@@ -108,7 +108,7 @@ class Material:
   health: winrates.JudgeHealth
   controls: controls.Controls
   differences: list[paired.Difference]
-  slopes: list[paired.Slope]
+  slopes: list[paired.BetaSlope]
   lengths: list[rates_lib.LengthControlled]
   by_length: list[rates_lib.LengthBin]
   odd: list[records.Verdict]
@@ -164,7 +164,7 @@ def read(settings: ReportSettings, workdir: str | os.PathLike) -> Material:
     health=winrates.judge_health(ordinary, sizes),
     controls=controls.controls(every, sizes),
     differences=paired.differences(ordinary, sizes),
-    slopes=paired.slopes(ordinary, sizes),
+    slopes=paired.beta_slopes(ordinary, sizes),
     lengths=rates_lib.length_controlled(ordinary, sizes),
     by_length=rates_lib.by_length(ordinary, sizes),
     odd=odd(every),

@@ -24,7 +24,7 @@ from typing import Any
 
 from dpo_jax.core import console
 from dpo_jax.io import hashing, strict_json
-from dpo_jax.report import compose, figures, load, page, report, seed_files
+from dpo_jax.report import compose, dpo_replication, figures, load, page, report
 
 _SHOWN = 20
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
@@ -241,7 +241,7 @@ def _reports(path: pathlib.Path) -> list[pathlib.Path]:
 def _results(path: pathlib.Path) -> list[pathlib.Path]:
   """The result files of a directory without a report."""
   try:
-    return seed_files.paths(path)
+    return dpo_replication.paths(path)
   except ValueError as error:
     raise ValueError(
       f"{error}, and no report: `python -m dpo_jax report {path}` writes one"
@@ -275,10 +275,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
       else:
         raise ValueError(f"{path}: no such file or directory")
     if files:
-      read = seed_files.read_all(files)
-      wrong = [seed_files.differences(file) for file in read]
+      read = dpo_replication.read_all(files)
+      wrong = [dpo_replication.differences(file) for file in read]
       found += [line for lines in wrong for line in lines]
-      _print("\n".join(seed_files.lines(read)))
+      _print("\n".join(dpo_replication.lines(read)))
       count = sum(map(bool, wrong))
       _print(f"{count} of {len(read)} files disagree with their own rows.")
   except (ValueError, OSError) as error:

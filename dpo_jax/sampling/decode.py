@@ -229,7 +229,7 @@ def _resize(cache, slots):
 
 def _new_cache(program, batch, slots):
   cache = _stacked_cache(program, batch, slots)
-  return kv_cache.split(cache) if program.apart else cache
+  return kv_cache.unstack(cache) if program.apart else cache
 
 
 def _stacked_cache(program: Program, batch: int, slots: int) -> kv_cache.Tree:
@@ -281,7 +281,7 @@ def apart(
   base: gpt_neox.Tree, lora: gpt_neox.Tree | None
 ) -> tuple[gpt_neox.Tree, gpt_neox.Tree | None]:
   """The weights that `advance` takes where layers are apart."""
-  return gpt_neox.apart(base), gpt_neox.apart(lora)
+  return gpt_neox.unstack(base), gpt_neox.unstack(lora)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -308,7 +308,7 @@ def read(
   causal = jnp.broadcast_to(
     place[:, None] <= place[..., None], (count, size, size)
   )
-  with precision.products(program.config.dtype):
+  with precision.matmul_precision(program.config.dtype):
     hidden, cache = gpt_neox.apply(
       program.config,
       base,
@@ -323,7 +323,7 @@ def read(
     last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
     logits = gpt_neox.unembed(base, last[:, 0])
   if program.apart:
-    cache = kv_cache.split(cache)
+    cache = kv_cache.unstack(cache)
   return Prefix(cache, logits)
 
 
@@ -418,7 +418,7 @@ def advance(
     visible = (slot <= index[:, None])[:, None]
     if seats is not None:
       visible = _sharing(program.shared, seats, visible)
-    with precision.products(program.config.dtype):
+    with precision.matmul_precision(program.config.dtype):
       hidden, cache = gpt_neox.apply(
         program.config,
         base,

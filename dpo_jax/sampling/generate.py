@@ -50,7 +50,7 @@ class _Group:
 
 
 def run(
-  settings: jobs_lib.AnswerSettings, workdir: pathlib.Path
+  settings: jobs_lib.SamplingSettings, workdir: pathlib.Path
 ) -> list[pathlib.Path]:
   """Writes `workdir`/responses/<name>[-step-000050].jsonl for every policy.
 
@@ -68,9 +68,9 @@ def run(
     ValueError: an input is wrong, or a file holds answers of other weights,
       another tokenizer or other parameters than these.
   """
-  if not distributed.first():
+  if not distributed.is_main():
     console.mute()
-  with distributed.together("reading what is to be answered"):
+  with distributed.raise_on_all("reading what is to be answered"):
     mesh, jobs, tokenizer, prompts = _prepare(settings)
     origins = response_files.origins(settings, jobs)
   _agree(settings, origins, prompts)
@@ -80,23 +80,23 @@ def run(
     wanted, _ = jobs_lib.wanted(settings, job, prompts, -1)
     files[job] = response_files.File(path, origin, wanted)
   with contextlib.ExitStack() as stack:
-    writes = distributed.first() or settings.mesh_over == "process"
+    writes = distributed.is_main() or settings.mesh_over == "process"
     response_files.open_all(stack, list(files.values()), writes)
     left = [
       job for job in jobs if len(files[job].done) < len(files[job].wanted)
     ]
     for group in _groups(settings, left, mesh):
       _generate(settings, group, files, tokenizer, prompts, mesh)
-    if not distributed.first():
+    if not distributed.is_main():
       # The first process reads and removes what the others wrote.
       stack.close()
-    distributed.wait("all prompts are answered")
+    distributed.barrier("all prompts are answered")
     rows = []
-    with distributed.together("merging the response files"):
-      if distributed.first():
+    with distributed.raise_on_all("merging the response files"):
+      if distributed.is_main():
         for file in files.values():
           rows += response_files.merge(file)
-  if distributed.first():
+  if distributed.is_main():
     table = summary.summary(rows)
     console.result(
       "\n".join(summary.lines(table)),
@@ -106,7 +106,7 @@ def run(
   return [file.path for file in files.values()]
 
 
-def _prepare(settings: jobs_lib.AnswerSettings):
+def _prepare(settings: jobs_lib.SamplingSettings):
   """The mesh, the jobs, the tokenizer and the prompts."""
   alone = settings.mesh_over == "process"
   mesh = sharding.make_mesh(
@@ -130,10 +130,12 @@ def _prepare(settings: jobs_lib.AnswerSettings):
 
 def _agree(settings, origins, prompts) -> None:
   """Checks that all processes are to answer the same, from the same files."""
-  distributed.agree("the config", json.dumps(settings_lib.to_dict(settings)))
-  distributed.agree("a model or tokenizer", json.dumps(origins))
+  distributed.assert_equal(
+    "the config", json.dumps(settings_lib.to_dict(settings))
+  )
+  distributed.assert_equal("a model or tokenizer", json.dumps(origins))
   ids = [prompt.comparison.id for prompt in prompts]
-  distributed.agree("the prompts", json.dumps(ids))
+  distributed.assert_equal("the prompts", json.dumps(ids))
 
 
 def _groups(settings, jobs, mesh) -> Iterator[_Group]:
@@ -231,6 +233,6 @@ def _by_file(places, ended) -> dict[response_files.File, dict]:
   found: dict[response_files.File, dict[int, records.Response]] = {}
   for at, sample in ended:
     file, index = places[at]
-    row = jobs_lib.answered(file.wanted[index], sample)
+    row = jobs_lib.with_response(file.wanted[index], sample)
     found.setdefault(file, {})[index] = row
   return found

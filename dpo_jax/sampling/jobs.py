@@ -69,7 +69,7 @@ class PromptSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class AnswerSettings:
+class SamplingSettings:
   """A sampling run; every field is explained in configs/sample.py."""
 
   policies: dict[str, Policy]
@@ -134,7 +134,7 @@ class Prompt:
   cut: int
 
 
-def jobs(settings: AnswerSettings) -> list[Job]:
+def jobs(settings: SamplingSettings) -> list[Job]:
   """The files to write, policy by policy, ascending by step.
 
   Raises:
@@ -167,7 +167,7 @@ def _steps(directory: str) -> list[tuple[int, str]]:
 
 
 def prompts(
-  settings: AnswerSettings, tokenizer: tokenizer_lib.Tokenizer
+  settings: SamplingSettings, tokenizer: tokenizer_lib.Tokenizer
 ) -> list[Prompt]:
   """Prompts in file order, each id once; long ones keep their end."""
   source = settings.data.source
@@ -219,7 +219,7 @@ def encoded(
 
 
 def wanted(
-  settings: AnswerSettings, job: Job, prompts: list[Prompt], adapter: int
+  settings: SamplingSettings, job: Job, prompts: list[Prompt], adapter: int
 ) -> tuple[list[records.Response], list[sampler.Request]]:
   """Every row of the file, in order, still without its text; its request."""
   rows, requests = [], []
@@ -274,7 +274,9 @@ def request(
   )
 
 
-def answered(row: records.Response, sample: sampler.Sample) -> records.Response:
+def with_response(
+  row: records.Response, sample: sampler.Sample
+) -> records.Response:
   """The row with its answer."""
   return dataclasses.replace(
     row,

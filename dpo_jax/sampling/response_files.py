@@ -72,18 +72,18 @@ def open_all(
     locks.Held: another run writes the same files.
     errors.Stopped: another process failed.
   """
-  with distributed.together("opening the response files"):
+  with distributed.raise_on_all("opening the response files"):
     for file in files if writes else ():
       path = file.path
-      if not distributed.first():
+      if not distributed.is_main():
         path = path.with_name(f"{path.stem}@{jax.process_index()}.part")
       store = jsonl.Store(path, records.Response)
       file.store = stack.enter_context(store)
-  with distributed.together("reading the response files"):
+  with distributed.raise_on_all("reading the response files"):
     for file in files:
-      distributed.shared(file.path)
+      distributed.require_shared(file.path)
       found = _read(file.path, *_parts(file.path))
-      if distributed.first():
+      if distributed.is_main():
         claim(file.path, file.origin, any(found.values()))
       for path, rows in found.items():
         file.done = match(path, rows, file.wanted) | file.done
@@ -202,7 +202,7 @@ def claim(path: pathlib.Path, origin: dict[str, Any], begun: bool) -> None:
 
 
 def origins(
-  settings: jobs_lib.AnswerSettings, jobs: Sequence[jobs_lib.Job]
+  settings: jobs_lib.SamplingSettings, jobs: Sequence[jobs_lib.Job]
 ) -> list[dict[str, Any]]:
   """What the rows of each job depend on and do not say themselves."""
   # A base that serves many adapters is read once.

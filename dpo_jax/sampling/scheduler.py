@@ -231,7 +231,7 @@ class Slots:
     if self.mesh is None:
       inputs = jax.device_put(inputs)
     else:
-      inputs = sharding_lib.place(inputs, self.mesh)
+      inputs = sharding_lib.put(inputs, self.mesh)
     self.read += 1
     self.padded = reading.padded
     self.prefix = decode.read(self.program, *self.weights, *inputs)

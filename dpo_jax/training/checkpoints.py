@@ -56,15 +56,15 @@ class Checkpoints:
     self._directory, self._retention = directory.resolve(), retention
     self._copies = copies
     latest = None
-    with distributed.together("looking at the checkpoints"):
-      if distributed.first():
+    with distributed.raise_on_all("looking at the checkpoints"):
+      if distributed.is_main():
         self._directory.mkdir(parents=True, exist_ok=True)
         latest, problems = step_files.newest(self._directory)
         for problem in problems:
           _log.warning("%s; going on from step %d", problem, latest or 0)
         step_files.tidy(self._directory, latest)
     # The others must not look for themselves: a disk may show them less.
-    found = int(distributed.everywhere(-1 if latest is None else latest)[0])
+    found = int(distributed.all_gather(-1 if latest is None else latest)[0])
     self._latest = None if found < 0 else found
     self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
     self._completer = concurrent.futures.ThreadPoolExecutor(1, "complete")
@@ -122,7 +122,7 @@ class Checkpoints:
   def _complete(self, step: int, metrics: dict[str, float]) -> None:
     try:
       self._orbax.wait_until_finished()
-      if distributed.first():
+      if distributed.is_main():
         step_files.complete(self._directory, step, metrics)
         self._copy(step)
         held = self._copies.held() if self._copies else frozenset()
@@ -144,7 +144,7 @@ class Checkpoints:
   def note(self, metrics: dict[str, float]) -> None:
     """Puts the evaluation of the newest step into its manifest, if whole."""
     self._finish()
-    if distributed.first() and self._latest is not None:
+    if distributed.is_main() and self._latest is not None:
       step_files.note(self._directory, self._latest, metrics)
       self._copy(self._latest)
 

@@ -37,7 +37,7 @@ def start(config: config_lib.TrainSettings, loss: float) -> None:
   if config.objective != "dpo":
     return
   wanted = losses.loss_at_start(config.loss)
-  dtype = precision.rounded_to(config.model.dtype)
+  dtype = precision.matmul_dtype(config.model.dtype)
   tolerance = START_TOLERANCE[dtype] * max(wanted, 1)
   if config.precompute_reference:
     slope = losses.slope_at_start(config.loss)

@@ -42,7 +42,7 @@ def base(shape: gpt_neox.ModelConfig, key: jax.Array, param_dtype: str) -> Tree:
   return gpt_neox.init(shape, key, param_dtype)
 
 
-def quantise(base: Tree, mesh: jax.sharding.Mesh) -> Tree:
+def quantize(base: Tree, mesh: jax.sharding.Mesh) -> Tree:
   """`quantization.base`, laid on the mesh."""
   lying = sharding.shardings(jax.eval_shape(quantization.base, base), mesh)
   return jax.jit(quantization.base, out_shardings=lying)(base)

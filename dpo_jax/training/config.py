@@ -31,7 +31,7 @@ FREE = (
   "keep_freed_memory",
   "push_to_hub",
   "push_public",
-  "push_licence",
+  "push_license",
   "push_checkpoints",
   "push_dry_run",
   "checkpoint_bucket",
@@ -65,7 +65,7 @@ class ModelSettings:
   attention: attention.Name
   attention_block: int
   logit_chunk: int
-  logit_words: int
+  vocab_tile: int
 
   def __post_init__(self):
     settings.check(self, "model.")
@@ -146,7 +146,7 @@ class TrainSettings:
   trackers: trackers.TrackerSettings
   push_to_hub: str
   push_public: bool
-  push_licence: str
+  push_license: str
   push_checkpoints: bool
   push_dry_run: bool
 
@@ -158,16 +158,16 @@ class TrainSettings:
         f"batch_size={self.batch_size} must be a multiple of"
         f" microbatches={self.microbatches}"
       )
-    if self.runs_on and self.data.layout == "padded":
+    if self.spans_rows and self.data.layout == "padded":
       raise ValueError(
         "model.attention='blocks' with data.layout='padded', which gives each"
         " sequence a row of its own: set data.layout to 'packed' or 'shared'"
       )
-    if self.model.logit_words and self.mesh.tensor != 1:
+    if self.model.vocab_tile and self.mesh.tensor != 1:
       raise ValueError(
-        f"model.logit_words={self.model.logit_words} with"
+        f"model.vocab_tile={self.model.vocab_tile} with"
         f" mesh.tensor={self.mesh.tensor}, which splits the vocabulary already:"
-        " set model.logit_words to 0"
+        " set model.vocab_tile to 0"
       )
     if self.model.param_dtype != "float32" and not self.lora.rank:
       raise ValueError(
@@ -215,20 +215,22 @@ class TrainSettings:
     return push_lib.PushSettings(
       repo=self.push_to_hub,
       public=self.push_public,
-      licence=self.push_licence,
+      license=self.push_license,
       checkpoints=self.push_checkpoints,
       dry_run=self.push_dry_run,
     )
 
   @property
-  def runs_on(self) -> bool:
+  def spans_rows(self) -> bool:
     """Whether pieces run through rows, which are blocks of attention."""
     return self.model.attention == "blocks"
 
   @property
   def row_length(self) -> int:
     """Tokens of a row."""
-    return self.model.attention_block if self.runs_on else self.data.row_length
+    return (
+      self.model.attention_block if self.spans_rows else self.data.row_length
+    )
 
   def retention(self) -> step_files.Retention:
     return step_files.Retention(

@@ -34,7 +34,7 @@ class Sampler:
 
   path: pathlib.Path
   config: config_lib.TrainSettings
-  made: setup.Assembled
+  made: setup.Run
   prompts: tuple[jobs.Prompt, ...]
 
   def due(self, done: int) -> bool:
@@ -61,11 +61,11 @@ class Sampler:
     if not self.prompts:
       return
     there = False
-    with distributed.together(f"reading {self.path.name}"):
-      if distributed.first():
+    with distributed.raise_on_all(f"reading {self.path.name}"):
+      if distributed.is_main():
         there = self._trim(start)
     # The first process has the file, and decides.
-    if distributed.everywhere(there)[0] or not self.due(start):
+    if distributed.all_gather(there)[0] or not self.due(start):
       return
     if not self.write(start, params, writer, watch):
       raise watch.interrupted(f"in the samples at step {start}")
@@ -117,10 +117,10 @@ class Sampler:
         made.mesh,
       ):
         for index, sample in ended:
-          rows[index] = jobs.answered(rows[index], sample)
+          rows[index] = jobs.with_response(rows[index], sample)
         if watch.requested():
           return False
-    if distributed.first():
+    if distributed.is_main():
       with jsonl.Store(self.path, records.Response) as store:
         store.append_many(rows)
     writer.table(step, "samples", COLUMNS, [_cells(row) for row in rows])
@@ -157,7 +157,7 @@ class Sampler:
 
 
 def make(
-  config: config_lib.TrainSettings, made: setup.Assembled, path: pathlib.Path
+  config: config_lib.TrainSettings, made: setup.Run, path: pathlib.Path
 ) -> Sampler:
   """The sampler of a run, which may have no prompts to answer.
 

@@ -3,7 +3,8 @@
 An update whose loss or gradient norm is not finite leaves weights and optimizer
 as they were. The host reads the decision with the step's metrics, one step
 late, and stops the run or lets it go on, as its config says: the device never
-waits. incidents.jsonl, there once an update was not made, holds each such step
+waits. skipped_updates.jsonl, there once an update was not made, holds each such
+step
 once: a resumed run drops the lines after the step that it goes on from.
 """
 
@@ -19,7 +20,7 @@ from dpo_jax.core import settings as settings_lib
 from dpo_jax.io import atomic, strict_json
 from dpo_jax.io import metrics as metrics_lib
 
-INCIDENTS = "incidents.jsonl"
+SKIPPED = "skipped_updates.jsonl"
 
 # What the step's metrics tell the host of the decision.
 _TOLD = "guard/"
@@ -90,7 +91,7 @@ def told(metrics: dict[str, Any]) -> dict[str, Any]:
   }
 
 
-def read_incidents(path: str | os.PathLike) -> list[dict[str, Any]]:
+def read_skipped(path: str | os.PathLike) -> list[dict[str, Any]]:
   """The incidents of a file; an interrupted last line is left out.
 
   Raises:
@@ -111,16 +112,16 @@ def read_incidents(path: str | os.PathLike) -> list[dict[str, Any]]:
   return rows
 
 
-class IncidentWriter:
+class SkippedUpdateLog:
   """Appends incidents; each is on disk when `write` returns."""
 
   def __init__(self, directory: pathlib.Path, start_step: int):
     """Keeps the incidents up to and including `start_step`."""
-    self._path = directory / INCIDENTS
+    self._path = directory / SKIPPED
     if not self._path.exists():
       return
     kept = [
-      row for row in read_incidents(self._path) if row["step"] <= start_step
+      row for row in read_skipped(self._path) if row["step"] <= start_step
     ]
     atomic.write_text(self._path, "".join(map(metrics_lib.encode, kept)))
 

@@ -119,7 +119,7 @@ def make(
   tokenizer: tokenizer_lib.Tokenizer,
   mesh: jax.sharding.Mesh,
 ) -> Feed:
-  """Reads, tokenises and plans everything; no model is needed for it.
+  """Reads, tokenizes and plans everything; no model is needed for it.
 
   Raises:
     ValueError: see `dataset.prepare`; or an epoch has fewer items than a batch.
@@ -136,14 +136,14 @@ def make(
     microbatches=config.microbatches,
     loss_on_prompt=config.data.loss_on_prompt,
     pad_id=tokenizer.pad_id,
-    runs_on=config.runs_on,
+    spans_rows=config.spans_rows,
   )
   planned = np.linspace(0, steps - 1, min(steps, _PLANNED)).astype(int)
   return Feed(
     items=items,
     schedule=schedule,
     steps=steps,
-    train=batch_shapes.settled(
+    train=batch_shapes.choose(
       items.train.table,
       layout,
       (schedule.items(int(step)) for step in planned),
@@ -190,7 +190,7 @@ def with_reference(
       "dtype": f"{config.model.dtype} of {config.model.param_dtype}",
     }
     # All hosts take the same branch.
-    if distributed.everywhere(path.exists()).all():
+    if distributed.all_gather(path.exists()).all():
       logps = reference.load(path, items.table, made_of)
     else:
       how = _in_order(feed.held_out, items, feed.eval_batch_size)
@@ -200,7 +200,7 @@ def with_reference(
       total = -(-len(items.table) // feed.eval_batch_size)
       bar = console.track(packed, total, f"reference of {side}", "batch")
       logps = reference.token_logps(shape, base, None, bar, feed.mesh)
-      if distributed.first():
+      if distributed.is_main():
         reference.save(path, logps, made_of)
     found[f"{side}_reference"] = reference.spread(items.table, logps)
   return dataclasses.replace(feed, **found)
@@ -210,7 +210,7 @@ def _in_order(
   layout: packing.Packing, items: dataset.Side, batch_size: int
 ) -> packing.Packing:
   """The layout of batches in order: one micro-batch, one shape."""
-  return batch_shapes.settled(
+  return batch_shapes.choose(
     items.table,
     dataclasses.replace(layout, microbatches=1),
     loader.consecutive(len(items.table), batch_size),
@@ -220,4 +220,4 @@ def _in_order(
 
 def _placed(batch: batch_lib.Batch, mesh: jax.sharding.Mesh) -> batch_lib.Batch:
   with jax.transfer_guard("allow"):
-    return sharding.place(batch, mesh, leading=1)
+    return sharding.put(batch, mesh, leading=1)

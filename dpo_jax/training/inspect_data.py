@@ -1,6 +1,6 @@
 """What a run will be trained on: python -m dpo_jax inspect_data --config=...
 
-Takes a training config, reads and tokenises its data as the run would, and
+Takes a training config, reads and tokenizes its data as the run would, and
 prints what became of every row, how long the texts are, how much is cut, how
 full the rows are under each layout, and a few items as the model will see them:
 
@@ -67,8 +67,9 @@ def _heading(
     batch_size=config.batch_size, seed=config.seed, epochs=config.epochs
   )
   lines = [
-    f"{config.objective} on {', '.join(config.data.use)}, profile"
-    f" {config.data.profile!r}: {plan.per_epoch} steps of {config.batch_size}"
+    f"{config.objective} on {', '.join(config.data.use)}, tokenization"
+    f" {config.data.tokenization!r}: {plan.per_epoch} steps of"
+    f" {config.batch_size}"
     f" in an epoch, {plan.left_out} items left out of each"
   ]
   total = sum(plan.shares)
@@ -151,15 +152,15 @@ def _packing(
       microbatches=config.microbatches,
       loss_on_prompt=config.data.loss_on_prompt,
       pad_id=tokenizer.pad_id,
-      runs_on=config.runs_on and layout != "padded",
+      spans_rows=config.spans_rows and layout != "padded",
     )
-    longest = packing.longest_piece(table, layout)
-    if longest > how.row_length and not how.runs_on:
+    longest = packing.longest_segment(table, layout)
+    if longest > how.row_length and not how.spans_rows:
       # Not the layout in use, which `dataset.prepare` has checked.
       rows = f"a piece takes {longest} > {how.row_length}"
       lines.append((layout, "-", "-", "-", "-", rows))
       continue
-    how = batch_shapes.settled(table, how, steps, config.data.shapes)
+    how = batch_shapes.choose(table, how, steps, config.data.shapes)
     tokens = slots = 0
     started = time.perf_counter()
     for indices in steps:

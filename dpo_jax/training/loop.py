@@ -47,7 +47,7 @@ class Loop:
     self,
     config: config_lib.TrainSettings,
     workdir: pathlib.Path,
-    made: setup.Assembled,
+    made: setup.Run,
     checkpoints: checkpoints_lib.Checkpoints,
     state: step.TrainState,
     watch: preemption.Watch,
@@ -66,9 +66,9 @@ class Loop:
 
   def train(self) -> None:
     config = self.config
-    if distributed.first():
+    if distributed.is_main():
       self.writer = trackers.Writer(config.trackers, self.workdir, self.start)
-      self.incidents = guards.IncidentWriter(self.workdir, self.start)
+      self.incidents = guards.SkippedUpdateLog(self.workdir, self.start)
     else:
       self.writer = metrics.Silent(self.workdir, self.start)
       console.mute()
@@ -78,14 +78,14 @@ class Loop:
       self._guarded()
     except preemption.Interrupted:
       # All stop at the same step: none leaves while another still writes.
-      distributed.wait("interrupted")
+      distributed.barrier("interrupted")
       raise
     self._export()
-    if distributed.first():
+    if distributed.is_main():
       atomic.write_text(
         self.workdir / "finished.json", json.dumps({"step": self.steps}) + "\n"
       )
-    distributed.wait("finished")
+    distributed.barrier("finished")
 
   def _guarded(self) -> None:
     """The loop, with its files closed after it however it ends."""
@@ -164,7 +164,7 @@ class Loop:
       return
     there = any("eval_items" in row for row in self.writer.at(start))
     # The first process has the file, and decides.
-    if distributed.everywhere(there)[0]:
+    if distributed.all_gather(there)[0]:
       return
     if not self._evaluate(start):
       raise self.watch.interrupted(f"in the evaluation at step {start}")
@@ -189,7 +189,7 @@ class Loop:
     self.writer.write({"step": done} | row | rate | rates)
     if not made:
       found = checks.incident(done, row, int(told["skipped"]), counts.ids)
-      if distributed.first():
+      if distributed.is_main():
         self.incidents.write(found)
       checks.stop(self.config.guards, found)
     elif before == 0:
@@ -245,7 +245,7 @@ class Loop:
       if export:
         self._export_step(f"step-{done:06d}")
       self._write_checkpoint(done)
-    if export and self.publisher and distributed.first():
+    if export and self.publisher and distributed.is_main():
       self.publisher.checkpoint()
     self.clock = metrics.Throughput(self.items)
 
@@ -262,7 +262,7 @@ class Loop:
         made.adapted,
       )
     # The first process sees which of them are still there, and decides.
-    elif push and distributed.everywhere(self.publisher.room())[0]:
+    elif push and distributed.all_gather(self.publisher.room())[0]:
       directory = self.workdir / "models" / name
       hf.export(directory, made.model, params["base"], made.tokenizer)
     elif push:

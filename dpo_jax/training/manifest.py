@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 def write(
   workdir: pathlib.Path,
   config: config_lib.TrainSettings,
-  made: setup.Assembled,
+  made: setup.Run,
   state: step.TrainState,
   changed: list[str],
 ) -> None:

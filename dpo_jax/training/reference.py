@@ -49,12 +49,12 @@ def token_logps(
   found = []
   with jax.set_mesh(mesh):
     for batch, _ in packed:
-      placed = sharding.place(batch, mesh, leading=1)
+      placed = sharding.put(batch, mesh, leading=1)
       micro = jax.tree.map(lambda x: x[0], placed)
       logps = jax.device_get(score(base, lora, micro))
-      there = batch.owner[0] >= 0
+      there = batch.sequence_ids[0] >= 0
       # A sequence is in one shard, its tokens in order.
-      order = np.argsort(batch.owner[0][there], kind="stable")
+      order = np.argsort(batch.sequence_ids[0][there], kind="stable")
       found.append(logps[there][order])
   return np.concatenate(found)
 

@@ -14,9 +14,11 @@ reference is --reference; with --adapter alone it is the model without the
 adapter, as in training; with neither there are no rewards. Policy and reference
 are in memory one after the other, never together.
 
-Texts are tokenised and cut by one of the rules that training uses, with EOS
-behind each response that is not cut. `--profile` names it, as `data.profile` of
-the run did: "paper", or "seed" for the LoRA recipes of configs/dpo.py, whose
+Texts are tokenized and cut by one of the rules that training uses, with EOS
+behind each response that is not cut. `--tokenization` names it, as
+`data.tokenization` of
+the run did: "paper", or "dpo-replication" for the LoRA recipes of
+configs/dpo.py, whose
 responses begin with another token.
 """
 
@@ -72,7 +74,7 @@ class ScoreSettings:
       {"chosen", "rejected"} transcripts.
     output: the .jsonl file to write.
     beta: strength of the KL penalty in the rewards.
-    profile: how texts become ids, and what is cut; see `tokenization`.
+    tokenization: how texts become ids, and what is cut; see `tokenization`.
     max_length: tokens of a prompt with a response; 0 takes the model's own.
     max_prompt_length: tokens of a prompt that is cut; 0 takes half of it, or
       none under "trl".
@@ -89,7 +91,7 @@ class ScoreSettings:
   pairs: str
   output: str
   beta: float
-  profile: tokenization.Profile
+  tokenization: tokenization.Rules
   max_length: int
   max_prompt_length: int
   batch_size: int
@@ -209,11 +211,11 @@ def _tokenized(
     raise ValueError(
       f"max_length={max_length} is more than the model's {room} positions"
     )
-  half = 0 if settings.profile == "trl" else max_length // 2
+  half = 0 if settings.tokenization == "trl" else max_length // 2
   found = tokenization.tokenize(
     tokenizer,
     rows,
-    profile=settings.profile,
+    rules=settings.tokenization,
     max_length=max_length,
     max_prompt_length=settings.max_prompt_length or half,
   )
@@ -257,7 +259,7 @@ def _token_logps(
   settings, mesh, config, base, lora, pairs: token_table.Table, name
 ) -> list[tuple[np.ndarray, np.ndarray]]:
   """Log-probs of the chosen and of the rejected tokens of every pair."""
-  longest = packing.longest_piece(pairs, "shared")
+  longest = packing.longest_segment(pairs, "shared")
   steps_ = loader.consecutive(len(pairs), settings.batch_size)
   layout = packing.Packing(
     layout="shared",
@@ -267,7 +269,7 @@ def _token_logps(
     loss_on_prompt=False,
     pad_id=0,
   )
-  how = batch_shapes.settled(pairs, layout, steps_, _SHAPES)
+  how = batch_shapes.choose(pairs, layout, steps_, _SHAPES)
   packed = loader.in_order(pairs, how, batch_size=settings.batch_size)
   bar = console.track(packed, len(steps_), name, "batch")
   logps = reference_lib.token_logps(config, base, lora, bar, mesh)
@@ -325,9 +327,9 @@ def parse(arguments: Sequence[str] | None = None) -> ScoreSettings:
     "--beta", type=float, default=0.1, help="of the rewards (default: 0.1)"
   )
   text(
-    "--profile",
+    "--tokenization",
     default="paper",
-    choices=get_args(tokenization.Profile),
+    choices=get_args(tokenization.Rules),
     help="how texts become ids, as in training (default: paper)",
   )
   number("--max_length", default=0, help="default: the model's positions")

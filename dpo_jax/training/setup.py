@@ -27,7 +27,7 @@ Tree = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Assembled:
+class Run:
   """What stays the same through a run.
 
   Attributes:
@@ -73,11 +73,11 @@ class Assembled:
     }
 
 
-def assemble(
+def prepare(
   config: config_lib.TrainSettings,
   workdir: pathlib.Path,
   checkpoints: checkpoints_lib.Checkpoints,
-) -> tuple[Assembled, step.TrainState, list[str]]:
+) -> tuple[Run, step.TrainState, list[str]]:
   """Reads data and model and makes, or restores, the state.
 
   Returns:
@@ -87,17 +87,17 @@ def assemble(
   Raises:
     ValueError: settings or input are wrong, or the checkpoint is of others.
   """
-  with distributed.together("reading the data"):
+  with distributed.raise_on_all("reading the data"):
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     tokenizer = tokenizer_lib.load(config.tokenizer)
     fed = input_pipeline.make(config, tokenizer, mesh)
-  distributed.agree("the data", json.dumps(fed.items.report))
-  with distributed.together("reading the model"):
+  distributed.assert_equal("the data", json.dumps(fed.items.report))
+  with distributed.raise_on_all("reading the model"):
     shape, base = _load_model(config, tokenizer, mesh)
   name = step.trainable(shape)
   fingerprint, adapted = hf.content_hash(base), hf.fingerprint(base)
   if config.model.param_dtype == "int8":
-    base = compile_lib.quantise(base, mesh)
+    base = compile_lib.quantize(base, mesh)
   reference = None
   if config.precompute_reference:
     fed = input_pipeline.with_reference(
@@ -111,7 +111,7 @@ def assemble(
   del base
   rates = optimizer.schedule(config.optimizer, fed.steps)
   train_step, eval_step = compile_lib.training(config, shape, tx, state, mesh)
-  assembled = Assembled(
+  assembled = Run(
     mesh=mesh,
     tokenizer=tokenizer,
     feed=fed,
@@ -157,7 +157,7 @@ def _load_model(config, tokenizer, mesh) -> tuple[gpt_neox.ModelConfig, Tree]:
     shape,
     attention=config.model.attention,
     logit_chunk=config.model.logit_chunk,
-    logit_words=config.model.logit_words,
+    vocab_tile=config.model.vocab_tile,
   )
   if tokenizer.vocab_size > shape.vocab_size:
     raise ValueError(
@@ -172,7 +172,7 @@ def _load_model(config, tokenizer, mesh) -> tuple[gpt_neox.ModelConfig, Tree]:
   return shape, base
 
 
-def weights_as_read(config: config_lib.TrainSettings, made: Assembled) -> Tree:
+def weights_as_read(config: config_lib.TrainSettings, made: Run) -> Tree:
   """The base that the run began with, read again.
 
   Raises:

@@ -96,7 +96,7 @@ def sequence_logps(
     Sums in nats and token counts, float32 [sequences].
   """
   per_token = token_logps(config, base, lora, batch, dropout_key)
-  return logprobs.sequence_sums(per_token, batch.owner, sequences)
+  return logprobs.sequence_sums(per_token, batch.sequence_ids, sequences)
 
 
 def token_logps(
@@ -122,7 +122,7 @@ def token_stats(
   Dropout is drawn for each token by its seat, so that it does not depend on
   how the step's items are laid out, split or sharded.
   """
-  with precision.products(config.dtype):
+  with precision.matmul_precision(config.dtype):
     hidden, _ = gpt_neox.apply(
       config,
       base,
@@ -144,7 +144,7 @@ def both_token_stats(
 
   Of the second, the reference's, no gradient is formed.
   """
-  with precision.products(config.dtype):
+  with precision.matmul_precision(config.dtype):
     policy, reference = gpt_neox.apply_both(
       config,
       base,
@@ -192,7 +192,7 @@ def make_train_step(
 
     def accumulate(grads, micro):
       # Around the backward pass, whose own rules are traced outside of `loss`.
-      with precision.products(config.dtype):
+      with precision.matmul_precision(config.dtype):
         grad, sums = jax.grad(loss, has_aux=True)(state.params[name], micro)
       return jax.tree.map(jnp.add, grads, grad), sums
 
@@ -261,9 +261,11 @@ def means(sums: dict[str, float]) -> dict[str, float]:
 
 def _token_sums(objective, batch, stats) -> Metrics:
   """Sums over tokens of what the likeliest words and their spread tell."""
-  there = batch.owner >= 0
+  there = batch.sequence_ids >= 0
   # Chosen responses own the even sequences of pairs; examples have no others.
-  chosen = there & (batch.owner % 2 == 0) if objective.kind == "dpo" else there
+  chosen = (
+    there & (batch.sequence_ids % 2 == 0) if objective.kind == "dpo" else there
+  )
   return {
     "entropy": jnp.sum(jnp.where(there, stats.entropy, 0)),
     "tokens": jnp.sum(there.astype(jnp.float32)),
@@ -296,7 +298,9 @@ def _compared(
 
 def _seen_by_model(batch):
   """Tokens, positions and segments of a micro-batch."""
-  segments = attention.Segments(batch.pieces, batch.parts, batch.seen)
+  segments = attention.Segments(
+    batch.segment_ids, batch.part_ids, batch.block_pairs
+  )
   return batch.tokens, batch.positions, segments
 
 
@@ -305,7 +309,7 @@ def _key_of_seats(key, batch):
   if key is None:
     return None
   fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))
-  return fold(key, batch.seats)
+  return fold(key, batch.dropout_ids)
 
 
 def _stats(config, kernel, hidden, batch) -> logprobs.TokenStats:
@@ -315,7 +319,7 @@ def _stats(config, kernel, hidden, batch) -> logprobs.TokenStats:
     batch.source,
     batch.target,
     chunk=config.logit_chunk,
-    words=config.logit_words,
+    words=config.vocab_tile,
   )
 
 
@@ -323,7 +327,7 @@ def _loss_scale(objective: Objective, batch: batch_lib.Batch) -> jax.Array:
   """One over what the sums of all micro-batches are divided by."""
   if objective.kind == "dpo":
     return jnp.float32(1 / (objective.items * batch.tokens.shape[0]))
-  return 1 / jnp.sum(batch.owner >= 0).astype(jnp.float32)
+  return 1 / jnp.sum(batch.sequence_ids >= 0).astype(jnp.float32)
 
 
 def _objective_sums(objective, batch, policy, reference):
@@ -332,12 +336,14 @@ def _objective_sums(objective, batch, policy, reference):
   `policy` and, for DPO, `reference` are log-probs of tokens, [S, C].
   """
   if objective.kind == "sft":
-    sums, lengths = logprobs.sequence_sums(policy, batch.owner, objective.items)
+    sums, lengths = logprobs.sequence_sums(
+      policy, batch.sequence_ids, objective.items
+    )
     return {"loss": -jnp.sum(sums)}, jnp.sum(lengths)
 
   def by_pair(per_token):
     return _pairs(
-      logprobs.sequence_sums(per_token, batch.owner, 2 * objective.items)
+      logprobs.sequence_sums(per_token, batch.sequence_ids, 2 * objective.items)
     )
 
   # Subtracted token by token: the difference of two sums of a thousand nats

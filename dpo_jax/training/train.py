@@ -50,10 +50,10 @@ def run(
     compile_lib.keep_freed_memory()
   compile_lib.keep(config.compilation_cache)
   with preemption.watching(config.grace_s) as watch:
-    with distributed.together("preparing the directory"):
-      if distributed.first():
+    with distributed.raise_on_all("preparing the directory"):
+      if distributed.is_main():
         rundir.prepare(workdir, "checkpoints")
-    with distributed.owned(locks.Lock(workdir / "lock")):
+    with distributed.on_main(locks.Lock(workdir / "lock")):
       try:
         return _run(config, workdir, watch)
       except jax.errors.JaxRuntimeError as error:
@@ -73,25 +73,25 @@ def _run(
 ) -> pathlib.Path:
   values = settings.to_dict(config)
   allowed = (*config.allow_changes, *config_lib.FREE)
-  with distributed.together("looking at the directory"):
-    distributed.shared(workdir / "lock")
+  with distributed.raise_on_all("looking at the directory"):
+    distributed.require_shared(workdir / "lock")
     rundir.refuse_foreign(workdir)
     rundir.check(workdir, values, allowed)
-    if (push := config.push()) and distributed.first():
+    if (push := config.push()) and distributed.is_main():
       push_lib.check(push)
-  distributed.agree("the config", json.dumps(values))
+  distributed.assert_equal("the config", json.dumps(values))
   trackers.check(config.trackers)
   with contextlib.ExitStack() as stack:
     publisher = copies = None
     if push:
       publisher = stack.enter_context(push_lib.Publisher(push, workdir))
-    with distributed.together("looking at the bucket"):
-      if config.checkpoint_bucket and distributed.first():
+    with distributed.raise_on_all("looking at the bucket"):
+      if config.checkpoint_bucket and distributed.is_main():
         copies = stack.enter_context(
           upload.Uploader(config.checkpoint_bucket, workdir, config.retention())
         )
         copies.fetch(values, allowed)
-    with distributed.together("looking at the directory"):
+    with distributed.raise_on_all("looking at the directory"):
       changed = rundir.check(workdir, values, allowed)
       finished = (workdir / "finished.json").exists()
       if finished and (late := rundir.beyond(changed, config_lib.FREE)):
@@ -110,7 +110,7 @@ def _run(
     else:
       _train(config, workdir, watch, changed, publisher, copies)
     try:
-      if publisher and distributed.first():
+      if publisher and distributed.is_main():
         publisher.finish()
     finally:
       if copies:
@@ -129,10 +129,10 @@ def _train(
   checkpoints = checkpoints_lib.Checkpoints(
     workdir / "checkpoints", config.retention(), copies
   )
-  made, state, inputs = setup.assemble(config, workdir, checkpoints)
-  with distributed.together("reading the prompts of samples"):
+  made, state, inputs = setup.prepare(config, workdir, checkpoints)
+  with distributed.raise_on_all("reading the prompts of samples"):
     sampler = eval_samples.make(config, made, workdir / eval_samples.FILE)
-  if distributed.first():
+  if distributed.is_main():
     manifest.write(workdir, config, made, state, changed + inputs)
     # Not before: settings that were refused must not bind the directory.
     allowed = (*config.allow_changes, *config_lib.FREE)

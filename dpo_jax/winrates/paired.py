@@ -42,7 +42,7 @@ class Difference:
 
 
 @dataclasses.dataclass(frozen=True)
-class Slope:
+class BetaSlope:
   """Whether a model's checkpoints improve, in one test over prompts.
 
   Each of the `n` prompts that were judged at every step and temperature gets
@@ -113,10 +113,10 @@ def holm(ps: Sequence[float]) -> list[float]:
   return adjusted
 
 
-def slopes(
+def beta_slopes(
   verdicts: Iterable[calls.Call], settings: intervals.Settings
-) -> list[Slope]:
-  """One Slope for each model with checkpoints at two steps or more."""
+) -> list[BetaSlope]:
+  """One BetaSlope for each model with checkpoints at two steps or more."""
   tables: dict[str, dict[tuple[int, float], dict[str, float]]] = (
     collections.defaultdict(dict)
   )
@@ -151,7 +151,7 @@ def _difference(lower, upper, temperature, gaps, settings) -> Difference:
   )
 
 
-def _slope(model, table, settings) -> Slope | None:
+def _slope(model, table, settings) -> BetaSlope | None:
   """The test of one model's checkpoints; None if nothing can be said."""
   # A temperature that only some steps have would tilt the slope.
   by_temperature = collections.defaultdict(set)
@@ -175,7 +175,7 @@ def _slope(model, table, settings) -> Slope | None:
   bound = float(weights[weights > 0].sum())
   interval = intervals.of_mean(gains, settings, bound=bound)
   judged = set().union(*cells)
-  return Slope(
+  return BetaSlope(
     model=model,
     temperatures=temperatures,
     steps=len(steps),

@@ -47,25 +47,26 @@ class Segments:
   """What decides which tokens of a row see each other; both int32 [B, T].
 
   Attributes:
-    pieces: piece of each token, from 1; 0 is padding.
-    parts: part of each token in its piece: PROMPT, or a response's number.
-    seen: None where pieces lie whole in their rows. Else rows are blocks that
+    segment_ids: piece of each token, from 1; 0 is padding.
+    part_ids: part of each token in its piece: PROMPT, or a response's number.
+    block_pairs: None where pieces lie whole in their rows. Else rows are blocks
+      that
       pieces run through, and this is which of them look at which; see
       `blockwise`.
   """
 
-  pieces: jax.Array
-  parts: jax.Array
-  seen: jax.Array | None = None
+  segment_ids: jax.Array
+  part_ids: jax.Array
+  block_pairs: jax.Array | None = None
 
   def mask(self) -> jax.Array:
     """bool [B, T, T]: same piece, causal, key in the prompt or the own part."""
-    size = self.pieces.shape[-1]
+    size = self.segment_ids.shape[-1]
     causal = jnp.tril(jnp.ones((1, size, size), bool))
-    same_piece = self.pieces[:, :, None] == self.pieces[:, None, :]
-    key_part, query_part = self.parts[:, None, :], self.parts[:, :, None]
+    same_piece = self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
+    key_part, query_part = self.part_ids[:, None, :], self.part_ids[:, :, None]
     visible = (key_part == PROMPT) | (key_part == query_part)
-    return causal & same_piece & visible & (self.pieces > 0)[:, None, :]
+    return causal & same_piece & visible & (self.segment_ids > 0)[:, None, :]
 
 
 def bind(
@@ -91,19 +92,24 @@ def bind(
     return functools.partial(shared_prefix.attend, sharing=visible)
   if not isinstance(visible, Segments):
     return functools.partial(dense, mask=visible)
-  if (name == "blocks") != (visible.seen is not None):
+  if (name == "blocks") != (visible.block_pairs is not None):
     raise ValueError(
-      f"attention={name!r} of rows that were packed with seen={visible.seen}:"
+      f"attention={name!r} of rows that were packed with"
+      f" block_pairs={visible.block_pairs}:"
       " 'blocks' takes rows that pieces run through, and no other does"
     )
-  if visible.seen is not None:
-    mask = blockwise.mask(visible.pieces, visible.parts, visible.seen)
-    return functools.partial(blockwise.attend, visible=mask, seen=visible.seen)
+  if visible.block_pairs is not None:
+    mask = blockwise.mask(
+      visible.segment_ids, visible.part_ids, visible.block_pairs
+    )
+    return functools.partial(
+      blockwise.attend, visible=mask, block_pairs=visible.block_pairs
+    )
   mask = visible.mask()
   if name in ("dense", "cudnn"):
     return functools.partial({"dense": dense, "cudnn": cudnn}[name], mask=mask)
   lowering = {"flash": "device", "flash_interpreted": "interpret"}[name]
-  rows = flash.plan(visible.pieces, visible.parts, mask, lowering)
+  rows = flash.plan(visible.segment_ids, visible.part_ids, mask, lowering)
   return functools.partial(_flash, rows=rows, lowering=lowering)
 
 

@@ -2,9 +2,9 @@
 
 The rows are blocks of T tokens, and a piece runs on from row to row. A list
 says which row of keys each row of queries must look at; the scores of these
-pairs of rows are all that exists, so that the work grows with the pieces'
+pairs of rows are all that exists, so that the work grows with the segment_ids'
 lengths and not with the rows'. It is plain XLA, quick on a CPU. The slow twin
-is `attention.dense` on rows that hold whole pieces.
+is `attention.dense` on rows that hold whole segment_ids.
 
 Scores lie with keys before queries, so that sums over keys run along whole
 vectors, and the backward pass is written out: it keeps the exponentials, and
@@ -30,19 +30,24 @@ from jax.ad_checkpoint import checkpoint_name
 SAVED = "attended"
 
 
-def mask(pieces: jax.Array, parts: jax.Array, seen: jax.Array) -> jax.Array:
+def mask(
+  segment_ids: jax.Array, part_ids: jax.Array, block_pairs: jax.Array
+) -> jax.Array:
   """Which keys each query of each pair of rows sees, bool [S, P, k, q].
 
   Args:
-    pieces: piece of each token, unlike any other of its shard; 0 is padding,
+    segment_ids: piece of each token, unlike any other of its shard; 0 is
+      padding,
       [S * B, T].
-    parts: part of each token in its piece, 0 for a prompt, [S * B, T].
-    seen: pairs of a row of queries and a row of keys, both counted from the
+    part_ids: part of each token in its piece, 0 for a prompt, [S * B, T].
+    block_pairs: pairs of a row of queries and a row of keys, both counted from
+      the
       shard's first row; (-1, -1) for none, [S, P, 2].
   """
-  shards, size = len(seen), pieces.shape[1]
-  pieces, parts = (x.reshape(shards, -1, size) for x in (pieces, parts))
-  query, key = (jnp.maximum(seen[:, :, i], 0) for i in (0, 1))
+  shards, size = len(block_pairs), segment_ids.shape[1]
+  segment_ids = segment_ids.reshape(shards, -1, size)
+  part_ids = part_ids.reshape(shards, -1, size)
+  query, key = (jnp.maximum(block_pairs[:, :, i], 0) for i in (0, 1))
 
   def of(x, rows):
     return jnp.take_along_axis(x, rows[:, :, None], axis=1)
@@ -50,11 +55,12 @@ def mask(pieces: jax.Array, parts: jax.Array, seen: jax.Array) -> jax.Array:
   def both(x):
     return of(x, query)[:, :, None, :], of(x, key)[:, :, :, None]
 
-  (query_piece, key_piece), (query_part, key_part) = both(pieces), both(parts)
+  query_piece, key_piece = both(segment_ids)
+  query_part, key_part = both(part_ids)
   own = (query == key)[:, :, None, None]
   causal = jnp.triu(jnp.ones((1, 1, size, size), bool))
   return (
-    (seen[:, :, :1, None] >= 0)
+    (block_pairs[:, :, :1, None] >= 0)
     & (query_piece == key_piece)
     & (key_piece > 0)
     & ((key_part == 0) | (key_part == query_part))
@@ -67,7 +73,7 @@ def attend(
   k: jax.Array,
   v: jax.Array,
   visible: jax.Array,
-  seen: jax.Array,
+  block_pairs: jax.Array,
 ) -> jax.Array:
   """Attention, [S * B, T, N, H] in the dtype of `v`; the softmax in float32.
 
@@ -79,15 +85,16 @@ def attend(
     k: keys, [S * B, N, T, H].
     v: values, [S * B, N, T, H].
     visible: `mask` of the rows.
-    seen: what `mask` was made with; every key that a query sees must be in it.
+    block_pairs: what `mask` was made with; every key that a query sees must be
+      in it.
   """
 
   def by_shard(x):
-    return x.reshape(len(seen), -1, *x.shape[1:])
+    return x.reshape(len(block_pairs), -1, *x.shape[1:])
 
-  query, key = (jnp.maximum(seen[:, :, i], 0) for i in (0, 1))
+  query, key = (jnp.maximum(block_pairs[:, :, i], 0) for i in (0, 1))
   rows = (by_shard(x) for x in (jnp.swapaxes(q, 1, 2), k, v))
-  if len(seen) == 1:
+  if len(block_pairs) == 1:
     # Gathers without an axis of shards are quicker.
     rows = (x[0] for x in rows)
     out = _attend(*rows, visible[0], query[0], key[0])

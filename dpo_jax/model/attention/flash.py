@@ -66,21 +66,24 @@ class Plan:
 
 
 def plan(
-  pieces: jax.Array, parts: jax.Array, mask: jax.Array, lowering: Lowering
+  segment_ids: jax.Array,
+  part_ids: jax.Array,
+  mask: jax.Array,
+  lowering: Lowering,
 ) -> Plan:
   """The plan of rows, for the blocks of `lowering`.
 
   Args:
-    pieces: int32 [B, T], below 2**16; 0 is padding.
-    parts: int32 [B, T], below 2**8; 0 is the prompt.
+    segment_ids: int32 [B, T], below 2**16; 0 is padding.
+    part_ids: int32 [B, T], below 2**8; 0 is the prompt.
     mask: who sees whom, bool [B, T, T]; it is reduced to blocks, and need not
       be held.
     lowering: of the `attend` that it is for.
   """
   names = ("mosaic", "triton") if lowering == "device" else (lowering,)
   sizes = {SIZES[name] for name in names}
-  more = -pieces.shape[1] % math.lcm(*sizes)
-  codes = jnp.where(pieces > 0, pieces * _PARTS + parts, -1)
+  more = -segment_ids.shape[1] % math.lcm(*sizes)
+  codes = jnp.where(segment_ids > 0, segment_ids * _PARTS + part_ids, -1)
   codes = jnp.pad(codes, ((0, 0), (0, more)), constant_values=-1)
   mask = jnp.pad(mask, ((0, 0), (0, more), (0, more)))
   keys, queries = {}, {}

@@ -16,7 +16,7 @@ _HIDDEN = 0.96  # grey of what is not seen
 
 def packing_mask(
   mask: np.ndarray,
-  parts: np.ndarray,
+  part_ids: np.ndarray,
   tokens: Sequence[str],
   path: str | os.PathLike,
 ) -> pathlib.Path:
@@ -24,20 +24,21 @@ def packing_mask(
 
   Args:
     mask: whether a query sees a key, bool [T, T].
-    parts: part of each token, 0 prompt, 1 chosen, 2 rejected, [T].
+    part_ids: part of each token, 0 prompt, 1 chosen, 2 rejected, [T].
     tokens: text of each token, [T]; shown where there is room.
     path: of the PNG file; the PDF stands beside it.
 
   Raises:
     ValueError: the shapes do not agree.
   """
-  mask, parts = np.asarray(mask, bool), np.asarray(parts)
+  mask, part_ids = np.asarray(mask, bool), np.asarray(part_ids)
   size = len(tokens)
-  if mask.shape != (size, size) or parts.shape != (size,):
+  if mask.shape != (size, size) or part_ids.shape != (size,):
     raise ValueError(
-      f"mask {mask.shape} and parts {parts.shape} must be of {size} tokens"
+      f"mask {mask.shape} and part_ids {part_ids.shape} must be of {size}"
+      f" tokens"
     )
-  image = mask_image(mask, parts)
+  image = mask_image(mask, part_ids)
   with style.style():
     figure = style.new(style.PAGE_IN * 0.75, style.PAGE_IN * 0.75)
     axes = figure.subplots()
@@ -51,16 +52,16 @@ def packing_mask(
       axes.set_xticks(range(size), labels, rotation=90, fontsize=font)
       axes.set_yticks(range(size), labels, fontsize=font)
     for part, (name, color) in _PARTS.items():
-      if (parts == part).any():
+      if (part_ids == part).any():
         axes.plot([], [], "s", color=color, label=f"seen by {name}")
     figure.legend(loc="outside upper center", ncols=3)
-    return style.save(figure, path, [mask.tolist(), parts.tolist()])
+    return style.save(figure, path, [mask.tolist(), part_ids.tolist()])
 
 
-def mask_image(mask: np.ndarray, parts: np.ndarray) -> np.ndarray:
+def mask_image(mask: np.ndarray, part_ids: np.ndarray) -> np.ndarray:
   """The colours of a mask, [T, T, 3]: what is seen, by who sees it."""
   colors = np.asarray([_rgb(_PARTS[part][1]) for part in range(3)])
-  seen = np.broadcast_to(colors[parts][:, None], (*mask.shape, 3))
+  seen = np.broadcast_to(colors[part_ids][:, None], (*mask.shape, 3))
   return np.where(mask[:, :, None], seen, _HIDDEN)
 
 

@@ -6,7 +6,7 @@ from dpo_jax.demo import tables
 from dpo_jax.demo import text as text_lib
 
 
-def write_answer(
+def write_response(
   style: str, question: text_lib.Question, rng: random.Random
 ) -> str:
   """The text of one style; every choice inside it is uniform."""
@@ -45,7 +45,7 @@ def write_answer(
       return tables.fill(rng.choice(tables.REFUSALS), question.animals)
     case "off_topic":
       return _elsewhere(question, rng, rng.randint(1, 2)).lstrip()
-  raise ValueError(f"style {style!r} is none that `write_answer` knows")
+  raise ValueError(f"style {style!r} is none that `write_response` knows")
 
 
 def _core(question: text_lib.Question, rng: random.Random, right: bool) -> str:

@@ -51,11 +51,11 @@ def of(*texts):
   return [preferences.Comparison(str(i), *row) for i, row in enumerate(texts)]
 
 
-def run(words, rows, profile, max_length, max_prompt_length):
+def run(words, rows, rules, max_length, max_prompt_length):
   return tokenization.tokenize(
     words,
     rows,
-    profile=profile,
+    rules=rules,
     max_length=max_length,
     max_prompt_length=max_prompt_length,
   )
@@ -71,22 +71,22 @@ def listed(done):
 # --- TRL's own ids
 
 # benchmarks/trl_tokens.py prints these hashes of the ids that TRL made of the
-# 1,806 good rows: trl 1.16.0 of "trl", trl 0.24.0 of "seed".
+# 1,806 good rows: trl 1.16.0 of "trl", trl 0.24.0 of "dpo-replication".
 TRL_HASHES = [
   ("trl", 512, 0, 1786, "ecebd661f2116c50"),
   ("trl", 96, 0, 900, "cf3943b5f00f7147"),
-  ("seed", 512, 358, 1804, "7c932521bf077a8f"),
-  ("seed", 96, 48, 1466, "18c90cfc6e1645ef"),
+  ("dpo-replication", 512, 358, 1804, "7c932521bf077a8f"),
+  ("dpo-replication", 96, 48, 1466, "18c90cfc6e1645ef"),
 ]
 
 
 @pytest.mark.parametrize(
-  ("profile", "max_length", "max_prompt", "kept", "digest"), TRL_HASHES
+  ("rules", "max_length", "max_prompt", "kept", "digest"), TRL_HASHES
 )
 def test_all_real_rows_have_trls_ids(
-  pythia, real, profile, max_length, max_prompt, kept, digest
+  pythia, real, rules, max_length, max_prompt, kept, digest
 ):
-  done = run(pythia, real, profile, max_length, max_prompt)
+  done = run(pythia, real, rules, max_length, max_prompt)
   lines = [json.dumps(row) + "\n" for row in listed(done)]
   found = hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
   assert (len(real), len(lines), found) == (1806, kept, digest)
@@ -149,7 +149,7 @@ def test_ids_of_trl_cut_to_14(pythia):
 def test_ids_of_the_seed(pythia):
   # Given by trl 0.24.0 of stripped responses.
   rows = of(*SPOKEN, *MERGING)
-  done = run(pythia, rows, "seed", 64, 40)
+  done = run(pythia, rows, "dpo-replication", 64, 40)
   assert listed(done) == [
     (HUMAN_IDS, [22036, *BLUE, 0], [2302, 0]),
     (HUMAN_IDS, [22036, 0], [14931, *STRANGE]),
@@ -160,7 +160,7 @@ def test_ids_of_the_seed(pythia):
   ]
   assert done.counts == {"responses equal once cut": 1}
   # The same with 14 and 8: 14 - 7 leaves the prompt 7; 23 leave it nothing.
-  short = run(pythia, rows, "seed", 14, 8)
+  short = run(pythia, rows, "dpo-replication", 14, 8)
   assert listed(short)[0] == (HUMAN_IDS[-7:], [22036, *BLUE, 0], [2302, 0])
   assert short.counts == {
     "dropped: no room for prompt and response": 1,
@@ -171,8 +171,10 @@ def test_ids_of_the_seed(pythia):
 
 
 def test_the_seed_strips_both_ends_of_responses_alone(pythia):
-  one = run(pythia, of((" p ", "\n a b \t", "\u2028c \n")), "seed", 64, 40)
-  two = run(pythia, of((" p ", "a b", "c")), "seed", 64, 40)
+  one = run(
+    pythia, of((" p ", "\n a b \t", "\u2028c \n")), "dpo-replication", 64, 40
+  )
+  two = run(pythia, of((" p ", "a b", "c")), "dpo-replication", 64, 40)
   assert listed(one) == listed(two)
   assert pythia.decode(one.table[0].prompt) == " p "
 
@@ -195,7 +197,7 @@ def test_a_tokenizer_that_adds_tokens_has_no_trl_profile(
     token["lstrip"] = token["content"] == EOS
   path.write_text(json.dumps(values), "utf-8")
   words = tokenizer.load(tmp_path)
-  with pytest.raises(ValueError, match="take profile 'paper'"):
+  with pytest.raises(ValueError, match="take rules 'paper'"):
     run(words, of(*SPOKEN), "trl", 64, 0)
   assert listed(run(words, of(*SPOKEN), "paper", 64, 32))
 
@@ -228,7 +230,7 @@ def seed(prompt, chosen, rejected, max_length, max_prompt):
   return (prompt, chosen, rejected) if prompt else None
 
 
-TWINS = {"paper": paper, "trl": trl, "seed": seed}
+TWINS = {"paper": paper, "trl": trl, "dpo-replication": seed}
 
 
 def lettered(sizes):
@@ -241,19 +243,17 @@ def lettered(sizes):
 
 @hypothesis.settings(max_examples=150, deadline=None)
 @hypothesis.given(
-  st.sampled_from(["paper", "trl", "seed"]),
+  st.sampled_from(["paper", "trl", "dpo-replication"]),
   st.lists(st.tuples(*[st.integers(1, 40)] * 3), min_size=1, max_size=6),
   st.integers(2, 50),
   st.data(),
 )
-def test_cuts_are_where_the_rule_says(
-  trained, profile, sizes, max_length, data
-):
+def test_cuts_are_where_the_rule_says(trained, rules, sizes, max_length, data):
   max_prompt = (
-    0 if profile == "trl" else data.draw(st.integers(1, max_length - 1))
+    0 if rules == "trl" else data.draw(st.integers(1, max_length - 1))
   )
   rows = of(*map(lettered, sizes))
-  done = run(trained, rows, profile, max_length, max_prompt)
+  done = run(trained, rows, rules, max_length, max_prompt)
   expected, cut, counts = [], [], dict.fromkeys(["prompt", "response"], 0)
   for row in rows:
     prompt = trained.encode(row.prompt)
@@ -261,7 +261,7 @@ def test_cuts_are_where_the_rule_says(
       prompt,
       *([*trained.encode(x), 0] for x in (row.chosen, row.rejected)),
     )
-    left = TWINS[profile](*whole, max_length, max_prompt)
+    left = TWINS[rules](*whole, max_length, max_prompt)
     if left:
       expected.append((row.id, *left))
       shorter = [len(a) < len(b) for a, b in zip(left, whole)]
@@ -286,7 +286,7 @@ def test_cuts_are_where_the_rule_says(
 # By hand; lengths of prompt, chosen and rejected in tokens, EOS not counted;
 # what is left of each, EOS counted.
 @pytest.mark.parametrize(
-  ("profile", "sizes", "left"),
+  ("rules", "sizes", "left"),
   [
     # 12 + 8 = 20 fits; with one more the prompt keeps its last 8.
     ("paper", (12, 7, 3), (12, 8, 4)),
@@ -304,39 +304,39 @@ def test_cuts_are_where_the_rule_says(
     ("trl", (12, 8, 3), (12, 8, 4)),
     ("trl", (19, 8, 3), (19, 1, 1)),
     # The seed cuts the prompt though there is room, then for the longer one.
-    ("seed", (12, 3, 3), (8, 4, 4)),
-    ("seed", (12, 13, 3), (6, 14, 4)),
-    ("seed", (12, 18, 3), (1, 19, 4)),
+    ("dpo-replication", (12, 3, 3), (8, 4, 4)),
+    ("dpo-replication", (12, 13, 3), (6, 14, 4)),
+    ("dpo-replication", (12, 18, 3), (1, 19, 4)),
   ],
 )
-def test_lengths_by_hand(trained, profile, sizes, left):
+def test_lengths_by_hand(trained, rules, sizes, left):
   done = run(
-    trained, of(lettered(sizes)), profile, 20, 0 if profile == "trl" else 8
+    trained, of(lettered(sizes)), rules, 20, 0 if rules == "trl" else 8
   )
   assert tuple(map(len, listed(done)[0])) == left
 
 
 @pytest.mark.parametrize(
-  ("profile", "sizes"), [("trl", (20, 3, 3)), ("seed", (12, 3, 19))]
+  ("rules", "sizes"), [("trl", (20, 3, 3)), ("dpo-replication", (12, 3, 19))]
 )
-def test_pairs_without_room_are_dropped(trained, profile, sizes):
+def test_pairs_without_room_are_dropped(trained, rules, sizes):
   rows = of(lettered((2, 2, 2)), lettered(sizes))
-  done = run(trained, rows, profile, 20, 0 if profile == "trl" else 8)
+  done = run(trained, rows, rules, 20, 0 if rules == "trl" else 8)
   assert done.table.ids == ("0",)
   assert done.counts == {"dropped: no room for prompt and response": 1}
 
 
 def test_no_row_falls_between_batches(trained):
   rows = of(*[lettered((1 + i % 7, 1 + i % 5, 1 + i % 3)) for i in range(2060)])
-  for profile, prompt in (("paper", 3), ("trl", 0), ("seed", 3)):
-    done = run(trained, rows, profile, 8, prompt)
+  for rules, prompt in (("paper", 3), ("trl", 0), ("dpo-replication", 3)):
+    done = run(trained, rows, rules, 8, prompt)
     ids = done.table.ids
     assert list(ids) == sorted(ids, key=int)
     assert len(done.cut) == len(ids) == len(done.table)
     dropped = done.counts.get("dropped: no room for prompt and response", 0)
     assert len(ids) + dropped == 2060
     for i in (0, 1023, 1024, 2059):
-      one = run(trained, rows[i : i + 1], profile, 8, prompt)
+      one = run(trained, rows[i : i + 1], rules, 8, prompt)
       if one.table:
         assert done.table[ids.index(str(i))] == one.table[0]
 
@@ -380,12 +380,12 @@ def test_prompt_and_response_together_are_the_text(
 
 
 def test_eos_ends_a_response_unless_it_was_cut(pythia, real):
-  for profile, prompt in (("paper", 32), ("trl", 0), ("seed", 32)):
-    done = run(pythia, real[:200], profile, 96, prompt)
+  for rules, prompt in (("paper", 32), ("trl", 0), ("dpo-replication", 32)):
+    done = run(pythia, real[:200], rules, 96, prompt)
     for pair in done.table:
       for response in (pair.chosen, pair.rejected):
         assert pythia.eos_id not in response[:-1]
-        if profile == "paper":
+        if rules == "paper":
           full = len(response) == 96 - 32
         else:
           full = len(pair.prompt) + len(response) == 96
@@ -397,15 +397,15 @@ def test_eos_ends_a_response_unless_it_was_cut(pythia, real):
 
 
 @pytest.mark.parametrize("special", [EOS, "<|padding|>"])
-@pytest.mark.parametrize("profile", ["paper", "trl", "seed"])
-def test_special_text_is_dropped_and_counted(pythia, special, profile):
+@pytest.mark.parametrize("rules", ["paper", "trl", "dpo-replication"])
+def test_special_text_is_dropped_and_counted(pythia, special, rules):
   rows = of(
     ("p", " a", " b"),
     (f"p{special}", " a", " b"),
     ("p", f" {special}", " b"),
     ("p", " a", f"{special} b"),
   )
-  done = run(pythia, rows, profile, 9, 0 if profile == "trl" else 4)
+  done = run(pythia, rows, rules, 9, 0 if rules == "trl" else 4)
   assert done.table.ids == ("0",)
   assert done.counts == {"holds a special token": 3}
 
@@ -417,21 +417,21 @@ def test_special_text_across_the_border(pythia):
 
 
 @pytest.mark.parametrize(
-  ("profile", "max_length", "max_prompt", "message"),
+  ("rules", "max_length", "max_prompt", "message"),
   [
     ("paper", 20, 0, r"max_prompt_length=0 must be between 1 and .*\(19\)"),
     ("paper", 20, 20, "max_prompt_length=20 must be between"),
-    ("seed", 20, -1, "max_prompt_length=-1 must be between"),
+    ("dpo-replication", 20, -1, "max_prompt_length=-1 must be between"),
     ("trl", 20, 8, "max_prompt_length=8 has no meaning .*; set it to 0"),
     ("trl", 1, 0, "max_length=1 must be at least 2"),
-    ("TRL", 20, 0, "profile='TRL' is none of paper, trl, seed"),
+    ("TRL", 20, 0, "rules='TRL' is none of paper, trl, seed"),
   ],
 )
 def test_lengths_that_cannot_be_kept_are_refused(
-  pythia, profile, max_length, max_prompt, message
+  pythia, rules, max_length, max_prompt, message
 ):
   with pytest.raises(ValueError, match=message):
-    run(pythia, of(*SPOKEN), profile, max_length, max_prompt)
+    run(pythia, of(*SPOKEN), rules, max_length, max_prompt)
 
 
 def test_equal_responses_are_counted_and_kept(trained):
