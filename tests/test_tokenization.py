@@ -424,7 +424,7 @@ def test_special_text_across_the_border(pythia):
     ("dpo-replication", 20, -1, "max_prompt_length=-1 must be between"),
     ("trl", 20, 8, "max_prompt_length=8 has no meaning .*; set it to 0"),
     ("trl", 1, 0, "max_length=1 must be at least 2"),
-    ("TRL", 20, 0, "rules='TRL' is none of paper, trl, seed"),
+    ("TRL", 20, 0, "rules='TRL' is none of paper, trl, dpo-replication"),
   ],
 )
 def test_lengths_that_cannot_be_kept_are_refused(
