@@ -7,7 +7,7 @@ The first compiles the training step of configs/dpo.py with batches of 64 pairs
 for slices of 1, 4, 8, 16 and 32 chips, smallest first, until one fits, for each
 size and recipe; a minute or two each. Lines are appended to the file and what
 is there is skipped, so that it can be made in pieces: --size and --kind choose.
-The second prints the table of docs/scaling.md. Nothing runs on a TPU.
+The second prints the table of benchmarks/scaling.md. Nothing runs on a TPU.
 """
 
 import argparse
