@@ -390,5 +390,3 @@ def test_evidence_is_looked_up(tmp_path):
   assert peers.lacks(tmp_path, "trl", "neox|gpt")
   assert not peers.lacks(tmp_path, "trl", "LOSS")
   assert not peers.lacks(tmp_path, "nothing", "loss")
-  page = "| about | file | text |\n|---|---|---|\n| a | `b.py` | `x \\| y` |\n"
-  assert peers.rows(page, "text") == [("a", "b.py", "x | y")]

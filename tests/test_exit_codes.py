@@ -57,7 +57,7 @@ def test_the_page_lists_the_commands_codes_and_modes():
   names = [*__main__._SCRIPTS, *__main__._MODULES]
   assert [row.strip("`") for row in rows("Commands")] == names
   assert rows("Exit codes") == ["0", "1", "2", "129", "130", "143"]
-  assert [row.strip("`") for row in rows("What is shown")] == [*console.MODES]
+  assert [row.strip("`") for row in rows("Output")] == [*console.MODES]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
