@@ -1,21 +1,20 @@
-"""The whole line on Anthropic's HH with a Pythia.
+"""The whole pipeline on Anthropic HH with Pythia.
 
 Command:
   python -m dpo_jax.replicate --config=configs/hh.py:pythia-2.8b-lora \\
     --workdir=runs/hh
 
 Variants: `pythia-SIZE` and `pythia-SIZE-lora` train by the recipes of
-configs/sft.py and configs/dpo.py, answer HH's test prompts at four
-temperatures (LoRA: every DPO checkpoint at two) and ask the judge of
-configs/judge.py:openai, which needs OPENAI_API_KEY. `smoke` is a handful of
-steps of a Pythia-14m shape with random weights, to see on any machine that real
-rows and the real tokenizer go through; its judge prefers the longer text, and
-its numbers mean nothing.
+configs/sft.py and configs/dpo.py, sample responses to HH's test prompts at four
+temperatures (LoRA: every DPO checkpoint at two) and use the judge of
+configs/judge.py:openai, which needs OPENAI_API_KEY. `smoke` is a smoke test on
+any machine: a few steps of a random Pythia-14m on real rows with the real
+tokenizer. Its judge prefers the longer text, and its numbers mean nothing.
 
-What is read is named once, so that local copies need three flags:
+Local copies need three flags:
   --config.paths.data=DIR --config.paths.tokenizer=DIR --config.paths.model=DIR
 
-Made for: see configs/dpo.py. Hours here: not measured. Expect: see
+Made for: see configs/dpo.py. Hours: not measured. Expect: see
 configs/dpo.py; SFT at 0.37 to 0.43 and the base at 0.21 to 0.25 at T = 0.7 to
 1.0, read off Figure 3 of Rafailov et al., 2023.
 """
@@ -31,29 +30,29 @@ def get_config(variant: str = "pythia-2.8b"):
   size, lora = sft.parse(recipe)
   hub_model = f"EleutherAI/pythia-{size}"
   c = config_dict.ConfigDict()
-  # What several stages read: {NAME}, in any string below, stands for it, and
-  # {workdir} for the working directory.
+  # Inputs of several stages. {NAME} in any string below is replaced by one, and
+  # {workdir} by the working directory.
   c.paths = config_dict.ConfigDict(
     {
-      # The dataset: a directory in its own layout, or its id on the hub.
+      # Dataset: a directory in its own layout, or a hub id.
       "data": "Anthropic/hh-rlhf",
-      # Directory with tokenizer.json, or the id of a model on the hub.
+      # Directory with tokenizer.json, or a model id on the hub.
       "tokenizer": hub_model,
-      # The base model.
+      # Base model.
       "model": "{workdir}/init" if smoke else hub_model,
     }
   )
-  # No world is made, no tokenizer and no base model trained.
+  # No synthetic world.
   c.world = None
-  # The published tokenizer is taken.
+  # The published tokenizer.
   c.vocabulary = None
-  # A random base, for `smoke` alone.
+  # A random base, for `smoke` only.
   c.init = random_model(size) if smoke else None
-  # The published base is taken.
+  # The published base.
   c.pretrain = None
   c.sft = stage(sft.get_config(recipe), "{model}")
   c.dpo = stage(dpo.get_config(recipe), "{workdir}/sft/export")
-  c.sample = answers(lora)
+  c.sample = sampling(lora)
   c.judge = judge.get_config("length" if smoke else "openai")
   c.report = demo.report(f"DPO on HH, {variant}", ("sft", "dpo"))
   if smoke:
@@ -62,7 +61,7 @@ def get_config(variant: str = "pythia-2.8b"):
 
 
 def stage(c, model: str):
-  """A training recipe that reads from the paths named once."""
+  """A training recipe that reads from `paths`."""
   c.model.path = model
   c.tokenizer = "{tokenizer}"
   c.data.sources.hh.train_path = c.data.sources.hh.eval_path = "{data}"
@@ -75,7 +74,7 @@ def random_model(size: str) -> config_dict.ConfigDict:
   return c
 
 
-def answers(lora: bool) -> config_dict.ConfigDict:
+def sampling(lora: bool) -> config_dict.ConfigDict:
   c = sample.get_config("dpo-replication" if lora else "paper")
   c.tokenizer = "{tokenizer}"
   c.data.source.train_path = c.data.source.eval_path = "{data}"

@@ -1,4 +1,4 @@
-"""The shapes of every Pythia, for random initialisation and for planning.
+"""The shapes of every Pythia, for random initialization and planning.
 
 Source: the config.json of each EleutherAI/pythia-* model; for 70m and up also
 Biderman et al., 2023 (arXiv 2304.01373), Table 1. Vocabulary rows are padded to
@@ -28,27 +28,27 @@ def pythia(size: str) -> config_dict.ConfigDict:
     raise ValueError(f"no Pythia {size!r}; sizes: {', '.join(PYTHIA)}")
   layers, width, heads, vocab_size = PYTHIA[size]
   c = config_dict.ConfigDict()
-  # Rows of the embedding, at least the tokenizer's tokens.
+  # Rows of the embedding, at least the tokenizer's size.
   c.vocab_size = vocab_size
   # Of the residual stream.
   c.width = width
   # Blocks.
   c.layers = layers
-  # Of attention; they share the width.
+  # Attention heads; each has width / heads dimensions.
   c.heads = heads
-  # Of the hidden layer of each MLP.
+  # Hidden width of each MLP.
   c.mlp_width = 4 * width
-  # Share of each head's dimensions that rotary embedding turns.
+  # Share of each head's dimensions with rotary embedding.
   c.rotary_fraction = 0.25
-  # The slowest rotation has about this wavelength, in tokens, over 2 pi.
+  # The slowest wavelength in tokens is about 2 pi times this.
   c.rotary_base = 10000.0
-  # Is added to the variance in layer norm.
+  # Added to the variance in layer norm.
   c.norm_eps = 1e-5
-  # Tokens of a sequence at most.
+  # Most tokens of a sequence.
   c.max_positions = 2048
   return c
 
 
 def get_config(variant: str = "2.8b"):
-  """For `python -m dpo_jax plan`, which needs a shape and no weights."""
+  """For `python -m dpo_jax plan`, which needs a shape only."""
   return pythia(variant.removeprefix("pythia-"))

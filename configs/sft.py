@@ -4,14 +4,14 @@ Command:
   python train.py --config=configs/sft.py:pythia-2.8b --workdir=runs/sft
 
 Variants: `pythia-SIZE` is the recipe of the paper's official code (all weights,
-RMSprop, batches of 64 for one epoch); `pythia-SIZE-lora` is the one of the
+RMSprop, batches of 64 for one epoch); `pythia-SIZE-lora` that of the
 dpo-replication system (LoRA, AdamW, cosine). SIZE is a key of
 configs/models.py.
 
 Made for: by arithmetic, 2.8B with all weights needs about 45 GB before
 activations (weights, gradient, its accumulator and RMSprop state at 4 bytes
 each; not measured), so two 40 GB devices with --config.mesh.fsdp=2 or
-more; with LoRA, one. Hours here: not measured. The paper's authors report 1.5
+more; with LoRA, one. Hours: not measured. The paper's authors report 1.5
 hours on four A100-80GB.
 Expect: win rates against chosen of about 0.37 to 0.43 at T = 0.7 to 1.0, read
 off the paper's Figure 3 (Rafailov et al., 2023).
@@ -41,7 +41,7 @@ def parse(variant: str) -> tuple[str, bool]:
 
 
 def lora_recipe(c) -> None:
-  """What the dpo-replication system's SFT and DPO have in common."""
+  """The fields that SFT and DPO of the dpo-replication system share."""
   c.lora.rank = 16
   c.lora.alpha = 32.0
   c.lora.dropout = 0.1
