@@ -1,6 +1,6 @@
 """Log-probs and rewards of given pairs: python -m dpo_jax score.
 
-One row comes out for each row that goes in, in the same order:
+One output row for each input row, in the same order:
 
   id                    hash of the row's three texts
   prompt_token_count, chosen_token_count, rejected_token_count
@@ -14,12 +14,9 @@ reference is --reference; with --adapter alone it is the model without the
 adapter, as in training; with neither there are no rewards. Policy and reference
 are in memory one after the other, never together.
 
-Texts are tokenized and cut by one of the rules that training uses, with EOS
-behind each response that is not cut. `--tokenization` names it, as
-`data.tokenization` of
-the run did: "paper", or "dpo-replication" for the LoRA recipes of
-configs/dpo.py, whose
-responses begin with another token.
+Texts are tokenized as in training, with EOS after each response that is not
+cut. --tokenization is the run's `data.tokenization`: "paper", or
+"dpo-replication" for the LoRA recipes of configs/dpo.py.
 """
 
 import argparse
@@ -29,7 +26,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -51,38 +48,19 @@ from dpo_jax.io import atomic, remote
 from dpo_jax.model import hf
 from dpo_jax.training import reference as reference_lib
 
-# Rows are a multiple of this many tokens, so that near lengths share a shape.
+# Row lengths are multiples of this, so that similar lengths share a shape.
 _ROW_MULTIPLE = 64
 
-# Shapes that are compiled at most.
+# Compiled shapes.
 _SHAPES = 2
 
-# How many bad lines an error lists.
+# Bad lines that an error lists.
 _LISTED = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreSettings:
-  """What is scored, and by what.
-
-  Attributes:
-    model: directory or hub id of the policy.
-    reference: directory or hub id of the reference, or "".
-    adapter: directory or hub id of a PEFT adapter on `model`, or "".
-    tokenizer: directory or hub id; "" takes the model's own.
-    pairs: a .jsonl file of {"prompt", "chosen", "rejected"} or of HH's
-      {"chosen", "rejected"} transcripts.
-    output: the .jsonl file to write.
-    beta: strength of the KL penalty in the rewards.
-    tokenization: how texts become ids, and what is cut; see `tokenization`.
-    max_length: tokens of a prompt with a response; 0 takes the model's own.
-    max_prompt_length: tokens of a prompt that is cut; 0 takes half of it, or
-      none under "trl".
-    batch_size: pairs in one call.
-    dtype: what weights are kept in and computed in.
-    fsdp: devices over which weights are split by width.
-    tensor: devices over which heads, MLP and vocabulary are split.
-  """
+  """The flags of the command; `parse` explains each."""
 
   model: str
   reference: str
@@ -115,23 +93,16 @@ def run(settings: ScoreSettings) -> list[dict[str, Any]]:
   output = pathlib.Path(settings.output)
   if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
     raise ValueError(f"output={output}: its directory cannot be written")
-  if (
-    output.is_dir()
-    or output.resolve() == pathlib.Path(settings.pairs).resolve()
-  ):
+  same = output.resolve() == pathlib.Path(settings.pairs).resolve()
+  if output.is_dir() or same:
     raise ValueError(f"output={output} must be a file other than the pairs")
   tokenizer = tokenizer_lib.load(settings.tokenizer or settings.model)
   rows = read_pairs(settings.pairs, tokenizer)
   pairs, cut = _tokenized(settings, tokenizer, rows)
   mesh = sharding.make_mesh(-1, settings.fsdp, settings.tensor)
-  policy, reference = _score_policy(settings, mesh, pairs)
-  if settings.reference:
-    config, base = _load(settings, settings.reference, mesh)
-    reference = _token_logps(
-      settings, mesh, config, base, None, pairs, "reference"
-    )
+  policy, reference = _token_logps(settings, mesh, pairs)
   scored = [
-    _row(settings, pair, bool(cut[i]), policy[i], reference and reference[i])
+    _row(settings.beta, pair, bool(cut[i]), policy[i], reference[i])
     for i, pair in enumerate(pairs)
   ]
   lines = (json.dumps(row, allow_nan=False) + "\n" for row in scored)
@@ -142,23 +113,27 @@ def run(settings: ScoreSettings) -> list[dict[str, Any]]:
 def read_pairs(
   path: str, tokenizer: tokenizer_lib.Tokenizer
 ) -> list[preferences.Comparison]:
-  """The comparisons of a file, all of them.
+  """All comparisons of a file.
 
   Raises:
     ValueError: lines that cannot be scored, each with file, number and cause.
   """
   rows, bad = [], []
-  for where, raw in _lines(path):
-    try:
-      if isinstance(raw, ValueError):
-        raise raw
-      row = preferences.parse(raw)
-      for name in ("prompt", "chosen", "rejected"):
-        if special := tokenizer.special_in(getattr(row, name)):
-          raise ValueError(f"{name} holds the special token {special!r}")
-      rows.append(row)
-    except ValueError as error:
-      bad.append(f"\n  {where}: {error}")
+  try:
+    local = remote.fetch_objects(path, ()) if remote.is_address(path) else path
+    for where, raw in files.rows(pathlib.Path(local), {}):
+      try:
+        if isinstance(raw, ValueError):
+          raise raw
+        row = preferences.parse(raw)
+        for name in ("prompt", "chosen", "rejected"):
+          if special := tokenizer.special_in(getattr(row, name)):
+            raise ValueError(f"{name} holds the special token {special!r}")
+        rows.append(row)
+      except ValueError as error:
+        bad.append(f"\n  {where}: {error}")
+  except OSError as error:
+    raise ValueError(f"pairs={path} cannot be read: {error}") from error
   if bad:
     more = len(bad) - _LISTED
     listed = "".join(bad[:_LISTED]) + (f"\n  and {more} more" * (more > 0))
@@ -170,19 +145,10 @@ def read_pairs(
   return rows
 
 
-def _lines(path: str) -> Iterator[tuple[str, Any]]:
-  """Where each row of a file stands, and the row or what is wrong with it."""
-  try:
-    local = remote.fetch_objects(path, ()) if remote.is_address(path) else path
-    yield from files.rows(pathlib.Path(local), {})
-  except OSError as error:
-    raise ValueError(f"pairs={path} cannot be read: {error}") from error
-
-
 def _tokenized(
   settings, tokenizer, rows
 ) -> tuple[token_table.Table, np.ndarray]:
-  """A table of pairs in order, and which of them were cut, bool [N].
+  """A table of the pairs in order, and which of them were cut, bool [N].
 
   Raises:
     ValueError: tokenizer or lengths do not fit the model or its reference, or
@@ -229,38 +195,14 @@ def _tokenized(
   return found.table, found.cut
 
 
-def _load(settings: ScoreSettings, path: str, mesh: Any):
-  return hf.load(
-    path,
-    dtype=settings.dtype,
-    remat="none",
-    lora=None,
-    param_dtype=settings.dtype,
-    mesh=mesh,
-  )
+def _token_logps(settings, mesh, pairs: token_table.Table):
+  """Token log-probs of chosen and rejected under policy and reference.
 
-
-def _score_policy(settings, mesh, pairs):
-  """Token log-probs under the policy, and without its adapter if asked."""
-  config, base = _load(settings, settings.model, mesh)
-  score = functools.partial(_token_logps, settings, mesh)
-  if not settings.adapter:
-    return score(config, base, None, pairs, "model"), None
-  lora_config, lora = hf.load_adapter(settings.adapter, config, base)
-  lora = jax.device_put(lora, sharding.shardings(lora, mesh))
-  adapted = dataclasses.replace(config, lora=lora_config)
-  policy = score(adapted, base, lora, pairs, "model")
-  if settings.reference:
-    return policy, None
-  return policy, score(config, base, None, pairs, "without adapter")
-
-
-def _token_logps(
-  settings, mesh, config, base, lora, pairs: token_table.Table, name
-) -> list[tuple[np.ndarray, np.ndarray]]:
-  """Log-probs of the chosen and of the rejected tokens of every pair."""
+  Two lists with an entry for each pair: (chosen, rejected); the second list has
+  None without a reference.
+  """
   longest = packing.longest_segment(pairs, "shared")
-  steps_ = loader.consecutive(len(pairs), settings.batch_size)
+  batches = loader.consecutive(len(pairs), settings.batch_size)
   layout = packing.Packing(
     layout="shared",
     row_length=-(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE,
@@ -269,35 +211,57 @@ def _token_logps(
     loss_on_prompt=False,
     pad_id=0,
   )
-  how = batch_shapes.choose(pairs, layout, steps_, _SHAPES)
-  packed = loader.in_order(pairs, how, batch_size=settings.batch_size)
-  bar = console.track(packed, len(steps_), name, "batch")
-  logps = reference_lib.token_logps(config, base, lora, bar, mesh)
-  ends = np.cumsum(pairs.lengths[:, 1:])
-  responses = np.split(logps, ends[:-1])
-  return list(zip(responses[::2], responses[1::2]))
+  how = batch_shapes.choose(pairs, layout, batches, _SHAPES)
+
+  def load(path):
+    return hf.load(
+      path,
+      dtype=settings.dtype,
+      remat="none",
+      lora=None,
+      param_dtype=settings.dtype,
+      mesh=mesh,
+    )
+
+  def score(config, base, lora, name):
+    packed = loader.in_order(pairs, how, batch_size=settings.batch_size)
+    bar = console.track(packed, len(batches), name, "batch")
+    logps = reference_lib.token_logps(config, base, lora, bar, mesh)
+    ends = np.cumsum(pairs.lengths[:, 1:])
+    responses = np.split(logps, ends[:-1])
+    return list(zip(responses[::2], responses[1::2]))
+
+  config, base = load(settings.model)
+  without: list[Any] = [None] * len(pairs)
+  if settings.adapter:
+    lora_config, lora = hf.load_adapter(settings.adapter, config, base)
+    lora = jax.device_put(lora, sharding.shardings(lora, mesh))
+    adapted = dataclasses.replace(config, lora=lora_config)
+    policy = score(adapted, base, lora, "model")
+    if not settings.reference:
+      without = score(config, base, None, "without adapter")
+  else:
+    policy = score(config, base, None, "model")
+  if settings.reference:
+    del base
+    without = score(*load(settings.reference), None, "reference")
+  return policy, without
 
 
-def _row(settings, pair, cut, policy, reference) -> dict[str, Any]:
+def _row(beta, pair, cut, policy, reference) -> dict[str, Any]:
+  chosen, rejected = sums = [_sum(logps) for logps in policy]
   row: dict[str, Any] = {
     "id": pair.id,
     "prompt_token_count": len(pair.prompt),
     "chosen_token_count": len(pair.chosen),
     "rejected_token_count": len(pair.rejected),
     "cut": cut,
+    "chosen_logps": chosen,
+    "rejected_logps": rejected,
   }
-  sums = [_sum(logps) for logps in policy]
-  row |= {"chosen_logps": sums[0], "rejected_logps": sums[1]}
   if reference is not None:
-    rewards = [
-      settings.beta * (logp - _sum(other))
-      for logp, other in zip(sums, reference, strict=True)
-    ]
-    row |= {
-      "chosen_reward": rewards[0],
-      "rejected_reward": rewards[1],
-      "margin": rewards[0] - rewards[1],
-    }
+    good, bad = (beta * (x - _sum(y)) for x, y in zip(sums, reference))
+    row |= {"chosen_reward": good, "rejected_reward": bad, "margin": good - bad}
   return row | {
     "chosen_token_logps": policy[0].tolist(),
     "rejected_token_logps": policy[1].tolist(),
@@ -319,9 +283,9 @@ def parse(arguments: Sequence[str] | None = None) -> ScoreSettings:
   number = functools.partial(parser.add_argument, type=int)
   text("--model", required=True, help="directory or hub id of the policy")
   text("--reference", default="", help="directory or hub id of the reference")
-  text("--adapter", default="", help="PEFT adapter on the model")
-  text("--tokenizer", default="", help="where it is, if not with the model")
-  text("--pairs", required=True, help="the .jsonl file to score")
+  text("--adapter", default="", help="PEFT adapter on the model, likewise")
+  text("--tokenizer", default="", help="likewise (default: the model's own)")
+  text("--pairs", required=True, help="the .jsonl file of pairs or transcripts")
   text("--output", required=True, help="the .jsonl file to write")
   parser.add_argument(
     "--beta", type=float, default=0.1, help="of the rewards (default: 0.1)"
@@ -330,7 +294,7 @@ def parse(arguments: Sequence[str] | None = None) -> ScoreSettings:
     "--tokenization",
     default="paper",
     choices=get_args(tokenization.Rules),
-    help="how texts become ids, as in training (default: paper)",
+    help="data.tokenization of the training run (default: paper)",
   )
   number("--max_length", default=0, help="default: the model's positions")
   number("--max_prompt_length", default=0, help="default: half of max_length")
