@@ -1,8 +1,7 @@
-"""What is said of a run's data before anything is trained."""
+"""The report on a run's data before anything is trained."""
 
 import gzip
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -12,39 +11,24 @@ import numpy as np
 import pytest
 import tokenizers
 
-from dpo_jax.core import console
+from configs import data as data_config
+from configs import dpo
+from dpo_jax.core import console, settings
+from dpo_jax.training import config as config_lib
 from dpo_jax.training import inspect_data
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def inspect(*flags, env=None):
-  return subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      "dpo_jax",
-      "inspect_data",
-      "--config=configs/dpo.py:pythia-14m",
-      *flags,
-    ],
-    cwd=ROOT,
-    env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"} | (env or {}),
-    capture_output=True,
-    text=True,
-  )
-
-
-def flags_of(shared):
-  """Flags that read the real rows, and keep no token ids."""
-  directory = shared / "data" / "hh-rlhf"
-  return (
-    f"--config.data.sources.hh.train_path={directory}",
-    f"--config.data.sources.hh.eval_path={directory}",
-    "--config.data.sources.hh.subsets=('harmless-base',)",
-    f"--config.tokenizer={shared / 'tokenizer' / 'pythia'}",
-    "--config.data.token_cache=",
-  )
+def inspect(shared, rows, **data):
+  """The report on the real rows; token ids are not cached."""
+  c = dpo.get_config("pythia-14m")
+  c.tokenizer = str(shared / "tokenizer" / "pythia")
+  c.data.sources.hh = data_config.hh(str(shared / "data" / "hh-rlhf"))
+  c.data.sources.hh.subsets = ("harmless-base",)
+  c.data.update({"token_cache": ""} | data)
+  built = settings.build(config_lib.TrainSettings, c.to_dict())
+  return inspect_data.run(built, rows, 1)
 
 
 def row_of(text, name):
@@ -55,14 +39,7 @@ def row_of(text, name):
 
 @pytest.fixture(scope="module")
 def real(shared):
-  """All of what is printed on the real rows."""
-  done = inspect(
-    *flags_of(shared),
-    "--config.data.max_eval=0",
-    "--rows=2",
-  )
-  assert done.returncode == 0, done.stderr
-  return done.stdout
+  return inspect(shared, 2, max_eval=0)
 
 
 def test_rows_are_counted_by_reason(real):
@@ -87,14 +64,14 @@ def test_lengths_and_cuts_are_those_of_the_tokens(real, shared):
   path = shared / "data" / "hh-rlhf" / "harmless-base" / "train.jsonl.gz"
   for line in gzip.decompress(path.read_bytes()).splitlines():
     pair = json.loads(line)
-    prompt, _, answer = pair["chosen"].rpartition("\n\nAssistant:")
+    prompt, _, response = pair["chosen"].rpartition("\n\nAssistant:")
     prompt += "\n\nAssistant:"
     other = pair["rejected"][len(prompt) :]
-    if not pair["rejected"].startswith(prompt) or not answer.strip():
+    if not pair["rejected"].startswith(prompt) or not response.strip():
       continue
     sizes = [
       len(words.encode(text, add_special_tokens=False).ids)
-      for text in (prompt, answer, other)
+      for text in (prompt, response, other)
     ]
     longer = max(sizes[1:]) + 1
     room = sizes[0]
@@ -131,16 +108,10 @@ def test_packing_is_measured(real):
 
 
 def test_layouts_that_the_rows_cannot_hold_are_said_to_be_so(shared):
-  done = inspect(
-    *flags_of(shared),
-    "--config.data.layout=packed",
-    "--config.data.row_length=512",
-    "--rows=0",
-  )
-  assert done.returncode == 0, done.stderr
-  assert "a piece takes 722 > 512" in done.stdout
-  assert "packed (in use)" in done.stdout
-  assert "\nItems\n" not in done.stdout
+  text = inspect(shared, 0, layout="packed", row_length=512)
+  assert "a segment has 722 > 512 tokens" in text
+  assert "packed (in use)" in text
+  assert "\nItems\n" not in text
 
 
 def test_items_are_shown_with_what_is_learned(real):
@@ -160,7 +131,7 @@ def test_texts_cannot_steer_the_terminal():
   )
 
 
-def test_colours_only_on_a_terminal(monkeypatch):
+def test_colors_only_on_a_terminal(monkeypatch):
   class Terminal:
     def isatty(self):
       return True
@@ -172,10 +143,13 @@ def test_colours_only_on_a_terminal(monkeypatch):
   assert inspect_data._painter()("chosen", "x") == "[chosen]x[/chosen]"
 
 
-def test_bad_input_ends_with_two(tmp_path):
-  done = inspect(
-    f"--config.data.sources.hh.train_path={tmp_path / 'no.jsonl'}",
-    f"--config.tokenizer={tmp_path}",
+def test_bad_input_ends_the_command_with_code_2(tmp_path):
+  command = [sys.executable, "-m", "dpo_jax", "inspect_data"]
+  done = subprocess.run(
+    [*command, "--config=configs/dpo.py", f"--config.tokenizer={tmp_path}"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
   )
   assert done.returncode == 2
   assert "holds no tokenizer.json" in done.stderr

@@ -1,14 +1,14 @@
-"""What a run will be trained on: python -m dpo_jax inspect_data --config=...
+"""Report on a training run's data: python -m dpo_jax inspect_data --config=...
 
-Takes a training config, reads and tokenizes its data as the run would, and
-prints what became of every row, how long the texts are, how much is cut, how
-full the rows are under each layout, and a few items as the model will see them:
+Reads and tokenizes the data of a training config as the run would, and prints
+rows by reason of rejection, lengths, truncation, the fill of rows under each
+layout, and a few items as the model sees them:
 
   python -m dpo_jax inspect_data --config=configs/dpo.py:pythia-2.8b
 
-No model is read and nothing is compiled. In the items, what a loss is taken on
-is green (chosen) or red (rejected), and the prompt is grey; without a terminal,
-or with NO_COLOR set, brackets say the same.
+No model is read and nothing is compiled. In the items, tokens with a loss are
+green (chosen) or red (rejected) and the prompt is gray; without a terminal, or
+with NO_COLOR set, tags say the same.
 """
 
 import dataclasses
@@ -23,23 +23,30 @@ import numpy as np
 
 from dpo_jax.cli import flags
 from dpo_jax.core import console, settings
-from dpo_jax.data import batch, batch_shapes, dataset, packing, token_table
+from dpo_jax.data import (
+  batch,
+  batch_shapes,
+  dataset,
+  loader,
+  packing,
+  token_table,
+)
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.training import config as config_lib
 
 _PERCENTILES = (5, 50, 90, 95, 99, 100)
-# Steps that are laid out to measure the fill.
+# Steps that are packed to measure the fill.
 _STEPS = 256
 _STYLES = {"prompt": "90", "chosen": "32", "rejected": "31"}
 
 
 def run(config: config_lib.TrainSettings, rows: int, shards: int) -> str:
-  """The whole text.
+  """The report.
 
   Args:
     config: of a training run.
-    rows: items that are shown.
-    shards: data shards of the machine that the run is meant for.
+    rows: items to show.
+    shards: data shards of the target mesh.
 
   Raises:
     ValueError: as in `dataset.prepare`.
@@ -50,27 +57,24 @@ def run(config: config_lib.TrainSettings, rows: int, shards: int) -> str:
     )
   tokenizer = tokenizer_lib.load(config.tokenizer)
   prepared = dataset.prepare(config.data, config.objective, tokenizer)
+  plan = prepared.schedule(
+    batch_size=config.batch_size, seed=config.seed, epochs=config.epochs
+  )
   parts = [
-    _heading(config, prepared),
+    _heading(config, plan),
     _counts(prepared),
     _lengths(prepared),
-    _packing(config, prepared, tokenizer, shards),
+    _packing(config, prepared.train.table, plan, tokenizer.pad_id, shards),
     _items(config, prepared.train.table, tokenizer, rows),
   ]
   return "\n\n".join(part for part in parts if part)
 
 
-def _heading(
-  config: config_lib.TrainSettings, prepared: dataset.Prepared
-) -> str:
-  plan = prepared.schedule(
-    batch_size=config.batch_size, seed=config.seed, epochs=config.epochs
-  )
+def _heading(config: config_lib.TrainSettings, plan: loader.Schedule) -> str:
   lines = [
     f"{config.objective} on {', '.join(config.data.use)}, tokenization"
     f" {config.data.tokenization!r}: {plan.per_epoch} steps of"
-    f" {config.batch_size}"
-    f" in an epoch, {plan.left_out} items left out of each"
+    f" {config.batch_size} in an epoch, {plan.left_out} items left out of each"
   ]
   total = sum(plan.shares)
   for name, size, share in zip(config.data.use, plan.sizes, plan.shares):
@@ -81,7 +85,7 @@ def _heading(
 
 
 def _counts(prepared: dataset.Prepared) -> str:
-  """What became of the rows, by source and reason."""
+  """Rows of each source by outcome."""
   sides = (prepared.train.report, prepared.held_out.report)
   lines: list[Sequence[Any]] = [("", "train", "held out")]
   for name in sides[0]["sources"]:
@@ -94,11 +98,11 @@ def _counts(prepared: dataset.Prepared) -> str:
   leaks = sides[1]["held-out prompts also trained on"]
   lines.append(("held-out prompts also trained on", "", leaks))
   lines.append(("items' fingerprint", *(side["tokens"] for side in sides)))
-  return "What became of the rows\n" + _columns(lines)
+  return "Rows by outcome\n" + _columns(lines)
 
 
 def _lengths(prepared: dataset.Prepared) -> str:
-  """Percentiles of tokens, and how many items were cut."""
+  """Percentiles of lengths, and shares of items that were cut."""
   lines: list[Sequence[Any]] = [
     ("", *(f"{p}%" for p in _PERCENTILES[:-1]), "most", "mean")
   ]
@@ -125,39 +129,36 @@ def _lengths(prepared: dataset.Prepared) -> str:
 
 def _packing(
   config: config_lib.TrainSettings,
-  prepared: dataset.Prepared,
-  tokenizer: tokenizer_lib.Tokenizer,
+  table: token_table.Table,
+  plan: loader.Schedule,
+  pad_id: int,
   shards: int,
 ) -> str:
   """Tokens an item, fill, shapes and speed of each layout."""
-  plan = prepared.schedule(
-    batch_size=config.batch_size, seed=config.seed, epochs=config.epochs
-  )
-  table = prepared.train.table
   steps = [plan.items(step) for step in range(min(plan.steps, _STEPS))]
   layouts: list[packing.Layout] = ["padded", "packed"]
   if table.parts == 3:
     layouts.append("shared")
   lines: list[Sequence[Any]] = [
-    ("layout", "tokens an item", "places an item", "fill", "items/s", "rows")
+    ("layout", "tokens an item", "slots an item", "fill", "items/s", "rows")
   ]
   for layout in layouts:
     how = packing.Packing(
       layout=layout,
-      # A padded row holds one sequence, and needs no more room than that.
+      # A padded row holds one sequence.
       row_length=config.data.max_length
       if layout == "padded"
       else config.row_length,
       shards=shards,
       microbatches=config.microbatches,
       loss_on_prompt=config.data.loss_on_prompt,
-      pad_id=tokenizer.pad_id,
+      pad_id=pad_id,
       spans_rows=config.spans_rows and layout != "padded",
     )
     longest = packing.longest_segment(table, layout)
     if longest > how.row_length and not how.spans_rows:
       # Not the layout in use, which `dataset.prepare` has checked.
-      rows = f"a piece takes {longest} > {how.row_length}"
+      rows = f"a segment has {longest} > {how.row_length} tokens"
       lines.append((layout, "-", "-", "-", "-", rows))
       continue
     how = batch_shapes.choose(table, how, steps, config.data.shapes)
@@ -189,20 +190,16 @@ def _items(
   tokenizer: tokenizer_lib.Tokenizer,
   rows: int,
 ) -> str:
-  """A few items spread over the table, decoded, with their masks."""
+  """Items spread over the table, decoded, with their loss masks."""
   if not rows:
     return ""
   paint = _painter()
   shown = []
-  for index in np.linspace(0, len(table) - 1, min(rows, len(table))).astype(
-    int
-  ):
-    item = table[int(index)]
-    parts = dataclasses.asdict(item)
-    name = parts.pop("id")
-    lines = [
-      f"{config.data.use[0] if len(config.data.use) == 1 else 'item'} {name}"
-    ]
+  source = config.data.use[0] if len(config.data.use) == 1 else "item"
+  indices = np.linspace(0, len(table) - 1, min(rows, len(table)))
+  for index in indices.astype(int):
+    parts = dataclasses.asdict(table[int(index)])
+    lines = [f"{source} {parts.pop('id')}"]
     for part, ids in parts.items():
       style = "chosen" if part == "response" else part
       if part == "prompt" and config.data.loss_on_prompt:
@@ -221,7 +218,7 @@ def _painter() -> Callable[[str, str], str]:
 
 
 def _columns(lines: Iterable[Sequence[Any]]) -> str:
-  """Lines with their cells below each other, numbers to the right."""
+  """Lines with aligned columns, all but the first to the right."""
   cells = [[str(cell) for cell in line] for line in lines]
   count = max(map(len, cells))
   widths = [
@@ -250,5 +247,5 @@ if __name__ == "__main__":
     main,
     example="configs/dpo.py",
     rows=(3, "items to show"),
-    shards=(1, "data shards of the machine that the run is meant for"),
+    shards=(1, "data shards of the target mesh"),
   )
