@@ -1,10 +1,9 @@
-"""The whole line with one command: pairs, SFT, DPO, answers, verdicts, report.
+"""The pipeline in one command: pairs, SFT, DPO, responses, verdicts, report.
 
   python -m dpo_jax.replicate --config=configs/demo.py
 
-Each stage reads files and writes files beneath one working directory and skips
-what is already there, so that the same command is also the way to go on after
-an interruption.
+Each stage reads and writes files in one working directory and skips work that
+is done, so that the same command resumes after an interruption.
 """
 
 import dataclasses
@@ -31,16 +30,15 @@ from dpo_jax.sampling import generate, jobs
 from dpo_jax.training import config as config_lib
 from dpo_jax.training import train as train_lib
 
-# Stages whose settings may change without anything being redone: what they
-# made is looked up by content, or made again. Those of any other stage are
-# fixed once it is done.
+# Stages whose settings may change: their results are looked up by content, or
+# made again. Those of any other stage are fixed once it is done.
 _REPEATABLE = ("judge", "report")
 _TRAININGS = ("pretrain", "sft", "dpo")
 
 
 @dataclasses.dataclass(frozen=True)
 class WorldSettings:
-  """Sizes of the synthetic world; see `world.generate`."""
+  """Sizes of the synthetic world, the arguments of `world.generate`."""
 
   seed: int
   pretrain: int
@@ -54,7 +52,7 @@ class WorldSettings:
 
 @dataclasses.dataclass(frozen=True)
 class VocabularySettings:
-  """A tokenizer to be trained on the texts of a comparisons file."""
+  """A tokenizer trained on the texts of a comparisons file."""
 
   texts: str
   size: int
@@ -91,10 +89,10 @@ class InitSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ReplicateSettings:
-  """A whole replication; a stage that is None is left out.
+  """A replication; a stage that is None is left out.
 
-  `paths` names what several stages read. In every string of the config,
-  {workdir} and {NAME}, for a name in `paths`, stand for those directories.
+  `paths` are inputs of several stages. {workdir} and {NAME}, for a name in
+  `paths`, are replaced in every string of the config.
   """
 
   paths: dict[str, str]
@@ -110,14 +108,9 @@ class ReplicateSettings:
 
 
 def run(config: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
-  """Runs, or goes on with, a replication in `workdir`.
+  """Runs, or resumes, a replication in `workdir`; returns the report's path.
 
-  Args:
-    config: the values of a ReplicateSettings, placeholders not yet filled.
-    workdir: where everything is written.
-
-  Returns:
-    The report.
+  `config` holds the values of a ReplicateSettings, placeholders not replaced.
 
   Raises:
     ValueError: a value or an input is wrong; nothing is lost.
@@ -143,7 +136,7 @@ def run(config: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
       try:
         stage()
       except push_lib.NotPushed as error:
-        # The line goes on; it is tried again at its end.
+        # It is tried again after the last stage.
         console.say(str(error), "not_pushed", stage=name)
       if name not in _REPEATABLE:
         done[name] = config[name]
@@ -161,7 +154,7 @@ def run(config: dict[str, Any], workdir: pathlib.Path) -> pathlib.Path:
 def _stages(
   built: ReplicateSettings, workdir: pathlib.Path
 ) -> dict[str, Callable[[], Any]]:
-  """What each stage calls, in order."""
+  """The call of each stage, in order."""
   return {
     "world": lambda: _world(built.world, workdir / "world"),
     "vocabulary": lambda: _vocabulary(built.vocabulary),
@@ -176,7 +169,7 @@ def _stages(
 
 
 def _push(built: ReplicateSettings, workdir: pathlib.Path) -> None:
-  """Pushes what failed, and the cards anew: there are win rates now.
+  """Pushes what failed, and the cards again, with win rates.
 
   Raises:
     hub.NotPushed: something could not be pushed.
@@ -226,7 +219,7 @@ def _init(config: InitSettings) -> None:
 def _once(
   directory: pathlib.Path, write: Callable[[pathlib.Path], None]
 ) -> None:
-  """Makes a directory whole or not at all; one that is there is kept."""
+  """Makes a directory atomically unless it exists."""
   if directory.exists():
     return
   staged = directory.with_name(directory.name + ".part")
@@ -237,7 +230,7 @@ def _once(
 
 
 def _filled(values: Any, paths: dict[str, str]) -> Any:
-  """`values` with {name} replaced in every string, for every path's name."""
+  """`values` with {NAME} replaced in every string, for every path's name."""
   if isinstance(values, dict):
     return {key: _filled(value, paths) for key, value in values.items()}
   if isinstance(values, list | tuple):

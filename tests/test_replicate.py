@@ -1,4 +1,4 @@
-"""The whole line in real processes: the embedded world and real HH rows."""
+"""The pipeline in real processes: the synthetic world and real HH rows."""
 
 import csv
 import itertools
@@ -14,6 +14,9 @@ import compare_trees
 import numpy as np
 import planted
 import pytest
+
+from configs import demo
+from dpo_jax import replicate as replicate_lib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -39,10 +42,13 @@ def lines(path):
 
 def test_the_embedded_default_runs_whole_and_again_does_nothing(tmp_path):
   flags = ("--config=configs/demo.py:tiny", f"--workdir={tmp_path}")
-  # A setting of a stage that is not done may still be mended.
-  wrong = replicate(*flags, "--config.vocabulary.texts=nowhere.jsonl")
-  assert wrong.returncode == 2
-  assert "nowhere.jsonl" in wrong.stderr
+  # A setting of a stage that is not done may still be changed.
+  config = demo.get_config("tiny").to_dict()
+  wrong = config | {
+    "vocabulary": config["vocabulary"] | {"texts": "nowhere.jsonl"}
+  }
+  with pytest.raises(ValueError, match=r"nowhere\.jsonl"):
+    replicate_lib.run(wrong, tmp_path)
   assert (tmp_path / "world" / "test.jsonl").is_file()
   done = replicate(*flags)
   assert done.returncode == 0, done.stderr
@@ -67,17 +73,15 @@ def test_the_embedded_default_runs_whole_and_again_does_nothing(tmp_path):
       if path.is_file() and path.name != "lock" and "push" not in path.parts
     }
 
-  before, answers = (
-    stamps(),
-    (tmp_path / "responses" / "dpo.jsonl").read_bytes(),
-  )
+  before = stamps()
+  responses = (tmp_path / "responses" / "dpo.jsonl").read_bytes()
   # What may change though a stage is done: where its model is pushed to.
   push = ("--config.dpo.push_to_hub=user/x", "--config.dpo.push_dry_run")
   again = replicate(*flags, *push)
   assert again.returncode == 0, again.stderr
   assert "0 questions asked" in again.stdout
   assert stamps() == before
-  assert (tmp_path / "responses" / "dpo.jsonl").read_bytes() == answers
+  assert (tmp_path / "responses" / "dpo.jsonl").read_bytes() == responses
   pushed = tmp_path / "dpo" / "push" / "main"
   card = (pushed / "README.md").read_text("utf-8")
   for row in table:
@@ -92,9 +96,9 @@ def test_the_embedded_default_runs_whole_and_again_does_nothing(tmp_path):
   figure = tmp_path / "report" / "win_rate_temperature.png"
   assert (pushed / figure.name).read_bytes() == figure.read_bytes()
   assert "dpo_jax.replicate --config=configs/demo.py:tiny" in card
-  other = replicate(*flags, "--config.dpo.loss.beta=0.3")
-  assert other.returncode == 2
-  assert "config.dpo.loss.beta: 0.2 -> 0.3" in other.stderr
+  config["dpo"]["loss"]["beta"] = 0.3
+  with pytest.raises(ValueError, match=r"config.dpo.loss.beta: 0.2 -> 0.3"):
+    replicate_lib.run(config, tmp_path)
   planted.search(tmp_path)
 
 
@@ -108,10 +112,12 @@ def test_real_rows_and_tokenizer_go_through_the_whole_line(shared, tmp_path):
     # Enough for two steps of eight; unoptimised programs are slow.
     "--config.dpo.data.max_train=24",
     "--config.init.architecture.layers=2",
+    "--config.init.architecture.width=32",
+    "--config.init.architecture.mlp_width=64",
   )
   assert done.returncode == 0, done.stderr
   counts = json.loads((tmp_path / "sft" / "manifest.json").read_text())["data"]
-  # Counted in the file by splitting each transcript at its last answer.
+  # Counted in the file by splitting each transcript at its last turn.
   train = counts["train"]["counts"]
   assert train["read"] == 1556
   assert train["quarantined: empty chosen response"] == 4
@@ -120,7 +126,7 @@ def test_real_rows_and_tokenizer_go_through_the_whole_line(shared, tmp_path):
   dpo = [r for r in lines(tmp_path / "dpo" / "metrics.jsonl") if "loss" in r]
   assert [row["step"] for row in dpo] == [1, 2]
   assert abs(dpo[0]["loss"] - 0.6931471805599453) < 1e-6
-  # Six prompts; each answer is shown in both orders by a judge that takes the
+  # Six prompts; each response is shown in both orders by a judge that takes the
   # longer text whatever its slot, so both orders agree.
   verdicts = lines(tmp_path / "verdicts" / "sft.jsonl")
   assert len(verdicts) == 12
