@@ -14,14 +14,14 @@ import jax.numpy as jnp
 
 from dpo_jax.core import settings as settings_lib
 
-# Nats by which a margin of a thousand float32 log-probs may be off; two models
-# that differ by less prefer nothing over the other.
+# Rounding error, in nats, of a margin of a thousand float32 log-probs; smaller
+# margins are ties.
 ROUNDING = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
 class LossSettings:
-  """Which preference loss; see configs/dpo.py."""
+  """The preference loss; see configs/common.py."""
 
   kind: Literal["sigmoid", "ipo_sum", "ipo_mean", "hinge"]
   beta: float
@@ -79,7 +79,7 @@ def ipo_loss(policy_margin, reference_margin, *, beta):
   """Per-pair IPO loss, [B]: (h - 1 / (2 beta))^2.
 
   The margins are of sums (the paper and the official code) or of per-token
-  means (TRL's normalisation); the caller chooses.
+  means (TRL's normalization); the caller chooses.
 
   References:
     Azar et al., A General Theoretical Paradigm to Understand Learning from
@@ -100,7 +100,7 @@ def hinge_loss(policy_margin, reference_margin, *, beta):
 def preference_loss(
   settings: LossSettings, policy: PairLogps, reference: PairLogps
 ) -> jax.Array:
-  """The chosen loss of every pair, float32 [B]."""
+  """The preference loss of every pair, float32 [B]."""
   beta = settings.beta
   match settings.kind:
     case "sigmoid":
@@ -130,7 +130,7 @@ def loss_at_start(settings: LossSettings) -> float:
 
 
 def slope_at_start(settings: LossSettings) -> float:
-  """How much `loss_at_start` moves with a nat of h."""
+  """Absolute derivative of the loss with respect to h at the start."""
   match settings.kind:
     case "sigmoid":
       return settings.beta * (0.5 - settings.label_smoothing)
