@@ -22,9 +22,9 @@ and all loss curves are the same.
 
 glibc's allocator gives large blocks back to the system as soon as they are
 freed, and every page of the next one is a fault again: half of a small model's
-step in torch. This package sees to that by itself, as installed
-(programs.keep_freed_memory); the others run with variables that keep memory,
-unless `--malloc=default` asks for what happens without them.
+step in torch. This package keeps freed memory by itself
+(training/setup.keep_freed_memory); the others run with variables that keep it,
+unless `--malloc=default` leaves them out.
 
 `--output` is appended to, one JSON line a process, and what it already has is
 not measured again: where a call may not take long, `--at_most=N` ends it after

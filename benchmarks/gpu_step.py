@@ -19,8 +19,7 @@ from dpo_jax.core import sharding
 from dpo_jax.data import batch as batch_lib
 from dpo_jax.data import batch_shapes, loader, packing, token_table
 from dpo_jax.model import flops, gpt_neox
-from dpo_jax.training import compile as compile_lib
-from dpo_jax.training import config, optimizer, reference, step
+from dpo_jax.training import config, optimizer, reference, setup, step
 
 # Updates left out of the times.
 WARM = 2
@@ -34,19 +33,19 @@ def measure(flags: argparse.Namespace) -> dict:
   """
   run = gpu_case.config(flags, flags.attention)
   shape, mesh = gpu_case.shape_of(flags, run), gpu_case.alone()
-  compile_lib.check(run, shape, mesh)
+  setup.check_attention(run, shape, mesh)
   table = gpu_case.pairs(flags.steps * run.batch_size, shape.vocab_size)
   base, _ = gpu_case.weights(run, shape)
   ready = packed(flags, run, shape, table, base)
   tx = optimizer.make(run.optimizer, flags.steps, step.trainable(shape))
-  start = jax.jit(compile_lib.initial(shape, tx), donate_argnums=0)
+  start = jax.jit(setup.initial_state(shape, tx), donate_argnums=0)
   state = start(base, jax.random.key(1))
-  update, _ = compile_lib.training(run, shape, tx, state, mesh)
+  update, _ = setup.jit_steps(run, shape, tx, state, mesh)
   seconds, losses = [], []
   with jax.set_mesh(mesh):
     # Each shape is compiled before the clock starts.
     shapes = {str(jax.tree.map(jnp.shape, batch)): batch for batch, _ in ready}
-    compiled = compile_lib.ahead(update, (state, None), shapes.values())
+    compiled = setup.compile_ahead(update, (state, None), shapes.values())
     if flags.profile:
       jax.profiler.start_trace(str(flags.profile / flags.attention))
     for number, (batch, _) in enumerate(ready):

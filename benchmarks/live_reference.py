@@ -28,9 +28,8 @@ from dpo_jax.core import settings, sharding
 from dpo_jax.data import batch as batch_lib
 from dpo_jax.data import dataset, packing, tokenizer
 from dpo_jax.plan import compile_training, mean_batch, topology
-from dpo_jax.training import compile as compile_lib
 from dpo_jax.training import config as config_lib
-from dpo_jax.training import optimizer
+from dpo_jax.training import optimizer, setup
 from dpo_jax.training import step as step_lib
 
 PASSES = ("apart", "shared")
@@ -105,7 +104,7 @@ def timed(flags: argparse.Namespace) -> None:
   )
   mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
   tx = optimizer.make(run.optimizer, 9, "lora")
-  state = compile_lib.initial(shape, tx)(base, jax.random.key(0))
+  state = setup.initial_state(shape, tx)(base, jax.random.key(0))
   pairs = items.train.table.take(range(run.batch_size))
   how = packing.Packing(
     layout=run.data.layout,

@@ -74,8 +74,6 @@ def training() -> config_dict.ConfigDict:
   # Directory of compiled programs, so that a run starts faster the next time;
   # "" keeps none. JAX_COMPILATION_CACHE_DIR takes precedence.
   c.compilation_cache = "~/.cache/dpo_jax/xla"
-  # Under glibc: keep freed host memory for the next step.
-  c.keep_freed_memory = True
   # Seconds after SIGTERM, SIGINT or SIGHUP within which a run saves and stops
   # by itself, before it is ended. A Spot VM is gone after 30.
   c.grace_s = 25.0

@@ -86,6 +86,26 @@ topologies.get_topology_desc = _for_libtpu(topologies.get_topology_desc)
 
 
 @pytest.fixture(scope="session")
+def run_files(tmp_path_factory) -> pathlib.Path:
+  """Model, tokenizer and pairs of tiny runs; tests must not change them."""
+  import running
+
+  return running.make_files(tmp_path_factory.mktemp("run_files"))
+
+
+@pytest.fixture(scope="session")
+def whole(run_files, tmp_path_factory) -> pathlib.Path:
+  """The directory of an uninterrupted tiny run, not to be changed either."""
+  import running
+
+  from dpo_jax.training import train
+
+  workdir = tmp_path_factory.mktemp("whole") / "run"
+  train.run(running.configs(run_files)(), workdir)
+  return workdir
+
+
+@pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
   """The folder of real rows, real tokenizer and real judged results."""
   path = ROOT.parent / "shared"

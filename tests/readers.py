@@ -600,7 +600,7 @@ READERS = {
     _file("run", "dpo/metrics.jsonl"),
     lambda f, data: metrics.read(f.put("metrics.jsonl", data)),
   ),
-  "incidents": Reader(
+  "skipped updates": Reader(
     "lines",
     lambda f: [_lines(INCIDENT, INCIDENT | {"step": 9})],
     lambda f, data: guards.read_skipped(f.put("skipped_updates.jsonl", data)),

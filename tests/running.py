@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -70,8 +71,12 @@ def at_step(monkeypatch, step, act):
 
 
 def interrupt():
-  """What Ctrl-C is where nobody listens for it."""
+  """Ctrl-C without a handler."""
   raise KeyboardInterrupt
+
+
+def terminate():
+  signal.raise_signal(signal.SIGTERM)
 
 
 def changed(values, changes):

@@ -13,9 +13,8 @@ from configs import dpo
 from dpo_jax.core import settings
 from dpo_jax.model import attention
 from dpo_jax.model.attention import decode, shared_prefix
-from dpo_jax.training import compile as compile_lib
 from dpo_jax.training import config as config_lib
-from dpo_jax.training import train
+from dpo_jax.training import setup, train
 
 
 def device(platform="gpu", kind="NVIDIA H100", capability="9.0"):
@@ -75,7 +74,7 @@ def test_dense_is_never_refused(platform):
 def test_a_run_is_refused_before_it_compiles(name, tmp_path, monkeypatch):
   files = running.make_files(tmp_path)
   config = running.configs(files)(**{"model.attention": name})
-  monkeypatch.setattr(compile_lib, "training", pytest.fail)
+  monkeypatch.setattr(setup, "jit_steps", pytest.fail)
   with pytest.raises(ValueError, match=f"{name}.*cpu.*attention=dense"):
     train.run(config, tmp_path / "run")
 
@@ -87,7 +86,7 @@ def test_a_program_is_refused_on_these_devices():
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
   shape = types.SimpleNamespace(head_dim=80)
   with pytest.raises(ValueError, match=r"cudnn.*devices are cpu"):
-    compile_lib.check(built, shape, mesh)
+    setup.check_attention(built, shape, mesh)
 
 
 def test_an_unknown_name_is_refused():

@@ -19,7 +19,7 @@ from benchmarks import gpu, gpu_answers, gpu_case, gpu_step
 from dpo_jax.data import batch as batch_lib
 from dpo_jax.data import token_table
 from dpo_jax.model import gpt_neox
-from dpo_jax.training import compile as compile_lib
+from dpo_jax.training import setup
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -125,13 +125,13 @@ def test_shapes_of_as_many_rows_are_told_apart(monkeypatch):
     set=json.dumps(changes),
     profile=None,
   )
-  compiled, ahead = [], compile_lib.ahead
+  compiled, ahead = [], setup.compile_ahead
 
   def noted(step, arguments, batches):
     compiled.extend(batch.target.shape for batch in batches)
     return ahead(step, arguments, batches)
 
-  monkeypatch.setattr(compile_lib, "ahead", noted)
+  monkeypatch.setattr(setup, "compile_ahead", noted)
   found = gpu_step.measure(flags)
   assert found["shapes"] == ["(1, 1, 256)"]
   assert sorted(compiled) == [(1, 1, 128), (1, 1, 256)]

@@ -1,7 +1,6 @@
-"""Runs that are stopped, killed, starved of disk, and go on: real faults.
+"""Runs that are stopped, killed or out of disk, and resumed: real faults.
 
-Whatever happens, what a run leaves at last is bit for bit what one that was
-never touched leaves.
+In the end each leaves bit for bit what an uninterrupted run leaves.
 """
 
 import contextlib
@@ -23,26 +22,12 @@ from dpo_jax.core import preemption, settings, sharding
 from dpo_jax.data import dataset
 from dpo_jax.io import metrics, step_files
 from dpo_jax.model import hf
-from dpo_jax.training import checkpoints, input_pipeline, train
-from dpo_jax.training import compile as compile_lib
+from dpo_jax.training import checkpoints, input_pipeline, loop, setup, train
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-  return running.make_files(tmp_path_factory.mktemp("files"))
-
-
-@pytest.fixture(scope="module")
-def config(files):
-  return running.configs(files)
-
-
-@pytest.fixture(scope="module")
-def whole(config, tmp_path_factory):
-  """An uninterrupted run."""
-  workdir = tmp_path_factory.mktemp("whole") / "run"
-  train.run(config(), workdir)
-  return workdir
+def config(run_files):
+  return running.configs(run_files)
 
 
 def assert_same(workdir, whole):
@@ -76,22 +61,14 @@ def row_of(step):
 
 
 PHASES = [
-  # Where the signal comes, and what the run then says of itself.
-  ("data", input_pipeline, "make", {}, "before or after training", None),
-  ("model", hf, "load", {}, "before or after training", None),
-  # Its programs are compiled to their end; the first evaluation then asks.
-  ("compile", compile_lib, "ahead", {}, "in the evaluation at step 0", None),
+  # Where the signal comes, what the run then says, and the newest checkpoint.
+  (input_pipeline, "make", {}, "before or after training", None),
+  (hf, "load", {}, "before or after training", None),
+  # Compilation is not interrupted; the first evaluation then asks.
+  (setup, "compile_ahead", {}, "in the evaluation at step 0", None),
+  (loop, "_evaluate", {}, "in the evaluation at step 0", None),
+  # Step 1 is fetched at once; one more is under way when the signal is seen.
   (
-    "first evaluation",
-    input_pipeline.Feed,
-    "evaluation",
-    {},
-    "in the evaluation at step 0",
-    None,
-  ),
-  # Step 1 is read at once; one more is on its way when the signal is seen.
-  (
-    "step",
     metrics.Writer,
     "write",
     {"when": row_of(1)},
@@ -99,31 +76,10 @@ PHASES = [
     2,
   ),
   # The evaluation after step 3 is abandoned, and made up for at the next start.
-  (
-    "evaluation",
-    input_pipeline.Feed,
-    "evaluation",
-    {},
-    "after step 3, which is saved",
-    3,
-  ),
-  (
-    "save",
-    checkpoints.Checkpoints,
-    "save",
-    {},
-    "after step 5, which is saved",
-    5,
-  ),
-  (
-    "last save",
-    checkpoints.Checkpoints,
-    "close",
-    {},
-    "at the end of training",
-    7,
-  ),
-  ("export", hf, "export", {}, "before or after training", 7),
+  (loop, "_evaluate", {}, "after step 3, which is saved", 3),
+  (checkpoints.Checkpoints, "save", {}, "after step 5, which is saved", 5),
+  (checkpoints.Checkpoints, "close", {}, "at the end of training", 7),
+  (hf, "export", {}, "before or after training", 7),
 ]
 
 
@@ -132,16 +88,16 @@ def test_a_signal_in_any_phase_loses_nothing(
 ):
   workdir = tmp_path / "run"
   handlers = [signal.getsignal(number) for number in preemption.SIGNALS]
-  for turn, (phase, owner, name, options, where, saved) in enumerate(PHASES):
+  for turn, (owner, name, options, where, saved) in enumerate(PHASES):
     number = preemption.SIGNALS[turn % 3]
     with monkeypatch.context() as patch:
       signalled(patch, owner, name, number, **options)
       with pytest.raises(preemption.Interrupted) as stopped:
         train.run(config(), workdir)
-    assert f"{number.name} {where}" in str(stopped.value), phase
+    assert f"{number.name} {where}" in str(stopped.value), name
     assert stopped.value.code == 128 + number
     found = step_files.steps(workdir / "checkpoints")
-    assert (found[-1] if found else None) == saved, phase
+    assert (found[-1] if found else None) == saved, name
     assert not (workdir / "finished.json").exists()
   assert [signal.getsignal(number) for number in preemption.SIGNALS] == handlers
   train.run(config(), workdir)
@@ -149,19 +105,6 @@ def test_a_signal_in_any_phase_loses_nothing(
 
 
 # --- kill -9
-
-
-def test_killed_in_a_save_it_ends_where_it_would_have(whole, config, tmp_path):
-  workdir = tmp_path / "run"
-  directory = workdir / "checkpoints"
-  with running.Child(tmp_path / "child", config(), workdir) as child:
-    child.until(
-      lambda: list(directory.glob("4.orbax*")) or (directory / "4").exists()
-    )
-    child.process.kill()
-    assert child.end() == -signal.SIGKILL
-  train.run(config(), workdir)
-  assert_same(workdir, whole)
 
 
 KILLED_AT = """
@@ -180,9 +123,7 @@ def kill(owner, name, when, before=lambda path: None):
   setattr(owner, name, call)
 
 where, values, workdir = sys.argv[1:]
-if where == "before the deletes":
-  kill(step_files, "prune", lambda path, *_: (path / "4").exists())
-elif where == "amid the deletes":
+if where == "amid the deletes":
   kill(
     shutil,
     "rmtree",
@@ -196,12 +137,10 @@ train.run(values, pathlib.Path(workdir))
 """
 
 
-def test_killed_as_a_save_completes_it_ends_where_it_would_have(
-  whole, config, tmp_path
-):
+def test_killed_in_a_save_it_ends_where_it_would_have(whole, config, tmp_path):
   workdir = tmp_path / "run"
   directory = workdir / "checkpoints"
-  # Each is all that there is to go on from, once those before it are deleted.
+  # The only checkpoint to resume from, once those before it are deleted.
   one = config(keep_checkpoints=1)
   values = json.dumps(settings.to_dict(one))
 
@@ -209,9 +148,9 @@ def test_killed_as_a_save_completes_it_ends_where_it_would_have(
     return {path.name for path in directory.iterdir()}
 
   for where, left, start in (
-    ("before the deletes", {"2", "4"}, 4),
-    ("amid the deletes", {"2.deleting", "4", "6"}, 6),
-    ("before the manifest", {"4", "6", "7"}, 6),
+    ("amid the deletes", {"2.deleting", "4"}, 4),
+    # The arrays are committed, but not their manifest.
+    ("before the manifest", {"6", "7"}, 6),
   ):
     done = subprocess.run(
       [sys.executable, "-c", KILLED_AT, where, values, str(workdir)],
@@ -226,7 +165,7 @@ def test_killed_as_a_save_completes_it_ends_where_it_would_have(
   assert not (directory / "7" / step_files.MANIFEST).exists()
   train.run(one, workdir)
   starts = json.loads((workdir / "manifest.json").read_text())["starts"]
-  assert [begun["step"] for begun in starts] == [0, 4, 6, 6]
+  assert [begun["step"] for begun in starts] == [0, 4, 6]
   assert found() == {"7", "7.rejected"}
   assert_same(workdir, whole)
 
@@ -301,47 +240,21 @@ def test_killed_at_random_it_ends_where_it_would_have(
 # --- other devices
 
 
-@pytest.mark.parametrize(
-  "counts",
-  [(8, 1), pytest.param((8, 4, 1), marks=pytest.mark.slow)],
-  ids=str,
-)
-def test_it_goes_on_with_other_devices(
-  whole, config, tmp_path, monkeypatch, counts
-):
+def test_it_goes_on_with_other_devices(whole, config, tmp_path, monkeypatch):
   workdir = tmp_path / "run"
   make = sharding.make_mesh
-  # Two steps or so on each number of devices, and the rest on the last.
-  for turn, count in enumerate(counts):
-    step = None if count == counts[-1] else 2 * (turn + 1)
-    with monkeypatch.context() as patch:
-      patch.setattr(
-        sharding,
-        "make_mesh",
-        lambda count=count, **sizes: make(
-          **sizes, devices=jax.devices()[:count]
-        ),
-      )
-      if step is None:
-        train.run(config(), workdir)
-        continue
-      signalled(
-        patch,
-        metrics.Writer,
-        "write",
-        signal.SIGTERM,
-        when=lambda writer, row, step=step: (
-          row["step"] >= step and "loss" in row
-        ),
-      )
-      with pytest.raises(preemption.Interrupted):
-        train.run(config(), workdir)
+  with monkeypatch.context() as patch:
+    signalled(patch, metrics.Writer, "write", signal.SIGTERM, when=row_of(2))
+    with pytest.raises(preemption.Interrupted):
+      train.run(config(), workdir)
+  one = jax.devices()[:1]
+  monkeypatch.setattr(
+    sharding, "make_mesh", lambda **sizes: make(**sizes, devices=one)
+  )
+  train.run(config(), workdir)
   starts = json.loads((workdir / "manifest.json").read_text())["starts"]
-  assert tuple(len(start["devices"]) for start in starts) == counts
-  begun = [start["step"] for start in starts]
-  assert begun[0] == 0
-  assert begun == sorted(set(begun))
-  assert begun[-1] < running.STEPS
+  assert [len(start["devices"]) for start in starts] == [8, 1]
+  assert [start["step"] for start in starts] == [0, 3]
   # The same items in the same steps; only sums are made in another order.
   for a, b in zip(running.read(workdir), running.read(whole), strict=True):
     for key in b.keys() - {"row_fill"}:
@@ -383,40 +296,31 @@ def leave(directory, free):
 
 # Orbax leaves its other writes unawaited when one fails.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("foreseen", [True, False])
 def test_a_full_disk_leaves_the_last_checkpoint(
-  whole, config, small_disk, monkeypatch, foreseen
+  whole, config, small_disk, monkeypatch
 ):
   workdir = small_disk / "run"
+  directory = workdir / "checkpoints"
   plain = config(export_adapters=False)
-  original = metrics.Writer.write
 
-  def write(self, row):
-    original(self, row)
-    if row["step"] == 3 and "loss" in row:
-      # The save of step 2 goes on in the background.
-      ends = time.monotonic() + 60
-      while not step_files.newest(workdir / "checkpoints")[0]:
-        assert time.monotonic() < ends
-        time.sleep(0.01)
-      leave(small_disk, 60_000)
+  def fill():
+    # The save of step 2 continues in the background.
+    ends = time.monotonic() + 60
+    while not step_files.newest(directory)[0]:
+      assert time.monotonic() < ends
+      time.sleep(0.01)
+    leave(small_disk, 60_000)
 
   with monkeypatch.context() as patch:
-    patch.setattr(metrics.Writer, "write", write)
-    if not foreseen:
-      # As if the disk had filled after it was looked at.
-      patch.setattr(checkpoints, "_MARGIN", 0)
-    with pytest.raises(checkpoints.SaveError) as error:
+    running.at_step(patch, 3, fill)
+    with pytest.raises(checkpoints.SaveError, match=r"needs 1,0.* free") as e:
       train.run(plain, workdir)
-  directory = workdir / "checkpoints"
-  assert str(directory) in str(error.value)
-  assert "free" in str(error.value)
-  if foreseen:
-    assert "a checkpoint needs 1,0" in str(error.value)
-  else:
-    assert "4 could not be saved" in str(error.value)
-    # The step after the save's, or the one after that.
-    assert running.read(workdir)[-1]["step"] in (4, 5, 6)
+  assert str(directory) in str(e.value)
+  with monkeypatch.context() as patch:
+    # As if the disk had filled after it was looked at.
+    patch.setattr(checkpoints, "_MARGIN", -(2**30))
+    with pytest.raises(checkpoints.SaveError, match="4 could not be saved"):
+      train.run(plain, workdir)
   assert step_files.newest(directory)[0] == 2
   (small_disk / "filler").unlink()
   train.run(plain, workdir)
@@ -425,17 +329,24 @@ def test_a_full_disk_leaves_the_last_checkpoint(
   assert exports[0].read_bytes() == exports[1].read_bytes()
 
 
+def flip(path: pathlib.Path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
 def test_a_last_save_that_fails_is_not_swallowed(
-  whole, config, tmp_path, monkeypatch
+  whole, config, tmp_path, monkeypatch, caplog
 ):
   workdir = tmp_path / "run"
+  directory = workdir / "checkpoints"
   original = step_files.complete
 
-  def vanishes(directory, step, metrics):
+  def vanishes(path, step, metrics):
     # The last save, in the background, after the last step.
     if step == running.STEPS:
-      shutil.rmtree(directory / str(step))
-    original(directory, step, metrics)
+      shutil.rmtree(path / str(step))
+    original(path, step, metrics)
 
   with monkeypatch.context() as patch:
     patch.setattr(step_files, "complete", vanishes)
@@ -443,7 +354,13 @@ def test_a_last_save_that_fails_is_not_swallowed(
       train.run(config(), workdir)
   assert not (workdir / "finished.json").exists()
   assert not (workdir / "export").exists()
+  # And the newest checkpoint is damaged.
+  assert step_files.steps(directory) == [4, 6]
+  flip(max((directory / "6").rglob("d/*"), key=lambda x: x.stat().st_size))
   train.run(config(), workdir)
+  assert "6 is not used: " in caplog.text
+  assert "resuming from step 4" in caplog.text
+  assert (directory / "6.rejected").is_dir()
   assert_same(workdir, whole)
 
 
@@ -467,39 +384,10 @@ def test_a_disk_that_cannot_be_written_is_refused_first(
     subprocess.run(["umount", str(disk)], check=True)
 
 
-# --- damaged checkpoints
-
-
-def flip(path: pathlib.Path):
-  content = bytearray(path.read_bytes())
-  content[len(content) // 2] ^= 1
-  path.write_bytes(content)
-
-
-def test_a_damaged_checkpoint_is_passed_over(
-  whole, config, tmp_path, monkeypatch, caplog
-):
-  workdir = tmp_path / "run"
-  with monkeypatch.context() as patch:
-    signalled(patch, checkpoints.Checkpoints, "close", signal.SIGTERM)
-    with pytest.raises(preemption.Interrupted):
-      train.run(config(), workdir)
-  directory = workdir / "checkpoints"
-  assert step_files.steps(directory) == [6, 7]
-  flip(max((directory / "7").rglob("d/*"), key=lambda x: x.stat().st_size))
-  train.run(config(), workdir)
-  assert "7 is not used: " in caplog.text
-  assert "going on from step 6" in caplog.text
-  assert (directory / "7.rejected").is_dir()
-  assert_same(workdir, whole)
-
-
 # --- changes on the way
 
 
-def test_what_may_change_is_recorded(
-  whole, config, files, tmp_path, monkeypatch
-):
+def test_what_may_change_is_recorded(whole, config, tmp_path, monkeypatch):
   workdir = tmp_path / "run"
   with monkeypatch.context() as patch:
     signalled(patch, metrics.Writer, "write", signal.SIGTERM, when=row_of(4))
@@ -511,7 +399,7 @@ def test_what_may_change_is_recorded(
   with pytest.raises(ValueError, match=r"lora_a: float32\[.*, 2\] -> float32"):
     train.run(config(**{"lora.rank": 4}, allow_changes=["lora"]), workdir)
   # Other pairs under the same name, too.
-  other = files / "other.jsonl"
+  other = tmp_path / "other.jsonl"
   running.write(other, list(running.rows(30, 4)))
   source = {"data.sources.files.train_path": str(other)}
   allowed = ["loss.beta", "optimizer", "data"]

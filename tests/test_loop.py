@@ -1,161 +1,224 @@
-"""The loop as accelerators run it: metrics a step late, nothing else crosses.
+"""The loop: metrics a step late, nothing else crosses, nothing is compiled."""
 
-On a CPU the loop reads each step at once, unless it is told that programs are
-computed while Python goes on, as they are on an accelerator.
-"""
-
-import signal
+import logging
+import os
+import platform
+import subprocess
+import sys
 import types
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import running
+from jax import monitoring
 
-from dpo_jax.core import preemption
+from dpo_jax.data import batch as batch_lib
+from dpo_jax.data import packing
 from dpo_jax.io import metrics
-from dpo_jax.training import compile as compile_lib
-from dpo_jax.training import input_pipeline, loop
+from dpo_jax.training import checkpoints, input_pipeline, loop, setup, train
 from dpo_jax.training import step as step_lib
-from dpo_jax.training import train as train_lib
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-  return running.configs(running.make_files(tmp_path_factory.mktemp("files")))
+def config(run_files):
+  return running.configs(run_files)
 
 
-@pytest.fixture(scope="module")
-def whole(config, tmp_path_factory):
-  """A run whose steps are read at once."""
-  workdir = tmp_path_factory.mktemp("whole") / "run"
-  train_lib.run(config(), workdir)
-  return workdir
+def noted(name, call, found):
+  """Appends "name 1", "name 2", ... to `found` as it is called."""
+
+  def counted(*arguments):
+    number = 1 + sum(event.startswith(name) for event in found)
+    found.append(f"{name} {number}")
+    return call(*arguments)
+
+  return counted
 
 
-@pytest.fixture
-def late(monkeypatch):
-  monkeypatch.setattr(compile_lib, "computed_at_call", lambda: False)
-
-
-@pytest.fixture
-def events(monkeypatch):
-  """What the loop does, in order, numbered apart.
-
-  "give" hands a step to the device and "score" a batch of an evaluation; "read"
-  and "add" ask for what they made.
-  """
-  found = []
-  ahead = compile_lib.ahead
-
-  def noted(name, call):
-    def counted(*arguments):
-      number = 1 + sum(event.startswith(name) for event in found)
-      found.append(f"{name} {number}")
-      return call(*arguments)
-
-    return counted
-
-  def compiled(step, arguments, *rest):
-    train = isinstance(arguments[0], step_lib.TrainState)
-    return noted("give" if train else "score", ahead(step, arguments, *rest))
-
-  def add(totals, sums):
-    if sums:
-      found.append(f"add {1 + sum(x.startswith('add') for x in found)}")
-    original(totals, sums)
-
-  original = loop._add
-  monkeypatch.setattr(compile_lib, "ahead", compiled)
-  monkeypatch.setattr(loop, "_add", add)
-  monkeypatch.setattr(loop.Loop, "_record", noted("read", loop.Loop._record))
-  return found
-
-
-def test_a_step_is_read_when_the_next_was_given(
-  config, whole, tmp_path, late, events
+def test_the_order_of_a_run_and_what_it_compiles(
+  config, whole, tmp_path, monkeypatch, caplog
 ):
-  rare = config(eval_every=0, checkpoint_every=0)
-  train_lib.run(rare, tmp_path / "run")
-  # Four held-out pairs and two, before training and after it.
-  evaluated = ["score 1", "score 2", "add 1", "add 2"]
-  assert events[:4] == evaluated
-  assert events[-4:] == [f"{x[:-1]}{int(x[-1]) + 2}" for x in evaluated]
-  # The first at once, as its loss is known; the last has no next.
-  wanted = ["give 1", "read 1", "give 2"]
-  for number in range(3, running.STEPS + 1):
-    wanted += [f"give {number}", f"read {number - 1}"]
-  assert events[4:-4] == [*wanted, f"read {running.STEPS}"]
-  found, known = (
-    [row for row in running.read(path) if "loss" in row]
-    for path in (tmp_path / "run", whole)
-  )
-  assert found == known
+  """Evaluations after steps 3, 6 and 7, saves after 2, 4, 6 and 7."""
+  jax.clear_caches()
+  caplog.set_level(logging.DEBUG, "jax._src.interpreters.pxla")
+  events, compiled = [], []
+  ahead, original = setup.compile_ahead, loop.train
 
+  def compiling():
+    lines = (record.getMessage() for record in caplog.records)
+    return [line for line in lines if line.startswith("Compiling")]
 
-def test_before_anything_else_all_steps_are_read(
-  config, whole, tmp_path, late, events
-):
-  """Evaluations after steps 3 and 6, checkpoints after 2, 4 and 6."""
-  train_lib.run(config(), tmp_path / "run")
-  assert events.index("read 2") < events.index("give 3")
-  assert events.index("give 6") < events.index("read 5")
+  def compile_ahead(step, arguments, batches):
+    update = isinstance(arguments[0], step_lib.TrainState)
+    step = ahead(step, arguments, batches)
+    return noted("update" if update else "score", step, events)
+
+  def watched(*arguments, **options):
+    compiled.append(compiling())
+    state = original(*arguments, **options)
+    compiled.append(compiling())
+    return state
+
+  for owner, name, event in (
+    (loop, "_add", "add"),
+    (loop.StepLog, "write", "fetch"),
+    (checkpoints.Checkpoints, "save", "save"),
+  ):
+    call = noted(event, getattr(owner, name), events)
+    monkeypatch.setattr(owner, name, call)
+  monkeypatch.setattr(setup, "compile_ahead", compile_ahead)
+  monkeypatch.setattr(loop, "train", watched)
+  train.run(config(), tmp_path / "run")
+  # Four held-out pairs and two. The sums of a batch are added when the device
+  # has the next one.
+  evaluation = ["score", "add", "score", "add", "add"]
+  assert [event.split()[0] for event in events] == [
+    *evaluation,
+    # The first loss is known, and fetched at once.
+    *("update", "fetch"),
+    *("update", "fetch", "save"),
+    *("update", "fetch", *evaluation),
+    *("update", "fetch", "save"),
+    # Step 5 is fetched when step 6 is under way.
+    *("update", "update", "fetch", "fetch", *evaluation, "save"),
+    *("update", "fetch", *evaluation, "save"),
+  ]
   assert running.read(tmp_path / "run") == running.read(whole)
   assert running.weights(tmp_path / "run") == running.weights(whole)
-
-
-def test_a_signal_saves_the_step_that_was_given(
-  config, whole, tmp_path, late, monkeypatch
-):
-  run = tmp_path / "run"
-  rare = config(checkpoint_every=0)
-  with monkeypatch.context() as patch:
-    running.at_step(patch, 4, lambda: signal.raise_signal(signal.SIGTERM))
-    # Step 4 is read when step 5 was given.
-    with pytest.raises(preemption.Interrupted, match="after step 5, which"):
-      train_lib.run(rare, run)
-  train_lib.run(rare, run)
-  assert running.read(run) == running.read(whole)
+  # On eight devices, nothing of it seen before: no step and no save.
+  before, after = compiled
+  for name in ("train_step", "eval_step"):
+    assert sum(name in line for line in before) == 1
+  assert after == before
 
 
 def test_a_batch_that_stayed_on_the_host_is_refused(
   config, tmp_path, monkeypatch
 ):
-  placed = input_pipeline._placed
+  to_device = input_pipeline._to_device
 
   def left(batch, mesh):
     # Those of evaluations are one micro-batch.
-    return batch if len(batch.tokens) > 1 else placed(batch, mesh)
+    return batch if len(batch.tokens) > 1 else to_device(batch, mesh)
 
-  monkeypatch.setattr(input_pipeline, "_placed", left)
+  monkeypatch.setattr(input_pipeline, "_to_device", left)
   with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-"):
-    train_lib.run(config(), tmp_path / "run")
+    train.run(config(), tmp_path / "run")
 
 
 def test_rates_are_of_steps_alone(config, tmp_path, monkeypatch):
-  """By a clock that compiling and saving take a thousand seconds of."""
+  """By a clock that compiling, evaluating and saving take a thousand s of."""
   clock = [0.0]
 
   def now():
     clock[0] += 1
     return clock[0]
 
-  def slow(method):
-    def call(*arguments, **named):
+  def slow(call):
+    def slowly(*arguments, **named):
       clock[0] += 1000
-      return method(*arguments, **named)
+      return call(*arguments, **named)
 
-    return call
+    return slowly
 
   monkeypatch.setattr(metrics, "time", types.SimpleNamespace(perf_counter=now))
-  for name in ("_compile", "_save", "_evaluate"):
-    monkeypatch.setattr(loop.Loop, name, slow(getattr(loop.Loop, name)))
-  run = tmp_path / "run"
-  with monkeypatch.context() as patch:
-    running.at_step(patch, 2, running.interrupt)
-    with pytest.raises(KeyboardInterrupt):
-      train_lib.run(config(checkpoint_every=1), run)
-  train_lib.run(config(checkpoint_every=1), run)
-  rows = [row for row in metrics.read(run / metrics.FILE) if "loss" in row]
-  assert len(rows) == running.STEPS
+  for owner, name in (
+    (setup, "compile_ahead"),
+    (loop, "_evaluate"),
+    (checkpoints.Checkpoints, "save"),
+  ):
+    monkeypatch.setattr(owner, name, slow(getattr(owner, name)))
+  train.run(config(), tmp_path / "run")
+  rows = metrics.read(tmp_path / "run" / metrics.FILE)
+  rows = [row["pairs_per_second"] for row in rows if "loss" in row]
   # Four pairs in a second, as no step looks at the clock twice.
-  assert [row["pairs_per_second"] for row in rows] == [4.0] * len(rows)
+  assert rows == [4.0] * running.STEPS
+
+
+def test_a_shape_that_was_not_planned_is_compiled_when_it_comes():
+  compiled = []
+
+  def listen(event, seconds, **unused):
+    if event == "/jax/core/compile/backend_compile_duration":
+      compiled.append(seconds)
+
+  step = jax.jit(lambda x, batch: x + jnp.sum(batch.tokens))
+  how = packing.Packing("shared", 8, 1, 1, False, 1)
+  batches = [
+    jax.tree.map(
+      lambda x: np.ones(x.shape, x.dtype),
+      batch_lib._empty(how, packing.Shape(rows, 128), False),
+    )
+    for rows in (2, 3)
+  ]
+  monitoring.register_event_duration_secs_listener(listen)
+  try:
+    ready = setup.compile_ahead(step, (jnp.float32(0),), batches[:1])
+    x = jnp.float32(1)
+    assert compiled
+    compiled.clear()
+    assert float(ready(x, batches[0])) == 17
+    assert not compiled
+    assert float(ready(x, batches[1])) == 25
+    assert len(compiled) == 1
+  finally:
+    monitoring.unregister_event_duration_listener(listen)
+
+
+FAULTS = """
+import ctypes, resource
+from dpo_jax.training import setup
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+
+def faults():
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  for _ in range(4):
+    block = libc.malloc(ctypes.c_size_t(96 * 2**20))
+    ctypes.memset(block, 1, 96 * 2**20)
+    libc.free(block)
+  return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(faults())
+setup.keep_freed_memory()
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(
+  platform.libc_ver()[0] != "glibc", reason="only glibc has these settings"
+)
+def test_freed_memory_is_not_faulted_in_again():
+  plain = ("MALLOC_", "GLIBC_TUNABLES")
+  done = subprocess.run(
+    [sys.executable, "-c", FAULTS],
+    env={k: v for k, v in os.environ.items() if not k.startswith(plain)},
+    cwd=running.ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  before, after = map(int, done.stdout.split())
+  pages = 4 * 96 * 2**20 // os.sysconf("SC_PAGE_SIZE")
+  assert before > 0.9 * pages
+  assert after < 0.01 * pages
+
+
+@pytest.mark.parametrize("before", [None, "/elsewhere"])
+def test_programs_are_kept_where_the_config_says(before, tmp_path, monkeypatch):
+  own = jax.config.jax_compilation_cache_dir
+  monkeypatch.setenv("HOME", str(tmp_path))
+  try:
+    jax.config.update("jax_compilation_cache_dir", before)
+    setup.use_compilation_cache("")
+    assert jax.config.jax_compilation_cache_dir == before
+    setup.use_compilation_cache("~/programs")
+    # JAX_COMPILATION_CACHE_DIR takes precedence.
+    wanted = before or str(tmp_path / "programs")
+    assert jax.config.jax_compilation_cache_dir == wanted
+  finally:
+    jax.config.update("jax_compilation_cache_dir", own)

@@ -30,8 +30,8 @@ from dpo_jax.plan import (
 from dpo_jax.plan import text as text_lib
 from dpo_jax.sampling import decode as decode_lib
 from dpo_jax.sampling import jobs, sampler
-from dpo_jax.training import compile as compile_lib
 from dpo_jax.training import config as config_lib
+from dpo_jax.training import setup
 
 # Big enough for the TPU's tiles, small enough to compile in seconds.
 SMALL = gpt_neox.ModelConfig(
@@ -72,7 +72,7 @@ class Traced:
 @pytest.fixture
 def traced_flops(monkeypatch):
   """Compiles nothing; `compile_steps` gives the flops of all devices."""
-  real = compile_lib.training
+  real = setup.jit_steps
 
   def training(*arguments):
     return [Traced(step) for step in real(*arguments)]
@@ -80,7 +80,7 @@ def traced_flops(monkeypatch):
   def lowered(name, lower, beside):
     return lower()
 
-  monkeypatch.setattr(compile_lib, "training", training)
+  monkeypatch.setattr(setup, "jit_steps", training)
   monkeypatch.setattr(compile_training, "compile_one", lowered)
   return compile_training.compile_steps
 

@@ -12,7 +12,6 @@ import tiny
 
 from dpo_jax.core import sharding
 from dpo_jax.model import attention, gpt_neox, hf, kv_cache, quantization
-from dpo_jax.training import compile as compile_lib
 from dpo_jax.training import setup, train
 
 
@@ -105,7 +104,7 @@ def test_the_model_computes_what_the_restored_weights_do():
 def test_it_lies_on_a_mesh_as_the_full_kernels_do():
   mesh = sharding.make_mesh(2, 2, 2)
   full = tiny.weights(tiny.CONFIG)
-  found = compile_lib.quantize(
+  found = setup.quantize(
     jax.device_put(full, sharding.shardings(full, mesh)), mesh
   )
   wanted = sharding.shardings(full, mesh)
@@ -166,9 +165,8 @@ def test_a_run_exports_adapters_on_the_weights_as_they_were(
 
 def test_a_base_that_changed_meanwhile_is_refused(files, tmp_path):
   config = running.configs(files)
-  made = type("Made", (), {"mesh": None, "fingerprint": "0" * 16})
   with pytest.raises(ValueError, match="other weights than when the run began"):
-    setup.weights_as_read(config(), made)
+    setup.reload_base(config().model, None, "0" * 16)
 
 
 @pytest.mark.parametrize(

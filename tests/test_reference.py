@@ -1,7 +1,6 @@
-"""Kept log-probs of the reference: right, reusable, and never stale."""
+"""Precomputed log-probs of the reference: right, reusable, never stale."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
@@ -20,7 +19,7 @@ LORA = dataclasses.replace(
   tiny.CONFIG, lora=gpt_neox.LoraConfig(2, 4.0, 0.0, gpt_neox.TARGETS)
 )
 HOW = packing.Packing("shared", 40, 1, 1, False, 1)
-MADE_OF = {"data": "d" * 16, "model": "m" * 16, "dtype": "float32 of float32"}
+OF = {"data": "d" * 16, "model": "m" * 16, "dtype": "float32 of float32"}
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +70,11 @@ def plain(base, tokens):
   return gpt_neox.unembed(base, hidden)
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_layout_mesh_and_batch_change_nothing(base, pairs, logps, layout):
+def test_layout_mesh_and_batch_change_nothing(base, pairs, logps):
   mesh = sharding.make_mesh(4, 2, 1)
-  how = dataclasses.replace(HOW, layout=layout, shards=8)
-  lying = jax.device_put(base, sharding.shardings(base, mesh))
-  found = compute(lying, pairs, how, mesh, batch_size=3)
+  how = dataclasses.replace(HOW, layout="packed", shards=8)
+  sharded = jax.device_put(base, sharding.shardings(base, mesh))
+  found = compute(sharded, pairs, how, mesh, batch_size=3)
   np.testing.assert_allclose(found, logps, rtol=0, atol=1e-5)
 
 
@@ -123,45 +121,31 @@ def test_a_step_gives_the_same_with_them(base, pairs, logps, with_lora):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
 
 
-def test_what_is_written_is_read(tmp_path, pairs, logps):
-  path = tmp_path / "deep" / "train.safetensors"
-  reference.save(path, logps, MADE_OF)
-  assert [p.name for p in path.parent.iterdir()] == [path.name]
-  np.testing.assert_array_equal(reference.load(path, pairs, MADE_OF), logps)
-
-
-@pytest.mark.parametrize("name", sorted(MADE_OF))
+@pytest.mark.parametrize("name", sorted(OF))
 def test_those_of_something_else_are_refused(tmp_path, pairs, logps, name):
   path = tmp_path / "train.safetensors"
-  reference.save(path, logps, MADE_OF)
+  reference.save(path, logps, OF)
   with pytest.raises(
     ValueError, match=f"made with {name}=.*it is now other; delete train.safe"
   ):
-    reference.load(path, pairs, MADE_OF | {name: "other"})
+    reference.load(path, pairs, OF | {name: "other"})
 
 
 def test_damage_is_found(tmp_path, pairs, logps):
   path = tmp_path / "train.safetensors"
-  reference.save(path, logps, MADE_OF)
+  reference.save(path, logps, OF)
   whole = path.read_bytes()
   for at in (len(whole) - 1, len(whole) - 4 * len(logps)):
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     with pytest.raises(ValueError, match="is damaged; delete"):
-      reference.load(path, pairs, MADE_OF)
+      reference.load(path, pairs, OF)
   path.write_bytes(whole[:-3])
   with pytest.raises(ValueError, match="not a whole safetensors file"):
-    reference.load(path, pairs, MADE_OF)
+    reference.load(path, pairs, OF)
   # Of fewer items than there are.
-  reference.save(path, logps[:-1], MADE_OF)
+  reference.save(path, logps[:-1], OF)
   with pytest.raises(ValueError, match="is damaged; delete"):
-    reference.load(path, pairs, MADE_OF)
-
-
-def test_another_file_is_refused(tmp_path, pairs):
-  path = tmp_path / "train.safetensors"
-  path.write_text(json.dumps({}))
-  with pytest.raises(ValueError, match="not a whole safetensors file"):
-    reference.load(path, pairs, MADE_OF)
+    reference.load(path, pairs, OF)
 
 
 def test_log_probs_that_are_not_finite_are_not_kept(tmp_path, logps):
@@ -169,7 +153,7 @@ def test_log_probs_that_are_not_finite_are_not_kept(tmp_path, logps):
   bad = logps.copy()
   bad[3] = np.nan
   with pytest.raises(ValueError, match="NaN"):
-    reference.save(path, bad, MADE_OF)
+    reference.save(path, bad, OF)
   assert not list(tmp_path.iterdir())
 
 
@@ -211,15 +195,14 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
 
 def test_a_file_is_replaced_and_not_written_over(tmp_path):
   table, values = two()
-  path, reader = tmp_path / "train.safetensors", tmp_path / "reader"
-  reference.save(path, values, MADE_OF)
-  # Who has the old file open goes on reading it.
+  path, reader = tmp_path / "deep" / "train.safetensors", tmp_path / "reader"
+  reference.save(path, values, OF)
+  # The old file stays whole for who has it open.
   reader.hardlink_to(path)
-  reference.save(path, 2 * values, MADE_OF)
-  np.testing.assert_array_equal(
-    reference.load(path, table, MADE_OF), 2 * values
-  )
-  np.testing.assert_array_equal(reference.load(reader, table, MADE_OF), values)
+  reference.save(path, 2 * values, OF)
+  assert [p.name for p in path.parent.iterdir()] == [path.name]
+  np.testing.assert_array_equal(reference.load(path, table, OF), 2 * values)
+  np.testing.assert_array_equal(reference.load(reader, table, OF), values)
 
 
 def test_in_bfloat16_they_are_those_of_the_step():

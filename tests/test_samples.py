@@ -1,4 +1,4 @@
-"""Answers as training goes on: whose they are, and what they leave alone."""
+"""Responses during training: the policy's own, and without effect on it."""
 
 import contextlib
 import csv
@@ -31,8 +31,8 @@ FULL = {"lora.rank": 0, "export_adapters": False}
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-  return running.make_files(tmp_path_factory.mktemp("files"))
+def files(run_files):
+  return run_files
 
 
 @pytest.fixture(scope="module")
@@ -142,23 +142,16 @@ def test_the_answers_are_the_policys(sampled, files):
     assert generated(adapted, base, lora, files, own) == own
 
 
-def test_training_is_what_it_is_without_them(
-  sampled, programs, config, tmp_path
-):
-  with compiled() as plain:
-    train.run(config(), tmp_path / "run")
+def test_training_is_what_it_is_without_them(sampled, programs, whole):
+  def count(name):
+    return sum(name in one for one in programs)
 
-  def count(names, name):
-    return sum(name in one for one in names)
-
-  # The step's program is compiled as often; that of decoding once for all
-  # four steps.
-  assert count(programs, "train_step") == count(plain, "train_step") >= 1
-  assert count(programs, "eval_step") == count(plain, "eval_step") >= 1
-  assert (count(programs, "advance"), count(plain, "advance")) == (1, 0)
-  assert not (tmp_path / "run" / eval_samples.FILE).exists()
-  assert running.read(sampled) == running.read(tmp_path / "run")
-  assert running.weights(sampled) == running.weights(tmp_path / "run")
+  # Decoding is compiled once for all four steps.
+  assert count("advance") == 1
+  assert count("train_step") == count("eval_step") == 1
+  assert not (whole / eval_samples.FILE).exists()
+  assert running.read(sampled) == running.read(whole)
+  assert running.weights(sampled) == running.weights(whole)
 
 
 def test_trackers_get_a_table(sampled):
@@ -191,30 +184,26 @@ def asked(monkeypatch):
   return calls
 
 
-@pytest.mark.parametrize(
-  ("step", "again"), [(5, 2), pytest.param(7, 1, marks=pytest.mark.slow)]
-)
 def test_going_on_gives_the_same_file(
-  sampled, config, tmp_path, monkeypatch, asked, step, again
+  sampled, config, tmp_path, monkeypatch, asked
 ):
-  """From the checkpoint of step 4, or from that of 6, whose rows are there."""
+  """From the checkpoint of step 4."""
   whole = (sampled / eval_samples.FILE).read_bytes()
   lines = whole.splitlines(keepends=True)
   workdir = tmp_path / "run"
   with monkeypatch.context() as patch:
-    running.at_step(patch, step, running.interrupt)
+    running.at_step(patch, 5, running.interrupt)
     with pytest.raises(KeyboardInterrupt):
       train.run(config(**ASKED), workdir)
   path = workdir / eval_samples.FILE
-  assert path.read_bytes() == b"".join(lines[: 6 if step == 5 else 9])
-  if step == 5:
-    # What a kill after step 6, while its rows were appended, leaves.
-    path.write_bytes(b"".join(lines[:7]) + lines[7][:40])
+  assert path.read_bytes() == b"".join(lines[:6])
+  # As a kill after step 6 leaves it, while its rows were appended.
+  path.write_bytes(b"".join(lines[:7]) + lines[7][:40])
   asked.clear()
   train.run(config(**ASKED), workdir)
   assert path.read_bytes() == whole
-  # Nothing that was there is made again.
-  assert len(asked) == again
+  # Only those of steps 6 and 7 are sampled again.
+  assert len(asked) == 2
 
 
 @pytest.mark.parametrize(
@@ -243,8 +232,7 @@ def test_what_a_run_that_goes_on_finds(
     jobs.Prompt(preferences.Comparison(row.prompt_id, "", "", ""), (2,), 0)
     for row in rows(sampled)[:3]
   ]
-  sampler = eval_samples.Sampler(path, None, None, tuple(prompts))
-  assert sampler._trim(start) is there
+  assert eval_samples.trim(path, tuple(prompts), start) is there
   assert path.read_bytes() == b"".join(lines[:kept])
 
 
@@ -272,24 +260,6 @@ def test_stopped_between_two_answers(sampled, config, tmp_path, monkeypatch):
   assert (workdir / eval_samples.FILE).read_bytes() == (
     sampled / eval_samples.FILE
   ).read_bytes()
-
-
-@pytest.mark.slow
-def test_killed_and_run_again(sampled, config, tmp_path):
-  """A process of its own, by SIGKILL as soon as the rows of step 3 begin."""
-  workdir = tmp_path / "run"
-  path = workdir / eval_samples.FILE
-
-  def begun():
-    return path.exists() and path.read_bytes().count(b"\n") > 3
-
-  with running.Child(tmp_path / "child", config(**ASKED), workdir) as child:
-    child.until(begun)
-    child.process.kill()
-    assert child.end() == -signal.SIGKILL
-  assert path.read_bytes() != (sampled / eval_samples.FILE).read_bytes()
-  train.run(config(**ASKED), workdir)
-  assert path.read_bytes() == (sampled / eval_samples.FILE).read_bytes()
 
 
 # --- refused
@@ -324,15 +294,8 @@ def pointers(tree):
 
 @pytest.mark.parametrize(
   "kind",
-  [
-    {},
-    FULL,
-    pytest.param(
-      {"model.param_dtype": "int8", "model.remat": "full"},
-      marks=pytest.mark.slow,
-    ),
-  ],
-  ids=["adapters", "all weights", "adapters of eight bits"],
+  [{}, pytest.param(FULL, marks=pytest.mark.slow)],
+  ids=["adapters", "all weights"],
 )
 def test_the_weights_are_those_of_the_step(config, tmp_path, monkeypatch, kind):
   """The very buffers, on the training mesh, and no other of their shapes."""

@@ -17,10 +17,10 @@ from dpo_jax.io import step_files
 CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129}
 # Where the signal comes.
 PHASES = {
-  "compile": ("dpo_jax.training.compile:ahead", "1"),
-  "step": ("dpo_jax.training.loop:Loop._record", "2"),
-  "evaluation": ("dpo_jax.training.input_pipeline:Feed.evaluation", "2"),
-  "save": ("dpo_jax.training.loop:Loop._write_checkpoint", "1"),
+  "compile": ("dpo_jax.training.setup:compile_ahead", "1"),
+  "step": ("dpo_jax.training.loop:StepLog.write", "2"),
+  "evaluation": ("dpo_jax.training.loop:_evaluate", "2"),
+  "save": ("dpo_jax.training.checkpoints:Checkpoints.save", "1"),
 }
 # Those that every run of the suite meets. Of one process, test_interruptions.py
 # has all phases.

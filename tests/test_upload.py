@@ -292,7 +292,7 @@ def no_delete(gcs):
 def test_a_bucket_that_cannot_be_used_is_refused_first(
   gcs, address, config, tmp_path, monkeypatch, change, message
 ):
-  monkeypatch.setattr(train.setup, "assemble", None)
+  monkeypatch.setattr(train.input_pipeline, "make", None)
   settings = config(checkpoint_bucket=change(gcs) or address)
   with pytest.raises(ValueError, match=message) as error:
     train.run(settings, tmp_path / "run")

@@ -17,11 +17,10 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from dpo_jax.cli import help as help_lib
 from dpo_jax.core import hardware, sharding
-from dpo_jax.model import gpt_neox, hf
+from dpo_jax.model import gpt_neox, hf, quantization
 from dpo_jax.plan import mean_batch
-from dpo_jax.training import compile as compile_lib
 from dpo_jax.training import config as config_lib
-from dpo_jax.training import optimizer, step
+from dpo_jax.training import optimizer, setup, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +144,15 @@ def shape_named(name: str, *ids: str) -> gpt_neox.ModelConfig:
   )
 
 
+def random_base(
+  shape: gpt_neox.ModelConfig, key: jax.Array, param_dtype: str
+) -> dict[str, Any]:
+  """Random base weights, stored as `model.param_dtype` says."""
+  if param_dtype == "int8":
+    return quantization.base(gpt_neox.init(shape, key))
+  return gpt_neox.init(shape, key, param_dtype)
+
+
 def compile_steps(
   config: config_lib.TrainSettings,
   shape: gpt_neox.ModelConfig,
@@ -162,15 +170,15 @@ def compile_steps(
       split.
     names: which of "train" and "eval".
   """
-  compile_lib.check(config, shape, mesh)
+  setup.check_attention(config, shape, mesh)
   tx = optimizer.make(config.optimizer, 1000, step.trainable(shape))
   key = jax.eval_shape(lambda: jax.random.key(0))
   kept = config.model.param_dtype
-  base = jax.eval_shape(lambda key: compile_lib.base(shape, key, kept), key)
-  state = jax.eval_shape(compile_lib.initial(shape, tx), base, key)
+  base = jax.eval_shape(lambda key: random_base(shape, key, kept), key)
+  state = jax.eval_shape(setup.initial_state(shape, tx), base, key)
   state = laid(state, mesh)
-  reference = laid(base, mesh) if compile_lib.keeps_reference(config) else None
-  train, evaluate = compile_lib.training(config, shape, tx, state, mesh)
+  reference = laid(base, mesh) if config.keeps_reference else None
+  train, evaluate = setup.jit_steps(config, shape, tx, state, mesh)
   many = config.microbatches
   at_once = mean_batch.rows_of(
     config, config.eval_batch_size, sharding.data_shards(mesh)

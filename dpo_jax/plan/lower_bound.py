@@ -19,7 +19,6 @@ import jax
 from dpo_jax.core import hardware, sharding
 from dpo_jax.model import flops, gpt_neox
 from dpo_jax.plan import compile_training, mean_batch
-from dpo_jax.training import compile as compile_lib
 from dpo_jax.training import config as config_lib
 
 
@@ -80,7 +79,7 @@ def of_step(
   laid_out = flops.Work(batch.tokens.size, batch.target.size, scores)
   reference = config.objective == "dpo" and not config.precompute_reference
   read, own = _weights(config, shape, mesh)
-  trees = 2 if compile_lib.keeps_reference(config) else 1
+  trees = 2 if config.keeps_reference else 1
   return Bound(
     microbatches=config.microbatches,
     fill=real.tokens / laid_out.tokens,
@@ -102,7 +101,9 @@ def _weights(config, shape, mesh) -> tuple[int, int]:
   if kept == "float32":
     kept = config.model.dtype
   key = jax.eval_shape(lambda: jax.random.key(0))
-  base = jax.eval_shape(lambda key: compile_lib.base(shape, key, kept), key)
+  base = jax.eval_shape(
+    lambda key: compile_training.random_base(shape, key, kept), key
+  )
   del base["embed"]
   whole = sharding.make_mesh(
     -1, 1, mesh.shape["tensor"], devices=list(mesh.devices.flat)

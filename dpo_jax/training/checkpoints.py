@@ -6,9 +6,9 @@ classes of the optimizer that wrote it.
 
 Orbax writes in the background and makes a step visible once it is whole; a
 thread then hashes its files, writes its manifest, and only after that deletes
-the steps that retention does not keep. Orbax's CheckpointManager could not do
-that: it deletes in place, so that a kill leaves half a step under its name, and
-it reports to jax's preemption service, from a thread, a step that is past.
+the steps that retention does not keep. Not by Orbax's CheckpointManager: it
+deletes in place, so that a kill leaves half a step under its name, and reports
+a past step to jax's preemption service from a thread.
 """
 
 import concurrent.futures
@@ -22,12 +22,14 @@ import jax
 import orbax.checkpoint as ocp
 
 from dpo_jax.core import distributed, errors, sharding
+from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.io import step_files, upload
+from dpo_jax.training import input_pipeline
 from dpo_jax.training import step as step_lib
 
 _log = logging.getLogger(__name__)
 
-# Bytes that a save needs beside its arrays.
+# Bytes that a save needs on top of its arrays.
 _MARGIN = 2**20
 
 
@@ -42,28 +44,32 @@ class Checkpoints:
     self,
     directory: pathlib.Path,
     retention: step_files.Retention,
-    copies: upload.Uploader | None = None,
+    uploader: upload.Uploader | None = None,
   ):
-    """Opens or makes `directory`, finds its newest whole step.
+    """Opens or makes `directory` and finds its newest whole step.
 
-    Later steps are put aside, with a warning of what is wrong with them.
-    `copies`, of the first process alone, is told of each step that is whole.
+    Later steps are moved aside with a warning.
+
+    Args:
+      directory: of the checkpoints.
+      retention: which steps are kept.
+      uploader: of the first process; copies each whole step to a bucket.
 
     Raises:
       ValueError: a step was whole once, but none is now; or the directory
-        holds what no run wrote.
+        holds foreign files.
     """
     self._directory, self._retention = directory.resolve(), retention
-    self._copies = copies
+    self._uploader = uploader
     latest = None
     with distributed.raise_on_all("looking at the checkpoints"):
       if distributed.is_main():
         self._directory.mkdir(parents=True, exist_ok=True)
         latest, problems = step_files.newest(self._directory)
         for problem in problems:
-          _log.warning("%s; going on from step %d", problem, latest or 0)
+          _log.warning("%s; resuming from step %d", problem, latest or 0)
         step_files.tidy(self._directory, latest)
-    # The others must not look for themselves: a disk may show them less.
+    # Shared disks may show the other processes less.
     found = int(distributed.all_gather(-1 if latest is None else latest)[0])
     self._latest = None if found < 0 else found
     self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
@@ -71,7 +77,7 @@ class Checkpoints:
     self._completing: concurrent.futures.Future | None = None
 
   def latest(self) -> int | None:
-    """The newest step, saved or being saved; None if there is none."""
+    """The newest step, saved or being saved, or None."""
     return self._latest
 
   def save(
@@ -84,9 +90,9 @@ class Checkpoints:
     """Saves a state in the background, under its step.
 
     Args:
-      state: what to save.
+      state: of the run.
       name: the trained subtree, "base" or "lora".
-      meta: what made the state and where the data goes on, JSON values.
+      meta: JSON values: inputs, config, versions, position in the data.
       metrics: of the evaluation at this step; {} if there was none.
 
     Raises:
@@ -124,15 +130,13 @@ class Checkpoints:
       self._orbax.wait_until_finished()
       if distributed.is_main():
         step_files.complete(self._directory, step, metrics)
-        self._copy(step)
-        held = self._copies.held() if self._copies else frozenset()
+        held = frozenset()
+        if self._uploader is not None:
+          self._uploader.completed(step)
+          held = self._uploader.held()
         step_files.prune(self._directory, self._retention, held)
     except Exception as error:
       raise self._failed(step, error) from error
-
-  def _copy(self, step: int) -> None:
-    if self._copies is not None:
-      self._copies.completed(step)
 
   def _failed(self, step: int, error: Exception) -> SaveError:
     free = shutil.disk_usage(self._directory).free
@@ -142,14 +146,15 @@ class Checkpoints:
     )
 
   def note(self, metrics: dict[str, float]) -> None:
-    """Puts the evaluation of the newest step into its manifest, if whole."""
+    """Adds the evaluation of the newest step to its manifest."""
     self._finish()
     if distributed.is_main() and self._latest is not None:
       step_files.note(self._directory, self._latest, metrics)
-      self._copy(self._latest)
+      if self._uploader is not None:
+        self._uploader.completed(self._latest)
 
   def check(self) -> None:
-    """Raises, without waiting, what went wrong in the last save."""
+    """Raises the error of the last save, without waiting for it."""
     if self._completing is not None and self._completing.done():
       self._finish()
 
@@ -161,15 +166,14 @@ class Checkpoints:
   def restore(
     self, state: step_lib.TrainState, name: str
   ) -> tuple[step_lib.TrainState, dict[str, Any]]:
-    """The newest checkpoint, laid out like `state`, and its meta.
+    """The newest checkpoint, sharded like `state`, and its meta.
 
     Args:
-      state: a state of the run's shapes and shardings; all but its frozen
-        weights are replaced.
+      state: of step 0; all but its frozen weights are replaced.
       name: the trained subtree.
 
     Raises:
-      ValueError: the checkpoint's arrays are of other names or shapes.
+      ValueError: the checkpoint's arrays have other names or shapes.
     """
     path = self._directory / str(self._latest)
     saved = _saved(state, name)
@@ -187,12 +191,62 @@ class Checkpoints:
     return dataclasses.replace(restored, params=params), meta
 
   def close(self) -> None:
-    """Waits for the save in progress and raises what went wrong in it."""
+    """Waits for the save in progress and raises its error."""
     try:
       self._finish()
     finally:
       self._completer.shutdown()
       self._orbax.close()
+
+
+def inputs(
+  pipeline: input_pipeline.InputPipeline,
+  tokenizer: tokenizer_lib.Tokenizer,
+  base_hash: str,
+  seed: int,
+  number: int,
+) -> dict[str, Any]:
+  """Fingerprints that a checkpoint of step `number` shares with its run."""
+  report = pipeline.items.report
+  return {
+    "train_data": report["train"]["tokens"],
+    "held_out_data": report["held_out"]["tokens"],
+    "tokenizer": tokenizer.fingerprint,
+    "base": base_hash,
+    # All random numbers of a run follow from it.
+    "randomness": {
+      "seed": seed,
+      "generator": jax.config.jax_default_prng_impl,
+      "partitionable": jax.config.jax_threefry_partitionable,
+    },
+    "position": pipeline.schedule.state(number),
+  }
+
+
+def changed_inputs(
+  workdir: pathlib.Path,
+  found: dict[str, Any],
+  wanted: dict[str, Any],
+  allowed: tuple[str, ...],
+) -> list[str]:
+  """Lines "tokenizer: a -> b" of the run's inputs that differ and may.
+
+  Raises:
+    ValueError: inputs that are not `allowed` to differ from the checkpoint's.
+  """
+  lines = [
+    f"{key}: {found.get(key)} -> {value}"
+    for key, value in wanted.items()
+    if found.get(key) != value
+  ]
+  refused = [line for line in lines if line.split(":")[0] not in allowed]
+  if refused:
+    raise ValueError(
+      f"{workdir}: the checkpoint was made with other inputs:\n  "
+      + "\n  ".join(refused)
+      + "\nrestore them, use another --workdir, or name them in allow_changes"
+    )
+  return lines
 
 
 def _saved(state: step_lib.TrainState, name: str) -> step_lib.TrainState:
@@ -206,10 +260,10 @@ def _flat(state: step_lib.TrainState) -> dict[str, Any]:
 
 
 def _one_copy(array: jax.Array) -> jax.Array:
-  """Of an array that every device of the only process holds, one device's.
+  """One device's copy of an array that is replicated in the only process.
 
-  Orbax would have each device write a share of it, and compile a program for
-  every cut: all in one step of the loop. Several processes do write shares.
+  Orbax would have each device write a slice of it, and compile a program for
+  each slice within the loop. Several processes do write slices.
   """
   if jax.process_count() > 1 or not array.is_fully_replicated:
     return array
@@ -223,7 +277,7 @@ def _described(arrays: dict[str, Any]) -> dict[str, str]:
 def _refuse_others(
   path: pathlib.Path, found: dict[str, str], wanted: dict[str, str]
 ) -> None:
-  """Orbax would convert other dtypes, and not name an array of other shape."""
+  """Names arrays of other shapes and dtypes, which Orbax does not."""
   differ = sorted({name for name, _ in found.items() ^ wanted.items()})
   if differ:
     lines = [f"{x}: {found.get(x)} -> {wanted.get(x)}" for x in differ[:8]]

@@ -1,7 +1,8 @@
-"""What a training run is: its settings, checked before anything is read."""
+"""Settings of a training run, checked before anything is read."""
 
 import dataclasses
-from typing import Literal
+import operator
+from typing import Any, Literal
 
 from dpo_jax.core import settings, sharding
 from dpo_jax.data import dataset
@@ -11,9 +12,8 @@ from dpo_jax.model import attention, gpt_neox
 from dpo_jax.training import guards, losses, trackers
 from dpo_jax.training import optimizer as optimizer_lib
 
-# What a checkpoint has in common with the run that goes on from it, beside its
-# config.
-MADE_OF = (
+# Inputs that a checkpoint shares with the run that resumes from it.
+INPUTS = (
   "train_data",
   "held_out_data",
   "tokenizer",
@@ -21,14 +21,13 @@ MADE_OF = (
   "randomness",
   "position",
 )
-# Fields that change nothing of what a run makes, and may change as it goes on.
+# Fields that do not affect a run's results, and may change when it is resumed.
 FREE = (
   "grace_s",
   "heartbeat_s",
   "allow_changes",
   "trackers",
   "compilation_cache",
-  "keep_freed_memory",
   "push_to_hub",
   "push_public",
   "push_license",
@@ -37,13 +36,25 @@ FREE = (
   "checkpoint_bucket",
 )
 
-# The metrics of an evaluation that checkpoints can be ranked by.
-EVALUATED = {
-  "sft": ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"),
+# What decides a step's memory.
+_MEMORY = (
+  "microbatches",
+  "batch_size",
+  "eval_batch_size",
+  "data.row_length",
+  "data.max_length",
+  "model.remat",
+  "lora.rank",
+  "mesh.fsdp",
+  "mesh.tensor",
+)
+
+# Evaluation metrics that checkpoints can be ranked by.
+_SFT_METRICS = ("eval_loss", "eval_entropy", "eval_mean_token_accuracy")
+EVAL_METRICS = {
+  "sft": _SFT_METRICS,
   "dpo": (
-    "eval_loss",
-    "eval_entropy",
-    "eval_mean_token_accuracy",
+    *_SFT_METRICS,
     "eval_rewards/chosen",
     "eval_rewards/rejected",
     "eval_rewards/margins",
@@ -56,7 +67,7 @@ EVALUATED = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
-  """Where the base weights come from, and how they compute."""
+  """Source of the base weights, their precision, and the forward pass."""
 
   path: str
   dtype: Literal["float32", "bfloat16"]
@@ -93,7 +104,7 @@ class LoraSettings:
 
 @dataclasses.dataclass(frozen=True)
 class SampleSettings:
-  """Answers to held-out prompts as training goes on; `prompts` 0 is none."""
+  """Responses to held-out prompts during training; none if `prompts` is 0."""
 
   prompts: int
   every: int
@@ -139,7 +150,6 @@ class TrainSettings:
   precompute_reference: bool
   reference_cache: str
   compilation_cache: str
-  keep_freed_memory: bool
   grace_s: float
   heartbeat_s: int
   allow_changes: tuple[str, ...]
@@ -160,14 +170,14 @@ class TrainSettings:
       )
     if self.spans_rows and self.data.layout == "padded":
       raise ValueError(
-        "model.attention='blocks' with data.layout='padded', which gives each"
-        " sequence a row of its own: set data.layout to 'packed' or 'shared'"
+        "model.attention='blocks' with data.layout='padded', one sequence a"
+        " row: set data.layout to 'packed' or 'shared'"
       )
     if self.model.vocab_tile and self.mesh.tensor != 1:
       raise ValueError(
         f"model.vocab_tile={self.model.vocab_tile} with"
-        f" mesh.tensor={self.mesh.tensor}, which splits the vocabulary already:"
-        " set model.vocab_tile to 0"
+        f" mesh.tensor={self.mesh.tensor}, which splits the vocabulary: set"
+        " model.vocab_tile to 0"
       )
     if self.model.param_dtype != "float32" and not self.lora.rank:
       raise ValueError(
@@ -176,8 +186,8 @@ class TrainSettings:
       )
     if self.model.param_dtype == "int8" and self.model.remat == "none":
       raise ValueError(
-        "model.param_dtype='int8' with model.remat='none', which would keep all"
-        " kernels in full for the backward pass: set model.remat='full'"
+        "model.param_dtype='int8' with model.remat='none', which would keep"
+        " dequantized kernels for the backward pass: set model.remat='full'"
       )
     if self.precompute_reference and self.objective != "dpo":
       raise ValueError(
@@ -191,25 +201,25 @@ class TrainSettings:
       except ValueError as error:
         raise ValueError(f"checkpoint_bucket: {error}") from None
     for name in self.allow_changes:
-      if name not in MADE_OF and name.split(".")[0] not in self.__dict__:
+      if name not in INPUTS and name.split(".")[0] not in self.__dict__:
         raise ValueError(
           f"allow_changes holds {name!r}: name fields of the config, such as"
-          f" 'loss.beta', or any of {list(MADE_OF)}"
+          f" 'loss.beta', or any of {list(INPUTS)}"
         )
-    if self.best_metric not in EVALUATED[self.objective]:
+    known = EVAL_METRICS[self.objective]
+    if self.best_metric not in known:
       raise ValueError(
-        f"best_metric={self.best_metric!r} must be one of"
-        f" {list(EVALUATED[self.objective])} for objective={self.objective!r}"
+        f"best_metric={self.best_metric!r} must be one of {list(known)} for"
+        f" objective={self.objective!r}"
       )
     if self.export_adapters and not self.lora.rank:
       raise ValueError(
         "export_adapters=True needs adapters, but lora.rank=0; set it to False"
       )
-
     self.push()
 
   def push(self) -> push_lib.PushSettings | None:
-    """Where the run's models are pushed to; None for nowhere."""
+    """Where the run's models are pushed; None without `push_to_hub`."""
     if not self.push_to_hub:
       return None
     return push_lib.PushSettings(
@@ -222,15 +232,34 @@ class TrainSettings:
 
   @property
   def spans_rows(self) -> bool:
-    """Whether pieces run through rows, which are blocks of attention."""
+    """Whether segments span rows, which are blocks of attention."""
     return self.model.attention == "blocks"
 
   @property
   def row_length(self) -> int:
-    """Tokens of a row."""
+    """Tokens in a row."""
     return (
       self.model.attention_block if self.spans_rows else self.data.row_length
     )
+
+  @property
+  def changeable(self) -> tuple[str, ...]:
+    """Fields that may change when the run is resumed."""
+    return (*self.allow_changes, *FREE)
+
+  @property
+  def keeps_reference(self) -> bool:
+    """Whether the reference is a second tree of weights: DPO of all weights."""
+    return (
+      self.objective == "dpo"
+      and not self.lora.rank
+      and not self.precompute_reference
+    )
+
+  @property
+  def memory(self) -> dict[str, Any]:
+    """The settings that decide a step's memory, by name."""
+    return {name: operator.attrgetter(name)(self) for name in _MEMORY}
 
   def retention(self) -> step_files.Retention:
     return step_files.Retention(

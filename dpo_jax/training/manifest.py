@@ -1,8 +1,7 @@
-"""manifest.json of a run: what it is made of, and where and when it started."""
+"""manifest.json: the contents of a run, and where and when it was started."""
 
 import datetime
 import json
-import logging
 import pathlib
 import shlex
 import sys
@@ -14,27 +13,27 @@ from dpo_jax.core import console, redaction, versions
 from dpo_jax.io import atomic, strict_json
 from dpo_jax.model import lora
 from dpo_jax.training import config as config_lib
-from dpo_jax.training import setup, step
-
-_log = logging.getLogger(__name__)
+from dpo_jax.training import input_pipeline, step
 
 
 def write(
   workdir: pathlib.Path,
   config: config_lib.TrainSettings,
-  made: setup.Run,
   state: step.TrainState,
+  reference: Any,
+  pipeline: input_pipeline.InputPipeline,
+  base_hash: str,
   changed: list[str],
 ) -> None:
-  """Writes manifest.json, what the run is made of, and says a line of it.
+  """Writes manifest.json and prints a summary of the run.
 
-  Each start of the run adds an entry to "starts": when, on what, and what of
-  config or inputs changed since the one before.
+  Each start of the run appends to "starts": time, command, devices, versions,
+  and the config fields and inputs that changed since the start before.
   """
-  path = workdir / "manifest.json"
+  path, mesh = workdir / "manifest.json", pipeline.mesh
   starts = strict_json.read(path).get("starts", []) if path.exists() else []
   counts = {key: lora.count(state.params[key]) for key in ("base", "lora")}
-  mesh = made.mesh
+  trained = counts["lora" if config.lora.rank else "base"]
   start = {
     "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "step": int(jax.device_get(state.step)),
@@ -50,51 +49,41 @@ def write(
     "optimizer": _bytes(state.opt_state),
     "a_device": sum(
       leaf.addressable_shards[0].data.nbytes
-      for leaf in jax.tree.leaves((state, made.reference))
+      for leaf in jax.tree.leaves((state, reference))
     ),
   }
   manifest = {
     "objective": config.objective,
-    "steps": made.feed.steps,
+    "steps": pipeline.steps,
     "devices": start["devices"],
     "mesh": start["mesh"],
-    "parameters": counts | {"trained": counts[made.name]},
-    "base": {"source": config.model.path, "hash": made.fingerprint},
+    "parameters": counts | {"trained": trained},
+    "base": {"source": config.model.path, "hash": base_hash},
     "versions": start["versions"],
     "bytes": sizes,
-    "data": made.feed.items.report | {"packing": made.feed.report()},
+    "data": pipeline.items.report | {"packing": pipeline.report()},
     "starts": [*starts, start],
   }
   atomic.write_text(path, json.dumps(manifest, indent=2) + "\n")
   kind = mesh.devices.flat[0].device_kind
   axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-  total = sum(counts.values())
+  mib = {name: f"{size / 2**20:,.1f} MiB" for name, size in sizes.items()}
   console.say(
     f"{workdir.name}: {mesh.size} x {kind} in {jax.process_count()}"
-    f" process(es), mesh {axes}; {total:,} parameters, {counts[made.name]:,}"
-    f" train; weights {_mib(sizes['weights'])}, optimizer"
-    f" {_mib(sizes['optimizer'])}, {_mib(sizes['a_device'])} a device before"
-    f" activations; {made.feed.steps:,} steps of {config.batch_size}",
+    f" process(es), mesh {axes}; {sum(counts.values()):,} parameters,"
+    f" {trained:,} trainable; weights {mib['weights']}, optimizer"
+    f" {mib['optimizer']}, {mib['a_device']} a device before activations;"
+    f" {pipeline.steps:,} steps of {config.batch_size}",
     "run",
     **{
       key: manifest[key]
       for key in ("devices", "mesh", "parameters", "bytes", "steps")
     },
   )
-  optimizer = config.optimizer
-  if optimizer.warmup_steps > made.feed.steps:
-    _log.warning(
-      "optimizer.warmup_steps=%d is more than the run's %d updates: the"
-      " learning rate ends at %.3g and never reaches %.3g",
-      optimizer.warmup_steps,
-      made.feed.steps,
-      made.rates[-1],
-      optimizer.learning_rate,
-    )
 
 
 def _command() -> str:
-  """What was typed to start this process, as far as it can be told."""
+  """The command line of this process, secrets redacted."""
   script, *rest = sys.orig_argv[1:] or [""]
   # An installed command is a script of Python's with a path of this machine.
   installed = pathlib.Path(script).name == "dpo-jax"
@@ -104,7 +93,3 @@ def _command() -> str:
 
 def _bytes(tree: Any) -> int:
   return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
-def _mib(size: int) -> str:
-  return f"{size / 2**20:,.1f} MiB"

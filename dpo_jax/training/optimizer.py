@@ -1,18 +1,23 @@
-"""Learning-rate schedules and the optimizer chain, equal to torch's rules.
+"""Learning-rate schedules and the optimizer chain, by torch's rules.
 
 `optax.partition` gives the chain to the trainable subtree and `set_to_zero` to
-the frozen one; clipping sits inside the trainable branch, since the frozen
-base has no gradients to be clipped by.
+the frozen one; gradients are clipped in the trainable branch, since the frozen
+subtree has none.
 """
 
 import dataclasses
+import logging
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dpo_jax.core import settings as settings_lib
 from dpo_jax.core import sharding
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +59,33 @@ def schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
   return optax.join_schedules([rise, after], [warmup]) if warmup else after
 
 
+def rates(settings: OptimizerSettings, steps: int) -> np.ndarray:
+  """Learning rate of every update of the run, float32 [steps].
+
+  Warns of a warm-up that is longer than the run.
+  """
+  found = np.asarray(jax.vmap(schedule(settings, steps))(jnp.arange(steps)))
+  if settings.warmup_steps > steps:
+    _log.warning(
+      "optimizer.warmup_steps=%d is more than the run's %d updates: the"
+      " learning rate ends at %.3g and never reaches %.3g",
+      settings.warmup_steps,
+      steps,
+      found[-1],
+      settings.learning_rate,
+    )
+  return found
+
+
 def make(
   settings: OptimizerSettings, steps: int, trainable: str
 ) -> optax.GradientTransformation:
   """The transformation of {"base": ..., "lora": ...} trees.
 
   Args:
-    settings: the optimizer.
-    steps: updates of the whole run, which the schedule needs.
-    trainable: "base" or "lora"; the other one never moves.
+    settings: of the optimizer.
+    steps: updates of the whole run, for the schedule.
+    trainable: "base" or "lora"; the other is frozen.
   """
   rate = schedule(settings, steps)
   if settings.name == "adamw":
@@ -87,7 +110,7 @@ def make(
 
 
 def _decayed(tree: Any) -> Any:
-  """Weight decay spares biases and norms, as in Hugging Face's trainer."""
+  """Weight-decay mask: not biases and norms, as in Hugging Face's trainer."""
 
   def one(path, _):
     return not sharding.path_name(path).endswith(("bias", "scale"))

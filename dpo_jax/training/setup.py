@@ -1,240 +1,233 @@
-"""All that a run needs before its first step, read, checked and compiled.
+"""A run's model, state and compiled steps.
 
-What can be wrong is found here, cheapest first: settings, data, model, then
-the checkpoint that the run goes on from.
+The planner lowers the same functions with shapes instead of arrays: what is
+planned is what runs.
 """
 
+import ctypes
 import dataclasses
-import json
 import pathlib
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
-from dpo_jax.core import distributed, sharding
+from dpo_jax.core import sharding
+from dpo_jax.data import batch as batch_lib
 from dpo_jax.data import tokenizer as tokenizer_lib
-from dpo_jax.model import gpt_neox, hf
-from dpo_jax.training import checkpoints as checkpoints_lib
-from dpo_jax.training import compile as compile_lib
+from dpo_jax.model import attention, gpt_neox, hf, quantization
 from dpo_jax.training import config as config_lib
-from dpo_jax.training import input_pipeline, optimizer, step
+from dpo_jax.training import step as step_lib
 
 Tree = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """What stays the same through a run.
+def keep_freed_memory() -> None:
+  """Reuses freed memory instead of returning it to the system, under glibc.
 
-  Attributes:
-    mesh: where everything lies.
-    tokenizer: the model's own.
-    feed: the run's items and batches.
-    model: its config, with the adapters' if they are trained.
-    name: the trained subtree, "base" or "lora".
-    fingerprint: of all base weights that the run began with, as they were read.
-    adapted: their `hf.fingerprint`, by which adapters know them.
-    rates: the learning rate of each update.
-    reference: base weights of the reference, where they are a second tree.
-    train_step: see `step.make_train_step`.
-    eval_step: see `step.make_eval_step`.
+  XLA on a CPU allocates a step's temporary memory by malloc; returned, all its
+  pages are faulted in again at the next step. To be called before the first
+  computation.
   """
-
-  mesh: jax.sharding.Mesh
-  tokenizer: tokenizer_lib.Tokenizer
-  feed: input_pipeline.Feed
-  model: gpt_neox.ModelConfig
-  name: str
-  fingerprint: str
-  adapted: str
-  rates: np.ndarray
-  reference: Tree | None
-  train_step: Callable
-  eval_step: Callable
-
-  def made_of(self, seed: int) -> dict[str, Any]:
-    """What a checkpoint must have in common with the run that reads it."""
-    report = self.feed.items.report
-    return {
-      "train_data": report["train"]["tokens"],
-      "held_out_data": report["held_out"]["tokens"],
-      "tokenizer": self.tokenizer.fingerprint,
-      "base": self.fingerprint,
-      # What the random numbers of a run follow from.
-      "randomness": {
-        "seed": seed,
-        "generator": jax.config.jax_default_prng_impl,
-        "partitionable": jax.config.jax_threefry_partitionable,
-      },
-    }
+  libc = ctypes.CDLL(None)
+  if hasattr(libc, "mallopt"):
+    libc.mallopt(-4, 0)  # M_MMAP_MAX
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+  # Steps on the calling thread: arenas of others do not hold large blocks.
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
-def prepare(
+def use_compilation_cache(directory: str) -> None:
+  """Keeps compiled programs in a directory from run to run; "" keeps none.
+
+  JAX_COMPILATION_CACHE_DIR takes precedence.
+  """
+  if directory and jax.config.jax_compilation_cache_dir is None:
+    path = pathlib.Path(directory).expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(path))
+
+
+def load_model(
   config: config_lib.TrainSettings,
-  workdir: pathlib.Path,
-  checkpoints: checkpoints_lib.Checkpoints,
-) -> tuple[Run, step.TrainState, list[str]]:
-  """Reads data and model and makes, or restores, the state.
-
-  Returns:
-    What stays, the state, and in which inputs, of those that the config allows
-    to differ, it is not what the checkpoint was made of.
+  tokenizer: tokenizer_lib.Tokenizer,
+  mesh: jax.sharding.Mesh,
+) -> tuple[gpt_neox.ModelConfig, Tree]:
+  """The model's config and its base weights, not quantized.
 
   Raises:
-    ValueError: settings or input are wrong, or the checkpoint is of others.
+    ValueError: the weights are not readable, or the model does not fit the
+      devices, the tokenizer or data.max_length.
   """
-  with distributed.raise_on_all("reading the data"):
-    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
-    tokenizer = tokenizer_lib.load(config.tokenizer)
-    fed = input_pipeline.make(config, tokenizer, mesh)
-  distributed.assert_equal("the data", json.dumps(fed.items.report))
-  with distributed.raise_on_all("reading the model"):
-    shape, base = _load_model(config, tokenizer, mesh)
-  name = step.trainable(shape)
-  fingerprint, adapted = hf.content_hash(base), hf.fingerprint(base)
-  if config.model.param_dtype == "int8":
-    base = compile_lib.quantize(base, mesh)
-  reference = None
-  if config.precompute_reference:
-    fed = input_pipeline.with_reference(
-      fed, config, shape, base, fingerprint, workdir
-    )
-  elif compile_lib.keeps_reference(config):
-    # Full fine-tuning moves the base: the reference is a second tree.
-    reference = base
-  tx = optimizer.make(config.optimizer, fed.steps, name)
-  state = _make_state(config, shape, base, tx, mesh, keep=reference is not None)
-  del base
-  rates = optimizer.schedule(config.optimizer, fed.steps)
-  train_step, eval_step = compile_lib.training(config, shape, tx, state, mesh)
-  assembled = Run(
-    mesh=mesh,
-    tokenizer=tokenizer,
-    feed=fed,
-    model=shape,
-    name=name,
-    fingerprint=fingerprint,
-    adapted=adapted,
-    rates=np.asarray(jax.vmap(rates)(jnp.arange(fed.steps))),
-    reference=reference,
-    train_step=train_step,
-    eval_step=eval_step,
-  )
-  changed: list[str] = []
-  if checkpoints.latest() is not None:
-    state, meta = checkpoints.restore(state, name)
-    changed = _changed(
-      workdir,
-      meta["made_of"],
-      assembled.made_of(config.seed)
-      | {"position": fed.schedule.state(meta["step"])},
-      config.allow_changes,
-    )
-  return assembled, state, changed
-
-
-def kept_as(config: config_lib.TrainSettings) -> Literal["float32", "bfloat16"]:
-  """What weights are read as; those of eight bits are made of float32."""
-  kept = config.model.param_dtype
-  return "float32" if kept == "int8" else kept
-
-
-def _load_model(config, tokenizer, mesh) -> tuple[gpt_neox.ModelConfig, Tree]:
-  compile_lib.check(config, hf.read_config(config.model.path), mesh)
-  shape, base = hf.load(
-    config.model.path,
+  path = config.model.path
+  model = dataclasses.replace(
+    hf.read_config(path),
     dtype=config.model.dtype,
     remat=config.model.remat,
     lora=config.lora.config(),
-    param_dtype=kept_as(config),
-    mesh=mesh,
-  )
-  shape = dataclasses.replace(
-    shape,
     attention=config.model.attention,
     logit_chunk=config.model.logit_chunk,
     vocab_tile=config.model.vocab_tile,
   )
-  if tokenizer.vocab_size > shape.vocab_size:
+  check_attention(config, model, mesh)
+  if tokenizer.vocab_size > model.vocab_size:
     raise ValueError(
       f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens,"
-      f" but model {config.model.path} only {shape.vocab_size}"
+      f" but model {path} only {model.vocab_size}"
     )
-  if config.data.max_length > shape.max_positions:
+  if config.data.max_length > model.max_positions:
     raise ValueError(
       f"data.max_length={config.data.max_length} is more than the"
-      f" {shape.max_positions} positions of {config.model.path}"
+      f" {model.max_positions} positions of {path}"
     )
-  return shape, base
+  return model, _load_base(config.model, mesh)
 
 
-def weights_as_read(config: config_lib.TrainSettings, made: Run) -> Tree:
-  """The base that the run began with, read again.
+def _load_base(
+  settings: config_lib.ModelSettings, mesh: jax.sharding.Mesh | None
+) -> Tree:
+  # Weights are quantized from float32.
+  kept = settings.param_dtype
+  _, base = hf.load(
+    settings.path,
+    dtype=settings.dtype,
+    remat=settings.remat,
+    lora=None,
+    param_dtype="float32" if kept == "int8" else kept,
+    mesh=mesh,
+  )
+  return base
+
+
+def reload_base(
+  settings: config_lib.ModelSettings,
+  mesh: jax.sharding.Mesh | None,
+  content_hash: str,
+) -> Tree:
+  """The base weights before quantization, read again.
 
   Raises:
-    ValueError: it is no longer the same.
+    ValueError: they are not those that the run began with.
   """
-  _, base = hf.load(
-    config.model.path,
-    dtype=config.model.dtype,
-    remat=config.model.remat,
-    lora=None,
-    param_dtype=kept_as(config),
-    mesh=made.mesh,
-  )
+  base = _load_base(settings, mesh)
   found = hf.content_hash(base)
-  if found != made.fingerprint:
+  if found != content_hash:
     raise ValueError(
-      f"{config.model.path} holds other weights than when the run began"
-      f" ({found}, not {made.fingerprint}): put those back, and run again"
+      f"{settings.path} holds other weights than when the run began"
+      f" ({found}, not {content_hash}): put those back, and run again"
     )
   return base
 
 
-def _make_state(
+def check_attention(
   config: config_lib.TrainSettings,
-  shape: gpt_neox.ModelConfig,
+  model: gpt_neox.ModelConfig,
+  mesh: jax.sharding.Mesh,
+) -> None:
+  """Checks that the mesh's devices can run model.attention.
+
+  Raises:
+    ValueError: not on these devices, or not with this head dim or dtype.
+  """
+  attention.check(
+    config.model.attention,
+    mesh.devices.flat[0],
+    dtype=config.model.dtype,
+    head_dim=model.head_dim,
+    row_length=config.row_length,
+  )
+
+
+def quantize(base: Tree, mesh: jax.sharding.Mesh) -> Tree:
+  """`quantization.base`, sharded over the mesh."""
+  shapes = jax.eval_shape(quantization.base, base)
+  sharded = sharding.shardings(shapes, mesh)
+  return jax.jit(quantization.base, out_shardings=sharded)(base)
+
+
+def initial_state(
+  model: gpt_neox.ModelConfig, tx: optax.GradientTransformation
+) -> Callable[[Tree, jax.Array], step_lib.TrainState]:
+  """(base, key) -> the state of step 0, with fresh adapters."""
+
+  def make(base, key):
+    lora = gpt_neox.init_lora(model, key) if model.lora else {}
+    return step_lib.init_state(base, lora, tx)
+
+  return make
+
+
+def make_state(
+  model: gpt_neox.ModelConfig,
   base: Tree,
   tx: optax.GradientTransformation,
+  seed: int,
   mesh: jax.sharding.Mesh,
   *,
-  keep: bool,
-) -> step.TrainState:
-  """The state of step 0 on the mesh.
+  donate: bool,
+) -> step_lib.TrainState:
+  """The state of step 0, sharded over the mesh; `donate` gives `base` up."""
+  make = initial_state(model, tx)
+  # Another stream than dropout's, which folds steps into the seed.
+  key = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)
+  sharded = sharding.shardings(jax.eval_shape(make, base, key), mesh)
+  jitted = jax.jit(
+    make, out_shardings=sharded, donate_argnums=(0,) if donate else ()
+  )
+  return jitted(base, key)
 
-  `base` is given away unless it is to be kept: there are never two of them
-  unless one is the reference.
+
+def jit_steps(
+  config: config_lib.TrainSettings,
+  model: gpt_neox.ModelConfig,
+  tx: optax.GradientTransformation,
+  state: step_lib.TrainState,
+  mesh: jax.sharding.Mesh,
+) -> tuple[Callable, Callable]:
+  """The training and the evaluation step under jax.jit.
+
+  `state` may be shapes instead of arrays.
   """
+  objective = step_lib.Objective(
+    config.objective,
+    config.loss if config.objective == "dpo" else None,
+    config.batch_size // config.microbatches,
+  )
+  replicated = sharding.replicated(mesh)
+  train_step = jax.jit(
+    step_lib.make_train_step(model, objective, tx, config.seed),
+    donate_argnums=0,
+    out_shardings=(sharding.shardings(state, mesh), replicated),
+    compiler_options=step_lib.COMPILER_OPTIONS,
+  )
+  evaluated = dataclasses.replace(objective, items=config.eval_batch_size)
+  eval_step = jax.jit(
+    step_lib.make_eval_step(model, evaluated),
+    out_shardings=replicated,
+    compiler_options=step_lib.COMPILER_OPTIONS,
+  )
+  return train_step, eval_step
 
-  make = compile_lib.initial(shape, tx)
-  # Another stream than the one of dropout, which folds steps into the seed.
-  key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
-  lying = sharding.shardings(jax.eval_shape(make, base, key), mesh)
-  given = () if keep else (0,)
-  return jax.jit(make, out_shardings=lying, donate_argnums=given)(base, key)
+
+def compile_ahead(
+  step: Callable,
+  arguments: tuple[Any, ...],
+  batches: Iterable[batch_lib.Batch],
+) -> Callable:
+  """The step, compiled now for every shape of batch of the run.
+
+  `arguments` come before the batch; they and `batches` may be arrays or shapes.
+  A batch of another shape is compiled when it comes.
+  """
+  compiled = {
+    _shapes(batch): step.lower(*arguments, batch).compile() for batch in batches
+  }
+
+  def call(*arguments):
+    return compiled.get(_shapes(arguments[-1]), step)(*arguments)
+
+  return call
 
 
-def _changed(
-  workdir: pathlib.Path,
-  found: dict[str, Any],
-  wanted: dict[str, Any],
-  allowed: tuple[str, ...],
-) -> list[str]:
-  """Lines "tokenizer: a -> b" of inputs that changed and may."""
-  lines = [
-    f"{key}: {found.get(key)} -> {value}"
-    for key, value in wanted.items()
-    if found.get(key) != value
-  ]
-  refused = [line for line in lines if line.split(":")[0] not in allowed]
-  if refused:
-    raise ValueError(
-      f"{workdir}: the checkpoint was made with other inputs:\n  "
-      + "\n  ".join(refused)
-      + "\nrestore them, use another --workdir, or name them in allow_changes"
-    )
-  return lines
+def _shapes(batch: batch_lib.Batch) -> tuple[tuple[int, ...], ...]:
+  return tuple(leaf.shape for leaf in jax.tree.leaves(batch))

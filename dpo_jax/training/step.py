@@ -1,10 +1,9 @@
 """Training and evaluation steps: pure functions of state and batch, under jit.
 
-Gradients are taken of the trainable subtree alone: the adapters, or in full
+Gradients are of the trainable subtree alone: the adapters, or in full
 fine-tuning the base. The reference of DPO is the same base with the adapters
-off, or in full fine-tuning a tree of its own. Gradient accumulation is a scan
-over the batch's micro-batches, with one as its shortest case, so that there is
-one compiled body.
+off, or in full fine-tuning a second tree. Gradient accumulation is a scan over
+the batch's micro-batches; a batch of one is the same program.
 """
 
 import dataclasses
@@ -24,30 +23,28 @@ Tree = dict[str, Any]
 Metrics = dict[str, jax.Array]
 
 # Options for jax.jit of both steps. Where a program says bfloat16, XLA may keep
-# float32 between two operations, and does so in the policy, whose values are
-# kept for the gradient, elsewhere than in the reference: rewards of several
-# hundredths of a nat before any training.
+# float32 between two operations, and does so in the policy, whose activations
+# are kept for the gradient, at other places than in the reference: rewards of
+# several hundredths of a nat before any training.
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """Everything that a step changes, and the frozen weights beside it.
+  """Everything that a step changes, and the frozen weights."""
 
-  `step` counts finished steps, made updates or not; `params` is {"base": ...,
-  "lora": ...}, with an empty `lora` in full fine-tuning.
-  """
-
+  # Finished steps, and those whose update was skipped, int32 [].
   step: jax.Array
+  # {"base": ..., "lora": ...}; `lora` is {} in full fine-tuning.
   params: Tree
   opt_state: optax.OptState
-  guard: guards.GuardState
+  skipped: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """What a step minimises.
+  """What a step minimizes.
 
   Attributes:
     kind: "sft", the mean negative log-prob of a batch's completion tokens, or
@@ -62,7 +59,7 @@ class Objective:
 
 
 def trainable(config: gpt_neox.ModelConfig) -> str:
-  """Which subtree of the params is trained."""
+  """The trainable subtree of the params: "lora" or "base"."""
   return "lora" if config.lora is not None else "base"
 
 
@@ -70,8 +67,8 @@ def init_state(
   base: Tree, lora: Tree, tx: optax.GradientTransformation
 ) -> TrainState:
   params = {"base": base, "lora": lora}
-  step = jnp.zeros((), jnp.int32)
-  return TrainState(step, params, tx.init(params), guards.init())
+  zero = jnp.zeros((), jnp.int32)
+  return TrainState(zero, params, tx.init(params), zero)
 
 
 def sequence_logps(
@@ -82,18 +79,9 @@ def sequence_logps(
   sequences: int,
   dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Summed log-probs and lengths of one micro-batch's sequences.
+  """Summed log-probs in nats and lengths of a micro-batch's sequences.
 
-  Args:
-    config: the model.
-    base: base weights.
-    lora: adapters, or None for the base alone.
-    batch: one micro-batch, leaves [B, ...] and [S, ...].
-    sequences: how many sequences the micro-batch owns.
-    dropout_key: key of LoRA's dropout, or None.
-
-  Returns:
-    Sums in nats and token counts, float32 [sequences].
+  Float32 [sequences]; `lora` None is the base alone.
   """
   per_token = token_logps(config, base, lora, batch, dropout_key)
   return logprobs.sequence_sums(per_token, batch.sequence_ids, sequences)
@@ -117,18 +105,18 @@ def token_stats(
   batch: batch_lib.Batch,
   dropout_key: jax.Array | None = None,
 ) -> logprobs.TokenStats:
-  """Log-prob, entropy and likeliest word at every completion token, [S, C].
+  """Log-prob, entropy and argmax at every completion token, [S, C].
 
-  Dropout is drawn for each token by its seat, so that it does not depend on
-  how the step's items are laid out, split or sharded.
+  Dropout is drawn for each token by its dropout id, so that it does not depend
+  on how the step's items are packed, split or sharded.
   """
   with precision.matmul_precision(config.dtype):
     hidden, _ = gpt_neox.apply(
       config,
       base,
       lora,
-      *_seen_by_model(batch),
-      dropout_key=_key_of_seats(dropout_key, batch),
+      *_model_inputs(batch),
+      dropout_key=_token_keys(dropout_key, batch),
     )
     return _stats(config, base["unembed"]["kernel"], hidden, batch)
 
@@ -140,17 +128,17 @@ def both_token_stats(
   batch: batch_lib.Batch,
   dropout_key: jax.Array | None = None,
 ) -> tuple[logprobs.TokenStats, logprobs.TokenStats]:
-  """`token_stats` with the adapters and without, by one pass of the base.
+  """`token_stats` with and without adapters, in one pass of the base.
 
-  Of the second, the reference's, no gradient is formed.
+  The second, the reference's, carries no gradient.
   """
   with precision.matmul_precision(config.dtype):
     policy, reference = gpt_neox.apply_both(
       config,
       base,
       lora,
-      *_seen_by_model(batch),
-      dropout_key=_key_of_seats(dropout_key, batch),
+      *_model_inputs(batch),
+      dropout_key=_token_keys(dropout_key, batch),
     )
     kernel = base["unembed"]["kernel"].astype(policy.dtype)
     kernel = sharding.constrain(kernel, None, "vocab")
@@ -168,10 +156,10 @@ def make_train_step(
 ) -> Callable[[TrainState, Tree | None, batch_lib.Batch], tuple]:
   """The update: (state, reference, batch) -> (state, metrics).
 
-  `reference` is None with LoRA, whose reference is the base, for SFT, and where
-  the batch carries the reference's log-probs; otherwise a base tree. An update
-  that `guards.decide` refuses leaves weights and optimizer as they were; the
-  metrics tell.
+  `reference` is a base tree in full fine-tuning by DPO; None with LoRA, whose
+  reference is the base, for SFT, and where the batch carries the reference's
+  log-probs. An update that is not `guards.finite` leaves weights and optimizer
+  as they were. Metrics hold "applied" and "skipped", the count so far.
   """
   name = trainable(config)
   with_lora = config.lora is not None
@@ -184,7 +172,7 @@ def make_train_step(
     def loss(params, micro):
       base, lora = (frozen, params) if with_lora else (params, None)
       dropout_key = key if with_lora else None
-      policy, other = _compared(
+      policy, other = _policy_and_reference(
         config, objective, base, lora, reference, micro, dropout_key
       )
       sums, _ = _objective_sums(objective, micro, policy.logps, other)
@@ -202,22 +190,23 @@ def make_train_step(
     grads, sums = jax.lax.scan(accumulate, zeros, batch)
     metrics = {key: jnp.sum(value) * scale for key, value in sums.items()}
     metrics["grad_norm"] = optax.tree.norm(grads)
-    make, guarded, told = guards.decide(
-      state.guard, metrics["loss"], metrics["grad_norm"]
-    )
+    apply = guards.finite(metrics["loss"], metrics["grad_norm"])
     updates, opt_state = tx.update(
       {"base": None, "lora": None} | {name: grads},
       state.opt_state,
       state.params,
     )
     updated = optax.apply_updates(state.params[name], updates[name])
-    params, opt_state = _where(
-      make, (updated, opt_state), (state.params[name], state.opt_state)
+    params, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(apply, new, old),
+      (updated, opt_state),
+      (state.params[name], state.opt_state),
     )
+    skipped = state.skipped + (~apply).astype(jnp.int32)
     state = TrainState(
-      state.step + 1, state.params | {name: params}, opt_state, guarded
+      state.step + 1, state.params | {name: params}, opt_state, skipped
     )
-    return state, metrics | told
+    return state, metrics | {"applied": apply, "skipped": skipped}
 
   return train_step
 
@@ -228,18 +217,18 @@ def make_eval_step(
   """(params, reference, batch) -> sums of the metrics, and their weights.
 
   "weight" is the number of pairs, or for SFT of completion tokens. "entropy" is
-  in nats and of all completion tokens, "mean_token_accuracy" of those that the
-  likeliest word is right for, chosen ones alone, as in TRL; "tokens" and
+  in nats over all completion tokens; "mean_token_accuracy" counts those, of
+  chosen responses alone as in TRL, that are the argmax; "tokens" and
   "chosen_tokens" are their weights. `means` divides sums of many batches by
-  those of their weights. A batch may hold fewer items than the objective says:
-  what owns no token does not count.
+  those of their weights. A batch may hold fewer items than the objective:
+  sequences without tokens do not count.
   """
   with_lora = config.lora is not None
 
   def eval_step(params, reference, batch):
     micro = jax.tree.map(lambda x: x[0], batch)
     lora = params["lora"] if with_lora else None
-    policy, other = _compared(
+    policy, other = _policy_and_reference(
       config, objective, params["base"], lora, reference, micro
     )
     sums, weight = _objective_sums(objective, micro, policy.logps, other)
@@ -251,38 +240,36 @@ def make_eval_step(
 def means(sums: dict[str, float]) -> dict[str, float]:
   """Metrics of an evaluation, from sums over its batches."""
   weights = {"entropy": "tokens", "mean_token_accuracy": "chosen_tokens"}
-  left = {"weight", *weights.values()}
   return {
     key: value / sums[weights.get(key, "weight")]
     for key, value in sums.items()
-    if key not in left
+    if key not in {"weight", *weights.values()}
   }
 
 
 def _token_sums(objective, batch, stats) -> Metrics:
-  """Sums over tokens of what the likeliest words and their spread tell."""
-  there = batch.sequence_ids >= 0
-  # Chosen responses own the even sequences of pairs; examples have no others.
+  """Sums over completion tokens of entropy and accuracy, and their counts."""
+  real = batch.sequence_ids >= 0
+  # Chosen responses are the even sequences of pairs; examples are all chosen.
   chosen = (
-    there & (batch.sequence_ids % 2 == 0) if objective.kind == "dpo" else there
+    real & (batch.sequence_ids % 2 == 0) if objective.kind == "dpo" else real
   )
+  right = chosen & (stats.top == batch.target)
   return {
-    "entropy": jnp.sum(jnp.where(there, stats.entropy, 0)),
-    "tokens": jnp.sum(there.astype(jnp.float32)),
-    "mean_token_accuracy": jnp.sum(
-      (chosen & (stats.top == batch.target)).astype(jnp.float32)
-    ),
+    "entropy": jnp.sum(jnp.where(real, stats.entropy, 0)),
+    "tokens": jnp.sum(real.astype(jnp.float32)),
+    "mean_token_accuracy": jnp.sum(right.astype(jnp.float32)),
     "chosen_tokens": jnp.sum(chosen.astype(jnp.float32)),
   }
 
 
-def _compared(
+def _policy_and_reference(
   config, objective, base, lora, reference, batch, dropout_key=None
 ) -> tuple[logprobs.TokenStats, jax.Array | None]:
   """The policy's statistics, and the reference's log-probs if it has one.
 
-  These are the batch's own, or computed: of the base in one pass with the
-  policy, or without adapters of the tree `reference`.
+  The latter are the batch's own; or of the base, in one pass with the policy;
+  or of the tree `reference`.
   """
   if objective.kind == "dpo" and batch.reference is None and lora is not None:
     policy, other = both_token_stats(config, base, lora, batch, dropout_key)
@@ -296,7 +283,7 @@ def _compared(
   return policy, jax.lax.stop_gradient(other)
 
 
-def _seen_by_model(batch):
+def _model_inputs(batch):
   """Tokens, positions and segments of a micro-batch."""
   segments = attention.Segments(
     batch.segment_ids, batch.part_ids, batch.block_pairs
@@ -304,8 +291,8 @@ def _seen_by_model(batch):
   return batch.tokens, batch.positions, segments
 
 
-def _key_of_seats(key, batch):
-  """A key for each token, [B, T]; None without one."""
+def _token_keys(key, batch):
+  """A dropout key for each token, [B, T]; None without one."""
   if key is None:
     return None
   fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))
@@ -324,7 +311,7 @@ def _stats(config, kernel, hidden, batch) -> logprobs.TokenStats:
 
 
 def _loss_scale(objective: Objective, batch: batch_lib.Batch) -> jax.Array:
-  """One over what the sums of all micro-batches are divided by."""
+  """One over the pairs (SFT: completion tokens) of all micro-batches."""
   if objective.kind == "dpo":
     return jnp.float32(1 / (objective.items * batch.tokens.shape[0]))
   return 1 / jnp.sum(batch.sequence_ids >= 0).astype(jnp.float32)
@@ -341,33 +328,26 @@ def _objective_sums(objective, batch, policy, reference):
     )
     return {"loss": -jnp.sum(sums)}, jnp.sum(lengths)
 
-  def by_pair(per_token):
-    return _pairs(
-      logprobs.sequence_sums(per_token, batch.sequence_ids, 2 * objective.items)
+  def pair_logps(per_token):
+    """Sequences 2i and 2i + 1 as chosen and rejected of pair i."""
+    (chosen, rejected), (chosen_length, rejected_length) = (
+      x.reshape(-1, 2).T
+      for x in logprobs.sequence_sums(
+        per_token, batch.sequence_ids, 2 * objective.items
+      )
     )
+    return losses.PairLogps(chosen, rejected, chosen_length, rejected_length)
 
   # Subtracted token by token: the difference of two sums of a thousand nats
   # would keep no more digits than the rounding of those sums.
-  ratios = by_pair(policy - reference)
+  ratios = pair_logps(policy - reference)
   zero = jax.tree.map(jnp.zeros_like, ratios)
-  policy = by_pair(policy)
-  there = (policy.chosen_length > 0).astype(jnp.float32)
+  policy = pair_logps(policy)
+  real = (policy.chosen_length > 0).astype(jnp.float32)
   values = losses.reward_metrics(ratios, zero, beta=objective.loss.beta) | {
     "loss": losses.preference_loss(objective.loss, ratios, zero),
     "logps/chosen": policy.chosen,
     "logps/rejected": policy.rejected,
   }
-  sums = {key: jnp.sum(value * there) for key, value in values.items()}
-  return sums, jnp.sum(there)
-
-
-def _pairs(sums_and_lengths) -> losses.PairLogps:
-  """Sequences 2i and 2i + 1 as chosen and rejected of pair i."""
-  (chosen, rejected), (chosen_length, rejected_length) = (
-    x.reshape(-1, 2).T for x in sums_and_lengths
-  )
-  return losses.PairLogps(chosen, rejected, chosen_length, rejected_length)
-
-
-def _where(condition, new, old):
-  return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+  sums = {key: jnp.sum(value * real) for key, value in values.items()}
+  return sums, jnp.sum(real)

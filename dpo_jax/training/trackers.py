@@ -1,14 +1,12 @@
-"""Where a run's metrics go beside metrics.jsonl: CSV, TensorBoard, W&B.
+"""Experiment trackers: CSV, TensorBoard and Weights & Biases.
 
-metrics.jsonl is always written and is the one file that later stages read. A
-tracker only repeats it for people who watch, so none can stop a run: the first
-error of one is warned of, the tracker is left alone from then on, and the end
-of the run says so.
+metrics.jsonl is always written and is the only file that later stages read. A
+tracker repeats it and cannot stop a run: at its first error it is closed with a
+warning.
 
-A run that is resumed goes on in the same tracker run, each step standing once:
-the CSV is cut like metrics.jsonl, TensorBoard is told from which step on
-earlier events are void, and W&B, which takes nothing back, is sent only rows
-that it does not have.
+A resumed run continues in the same tracker run, with each step once: the CSV is
+cut like metrics.jsonl, TensorBoard purges later events, and W&B, which takes
+nothing back, gets only rows that it does not have.
 """
 
 import contextlib
@@ -40,9 +38,9 @@ class Csv:
   """metrics.csv: a line a row, a column a metric.
 
   All trackers are opened with (settings, directory, rows, start_step): the
-  run's `TrackerSettings`, its directory, and the rows of metrics.jsonl, which
-  end at `start_step` and are appended to before each `write`. They let every
-  error out; `Writer` keeps it from the run.
+  run's `TrackerSettings`, its directory, and the rows of metrics.jsonl up to
+  `start_step`, which are appended to before each `write`. `Writer` catches
+  their errors.
   """
 
   def __init__(self, settings, directory, rows, start_step):
@@ -127,7 +125,7 @@ class Wandb:
 
     del start_step
     self._wandb = wandb
-    # Which run this is, and the place of the last row that it was sent.
+    # The run's id, and the position of the last row sent.
     self._file = directory / "wandb_run.json"
     self._mark = {"id": secrets.token_hex(4), "sent": [-1, False]}
     if self._file.is_file():
@@ -183,7 +181,7 @@ def _about(directory: pathlib.Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class TrackerSettings:
-  """Which trackers a run has; explained in configs/common.py."""
+  """The trackers of a run; see configs/common.py."""
 
   use: tuple[str, ...]
   wandb_project: str
@@ -216,19 +214,16 @@ def check(settings: TrackerSettings) -> None:
 
 
 class Writer:
-  """metrics.jsonl and the trackers, as one writer of rows.
-
-  Only errors of metrics.jsonl get out.
-  """
+  """metrics.jsonl and the trackers, whose errors are caught."""
 
   def __init__(
     self, settings: TrackerSettings, directory: pathlib.Path, start_step: int
   ):
-    """Opens all of them in a run's directory; `start_step` updates are done."""
+    """Opens all of them in a run's directory, after `start_step` updates."""
     self._metrics = metrics.Writer(directory, start_step)
     self._step = start_step
     self._open: dict[str, Any] = {}
-    # The tracker, the step it had come to, and why it was left alone.
+    # By tracker: its last step, and the error.
     self.failed: dict[str, tuple[int, str]] = {}
     rows = self._metrics.rows
     for name in settings.use:
@@ -243,7 +238,7 @@ class Writer:
   def table(
     self, step: int, name: str, columns: Sequence[str], rows: Rows
   ) -> None:
-    """Texts and numbers in columns, such as sampled answers."""
+    """A table of texts and numbers, such as sampled responses."""
     self._each("table", step, name, columns, rows)
 
   def at(self, step: int) -> list[dict[str, Any]]:
@@ -253,7 +248,7 @@ class Writer:
     self._metrics.sync()
 
   def close(self) -> None:
-    """Ends all, and says which of the trackers do not have everything."""
+    """Closes all, and prints which trackers are incomplete."""
     self._metrics.close()
     self._each("close")
     for name, (step, why) in self.failed.items():
@@ -277,4 +272,4 @@ class Writer:
       self._open.pop(name, None)
       why = f"{type(error).__name__}: {error}"
       self.failed[name] = (self._step, why)
-      _log.warning("tracker %s failed and is left alone: %s", name, why)
+      _log.warning("tracker %s failed and is closed: %s", name, why)

@@ -1,54 +1,56 @@
-"""The training of SFT and DPO: one run, one directory, resumable.
+"""One run of SFT or DPO, in the order in which things happen.
 
-Running the same command again goes on from the newest checkpoint; running it
-with another config in the same directory is refused. The steps themselves are
-`running.loop`'s.
+The same command resumes from the newest checkpoint; another config in the same
+directory is refused.
 """
 
 import contextlib
-import errno
+import dataclasses
+import functools
 import json
 import pathlib
 
 import jax
 
-from dpo_jax.core import console, distributed, preemption, settings
+from dpo_jax.core import (
+  console,
+  distributed,
+  preemption,
+  settings,
+  sharding,
+  versions,
+)
+from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.hub import push as push_lib
-from dpo_jax.io import locks, rundir, upload
+from dpo_jax.io import atomic, locks, rundir, upload
+from dpo_jax.model import hf, lora
 from dpo_jax.training import checkpoints as checkpoints_lib
+from dpo_jax.training import config as config_lib
 from dpo_jax.training import (
-  checks,
   eval_samples,
+  guards,
+  input_pipeline,
   loop,
   manifest,
+  optimizer,
   setup,
+  step,
   trackers,
 )
-from dpo_jax.training import compile as compile_lib
-from dpo_jax.training import config as config_lib
+from dpo_jax.training import reference as reference_lib
 
 
 def run(
   config: config_lib.TrainSettings, workdir: pathlib.Path
 ) -> pathlib.Path:
-  """Trains, or goes on training, in `workdir`.
-
-  Returns:
-    The directory of the exported model, adapters merged, in Hugging Face form.
+  """Trains, or resumes, in `workdir`; returns the exported model's directory.
 
   Raises:
     ValueError: settings or input are wrong; nothing was compiled.
-    checks.TrainingError: the loss at step 0 is not what theory says, or a loss
-      or gradient is not finite.
-    checkpoint.SaveError: a checkpoint could not be written.
-    preemption.Interrupted: a signal asked for it.
-    hub.NotPushed: all is done, but not all of it is on the hub.
-    upload.NotCopied: all is done, but not all of it is in the bucket.
+    errors.Stopped: for any other reason; what was saved is whole.
   """
-  # First, as a backend begins with threads.
-  if config.keep_freed_memory:
-    compile_lib.keep_freed_memory()
-  compile_lib.keep(config.compilation_cache)
+  setup.keep_freed_memory()
+  setup.use_compilation_cache(config.compilation_cache)
   with preemption.watching(config.grace_s) as watch:
     with distributed.raise_on_all("preparing the directory"):
       if distributed.is_main():
@@ -56,13 +58,9 @@ def run(
     with distributed.on_main(locks.Lock(workdir / "lock")):
       try:
         return _run(config, workdir, watch)
-      except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-          raise checks.out_of_memory(config, error) from error
-        raise
-      except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-          raise checks.disk_full(workdir, error) from error
+      except (jax.errors.JaxRuntimeError, OSError) as error:
+        if explained := guards.explained(error, workdir, config.memory):
+          raise explained from error
         raise
 
 
@@ -71,28 +69,29 @@ def _run(
   workdir: pathlib.Path,
   watch: preemption.Watch,
 ) -> pathlib.Path:
+  """`run` in a locked directory: what it holds, the bucket, the hub."""
   values = settings.to_dict(config)
-  allowed = (*config.allow_changes, *config_lib.FREE)
+  export = workdir / "export"
   with distributed.raise_on_all("looking at the directory"):
     distributed.require_shared(workdir / "lock")
     rundir.refuse_foreign(workdir)
-    rundir.check(workdir, values, allowed)
+    rundir.check(workdir, values, config.changeable)
     if (push := config.push()) and distributed.is_main():
       push_lib.check(push)
   distributed.assert_equal("the config", json.dumps(values))
   trackers.check(config.trackers)
   with contextlib.ExitStack() as stack:
-    publisher = copies = None
+    publisher = uploader = None
     if push:
       publisher = stack.enter_context(push_lib.Publisher(push, workdir))
     with distributed.raise_on_all("looking at the bucket"):
       if config.checkpoint_bucket and distributed.is_main():
-        copies = stack.enter_context(
+        uploader = stack.enter_context(
           upload.Uploader(config.checkpoint_bucket, workdir, config.retention())
         )
-        copies.fetch(values, allowed)
+        uploader.fetch(values, config.changeable)
     with distributed.raise_on_all("looking at the directory"):
-      changed = rundir.check(workdir, values, allowed)
+      changed = rundir.check(workdir, values, config.changeable)
       finished = (workdir / "finished.json").exists()
       if finished and (late := rundir.beyond(changed, config_lib.FREE)):
         raise ValueError(
@@ -101,21 +100,17 @@ def _run(
           + "\nuse another --workdir"
         )
     if finished:
-      model = workdir / "export"
-      console.say(
-        f"{workdir.name} is finished: its model is in {model}",
-        "finished",
-        path=str(model),
-      )
+      text = f"{workdir.name} is finished: its model is in {export}"
+      console.say(text, "finished", path=str(export))
     else:
-      _train(config, workdir, watch, changed, publisher, copies)
+      _train(config, workdir, watch, changed, publisher, uploader)
     try:
       if publisher and distributed.is_main():
         publisher.finish()
     finally:
-      if copies:
-        copies.finish()
-  return workdir / "export"
+      if uploader:
+        uploader.finish()
+  return export
 
 
 def _train(
@@ -124,19 +119,132 @@ def _train(
   watch: preemption.Watch,
   changed: list[str],
   publisher: push_lib.Publisher | None,
-  copies: upload.Uploader | None,
+  uploader: upload.Uploader | None,
 ) -> None:
+  """Mesh, tokenizer, data, model, reference, state, steps, loop, export."""
   checkpoints = checkpoints_lib.Checkpoints(
-    workdir / "checkpoints", config.retention(), copies
+    workdir / "checkpoints", config.retention(), uploader
   )
-  made, state, inputs = setup.prepare(config, workdir, checkpoints)
+  with distributed.raise_on_all("reading the data"):
+    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+    tokenizer = tokenizer_lib.load(config.tokenizer)
+    pipeline = input_pipeline.make(config, tokenizer, mesh)
+  distributed.assert_equal("the data", json.dumps(pipeline.items.report))
+
+  with distributed.raise_on_all("reading the model"):
+    model, base = setup.load_model(config, tokenizer, mesh)
+  base_hash, fingerprint = hf.content_hash(base), hf.fingerprint(base)
+  if config.model.param_dtype == "int8":
+    base = setup.quantize(base, mesh)
+
+  # With adapters the reference is the base without them; in full fine-tuning
+  # it is a second tree. Either may be replaced by precomputed log-probs.
+  reference = base if config.keeps_reference else None
+  if config.precompute_reference:
+    directory = pathlib.Path(config.reference_cache or workdir / "reference")
+    pipeline = reference_lib.precompute(
+      pipeline, directory, model, base, base_hash, config.model.param_dtype
+    )
+
+  trainable = step.trainable(model)
+  tx = optimizer.make(config.optimizer, pipeline.steps, trainable)
+  state = setup.make_state(
+    model, base, tx, config.seed, mesh, donate=reference is None
+  )
+  del base
+  train_step, eval_step = setup.jit_steps(config, model, tx, state, mesh)
+
+  inputs = functools.partial(
+    checkpoints_lib.inputs, pipeline, tokenizer, base_hash, config.seed
+  )
+  if checkpoints.latest() is not None:
+    state, meta = checkpoints.restore(state, trainable)
+    changed = changed + checkpoints_lib.changed_inputs(
+      workdir, meta["inputs"], inputs(meta["step"]), config.allow_changes
+    )
+  start = int(jax.device_get(state.step))
+
   with distributed.raise_on_all("reading the prompts of samples"):
-    sampler = eval_samples.make(config, made, workdir / eval_samples.FILE)
+    sampler = eval_samples.make(
+      config, model, tokenizer, mesh, pipeline.steps, workdir
+    )
+  rates = optimizer.rates(config.optimizer, pipeline.steps)
   if distributed.is_main():
-    manifest.write(workdir, config, made, state, changed + inputs)
+    manifest.write(
+      workdir, config, state, reference, pipeline, base_hash, changed
+    )
     # Not before: settings that were refused must not bind the directory.
-    allowed = (*config.allow_changes, *config_lib.FREE)
-    rundir.claim(workdir, settings.to_dict(config), allowed)
-  loop.Loop(
-    config, workdir, made, checkpoints, state, watch, publisher, sampler
-  ).train()
+    rundir.claim(workdir, settings.to_dict(config), config.changeable)
+
+  log = loop.StepLog(config, workdir, model, mesh, rates, start)
+
+  def save(state, number, metrics, export):
+    params, name = state.params, f"step-{number:06d}"
+    push = export and publisher and publisher.settings.checkpoints
+    meta = {
+      "inputs": inputs(number),
+      "base": {"source": config.model.path, "hash": base_hash},
+      "config": settings.to_dict(config),
+      "versions": versions.versions(),
+    }
+    with jax.transfer_guard("allow"):
+      # Adapters, to sample from or to push; or all weights, only to push.
+      if (export and config.export_adapters) or (push and model.lora):
+        path = workdir / "adapters" / name
+        source = config.model.path
+        hf.export_adapter(path, model, params["lora"], source, fingerprint)
+      # The first process sees how many wait for the hub, and decides.
+      elif push and distributed.all_gather(publisher.room())[0]:
+        hf.export(workdir / "models" / name, model, params["base"], tokenizer)
+      elif push:
+        text = f"{name} is not kept for the hub: earlier ones still wait"
+        console.say(text, "push")
+      # A checkpoint must not outlive the rows of its steps.
+      log.writer.sync()
+      checkpoints.save(state, trainable, meta, metrics)
+    if export and publisher and distributed.is_main():
+      publisher.checkpoint()
+
+  try:
+    with (
+      watch.deferred(),
+      contextlib.closing(checkpoints),
+      contextlib.closing(log),
+      jax.set_mesh(mesh),
+      jax.transfer_guard("disallow"),
+    ):
+      # Ahead of the loop, in which no step waits for a compiler.
+      if start < pipeline.steps:
+        shapes, eval_shapes = pipeline.shapes()
+        arguments = (state.params, reference)
+        eval_step = setup.compile_ahead(eval_step, arguments, eval_shapes)
+        train_step = setup.compile_ahead(train_step, (state, reference), shapes)
+      state = loop.train(
+        state,
+        lambda state, batch: train_step(state, reference, batch),
+        lambda params, batch: eval_step(params, reference, batch),
+        pipeline,
+        log,
+        sampler,
+        checkpoints,
+        save,
+        watch,
+        eval_every=config.eval_every,
+        save_every=config.checkpoint_every,
+      )
+  except preemption.Interrupted:
+    # All stop at the same step: none leaves while another still writes.
+    distributed.barrier("interrupted")
+    raise
+
+  base = state.params["base"]
+  if config.model.param_dtype == "int8":
+    # Adapters are merged into the weights before quantization.
+    base = setup.reload_base(config.model, mesh, base_hash)
+  if model.lora is not None:
+    base = lora.merge(model, base, state.params["lora"])
+  hf.export(workdir / "export", model, base, tokenizer)
+  if distributed.is_main():
+    finished = json.dumps({"step": pipeline.steps}) + "\n"
+    atomic.write_text(workdir / "finished.json", finished)
+  distributed.barrier("finished")

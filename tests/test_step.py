@@ -1,4 +1,4 @@
-"""Updates: accumulation, meshes, the guard against NaN, evaluation."""
+"""Updates and evaluations: accumulation, meshes, NaN, dropout, sums."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from dpo_jax.core import sharding
 from dpo_jax.data import batch as batch_lib
 from dpo_jax.data import packing, token_table
 from dpo_jax.model import gpt_neox
-from dpo_jax.training import guards, losses, optimizer
+from dpo_jax.training import losses, optimizer
 from dpo_jax.training import step as step_lib
 
 LORA = dataclasses.replace(
@@ -28,7 +28,7 @@ PAIRS = 8
 
 
 def pack(items, microbatches, layout="shared", rows=2, **values):
-  """A batch whose rows lie in as many shards, one or more in each."""
+  """A batch of one shard a row."""
   how = {
     "layout": layout,
     "row_length": 40,
@@ -81,10 +81,10 @@ def two_updates(microbatches, mesh=None):
   state = step_lib.init_state(base, {}, tx)
   split, context = None, contextlib.nullcontext()
   if mesh is not None:
-    lying = sharding.shardings(jax.eval_shape(lambda: state), mesh)
-    state = jax.device_put(state, lying)
+    sharded = sharding.shardings(jax.eval_shape(lambda: state), mesh)
+    state = jax.device_put(state, sharded)
     reference = jax.device_put(reference, sharding.shardings(reference, mesh))
-    step = jax.jit(step, out_shardings=(lying, sharding.replicated(mesh)))
+    step = jax.jit(step, out_shardings=(sharded, sharding.replicated(mesh)))
     split = sharding.batch_sharding(mesh, leading=1)
     context = jax.set_mesh(mesh)
   history = []
@@ -139,14 +139,14 @@ def test_micro_batches_share_one_compiled_body():
     text = lowered.compile().as_text()
     return lowered.as_text().count("stablehlo.dot_general"), text.count(" dot(")
 
-  (traced, compiled), *others = (products(m) for m in (2, 4, 8))
-  assert others == [(traced, compiled)] * 2
+  (traced, compiled), other = (products(m) for m in (2, 4))
+  assert other == (traced, compiled)
   assert compiled > 0
   # One alone is the same program with a loop that goes round once.
   assert products(1)[0] == traced
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
 def test_meshes_give_the_numbers_of_one_device(single, sizes):
   mesh = sharding.make_mesh(*sizes)
   found = two_updates(2, mesh)
@@ -177,11 +177,14 @@ def test_a_loss_that_is_not_finite_changes_nothing():
   # Not a bit: neither weights nor moments nor their counters.
   assert_close(after.params, state.params, 0, 0)
   assert_close(after.opt_state, state.opt_state, 0, 0)
-  # Without the poison the same state goes on.
-  after, metrics = step(state, base, batch)
+  assert (int(after.step), int(after.skipped)) == (2, 1)
+  assert not metrics["applied"]
+  # Without the infinity the same state is trained.
+  again, metrics = step(after, base, batch)
   assert np.isfinite(metrics["loss"])
+  assert (int(again.step), int(again.skipped)) == (3, 1)
   kernels = (
-    leaves(s.params)["base/blocks/dense/kernel"] for s in (after, state)
+    leaves(s.params)["base/blocks/dense/kernel"] for s in (again, state)
   )
   assert not np.array_equal(*kernels)
 
@@ -189,19 +192,17 @@ def test_a_loss_that_is_not_finite_changes_nothing():
 def test_an_update_that_is_refused_changes_not_a_bit():
   """The loss is finite, but the gradient is not."""
   base = tiny.weights(tiny.CONFIG)
-  tx = optimizer.make(OPTIMIZER, 9, "base")
   loss = losses.LossSettings("sigmoid", 1e22, 0.0)
   share = step_lib.Objective("dpo", loss, PAIRS)
+  tx = optimizer.make(OPTIMIZER, 9, "base")
   step = jax.jit(step_lib.make_train_step(tiny.CONFIG, share, tx, 0))
-  batch = pack(tiny.pairs(PAIRS, 1), 1, rows=8)
   state = step_lib.init_state(base, {}, tx)
-  after, metrics = step(state, base, batch)
+  after, metrics = step(state, base, pack(tiny.pairs(PAIRS, 1), 1, rows=8))
   # The gradient's squares do not fit float32; the loss does.
   assert np.isfinite(metrics["loss"])
   assert float(metrics["grad_norm"]) == np.inf
   assert_close(after.params, state.params, 0, 0)
   assert_close(after.opt_state, state.opt_state, 0, 0)
-  assert (int(after.step), int(after.guard.skipped)) == (1, 1)
 
 
 # --- evaluation
@@ -230,16 +231,6 @@ def test_evaluation_sums_what_is_there(weights):
   none = evaluate(fresh, None, pack(items[:PAIRS], 1, rows=6))
   assert float(none["rewards/margins"]) == pytest.approx(0, abs=1e-5)
   assert float(none["loss"]) == pytest.approx(8 * np.log(2), rel=1e-6)
-  assert (
-    parts[0].keys()
-    == none.keys()
-    >= {
-      "loss",
-      "weight",
-      "rewards/accuracies",
-      "logps/chosen",
-    }
-  )
 
 
 def test_spread_and_right_words_of_an_evaluation_by_hand(weights):
@@ -339,8 +330,7 @@ def test_sft_minimises_the_mean_over_tokens():
   state, metrics = step(state, None, batch)
   wanted = sum(nll(tiny.CONFIG, base, item) for item in items) / sum(tokens)
   assert float(metrics["loss"]) == pytest.approx(wanted, rel=1e-5)
-  guards.told(metrics)
-  assert metrics.keys() == {"loss", "grad_norm"}
+  assert metrics.keys() == {"loss", "grad_norm", "applied", "skipped"}
   for _ in range(3):
     state, metrics = step(state, None, batch)
   assert float(metrics["loss"]) < wanted - 0.05
@@ -354,46 +344,47 @@ DROPPED = dataclasses.replace(
 )
 
 
+def dropped(weights, layout, microbatches, rows, seed=3):
+  tx = optimizer.make(OPTIMIZER, 9, "lora")
+  share = objective(items=PAIRS // microbatches)
+  step = jax.jit(step_lib.make_train_step(DROPPED, share, tx, seed))
+  batch = pack(tiny.pairs(PAIRS, 6), microbatches, layout=layout, rows=rows)
+  state, metrics = step(step_lib.init_state(*weights, tx), None, batch)
+  return state.params["lora"], metrics
+
+
+@pytest.fixture(scope="module")
+def shared_rows(weights):
+  return dropped(weights, "shared", 2, 1)
+
+
 @pytest.mark.parametrize(
-  ("layout", "microbatches", "rows"),
-  [("packed", 2, 1), ("padded", 2, 1), ("shared", 1, 1), ("shared", 4, 4)],
+  ("layout", "microbatches", "rows"), [("padded", 2, 1), ("shared", 4, 4)]
 )
 def test_dropout_does_not_depend_on_the_layout(
-  weights, layout, microbatches, rows
+  weights, shared_rows, layout, microbatches, rows
 ):
-  base, adapters = weights
-  items = tiny.pairs(PAIRS, 6)
-  tx = optimizer.make(OPTIMIZER, 9, "lora")
-
-  def update(layout, microbatches, rows):
-    share = objective(items=PAIRS // microbatches)
-    step = jax.jit(step_lib.make_train_step(DROPPED, share, tx, seed=3))
-    state = step_lib.init_state(base, adapters, tx)
-    state, metrics = step(
-      state, None, pack(items, microbatches, layout=layout, rows=rows)
-    )
-    return state.params["lora"], metrics
-
-  wanted, found = update("shared", 2, 1), update(layout, microbatches, rows)
+  found = dropped(weights, layout, microbatches, rows)
   # Float32 sums in another order; Adam magnifies those of small gradients.
-  assert_close(found[1], wanted[1], rtol=2e-5, atol=2e-6)
-  assert_close(found[0], wanted[0], rtol=0, atol=1e-4)
+  assert_close(found[1], shared_rows[1], rtol=2e-5, atol=2e-6)
+  assert_close(found[0], shared_rows[0], rtol=0, atol=1e-4)
   assert abs(float(found[1]["loss"]) - float(np.log(2))) > 1e-3
 
 
+def test_the_seed_decides_dropout(weights, shared_rows):
+  other = dropped(weights, "shared", 2, 1, seed=4)
+  assert float(other[1]["loss"]) != float(shared_rows[1]["loss"])
+
+
 def test_dropout_is_drawn_for_each_step_and_token(weights):
-  base, adapters = weights
-  config = DROPPED
   tx = optimizer.make(OPTIMIZER, 9, "lora")
-  step = jax.jit(
-    step_lib.make_train_step(config, objective(items=1), tx, seed=3)
-  )
+  make = step_lib.make_train_step(DROPPED, objective(items=1), tx, seed=3)
+  step = jax.jit(make)
   (pair,) = tiny.pairs(1)
-  state = step_lib.init_state(base, adapters, tx)
+  state = step_lib.init_state(*weights, tx)
 
   def loss(state):
-    batch = pack([pair] * 2, 2, rows=1)
-    return step(state, None, batch)[1]
+    return step(state, None, pack([pair] * 2, 2, rows=1))[1]
 
   first, again = loss(state), loss(state)
   assert float(first["loss"]) == float(again["loss"])
@@ -427,17 +418,6 @@ def test_in_bfloat16_policy_and_reference_start_equal():
   _, metrics = step(state, None, batch)
   assert float(metrics["loss"]) == pytest.approx(np.log(2), abs=1e-6)
   assert float(metrics["rewards/accuracies"]) == 0.5
-
-
-def test_the_seed_decides_dropout(weights):
-  tx = optimizer.make(OPTIMIZER, 9, "lora")
-  state = step_lib.init_state(*weights, tx)
-  batch = pack(tiny.pairs(2), 1, rows=1)
-  found = set()
-  for seed in (3, 4):
-    make = step_lib.make_train_step(DROPPED, objective(items=2), tx, seed)
-    found.add(float(jax.jit(make)(state, None, batch)[1]["loss"]))
-  assert len(found) == 2
 
 
 # --- sums
