@@ -1,4 +1,4 @@
-"""Useful flops by hand, and the table of devices."""
+"""Model flops and MFU by hand, and the table of chips."""
 
 import dataclasses
 
@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import operations
 import pytest
+import running
 import tiny
 
-from configs import models
 from dpo_jax.core import hardware
+from dpo_jax.data import dataset, tokenizer
+from dpo_jax.io import metrics
 from dpo_jax.model import flops, gpt_neox
+from dpo_jax.training import train
 
 # One layer of width 2, one head, MLP of 3, vocabulary of 5.
 SMALL = gpt_neox.ModelConfig(5, 2, 1, 1, 3, 1.0, 10000.0, 1e-5, 8)
@@ -41,16 +44,6 @@ def test_a_step_by_hand():
   wanted = 2 * frozen + 3 * attention + 3 * adapters
   assert flops.step(LORA, WORK, reference=False) == wanted
   assert flops.step(LORA, WORK, reference=True) == wanted + forward
-
-
-def test_six_flops_a_weight_and_token():
-  """The rule of thumb, where attention and vocabulary hardly count."""
-  shape = models.pythia("12b")
-  config = gpt_neox.ModelConfig(**shape.to_dict())
-  work = flops.Work(tokens=1000, completion_tokens=0, visible=0)
-  # 12 width^2 weights a layer.
-  weights = 12 * 5120**2 * 36
-  assert flops.step(config, work, reference=False) == 6 * weights * 1000
 
 
 def test_products_of_a_traced_forward_pass():
@@ -91,8 +84,60 @@ def test_devices():
     assert 2e11 <= chip.link_bandwidth < 1e12
 
 
-def test_utilisation():
+def test_mfu():
   chip = hardware.chip("TPU v5 lite")
   # Two chips do half of a second's peak in two seconds.
   assert hardware.mfu(197e12, 2.0, 2, chip) == 0.25
   assert hardware.mfu(197e12, 2.0, 2, None) is None
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_mfu_of_a_run_by_hand(kept, tmp_path, monkeypatch):
+  """As if each of the eight devices did a million flops a second."""
+  peak = 1e6
+  chip = hardware.Chip(peak, peak, 2**30, 1e9, 1e9)
+  monkeypatch.setitem(hardware.CHIPS, "cpu", chip)
+  files = running.make_files(tmp_path)
+  run = running.configs(files)(
+    **{
+      "data.max_train": 8,
+      "precompute_reference": kept,
+      "eval_every": 0,
+      "checkpoint_every": 0,
+      "export_adapters": False,
+    }
+  )
+  train.run(run, tmp_path / "run")
+  rows = metrics.read(tmp_path / "run" / metrics.FILE)
+  rows = [row for row in rows if "loss" in row]
+  # Two updates of four pairs are an epoch of all eight.
+  assert len(rows) == 2
+  useful = sum(
+    row["mfu"] * 8 * peak * run.batch_size / row["pairs_per_second"]
+    for row in rows
+  )
+  words = tokenizer.load(run.tokenizer)
+  table = dataset.prepare(run.data, "dpo", words).train.table
+  shape = running.SHAPE
+  layers, width, mlp = shape.layers, shape.width, shape.mlp_width
+  kernels = layers * (4 * width**2 + 2 * width * mlp)
+  adapters = layers * 2 * (4 * width + 2 * width + 2 * (width + mlp))
+  wanted = 0
+  assert len(table) == 8
+  for pair in table.take(range(8)):
+    prompt, chosen, rejected = map(
+      len, (pair.prompt, pair.chosen, pair.rejected)
+    )
+    # The prompt is computed once; each response sees it and itself.
+    tokens = prompt + chosen + rejected
+    predicted = chosen + rejected
+    seen = prompt * (prompt + 1) / 2 + prompt * predicted
+    seen += sum(n * (n + 1) / 2 for n in (chosen, rejected))
+    # Forward twice, of which the reference's without adapters; backward once:
+    # inputs of frozen kernels, both sides of adapters and of attention.
+    forward = 1 if kept else 2
+    wanted += (forward + 1) * 2 * kernels * tokens
+    wanted += 6 * adapters * tokens
+    wanted += (forward + 2) * 4 * layers * width * seen
+    wanted += (forward + 1) * 2 * width * shape.vocab_size * predicted
+  assert useful == pytest.approx(wanted, rel=1e-4)

@@ -4,13 +4,9 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import pathlib
 import re
-import signal
-import subprocess
-import sys
-import time
+import shutil
 import tracemalloc
 
 import jax
@@ -29,12 +25,6 @@ from dpo_jax.data import tokenizer
 from dpo_jax.io import safetensors as safetensors_lib
 from dpo_jax.model import gpt_neox, hf, lora
 
-SIZES = {
-  # Head dim 16, of which 4 are rotated.
-  "small": {"width": 64, "layers": 2, "heads": 4, "mlp": 192, "vocab": 96},
-  # Pythia-14m but for its vocabulary: head dim 32, of which 8 are rotated.
-  "14m": {"width": 128, "layers": 6, "heads": 4, "mlp": 512, "vocab": 512},
-}
 NUMERICS = {
   "dtype": "float32",
   "remat": "none",
@@ -48,15 +38,16 @@ PEFT_WARNS = pytest.mark.filterwarnings(
 LORA = gpt_neox.LoraConfig(4, 12.0, 0.0, gpt_neox.TARGETS)
 
 
-def torch_model(size, seed=0):
+@pytest.fixture(scope="module")
+def small():
   """A GPTNeoXForCausalLM, none of whose weights is near zero or one."""
-  shape = SIZES[size]
   config = transformers.GPTNeoXConfig(
-    vocab_size=shape["vocab"],
-    hidden_size=shape["width"],
-    num_hidden_layers=shape["layers"],
-    num_attention_heads=shape["heads"],
-    intermediate_size=shape["mlp"],
+    vocab_size=96,
+    hidden_size=64,
+    num_hidden_layers=2,
+    # Head dim 16, of which 4 are rotated.
+    num_attention_heads=4,
+    intermediate_size=192,
     max_position_embeddings=64,
     rope_parameters={
       "rope_type": "default",
@@ -65,7 +56,7 @@ def torch_model(size, seed=0):
     },
   )
   network = transformers.GPTNeoXForCausalLM(config).eval()
-  torch_weights.randomise(network, seed)
+  torch_weights.randomise(network, 0)
   return network
 
 
@@ -108,11 +99,6 @@ def same_bytes(one, two):
 
 
 @pytest.fixture(scope="module")
-def small():
-  return torch_model("small")
-
-
-@pytest.fixture(scope="module")
 def small_dir(small, tmp_path_factory):
   return save(small, tmp_path_factory.mktemp("small"))
 
@@ -146,12 +132,10 @@ def adapted(small_dir):
   )
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_logits_equal_those_of_transformers(size, tmp_path):
-  network = torch_model(size)
-  config, base = hf.load(save(network, tmp_path), **NUMERICS)
+def test_logits_equal_those_of_transformers(small, loaded):
+  config, base = loaded
   tokens = tokens_for(config)
-  expected = torch_logits(network, tokens)
+  expected = torch_logits(small, tokens)
   assert 1 < expected.std() < 10
   # Float32 sums in another order: about 1e-7 of the largest terms a layer.
   np.testing.assert_allclose(
@@ -159,20 +143,7 @@ def test_logits_equal_those_of_transformers(size, tmp_path):
   )
 
 
-def test_fused_kernel_is_ordered_by_head_then_qkv(small, loaded):
-  config, base = loaded
-  stored = small.gpt_neox.layers[1].attention.query_key_value.weight.detach()
-  kernel = base["blocks"]["query_key_value"]["kernel"]
-  head, qkv, dim, column, size = 3, 1, 5, 11, config.head_dim
-  assert kernel.shape == (2, 64, 4, 3, 16)
-  assert kernel[1, column, head, qkv, dim] == float(
-    stored[head * 3 * size + qkv * size + dim, column]
-  )
-
-
-@pytest.mark.parametrize(
-  "dtype", [torch.float32, torch.float16, torch.bfloat16]
-)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_shards_of_every_dtype_load_exactly(small, tmp_path, dtype):
   directory = save(small, tmp_path, dtype, max_shard_size="100KB")
   assert len(list(directory.glob("*.safetensors"))) > 1
@@ -185,14 +156,6 @@ def test_shards_of_every_dtype_load_exactly(small, tmp_path, dtype):
       stored.to(dtype).float().numpy().T,
     )
   assert {leaf.dtype.name for leaf in jax.tree.leaves(base)} == {"float32"}
-
-
-def test_bfloat16_parameters_are_rounded_like_torch(small, small_dir):
-  _, base = hf.load(small_dir, **{**NUMERICS, "param_dtype": "bfloat16"})
-  assert {leaf.dtype.name for leaf in jax.tree.leaves(base)} == {"bfloat16"}
-  stored = small.lm_head.weight.detach().bfloat16().float().numpy()
-  kernel = base["unembed"]["kernel"].astype(jnp.float32)
-  np.testing.assert_array_equal(kernel, stored.T)
 
 
 def test_rotary_keys_of_transformers_4_and_5_mean_the_same(small_copy):
@@ -212,7 +175,7 @@ def test_rotary_keys_of_transformers_4_and_5_mean_the_same(small_copy):
 
 
 def test_mesh_gets_its_own_slices_and_every_value_is_read_once(
-  small_dir, loaded, monkeypatch
+  small_dir, loaded, monkeypatch, tmp_path
 ):
   config, expected = loaded
   copies = []
@@ -239,6 +202,9 @@ def test_mesh_gets_its_own_slices_and_every_value_is_read_once(
   np.testing.assert_allclose(
     logits, forward(config, expected, None, tokens), rtol=0, atol=1e-4
   )
+  hf.export(tmp_path / "one", config, expected)
+  hf.export(tmp_path / "mesh", config, base)
+  same_bytes(tmp_path / "one", tmp_path / "mesh")
 
 
 def test_export_is_loaded_by_transformers_with_its_tokenizer(
@@ -292,13 +258,6 @@ def test_export_load_export_is_bit_exact(small, tmp_path, param_dtype):
     assert torch.equal(weight, small.state_dict()[name].half().to(dtype)), name
 
 
-def test_export_from_a_mesh_is_the_same_file(small_dir, tmp_path, loaded):
-  hf.export(tmp_path / "one", *loaded)
-  mesh = sharding.make_mesh(1, 4, 2)
-  hf.export(tmp_path / "two", *hf.load(small_dir, mesh=mesh, **NUMERICS))
-  same_bytes(tmp_path / "one", tmp_path / "two")
-
-
 def test_export_replaces_an_export_and_nothing_else(tmp_path, loaded):
   config, base = loaded
   target = tmp_path / "model"
@@ -322,32 +281,45 @@ def test_export_replaces_an_export_and_nothing_else(tmp_path, loaded):
   assert not (tmp_path / "broken").exists()
 
 
-EXPORT_FOREVER = """
-import sys
-from dpo_jax.model import hf
-loaded = hf.load(sys.argv[1], dtype="float32", remat="none", lora=None,
-                 param_dtype="float32")
-print("ready", flush=True)
-while True:
-  hf.export(sys.argv[2], *loaded)
-"""
-
-
-def test_killed_export_never_looks_complete(small_dir, tmp_path, loaded):
+# The last rename and sync make the new export the one of this name.
+@pytest.mark.parametrize(
+  ("module", "name", "call", "left"),
+  [
+    (safetensors_lib, "write", 1, "old"),
+    (pathlib.Path, "write_text", 1, "old"),
+    (hf.atomic, "sync", 2, "old"),
+    (pathlib.Path, "rename", 1, "old"),
+    (pathlib.Path, "rename", 2, "none"),
+    (hf.atomic, "sync", 4, "new"),
+  ],
+)
+def test_killed_export_never_looks_complete(
+  loaded, tmp_path, module, name, call, left
+):
+  """Replacing an export stops at a step, and nothing is cleaned up."""
+  config, base = loaded
   target = tmp_path / "model"
-  for delay_s in (0.0, 0.031, 0.077):
-    with subprocess.Popen(
-      [sys.executable, "-c", EXPORT_FOREVER, str(small_dir), str(target)],
-      stdout=subprocess.PIPE,
-      env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
-    ) as child:
-      assert child.stdout.readline() == b"ready\n"
-      time.sleep(delay_s)
-      child.send_signal(signal.SIGKILL)
-    if target.exists():
-      _, base = hf.load(target, **NUMERICS)
-      jax.tree.map(np.testing.assert_array_equal, base, loaded[1])
-  hf.export(target, *loaded)
+  trees = {"old": base, "new": jax.tree.map(lambda x: 2 * x, base)}
+  hf.export(target, config, base)
+  with pytest.MonkeyPatch.context() as patch:
+    calls, original = [], getattr(module, name)
+
+    def step(*arguments, **options):
+      calls.append(arguments)
+      if len(calls) == call:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        raise KeyboardInterrupt
+      return original(*arguments, **options)
+
+    patch.setattr(module, name, step)
+    with pytest.raises(KeyboardInterrupt):
+      hf.export(target, config, trees["new"])
+  assert len(list(tmp_path.iterdir())) == 2
+  assert target.exists() == (left != "none")
+  if target.exists():
+    _, found = hf.load(target, **NUMERICS)
+    jax.tree.map(np.testing.assert_array_equal, found, trees[left])
+  hf.export(target, config, base)
   assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -357,17 +329,6 @@ def test_peft_loads_our_adapter(small_dir, adapted, tmp_path):
   hf.export_adapter(tmp_path, config, adapters, str(small_dir), base)
   network = transformers.AutoModelForCausalLM.from_pretrained(small_dir)
   network = peft.PeftModel.from_pretrained(network, tmp_path).eval()
-  wrapped = {
-    name.removesuffix(".lora_A.default").split(".layers.0.")[1]
-    for name, _ in network.named_modules()
-    if ".layers.0." in name and name.endswith(".lora_A.default")
-  }
-  assert wrapped == {
-    "attention.query_key_value",
-    "attention.dense",
-    "mlp.dense_h_to_4h",
-    "mlp.dense_4h_to_h",
-  }
   tokens = tokens_for(config)
   expected = torch_logits(network, tokens)
   ours = forward(config, base, adapters, tokens)
@@ -544,38 +505,38 @@ def test_values_that_are_not_finite_are_named(small_copy, mesh):
   assert "final_layer_norm.bias holds NaN or infinity" in str(error.value)
 
 
-def damaged(data):
-  """The file's bytes with each fault, by name."""
-  length = int.from_bytes(data[:8], "little")
-  header = json.loads(data[8 : 8 + length])
+def header_with(**changes):
+  """Rewrites the header's entry of one tensor."""
 
-  def lie(**changes):
-    entry = {**header["embed_out.weight"], **changes}
-    text = json.dumps({**header, "embed_out.weight": entry}).encode()
+  def damage(data):
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["embed_out.weight"] |= changes
+    text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
-  return {
-    "cut": data[:-1],
-    "cut in the header": data[:100],
-    "empty": b"",
-    "longer": data + b"\0",
-    "header beyond the file": (2**40).to_bytes(8, "little") + data[8:],
-    "not JSON": data[:8] + b"x" * length + data[8 + length :],
-    "huge shape": lie(shape=[2**40, 64]),
-    "overflowing shape": lie(shape=[2**62, 2**62]),
-    "offsets beyond the file": lie(data_offsets=[0, 2**50]),
-    "negative offset": lie(data_offsets=[-8, 8]),
-    "another dtype": lie(dtype="F16"),
-  }
+  return damage
 
 
-FAULTS = list(damaged(b"\x18\0\0\0\0\0\0\0" + b'{"embed_out.weight": {}}'))
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_damaged_files_are_refused_without_allocating(small_copy, fault):
+@pytest.mark.parametrize(
+  "damage",
+  [
+    lambda data: data[:-1],
+    lambda data: data[:100],
+    lambda data: b"",
+    lambda data: data + b"\0",
+    lambda data: (2**40).to_bytes(8, "little") + data[8:],
+    lambda data: data[:8] + b"x" + data[9:],
+    header_with(shape=[2**40, 64]),
+    header_with(shape=[2**62, 2**62]),
+    header_with(data_offsets=[0, 2**50]),
+    header_with(data_offsets=[-8, 8]),
+    header_with(dtype="F16"),
+  ],
+)
+def test_damaged_files_are_refused_without_allocating(small_copy, damage):
   path = small_copy / "model.safetensors"
-  path.write_bytes(damaged(path.read_bytes())[fault])
+  path.write_bytes(damage(path.read_bytes()))
   tracemalloc.start()
   with pytest.raises(ValueError, match=r"model\.safetensors is not a whole"):
     hf.load(small_copy, **NUMERICS)
@@ -657,21 +618,7 @@ def test_what_is_written_is_read_by_the_library(tmp_path):
     safetensors_lib.write(path, {"a": arrays["b"]}, [transposed])
 
 
-# --- what tells weights apart
-
-
-def test_the_content_hash_sees_every_weight():
-  base = tiny.weights(tiny.CONFIG)
-  kernel = base["embed"]["kernel"]
-  swapped = kernel.at[3].set(kernel[4]).at[4].set(kernel[3])
-  others = [
-    base | {"embed": {"kernel": changed}}
-    for changed in (kernel.at[5].mul(2.0), swapped, -kernel)
-  ]
-  rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), base)
-  others += [rounded, jax.tree.map(lambda x: x.astype(jnp.bfloat16), base)]
-  hashes = {hf.content_hash(tree) for tree in (base, *others)}
-  assert len(hashes) == 1 + len(others)
+# --- hashes of weights
 
 
 def test_the_content_hash_is_of_sums_of_mixed_words():
@@ -699,9 +646,8 @@ def test_the_content_hash_needs_room_for_a_copy_of_one_weight():
   assert used < 1.2 * 4 * weight.size
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
-def test_the_content_hash_does_not_depend_on_the_mesh(sizes):
+def test_the_content_hash_does_not_depend_on_the_mesh():
   base = tiny.weights(tiny.CONFIG)
-  mesh = sharding.make_mesh(*sizes)
-  lying = jax.device_put(base, sharding.shardings(base, mesh))
-  assert hf.content_hash(lying) == hf.content_hash(base)
+  mesh = sharding.make_mesh(2, 2, 2)
+  split = jax.device_put(base, sharding.shardings(base, mesh))
+  assert hf.content_hash(split) == hf.content_hash(base)

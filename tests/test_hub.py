@@ -20,7 +20,7 @@ from dpo_jax.data import sources, tokenizer
 from dpo_jax.hub import model_card
 from dpo_jax.hub import push as push_lib
 from dpo_jax.io import remote
-from dpo_jax.model import gpt_neox, hf, peft_layout
+from dpo_jax.model import gpt_neox, hf, hf_layout
 from dpo_jax.training import config as config_lib
 from dpo_jax.training import train
 
@@ -117,7 +117,7 @@ from dpo_jax.data import tokenizer
 from dpo_jax.sampling import response_files
 from dpo_jax.sampling import jobs
 from dpo_jax.io import remote
-from dpo_jax.model import peft_layout
+from dpo_jax.model import hf_layout
 base, run, repo = sys.argv[1:]
 options = dict(dtype="float32", remat="none", lora=None, param_dtype="float32")
 same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
@@ -473,7 +473,7 @@ def test_an_adapter_on_a_revision_names_it_as_peft_does():
     ("user/name", "user/name", None),
     (str(ROOT), str(ROOT), None),
   ):
-    found = json.loads(peft_layout.config_json(lora, name))
+    found = json.loads(hf_layout.adapter_config_json(lora, name))
     assert found["base_model_name_or_path"] == base
     assert found["revision"] == revision
 

@@ -1,4 +1,4 @@
-"""Steps on meshes: the numbers of one device, and no weights moved in vain."""
+"""Meshes, shardings of weights, and training steps on meshes."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from dpo_jax.core import sharding
 from dpo_jax.data import batch as batch_lib
 from dpo_jax.data import packing
 from dpo_jax.model import gpt_neox
-from dpo_jax.training import losses
+from dpo_jax.training import losses, optimizer
 from dpo_jax.training import step as step_lib
 
 # Five layers: an array of all of them is told apart by its size.
@@ -27,18 +27,150 @@ LORA = dataclasses.replace(
   FULL, lora=gpt_neox.LoraConfig(2, 4.0, 0.0, gpt_neox.TARGETS)
 )
 PAIRS = 8
-# The mesh's sizes, and an order of the devices.
-MESHES = {
-  "data": ((8, 1, 1), range(8)),
-  "fsdp": ((1, 8, 1), range(8)),
-  "all": ((2, 2, 2), range(8)),
-  "shuffled": ((2, 2, 2), (5, 2, 7, 0, 3, 6, 1, 4)),
+
+
+@pytest.mark.parametrize(
+  ("asked", "devices", "got"),
+  [
+    ((-1, 1, 1), 8, (8, 1, 1)),
+    ((-1, 2, 2), 8, (2, 2, 2)),
+    ((2, -1, 2), 8, (2, 2, 2)),
+    ((1, 1, -1), 4, (1, 1, 4)),
+    ((1, 1, 1), 1, (1, 1, 1)),
+  ],
+)
+def test_meshes(asked, devices, got):
+  mesh = sharding.make_mesh(*asked, devices=jax.devices()[:devices])
+  assert tuple(mesh.shape.values()) == got
+  assert mesh.axis_names == ("data", "fsdp", "tensor")
+  assert mesh.size == devices
+  assert sharding.data_shards(mesh) == got[0] * got[1]
+
+
+def test_a_mesh_takes_all_devices_by_default():
+  assert sharding.make_mesh().size == jax.device_count() == 8
+
+
+@pytest.mark.parametrize(
+  ("sizes", "words"),
+  [
+    ((4, 1, 1), "devices, but there are 8"),
+    ((-1, 3, 1), "devices, but there are 8"),
+    ((-1, 16, 1), "devices, but there are 8"),
+    ((0, 1, 1), "must be positive, with at most one -1"),
+    ((-2, 1, 1), "must be positive, with at most one -1"),
+    ((-1, -1, 1), "must be positive, with at most one -1"),
+  ],
+)
+def test_wrong_sizes_are_refused(sizes, words):
+  with pytest.raises(ValueError, match=words):
+    sharding.make_mesh(*sizes)
+
+
+# Every weight, by hand: vocabulary, heads and mlp over tensor, width over fsdp.
+BASE = {
+  "embed/kernel": P("tensor", "fsdp"),
+  "unembed/kernel": P("fsdp", "tensor"),
+  "final_norm/scale": P(None),
+  "final_norm/bias": P(None),
+  "blocks/attention_norm/scale": P(None, None),
+  "blocks/attention_norm/bias": P(None, None),
+  "blocks/mlp_norm/scale": P(None, None),
+  "blocks/mlp_norm/bias": P(None, None),
+  "blocks/query_key_value/kernel": P(None, "fsdp", "tensor", None, None),
+  "blocks/query_key_value/bias": P(None, "tensor", None, None),
+  "blocks/dense/kernel": P(None, "tensor", None, "fsdp"),
+  "blocks/dense/bias": P(None, None),
+  "blocks/dense_h_to_4h/kernel": P(None, "fsdp", "tensor"),
+  "blocks/dense_h_to_4h/bias": P(None, "tensor"),
+  "blocks/dense_4h_to_h/kernel": P(None, "tensor", "fsdp"),
+  "blocks/dense_4h_to_h/bias": P(None, None),
 }
 
 
-def mesh_of(name):
-  sizes, order = MESHES[name]
+def shapes():
+  key = jax.random.key(0)
+  return {
+    "base": jax.eval_shape(lambda: gpt_neox.init(LORA, key)),
+    "lora": jax.eval_shape(lambda: gpt_neox.init_lora(LORA, key)),
+  }
+
+
+def by_path(tree):
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {sharding.path_name(path): leaf for path, leaf in flat}
+
+
+def test_the_table_names_every_weight():
+  mesh = sharding.make_mesh(2, 2, 2)
+  found = by_path(sharding.shardings(shapes()["base"], mesh))
+  assert {name: leaf.spec for name, leaf in found.items()} == BASE
+  for leaf in by_path(sharding.shardings(shapes()["lora"], mesh)).values():
+    assert leaf.is_fully_replicated
+
+
+@pytest.mark.parametrize("trainable", ["base", "lora"])
+def test_moments_are_split_like_their_weights(trainable):
+  settings = optimizer.OptimizerSettings(
+    "adamw", 1.0, "cosine", 2, 0.1, 0.9, 0.99, 1e-8, 1.0
+  )
+  tx = optimizer.make(settings, 4, trainable)
+  state = jax.eval_shape(tx.init, shapes())
+  mesh = sharding.make_mesh(2, 2, 2)
+  found = by_path(sharding.shardings(state, mesh))
+  weights = by_path(sharding.shardings(shapes()[trainable], mesh))
+  moments = 0
+  for name, leaf in by_path(state).items():
+    weight = next((w for w in weights if name.endswith(f"/{w}")), None)
+    if weight is None:
+      assert leaf.shape == ()
+      assert found[name].is_fully_replicated
+    else:
+      assert found[name] == weights[weight]
+      moments += 1
+  assert moments == 2 * len(weights)
+
+
+def test_an_axis_that_does_not_divide_is_refused():
+  base = shapes()["base"]
+  sharding.shardings(base, sharding.make_mesh(1, 8, 1))
+  # Two heads on eight devices.
+  with pytest.raises(
+    ValueError, match=r"blocks/dense/kernel .*: 2 is not a multiple .*'tensor'"
+  ):
+    sharding.shardings(base, sharding.make_mesh(1, 1, 8))
+
+
+def test_batches_are_split_over_data_and_fsdp():
+  mesh = sharding.make_mesh(2, 2, 2)
+  rows = jax.device_put(
+    np.arange(2 * 8 * 3).reshape(2, 8, 3),
+    sharding.batch_sharding(mesh, leading=1),
+  )
+  starts = [shard.index[1].start for shard in rows.addressable_shards]
+  # Both devices of the tensor axis hold the same two rows.
+  assert sorted(starts) == [0, 0, 2, 2, 4, 4, 6, 6]
+  assert {shard.data.shape for shard in rows.addressable_shards} == {(2, 2, 3)}
+  assert sharding.replicated(mesh).is_fully_replicated
+
+
+def test_constrain_is_nothing_without_a_mesh():
+  x = jnp.ones((2, 3))
+  assert sharding.constrain(x, "batch", None) is x
+
+
+def test_path_names():
+  tree = {"a": [optax.EmptyState(), optax.ScaleByScheduleState(jnp.ones(()))]}
+  assert list(by_path(tree)) == ["a/1/count"]
+
+
+# --- steps
+
+
+def mesh_of(sizes):
+  """A mesh whose devices are in no order."""
   devices = jax.devices()
+  order = (5, 2, 7, 0, 3, 6, 1, 4)
   return sharding.make_mesh(*sizes, devices=[devices[i] for i in order])
 
 
@@ -54,7 +186,7 @@ def keep_gradients():
 
 
 def step_of(config, mesh=None, microbatches=2):
-  """The jitted step of `config`, and its arguments, laid on the mesh."""
+  """The jitted step of `config`, and its arguments on the mesh."""
   name = step_lib.trainable(config)
   tx = optax.partition(
     {"train": keep_gradients(), "freeze": optax.set_to_zero()},
@@ -73,12 +205,12 @@ def step_of(config, mesh=None, microbatches=2):
   state = step_lib.init_state(base, adapters, tx)
   if mesh is None:
     return jax.jit(step), (state, reference, batch)
-  lying = sharding.shardings(jax.eval_shape(lambda: state), mesh)
-  state = jax.device_put(state, lying)
+  split = sharding.shardings(jax.eval_shape(lambda: state), mesh)
+  state = jax.device_put(state, split)
   if reference is not None:
     reference = jax.device_put(reference, sharding.shardings(reference, mesh))
   batch = sharding.put(batch, mesh, leading=1)
-  out = (lying, sharding.replicated(mesh))
+  out = (split, sharding.replicated(mesh))
   return jax.jit(step, out_shardings=out), (state, reference, batch)
 
 
@@ -98,9 +230,8 @@ def alone(config):
 
 
 @pytest.mark.parametrize("config", [FULL, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("name", MESHES)
-def test_losses_and_gradients_are_those_of_one_device(name, config):
-  mesh = mesh_of(name)
+def test_losses_and_gradients_are_those_of_one_device(config):
+  mesh = mesh_of((2, 2, 2))
   with jax.set_mesh(mesh):
     metrics, grads = gradients(config, mesh)
   wanted_metrics, wanted = alone(config)
@@ -116,15 +247,6 @@ def test_losses_and_gradients_are_those_of_one_device(name, config):
     )
     seen += size > 1e-3
   assert seen >= len(wanted) - 1
-
-
-def compiled_text(name, config, capfd):
-  """A step's text, and what the partitioner logged while compiling it."""
-  mesh = mesh_of(name)
-  with jax.set_mesh(mesh):
-    step, arguments = step_of(config, mesh)
-    capfd.readouterr()
-    return fresh(step, *arguments), capfd.readouterr().err
 
 
 def fresh(step, *arguments):
@@ -144,8 +266,8 @@ WARNING = "Involuntary full rematerialization"
 
 
 def test_the_warning_can_be_seen(capfd):
-  """From one split to another that shares no way with it."""
-  mesh = mesh_of("all")
+  """From one split to another that shares no axis with it."""
+  mesh = mesh_of((2, 2, 2))
 
   def f(x):
     for axes in ((("data", "fsdp"), None, None), (None, "fsdp", "data")):
@@ -157,10 +279,17 @@ def test_the_warning_can_be_seen(capfd):
   assert WARNING in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("config", [FULL, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("name", ["fsdp", "all"])
-def test_weights_are_gathered_a_layer_at_a_time(name, config, capfd):
-  text, logged = compiled_text(name, config, capfd)
+@pytest.mark.parametrize(
+  ("sizes", "config"),
+  [((1, 8, 1), FULL), ((2, 2, 2), LORA)],
+  ids=["fsdp-full", "all-lora"],
+)
+def test_weights_are_gathered_a_layer_at_a_time(sizes, config, capfd):
+  mesh = mesh_of(sizes)
+  with jax.set_mesh(mesh):
+    step, arguments = step_of(config, mesh)
+    capfd.readouterr()
+    text, logged = fresh(step, *arguments), capfd.readouterr().err
   assert WARNING not in logged, logged
   kernels = [
     math.prod(part["kernel"].shape)
@@ -172,7 +301,7 @@ def test_weights_are_gathered_a_layer_at_a_time(name, config, capfd):
     for one in operations.collectives(text)
     if one.kind == "all-gather"
   }
-  tensor = mesh_of(name).shape["tensor"]
+  tensor = mesh.shape["tensor"]
   layers = {size // config.layers // tensor for size in kernels}
   # Each kernel's layer is gathered; the stack of all layers never is.
   assert layers <= gathered

@@ -1,8 +1,8 @@
-"""One block of GPT-NeoX in Flax NNX, with LoRA beside its kernels.
+"""A transformer block of GPT-NeoX in Flax NNX, with LoRA on its projections.
 
-NNX defines the layers and their weights; `graph` and `merge` give a block as a
-function of plain dicts of arrays, which `model` stacks and runs. This is the
-only file that imports flax.
+NNX defines the layers and their weights; `graph` and `merge` turn a block into
+a function of plain dicts of arrays, which `gpt_neox` stacks and scans. No other
+file imports flax.
 
 Einsum letters: B batch, T tokens, D width, N heads, H head dim, F mlp, I inputs
 and O outputs of a kernel, flattened, R rank, C the three of q, k, v.
@@ -28,27 +28,27 @@ from dpo_jax.model import lora as lora_lib
 from dpo_jax.model import quantization
 
 Tree = dict[str, Any]
-# The kernels that LoRA may stand beside.
+# Kernels that LoRA can adapt.
 TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
 
 @functools.lru_cache
-def graph(config: Any, turned: bool = False) -> tuple[Any, Any]:
+def graph(config: Any, transposed: bool = False) -> tuple[Any, Any]:
   """The static part of a block and its abstract state.
 
   Args:
-    config: a `model.ModelConfig`, whose `lora` says what stands beside kernels.
-    turned: kernels and lora_a lie as `turned` lays them.
+    config: a `gpt_neox.ModelConfig`; its `lora` describes the adapters.
+    transposed: whether the weights are those of `transpose`.
   """
   config = dataclasses.replace(config.shape(), lora=config.lora)
   block = nnx.eval_shape(
-    lambda: _Block(config, rngs=nnx.Rngs(0), turned=turned)
+    lambda: _Block(config, rngs=nnx.Rngs(0), transposed=transposed)
   )
   return nnx.split(block)
 
 
 def merge(static: Any, *states: Tree) -> Callable[..., Any]:
-  """The block of `graph` with these weights, base's first."""
+  """The block of `graph` with these weights, the base's first."""
   return nnx.merge(static, *states)
 
 
@@ -63,13 +63,13 @@ def init(config: Any, key: jax.Array) -> tuple[Tree, Tree]:
   return jax.vmap(one)(jax.random.split(key, config.layers))
 
 
-def turned(block: Tree) -> Tree:
-  """A layer's block with kernels [O, I] and lora_a [R, I].
+def transpose(block: Tree) -> Tree:
+  """A layer's weights with kernels [O, I] and lora_a [R, I].
 
-  A kernel of more axes than two XLA would copy at each product.
+  XLA would copy a kernel of more than two axes at each product.
   """
 
-  def turn(name, part):
+  def transpose_part(name, part):
     part = dict(part)
     if "kernel" in part:
       inputs = len(quantization.INPUTS[name])
@@ -82,7 +82,7 @@ def turned(block: Tree) -> Tree:
     return part
 
   return {
-    name: turn(name, part) if name in TARGETS else part
+    name: transpose_part(name, part) if name in TARGETS else part
     for name, part in block.items()
   }
 
@@ -100,7 +100,7 @@ def rotation(config: Any, positions: jax.Array) -> tuple:
 def layer_norm(
   x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float
 ) -> jax.Array:
-  """Over the last axis, in float32, [..., D] in the dtype of `x`."""
+  """Layer norm over the last axis in float32, [..., D] in the dtype of `x`."""
   y = x.astype(jnp.float32)
   y = y - jnp.mean(y, axis=-1, keepdims=True)
   y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
@@ -112,7 +112,7 @@ def layer_norm(
 
 
 def fold_in(keys: jax.Array, number: jax.Array | int) -> jax.Array:
-  """jax.random.fold_in for the keys of all tokens, [B, T]."""
+  """`jax.random.fold_in` for a key of each token, [B, T]."""
   fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
   return fold(keys, number)
 
@@ -128,26 +128,19 @@ class _LayerNorm(nnx.Module):
 
 
 class _Projection(nnx.Module):
-  """einsum(equation, x, kernel) + bias, and the low-rank branch beside it.
+  """einsum(equation, x, kernel) + bias + x A B * alpha / rank."""
 
-  `turned`: the kernel is [O, I] and lora_a [R, I], as in `model.apart`.
-  """
-
-  def __init__(
-    self, equation, in_shape, out_shape, *, lora, rngs, turned=False
-  ):
+  def __init__(self, equation, in_shape, out_shape, *, lora, rngs, transposed):
     self.equation, self.lora, self.out_shape = equation, lora, out_shape
-    self.turned = turned
+    self.transposed = transposed
     fan_in, fan_out = math.prod(in_shape), math.prod(out_shape)
-    shape = (*in_shape, *out_shape)
-    if turned:
-      shape = (fan_out, fan_in)
+    shape = (fan_out, fan_in) if transposed else (*in_shape, *out_shape)
     self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
     self.bias = nnx.Param(jnp.zeros(out_shape))
     if lora is not None:
-      # PEFT's start: A uniform in +-1/sqrt(fan_in), B zero.
+      # PEFT's initialization: A uniform in +-1/sqrt(fan_in), B zero.
       bound = 1 / math.sqrt(fan_in)
-      shape = (lora.rank, fan_in) if turned else (fan_in, lora.rank)
+      shape = (lora.rank, fan_in) if transposed else (fan_in, lora.rank)
       self.lora_a = nnx.LoRAParam(
         jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
       )
@@ -155,7 +148,7 @@ class _Projection(nnx.Module):
 
   def __call__(self, x, dropout_key, adapter=None):
     kernel, flat = self.kernel[...].astype(x.dtype), x.reshape(*x.shape[:2], -1)
-    if self.turned:
+    if self.transposed:
       y = jnp.einsum("BTI,OI->BTO", flat, kernel)
       y = y.reshape(*x.shape[:2], *self.out_shape)
     else:
@@ -173,12 +166,12 @@ class _Projection(nnx.Module):
     a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
     scale = jnp.asarray(self.lora.alpha / self.lora.rank, x.dtype)
     if adapter is not None:
-      delta = lora_lib.product(flat, a, b, adapter, self.turned) * scale
+      delta = lora_lib.product(flat, a, b, adapter, self.transposed) * scale
     else:
-      a = a.T if self.turned else a
-      # By two axes: of a product of three XLA takes the gradient of B on a CPU
-      # from a transposed copy, which cost a quarter of a small model's step.
-      # Scaled where they are narrowest.
+      a = a.T if self.transposed else a
+      # Two axes: with three, XLA for CPUs computes the gradient of B from a
+      # transposed copy, a quarter of a small model's step. Scaled at rank R,
+      # which is narrowest.
       delta = (flat.reshape(-1, flat.shape[-1]) @ a * scale) @ b
     return checkpoint_name(y + delta.reshape(y.shape), "projection")
 
@@ -186,16 +179,18 @@ class _Projection(nnx.Module):
 class _Block(nnx.Module):
   """Attention and MLP read the same residual stream (parallel residual)."""
 
-  def __init__(self, config: Any, *, rngs: nnx.Rngs, turned: bool = False):
+  def __init__(self, config: Any, *, rngs: nnx.Rngs, transposed: bool = False):
     D, N, H, F = config.width, config.heads, config.head_dim, config.mlp_width
-    self.config, self.turned = config, turned
 
     def projection(name, equation, in_shape, out_shape):
-      lora = (
-        config.lora if config.lora and name in config.lora.targets else None
-      )
+      adapted = config.lora and name in config.lora.targets
       return _Projection(
-        equation, in_shape, out_shape, lora=lora, rngs=rngs, turned=turned
+        equation,
+        in_shape,
+        out_shape,
+        lora=config.lora if adapted else None,
+        rngs=rngs,
+        transposed=transposed,
       )
 
     self.attention_norm = _LayerNorm(D, config.norm_eps)
@@ -203,14 +198,14 @@ class _Block(nnx.Module):
     self.query_key_value = projection(
       "query_key_value", "BTD,DNCH->BTNCH", (D,), (N, 3, H)
     )
-    # h, not H: einsum sums over axes in the order of their letters, and in any
-    # order but the kernel's XLA transposes the kernel at each call.
+    # h, not H: einsum sums over axes in alphabetical order, and in an order
+    # other than the kernel's XLA transposes the kernel at each call.
     self.dense = projection("dense", "BTNh,NhD->BTD", (N, H), (D,))
     self.dense_h_to_4h = projection("dense_h_to_4h", "BTD,DF->BTF", (D,), (F,))
     self.dense_4h_to_h = projection("dense_4h_to_h", "BTF,FD->BTD", (F,), (D,))
 
   def __call__(self, x, rotation, attend, memory, dropout_key, adapter):
-    """The block's output, and the cache after `memory` took keys and values."""
+    """The block's output, and the cache that `memory` returns."""
     keys = [None] * 4
     if dropout_key is not None:
       keys = [fold_in(dropout_key, i) for i in range(4)]
@@ -234,28 +229,28 @@ def _to_dict(state) -> Tree:
 
 @jax.custom_jvp
 def _gelu(x: jax.Array) -> jax.Array:
-  """x times the normal distribution function of x, as PyTorch computes it.
+  """GELU by erf in float32, as PyTorch computes it.
 
-  By erf in float32. `jax.nn.gelu`, the slow twin, takes erfc, whose branches
-  are slower on a CPU, and its derivative has them again.
+  `jax.nn.gelu` computes erfc, whose branches are slower on a CPU, in its
+  derivative too.
 
   References:
     Hendrycks and Gimpel, Gaussian Error Linear Units, 2016 (arXiv 1606.08415).
   """
   y = x.astype(jnp.float32)
-  return (y * _normal(y)).astype(x.dtype)
+  return (y * _normal_cdf(y)).astype(x.dtype)
 
 
 @_gelu.defjvp
 def _gelu_jvp(primals, tangents):
-  (x,), (along,) = primals, tangents
+  (x,), (tangent,) = primals, tangents
   y = x.astype(jnp.float32)
-  below = _normal(y)
-  slope = below + y * jnp.exp(-y * y / 2) * (1 / math.sqrt(2 * math.pi))
-  return (y * below).astype(x.dtype), slope.astype(x.dtype) * along
+  cdf = _normal_cdf(y)
+  slope = cdf + y * jnp.exp(-y * y / 2) * (1 / math.sqrt(2 * math.pi))
+  return (y * cdf).astype(x.dtype), slope.astype(x.dtype) * tangent
 
 
-def _normal(y):
+def _normal_cdf(y):
   return 0.5 * (1 + jax.lax.erf(y * math.sqrt(0.5)))
 
 
@@ -265,7 +260,7 @@ def _rotate(x: jax.Array, rotation: tuple) -> jax.Array:
   size = cosine.shape[-1]
   first, second, rest = jnp.split(x, [size, 2 * size], axis=-1)
   a, b = first.astype(jnp.float32), second.astype(jnp.float32)
-  turned = jnp.concatenate(
+  rotated = jnp.concatenate(
     [a * cosine - b * sine, b * cosine + a * sine], axis=-1
   )
-  return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
+  return jnp.concatenate([rotated.astype(x.dtype), rest], axis=-1)

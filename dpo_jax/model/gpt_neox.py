@@ -1,13 +1,13 @@
-"""GPT-NeoX, the architecture of every Pythia, with LoRA beside its kernels.
+"""GPT-NeoX, the architecture of every Pythia, with LoRA.
 
-One block is defined in `block`; here there are only plain nested dicts of
-arrays, `base` and `lora`, and `jax.*` transforms. The base path of a weight is
-the same with and without LoRA, so that the reference of DPO is the same base
-with `lora=None`: no second copy of the weights. Layers are stacked on a leading
-axis and run by `lax.scan`.
+One block is defined in `block`; here there are plain nested dicts of arrays,
+`base` and `lora`, and `jax.*` transforms. The base path of a weight is the same
+with and without LoRA, so that the reference of DPO is the same base with
+`lora=None`: no second copy of the weights. Layers are stacked on a leading axis
+and run by `lax.scan`.
 
 Einsum letters: B batch, T query tokens, S key tokens or cache slots, D width,
-N heads, H head dim, F mlp, V vocab, L layers, R rank, C the three of q, k, v.
+N heads, H head dim, V vocab.
 
 References:
   Black et al., GPT-NeoX-20B, 2022 (arXiv 2204.06745);
@@ -29,11 +29,11 @@ from dpo_jax.model import kv_cache, quantization
 from dpo_jax.model.attention import blockwise, shared_prefix
 
 Tree = dict[str, Any]
-# What the backward pass finds and what it computes again: all is kept; the
-# outputs of the projections and of attention by blocks; one activation a layer.
+# Rematerialization policy, by what a block saves for the backward pass: all;
+# outputs of projections and of blockwise attention; its input alone.
 Remat = Literal["none", "save_projections", "full"]
 TARGETS = block_lib.TARGETS
-# Of a narrower unembedding a CPU's product is faster as it lies; see `apart`.
+# Narrower unembeddings are not transposed by `unstack`: a CPU is faster so.
 TURNED_WIDTH = 256
 
 
@@ -57,10 +57,14 @@ class LoraConfig:
 class ModelConfig:
   """Shape and numerics of a GPT-NeoX; hashable, so static under jit.
 
-  `dtype` is what the blocks compute in; layer norms, the softmax of attention
-  and the logits are float32 whatever it says. `attention` names how segments
-  are attended, see `attention`; `logit_chunk` and `vocab_tile` are how many
-  tokens' logits of how many words exist at one time, see `logprobs`.
+  Attributes:
+    dtype: of the blocks; layer norms, the softmax of attention and the logits
+      are float32 in any case.
+    remat: rematerialization policy.
+    attention: implementation for packed rows, see `attention`.
+    logit_chunk: tokens whose logits exist at one time, see `logprobs`.
+    vocab_tile: columns of these logits that do; 0 is all.
+    lora: shape of the adapters; None without.
   """
 
   vocab_size: int
@@ -100,7 +104,7 @@ class ModelConfig:
     return int(self.head_dim * self.rotary_fraction)
 
   def shape(self) -> "ModelConfig":
-    """The same without adapters, and all that is not shape at its default."""
+    """The config with adapters and numerics at their defaults."""
     return dataclasses.replace(
       self,
       **{
@@ -114,7 +118,7 @@ class ModelConfig:
 def init(
   config: ModelConfig, key: jax.Array, param_dtype: Any = jnp.float32
 ) -> Tree:
-  """Random base weights: normal(0.02) kernels, zero biases, unit norms."""
+  """Random base weights: normal(0.02) kernels, zero biases, unit scales."""
   embed_key, unembed_key, blocks_key = jax.random.split(key, 3)
   shape = (config.vocab_size, config.width)
   plain = dataclasses.replace(config, lora=None)
@@ -131,13 +135,13 @@ def init(
 
 
 def init_lora(config: ModelConfig, key: jax.Array) -> Tree:
-  """Fresh float32 adapters, under which the model still equals its base.
+  """Fresh float32 adapters, whose branch is zero.
 
   Raises:
     ValueError: the config has no LoRA.
   """
   if config.lora is None:
-    raise ValueError("config.lora is None: there are no adapters to make")
+    raise ValueError("config.lora is None: it describes no adapters")
   return {"blocks": block_lib.init(config, key)[1]}
 
 
@@ -194,7 +198,7 @@ def apply(
   """
   lora_config = config.lora if lora is not None else None
   config = dataclasses.replace(config, lora=lora_config)
-  graph, _ = block_lib.graph(config, turned=isinstance(cache, tuple))
+  graph, _ = block_lib.graph(config, transposed=isinstance(cache, tuple))
   adapters = lora["blocks"] if lora is not None else {}
   x, rotation = _enter(config, base, tokens, positions)
   attend = attention_lib.bind(config.attention, visible)
@@ -218,7 +222,7 @@ def apply(
     return (x, cache), None
 
   if cache is None:
-    block = _rematerialised(config, block)
+    block = _remat(config, block)
   if isinstance(cache, tuple):
     caches = []
     for number, own in enumerate(cache):
@@ -243,15 +247,12 @@ def apply_both(
   *,
   dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """`apply` with the adapters and `apply` without them, in one pass.
+  """`apply` with the adapters and without them, in one pass over the layers.
 
-  The two share the base, and each of its layers is read once for both: restored
-  from eight bits once, and on a mesh gathered once. No gradient is formed of
-  the second.
+  Each layer of the base is restored from int8 once and gathered on a mesh once,
+  for both. The base and the second output have no gradient.
 
-  Args:
-    config: the model's shape; `config.lora` describes `lora`.
-    base: as in `apply`, as are all below; frozen.
+  Args: as in `apply`.
 
   Returns:
     Hidden states of policy and reference, both [B, T, D] in `config.dtype`.
@@ -270,8 +271,7 @@ def apply_both(
     if key is not None:
       key = block_lib.fold_in(key, number)
     params = quantization.restore(params, config.dtype)
-    # Cast here, and not by each of them, so that both read one array: two casts
-    # would be gathered one by one.
+    # One cast for both: two would be gathered one by one.
     cast = {
       name: jax.tree.map(lambda x: x.astype(config.dtype), params[name])
       for name in TARGETS
@@ -286,7 +286,7 @@ def apply_both(
     return (policy, reference), None
 
   layers = (base["blocks"], lora["blocks"], jnp.arange(config.layers))
-  both, _ = jax.lax.scan(_rematerialised(config, block), (x, x), layers)
+  both, _ = jax.lax.scan(_remat(config, block), (x, x), layers)
   policy, reference = (_leave(config, base, x) for x in both)
   return policy, reference
 
@@ -304,7 +304,7 @@ def unstack(weights: Tree | None) -> Tree | None:
   layers = len(jax.tree.leaves(weights["blocks"])[0])
   stacks = weights["blocks"]
   blocks = tuple(
-    block_lib.turned(jax.tree.map(lambda leaf, at=at: leaf[at], stacks))
+    block_lib.transpose(jax.tree.map(lambda leaf, at=at: leaf[at], stacks))
     for at in range(layers)
   )
   weights = {**weights, "blocks": blocks}
@@ -317,7 +317,7 @@ def unembed(base: Tree, hidden: jax.Array) -> jax.Array:
   """Logits in float32, [..., V], of hidden states [..., D]."""
   kernel = base["unembed"].get("kernel")
   if kernel is None:
-    # `apart` laid it so.
+    # Transposed by `unstack`.
     equation, kernel = "...D,VD->...V", base["unembed"]["words"]
   else:
     equation = "...D,DV->...V"
@@ -330,22 +330,22 @@ def unembed(base: Tree, hidden: jax.Array) -> jax.Array:
 
 
 def _enter(config, base, tokens, positions):
-  """What the first block reads, [B, T, D], and the rotation of all blocks."""
-  # Rows of another split than the batch's would be replicated on their way.
-  words = sharding.constrain(base["embed"]["kernel"], "vocab", None)
-  x = words[tokens].astype(config.dtype)
+  """Embeddings of tokens, [B, T, D], and the rotary angles of all blocks."""
+  # Split as the batch is, the embeddings would be replicated in between.
+  kernel = sharding.constrain(base["embed"]["kernel"], "vocab", None)
+  x = kernel[tokens].astype(config.dtype)
   x = sharding.constrain(x, "batch", None, None)
   return x, block_lib.rotation(config, positions)
 
 
 def _leave(config, base, x):
-  """Hidden states after the final norm, of what the last block gives."""
+  """Hidden states after the final norm."""
   norm = base["final_norm"]
   return block_lib.layer_norm(x, norm["scale"], norm["bias"], config.norm_eps)
 
 
-def _rematerialised(config, block):
-  """A block of which the backward pass finds what `config.remat` says."""
+def _remat(config, block):
+  """A block under the rematerialization policy of the config."""
   if config.remat == "none":
     return block
   saved = ()

@@ -1,35 +1,63 @@
-"""Models and adapters to and from the files of Hugging Face.
+"""Models and adapters in the files of transformers and peft.
 
-The merged model of an export is what transformers loads, an exported adapter
-what peft loads; reading either gives back our trees bit for bit. What a config
-asks for and we do not compute is refused before any weight is read.
+An exported model loads in transformers, an exported adapter in peft; reading
+either gives back our trees bit for bit. A config that we do not compute exactly
+is refused before any weight is read.
+
+Reading never holds a model twice: each device's part of a stacked weight is
+filled layer by layer from the stored tensors. Writing goes one layer at a time
+into a staging directory, which is renamed when it is complete.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import pathlib
+import shutil
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpo_jax.core import distributed, sharding
-from dpo_jax.io import remote, safetensors, strict_json
-from dpo_jax.model import gpt_neox, hf_layout, hf_weights, peft_layout
+from dpo_jax.io import atomic, remote, safetensors, strict_json
+from dpo_jax.model import gpt_neox, hf_layout
 
 Tree = dict[str, Any]
 
+# Metadata of an adapter's file: the `fingerprint` of its base.
 _FINGERPRINT = "dpo_jax_base_fingerprint"
+# An export replaces a directory that holds a model and nothing that an export
+# does not write.
+_MODELS = {"adapter_model.safetensors", "model.safetensors"}
+_EXPORTED = _MODELS | {
+  "adapter_config.json",
+  "added_tokens.json",
+  "chat_template.jinja",
+  "config.json",
+  "merges.txt",
+  "special_tokens_map.json",
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "vocab.json",
+}
 
 
 def read_config(path: str | os.PathLike) -> gpt_neox.ModelConfig:
-  """The shape of the model at a local directory or hub id (user/name@revision).
+  """Shape of the model in a local directory or hub id (user/name@revision).
 
   Raises:
     ValueError: there is no model, or one that we do not compute.
   """
-  return _read_config(remote.fetch(path))
+  origin = remote.fetch(path) / "config.json"
+  fields = hf_layout.model_fields(strict_json.read_object(origin), str(origin))
+  try:
+    return gpt_neox.ModelConfig(**fields)
+  except ValueError as error:
+    raise ValueError(f"{origin}: {error}") from error
 
 
 def load(
@@ -41,43 +69,38 @@ def load(
   param_dtype: Literal["float32", "bfloat16"],
   mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[gpt_neox.ModelConfig, Tree]:
-  """A GPT-NeoX model and its base weights.
+  """Config and base weights of a GPT-NeoX model.
 
   Args:
     path: a directory with config.json and safetensors, or a hub id, with or
       without @revision.
-    dtype: what the model computes in.
-    remat: what the backward pass computes again.
-    lora: adapters that the config is to describe; their weights come from
-      `gpt_neox.init_lora` or `load_adapter`.
-    param_dtype: what the weights are kept in.
-    mesh: where the weights lie, by the rules of `sharding`; None leaves
-      them on the default device.
+    dtype: of the config: what the model computes in.
+    remat: of the config: rematerialization policy.
+    lora: of the config; weights of adapters are those of `gpt_neox.init_lora`
+      or `load_adapter`.
+    param_dtype: of the weights.
+    mesh: splits the weights by the rules of `sharding`; None puts them on the
+      default device.
 
   Raises:
     ValueError: the model is not one that we compute, or a tensor is missing,
       superfluous, of another shape, or not finite; all of them are named.
   """
-  if param_dtype not in ("float32", "bfloat16"):
-    raise ValueError(
-      f"param_dtype={param_dtype!r} must be 'float32' or 'bfloat16'"
-    )
   directory = remote.fetch(path)
   config = dataclasses.replace(
-    _read_config(directory), dtype=dtype, remat=remat, lora=lora
+    read_config(directory), dtype=dtype, remat=remat, lora=lora
   )
   tensors = safetensors.find(directory, "model")
   if "lm_head.weight" in tensors and "embed_out.weight" not in tensors:
-    # transformers 5 has a new name for it, and can be asked to save that one.
+    # transformers 5 saves this name with save_original_format=False.
     tensors["embed_out.weight"] = tensors.pop("lm_head.weight")
   if config.layers > len(tensors):
     raise ValueError(
       f"{directory}: num_hidden_layers={config.layers}, but the files hold"
       f" {len(tensors)} tensors; fetch the files again"
     )
-  base = hf_weights.read(
-    directory, hf_layout.WEIGHTS, _shapes(config), tensors, param_dtype, mesh
-  )
+  shapes = jax.eval_shape(lambda: gpt_neox.init(config, jax.random.key(0)))
+  base = _read(directory, hf_layout.WEIGHTS, shapes, tensors, param_dtype, mesh)
   return config, base
 
 
@@ -87,15 +110,15 @@ def export(
   base: Tree,
   tokenizer: Any = None,
 ) -> None:
-  """Writes a model that transformers' Auto classes load.
+  """Writes a model that transformers' Auto classes load, in its own dtype.
 
-  The weights keep their dtype. Fold adapters in first, with `lora.merge`.
+  Adapters are not written: merge them with `lora.merge` first.
 
   Args:
-    directory: is made, or replaced if it is an earlier export.
+    directory: created, or replaced if it is an earlier export.
     config: the model's shape.
     base: its weights.
-    tokenizer: a tokenizer.Tokenizer to lie beside them.
+    tokenizer: a `tokenizer.Tokenizer` to save with it.
 
   Raises:
     ValueError: the directory holds other files, the tokenizer has ids beyond
@@ -111,8 +134,8 @@ def export(
       )
   dtype = base["embed"]["kernel"].dtype.name
   text = hf_layout.config_json(config, dtype, bos_id, eos_id)
-  with hf_weights.complete(directory) as staged:
-    hf_weights.write(staged / "model.safetensors", hf_layout.WEIGHTS, base, {})
+  with _staged(directory) as staged:
+    _write(staged / "model.safetensors", hf_layout.WEIGHTS, base, {})
     if distributed.is_main():
       if tokenizer is not None:
         tokenizer.save(staged)
@@ -124,27 +147,23 @@ def load_adapter(
   config: gpt_neox.ModelConfig,
   base: Tree | None = None,
 ) -> tuple[gpt_neox.LoraConfig, Tree]:
-  """A PEFT adapter as float32 adapters of ours.
+  """LoraConfig and float32 adapters from a PEFT adapter.
 
   Args:
     directory: with adapter_config.json and safetensors, or a hub id, with or
       without @revision.
-    config: the model that the adapter is for.
-    base: that model's weights. An adapter that we wrote knows which base it
-      was trained on, and is refused for another; PEFT's own do not, and only
-      shapes are compared.
-
-  Returns:
-    The LoraConfig, to be put into the model's config, and the lora tree.
+    config: of the base model.
+    base: its weights. Our adapters are refused on a base with another
+      fingerprint; PEFT's have none, and only shapes are compared.
 
   Raises:
-    ValueError: the adapter has settings that we do not compute, or was made
-      for a model of another shape or for other weights.
+    ValueError: the adapter has settings that we do not compute, or belongs to
+      a model of another shape or with other weights.
   """
   directory = remote.fetch(directory)
   origin = directory / "adapter_config.json"
   lora = gpt_neox.LoraConfig(
-    **peft_layout.fields(strict_json.read_object(origin), str(origin))
+    **hf_layout.lora_fields(strict_json.read_object(origin), str(origin))
   )
   tensors = safetensors.find(directory, "adapter_model")
   shapes = jax.eval_shape(
@@ -152,8 +171,8 @@ def load_adapter(
       dataclasses.replace(config, lora=lora), jax.random.key(0)
     )
   )
-  weights = peft_layout.weights(lora.targets)
-  tree = hf_weights.read(directory, weights, shapes, tensors, "float32", None)
+  weights = hf_layout.adapter_weights(lora.targets)
+  tree = _read(directory, weights, shapes, tensors, "float32", None)
   file = directory / "adapter_model.safetensors"
   if base is not None and file.is_file():
     with safetensors.open_file(file) as opened:
@@ -173,15 +192,14 @@ def export_adapter(
   base_name: str,
   base: Tree | str | None = None,
 ) -> None:
-  """Writes adapters as a directory that peft loads.
+  """Writes adapters that peft loads.
 
   Args:
-    directory: is made, or replaced if it is an earlier export.
+    directory: created, or replaced if it is an earlier export.
     config: the model's shape; `config.lora` describes the adapters.
     lora: the adapters.
     base_name: directory or hub id of the base model, for peft.
-    base: the base weights, or their `fingerprint`; with it the adapter knows
-      its base again.
+    base: the base weights or their `fingerprint`, for `load_adapter` to check.
 
   Raises:
     ValueError: the config has no LoRA, the directory holds other files, or a
@@ -189,25 +207,21 @@ def export_adapter(
   """
   if config.lora is None:
     raise ValueError("config.lora is None: there is no adapter to export")
-  text = peft_layout.config_json(config.lora, base_name)
+  text = hf_layout.adapter_config_json(config.lora, base_name)
   if base is not None and not isinstance(base, str):
     base = fingerprint(base)
   metadata = {} if base is None else {_FINGERPRINT: base}
-  weights = peft_layout.weights(config.lora.targets)
-  with hf_weights.complete(directory) as staged:
-    hf_weights.write(
-      staged / "adapter_model.safetensors", weights, lora, metadata
-    )
+  weights = hf_layout.adapter_weights(config.lora.targets)
+  with _staged(directory) as staged:
+    _write(staged / "adapter_model.safetensors", weights, lora, metadata)
     if distributed.is_main():
       (staged / "adapter_config.json").write_text(text, encoding="utf-8")
 
 
 def fingerprint(base: Tree) -> str:
-  """Sixteen hex digits that tell one model's weights from another's.
+  """Sixteen hex digits of the first input rows of kernels, norms and biases.
 
-  It covers the first input row of every kernel and every norm and bias, in
-  bfloat16: cheap at any size, and the same whatever dtype and mesh the weights
-  are kept in.
+  In bfloat16: cheap at any size, and the same in any dtype and on any mesh.
   """
   digest = hashlib.sha256()
   for row in jax.tree.leaves(distributed.fetch(_first_rows(base))):
@@ -229,9 +243,8 @@ def _first_rows(base: Tree) -> Tree:
 def content_hash(base: Tree) -> str:
   """Sixteen hex digits of every bit of a model's weights.
 
-  Sums of mixed words, which wrap around and so do not depend on the mesh. They
-  are made on the device, one after the other: what is mixed is a copy of one
-  weight.
+  They hash wrapping sums of mixed words, which do not depend on the mesh; one
+  weight at a time is mixed, on the device.
   """
   digest = hashlib.sha256()
   mix = jax.jit(_mixed_sum)
@@ -243,27 +256,182 @@ def content_hash(base: Tree) -> str:
 
 
 def _mixed_sum(leaf: jax.Array, odd: jax.Array) -> jax.Array:
-  """Sum of a weight's words, each mixed with its place times `odd`, uint32."""
+  """Sum of a weight's words, each mixed with its index times `odd`, uint32."""
   width = jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32
   bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
-  place = jnp.zeros(leaf.shape, jnp.uint32)
+  index = jnp.zeros(leaf.shape, jnp.uint32)
   for axis in range(leaf.ndim):
-    place = place * jnp.uint32(leaf.shape[axis] % 2**32)
-    place += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-  mixed = bits + place * odd
+    index = index * jnp.uint32(leaf.shape[axis] % 2**32)
+    index += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+  mixed = bits + index * odd
   for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
     mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
   return jnp.sum(mixed, dtype=jnp.uint32)
 
 
-def _read_config(directory: pathlib.Path) -> gpt_neox.ModelConfig:
-  origin = directory / "config.json"
-  fields = hf_layout.model_fields(strict_json.read_object(origin), str(origin))
+def _read(
+  directory: pathlib.Path,
+  weights: Sequence[hf_layout.Weight],
+  shapes: Tree,
+  tensors: dict[str, Any],
+  dtype: str,
+  mesh: jax.sharding.Mesh | None,
+) -> Tree:
+  """All weights as a tree, after all names and shapes are checked.
+
+  Args:
+    directory: of the tensors, for messages.
+    weights: the layout.
+    shapes: the tree's shapes.
+    tensors: stored tensors by name, from `safetensors.find`.
+    dtype: of the tree.
+    mesh: as in `load`.
+  """
+  expected = {}
+  for weight in weights:
+    shape = _leaf(shapes, weight.path).shape
+    expected |= dict.fromkeys(weight.names(shape), weight.stored_shape(shape))
+  problems = [
+    f"{name} is not a weight of this model"
+    for name in tensors
+    if name not in expected and not hf_layout.BUFFERS.search(name)
+  ]
+  for name, shape in expected.items():
+    if name not in tensors:
+      problems.append(f"{name} is missing")
+      continue
+    found = tuple(tensors[name].get_shape())
+    kind, kinds = tensors[name].get_dtype(), safetensors.WEIGHT_DTYPES
+    if found != shape:
+      problems.append(f"{name} has shape {found}, but its config says {shape}")
+    elif kind not in kinds:
+      problems.append(f"{name} is {kind}, not one of {list(kinds)}")
+  _refuse(directory, problems)
+  tree: Tree = {}
+  placed = shapes if mesh is None else sharding.shardings(shapes, mesh)
+  for weight in weights:
+    to = None if mesh is None else _leaf(placed, weight.path)
+    shape = _leaf(shapes, weight.path).shape
+    *parents, last = weight.path.split("/")
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = _read_weight(weight, shape, tensors, dtype, to, problems)
+  _refuse(directory, problems)
+  return tree
+
+
+def _read_weight(weight, shape, tensors, dtype, to, problems) -> jax.Array:
+  """One weight, stacked over layers, read into the parts that devices hold."""
+  names = weight.names(shape)
+  parts: dict[Any, np.ndarray] = {}
+
+  def part(index):
+    key = tuple(axis.indices(size) for axis, size in zip(index, shape))
+    if key in parts:  # Another device has the same part.
+      return parts[key]
+    size = tuple(len(range(*axis)) for axis in key)
+    out = parts[key] = np.empty(size, jnp.dtype(dtype))
+    layers, chosen, inner, whole = out[None], names, index, shape
+    if weight.stacked:
+      layers, chosen = out, names[index[0]]
+      inner, whole = index[1:], shape[1:]
+    for layer, name in zip(layers, chosen, strict=True):
+      np.copyto(
+        layer, weight.read(tensors[name], whole, inner), casting="unsafe"
+      )
+      if not np.isfinite(layer).all():
+        problems.append(f"{name} holds NaN or infinity")
+    return out
+
+  if to is None:
+    return jax.device_put(part((slice(None),) * len(shape)))
+  return jax.make_array_from_callback(shape, to, part)
+
+
+def _refuse(directory: pathlib.Path, problems: list[str]) -> None:
+  if problems:
+    listed = "".join(f"\n  {problem}" for problem in sorted(set(problems)))
+    raise ValueError(
+      f"{directory}: {len(set(problems))} tensors cannot be used; fetch or"
+      f" export the model again:{listed}"
+    )
+
+
+def _write(
+  path: pathlib.Path,
+  weights: Sequence[hf_layout.Weight],
+  tree: Tree,
+  metadata: dict[str, str],
+) -> None:
+  """Writes one file of weights, gathered a layer at a time.
+
+  A collective: all processes call it, and the first one writes.
+
+  Raises:
+    ValueError: a weight is not finite.
+  """
+  shapes = {}
+  for weight in weights:
+    leaf = _leaf(tree, weight.path)
+    stored = jax.ShapeDtypeStruct(weight.stored_shape(leaf.shape), leaf.dtype)
+    shapes |= dict.fromkeys(weight.names(leaf.shape), stored)
+
+  def arrays() -> Iterator[np.ndarray]:
+    for weight in weights:
+      leaf = _leaf(tree, weight.path)
+      shape = weight.stored_shape(leaf.shape)
+      if leaf.is_fully_addressable:
+        leaf = jax.device_get(leaf)
+      layers = (leaf[i] for i in range(len(leaf))) if weight.stacked else [leaf]
+      for layer in layers:
+        yield weight.stored(distributed.fetch(layer), shape)
+
+  if distributed.is_main():
+    safetensors.write(path, shapes, arrays(), metadata)
+  else:
+    for _ in arrays():
+      pass
+
+
+def _leaf(tree: Tree, path: str) -> Any:
+  for key in path.split("/"):
+    tree = tree[key]
+  return tree
+
+
+@contextlib.contextmanager
+def _staged(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """A staging directory that takes its final name when the block ends.
+
+  The first process makes it; the others get its path and write nothing.
+
+  Raises:
+    ValueError: the final name holds what no export wrote.
+  """
+  final = pathlib.Path(directory)
+  staged = final.with_name(f".{final.name}.partial")
+  if not distributed.is_main():
+    yield staged
+    return
+  found = {path.name for path in final.iterdir()} if final.exists() else set()
+  if found and not (found <= _EXPORTED and found & _MODELS):
+    raise ValueError(
+      f"{final} holds {sorted(found)}, which is no earlier export; choose"
+      " another directory or empty it"
+    )
+  replaced = final.with_name(f".{final.name}.replaced")
+  for left in (staged, replaced):
+    shutil.rmtree(left, ignore_errors=True)
+  staged.mkdir(parents=True)
   try:
-    return gpt_neox.ModelConfig(**fields)
-  except ValueError as error:
-    raise ValueError(f"{origin}: {error}") from error
-
-
-def _shapes(config: gpt_neox.ModelConfig) -> Tree:
-  return jax.eval_shape(lambda: gpt_neox.init(config, jax.random.key(0)))
+    yield staged
+    for path in (*staged.iterdir(), staged):
+      atomic.sync(path)
+    if final.exists():
+      final.rename(replaced)
+    staged.rename(final)
+    atomic.sync(final.parent)
+  finally:
+    for left in (staged, replaced):
+      shutil.rmtree(left, ignore_errors=True)

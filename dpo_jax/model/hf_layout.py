@@ -1,20 +1,25 @@
-"""What Hugging Face calls things: the keys of config.json, names of weights.
+"""Layout of Hugging Face files: config.json, names of weights, PEFT adapters.
 
 Every weight of ours is a transpose of a stored one with some axes flattened
-together; `Weight.axes` says which, and turns values either way. The fused
-query_key_value rows are ordered (head, q/k/v, head dim), so that one rule
-covers them too. A config that we do not compute exactly is refused.
+together, as `Weight.axes` says. The fused query_key_value rows are ordered
+(head, q/k/v, head dim), so that one rule covers them too. Configs that we do
+not compute exactly are refused. PEFT has dozens of settings that change what an
+adapter computes: of those that we do not read, any that is set is refused, a
+later PEFT's too.
 """
 
 import dataclasses
 import json
 import math
+import pathlib
 import re
 from typing import Any
 
 import numpy as np
 
-# Our names of the adapted kernels, and where they are in a stored layer.
+from dpo_jax.io import remote
+
+# The adapted kernels, and their modules in a stored layer.
 MODULES = {
   "query_key_value": "attention.query_key_value",
   "dense": "attention.dense",
@@ -22,7 +27,7 @@ MODULES = {
   "dense_4h_to_h": "mlp.dense_4h_to_h",
 }
 
-# Constants that older transformers stored among the weights.
+# Constants that older transformers stored with the weights.
 BUFFERS = re.compile(
   r"(^|\.)(attention\.(bias|masked_bias)|rotary_emb\.inv_freq)$"
 )
@@ -34,7 +39,7 @@ class Weight:
 
   Attributes:
     path: the path in our tree, "blocks/dense/kernel".
-    name: the stored name; stacked layers have "{}" where the layer stands.
+    name: the stored name; "{}" is the number of the layer, for stacked weights.
     axes: for each stored axis, the axes of our (one layer's) weight that are
       flattened into it.
   """
@@ -48,13 +53,13 @@ class Weight:
     return "{}" in self.name
 
   def names(self, shape: tuple[int, ...]) -> list[str]:
-    """The stored names of our weight of this shape, in order of layers."""
+    """Stored names of our weight of this shape, in order of layers."""
     if not self.stacked:
       return [self.name]
     return [self.name.format(layer) for layer in range(shape[0])]
 
   def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of each stored tensor of our weight of this shape."""
+    """Shape of each stored tensor of our weight of this shape."""
     shape = shape[1:] if self.stacked else shape
     return tuple(
       math.prod(shape[axis] for axis in group) for group in self.axes
@@ -63,12 +68,11 @@ class Weight:
   def read(
     self, stored: Any, shape: tuple[int, ...], index: tuple[slice, ...]
   ) -> np.ndarray:
-    """The part at `index` of one layer's weight of ours, as a view of what is
-    read of the stored tensor: that part alone.
+    """The part at `index` of our (one layer's) weight; no more is read.
 
     Args:
       stored: an array, or a slice of the safetensors library.
-      shape: of our (one layer's) weight.
+      shape: of our weight.
       index: a range of each of our axes. Of axes that are flattened together
         only the first may be a part.
     """
@@ -82,12 +86,9 @@ class Weight:
     order = [axis for group in self.axes for axis in group]
     return stored[tuple(ranges)].reshape(split).transpose(np.argsort(order))
 
-  def stored(self, ours: np.ndarray) -> np.ndarray:
-    """One of our weights (of one layer, if stacked) as it is stored."""
+  def stored(self, ours: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Our (one layer's) weight in its stored shape."""
     order = [axis for group in self.axes for axis in group]
-    shape = tuple(
-      math.prod(ours.shape[axis] for axis in group) for group in self.axes
-    )
     return ours.transpose(order).reshape(shape)
 
 
@@ -121,7 +122,20 @@ WEIGHTS = (
 )
 
 
-# config.json keys whose value we need one way; absent means just that.
+def adapter_weights(targets: tuple[str, ...]) -> tuple[Weight, ...]:
+  """Adapters on these targets, stored as [R, I] and [O, R]."""
+  return tuple(
+    Weight(
+      f"blocks/{target}/lora_{letter}",
+      f"base_model.model.{LAYER}{MODULES[target]}.lora_{letter.upper()}.weight",
+      ((1,), (0,)),
+    )
+    for target in targets
+    for letter in "ab"
+  )
+
+
+# config.json keys with the one value that we compute, also if absent.
 _ONLY = {
   "use_parallel_residual": True,
   "hidden_act": "gelu",
@@ -132,9 +146,9 @@ _ONLY = {
 
 
 def model_fields(config: dict[str, Any], origin: str) -> dict[str, Any]:
-  """The fields of a ModelConfig that a config.json sets.
+  """Fields of a ModelConfig from a config.json.
 
-  Dropout in the base (hidden_dropout, attention_dropout) is not applied:
+  Dropout of the base (hidden_dropout, attention_dropout) is not applied:
   preference training switches it off.
 
   Args:
@@ -173,11 +187,11 @@ def model_fields(config: dict[str, Any], origin: str) -> dict[str, Any]:
 def config_json(
   fields: Any, dtype: str, bos_id: int | None, eos_id: int | None
 ) -> str:
-  """The config.json of a ModelConfig, in keys of transformers 4 and 5.
+  """config.json of a ModelConfig, with the keys of transformers 4 and 5.
 
   Args:
     fields: the ModelConfig.
-    dtype: what the weights are stored in, "float32" or "bfloat16".
+    dtype: of the stored weights, "float32" or "bfloat16".
     bos_id: the tokenizer's, or None.
     eos_id: the tokenizer's, or None.
   """
@@ -215,7 +229,7 @@ def config_json(
 
 
 def _rotary(config: dict[str, Any], origin: str) -> tuple[float, float]:
-  """Fraction and base, from the keys of transformers 4, of 5, or of both."""
+  """Rotary fraction and base, from keys of transformers 4, 5 or both."""
   nested = config.get("rope_parameters") or {}
   scaling = config.get("rope_scaling") or {}
   for rope in (nested, scaling):
@@ -246,6 +260,118 @@ def _rotary(config: dict[str, Any], origin: str) -> tuple[float, float]:
   return values[0], values[1]
 
 
+# PEFT settings that do not change what adapters compute, and those read below.
+_IGNORED = {
+  "auto_mapping",
+  "base_model_name_or_path",
+  "inference_mode",
+  "megatron_core",
+  "peft_version",
+  "qalora_group_size",
+  "revision",
+  "task_type",
+}
+_READ = {
+  "bias",
+  "init_lora_weights",
+  "lora_alpha",
+  "lora_dropout",
+  "peft_type",
+  "r",
+  "target_modules",
+  "use_rslora",
+}
+
+
+def lora_fields(config: dict[str, Any], origin: str) -> dict[str, Any]:
+  """Fields of a LoraConfig from an adapter_config.json.
+
+  Args:
+    config: the parsed adapter_config.json.
+    origin: its path, for messages.
+
+  Raises:
+    ValueError: a setting is missing, or asks for what we do not compute.
+  """
+  for key, only in (("peft_type", "LORA"), ("bias", "none")):
+    if config.get(key) != only:
+      raise ValueError(
+        f"{origin}: {key}={config.get(key)!r} is not supported, only {only!r}"
+      )
+  start = config.get("init_lora_weights", True)
+  if start not in (True, False, "gaussian"):
+    raise ValueError(
+      f"{origin}: init_lora_weights={start!r} may have changed the base's own"
+      " weights; merge the adapter with peft and load the merged model"
+    )
+  for key, value in config.items():
+    if value and key not in _IGNORED | _READ:
+      raise ValueError(
+        f"{origin}: {key}={value!r} is not supported; merge the adapter with"
+        " peft (merge_and_unload) and load the merged model"
+      )
+  rank = _size(config, "r", origin)
+  alpha = _number(config, "lora_alpha", origin)
+  if config.get("use_rslora"):
+    # alpha / sqrt(rank), as the alpha / rank that we compute.
+    alpha *= math.sqrt(rank)
+  return {
+    "rank": rank,
+    "alpha": alpha,
+    "dropout": _number(config, "lora_dropout", origin),
+    "targets": _targets(config.get("target_modules"), origin),
+  }
+
+
+def adapter_config_json(lora: Any, base_name: str) -> str:
+  """adapter_config.json of a LoraConfig on the model `base_name`.
+
+  A name user/name@revision becomes PEFT's two fields.
+  """
+  repo, revision = base_name, None
+  if not pathlib.Path(base_name).exists() and "@" in base_name:
+    repo, revision = remote.split(base_name)
+  alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
+  config = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": repo,
+    "revision": revision,
+    "r": lora.rank,
+    "lora_alpha": alpha,
+    "lora_dropout": lora.dropout,
+    "target_modules": list(lora.targets),
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "modules_to_save": None,
+    "use_dora": False,
+    "use_rslora": False,
+  }
+  return json.dumps(config, indent=2) + "\n"
+
+
+def _targets(names: Any, origin: str) -> tuple[str, ...]:
+  """Adapted kernels in our order; PEFT writes them in any."""
+  if not isinstance(names, list) or not names:
+    raise ValueError(
+      f"{origin}: target_modules={names!r} must be a list of names"
+    )
+  found = {}
+  for name in names:
+    for target, module in MODULES.items():
+      if name in (target, module):
+        found[target] = name
+        break
+    else:
+      raise ValueError(
+        f"{origin}: target_modules names {name!r}; supported are"
+        f" {list(MODULES)}"
+      )
+  return tuple(target for target in MODULES if target in found)
+
+
 def _size(config: dict[str, Any], key: str, origin: str) -> int:
   value = config.get(key)
   if type(value) is not int or value < 1:
@@ -253,8 +379,15 @@ def _size(config: dict[str, Any], key: str, origin: str) -> int:
   return value
 
 
-def _positive(config: dict[str, Any], key: str, origin: str) -> float:
+def _number(config: dict[str, Any], key: str, origin: str) -> float:
   value = config.get(key)
-  if type(value) not in (int, float) or not 0 < value < math.inf:
-    raise ValueError(f"{origin}: {key}={value!r} must be a positive number")
+  if type(value) not in (int, float) or not math.isfinite(value):
+    raise ValueError(f"{origin}: {key}={value!r} must be a number")
   return float(value)
+
+
+def _positive(config: dict[str, Any], key: str, origin: str) -> float:
+  value = _number(config, key, origin)
+  if value <= 0:
+    raise ValueError(f"{origin}: {key}={value!r} must be a positive number")
+  return value

@@ -1,11 +1,4 @@
-"""LoRA on plain trees: adapters folded into their kernels, and counts.
-
-The low-rank branch adds x A B * alpha / rank to a kernel's output, which is the
-kernel kernel + A B * alpha / rank; A and B are two-dimensional, so the product
-is reshaped to the kernel's own axes.
-
-Letters: L layers, K adapters, B rows, T tokens, I and O the flattened inputs
-and outputs of a kernel, R rank.
+"""LoRA on plain trees: merging, stacking and batched application of adapters.
 
 References:
   Hu et al., LoRA, 2021 (arXiv 2106.09685), Section 4.1.
@@ -22,10 +15,10 @@ Tree = dict[str, Any]
 
 
 def merge(config: Any, base: Tree, lora: Tree) -> Tree:
-  """The base whose kernels hold what the adapters add.
+  """Base weights with kernel + A B * alpha / rank for adapted kernels.
 
-  The sum is made in float32 and rounded once to the kernel's own dtype.
-  Weights without an adapter are shared with `base`, not copied.
+  The sum is float32, rounded once to the kernel's dtype. Weights without an
+  adapter are shared with `base`, not copied.
 
   Args:
     config: a ModelConfig; its `lora` has the alpha and rank of `lora`.
@@ -36,7 +29,7 @@ def merge(config: Any, base: Tree, lora: Tree) -> Tree:
     ValueError: the config has no LoRA, or an adapter does not fit its kernel.
   """
   if config.lora is None:
-    raise ValueError("config.lora is None: it cannot say alpha of the adapters")
+    raise ValueError("config.lora is None: it has no alpha to merge with")
   scale = config.lora.alpha / config.lora.rank
   blocks = dict(base["blocks"])
   for target, adapter in lora["blocks"].items():
@@ -50,19 +43,13 @@ def merge(config: Any, base: Tree, lora: Tree) -> Tree:
         f"blocks/{target}: lora_a {a.shape} and lora_b {b.shape} do not fit the"
         f" kernel {kernel.shape}"
       )
-    # Merged kernels lie on the mesh like the old ones.
     add = jax.jit(_add, static_argnums=3, out_shardings=kernel.sharding)
     blocks[target] = {**blocks[target], "kernel": add(kernel, a, b, scale)}
   return {**base, "blocks": blocks}
 
 
 def stack(config: Any, trees: Sequence[Tree]) -> Tree:
-  """Adapters of one shape as one tree, K behind L, in what the model computes.
-
-  Args:
-    config: the ModelConfig of all of them.
-    trees: K adapters.
-  """
+  """K adapters of one shape as a tree of [L, K, ...] in `config.dtype`."""
   return jax.tree.map(
     lambda *leaves: jnp.stack(leaves, 1).astype(config.dtype), *trees
   )
@@ -73,29 +60,29 @@ def product(
   a: jax.Array,
   b: jax.Array,
   adapter: jax.Array,
-  turned: bool = False,
+  transposed: bool = False,
 ) -> jax.Array:
   """x A B with each row's own adapter, [B, T, O]; zero where it is -1.
 
-  For one token a row all K adapters are one adapter of rank K R, and a row's
-  own part of it is kept in the middle: every weight is read once, whatever the
-  number of rows. For more tokens a row's own A and B are gathered instead.
+  For one token a row, the K adapters are one of rank K R whose activations are
+  masked to the row's own: every weight is read once, for any number of rows.
+  For more tokens, each row's A and B are gathered.
 
   Args:
     x: inputs, [B, T, I].
-    a: [K, I, R]; or, for one token a row, [K, R, I] if `turned`.
+    a: [K, I, R]; if `transposed`, for one token a row, [K, R, I].
     b: [K, R, O].
     adapter: in [-1, K), int32 [B].
-    turned: see `a`.
+    transposed: see `a`.
   """
   if x.shape[1] > 1:
-    one = jnp.maximum(adapter, 0)
-    low = jnp.einsum("BTI,BIR->BTR", x, a[one])
+    own = jnp.maximum(adapter, 0)
+    low = jnp.einsum("BTI,BIR->BTR", x, a[own])
     low = jnp.where((adapter >= 0)[:, None, None], low, 0)
-    return jnp.einsum("BTR,BRO->BTO", low, b[one])
+    return jnp.einsum("BTR,BRO->BTO", low, b[own])
   count, rank = b.shape[:2]
-  if turned:
-    # By two axes: XLA would copy A for a product that names three.
+  if transposed:
+    # Two axes: XLA would copy A for a product with three.
     low = jnp.einsum("BTI,OI->BTO", x, a.reshape(count * rank, -1))
     low = low.reshape(*x.shape[:2], count, rank)
   else:
@@ -107,7 +94,7 @@ def product(
 
 
 def count(tree: Tree) -> int:
-  """How many numbers a tree of weights holds."""
+  """Number of parameters of a tree."""
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
@@ -123,5 +110,5 @@ def _add(kernel, a, b, scale):
     delta = (product * scale).reshape(kernel.shape)
     return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
 
-  # A layer at a time: the float32 sum of a whole stack would be a second copy.
+  # Layer by layer: a float32 sum of the stack would be a second copy.
   return jax.lax.map(one, (kernel, a, b))

@@ -1,16 +1,14 @@
-"""Kernels of a frozen base in eight bits, with a scale for each output channel.
+"""Int8 kernels of a frozen base, with an absmax scale per output channel.
 
-A kernel w is kept as round(w / s) in [-127, 127], where s is the greatest |w|
-of an output channel over 127: each weight is off by at most half of s. The
-model computes with the products of the two, made a layer at a time where they
-are used; what it computes is exactly what it would with these weights in full.
-Kernels of blocks are nearly all weights of a large model; norms and biases stay
-float32, embedding and unembedding become bfloat16. What it costs in
-quality, on a small model, is in benchmarks/int8.md.
+A kernel w is stored as round(w / s) in [-127, 127] with s = max |w| / 127 of an
+output channel, so that each weight is off by at most s / 2. The model restores
+one layer at a time and computes exactly as with the restored weights. Norms and
+biases stay float32; embedding and unembedding become bfloat16. The effect on
+quality is in benchmarks/int8.md.
 
 References:
   Dettmers et al., LLM.int8(), 2022 (arXiv 2208.07339), section 2, vector-wise
-  absmax quantisation (of weights alone, here).
+  absmax quantization (here of weights alone).
 """
 
 import dataclasses
@@ -21,7 +19,7 @@ import jax.numpy as jnp
 
 Tree = dict[str, Any]
 
-# Axes of a kernel's inputs, behind the stacked layers.
+# Input axes of each kernel, after the axis of layers.
 INPUTS = {
   "query_key_value": (1,),
   "dense": (1, 2),
@@ -33,14 +31,14 @@ INPUTS = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """`values`, int8, times `scale`, float32 of one number a channel."""
+  """int8 `values` times a float32 `scale` per output channel."""
 
   values: jax.Array
   scale: jax.Array
 
 
 def quantize(kernel: jax.Array, inputs: tuple[int, ...]) -> Kernel:
-  """A kernel in eight bits; `inputs` are the axes that its product sums."""
+  """A kernel in int8; `inputs` are its input axes."""
   kernel = kernel.astype(jnp.float32)
   greatest = jnp.max(jnp.abs(kernel), inputs, keepdims=True)
   scale = jnp.where(greatest > 0, greatest, 1) / 127
@@ -48,7 +46,7 @@ def quantize(kernel: jax.Array, inputs: tuple[int, ...]) -> Kernel:
 
 
 def base(tree: Tree) -> Tree:
-  """The base weights `tree`, as `model.init` gives them, with eight bits."""
+  """Base weights of `gpt_neox.init` with int8 kernels."""
 
   def embedding(part):
     return {"kernel": part["kernel"].astype(jnp.bfloat16)}
@@ -64,7 +62,7 @@ def base(tree: Tree) -> Tree:
 
 
 def restore(tree: Tree, dtype: Any) -> Tree:
-  """Weights as arrays: those in eight bits in `dtype`, others as they are."""
+  """A tree whose int8 kernels are arrays of `dtype` again."""
 
   def one(leaf):
     if not isinstance(leaf, Kernel):

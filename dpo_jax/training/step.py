@@ -306,7 +306,7 @@ def _stats(config, kernel, hidden, batch) -> logprobs.TokenStats:
     batch.source,
     batch.target,
     chunk=config.logit_chunk,
-    words=config.vocab_tile,
+    vocab_tile=config.vocab_tile,
   )
 
 

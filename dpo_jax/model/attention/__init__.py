@@ -1,23 +1,20 @@
-"""Who sees whom in a packed row, and the attention that obeys it.
+"""Attention masks of packed rows, and attention by the name in the config.
 
-A row holds several pieces; a piece is a sequence, or a prompt with two
-responses that both see the prompt and not each other. `Segments` says so with
-two numbers a token instead of a mask of T x T, so that an implementation may
-leave out what is masked whole. Sampling has a cache and no pieces: it passes
+A row holds several segments: a sequence each, or a prompt with two responses
+that see the prompt and not each other. `Segments` has two numbers a token for
+this instead of a mask of T x T, so that an implementation can skip what is
+fully masked. Sampling has a cache and no segments: it passes
 the mask itself, as booleans, or with it which rows share a prompt
 (`shared_prefix`), and these are always attended densely.
 
-Implementations, by the name in `model.attention`; which one runs is what the
-config says, and `check` refuses one that the devices cannot run:
+Implementations; `check` refuses one that the devices cannot run:
   dense: scores of all T x T in float32. Runs everywhere.
-  blocks: `blockwise`, for rows that pieces run through; made for CPUs.
-  cudnn: the fused kernels of NVIDIA's cuDNN, in bfloat16; what is hidden it
-    gets as a bias of T x T, and computes.
-  flash: our own kernels (`flash`) for TPUs and NVIDIA GPUs, which leave out
-    blocks that are hidden whole and hold no array of T x T. Like cudnn, it has
-    run on no device yet.
-  flash_interpreted: the same kernels step by step on any device, some hundred
-    times slower: to check them.
+  blocks: `blockwise`, for rows that segments cross; made for CPUs.
+  cudnn: the fused kernels of NVIDIA's cuDNN, in bfloat16. The mask is a bias of
+    T x T, and masked scores are computed. Has run on no device yet.
+  flash: our own kernels (`flash`) for TPUs and NVIDIA GPUs, which skip fully
+    masked blocks and hold no array of T x T. Has run on no device yet.
+  flash_interpreted: the same kernels, interpreted on any device for tests.
 
 Letters: B rows, T queries, S keys, N heads, H head dim.
 """
@@ -44,15 +41,13 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Segments:
-  """What decides which tokens of a row see each other; both int32 [B, T].
+  """Segment and part of each token, which decide what sees what; int32 [B, T].
 
   Attributes:
-    segment_ids: piece of each token, from 1; 0 is padding.
-    part_ids: part of each token in its piece: PROMPT, or a response's number.
-    block_pairs: None where pieces lie whole in their rows. Else rows are blocks
-      that
-      pieces run through, and this is which of them look at which; see
-      `blockwise`.
+    segment_ids: from 1; 0 is padding.
+    part_ids: PROMPT, or the number of a response in its segment.
+    block_pairs: for rows that segments cross, the pairs of rows that see each
+      other, see `blockwise`; None where segments are whole in their rows.
   """
 
   segment_ids: jax.Array
@@ -60,13 +55,13 @@ class Segments:
   block_pairs: jax.Array | None = None
 
   def mask(self) -> jax.Array:
-    """bool [B, T, T]: same piece, causal, key in the prompt or the own part."""
+    """bool [B, T, T]: same segment, causal, key in the prompt or own part."""
     size = self.segment_ids.shape[-1]
     causal = jnp.tril(jnp.ones((1, size, size), bool))
-    same_piece = self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
+    same_segment = self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
     key_part, query_part = self.part_ids[:, None, :], self.part_ids[:, :, None]
     visible = (key_part == PROMPT) | (key_part == query_part)
-    return causal & same_piece & visible & (self.segment_ids > 0)[:, None, :]
+    return causal & same_segment & visible & (self.segment_ids > 0)[:, None, :]
 
 
 def bind(
@@ -85,18 +80,17 @@ def bind(
       keys and values are `shared_prefix.Parts`, who shares which.
 
   Raises:
-    ValueError: pieces run through rows and `name` is not "blocks", or the other
-      way round.
+    ValueError: segments cross rows and `name` is not "blocks", or vice versa.
   """
   if isinstance(visible, shared_prefix.Sharing):
     return functools.partial(shared_prefix.attend, sharing=visible)
   if not isinstance(visible, Segments):
     return functools.partial(dense, mask=visible)
   if (name == "blocks") != (visible.block_pairs is not None):
+    packed = "without" if visible.block_pairs is None else "with"
     raise ValueError(
-      f"attention={name!r} of rows that were packed with"
-      f" block_pairs={visible.block_pairs}:"
-      " 'blocks' takes rows that pieces run through, and no other does"
+      f"attention={name!r} of rows that were packed {packed} block_pairs;"
+      " 'blocks', and no other, takes rows that segments cross"
     )
   if visible.block_pairs is not None:
     mask = blockwise.mask(
@@ -126,46 +120,33 @@ def check(
     row_length: tokens of a row.
 
   Raises:
-    ValueError: what does not fit, and what to set instead.
+    ValueError: the reason, and what to set instead.
   """
-  if name in ("dense", "blocks", "flash_interpreted"):
+  if name not in ("cudnn", "flash"):
     return
-  where = f"the devices are {device.platform} ({device.device_kind})"
-  mend = "; set model.attention=dense"
   nvidia = "NVIDIA" in device.device_kind
+  where = f"the devices are {device.platform} ({device.device_kind})"
+  largest, reason, mend = 256, "", "model.attention=dense"
   if name == "flash":
     if not nvidia and device.platform != "tpu":
-      raise ValueError(
-        f"model.attention='flash' runs on TPUs and NVIDIA GPUs, but {where}"
-        f"{mend}"
-      )
-    if head_dim > 256:
-      raise ValueError(
-        f"model.attention='flash' takes head dims up to 256, and the model has"
-        f" {head_dim}{mend}"
-      )
-    return
-  if not nvidia:
-    raise ValueError(
-      f"model.attention='cudnn' runs on NVIDIA GPUs, but {where}{mend}"
+      reason = f"runs on TPUs and NVIDIA GPUs, but {where}"
+  elif not nvidia:
+    reason = f"runs on NVIDIA GPUs, but {where}"
+  elif dtype != "bfloat16":
+    reason = f"computes in bfloat16, but model.dtype={dtype!r}"
+    mend = f"model.dtype=bfloat16 or {mend}"
+  elif row_length % 2:
+    reason = f"needs an even data.row_length, not {row_length}"
+  elif float(getattr(device, "compute_capability", "8.0")) < 9:
+    largest = 128
+  multiple = 8 if name == "cudnn" else 1
+  if not reason and (head_dim > largest or head_dim % multiple):
+    reason = (
+      f"takes head dims up to {largest} that are multiples of {multiple} on"
+      f" {device.device_kind}, and the model has {head_dim}"
     )
-  if dtype != "bfloat16":
-    raise ValueError(
-      f"model.attention='cudnn' computes in bfloat16, but model.dtype="
-      f"{dtype!r}; set model.dtype=bfloat16 or model.attention=dense"
-    )
-  capability = float(getattr(device, "compute_capability", "8.0"))
-  largest = 256 if capability >= 9 else 128
-  if head_dim % 8 or head_dim > largest:
-    raise ValueError(
-      f"model.attention='cudnn' takes head dims that are multiples of 8 up to"
-      f" {largest} on {device.device_kind}, and the model has {head_dim}{mend}"
-    )
-  if row_length % 2:
-    raise ValueError(
-      f"model.attention='cudnn' takes rows of an even length, but"
-      f" data.row_length={row_length}{mend}, or one token more"
-    )
+  if reason:
+    raise ValueError(f"model.attention={name!r} {reason}; set {mend}")
 
 
 def dense(q: jax.Array, k: Any, v: Any, mask: jax.Array) -> jax.Array:
@@ -191,13 +172,13 @@ def cudnn(
 
 
 def _flash(q, k, v, *, rows: flash.Plan, lowering: flash.Lowering):
-  """`flash.attend`, on a mesh by each device for its own rows and heads."""
+  """`flash.attend`; on a mesh each device computes its own rows and heads."""
 
   def attend(q, k, v, rows):
     return flash.attend(q, k, v, rows, lowering)
 
   if not jax.sharding.get_abstract_mesh().empty:
-    # What is in a kernel, the partitioner cannot split.
+    # The partitioner cannot split a kernel.
     batch, heads = (sharding.RULES[name] for name in ("batch", "heads"))
     token = PartitionSpec(batch, heads)
     attend = jax.shard_map(

@@ -1,14 +1,13 @@
-"""Attention over short rows that computes no block that is masked whole.
+"""Blockwise attention, for packed rows that segments cross.
 
-The rows are blocks of T tokens, and a piece runs on from row to row. A list
-says which row of keys each row of queries must look at; the scores of these
-pairs of rows are all that exists, so that the work grows with the segment_ids'
-lengths and not with the rows'. It is plain XLA, quick on a CPU. The slow twin
-is `attention.dense` on rows that hold whole segment_ids.
+Rows are blocks of T tokens of one long line per shard, and a segment continues
+from row to row. `block_pairs` lists which row of keys each row of queries must
+attend to; only the scores of these pairs exist, so that work grows with the
+segments' lengths and not with the rows'. It is plain XLA, fast on a CPU.
 
-Scores lie with keys before queries, so that sums over keys run along whole
-vectors, and the backward pass is written out: it keeps the exponentials, and
-takes the softmax's gradient from the output instead of another sum over keys.
+Scores are [keys, queries], so that sums over keys run along whole vectors. The
+backward pass is written out: it saves the exponentials, and takes the gradient
+of the softmax from the output instead of another sum over keys.
 
 Letters: S shards of the rows, B rows of a shard, T tokens of a row, P pairs of
 rows, N heads, H head dim; in an einsum q and k are a row's queries and keys.
@@ -18,15 +17,14 @@ References:
   gradient of the softmax from the output.
 """
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-# What rematerialisation may keep of attention, one value a query and head dim:
-# then scores and exponentials alone are computed again.
+# Checkpoint name of what rematerialization may save of attention, one value for
+# each query and head dim: only scores and exponentials are computed again.
 SAVED = "attended"
 
 
@@ -36,12 +34,9 @@ def mask(
   """Which keys each query of each pair of rows sees, bool [S, P, k, q].
 
   Args:
-    segment_ids: piece of each token, unlike any other of its shard; 0 is
-      padding,
-      [S * B, T].
-    part_ids: part of each token in its piece, 0 for a prompt, [S * B, T].
-    block_pairs: pairs of a row of queries and a row of keys, both counted from
-      the
+    segment_ids: unique in a shard; 0 is padding, [S * B, T].
+    part_ids: 0 for a segment's prompt, [S * B, T].
+    block_pairs: a row of queries and a row of keys, both counted from the
       shard's first row; (-1, -1) for none, [S, P, 2].
   """
   shards, size = len(block_pairs), segment_ids.shape[1]
@@ -49,20 +44,20 @@ def mask(
   part_ids = part_ids.reshape(shards, -1, size)
   query, key = (jnp.maximum(block_pairs[:, :, i], 0) for i in (0, 1))
 
-  def of(x, rows):
+  def take(x, rows):
     return jnp.take_along_axis(x, rows[:, :, None], axis=1)
 
   def both(x):
-    return of(x, query)[:, :, None, :], of(x, key)[:, :, :, None]
+    return take(x, query)[:, :, None, :], take(x, key)[:, :, :, None]
 
-  query_piece, key_piece = both(segment_ids)
+  query_segment, key_segment = both(segment_ids)
   query_part, key_part = both(part_ids)
   own = (query == key)[:, :, None, None]
   causal = jnp.triu(jnp.ones((1, 1, size, size), bool))
   return (
     (block_pairs[:, :, :1, None] >= 0)
-    & (query_piece == key_piece)
-    & (key_piece > 0)
+    & (query_segment == key_segment)
+    & (key_segment > 0)
     & ((key_part == 0) | (key_part == query_part))
     & (causal | ~own)
   )
@@ -77,16 +72,15 @@ def attend(
 ) -> jax.Array:
   """Attention, [S * B, T, N, H] in the dtype of `v`; the softmax in float32.
 
-  Operands of the products keep the dtype of `v`, and their sums are float32. A
-  query that sees nothing (padding) gets zero.
+  Products have operands in the dtype of `v` and float32 sums. The output of
+  padding, which sees nothing, is zero.
 
   Args:
     q: queries, [S * B, T, N, H].
     k: keys, [S * B, N, T, H].
     v: values, [S * B, N, T, H].
-    visible: `mask` of the rows.
-    block_pairs: what `mask` was made with; every key that a query sees must be
-      in it.
+    visible: `mask` of the rows and of `block_pairs`.
+    block_pairs: must list every key that a query sees.
   """
 
   def by_shard(x):
@@ -95,7 +89,7 @@ def attend(
   query, key = (jnp.maximum(block_pairs[:, :, i], 0) for i in (0, 1))
   rows = (by_shard(x) for x in (jnp.swapaxes(q, 1, 2), k, v))
   if len(block_pairs) == 1:
-    # Gathers without an axis of shards are quicker.
+    # Gathers without an axis of shards are faster.
     rows = (x[0] for x in rows)
     out = _attend(*rows, visible[0], query[0], key[0])
   else:
@@ -111,44 +105,37 @@ def _attend(q, k, v, visible, query, key):
 
 
 def _forward(q, k, v, visible, query, key):
-  add = functools.partial(
-    jax.ops.segment_sum, segment_ids=query, num_segments=len(q)
-  )
   q, k, v = (checkpoint_name(x, SAVED) for x in (q, k, v))
   scores = _product("PNkH,PNqH->PNkq", k[key], q[query]) * _scale(q)
-  # A finite floor: what sees nothing stays free of NaN.
+  # A finite floor: rows that see nothing stay free of NaN.
   floor = jnp.finfo(jnp.float32).min
   scores = jnp.where(visible[:, None], scores, floor)
   peak = jax.ops.segment_max(
     jnp.max(scores, axis=2), query, num_segments=len(q)
   )
-  # Above the floor, so that where all is masked the exponentials vanish.
+  # Above the floor, so that exponentials of padding are zero.
   peak = checkpoint_name(jnp.maximum(peak, floor / 2), SAVED)
   weights = jnp.exp(scores - peak[query][:, :, None, :])
-  total = add(jnp.sum(weights, axis=2))
-  # Real queries see themselves: their total is at least one.
+  total = _sum_by_row(jnp.sum(weights, axis=2), query, q)
+  # Tokens see themselves: their total is at least one.
   share = jnp.where(total > 0, 1 / jnp.maximum(total, 1), 0)
   share = checkpoint_name(share, SAVED)
-  out = add(_product("PNkq,PNkH->PNqH", weights, v[key]))
+  out = _sum_by_row(_product("PNkq,PNkH->PNqH", weights, v[key]), query, q)
   out = checkpoint_name(out * share[:, :, :, None], SAVED)
   return out, (q, k, v, weights, out, share, query, key)
 
 
-def _backward(kept, grad):
-  q, k, v, weights, out, share, query, key = kept
-
-  def add(values, rows):
-    return jax.ops.segment_sum(values, rows, num_segments=len(q))
-
-  # `weights` lack their `share`: the gradient takes it, which is smaller.
+def _backward(saved, grad):
+  q, k, v, weights, out, share, query, key = saved
+  # `weights` lack the factor `share`; applied to the gradient, it is cheaper.
   grad = grad * share[:, :, :, None]
   common = jnp.sum(grad * out, axis=-1)
   common, grad = common[query][:, :, None, :], grad.astype(v.dtype)[query]
-  slope = _product("PNkH,PNqH->PNkq", v[key], grad)
-  slope = weights * (slope - common) * _scale(q)
-  of_q = add(_product("PNkq,PNkH->PNqH", slope, k[key]), query)
-  of_k = add(_product("PNkq,PNqH->PNkH", slope, q[query]), key)
-  of_v = add(_product("PNkq,PNqH->PNkH", weights, grad), key)
+  of_scores = _product("PNkH,PNqH->PNkq", v[key], grad)
+  of_scores = weights * (of_scores - common) * _scale(q)
+  of_q = _sum_by_row(_product("PNkq,PNkH->PNqH", of_scores, k[key]), query, q)
+  of_k = _sum_by_row(_product("PNkq,PNqH->PNkH", of_scores, q[query]), key, q)
+  of_v = _sum_by_row(_product("PNkq,PNqH->PNkH", weights, grad), key, q)
   grads = (x.astype(v.dtype) for x in (of_q, of_k, of_v))
   return *grads, None, None, None
 
@@ -156,8 +143,12 @@ def _backward(kept, grad):
 _attend.defvjp(_forward, _backward)
 
 
+def _sum_by_row(values, rows, q):
+  return jax.ops.segment_sum(values, rows, num_segments=len(q))
+
+
 def _product(equation, a, b):
-  """An einsum of what the model computes in, the dtype of `b`, in float32."""
+  """An einsum of operands in the dtype of `b`, summed in float32."""
   return jnp.einsum(
     equation, a.astype(b.dtype), b, preferred_element_type=jnp.float32
   )

@@ -1,22 +1,20 @@
 """Flash attention over packed rows, in Pallas: one body for TPU and GPU.
 
-Scores live in blocks on the chip and are never written out; the softmax is
-kept up to date block by block, and the backward pass computes the scores again
-from the logarithms of its sums. Which tokens see each other is tested inside,
-by one code a token (`codes`), and `todo` lists for every block the blocks that
-have something to see: what is hidden whole is neither computed nor read.
+Scores exist as blocks on the chip alone: the forward pass is an online softmax
+over blocks of keys, and the backward pass computes the scores again from the
+log of its sums. One code a token decides inside the kernel which tokens see
+each other; a list for every block names the blocks that it sees, so that fully
+masked blocks are neither read nor computed.
 
-The kernels that come with jax take segment ids whose equality is the mask. With
-a shared prompt, who sees whom is no equality: both responses see the prompt and
-not each other. Splash attention's other way, a dynamic mask, holds all T x T of
-every row in memory, which is what is to be spared.
+The kernels that come with jax mask by equal segment ids. A shared prompt is no
+such equality: both responses see the prompt and not each other. Splash
+attention's dynamic mask would hold all T x T of every row in memory.
 
-`lowering` is "mosaic" (TPU), "triton" (NVIDIA GPU), "device" (one of these two,
-by the device that is compiled for) or "interpret" (anywhere, for checks). On a
-TPU one program takes a head's whole row, for its blocks are shorter than what
-it costs to begin a program; on a GPU each block has one of its own. The kernels
-were compiled for TPUs and GPUs and checked by the interpreter; they have run on
-no device yet.
+`lowering` is "mosaic" (TPU), "triton" (NVIDIA GPU), "device" (either, by the
+device compiled for) or "interpret" (anywhere, for tests). On a TPU one program
+computes a head's whole row, since a block takes less time than starting a
+program; on a GPU each block has a program. The kernels are compiled for TPUs
+and GPUs and checked by the interpreter; they have not run on a device.
 
 Letters: B rows, N heads, T tokens, H head dim, G blocks of a row.
 
@@ -39,25 +37,25 @@ from jax.experimental.pallas import triton as plgpu
 Lowering = Literal["mosaic", "triton", "device", "interpret"]
 
 # Tokens of a block. A TPU's vectors have 128 lanes; on a GPU scores and sums
-# have to fit into registers; checks want many blocks in short rows.
+# have to fit into registers; tests want many blocks in short rows.
 SIZES = {"mosaic": 128, "triton": 64, "interpret": 16}
-# A part's number stands in the lower bits of a token's code.
+# A token's code is segment_id * _PARTS + part_id.
 _PARTS = 2**8
-# Scores of what is hidden, and the least maximum: exp of their difference is 0.
-_HIDDEN, _LEAST = -1e30, -1e20
+# Masked scores, and the least maximum: exp of their difference is 0.
+_MASKED, _LEAST = -1e30, -1e20
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What the kernels know of rows that were padded to whole blocks, int32.
+  """Codes and block lists of rows padded to whole blocks, int32.
 
   Attributes:
-    codes: piece and part of each token in one number, -1 for padding,
+    codes: segment and part of each token in one number, -1 for padding,
       [B, 1, T].
-    keys: by the size of blocks: for each block of queries how many blocks of
-      keys it sees, and then which, [B, 1, G * (G + 1)].
-    queries: the same for each block of keys, of the blocks that see it.
+    keys: by the size of blocks: for each block of queries the number of blocks
+      of keys that it sees, then their indices, [B, 1, G * (G + 1)].
+    queries: likewise for each block of keys, the blocks of queries that see it.
   """
 
   codes: jax.Array
@@ -76,8 +74,8 @@ def plan(
   Args:
     segment_ids: int32 [B, T], below 2**16; 0 is padding.
     part_ids: int32 [B, T], below 2**8; 0 is the prompt.
-    mask: who sees whom, bool [B, T, T]; it is reduced to blocks, and need not
-      be held.
+    mask: which keys each query sees, bool [B, T, T]; XLA reduces it to blocks
+      without storing it.
     lowering: of the `attend` that it is for.
   """
   names = ("mosaic", "triton") if lowering == "device" else (lowering,)
@@ -90,23 +88,24 @@ def plan(
   for size in sizes:
     count = mask.shape[1] // size
     blocks = mask.reshape(-1, count, size, count, size).any((2, 4))
-    keys[size], queries[size] = todo(blocks), todo(blocks.swapaxes(1, 2))
+    keys[size] = _block_lists(blocks)
+    queries[size] = _block_lists(blocks.swapaxes(1, 2))
   return Plan(codes[:, None], keys, queries)
 
 
-def todo(blocks: jax.Array) -> jax.Array:
-  """Of bool [B, G, G], for each row of blocks the count and the places."""
+def _block_lists(blocks):
+  """For each row of bool [B, G, G] the count and the indices of what is set."""
   count = jnp.sum(blocks, -1, keepdims=True, dtype=jnp.int32)
-  places = jnp.argsort(~blocks, axis=-1, stable=True).astype(jnp.int32)
-  listed = jnp.concatenate([count, places], -1)
-  return listed.reshape(len(blocks), 1, -1)
+  indices = jnp.argsort(~blocks, axis=-1, stable=True).astype(jnp.int32)
+  lists = jnp.concatenate([count, indices], -1)
+  return lists.reshape(len(blocks), 1, -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend(
   q: jax.Array, k: jax.Array, v: jax.Array, rows: Plan, lowering: Lowering
 ) -> jax.Array:
-  """Softmax attention, [B, N, T, H] as `v` is; 0 where a token sees nothing.
+  """Softmax attention, [B, N, T, H] as `v`; 0 where a token sees nothing.
 
   Args:
     q: queries, [B, N, T, H].
@@ -119,15 +118,15 @@ def attend(
 
 
 def _attend_forward(q, k, v, rows, lowering):
-  out, sums = _run("forward", lowering, rows, q, k, v)
-  return out, (q, k, v, rows, out, sums)
+  out, log_sums = _run("forward", lowering, rows, q, k, v)
+  return out, (q, k, v, rows, out, log_sums)
 
 
-def _attend_backward(lowering, kept, gradient):
-  q, k, v, rows, out, sums = kept
-  products = out.astype(jnp.float32) * gradient.astype(jnp.float32)
+def _attend_backward(lowering, saved, d_out):
+  q, k, v, rows, out, log_sums = saved
+  products = out.astype(jnp.float32) * d_out.astype(jnp.float32)
   delta = jnp.sum(products, -1)[:, :, None]
-  arrays = (q, k, v, gradient, sums, delta)
+  arrays = (q, k, v, d_out, log_sums, delta)
   (dq,) = _run("queries", lowering, rows, *arrays)
   dk, dv = _run("keys", lowering, rows, *arrays)
   return dq, dk, dv, None
@@ -137,14 +136,14 @@ attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _run(name, lowering, rows, *arrays):
-  """Runs a kernel; its results are cut to the tokens of `arrays`."""
+  """A kernel's results, cut to the tokens of `arrays`."""
   if lowering == "device":
-    one = functools.partial(_run, name)
+    run = functools.partial(_run, name)
     return jax.lax.platform_dependent(
       rows,
       *arrays,
-      tpu=functools.partial(one, "mosaic"),
-      cuda=functools.partial(one, "triton"),
+      tpu=functools.partial(run, "mosaic"),
+      cuda=functools.partial(run, "triton"),
     )
   tokens, dim = arrays[0].shape[-2:]
   wide = dim
@@ -153,88 +152,74 @@ def _run(name, lowering, rows, *arrays):
     wide = max(16, 1 << (dim - 1).bit_length())
   length = rows.codes.shape[-1]
 
-  def padded(x):
-    more = length - x.shape[-1 if x.shape[2] == 1 else -2]
+  def pad(x):
+    more = (0, length - x.shape[2]), (0, wide - dim)
     if x.shape[2] == 1:
-      return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more)))
-    return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, wide - dim)))
+      more = (0, 0), (0, length - x.shape[3])
+    return jnp.pad(x, ((0, 0), (0, 0), *more))
 
-  found = _call(name, lowering, 1 / math.sqrt(dim), rows, *map(padded, arrays))
+  results = _call(name, lowering, 1 / math.sqrt(dim), rows, *map(pad, arrays))
   return tuple(
     x[..., :tokens] if x.shape[2] == 1 else x[:, :, :tokens, :dim]
-    for x in found
+    for x in results
   )
 
 
 def _call(name, lowering, scale, rows, *arrays):
-  """Runs a kernel on arrays of whole blocks."""
+  """Runs a kernel on arrays padded to whole blocks."""
   batch, heads, length, _ = arrays[0].shape
   size = SIZES[lowering]
   count = length // size
   # Blocks of one program.
   span = 1 if lowering == "triton" else count
-  kernel = {
-    "forward": _forward_kernel,
-    "queries": _queries_kernel,
-    "keys": _keys_kernel,
+  lists = (rows.queries if name == "keys" else rows.keys)[size]
+  token = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
+  number = jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32)
+  kernel, outputs = {
+    "forward": (_forward_kernel, (token, number)),
+    "queries": (_queries_kernel, (token,)),
+    "keys": (_keys_kernel, (token, token)),
   }[name]
-  listed = (rows.queries if name == "keys" else rows.keys)[size]
-
-  def spec(x, whole):
-    """A head's whole row, or what one program makes of it."""
-    axis = 3 if x.shape[2] == 1 else 2
-    block = [1, 1, *x.shape[2:]]
-    if not whole:
-      block[axis] = span * size
-    place = lambda b, n, i: (  # noqa: E731
-      b,
-      n,
-      *(i if at == axis and not whole else 0 for at in (2, 3)),
-    )
-    return pl.BlockSpec(tuple(block), place)
 
   def row(x, **kwargs):
-    """What all heads of a row share."""
+    """Shared by all heads of a row."""
     return pl.BlockSpec(
       (1, 1, x.shape[-1]), lambda b, n, i: (b, 0, 0), **kwargs
     )
 
-  token = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
-  made = {
-    "forward": (
-      token,
-      jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32),
-    ),
-    "queries": (token,),
-    "keys": (token, token),
-  }[name]
+  def whole(x):
+    """A head's whole row."""
+    return pl.BlockSpec((1, 1, *x.shape[2:]), lambda b, n, i: (b, n, 0, 0))
+
+  def blocks(x):
+    """The blocks of one program."""
+    if x.shape[2] == 1:
+      return pl.BlockSpec((1, 1, 1, span * size), lambda b, n, i: (b, n, 0, i))
+    return pl.BlockSpec(
+      (1, 1, span * size, x.shape[3]), lambda b, n, i: (b, n, i, 0)
+    )
+
   scalars, params = {}, None
   if lowering == "mosaic":
     scalars = {"memory_space": pltpu.SMEM}
-    params = pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel", "parallel")
-    )
+    params = pltpu.CompilerParams(dimension_semantics=("parallel",) * 3)
   elif lowering == "triton":
     params = plgpu.CompilerParams(num_warps=4, num_stages=2)
   return pl.pallas_call(
     functools.partial(kernel, size=size, span=span, scale=scale),
-    out_shape=made,
+    out_shape=outputs,
     grid=(batch, heads, count // span),
-    in_specs=[
-      row(listed, **scalars),
-      row(rows.codes),
-      *(spec(x, True) for x in arrays),
-    ],
-    out_specs=tuple(spec(x, False) for x in made),
+    in_specs=[row(lists, **scalars), row(rows.codes), *map(whole, arrays)],
+    out_specs=tuple(map(blocks, outputs)),
     compiler_params=params,
     interpret=lowering == "interpret",
-    cost_estimate=_cost(name, arrays, made, size),
+    cost_estimate=_cost(name, arrays, outputs, size),
     name=f"flash_{name}",
-  )(listed, rows.codes, *arrays)
+  )(lists, rows.codes, *arrays)
 
 
-def _cost(name, arrays, made, size) -> pl.CostEstimate:
-  """At most: of rows that are one piece. How much is hidden is data."""
+def _cost(name, arrays, outputs, size) -> pl.CostEstimate:
+  """An upper bound: that of rows with one segment. What is masked is data."""
   batch, heads, length, dim = arrays[0].shape
   blocks = length // size
   scores = batch * heads * size**2 * blocks * (blocks + 1) // 2
@@ -243,77 +228,76 @@ def _cost(name, arrays, made, size) -> pl.CostEstimate:
     flops=2 * products * scores * dim,
     transcendentals=scores,
     bytes_accessed=sum(
-      math.prod(x.shape) * x.dtype.itemsize for x in (*arrays, *made)
+      math.prod(x.shape) * x.dtype.itemsize for x in (*arrays, *outputs)
     ),
   )
 
 
-# The kernels. Their arguments begin with what the heads of a row share: `todo`,
-# the list of blocks to visit, and `codes`; then come a head's arrays,
-# [1, 1, T, H] and of one number a token [1, 1, 1, T].
+# The kernels. Their first arguments are shared by the heads of a row: the block
+# lists and the codes of `Plan`. Then come a head's arrays, [1, 1, T, H], or
+# [1, 1, 1, T] of one number a token.
 
 
-def _forward_kernel(todo, codes, q, k, v, out, sums, *, size, span, scale):
-  """Output, and the logarithm of the sum of each query's exponentials."""
+def _forward_kernel(lists, codes, q, k, v, out, log_sums, *, size, span, scale):
+  """Output, and the log of the sum of each query's exponentials."""
 
   def block(at, here):
     query = q[0, 0, here, :]
     code = _column(codes[0, :, here])
 
-    def one(other, there, carry):
-      greatest, total, weighted = carry
+    def add(other, there, carry):
+      maximum, total, weighted = carry
       scores = _product(query, k[0, 0, there, :], 1, 1) * scale
       seen = _seen(code, codes[0, :, there], at, other, 0)
-      scores = jnp.where(seen, scores, _HIDDEN)
-      now = jnp.maximum(greatest, jnp.max(scores, 1, keepdims=True))
+      scores = jnp.where(seen, scores, _MASKED)
+      now = jnp.maximum(maximum, jnp.max(scores, 1, keepdims=True))
       weights = jnp.exp(scores - now)
-      fade = jnp.exp(greatest - now)
-      total = total * fade + jnp.sum(weights, 1, keepdims=True)
+      rescale = jnp.exp(maximum - now)
+      total = total * rescale + jnp.sum(weights, 1, keepdims=True)
       weights = weights.astype(v.dtype)
       product = _product(weights, v[0, 0, there, :], 1, 0)
-      return now, total, weighted * fade + product
+      return now, total, weighted * rescale + product
 
     carry = (
       jnp.full((size, 1), _LEAST, jnp.float32),
       jnp.zeros((size, 1), jnp.float32),
       jnp.zeros(query.shape, jnp.float32),
     )
-    greatest, total, weighted = _visit(todo, at, size, one, carry)
+    maximum, total, weighted = _for_listed(lists, at, size, add, carry)
     total = jnp.where(total > 0, total, 1.0)
-    return (weighted / total, _row(greatest + jnp.log(total)))
+    return (weighted / total, _row(maximum + jnp.log(total)))
 
-  _each_block(block, (out, sums), size, span)
+  _for_blocks(block, (out, log_sums), size, span)
 
 
 def _queries_kernel(
-  todo, codes, q, k, v, gradient, sums, delta, dq, *, size, span, scale
+  lists, codes, q, k, v, d_out, log_sums, delta, dq, *, size, span, scale
 ):
   """The gradient of the queries."""
 
   def block(at, here):
-    query, above = q[0, 0, here, :], gradient[0, 0, here, :]
+    query, d_query = q[0, 0, here, :], d_out[0, 0, here, :]
     code = _column(codes[0, :, here])
-    total, less = (_column(x[0, 0, :, here]) for x in (sums, delta))
+    log_sum, shift = (_column(x[0, 0, :, here]) for x in (log_sums, delta))
 
-    def one(other, there, carry):
+    def add(other, there, carry):
       key = k[0, 0, there, :]
       scores = _product(query, key, 1, 1) * scale
       seen = _seen(code, codes[0, :, there], at, other, 0)
-      weights = jnp.exp(jnp.where(seen, scores, _HIDDEN) - total)
-      slope = _product(above, v[0, 0, there, :], 1, 1) - less
-      slope = (weights * slope).astype(key.dtype)
-      return (carry[0] + _product(slope, key, 1, 0),)
+      weights = jnp.exp(jnp.where(seen, scores, _MASKED) - log_sum)
+      d_scores = _product(d_query, v[0, 0, there, :], 1, 1) - shift
+      d_scores = (weights * d_scores).astype(key.dtype)
+      return (carry[0] + _product(d_scores, key, 1, 0),)
 
-    (found,) = _visit(
-      todo, at, size, one, (jnp.zeros(query.shape, jnp.float32),)
-    )
-    return (found * scale,)
+    zeros = jnp.zeros(query.shape, jnp.float32)
+    (gradient,) = _for_listed(lists, at, size, add, (zeros,))
+    return (gradient * scale,)
 
-  _each_block(block, (dq,), size, span)
+  _for_blocks(block, (dq,), size, span)
 
 
 def _keys_kernel(
-  todo, codes, q, k, v, gradient, sums, delta, dk, dv, *, size, span, scale
+  lists, codes, q, k, v, d_out, log_sums, delta, dk, dv, *, size, span, scale
 ):
   """The gradients of keys and values; scores are [keys, queries] here."""
 
@@ -321,36 +305,36 @@ def _keys_kernel(
     key, value = k[0, 0, here, :], v[0, 0, here, :]
     code = _column(codes[0, :, here])
 
-    def one(other, there, carry):
-      query, above = q[0, 0, there, :], gradient[0, 0, there, :]
+    def add(other, there, carry):
+      query, d_query = q[0, 0, there, :], d_out[0, 0, there, :]
       scores = _product(key, query, 1, 1) * scale
       seen = _seen(codes[0, :, there], code, other, at, 1)
-      scores = jnp.where(seen, scores, _HIDDEN)
-      weights = jnp.exp(scores - sums[0, 0, :, there])
-      slope = _product(value, above, 1, 1) - delta[0, 0, :, there]
-      slope = (weights * slope).astype(query.dtype)
-      weights = weights.astype(above.dtype)
+      scores = jnp.where(seen, scores, _MASKED)
+      weights = jnp.exp(scores - log_sums[0, 0, :, there])
+      d_scores = _product(value, d_query, 1, 1) - delta[0, 0, :, there]
+      d_scores = (weights * d_scores).astype(query.dtype)
+      weights = weights.astype(d_query.dtype)
       return (
-        carry[0] + _product(slope, query, 1, 0),
-        carry[1] + _product(weights, above, 1, 0),
+        carry[0] + _product(d_scores, query, 1, 0),
+        carry[1] + _product(weights, d_query, 1, 0),
       )
 
     zeros = jnp.zeros(key.shape, jnp.float32)
-    slopes, weighted = _visit(todo, at, size, one, (zeros, zeros))
-    return slopes * scale, weighted
+    of_keys, of_values = _for_listed(lists, at, size, add, (zeros, zeros))
+    return of_keys * scale, of_values
 
-  _each_block(block, (dk, dv), size, span)
+  _for_blocks(block, (dk, dv), size, span)
 
 
-def _each_block(block, made, size, span):
-  """Runs `block` for each of a program's blocks, and writes what it makes."""
+def _for_blocks(block, outputs, size, span):
+  """Computes and writes each of a program's blocks."""
   first = pl.program_id(2) * span
 
   def one(i, nothing):
     at = first + i
-    found = block(at, _tokens(at, size))
+    values = block(at, _tokens(at, size))
     here = _tokens(i, size)
-    for ref, value in zip(made, found, strict=True):
+    for ref, value in zip(outputs, values, strict=True):
       if ref.shape[2] == 1:
         ref[0, 0, :, here] = value
       else:
@@ -360,20 +344,16 @@ def _each_block(block, made, size, span):
   jax.lax.fori_loop(0, span, one, 0)
 
 
-def _visit(todo, at, size, visit, carry):
-  """Goes through the blocks that `todo` lists for block `at`."""
-  start = at * (_blocks(todo) + 1)
+def _for_listed(lists, at, size, add, carry):
+  """Folds `add` over the blocks that are listed for block `at`."""
+  # Of G * (G + 1) numbers the root is G.
+  start = at * (math.isqrt(lists.shape[-1]) + 1)
 
   def one(i, carry):
-    other = todo[0, 0, start + 1 + i]
-    return visit(other, _tokens(other, size), carry)
+    other = lists[0, 0, start + 1 + i]
+    return add(other, _tokens(other, size), carry)
 
-  return jax.lax.fori_loop(0, todo[0, 0, start], one, carry)
-
-
-def _blocks(todo) -> int:
-  """G of G * (G + 1)."""
-  return math.isqrt(todo.shape[-1])
+  return jax.lax.fori_loop(0, lists[0, 0, start], one, carry)
 
 
 def _tokens(block, size):
@@ -385,11 +365,11 @@ def _seen(query, key, query_block, key_block, query_axis):
   size = query.size
   prompt = jnp.where(query < 0, -2, query & -_PARTS)
   own = jnp.where(query < 0, -2, query)
-  place = functools.partial(jax.lax.broadcasted_iota, jnp.int32, (size, size))
-  before = key_block * size + place(1 - query_axis) <= (
-    query_block * size + place(query_axis)
+  index = functools.partial(jax.lax.broadcasted_iota, jnp.int32, (size, size))
+  causal = key_block * size + index(1 - query_axis) <= (
+    query_block * size + index(query_axis)
   )
-  return ((key == own) | (key == prompt)) & before
+  return ((key == own) | (key == prompt)) & causal
 
 
 def _product(a, b, contracted_a, contracted_b):
@@ -407,7 +387,7 @@ def _product(a, b, contracted_a, contracted_b):
 def _column(row):
   """[1, size] as [size, 1]; a reshape does not compile for every TPU.
 
-  Numbers of codes are exact in float32, which they are summed in.
+  Codes are exact in float32, which they are summed in.
   """
   exact = jnp.where(_diagonal(row.size), row.astype(jnp.float32), 0.0)
   return jnp.sum(exact, 1, keepdims=True).astype(row.dtype)
@@ -420,5 +400,5 @@ def _row(column):
 
 
 def _diagonal(size):
-  place = functools.partial(jax.lax.broadcasted_iota, jnp.int32, (size, size))
-  return place(0) == place(1)
+  index = functools.partial(jax.lax.broadcasted_iota, jnp.int32, (size, size))
+  return index(0) == index(1)
