@@ -117,13 +117,13 @@ def _weights(config, settings, mesh):
   base = jax.eval_shape(
     lambda key: gpt_neox.init(config, key, settings.dtype), key
   )
-  base = compile_training.laid(base, mesh)
+  base = compile_training.sharded(base, mesh)
   if config.lora is None:
     return base, None
   stack = jax.eval_shape(
     lambda key: lora.stack(config, [gpt_neox.init_lora(config, key)]), key
   )
-  return base, compile_training.laid(stack, mesh)
+  return base, compile_training.sharded(stack, mesh)
 
 
 def _state(layout, mesh) -> decode.State:

@@ -1,7 +1,4 @@
-"""A run's own programs, compiled with shapes alone: no weights, no items.
-
-What stands for the items of a batch is in `mean_batch`.
-"""
+"""A training run's own programs, compiled from shapes alone."""
 
 import contextlib
 import dataclasses
@@ -25,9 +22,15 @@ from dpo_jax.training import optimizer, setup, step
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes of one program on one device; `donated` outputs take no room.
+  """Bytes of one program on one device.
 
-  `beside` is what stays there meanwhile though the program does not take it.
+  Attributes:
+    arguments: of its arguments.
+    outputs: of its results.
+    donated: of results in the memory of donated arguments.
+    temporary: of intermediate values.
+    code: of the program.
+    resident: on the device meanwhile, without being an argument.
   """
 
   arguments: int
@@ -35,22 +38,22 @@ class Memory:
   donated: int
   temporary: int
   code: int
-  beside: int = 0
+  resident: int = 0
 
   @property
   def total(self) -> int:
-    made = self.outputs - self.donated + self.temporary + self.code
-    return self.arguments + made + self.beside
+    new = self.outputs - self.donated + self.temporary + self.code
+    return self.arguments + new + self.resident
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """One program, or why the compiler refused it.
+  """A program's memory, or the compiler's refusal.
 
   Attributes:
-    name: "train", "eval", or of `compile_sampling`.
-    memory: None where it does not fit.
-    refusal: the compiler's words, "" where it fits.
+    name: "train", "eval", or one of `compile_sampling`.
+    memory: None if the compiler refused it.
+    refusal: the compiler's message, "" without.
   """
 
   name: str
@@ -58,21 +61,21 @@ class Compiled:
   refusal: str = ""
 
   def fits(self, chip: hardware.Chip | None) -> bool:
-    """Whether it fits a device; its memory may be unknown."""
+    """Whether it fits; on an unknown chip, whether it compiled."""
     if self.memory is None:
       return False
     return chip is None or self.memory.total <= chip.hbm_bytes
 
 
 def compile_one(
-  name: str, lower: Callable[[], Any], beside: int = 0
+  name: str, lower: Callable[[], Any], resident: int = 0
 ) -> Compiled:
-  """Lowers and compiles a program; too little memory is a result.
+  """Lowers and compiles a program; out of memory is a result, no error.
 
   Args:
     name: of the program.
-    lower: gives the lowered program.
-    beside: bytes that stay on the device and that it does not take.
+    lower: returns the lowered program.
+    resident: see `Memory`.
   """
   try:
     compiled = lower().compile()
@@ -92,7 +95,7 @@ def compile_one(
     found.alias_size_in_bytes,
     found.temp_size_in_bytes,
     found.generated_code_size_in_bytes,
-    beside,
+    resident,
   )
   return Compiled(name, memory)
 
@@ -100,15 +103,15 @@ def compile_one(
 def shape_of(
   config: config_lib.TrainSettings, name: str
 ) -> gpt_neox.ModelConfig:
-  """The model's config as training would have it, from its shape alone.
+  """The model's config in a training run, without reading its weights.
 
   Args:
     config: of the run.
-    name: a size in configs/models.py; "" where `model.path` is a directory, or
-      it or the tokenizer's id names a Pythia.
+    name: a size in configs/models.py; "" if `model.path` is a directory, or it
+      or the tokenizer's id names a Pythia.
 
   Raises:
-    ValueError: nothing says which shape it is.
+    ValueError: the shape is unknown.
   """
   path = config.model.path
   if not name and pathlib.Path(path).is_dir():
@@ -127,16 +130,16 @@ def shape_of(
 
 
 def shape_named(name: str, *ids: str) -> gpt_neox.ModelConfig:
-  """The Pythia of this size, or if it is "", the one that an id names.
+  """Shape of the Pythia of this size, or if it is "", of the one in `ids`.
 
   Raises:
-    ValueError: none does.
+    ValueError: no id names one.
   """
   sizes = re.findall(r"pythia-([\d.]+[mb])\b", " ".join(ids))
   size = name.removeprefix("pythia-") or next(iter(sizes), "")
   if not size:
     raise ValueError(
-      f"{' and '.join(map(repr, ids))} are no directory and name no Pythia; say"
+      f"{' and '.join(map(repr, ids))} are no directory and name no Pythia; set"
       " --model=SIZE, one of configs/models.py"
     )
   return gpt_neox.ModelConfig(
@@ -160,14 +163,14 @@ def compile_steps(
   rows: int,
   names: tuple[str, ...] = ("train", "eval"),
 ) -> list[Compiled]:
-  """The run's steps, compiled with shapes alone.
+  """The run's steps, compiled from shapes alone.
 
   Args:
     config: of the run.
     shape: its model.
     mesh: of the devices to compile for.
-    rows: of a training micro-batch on one device; an evaluation's batch is not
-      split.
+    rows: of a training micro-batch on one device; evaluation has no
+      micro-batches.
     names: which of "train" and "eval".
   """
   setup.check_attention(config, shape, mesh)
@@ -176,8 +179,8 @@ def compile_steps(
   kept = config.model.param_dtype
   base = jax.eval_shape(lambda key: random_base(shape, key, kept), key)
   state = jax.eval_shape(setup.initial_state(shape, tx), base, key)
-  state = laid(state, mesh)
-  reference = laid(base, mesh) if config.keeps_reference else None
+  state = sharded(state, mesh)
+  reference = sharded(base, mesh) if config.keeps_reference else None
   train, evaluate = setup.jit_steps(config, shape, tx, state, mesh)
   many = config.microbatches
   at_once = mean_batch.rows_of(
@@ -186,14 +189,13 @@ def compile_steps(
   least = bytes_on_device((state, reference))
   chip = hardware.chip(mesh.devices.flat[0].device_kind)
   if chip and least > chip.hbm_bytes:
-    # No compiler is needed to know.
     refusal = (
       f"state and reference alone take {least / hardware.GIB:.2f} of"
       f" {chip.hbm_bytes / hardware.GIB:.2f} GiB a device"
     )
     return [Compiled(name, None, refusal) for name in names]
-  # An evaluation has no use for the optimizer's state, but it is there.
-  beside = {"train": 0, "eval": bytes_on_device(state.opt_state)}
+  # An evaluation does not take the optimizer's state, which stays allocated.
+  resident = {"train": 0, "eval": bytes_on_device(state.opt_state)}
   with jax.set_mesh(mesh):
     lowered = {
       "train": lambda: train.lower(
@@ -204,12 +206,14 @@ def compile_steps(
       ),
     }
     with uncached(mesh):
-      return [compile_one(name, lowered[name], beside[name]) for name in names]
+      return [
+        compile_one(name, lowered[name], resident[name]) for name in names
+      ]
 
 
 @contextlib.contextmanager
 def uncached(mesh: jax.sharding.Mesh) -> Iterator[None]:
-  """Programs for devices that are elsewhere cannot be read from a cache."""
+  """No compilation cache, which cannot load programs for absent devices."""
   if mesh.devices.flat[0].platform in ("cpu", jax.default_backend()):
     yield
     return
@@ -224,17 +228,17 @@ def uncached(mesh: jax.sharding.Mesh) -> Iterator[None]:
     compilation_cache.reset_cache()
 
 
-def laid(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-  """A tree's shapes as they lie on a mesh, by the rules of `sharding`."""
+def sharded(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+  """A tree's shapes with their shardings on a mesh."""
   return jax.tree.map(
-    lambda x, lying: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lying),
+    lambda x, split: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split),
     tree,
     sharding.shardings(tree, mesh),
   )
 
 
 def bytes_on_device(tree: Any) -> int:
-  """Bytes of a tree of shapes with shardings on one device, without padding."""
+  """Bytes on one device of a tree of `sharded`, without padding."""
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
     for x in jax.tree.leaves(tree)

@@ -1,7 +1,6 @@
-"""What stands for the items of a batch where none are read: the means of HH.
+"""Batch shapes of a run without its data, from HH's mean lengths.
 
-A plan knows a run's config and not its data. How many rows hold a batch, and
-how wide it is, follows from what HH's pairs are in the mean.
+Items are pairs of DPO or examples of SFT.
 """
 
 import dataclasses
@@ -14,22 +13,26 @@ from dpo_jax.core import sharding
 from dpo_jax.data import batch
 from dpo_jax.training import config as config_lib
 
-# Completion tokens are dealt to shards unevenly, and a run's shapes hold its
+# Completion tokens are spread unevenly over shards, and a run's shapes hold its
 # widest batch.
 _SLACK = 1.25
-# What blocks of T compute beside the scores that are seen, in T for each token:
-# half of the own block, and parts of the first. A run's shapes, which hold its
-# widest batch, have more. Measured on HH's harmless-base: at 64, 128 and 256
-# tokens 1.8, 2.6 and 4.2 times what is seen; of eight shards, padding included,
-# 2.0, 3.0 and 5.1 times.
-_BESIDE, _WIDEST = 1.67, 1.15
+# Masked scores that blocks of T tokens compute, in T per token (half of the own
+# block, and parts of the first), and the factor of a run's widest batch. On HH,
+# at T of 64, 128 and 256, all scores are 1.8, 2.6 and 4.2 times the visible
+# ones; on eight shards, padding included, 2.0, 3.0 and 5.1 times.
+_MASKED, _WIDEST = 1.67, 1.15
 
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-  """Mean tokens of an item, and the places in rows that it takes.
+  """Means of an item.
 
-  `deviation` is the standard deviation of what an item takes.
+  Attributes:
+    tokens: of all its segments, a shared prompt once.
+    places: token positions of rows that it takes, padding included.
+    completion: tokens that are predicted.
+    visible: pairs of a query and a key that it sees.
+    deviation: standard deviation of `places`.
   """
 
   tokens: float
@@ -39,9 +42,9 @@ class Lengths:
   deviation: float
 
 
-# Measured on the 1,551 good pairs of HH's harmless-base at hand, profile
-# "paper", 512 tokens, prompt 256, and the fill of rows of 1,024 tokens on one
-# shard (benchmarks/data.md). By layout; SFT's items are chosen responses.
+# By layout, measured on 1,551 pairs of HH's harmless-base, rules "paper", 512
+# tokens, prompt 256, in rows of 1,024 tokens on one shard (benchmarks/data.md).
+# SFT's items are the chosen responses.
 PAIRS = {
   "shared": Lengths(207.2, 221.1, 91.2, 27_126, 127.0),
   "packed": Lengths(323.3, 344.8, 91.2, 38_137, 211.4),
@@ -54,7 +57,7 @@ EXAMPLES = {
 
 
 def lengths(config: config_lib.TrainSettings) -> Lengths:
-  """The means that stand for the run's items."""
+  """Mean lengths of the run's items."""
   table = PAIRS if config.objective == "dpo" else EXAMPLES
   found = table[config.data.layout]
   if config.data.layout == "padded":
@@ -64,13 +67,13 @@ def lengths(config: config_lib.TrainSettings) -> Lengths:
 
 
 def rows_of(config: config_lib.TrainSettings, items: int, shards: int) -> int:
-  """Rows on one device that hold so many items."""
+  """Rows on one device that hold `items` items in the mean."""
   needed = items * lengths(config).places / config.row_length
   return max(math.ceil(needed / shards), 1)
 
 
 def items_of(config: config_lib.TrainSettings, rows: int, shards: int) -> int:
-  """Items that fill so many rows on one device."""
+  """Items that fill `rows` rows on each device in the mean."""
   places = rows * shards * config.row_length
   return max(int(places / lengths(config).places), 1)
 
@@ -78,9 +81,9 @@ def items_of(config: config_lib.TrainSettings, rows: int, shards: int) -> int:
 def widest_rows(
   config: config_lib.TrainSettings, items: int, shards: int
 ) -> int:
-  """About how many rows on one device hold any so many items of a run.
+  """Rows on one device that hold any batch of `items` items of a run.
 
-  A sum of items is rarely more than three deviations above its mean.
+  Three standard deviations above the mean.
   """
   mean = lengths(config)
   needed = items * mean.places + 3 * mean.deviation * math.sqrt(items)
@@ -99,20 +102,20 @@ def batch_of(
   share = mean.completion / mean.places
   width = rows * config.row_length * min(share * _SLACK, 1.0)
   width = -(-math.ceil(width) // 128) * 128
-  lying = sharding.batch_sharding(mesh, leading=1)
+  split = sharding.batch_sharding(mesh, leading=1)
 
   def one(*sizes, dtype=jnp.int32):
-    return jax.ShapeDtypeStruct((microbatches, *sizes), dtype, sharding=lying)
+    return jax.ShapeDtypeStruct((microbatches, *sizes), dtype, sharding=split)
 
   token = one(rows * shards, config.row_length)
   completion = one(shards, width)
-  kept = None
+  reference = None
   if config.precompute_reference:
-    kept = one(shards, width, dtype=jnp.float32)
-  seen = None
+    reference = one(shards, width, dtype=jnp.float32)
+  block_pairs = None
   if config.spans_rows:
     size = config.row_length
-    scores = _WIDEST * (mean.visible + _BESIDE * mean.tokens * size)
+    scores = _WIDEST * (mean.visible + _MASKED * mean.tokens * size)
     pairs = rows * size / mean.places * scores / size**2
-    seen = one(shards, math.ceil(pairs), 2)
-  return batch.Batch(*(token,) * 5, *(completion,) * 3, kept, seen)
+    block_pairs = one(shards, math.ceil(pairs), 2)
+  return batch.Batch(*(token,) * 5, *(completion,) * 3, reference, block_pairs)

@@ -1,20 +1,19 @@
-"""What a run will need, before a machine is rented for it.
+"""Memory and a lower bound of the time of a run, before renting a machine.
 
   python -m dpo_jax plan --topology=v5e:2x4 --config=configs/dpo.py:pythia-2.8b
 
-compiles the run's own training, evaluation and sampling programs for a TPU
-slice that need not be there, or without --topology for the devices that are,
-and prints the bytes of a device, whether that fits, the rows that do, and a
-lower bound of a step's time (`lower_bound`). Nothing runs, and weights are
-neither read nor made: everything is shapes. The items of a batch are not read
-either; what stands for them is in `mean_batch`, the means of HH.
+compiles the run's own training, evaluation and sampling programs for an absent
+TPU slice, or without --topology for the local devices, and prints bytes per
+device, whether they fit, the most rows that do, and a lower bound of a step's
+time. Nothing runs and no weights or data are read: programs are compiled from
+shapes, with HH's mean lengths for a batch.
 
-Where the config's own mesh does not fit, meshes that split the weights further
-are tried, and the first that fits is planned and named. --config may also be a
+If the config's mesh does not fit, meshes that split the weights further are
+tried, and the first that fits is planned and named. --config can also be a
 sampling config, such as configs/sample.py:paper.
 
-A compilation of a large model for a slice takes one to three minutes of two
-cores; --search=0 and --answers= leave parts out.
+A compilation of a large model takes one to three minutes on two cores;
+--search=0 and --sampling= skip parts.
 """
 
 import dataclasses
@@ -31,25 +30,25 @@ from dpo_jax.model import gpt_neox
 from dpo_jax.plan import (
   compile_sampling,
   compile_training,
+  lower_bound,
   mean_batch,
-  text,
   topology,
 )
 from dpo_jax.sampling import jobs, sampler
 from dpo_jax.training import config as config_lib
 
-ANSWERS = "configs/sample.py:paper"
+SAMPLING = "configs/sample.py:paper"
 
 
 def meshes(
   wanted: sharding.MeshSettings, axis: str, devices: list[jax.Device]
 ) -> Iterator[jax.sharding.Mesh]:
-  """The mesh of the config, then others that split the weights further.
+  """The config's mesh, then others with larger powers of two on an axis.
 
   Args:
-    wanted: of the config.
-    axis: what splits them, "fsdp" or "tensor".
-    devices: of the mesh.
+    wanted: sizes of the config's mesh.
+    axis: "fsdp" or "tensor", which split the weights.
+    devices: of the meshes.
   """
   first = sharding.make_mesh(**dataclasses.asdict(wanted), devices=devices)
   yield first
@@ -62,12 +61,6 @@ def meshes(
     size *= 2
 
 
-def _flags(mesh: jax.sharding.Mesh) -> str:
-  return " ".join(
-    f"--config.mesh.{axis}={size}" for axis, size in mesh.shape.items()
-  )
-
-
 def plan_training(
   config: config_lib.TrainSettings,
   shape: gpt_neox.ModelConfig,
@@ -77,15 +70,14 @@ def plan_training(
   """Prints the plan of a training run; False if no mesh fits."""
   chip = hardware.chip(devices[0].device_kind)
   for number, mesh in enumerate(meshes(config.mesh, "fsdp", devices)):
-    shards = sharding.data_shards(mesh)
     items = config.batch_size // config.microbatches
-    rows = mean_batch.rows_of(config, items, shards)
+    rows = mean_batch.rows_of(config, items, sharding.data_shards(mesh))
     try:
-      found = compile_training.compile_steps(
+      programs = compile_training.compile_steps(
         config, shape, mesh, rows, ("train",)
       )
-      if found[0].fits(chip):
-        found += compile_training.compile_steps(
+      if programs[0].fits(chip):
+        programs += compile_training.compile_steps(
           config, shape, mesh, rows, ("eval",)
         )
     except ValueError as error:
@@ -93,35 +85,34 @@ def plan_training(
         raise
       console.result(f"{_flags(mesh)}: {error}")
       continue
-    fits = all(one.fits(chip) for one in found)
+    fits = all(one.fits(chip) for one in programs)
     if fits and number:
       console.result(f"with {_flags(mesh)}:")
-    console.result(text.training(config, shape, mesh, found, rows))
+    console.result(describe_training(config, shape, mesh, programs, rows))
     if fits:
       if search and chip:
-        most_rows(config, shape, mesh, rows, search)
+        print_most_rows(config, shape, mesh, rows, search)
       return True
   return False
 
 
-def most_rows(
+def print_most_rows(
   config: config_lib.TrainSettings,
   shape: gpt_neox.ModelConfig,
   mesh: jax.sharding.Mesh,
   rows: int,
   limit: int,
-) -> int:
-  """Finds and prints the most rows of a device and micro-batch that fit.
+) -> None:
+  """Prints the most rows per device and micro-batch that fit.
 
-  1, 2, 4, ... and those of a run's widest batches are compiled, in this order,
-  until some do not fit.
+  Tried in order are 1, 2, 4, ... and those of a run's widest batches.
 
   Args:
-    config: of the run; its batches grow with the rows.
+    config: of the run; its batch size grows with the rows.
     shape: its model.
-    mesh: of devices whose memory is known.
-    rows: that are known to fit.
-    limit: more rows are not tried.
+    mesh: of devices of known memory.
+    rows: known to fit.
+    limit: the most rows to try.
   """
   chip = hardware.chip(mesh.devices.flat[0].device_kind)
   shards = sharding.data_shards(mesh)
@@ -134,27 +125,25 @@ def most_rows(
       continue
     items = mean_batch.items_of(config, count, shards) * config.microbatches
     wider = dataclasses.replace(config, batch_size=items)
-    (one,) = compile_training.compile_steps(
+    (program,) = compile_training.compile_steps(
       wider, shape, mesh, count, ("train",)
     )
-    if not one.fits(chip):
+    if not program.fits(chip):
       refused = f", {count} do not"
       break
     rows = count
+  items = mean_batch.items_of(config, rows, shards)
   console.result(
-    f"{rows} row(s) a device fit"
-    f" ({mean_batch.items_of(config, rows, shards)} items a micro-batch)"
-    f"{refused}"
+    f"{rows} row(s) a device fit ({items} items a micro-batch){refused}"
   )
   if rows < min(widest, limit):
     console.result(
       f"THE WIDEST BATCHES DO NOT FIT: they take about {widest} row(s) a"
       " device. Try more --config.microbatches"
     )
-  return rows
 
 
-def plan_answers(
+def plan_sampling(
   config: jobs.SamplingSettings,
   shape: gpt_neox.ModelConfig,
   devices: list[jax.Device],
@@ -175,38 +164,38 @@ def plan_answers(
     try:
       found = compile_sampling.compile_answers(config, shape, mesh, hbm)
     except ValueError as error:
-      console.result(f"answers, {_flags(mesh)}: {error}")
+      console.result(f"sampling, {_flags(mesh)}: {error}")
       continue
     if number:
-      console.result(f"answers with {_flags(mesh)}:")
-    console.result(text.answers(found, mesh, name))
+      console.result(f"sampling with {_flags(mesh)}:")
+    console.result(describe_sampling(found, mesh, name))
     if all(one.fits(chip) for one in found.programs):
       return True
     fewer = None
     if search and chip:
-      fewer = most_answers(config, shape, mesh, found.rows)
+      fewer = most_sampling_rows(config, shape, mesh, found.rows)
     if fewer:
       console.result(
         f"{fewer.rows} rows a device fit: with batch_size={fewer.layout.size}"
         " in the sampling config,"
       )
-      console.result(text.answers(fewer, mesh, name))
+      console.result(describe_sampling(fewer, mesh, name))
       return True
   return False
 
 
-def most_answers(
+def most_sampling_rows(
   config: jobs.SamplingSettings,
   shape: gpt_neox.ModelConfig,
   mesh: jax.sharding.Mesh,
   limit: int,
 ) -> compile_sampling.Answering | None:
-  """The programs of the most of 8, 16, 32, ... rows a device that fit.
+  """The programs of the most of 8, 16, 32, ... rows per device that fit.
 
   Args:
-    config: of the sampling run; its batch size is what is looked for.
+    config: of the sampling run, whose batch size is searched.
     shape: the model.
-    mesh: of devices whose memory is known.
+    mesh: of devices of known memory.
     limit: fewer rows than this are tried.
   """
   chip = hardware.chip(mesh.devices.flat[0].device_kind)
@@ -221,6 +210,138 @@ def most_answers(
   return most
 
 
+def describe_training(
+  config: config_lib.TrainSettings,
+  shape: gpt_neox.ModelConfig,
+  mesh: jax.sharding.Mesh,
+  programs: list[compile_training.Compiled],
+  rows: int,
+) -> str:
+  """A training run's programs and the lower bound of a step, as text."""
+  device = mesh.devices.flat[0]
+  chip = hardware.chip(device.device_kind)
+  shards = sharding.data_shards(mesh)
+  mean = mean_batch.lengths(config)
+  bound = lower_bound.of_step(config, shape, mesh, rows)
+  lines = [
+    f"{mesh.size} x {device.device_kind}, mesh {dict(mesh.shape)}; batches of"
+    f" {config.batch_size}, by HH's means: {mean.tokens:.0f} tokens,"
+    f" {mean.completion:.0f} of them predicted, in {mean.places:.0f} places",
+    _describe_split(config, bound, shards, rows, chip),
+  ]
+  items = config.batch_size // config.microbatches
+  widest = mean_batch.widest_rows(config, items, shards)
+  if widest > rows:
+    lines.append(
+      f"the widest batches of a run take about {widest} row(s) a device"
+    )
+  eval_rows = mean_batch.rows_of(config, config.eval_batch_size, shards)
+  if eval_rows != rows:
+    lines.append(
+      f"evaluations of {config.eval_batch_size}, at once: {eval_rows} row(s) a"
+      " device"
+    )
+  for program in programs:
+    less = "more --config.microbatches"
+    if program.name == "eval":
+      less = "a lower --config.eval_batch_size"
+    mend = f"Try a greater --config.mesh.fsdp or .tensor, or {less}"
+    lines.append(_describe_program(program, chip, mend))
+  if chip is None:
+    lines.append(
+      f"no bound and no more rows: {device.device_kind!r} is not in"
+      " dpo_jax/core/hardware.py"
+    )
+  elif all(program.fits(chip) for program in programs):
+    lines.append(_describe_bound(bound, chip))
+  return "\n".join(lines)
+
+
+def _describe_split(config, bound, shards: int, rows: int, chip) -> str:
+  """How a batch is split, and a setting that would waste less."""
+  many = config.microbatches
+  text = (
+    f"{many} micro-batch(es) of {config.batch_size / many / shards:.3g} item(s)"
+    f" in {rows} row(s) of {config.row_length} tokens a device:"
+    f" {bound.fill:.0%} of the token positions hold a token, the weights are"
+    f" read {many} time(s) a step"
+  )
+  if chip is not None:
+    text += f"; at best {bound.utilization(chip):.0%} of peak"
+  for fewer in range(1, many):
+    items, rest = divmod(config.batch_size, fewer)
+    if not rest and mean_batch.rows_of(config, items, shards) <= rows:
+      text += f". --config.microbatches={fewer} takes no more rows a device"
+      return text
+  if bound.fill < 0.5:
+    text += ". Fewer devices or a greater --config.batch_size fill the rows"
+  return text
+
+
+def _describe_bound(bound: lower_bound.Bound, chip: hardware.Chip) -> str:
+  compute, read, gathered = bound.seconds(chip)
+  many = bound.microbatches
+  return (
+    f"lower bound, no prediction: a step takes {max(bound.seconds(chip)):.3g} s"
+    f" at best, the longest of {compute:.3g} s to compute"
+    f" ({bound.flops:.3g} flops / {bound.peak(chip) / 1e12:.0f} Tflop/s),"
+    f" {read:.3g} s to read the weights ({many} x {bound.read / 1e9:.3g} GB /"
+    f" {chip.hbm_bandwidth / 1e9:.0f} GB/s), {gathered:.3g} s to gather them"
+    f" ({many} x {bound.gathered / 1e9:.3g} GB /"
+    f" {chip.link_bandwidth / 1e9:.0f} GB/s)"
+  )
+
+
+def describe_sampling(
+  found: compile_sampling.Answering, mesh: jax.sharding.Mesh, name: str
+) -> str:
+  """A sampling run's programs and shapes, as text."""
+  chip = hardware.chip(mesh.devices.flat[0].device_kind)
+  layout = found.layout
+  reading, shared = layout.readings[0], layout.program.shared
+  prompts = ""
+  if shared is not None:
+    each = shared.prompts // shared.shards
+    prompts = f" and {each} prompts of {shared.slots}"
+  lines = [
+    f"sampling as in {name}, mesh {dict(mesh.shape)}: {found.rows} rows a"
+    f" device of {layout.program.slots} slots{prompts}, prefill of"
+    f" {reading.size} prompts of {reading.padded} tokens; {_gib(found.weights)}"
+    f" GiB of weights and {_gib(found.cache)} GiB of {layout.program.cache} KV"
+    " cache a device",
+  ]
+  mend = "Try fewer rows, --sampling with another file, or its mesh"
+  lines += [_describe_program(one, chip, mend) for one in found.programs]
+  return "\n".join(lines)
+
+
+def _describe_program(
+  program: compile_training.Compiled, chip: hardware.Chip | None, mend: str
+) -> str:
+  memory, name = program.memory, program.name
+  if not program.fits(chip):
+    why = program.refusal
+    if memory is not None:
+      why = f"{_gib(memory.total)} of {_gib(chip.hbm_bytes)} GiB a device"
+    return f"{name}: DOES NOT FIT ({why}). {mend}"
+  room = f" of {_gib(chip.hbm_bytes)}" if chip else ""
+  parts = ", ".join(
+    f"{field.name} {_gib(getattr(memory, field.name))}"
+    for field in dataclasses.fields(memory)
+  )
+  return f"{name}: {_gib(memory.total)}{room} GiB a device ({parts})"
+
+
+def _flags(mesh: jax.sharding.Mesh) -> str:
+  return " ".join(
+    f"--config.mesh.{axis}={size}" for axis, size in mesh.shape.items()
+  )
+
+
+def _gib(number: float) -> str:
+  return f"{number / hardware.GIB:.2f}"
+
+
 def main(config: dict[str, Any], workdir: pathlib.Path, **options: Any) -> int:
   del workdir  # Nothing is written.
   devices = topology.devices(options["topology"])
@@ -228,15 +349,15 @@ def main(config: dict[str, Any], workdir: pathlib.Path, **options: Any) -> int:
   if "policies" in config:
     built = settings.build(jobs.SamplingSettings, config)
     shape = compile_training.shape_named(name, built.tokenizer)
-    fits = plan_answers(built, shape, devices, "the config", search)
+    fits = plan_sampling(built, shape, devices, "the config", search)
     return 0 if fits else 1
   built = settings.build(config_lib.TrainSettings, config)
   shape = compile_training.shape_of(built, name)
   fits = plan_training(built, shape, devices, search)
-  if options["answers"]:
-    values = help_lib.load(options["answers"]).to_dict()
-    how = settings.build(jobs.SamplingSettings, values)
-    fits &= plan_answers(how, shape, devices, options["answers"], search)
+  if options["sampling"]:
+    values = help_lib.load(options["sampling"]).to_dict()
+    sampling = settings.build(jobs.SamplingSettings, values)
+    fits &= plan_sampling(sampling, shape, devices, options["sampling"], search)
   return 0 if fits else 1
 
 
@@ -244,14 +365,8 @@ if __name__ == "__main__":
   flags.run(
     main,
     example="configs/dpo.py",
-    topology=("", "a TPU slice such as v5e:2x4; this machine by default"),
+    topology=("", "a TPU slice such as v5e:2x4; the local devices by default"),
     model=("", "a size of configs/models.py, where the config names none"),
-    search=(
-      64,
-      "find the most rows a device that fit, up to so many; 0: do not",
-    ),
-    answers=(
-      ANSWERS,
-      "how the model would answer: a sampling config; nothing: do not plan it",
-    ),
+    search=(64, "the most rows per device to try; 0 skips the search"),
+    sampling=(SAMPLING, "a sampling config to plan too; empty skips it"),
   )

@@ -1,7 +1,6 @@
-"""Devices to compile for: this machine's, or those of a TPU slice elsewhere.
+"""Devices to compile for: local ones, or a description of a TPU slice.
 
-libtpu holds the TPU compiler and needs no TPU to run it: a description of a
-slice is enough to compile for it on any Linux machine.
+libtpu compiles for a described slice on any Linux machine, without a TPU.
 """
 
 import importlib.util
@@ -10,8 +9,8 @@ import re
 
 import jax
 
-# Those of a real TPU host stay as they are; elsewhere libtpu would look for a
-# metadata server, or for another process that holds the chips.
+# Without these libtpu would look for a metadata server, or for a process that
+# holds the chips; a TPU host sets its own.
 _ENVIRONMENT = {
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   "TPU_ACCELERATOR_TYPE": "none",
@@ -22,10 +21,10 @@ _KINDS = ("v4", "v5e", "v5p", "v6e")
 
 
 def devices(name: str) -> list[jax.Device]:
-  """The devices of a slice such as "v5e:2x4"; "" for those that are here.
+  """The devices of a slice such as "v5e:2x4"; "" for the local ones.
 
   Raises:
-    ValueError: there is no such slice, or libtpu is not installed.
+    ValueError: no such slice exists, or libtpu is not installed.
   """
   if not name:
     return jax.devices()
