@@ -18,7 +18,7 @@ import pytest
 from benchmarks import gpu, gpu_answers, gpu_case, gpu_step
 from dpo_jax.data import batch as batch_lib
 from dpo_jax.data import token_table
-from dpo_jax.model import gpt_neox
+from dpo_jax.model import flops, gpt_neox
 from dpo_jax.training import setup
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -82,13 +82,7 @@ def test_rates_of_updates_by_hand():
   assert found["tokens_a_pair"] == 80 / 4
   assert found["row_fill"] == 80 / 128
   assert found["median_step_seconds"] == 2.5
-  layers, width, mlp, words, rank = 2, 64, 128, 512, 16
-  kernels = layers * (4 * width**2 + 2 * width * mlp)
-  adapters = layers * rank * (4 * width + 2 * width + 2 * (width + mlp))
-  # Forward and to the input; of adapters to themselves too. Scores and their
-  # sums of values have two products backward for each forward.
-  useful = 2 * 2 * (kernels * 80 + width * words * 18)
-  useful += 3 * 2 * adapters * 80 + 3 * 4 * layers * width * 200
+  useful = flops.step(shape, flops.Work(80, 18, 200), reference=False)
   assert found["useful_flops_per_second"] == useful / 5
 
 

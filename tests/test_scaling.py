@@ -1,4 +1,4 @@
-"""The table of sizes, from rows that are made up."""
+"""Recipes and the table of benchmarks/scaling.py."""
 
 import pytest
 

@@ -1,8 +1,11 @@
-"""Meshes, shardings of weights, and training steps on meshes."""
+"""Meshes, the sharding rules, and training steps under them."""
 
+import contextlib
 import dataclasses
 import functools
 import math
+import os
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +24,7 @@ from dpo_jax.model import gpt_neox
 from dpo_jax.training import losses, optimizer
 from dpo_jax.training import step as step_lib
 
-# Five layers: an array of all of them is told apart by its size.
+# Five layers: an array of all of them is recognized by its size.
 FULL = dataclasses.replace(tiny.CONFIG, layers=5)
 LORA = dataclasses.replace(
   FULL, lora=gpt_neox.LoraConfig(2, 4.0, 0.0, gpt_neox.TARGETS)
@@ -33,17 +36,16 @@ PAIRS = 8
   ("asked", "devices", "got"),
   [
     ((-1, 1, 1), 8, (8, 1, 1)),
-    ((-1, 2, 2), 8, (2, 2, 2)),
+    ((2, 2, 2), 8, (2, 2, 2)),
     ((2, -1, 2), 8, (2, 2, 2)),
     ((1, 1, -1), 4, (1, 1, 4)),
-    ((1, 1, 1), 1, (1, 1, 1)),
+    ((-1, 1, 1), 1, (1, 1, 1)),
   ],
 )
 def test_meshes(asked, devices, got):
   mesh = sharding.make_mesh(*asked, devices=jax.devices()[:devices])
   assert tuple(mesh.shape.values()) == got
   assert mesh.axis_names == ("data", "fsdp", "tensor")
-  assert mesh.size == devices
   assert sharding.data_shards(mesh) == got[0] * got[1]
 
 
@@ -54,20 +56,17 @@ def test_a_mesh_takes_all_devices_by_default():
 @pytest.mark.parametrize(
   ("sizes", "words"),
   [
-    ((4, 1, 1), "devices, but there are 8"),
-    ((-1, 3, 1), "devices, but there are 8"),
-    ((-1, 16, 1), "devices, but there are 8"),
-    ((0, 1, 1), "must be positive, with at most one -1"),
-    ((-2, 1, 1), "must be positive, with at most one -1"),
-    ((-1, -1, 1), "must be positive, with at most one -1"),
+    *((x, "devices, but there are 8") for x in ((3, 1, 1), (-1, 3, 1))),
+    *((x, "devices, but there are 8") for x in ((-1, 16, 1), (1, 1, 1))),
+    *((x, "at most one -1") for x in ((0, 1, 1), (-2, 1, 1), (-1, -1, 1))),
   ],
 )
-def test_wrong_sizes_are_refused(sizes, words):
+def test_sizes_that_make_no_mesh_are_refused(sizes, words):
   with pytest.raises(ValueError, match=words):
     sharding.make_mesh(*sizes)
 
 
-# Every weight, by hand: vocabulary, heads and mlp over tensor, width over fsdp.
+# By hand: vocabulary, heads and MLP over tensor, width over fsdp.
 BASE = {
   "embed/kernel": P("tensor", "fsdp"),
   "unembed/kernel": P("fsdp", "tensor"),
@@ -110,7 +109,7 @@ def test_the_table_names_every_weight():
 
 
 @pytest.mark.parametrize("trainable", ["base", "lora"])
-def test_moments_are_split_like_their_weights(trainable):
+def test_moments_are_sharded_as_their_weights(trainable):
   settings = optimizer.OptimizerSettings(
     "adamw", 1.0, "cosine", 2, 0.1, 0.9, 0.99, 1e-8, 1.0
   )
@@ -119,16 +118,16 @@ def test_moments_are_split_like_their_weights(trainable):
   mesh = sharding.make_mesh(2, 2, 2)
   found = by_path(sharding.shardings(state, mesh))
   weights = by_path(sharding.shardings(shapes()[trainable], mesh))
-  moments = 0
+  moments = []
   for name, leaf in by_path(state).items():
-    weight = next((w for w in weights if name.endswith(f"/{w}")), None)
-    if weight is None:
+    weight = name.rpartition(f"{trainable}/")[2]
+    if weight in weights:
+      moments.append(weight)
+      assert found[name] == weights[weight]
+    else:
       assert leaf.shape == ()
       assert found[name].is_fully_replicated
-    else:
-      assert found[name] == weights[weight]
-      moments += 1
-  assert moments == 2 * len(weights)
+  assert sorted(moments) == sorted([*weights] * 2)
 
 
 def test_an_axis_that_does_not_divide_is_refused():
@@ -143,10 +142,7 @@ def test_an_axis_that_does_not_divide_is_refused():
 
 def test_batches_are_split_over_data_and_fsdp():
   mesh = sharding.make_mesh(2, 2, 2)
-  rows = jax.device_put(
-    np.arange(2 * 8 * 3).reshape(2, 8, 3),
-    sharding.batch_sharding(mesh, leading=1),
-  )
+  rows = sharding.put(np.arange(2 * 8 * 3).reshape(2, 8, 3), mesh, leading=1)
   starts = [shard.index[1].start for shard in rows.addressable_shards]
   # Both devices of the tensor axis hold the same two rows.
   assert sorted(starts) == [0, 0, 2, 2, 4, 4, 6, 6]
@@ -166,16 +162,22 @@ def test_path_names():
 
 # --- steps
 
+# Sizes of the mesh, and an order of the devices.
+MESHES = {
+  "data": ((8, 1, 1), range(8)),
+  "fsdp": ((1, 8, 1), range(8)),
+  "all": ((2, 2, 2), (5, 2, 7, 0, 3, 6, 1, 4)),
+}
 
-def mesh_of(sizes):
-  """A mesh whose devices are in no order."""
+
+def mesh_of(name):
+  sizes, order = MESHES[name]
   devices = jax.devices()
-  order = (5, 2, 7, 0, 3, 6, 1, 4)
   return sharding.make_mesh(*sizes, devices=[devices[i] for i in order])
 
 
 def keep_gradients():
-  """An optimizer whose state is the last gradient, and whose update is none."""
+  """An optimizer whose state is the last gradient and whose update is zero."""
 
   def update(grads, state, params):
     del state, params
@@ -186,7 +188,7 @@ def keep_gradients():
 
 
 def step_of(config, mesh=None, microbatches=2):
-  """The jitted step of `config`, and its arguments on the mesh."""
+  """The jitted step of `config` and its arguments, on the mesh."""
   name = step_lib.trainable(config)
   tx = optax.partition(
     {"train": keep_gradients(), "freeze": optax.set_to_zero()},
@@ -205,36 +207,63 @@ def step_of(config, mesh=None, microbatches=2):
   state = step_lib.init_state(base, adapters, tx)
   if mesh is None:
     return jax.jit(step), (state, reference, batch)
-  split = sharding.shardings(jax.eval_shape(lambda: state), mesh)
-  state = jax.device_put(state, split)
+  placed = sharding.shardings(jax.eval_shape(lambda: state), mesh)
+  state = jax.device_put(state, placed)
   if reference is not None:
     reference = jax.device_put(reference, sharding.shardings(reference, mesh))
   batch = sharding.put(batch, mesh, leading=1)
-  out = (split, sharding.replicated(mesh))
+  out = (placed, sharding.replicated(mesh))
   return jax.jit(step, out_shardings=out), (state, reference, batch)
 
 
-def gradients(config, mesh=None):
-  """Metrics, and gradients by path."""
-  step, arguments = step_of(config, mesh)
-  state, metrics = step(*arguments)
-  found = jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
-  return jax.device_get(metrics), {
-    sharding.path_name(path): np.asarray(leaf) for path, leaf in found
-  }
+@functools.cache
+def compiled(config, name=None):
+  """Compiled step, its arguments, and on "all" the partitioner's log."""
+  mesh = name and mesh_of(name)
+  with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+    step, arguments = step_of(config, mesh)
+    if name == "all":
+      return *compile_logged(step, *arguments), arguments
+    return step.lower(*arguments).compile(), "", arguments
+
+
+def compile_logged(step, *arguments):
+  """Compiles without the cache, whose programs log nothing."""
+  before = jax.config.jax_enable_compilation_cache
+  jax.config.update("jax_enable_compilation_cache", False)
+  # JAX reads the setting once a process, unless the cache is reset.
+  compilation_cache.reset_cache()
+  stderr = os.dup(2)
+  with tempfile.TemporaryFile("w+") as file:
+    os.dup2(file.fileno(), 2)
+    try:
+      executable = step.lower(*arguments).compile()
+    finally:
+      os.dup2(stderr, 2)
+      os.close(stderr)
+      jax.config.update("jax_enable_compilation_cache", before)
+      compilation_cache.reset_cache()
+    file.seek(0)
+    return executable, file.read()
 
 
 @functools.cache
-def alone(config):
-  return gradients(config)
+def gradients(config, name=None):
+  """Metrics, and gradients by path."""
+  step, _, arguments = compiled(config, name)
+  state, metrics = step(*arguments)
+  grads = {k: np.asarray(v) for k, v in by_path(state.opt_state).items()}
+  return jax.device_get(metrics), grads
 
 
-@pytest.mark.parametrize("config", [FULL, LORA], ids=["full", "lora"])
-def test_losses_and_gradients_are_those_of_one_device(config):
-  mesh = mesh_of((2, 2, 2))
-  with jax.set_mesh(mesh):
-    metrics, grads = gradients(config, mesh)
-  wanted_metrics, wanted = alone(config)
+@pytest.mark.parametrize(
+  ("config", "name"),
+  [(FULL, "fsdp"), (FULL, "all"), (LORA, "data"), (LORA, "all")],
+  ids=["full-fsdp", "full-all", "lora-data", "lora-all"],
+)
+def test_losses_and_gradients_are_those_of_one_device(name, config):
+  metrics, grads = gradients(config, name)
+  wanted_metrics, wanted = gradients(config)
   for key, value in wanted_metrics.items():
     # Sums of float32 in another order.
     assert metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
@@ -249,25 +278,12 @@ def test_losses_and_gradients_are_those_of_one_device(config):
   assert seen >= len(wanted) - 1
 
 
-def fresh(step, *arguments):
-  """Compiles anew: a program from the cache logs nothing."""
-  before = jax.config.jax_enable_compilation_cache
-  jax.config.update("jax_enable_compilation_cache", False)
-  # JAX looks at the setting once a process, unless the cache is reset.
-  compilation_cache.reset_cache()
-  try:
-    return step.lower(*arguments).compile().as_text()
-  finally:
-    jax.config.update("jax_enable_compilation_cache", before)
-    compilation_cache.reset_cache()
-
-
 WARNING = "Involuntary full rematerialization"
 
 
-def test_the_warning_can_be_seen(capfd):
+def test_the_warning_can_be_seen():
   """From one split to another that shares no axis with it."""
-  mesh = mesh_of((2, 2, 2))
+  mesh = mesh_of("all")
 
   def f(x):
     for axes in ((("data", "fsdp"), None, None), (None, "fsdp", "data")):
@@ -275,34 +291,24 @@ def test_the_warning_can_be_seen(capfd):
     return x
 
   with jax.set_mesh(mesh):
-    fresh(jax.jit(f), jnp.ones((8, 8, 8)))
-  assert WARNING in capfd.readouterr().err
+    assert WARNING in compile_logged(jax.jit(f), jnp.ones((8, 8, 8)))[1]
 
 
-@pytest.mark.parametrize(
-  ("sizes", "config"),
-  [((1, 8, 1), FULL), ((2, 2, 2), LORA)],
-  ids=["fsdp-full", "all-lora"],
-)
-def test_weights_are_gathered_a_layer_at_a_time(sizes, config, capfd):
-  mesh = mesh_of(sizes)
-  with jax.set_mesh(mesh):
-    step, arguments = step_of(config, mesh)
-    capfd.readouterr()
-    text, logged = fresh(step, *arguments), capfd.readouterr().err
+@pytest.mark.parametrize("config", [FULL, LORA], ids=["full", "lora"])
+def test_weights_are_gathered_a_layer_at_a_time(config):
+  step, logged, _ = compiled(config, "all")
   assert WARNING not in logged, logged
   kernels = [
     math.prod(part["kernel"].shape)
-    for part in tiny.weights(config)["blocks"].values()
+    for part in shapes()["base"]["blocks"].values()
     if "kernel" in part
   ]
   gathered = {
     math.prod(one.shape)
-    for one in operations.collectives(text)
+    for one in operations.collectives(step.as_text())
     if one.kind == "all-gather"
   }
-  tensor = mesh.shape["tensor"]
-  layers = {size // config.layers // tensor for size in kernels}
-  # Each kernel's layer is gathered; the stack of all layers never is.
-  assert layers <= gathered
-  assert not {size // tensor for size in kernels} & gathered
+  # Of the kernel's half on each device of the tensor axis.
+  assert {size // config.layers // 2 for size in kernels} <= gathered
+  # All layers together never are.
+  assert not {size // 2 for size in kernels} & gathered
