@@ -24,17 +24,16 @@ def case(shards, length, completions, width=8, vocab=23):
 
 
 def factors(shape):
-  """d loss / d logps and d loss / d entropy."""
-  return np.random.default_rng(9).normal(size=(2, *shape)).astype(np.float32)
+  """d loss / d logps."""
+  return np.random.default_rng(9).normal(size=shape).astype(np.float32)
 
 
 def ours(inputs, source, target, argnums, **options):
-  """Statistics, and gradients of a random sum of log-probs and entropies."""
+  """Statistics, and gradients of a random sum of log-probs."""
 
   def total(*inputs):
     found = logprobs.token_stats(*inputs, source, target, **options)
-    of_logps, of_entropy = factors(source.shape)
-    return jnp.sum(found.logps * of_logps + found.entropy * of_entropy), found
+    return jnp.sum(found.logps * factors(source.shape)), found
 
   grad = jax.jit(jax.value_and_grad(total, argnums, has_aux=True))
   (_, found), grads = grad(*inputs)
@@ -53,8 +52,7 @@ def torchs(inputs, source, target):
   at, target = torch.as_tensor(at), torch.as_tensor(target)
   top = logps.argmax(-1)[row, at]
   logps, entropy = logps[row, at, target], entropy[row, at]
-  of_logps, of_entropy = map(torch.tensor, factors(source.shape))
-  (logps * of_logps + entropy * of_entropy).sum().backward()
+  (logps * torch.tensor(factors(source.shape))).sum().backward()
   grads = [x.grad.numpy() for x in inputs]
   return (logps.detach(), entropy.detach(), top), grads
 
@@ -119,9 +117,7 @@ def test_bfloat16_hidden_states_give_a_float32_softmax(argnums, tile):
     assert error < 2**-7 * np.abs(exact).max()
 
 
-def compiled(
-  argnums, completions, vocab, chunk, of_entropy=False, width=8, tile=0
-):
+def compiled(argnums, completions, vocab, chunk, width=8, tile=0):
   """The program of values and gradients for shapes alone."""
   inputs = (
     jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -130,8 +126,7 @@ def compiled(
 
   def total(*arguments):
     found = logprobs.token_stats(*arguments, chunk=chunk, vocab_tile=tile)
-    value = jnp.sum(jnp.tanh(found.logps))
-    return value + jnp.sum(found.entropy) if of_entropy else value
+    return jnp.sum(jnp.tanh(found.logps))
 
   program = jax.grad(total, argnums) if argnums else total
   return jax.jit(program).lower(*inputs).compile()
@@ -169,20 +164,19 @@ def test_logits_of_one_vocabulary_tile_exist(argnums):
 # Products of [C, D] by [D, V]: one for the logits and one for each gradient; a
 # trained unembedding computes the logits again if there is more than one chunk.
 @pytest.mark.parametrize(
-  ("argnums", "chunk", "tile", "of_entropy", "products"),
+  ("argnums", "chunk", "tile", "products"),
   [
-    ((), 64, 0, False, 1),
-    ((0,), 64, 0, False, 2),
-    ((0,), 32, 0, False, 2),
-    ((0,), 64, 128, False, 2),
-    ((0,), 64, 0, True, 3),
-    ((0, 1), 32, 0, False, 4),
+    ((), 64, 0, 1),
+    ((0,), 64, 0, 2),
+    ((0,), 32, 0, 2),
+    ((0,), 64, 128, 2),
+    ((0, 1), 32, 0, 4),
   ],
 )
 def test_a_frozen_unembedding_costs_two_products(
-  argnums, chunk, tile, of_entropy, products
+  argnums, chunk, tile, products
 ):
-  program = compiled(argnums, 64, 512, chunk, of_entropy, width=256, tile=tile)
+  program = compiled(argnums, 64, 512, chunk, width=256, tile=tile)
   # The analysis counts the body of a loop, one chunk or tile, once.
   one = 2 * chunk * 256 * (tile or 512)
   # Softmax and gather take some; one product more would be 1.

@@ -39,7 +39,7 @@ class TokenStats:
 
   Attributes:
     logps: log p(target | everything before it), float32, in nats.
-    entropy: of that distribution, float32, in nats.
+    entropy: of that distribution, float32, in nats; it has no gradient.
     top: its most likely token, int32.
   """
 
@@ -113,41 +113,33 @@ def _forward(rows, kernel, target, chunk, tile):
   rows, kernel, target = rows.value, kernel.value, target.value
   if trained:
     stats = _forward_stats(rows, kernel, target, chunk, tile)
-    _, entropy, _, log_total = stats
-    return stats[:3], (rows, kernel, target, entropy, log_total)
+    return stats[:3], (rows, kernel, target, stats[3])
   kernel = _replicated_width(kernel, rows.dtype)
 
-  def stats_and_gradients(rows, target):
-    stats, gradients = _chunk(rows, kernel, target, tile)
-    return stats[:3], gradients
+  def stats_and_gradient(rows, target):
+    stats, gradient = _chunk(rows, kernel, target, tile)
+    return stats[:3], (gradient,)
 
-  return _map_chunks(stats_and_gradients, chunk, rows, target)
+  return _map_chunks(stats_and_gradient, chunk, rows, target)
 
 
 def _backward(chunk, tile, saved, cotangents):
-  factors = [
-    None if isinstance(one, jax.custom_derivatives.SymbolicZero) else one
-    for one in cotangents[:2]
-  ]
-  if len(saved) == 2:
-    products = [
-      factor[:, :, None] * gradient
-      for factor, gradient in zip(factors, saved)
-      if factor is not None
-    ]
-    of_rows = sum(products).astype(saved[0].dtype) if products else None
+  factor = cotangents[0]
+  if isinstance(factor, jax.custom_derivatives.SymbolicZero):
+    return None, None, None
+  if len(saved) == 1:
+    (gradient,) = saved
+    of_rows = (factor[:, :, None] * gradient).astype(gradient.dtype)
     return of_rows, None, None
-  rows, kernel, target, *softmax = saved
+  rows, kernel, target, log_total = saved
   shards, count, width = rows.shape
   cast = _replicated_width(kernel, rows.dtype)
-  zero = jnp.zeros((shards, count), jnp.float32)
-  factors = [zero if factor is None else factor for factor in factors]
 
   def gradients(of_kernel, arrays):
     of_rows, of_kernel = _chunk_gradients(cast, tile, of_kernel, *arrays)
     return of_kernel, of_rows.astype(rows.dtype)
 
-  chunks = _split(chunk, rows, target, *softmax, *factors)
+  chunks = _split(chunk, rows, target, log_total, factor)
   start = jnp.zeros((shards, width, kernel.shape[1]), jnp.float32)
   of_kernel, of_rows = jax.lax.scan(gradients, start, chunks)
   of_kernel = jnp.sum(of_kernel, axis=0).astype(kernel.dtype)
@@ -194,11 +186,11 @@ def _join(x, count):
 
 
 def _chunk(rows, kernel, target, tile):
-  """Statistics of a chunk, and their gradients by the rows.
+  """Statistics of a chunk, and the gradient of its log-probs by the rows.
 
   Returns:
-    (logps, entropy, top, log sum exp of the logits), [S, C]; and the gradients
-    of logps and entropy, [S, C, D].
+    (logps, entropy, top, log sum exp of the logits), [S, C]; d logps / d rows,
+    [S, C, D].
   """
   if tile >= kernel.shape[1]:
     return _full_softmax(rows, kernel, target)
@@ -217,8 +209,8 @@ def _full_softmax(rows, kernel, target):
   stats = _normalized(peak, total, weighted, picked, top)
   # Unnormalized: the most likely token's weight is exactly one in any dtype, so
   # that a confident prediction keeps its small gradient.
-  means = _columns(weights, kernel), _columns(weights * shifted, kernel)
-  return stats, _gradients(stats[1], total, means, kernel, target, rows.dtype)
+  mean = _columns(weights, kernel)
+  return stats, _gradient(total, mean, kernel, target, rows.dtype)
 
 
 def _online_softmax(rows, kernel, target, tile):
@@ -226,7 +218,7 @@ def _online_softmax(rows, kernel, target, tile):
   shards, count, _ = rows.shape
 
   def add_tile(carry, number):
-    before, total, weighted, picked, top, mean, weighted_mean = carry
+    before, total, weighted, picked, top, mean = carry
     part, start = _tile(kernel, number, tile)
     logits = _logits(rows, part)
     if kernel.shape[1] % tile:
@@ -240,24 +232,21 @@ def _online_softmax(rows, kernel, target, tile):
     weighted = scale * (weighted + drop * total)
     weighted += jnp.sum(weights * shifted, axis=-1)
     total = scale * total + jnp.sum(weights, axis=-1)
-    drop, scale = drop[:, :, None], scale[:, :, None]
-    weighted_mean = scale * (weighted_mean + drop * mean)
-    weighted_mean += _columns(weights * shifted, part)
-    mean = scale * mean + _columns(weights, part)
+    mean = scale[:, :, None] * mean + _columns(weights, part)
     at = jnp.clip(target - start, 0, tile - 1)
     here = jnp.take_along_axis(logits, at[:, :, None], axis=-1)[..., 0]
     picked = jnp.where(target // tile == number, here, picked)
     highest = start + jnp.argmax(logits, axis=-1).astype(jnp.int32)
     top = jnp.where(peak > before, highest, top)
-    return (peak, total, weighted, picked, top, mean, weighted_mean), None
+    return (peak, total, weighted, picked, top, mean), None
 
   zero = jnp.zeros((shards, count), jnp.float32)
   start = (zero + _FLOOR, zero, zero, zero, jnp.zeros_like(target))
-  start += (jnp.zeros(rows.shape, jnp.float32),) * 2
+  start += (jnp.zeros(rows.shape, jnp.float32),)
   end, _ = jax.lax.scan(add_tile, start, _tile_numbers(kernel, tile))
-  peak, total, weighted, picked, top, *means = end
+  peak, total, weighted, picked, top, mean = end
   stats = _normalized(peak, total, weighted, picked - peak, top)
-  return stats, _gradients(stats[1], total, means, kernel, target, rows.dtype)
+  return stats, _gradient(total, mean, kernel, target, rows.dtype)
 
 
 def _normalized(peak, total, weighted, picked, top):
@@ -267,18 +256,15 @@ def _normalized(peak, total, weighted, picked, top):
   return picked - log_total, entropy, top, peak + log_total
 
 
-def _gradients(entropy, total, means, kernel, target, dtype):
-  """d logps / d rows and d entropy / d rows, from weighted sums of columns."""
-  expected, weighted = (mean / total[:, :, None] for mean in means)
+def _gradient(total, mean, kernel, target, dtype):
+  """W_t - E_p[W], from the weighted sum of the columns of W."""
+  expected = mean / total[:, :, None]
   picked = jnp.moveaxis(jnp.take(kernel, target, axis=1), 0, -1)
-  of_logps = picked.astype(jnp.float32) - expected
-  rest = (entropy - jnp.log(total))[:, :, None]
-  of_entropy = -weighted - rest * expected
-  return of_logps.astype(dtype), of_entropy.astype(dtype)
+  return (picked.astype(jnp.float32) - expected).astype(dtype)
 
 
 def _chunk_gradients(
-  kernel, tile, grad_kernel, rows, target, entropy, log_total, *factors
+  kernel, tile, grad_kernel, rows, target, log_total, factor
 ):
   """Gradients of the loss by a chunk's rows and, added up, by the kernel.
 
@@ -288,21 +274,19 @@ def _chunk_gradients(
     grad_kernel: of earlier chunks, float32 [S, D, V].
     rows: hidden states, [S, C, D].
     target: tokens predicted, [S, C].
-    entropy: of the forward pass, [S, C].
     log_total: log sum exp of the logits in the forward pass, [S, C].
-    *factors: d loss / d logps and d loss / d entropy, [S, C].
+    factor: d loss / d logps, [S, C].
 
   Returns:
     Gradient of rows, float32 [S, C, D], and `grad_kernel`, [S, D, V].
   """
-  entropy, log_total = (x[:, :, None] for x in (entropy, log_total))
-  of_logps, of_entropy = (x[:, :, None] for x in factors)
+  target, log_total, factor = (
+    x[:, :, None] for x in (target, log_total, factor)
+  )
 
   def of_logits(part, start):
-    logps = _logits(rows, part) - log_total
-    p = jnp.exp(logps)
-    hit = _token_ids(part, start) == target[:, :, None]
-    return of_logps * (hit - p) - of_entropy * p * (logps + entropy)
+    p = jnp.exp(_logits(rows, part) - log_total)
+    return factor * ((_token_ids(part, start) == target) - p)
 
   def of_both(gradient, part):
     gradient = gradient.astype(rows.dtype)
