@@ -32,4 +32,4 @@ def draw(bars: Bars, path: pathlib.Path) -> pathlib.Path:
         axis.grid(visible=False)
         axis.set_title(f"{model}: {what}")
       line[1].set_yticklabels([])
-    return style.save(figure, path, bars)
+    return style.save(figure, path)

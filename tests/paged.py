@@ -17,27 +17,47 @@ HOSTILE = (
   "right\u202eto left\u2066 \u200bzero\ufeff",
   "日本語 🙂‍↔️ \u05e9\u05dc\u05d5\u05dd '\" onmouseover=window.hit=1 x='",
 )
-NAMES = {"base": "base", "sft": "SFT", "dpo": "DPO"}
 
 
-def answer(cell, text, verdicts, chosen="four", judge="A is better.", **fields):
-  """An answer with one call for each verdict, the answer shown first first."""
-  orders = ("model_first", "chosen_first")
-  given = {
+def prompt(name, text="", chosen="four", responses=(), subset=""):
+  """A prompt of the response browser, with a text of one turn by default."""
+  return {
+    "id": name,
+    "subset": subset,
+    "text": text or f"\n\nHuman: {name}\n\nAssistant:",
+    "chosen": chosen,
+    "responses": [*responses],
+  }
+
+
+def response(cell, text, verdicts, chosen="four", reply="A is better."):
+  """A response with a call for each verdict, that of model_first first."""
+  model, step, temperature = cell
+  return {
+    "model": model,
+    "step": step,
+    "temperature": temperature,
     "sample": 0,
+    "text": text,
     "tokens": 3,
     "finish": "eos",
-    "flags": browse.flagged(text, chosen, verdicts),
-    "calls": tuple(
-      browse.Call(order, verdict, None, judge, "")
-      for order, verdict in zip(orders, verdicts)
-    ),
+    "outcome": browse.outcome(verdicts),
+    "flags": browse.flags(text, chosen, verdicts),
+    "calls": [
+      {
+        "order": order,
+        "verdict": verdict,
+        "score": None,
+        "reply": reply,
+        "error": "",
+      }
+      for order, verdict in zip(("model_first", "chosen_first"), verdicts)
+    ],
   }
-  return browse.Answer(cell=cell, text=text, **given | fields)
 
 
 def render(prompts, title="A page", flags=(), sections=()):
-  return page.render(title, flags, sections, prompts, NAMES)
+  return page.render(title, flags, sections, prompts)
 
 
 def data(text):

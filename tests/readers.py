@@ -33,7 +33,7 @@ from dpo_jax.io import (
 )
 from dpo_jax.judging import batch_api, prompts, verdicts
 from dpo_jax.model import gpt_neox, hf
-from dpo_jax.report import compose, verify
+from dpo_jax.report import report, verify
 from dpo_jax.sampling import response_files
 from dpo_jax.training import guards, reference, score
 
@@ -446,7 +446,7 @@ def _report(name):
 
   def read(files, data):
     workdir = files.replaced(files.run, name, data)
-    text = compose.compose(settings, workdir).texts[compose.TEXT]
+    text = report.compose(settings, workdir).texts[report.TEXT]
     assert "<script" not in text
     assert "\x1b" not in text
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 from dpo_jax.io import hashing, jsonl, records
-from dpo_jax.report import compose, report
+from dpo_jax.report import report
 
 SETTINGS = report.ReportSettings(
   title="A small run",
@@ -67,11 +67,13 @@ def verdict(row, order, outcome, **changes):
   return dataclasses.replace(call, **changes)
 
 
-def cells():
-  """(model, step, temperature, prompts won of 40) of the run below."""
-  wins = {"base": 4, "sft": 16, "dpo": 34}
-  finals = [(m, None, t, wins[m]) for m in wins for t in (0.25, 0.75, 1.0)]
-  return [*finals, ("dpo", 50, 1.0, 18), ("dpo", 100, 1.0, 30)]
+WON = {"base": 4, "sft": 16, "dpo": 34}
+CELLS = (
+  *((model, None, t, WON[model]) for model in WON for t in (0.25, 0.75, 1.0)),
+  ("dpo", 50, 1.0, 18),
+  ("dpo", 100, 1.0, 30),
+)
+"""(model, step, temperature, prompts won of 40) of the run below."""
 
 
 def write_rows(path, rows):
@@ -85,10 +87,16 @@ def write_metrics(path, rows):
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make_run(workdir, text=" Beat them.", missing=0):
+def edit(path, cls, change):
+  """Rewrites the rows of a file by `change`, which drops a row by None."""
+  rows = [change(row) for row in records.read(path, cls)]
+  path.write_bytes(b"".join(records.encode(row) for row in rows if row))
+
+
+def make_run(workdir, text=" Beat them.", missing=0, cells=CELLS):
   """A finished run: 40 prompts, both orders, base < SFT < DPO."""
   calls = []
-  for model, step, temperature, won in cells():
+  for model, step, temperature, won in cells:
     rows = [
       response(model, step, temperature, f"p{i:02d}", text) for i in range(40)
     ]
@@ -122,6 +130,27 @@ def make_run(workdir, text=" Beat them.", missing=0):
   (workdir / "dpo" / "manifest.json").write_text(json.dumps(manifest))
 
 
+_WRITTEN = []
+
+
+def written(factory):
+  """Directory of a written report of a run with 3 missing verdicts.
+
+  It is shared by all tests of a process, since drawing takes seconds.
+  """
+  if not _WRITTEN:
+    workdir = factory.mktemp("run")
+    make_run(workdir, missing=3)
+    _WRITTEN.append(report.write(SETTINGS, workdir).parent)
+  return _WRITTEN[0]
+
+
 def text(workdir, settings=SETTINGS):
-  """report.md as it would be written; drawing takes most of the time."""
-  return compose.compose(settings, workdir).texts["report.md"]
+  """report.md as it would be written."""
+  return report.compose(settings, workdir).texts["report.md"]
+
+
+def tables(text):
+  """Cells of all table rows, split as GitHub does: at every bare pipe."""
+  lines = [line for line in text.split("\n") if line.startswith("|")]
+  return [[c.strip() for c in line.strip("|").split("|")] for line in lines]

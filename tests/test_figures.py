@@ -1,4 +1,4 @@
-"""The house style, its colours, and what is drawn from known rows."""
+"""Style and colors, and plots of known rows."""
 
 import itertools
 
@@ -12,7 +12,7 @@ import reported
 
 from dpo_jax import winrates
 from dpo_jax.report import figures
-from dpo_jax.report.figures import layout, runs, style
+from dpo_jax.report.figures import plots, style
 from dpo_jax.winrates import rates
 
 # Machado, Oliveira and Fernandes, A physiologically-based model for simulation
@@ -45,7 +45,7 @@ TO_XYZ = np.array(
 
 
 def lab(color, vision):
-  """CIE L*a*b* of an sRGB colour as some eyes see it."""
+  """CIE L*a*b* of an sRGB color as some eyes see it."""
   rgb = np.asarray(matplotlib.colors.to_rgb(color))
   linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
   seen = np.clip(np.asarray(VISION[vision]) @ linear, 0, 1)
@@ -61,7 +61,7 @@ def cycle():
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("vision", sorted(VISION))
-def test_colours_are_told_apart_by_all_eyes(vision, dark):
+def test_colors_are_distinct_under_color_vision_deficiencies(vision, dark):
   with style.style(dark):
     colors = cycle()
   # About 2.3 is just noticeable; lines of three models need much more.
@@ -71,7 +71,7 @@ def test_colours_are_told_apart_by_all_eyes(vision, dark):
     assert np.linalg.norm(lab(one, vision) - lab(other, vision)) > 9
 
 
-def test_the_style_files_are_those_of_figures_of_ones_own():
+def test_the_style_files_serve_other_figures():
   with style.style():
     assert cycle() == list(style.COLORS)
     assert matplotlib.rcParams["pdf.fonttype"] == 42
@@ -102,22 +102,14 @@ def rows(n=60):
   return [*train, held]
 
 
-def drawn(monkeypatch, draw, *arguments, **keywords):
-  """The axes of a figure that `draw` makes, without writing it."""
-  kept = []
-
-  def keep(figure, path, data):
-    kept.append(figure)
-    return path
-
-  monkeypatch.setattr(style, "save", keep)
-  draw(*arguments, "unused.png", **keywords)
-  return kept[0].axes
+def axes_of(plot, *arguments, **keywords):
+  with style.style():
+    return plot(*arguments, **keywords).axes
 
 
-def test_a_column_for_each_run_and_no_panel_without_rows(monkeypatch):
+def test_a_column_for_each_run_and_no_panel_without_rows():
   plain = [{"step": step, "loss": 1 / step} for step in range(1, 9)]
-  axes = drawn(monkeypatch, runs.training_curves, {"sft": plain, "dpo": rows()})
+  axes = axes_of(plots.training_curves, {"sft": plain, "dpo": rows()})
   titles = [a.get_title(loc="left") for a in axes if a.axison]
   assert titles == [
     "SFT: loss",
@@ -133,8 +125,8 @@ def test_a_column_for_each_run_and_no_panel_without_rows(monkeypatch):
   assert labelled == [axes[0], axes[7]]
 
 
-def test_margins_are_chosen_less_rejected(monkeypatch):
-  (axes,) = drawn(monkeypatch, runs.reward_margins, rows())
+def test_margins_are_chosen_less_rejected():
+  (axes,) = axes_of(plots.reward_margins, rows())
   means = [
     float(np.mean(line.get_ydata()))
     for line in axes.lines
@@ -143,20 +135,20 @@ def test_margins_are_chosen_less_rejected(monkeypatch):
   assert means == pytest.approx([0.25, -0.5, 0.75])
 
 
-def test_accuracy_has_a_wilson_interval(monkeypatch):
-  (axes,) = drawn(monkeypatch, runs.reward_accuracy, rows(), confidence=0.95)
+def test_accuracy_has_a_wilson_interval():
+  (axes,) = axes_of(plots.reward_accuracy, rows(), confidence=0.95)
   (bars,) = [c for c in axes.containers if c.has_yerr]
   ((_, low), (_, high)) = bars[2][0].get_segments()[0]
   # Wilson, 50 of 100, by SciPy's binomtest: [0.4038, 0.5962].
   assert (low, high) == pytest.approx((40.38, 59.62), abs=0.01)
 
 
-def test_lengths_are_drawn_where_they_are(monkeypatch):
+def test_win_rates_by_length():
   bins = [
     rates.LengthBin("dpo", 0.75, -20.0, 10, 0.25, 0.1, 0.5),
     rates.LengthBin("dpo", 0.75, 30.0, 10, 0.75, 0.5, 0.9),
   ]
-  (axes,) = drawn(monkeypatch, figures.win_rate_by_length, bins)
+  (axes,) = axes_of(plots.win_rate_by_length, bins)
   (bars,) = axes.containers
   assert list(bars[0].get_xdata()) == [-20.0, 30.0]
   assert list(bars[0].get_ydata()) == [25.0, 75.0]
@@ -165,82 +157,94 @@ def test_lengths_are_drawn_where_they_are(monkeypatch):
   assert color.upper() == style.COLORS[2]
 
 
+def rate(model, step):
+  calls = [
+    reported.verdict(
+      reported.response(model, step, 1.0, f"p{i}"), "model_first", "model"
+    )
+    for i in range(4)
+  ]
+  (found,) = winrates.win_rates(calls, winrates.Settings())
+  return found
+
+
+@pytest.mark.parametrize("count", [0, 1, 9])
+def test_win_rates_of_any_number_of_models_and_steps(count):
+  finals = [rate(f"model {i} $x$", None) for i in range(count)]
+  (axes,) = axes_of(plots.win_rate_by_temperature, finals)
+  assert len(axes.containers) == count
+  steps = [rate("dpo", 100 * i) for i in range(count)]
+  (axes,) = axes_of(plots.win_rate_by_step, steps)
+  (bars,) = axes.containers or [[]]
+  if count:
+    assert list(bars[0].get_xdata()) == [100 * i for i in range(count)]
+    assert list(bars[0].get_ydata()) == [100.0] * count
+
+
 def test_a_figure_is_png_and_pdf_of_one_size(tmp_path):
-  path = figures.reward_margins(rows(), tmp_path / "margins.png")
-  with PIL.Image.open(path) as image:
-    assert image.size == (975, 690)
-  data = (tmp_path / "margins.pdf").read_bytes()
-  assert data.startswith(b"%PDF-")
-  # 3.25 by 2.3 inches of 72 points.
-  assert b"/MediaBox [ 0 0 234 165.6 ]" in data
-  figures.reward_margins(rows(), path)
-  assert (tmp_path / "margins.pdf").read_bytes() == data
+  figure = figures.Figure("x.png", [], lambda: plots.reward_margins(rows()), "")
+  path = tmp_path / "margins.png"
+  with matplotlib.rc_context({"font.size": 23.0}):
+    figure.save(path)
+    # A user's own settings neither change a figure nor are changed.
+    assert matplotlib.rcParams["font.size"] == 23.0
   assert sorted(p.name for p in tmp_path.iterdir()) == [
     "margins.pdf",
     "margins.png",
   ]
+  with PIL.Image.open(path) as image:
+    assert image.size == (975, 690)
+  assert path.read_bytes() == figure.png()
+  # 3.25 by 2.3 inches of 72 points.
+  pdf = path.with_suffix(".pdf").read_bytes()
+  assert pdf.startswith(b"%PDF-")
+  assert b"/MediaBox [ 0 0 234 165.6 ]" in pdf
 
 
-def test_an_svg_is_of_one_theme_and_the_same_every_time(tmp_path):
-  rate = winrates.win_rates(
-    [
-      reported.verdict(
-        reported.response("dpo", None, 0.7, "p"), "model_first", "model"
-      )
-    ],
-    winrates.Settings(),
+def test_an_svg_is_of_one_theme_and_the_same_every_time():
+  finals = [rate("dpo", None)]
+  figure = figures.Figure(
+    "x.png",
+    plots.win_rate_data(finals),
+    lambda: plots.win_rate_by_temperature(finals),
+    "",
   )
-  svgs = [
-    figures.win_rate_by_temperature(rate, tmp_path / "x.svg", dark=dark)
-    .read_text()
-    .lower()
-    for dark in (False, True, False)
-  ]
-  assert svgs[0] == svgs[2]
-  assert [path.name for path in tmp_path.iterdir()] == ["x.svg"]
-  light, dark = svgs[:2]
-  # DPO's color of each theme, and the labels'; nothing is painted white.
+  light, dark, again = (
+    figure.svg(dark=dark).decode().lower() for dark in (False, True, False)
+  )
+  assert light == again
+  # DPO's color of each theme, and the labels'; no background.
   for svg, has, lacks in (
     (light, ("#d55e00", "#222222"), ("#f08a3c", "#ebe7de", "#ffffff")),
     (dark, ("#f08a3c", "#ebe7de"), ("#d55e00", "#222222", "#ffffff")),
   ):
     assert all(color in svg for color in has)
     assert not any(color in svg for color in lacks)
-    assert figures.fingerprint(figures.points(rate)) in svg
+    assert figure.fingerprint in svg
     assert "dc:date" not in svg
     assert 'width="234pt" height="165.6pt"' in svg
 
 
-def test_a_mask_is_coloured_by_who_sees():
-  # Prompt, chosen, rejected: the responses see the prompt and themselves.
+def test_a_mask_is_colored_by_the_part_of_the_query():
+  # Prompt, chosen, rejected: the responses attend to the prompt and themselves.
   mask = np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool)
-  image = layout.mask_image(mask, np.array([0, 1, 2]))
-  expected = {
-    place: matplotlib.colors.to_rgb(style.COLORS[look])
-    for look, places in {
-      0: [(0, 0)],
-      3: [(1, 0), (1, 1)],
-      4: [(2, 0), (2, 2)],
-    }.items()
-    for place in places
-  }
-  for row in range(3):
-    for column in range(3):
-      color = expected.get((row, column), (0.96,) * 3)
-      assert image[row, column] == pytest.approx(color)
-
-
-def test_a_mask_of_another_size_is_refused(tmp_path):
+  (axes,) = axes_of(plots.packing_mask, mask, np.array([0, 1, 2]), "abc")
+  image = np.asarray(axes.images[0].get_array())
+  for query, look in enumerate((0, 3, 4)):
+    color = matplotlib.colors.to_rgb(style.COLORS[look])
+    for key in range(3):
+      expected = color if mask[query, key] else (0.96,) * 3
+      assert image[query, key] == pytest.approx(expected)
   with pytest.raises(ValueError, match="must be of 3 tokens"):
-    figures.packing_mask(np.eye(2), np.zeros(2), "abc", tmp_path / "m.png")
+    plots.packing_mask(np.eye(2), np.zeros(2), "abc")
 
 
-def test_parts_of_an_array_are_drawn_with_their_devices(monkeypatch):
+def test_shards_are_drawn_with_their_devices():
   half = {0: slice(None, 2), 1: slice(2, None)}
   held = {i: (half[i // 2], slice(None)) for i in range(4)}
-  axes = drawn(monkeypatch, figures.sharding, {"kernel": ((4, 6), held)})
+  axes = axes_of(plots.sharding, {"kernel": ((4, 6), held)})
   assert [text.get_text() for text in axes[0].texts] == ["0, 1", "2, 3"]
   corners = [(bar.get_y(), bar.get_height()) for bar in axes[0].patches]
   assert corners == [(0, 2), (2, 2)]
   with pytest.raises(ValueError, match="must have two axes"):
-    drawn(monkeypatch, figures.sharding, {"bias": ((4,), {})})
+    axes_of(plots.sharding, {"bias": ((4,), {})})

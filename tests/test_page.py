@@ -1,5 +1,5 @@
-"""report.html holds what the rows say, takes nothing from elsewhere, and shows
-any text without obeying it."""
+"""report.html holds what the rows say, loads nothing, and shows any text as
+text."""
 
 import ast
 import base64
@@ -14,80 +14,74 @@ import pytest
 import reported
 
 from dpo_jax.io import markdown, records
-from dpo_jax.report import compose, figures, page, report
-from dpo_jax.report.page import browse, prose
+from dpo_jax.report import figures, page
+from dpo_jax.report.page import browse
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-  path = tmp_path_factory.mktemp("run")
-  reported.make_run(path, missing=3)
-  return path
+@pytest.fixture
+def directory(tmp_path_factory):
+  return reported.written(tmp_path_factory)
 
 
-@pytest.fixture(scope="module")
-def text(workdir):
-  return compose.compose(reported.SETTINGS, workdir).texts["report.html"]
+@pytest.fixture
+def text(directory):
+  return (directory / "report.html").read_text()
 
 
-@pytest.fixture(scope="module")
-def written(workdir):
-  return report.write(reported.SETTINGS, workdir).with_name("report.html")
-
-
-def test_the_page_holds_the_rows(workdir, text):
-  found = paged.data(text)
-  cells = found["head"]["cells"]
-  names = {name: model for model, name in paged.NAMES.items()}
-  calls, answers = {}, {}
-  for prompt_id, turns, prompt, chosen, rows, subset in found["prompts"]:
-    assert (turns, subset) == (1, "")
-    for cell, sample, response, tokens, finish, outcome, _, judged in rows:
-      name, step, temperature = cells[cell]
-      unit = (prompt_id, names[name], step, temperature, sample)
-      answers[unit] = (prompt, chosen, response, tokens, finish)
-      for order, verdict, score, raw, error in judged:
-        calls[(*unit, order, "")] = (verdict, score, raw, error)
-      decided = {call[1] for call in judged} - {"missing"}
+def test_the_browser_has_all_rows(directory, text):
+  names = {"base": "base", "SFT": "sft", "DPO": "dpo"}
+  calls, responses = {}, {}
+  for prompt in paged.data(text):
+    assert prompt["subset"] == ""
+    for row in prompt["responses"]:
+      unit = (
+        prompt["id"],
+        names[row["model"]],
+        *(row["step"], row["temperature"], row["sample"]),
+      )
+      responses[unit] = (
+        *(prompt["text"], prompt["chosen"]),
+        *(row["text"], row["tokens"], row["finish"]),
+      )
+      for call in row["calls"]:
+        fields = ("verdict", "score", "reply", "error")
+        calls[(*unit, call["order"], "")] = tuple(call[f] for f in fields)
+      decided = {call["verdict"] for call in row["calls"]} - {"missing"}
       expected = {("model",): "won", ("chosen",): "lost", (): "none"}
-      outcomes = found["head"]["outcomes"]
-      assert outcomes[outcome] == expected[tuple(decided)]
+      assert row["outcome"] == expected[tuple(decided)]
+  workdir = directory.parent
   rows = records.read(workdir / "verdicts" / "all.jsonl", records.Verdict)
   assert calls == {r.unit: (r.verdict, r.score, r.raw, r.error) for r in rows}
-  responses = [
-    row
-    for path in (workdir / "responses").glob("*.jsonl")
-    for row in records.read(path, records.Response)
-  ]
-  assert answers == {
+  assert responses == {
     r.unit: (r.prompt, r.chosen, r.response, r.token_count, r.finish_reason)
-    for r in responses
+    for path in (workdir / "responses").glob("*.jsonl")
+    for r in records.read(path, records.Response)
   }
 
 
 def test_final_models_come_before_checkpoints(text):
-  cells = paged.data(text)["head"]["cells"]
-  finals = [[m, None, t] for m in ("base", "SFT", "DPO") for t in (0.25, 0.75)]
+  cells = [
+    (row["model"], row["step"], row["temperature"])
+    for row in paged.data(text)[0]["responses"]
+  ]
+  finals = [(m, None, t) for m in ("base", "SFT", "DPO") for t in (0.25, 0.75)]
   assert [cell for cell in cells if cell[2] != 1.0] == finals
-  assert cells[-2:] == [["DPO", 50, 1.0], ["DPO", 100, 1.0]]
+  assert cells[-2:] == [("DPO", 50, 1.0), ("DPO", 100, 1.0)]
 
 
-def test_tables_and_sentences_are_those_of_the_markdown(workdir, text):
-  lines = compose.compose(reported.SETTINGS, workdir).texts["report.md"]
+def test_tables_and_sentences_are_those_of_the_markdown(directory, text):
   shown = re.sub(r"<[^>]*>", " ", text.partition('<section id="browse">')[0])
   numbers = re.findall(r"\d+\.\d+", shown)
-  for section in ("## Win rates", "## Judge health", "## Answers"):
+  lines = (directory / "report.md").read_text()
+  for section in ("## Win rates", "## Judge health", "## Responses"):
     body = lines.partition(f"{section}\n")[2].partition("\n## ")[0]
-    for line in body.split("\n"):
-      # A bare number of a table's cell, or of a sentence.
-      for number in re.findall(r"\d+\.\d+", line):
-        assert number in numbers
+    assert set(re.findall(r"\d+\.\d+", body)) <= set(numbers)
 
 
-def test_nothing_is_taken_from_elsewhere(written):
-  parsed = paged.Parsed(written.read_text())
+def test_nothing_is_loaded(text):
+  parsed = paged.Parsed(text)
   for tag, attributes in parsed.elements:
     assert tag not in {"link", "iframe", "object", "embed", "base"}
     for name, value in attributes.items():
@@ -124,38 +118,34 @@ def test_nothing_is_taken_from_elsewhere(written):
 
 
 def test_hostile_texts_add_no_element_and_come_back_whole():
-  def made(texts):
+  def rendered(texts):
     prompts = [
-      browse.Prompt(
+      paged.prompt(
         f"id{index} {text}",
         f"\n\nHuman: {text}\n\nAssistant:",
         text,
-        (paged.answer(("dpo", None, 1.0), text, ["model"], judge=text),),
+        [paged.response(("dpo", None, 1.0), text, ["model"], reply=text)],
       )
       for index, text in enumerate(texts)
     ]
     literal = markdown.literal(texts[0])
-    lines = [f"> **FLAG**: {literal}"]
     table = markdown.table(("a", literal), [(literal, "1")])
-    figure = figures.Figure("x.png", texts, print, literal, ends=texts[0])
-    sections = [page.Section("x", literal, [literal], [figure], table)]
+    figure = figures.Figure("x.png", texts, print, literal, on_page=True)
+    sections = [page.Section("x", literal, [[literal], figure, table])]
+    lines = [f"> **FLAG**: {literal}"]
     return prompts, paged.render(prompts, texts[0], lines, sections)
 
-  plain = paged.Parsed(made(["text"] * len(paged.HOSTILE))[1])
+  plain = paged.Parsed(rendered(["text"] * len(paged.HOSTILE))[1])
   for first in range(len(paged.HOSTILE)):
     texts = [*paged.HOSTILE[first:], *paged.HOSTILE[:first]]
-    prompts, text = made(texts)
+    prompts, text = rendered(texts)
     tags = [tag for tag, _ in paged.Parsed(text).elements if tag != "br"]
     assert tags == [tag for tag, _ in plain.elements]
-    for row, prompt in zip(paged.data(text)["prompts"], prompts, strict=True):
-      assert row[0] == prompt.id
-      assert row[2:4] == [prompt.text, prompt.chosen]
-      assert row[4][0][2] == prompt.answers[0].text
-      assert row[4][0][7][0][3] == prompt.answers[0].calls[0].text
+    assert paged.data(text) == prompts
 
 
 def test_markup_of_a_report_is_html_and_that_of_texts_is_not():
-  shown = prose.html(
+  shown = page.to_html(
     [
       "### Is base < SFT?",
       "",
@@ -189,41 +179,45 @@ def test_markup_of_a_report_is_html_and_that_of_texts_is_not():
     (["tie", "model"], "tie"),
   ],
 )
-def test_an_outcome_is_what_all_calls_say(verdicts, expected):
+def test_outcome_of_the_calls_on_a_response(verdicts, expected):
   assert browse.outcome(verdicts) == expected
 
 
 @pytest.mark.parametrize(
   ("text", "chosen", "verdicts", "expected"),
   [
-    ("a", "b", ["model", "model"], ()),
-    ("a", "b", ["model", "chosen"], ("orders disagree",)),
-    ("a", "b", [], ("not judged",)),
-    ("a", " ", [], ("empty chosen answer",)),
-    (" ", "b", ["chosen"], ("empty answer",)),
-    (" b", "b ", ["tie"], ("same text as chosen",)),
-    ("a", "b", ["model", "missing"], ("a call without a verdict",)),
-    ("a", "b", ["refusal", "refusal"], ("the judge refused",)),
+    ("a", "b", ["model", "model"], []),
+    ("a", "b", ["model", "chosen"], ["orders disagree"]),
+    ("a", "b", [], ["not judged"]),
+    ("a", " ", [], ["empty chosen response"]),
+    (" ", "b", ["chosen"], ["empty response"]),
+    (" b", "b ", ["tie"], ["same text as chosen"]),
+    ("a", "b", ["model", "missing"], ["a call without a verdict"]),
+    ("a", "b", ["refusal", "refusal"], ["the judge refused"]),
   ],
 )
-def test_what_is_odd_is_flagged(text, chosen, verdicts, expected):
-  assert browse.flagged(text, chosen, verdicts) == expected
+def test_flags_of_a_response(text, chosen, verdicts, expected):
+  assert browse.flags(text, chosen, verdicts) == expected
 
 
-def test_figures_are_images_of_the_rows_in_light_and_dark(written):
-  numbers = json.loads(written.with_name("numbers.json").read_text())
-  elements = paged.Parsed(written.read_text()).elements
+def test_flags_of_calls_that_do_not_match_the_response():
+  row = reported.response("dpo", None, 1.0, "p0")
+  edited = reported.verdict(row, "model_first", "model", response_chars=3)
+  (prompt,) = browse.prompts([row], [edited], [edited])
+  assert prompt["responses"][0]["flags"] == [
+    "judged with other texts",
+    "verdict is not what the reply says",
+  ]
+
+
+def test_figures_are_images_of_the_rows_in_light_and_dark(directory, text):
+  numbers = json.loads((directory / "numbers.json").read_text())
+  elements = paged.Parsed(text).elements
   shown = [a for tag, a in elements if tag == "img"]
   sources = [a for tag, a in elements if tag == "source"]
   assert [image["alt"] for image in shown] == [
-    # 4, 16 and 34 of 40 prompts were won at every temperature; three calls on
-    # the first two prompts of base at 0.25 are missing: 3 of 39.
-    "Win rate of the final models against sampling temperature."
-    " base: 7.7% at T = 0.25 to 10.0% at T = 1.0."
-    " SFT: 40.0% at T = 0.25 to 40.0% at T = 1.0."
-    " DPO: 85.0% at T = 0.25 to 85.0% at T = 1.0.",
-    "Win rate of checkpoints against the training step."
-    " DPO, T = 1.0: 45.0% at step 50 to 75.0% at step 100.",
+    "Win rate of the final models against sampling temperature",
+    "Win rate of checkpoints against the training step",
   ]
   names = ("win_rate_temperature.png", "win_rate_step.png")
   for name, image, dark in zip(names, shown, sources, strict=True):
@@ -243,8 +237,8 @@ def test_figures_are_images_of_the_rows_in_light_and_dark(written):
       assert 'href="http' not in svg
 
 
-def test_nothing_to_draw_is_no_figure():
-  text = paged.render([], sections=[page.Section("x", "X", ["A line."])])
+def test_a_section_without_figures_has_no_image():
+  text = paged.render([], sections=[page.Section("x", "X", [["A line."]])])
   assert "A line." in text
   assert "<figure" not in text
 

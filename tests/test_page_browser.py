@@ -7,7 +7,6 @@ import pytest
 import reported
 
 from dpo_jax.report import report
-from dpo_jax.report.page import browse
 
 pytestmark = pytest.mark.browser
 
@@ -22,12 +21,12 @@ FLAGS = (
   "--disable-sync",
 )
 MANY = 5000
-BASE, SFT, DPO = ((model, None, 1.0) for model in ("base", "sft", "dpo"))
-STEP = ("dpo", 50, 0.75)
+BASE, SFT, DPO = ((model, None, 1.0) for model in ("base", "SFT", "DPO"))
+STEP = ("DPO", 50, 0.75)
 
 
-def made(tmp_path, phone=False):
-  # Not at the top: who runs no browser tests need not have it.
+def start(tmp_path, phone=False):
+  # Needed by browser tests only.
   from selenium import webdriver
   from selenium.webdriver.chrome import service
 
@@ -49,14 +48,14 @@ def made(tmp_path, phone=False):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-  driver = made(tmp_path_factory.mktemp("profile"))
+  driver = start(tmp_path_factory.mktemp("profile"))
   yield driver
   driver.quit()
 
 
 @pytest.fixture(scope="module")
 def phone(tmp_path_factory):
-  driver = made(tmp_path_factory.mktemp("phone"), phone=True)
+  driver = start(tmp_path_factory.mktemp("phone"), phone=True)
   yield driver
   driver.quit()
 
@@ -75,10 +74,10 @@ def shown(browser, tmp_path):
   assert browser.get_log("browser") == []
 
 
-def prompt(name, turns=1, answers=(), chosen="four", subset=""):
+def prompt(name, turns=1, responses=(), subset=""):
   text = f"\n\nHuman: {name}\n\nAssistant: so" * turns
-  return browse.Prompt(
-    name, text.removesuffix(" so"), chosen, tuple(answers), subset
+  return paged.prompt(
+    name, text.removesuffix(" so"), responses=responses, subset=subset
   )
 
 
@@ -88,35 +87,37 @@ def small():
   return [
     prompt(
       "alpha",
-      answers=[
-        paged.answer(BASE, "no", lost),
-        paged.answer(SFT, "four", won),
-        paged.answer(DPO, "much more of the same", won),
-        paged.answer(STEP, "four", lost),
+      responses=[
+        paged.response(BASE, "no", lost),
+        paged.response(SFT, "four", won),
+        paged.response(DPO, "much more of the same", won),
+        paged.response(STEP, "four", lost),
       ],
     ),
     prompt(
       "beta",
       2,
-      [paged.answer(DPO, "five", ["model", "chosen"])],
+      [paged.response(DPO, "five", ["model", "chosen"])],
       subset="helpful-base",
     ),
     prompt(
       "gamma",
-      answers=[paged.answer(DPO, "fore", ["tie", "tie"])],
+      responses=[paged.response(DPO, "fore", ["tie", "tie"])],
       subset="one turn",
     ),
     prompt(
       "delta",
       3,
-      [paged.answer(SFT, "", ["missing", "missing"])],
+      [paged.response(SFT, "", ["missing", "missing"])],
       subset="helpful-base",
     ),
   ]
 
 
 def ids(driver):
-  return driver.execute_script("return state.found.map((prompt) => prompt[0])")
+  return driver.execute_script(
+    "return state.prompts.map((prompt) => prompt.id)"
+  )
 
 
 def choose(driver, name, value):
@@ -134,7 +135,7 @@ def press(driver, key, target="body"):
 
 
 def current(driver):
-  return driver.execute_script("return state.found[state.current]?.[0]")
+  return driver.execute_script("return state.prompts[state.current]?.id")
 
 
 def prefer(driver, value):
@@ -142,11 +143,11 @@ def prefer(driver, value):
   driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
 
 
-def test_filters_find_what_they_say(shown):
+def test_filters(shown):
   driver = shown(paged.render(small()))
   everything = ["alpha", "beta", "gamma", "delta"]
   assert ids(driver) == everything
-  assert "4 of 4 prompts, 7 answers" in driver.page_source
+  assert "4 of 4 prompts, 7 responses" in driver.page_source
   for name, value, expected in (
     ("outcome", "won", ["alpha"]),
     ("outcome", "lost", ["alpha"]),
@@ -171,18 +172,18 @@ def test_filters_find_what_they_say(shown):
     assert ids(driver) == expected, (name, value)
     choose(driver, name, "")
   assert ids(driver) == everything
-  # All must hold of one answer: base won nowhere, though others did on alpha.
+  # All filters must match one response: base won nowhere, others on alpha.
   choose(driver, "outcome", "won")
   choose(driver, "model", "base")
   assert ids(driver) == []
-  assert "No prompt has such an answer" in driver.page_source
+  assert "No prompt has such a response" in driver.page_source
   driver.find_element("id", "clear").click()
   assert ids(driver) == everything
   driver.find_element("id", "flagged").click()
   assert ids(driver) == ["alpha", "beta", "delta"]
 
 
-def test_search_finds_words_of_prompts_answers_and_the_judge(shown):
+def test_search_in_prompts_responses_and_replies(shown):
   driver = shown(paged.render(small()))
   field = driver.find_element("id", "search")
   for words, expected in (
@@ -197,7 +198,7 @@ def test_search_finds_words_of_prompts_answers_and_the_judge(shown):
     assert ids(driver) == expected, words
 
 
-def test_an_answer_stands_with_its_verdicts(shown):
+def test_a_response_is_shown_with_its_verdicts(shown):
   driver = shown(paged.render(small()))
   press(driver, "j")
   (card,) = driver.find_elements("css selector", "#detail .cards .card")
@@ -207,9 +208,9 @@ def test_an_answer_stands_with_its_verdicts(shown):
     "five",
     "4 characters · 3 tokens · ended itself",
     "⚑ orders disagree",
-    "the answer wins · answer shown first",
+    "the response wins · response shown first",
     "A is better.",
-    "chosen wins · answer shown second",
+    "chosen wins · response shown second",
     "A is better.",
   ]
   turns = driver.find_elements("css selector", "#detail .turn")
@@ -222,7 +223,7 @@ def test_an_answer_stands_with_its_verdicts(shown):
   assert [heading.text for heading in headings] == ["T = 1"]
 
 
-def test_models_stand_side_by_side(shown):
+def test_models_are_side_by_side(shown):
   driver = shown(paged.render(small()))
   cards = driver.find_elements("css selector", "#detail .cards .card")
   places = [card.rect for card in cards]
@@ -235,7 +236,7 @@ def test_models_stand_side_by_side(shown):
   ]
 
 
-def test_keys_do_what_their_help_says(shown):
+def test_keys(shown):
   driver = shown(paged.render(small()))
   for key, expected in (
     ("j", "beta"),
@@ -308,11 +309,10 @@ def test_light_and_dark(shown):
 
 def test_hostile_texts_are_inert_and_visible(shown):
   prompts = [
-    browse.Prompt(
+    paged.prompt(
       text,
-      f"\n\nHuman: {text}\n\nAssistant:",
-      text,
-      (paged.answer(DPO, text, ["model"], judge=text),),
+      chosen=text,
+      responses=[paged.response(DPO, text, ["model"], reply=text)],
     )
     for text in paged.HOSTILE
   ]
@@ -332,10 +332,13 @@ def test_hostile_texts_are_inert_and_visible(shown):
 
 def test_a_direction_mark_stays_in_its_text(shown):
   rtl = "\u05e9\u05dc\u05d5\u05dd \u05e2\u05d5\u05dc\u05dd"
-  answers = [paged.answer(DPO, rtl, ["model"]), paged.answer(SFT, "a", [])]
-  driver = shown(paged.render([prompt("x", answers=answers)]))
+  responses = [
+    paged.response(DPO, rtl, ["model"]),
+    paged.response(SFT, "a", []),
+  ]
+  driver = shown(paged.render([prompt("x", responses=responses)]))
   directions = driver.execute_script(
-    "return [...document.querySelectorAll('#detail .cards .answer')].map("
+    "return [...document.querySelectorAll('#detail .cards .response')].map("
     "(e) => getComputedStyle(e).direction)"
   )
   assert directions == ["rtl", "ltr"]
@@ -354,17 +357,17 @@ def test_the_page_obeys_no_other_script(browser, tmp_path):
 
 def test_five_thousand_prompts_stay_responsive(shown):
   words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
-  cells = [(m, None, t) for t in (0.25, 1.0) for m in ("base", "sft", "dpo")]
+  cells = [(m, None, t) for t in (0.25, 1.0) for m in ("base", "SFT", "DPO")]
   outcomes = (["model", "model"], ["chosen", "chosen"], ["model", "chosen"])
 
-  def answers(number):
+  def responses(number):
     for place, cell in enumerate(cells):
       kind = outcomes[(number + place) % 3]
       text = " ".join(words[(number * 7 + i * place) % 9] for i in range(60))
-      yield paged.answer(cell, text, kind, judge=f"A is better. {text[:120]}")
+      yield paged.response(cell, text, kind, reply=f"A is better. {text[:120]}")
 
   prompts = [
-    prompt(f"number {number}", 1 + number % 3, answers(number))
+    prompt(f"number {number}", 1 + number % 3, responses(number))
     for number in range(MANY)
   ]
   driver = shown(paged.render(prompts))
@@ -374,7 +377,7 @@ def test_five_thousand_prompts_stay_responsive(shown):
     const timed = (work) => {
       const begun = performance.now();
       work();
-      document.body.offsetHeight;  // lays out what was drawn
+      document.body.offsetHeight;  // forces the layout
       return performance.now() - begun;
     };
     const set = (name, value) => () => {
@@ -411,7 +414,7 @@ def test_a_phone_needs_no_sideways_scroll(phone, tmp_path):
     "return [document.documentElement.scrollWidth, innerWidth]"
   )
   assert (width, inner) == (360, 360)
-  # What is tapped brings its answers into sight.
+  # A tap on a prompt scrolls to its responses.
   phone.execute_script(
     "document.documentElement.style.scrollBehavior = 'auto';"
     "list.scrollIntoView()"
@@ -425,9 +428,8 @@ def test_a_phone_needs_no_sideways_scroll(phone, tmp_path):
   assert phone.get_log("browser") == []
 
 
-def test_figures_follow_the_theme(browser, tmp_path):
-  reported.make_run(tmp_path)
-  path = report.write(reported.SETTINGS, tmp_path).with_name("report.html")
+def test_figures_follow_the_theme(browser, tmp_path_factory):
+  path = reported.written(tmp_path_factory) / "report.html"
 
   def shown():
     """Whether each image is its dark one; all must be decoded."""

@@ -1,22 +1,22 @@
-"""The report is made of the rows, and shows any text without obeying it."""
+"""The report is computed from the rows, and shows any text as text."""
 
 import csv
 import dataclasses
 import hashlib
 import html.parser
+import io
 import itertools
+import re
 
-import matplotlib
 import numpy as np
 import PIL.Image
 import pytest
 import reported
 
-from dpo_jax import winrates
+from dpo_jax.core import errors
 from dpo_jax.io import markdown, records
-from dpo_jax.report import compose, figures, report
+from dpo_jax.report import report, verify
 
-COLUMNS = ("model", "step", "temperature", "n", "win_rate", "low", "high")
 # Each tries to leave its cell, to add markup, or to hide something.
 HOSTILE = [
   "a | b | c",
@@ -33,81 +33,74 @@ HOSTILE = [
   "日本語 🙂‍↔️ \u05e9\u05dc\u05d5\u05dd",
   "",
 ]
+FINALS = dataclasses.replace(reported.SETTINGS, runs=())
+DPO = (("dpo", None, 1.0, 34),)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def composed(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("run")
   reported.make_run(workdir)
-  return report.write(reported.SETTINGS, workdir)
+  return report.compose(reported.SETTINGS, workdir)
 
 
-def read(path):
-  return path.read_bytes().decode()
+@pytest.fixture
+def text(composed):
+  return composed.texts["report.md"]
 
 
-def tables(text):
-  """Cells of all table rows, split as GitHub does: at every bare pipe."""
-  lines = [line for line in text.split("\n") if line.startswith("|")]
-  return [line.strip("|").split("|") for line in lines]
-
-
-def test_the_csv_has_the_rates_of_the_rows(finished):
-  with open(finished.parent / "win_rates.csv", newline="") as file:
-    header, *rows = csv.reader(file)
-  assert header[:7] == list(COLUMNS)
-  assert header[7:9] == ["prompts", "interval"]
-  assert [row[:3] for row in rows] == [
-    [model, "" if step is None else str(step), str(temperature)]
-    for model, step, temperature, _ in reported.cells()
-  ]
-  for row, (_, _, _, won) in zip(rows, reported.cells(), strict=True):
-    assert row[3] == "40"
+def test_csv_of_win_rates(composed):
+  lines = io.StringIO(composed.texts["win_rates.csv"])
+  header, *rows = csv.reader(lines)
+  assert ",".join(header[:9]) == (
+    "model,step,temperature,n,win_rate,low,high,prompts,interval"
+  )
+  for row, (model, step, temperature, won) in zip(
+    rows, reported.CELLS, strict=True
+  ):
+    assert row[:4] == [model, str(step or ""), str(temperature), "40"]
     rate, low, high = map(float, row[4:7])
     assert rate == pytest.approx(won / 40)
     assert 0 <= low < rate < high <= 1
 
 
-def test_the_report_says_what_was_judged_and_found(finished):
-  text = read(finished)
+def test_content_of_a_report(text):
   assert text.startswith("# A small run\n")
   assert "Judge oracle, template t1: 880 calls on 440 comparisons" in text
   assert "over 40 prompts" in text
   assert "95% intervals: Wilson score at the effective number" in text
-  assert "**Yes**" in text
-  assert "By subset" not in text
-  assert "(0.75, 1.0), base < SFT < DPO" in text
-  assert "INCOMPLETE" not in text
-  assert "INCONSISTENT" not in text
+  assert re.search(r"(?m)^\*\*Yes\*\*.*\(0.75, 1.0\), base < SFT < DPO", text)
+  for absent in ("INCOMPLETE", "INCONSISTENT", "By subset", "at equal length"):
+    assert absent not in text
+  assert "by probabilities" not in text
   # 0.725 of 200 pairs: the Wilson interval by SciPy is [0.6593, 0.7823].
   assert "72.5% of 200 pairs, 95% interval [65.9, 78.2] (step 59)" in text
-  rows = tables(text)
-  stripped = [[cell.strip() for cell in row] for row in rows]
-  (dpo,) = [r for r in stripped if r[:3] == ["DPO", "1.0", "40"]]
+  rows = reported.tables(text)
+  (dpo,) = [r for r in rows if r[:3] == ["DPO", "1.0", "40"]]
   assert dpo[3].startswith("85.0 [")
   assert dpo[4:] == ["0", "0", "50.0"]
-  assert ["same verdict in both orders, %", "100.0"] in stripped
-  assert ["DPO", "train, kept", "990"] in stripped
-  assert ["DPO", "train, quarantined: empty &#124; row", "3"] in stripped
-  answers = ["DPO", "100", "1.0", "40", "7.0", "11", "12"]
-  assert [*answers, "100.0", "0.0", "0.0", "0", "0", "n/a"] in stripped
+  assert ["same verdict in both orders, %", "100.0"] in rows
+  assert ["DPO", "train, kept", "990"] in rows
+  assert ["DPO", "train, quarantined: empty &#124; row", "3"] in rows
+  responses = ["DPO", "100", "1.0", "40", "7.0", "11", "12"]
+  assert [*responses, "100.0", "0.0", "0.0", "0", "0", "n/a"] in rows
+  assert text.index("### Is base") < text.index("### Over training")
 
 
-def test_subsets_have_rates_of_their_own(tmp_path):
+def test_win_rates_by_subset(tmp_path):
   """Of 40 prompts the first 10 are helpful-base: DPO won on all of them."""
   reported.make_run(tmp_path)
   for path in (tmp_path / "responses").iterdir():
-    rows = records.read(path, records.Response)
-    named = [
-      dataclasses.replace(
-        row, subset="helpful-base" if at < 10 else "harm | less"
-      )
-      for at, row in enumerate(rows)
-    ]
-    path.write_bytes(b"".join(map(records.encode, named)))
+    reported.edit(
+      path,
+      records.Response,
+      lambda row: dataclasses.replace(
+        row, subset="helpful-base" if row.prompt_id < "p10" else "harm | less"
+      ),
+    )
   text = reported.text(tmp_path)
   section = text.partition("### By subset")[2].partition("###")[0]
-  rows = [[cell.strip() for cell in row] for row in tables(section)]
+  rows = reported.tables(section)
   assert len(rows) == 2 + 2 * 9
   found = {tuple(row[:4]): row[4].split()[0] for row in rows[2:]}
   assert found["helpful-base", "DPO", "1.0", "10"] == "100.0"
@@ -119,10 +112,8 @@ def test_subsets_have_rates_of_their_own(tmp_path):
   assert found["harm &#124; less", "base", "0.75", "30"] == "0.0"
 
 
-def test_the_report_compares_models_prompt_by_prompt(finished):
-  text = read(finished)
-  rows = [[cell.strip() for cell in row] for row in tables(text)]
-  (row,) = [r for r in rows if r[:2] == ["SFT - base", "1.0"]]
+def test_paired_differences_and_slopes(text):
+  (row,) = [r for r in reported.tables(text) if r[:2] == ["SFT - base", "1.0"]]
   # SFT won on the 4 prompts that base won on, and on 12 more: +30 points, and
   # 12 of 12 one way have p = 2 / 2^12, times 3 temperatures.
   assert row[2] == "40"
@@ -133,43 +124,35 @@ def test_the_report_compares_models_prompt_by_prompt(finished):
   assert "from step 50 to 100 the rate changes by +30.0 [+" in text
 
 
-def test_a_flat_training_is_said_to_be_undecided(tmp_path):
-  reported.make_run(tmp_path)
-  path = tmp_path / "verdicts" / "all.jsonl"
-  rows = records.read(path, records.Verdict)
-  won = {r.prompt_id: r.verdict for r in rows if r.step == 50}
-  rows = [
-    dataclasses.replace(r, verdict=won[r.prompt_id]) if r.step == 100 else r
-    for r in rows
-  ]
-  path.write_bytes(b"".join(map(records.encode, rows)))
+def test_a_flat_training_is_undecided(tmp_path):
+  cells = [("dpo", step, 1.0, 18) for step in (50, 100)]
+  reported.make_run(tmp_path, cells=cells)
   text = reported.text(tmp_path)
-  assert "DPO with training: it cannot be told whether it improves." in text
+  assert "DPO with training: undecided whether it improves." in text
   assert "the rate changes by 0.0 [" in text
   assert "p = n/a" in text
 
 
-def test_second_columns_stand_only_where_they_can_be_told(tmp_path, finished):
-  text = read(finished)
-  assert "at equal length" not in text
-  assert "by probabilities" not in text
+def judged(workdir, rows, verdicts, **fields):
+  """Writes responses with one call each, and composes their report."""
+  reported.write_rows(workdir / "responses" / "r.jsonl", rows)
+  calls = [
+    reported.verdict(row, "model_first", verdict, **fields)
+    for row, verdict in zip(rows, verdicts, strict=True)
+  ]
+  reported.write_rows(workdir / "verdicts" / "v.jsonl", calls)
+  return report.compose(FINALS, workdir)
+
+
+def test_optional_columns_of_win_rates(tmp_path):
   rows = [
     reported.response("dpo", None, 1.0, f"p{i}", " long" * (1 + i % 3))
     for i in range(30)
   ]
-  reported.write_rows(tmp_path / "responses" / "r.jsonl", rows)
-  calls = [
-    reported.verdict(
-      row, "model_first", "model" if i % 2 else "chosen", score=0.25
-    )
-    for i, row in enumerate(rows)
+  text = judged(tmp_path, rows, ["chosen", "model"] * 15, score=0.25).texts[
+    "report.md"
   ]
-  reported.write_rows(tmp_path / "verdicts" / "v.jsonl", calls)
-  settings = dataclasses.replace(reported.SETTINGS, runs=())
-  text = reported.text(tmp_path, settings)
-  header, _, row = [x for x in text.split("\n") if x.startswith("| ")][:3]
-  names = [cell.strip() for cell in header.strip("|").split("|")]
-  cells = [cell.strip() for cell in row.strip("|").split("|")]
+  names, _, cells, *_ = reported.tables(text)
   assert names[3:6] == [
     "win rate %",
     "at equal length %",
@@ -182,90 +165,57 @@ def test_second_columns_stand_only_where_they_can_be_told(tmp_path, finished):
   assert "It is a second opinion" in text
 
 
-def test_figures_are_linked_relatively_and_decode(finished):
-  text = read(finished)
-  grey, blue, orange = (0x73, 0x73, 0x73), (0, 0x72, 0xB2), (0xD5, 0x5E, 0)
-  for name, width, colors in [
-    # A column of 3.25 inches at 300 dots an inch; two and their gap, 6.75.
-    ("win_rate_temperature.png", 975, (grey, blue, orange)),
-    ("win_rate_step.png", 975, (blue,)),
-    ("training_curves.png", 2025, (blue, orange)),
-    ("reward_margins.png", 975, (grey,)),
-    ("reward_accuracy.png", 975, (blue, orange)),
-  ]:
-    assert f"]({name})" in text
-    with PIL.Image.open(finished.parent / name) as image:
-      assert image.size[0] == width
-      assert width / 3 < image.size[1] < width
-      assert image.info["dpi"][0] == pytest.approx(300, abs=1)
-      pixels = np.asarray(image.convert("RGB"))
-    # Every line is there: a marker alone fills hundreds of pixels.
-    for color in colors:
-      assert (pixels == color).all(axis=-1).sum() > 500
-
-
-def test_the_same_rows_give_the_same_bytes(finished):
-  before = {p.name: p.read_bytes() for p in finished.parent.iterdir()}
-  report.write(reported.SETTINGS, finished.parent.parent)
-  after = {p.name: p.read_bytes() for p in finished.parent.iterdir()}
-  assert before == after
-  assert sorted(before) == [
-    "numbers.json",
-    "report.html",
-    "report.md",
-    "reward_accuracy.pdf",
-    "reward_accuracy.png",
-    "reward_margins.pdf",
-    "reward_margins.png",
-    "training_curves.pdf",
-    "training_curves.png",
-    "win_rate_step.pdf",
-    "win_rate_step.png",
-    "win_rate_temperature.pdf",
-    "win_rate_temperature.png",
-    "win_rates.csv",
+def test_overlapping_intervals_are_no_order(tmp_path):
+  won = {"base": 12, "sft": 20, "dpo": 18}
+  cells = [(m, i < won[m]) for m in won for i in range(40)]
+  rows = [
+    reported.response(model, None, 0.75, f"p{i % 40:02d}")
+    for i, (model, _) in enumerate(cells)
   ]
+  verdicts = ["model" if won else "chosen" for _, won in cells]
+  text = judged(tmp_path, rows, verdicts).texts["report.md"]
+  assert "**No**" in text
+  assert "**Yes**" not in text
+  # Wilson, n = 40, by SciPy: 12 [18.1, 45.4], 20 [35.2, 64.8].
+  overlap = "SFT 50.0 [35.2, 64.8] is above base 30.0 [18.1, 45.4]"
+  assert f"- T = 0.75: {overlap}, but the intervals overlap." in text
+  assert "DPO 45.0 [30.7, 60.2] is not above SFT 50.0 [35.2, 64.8]." in text
+  assert "No run has evaluated it." in text
 
 
-def test_a_report_is_had_by_its_path_and_by_its_sections(finished):
-  made = report.of(finished.parent.parent)
-  assert made.texts["report.md"] == read(finished)
-  assert "DPO | 1.0 | 40 | 85.0 [" in made.sections["Win rates"]
-  assert "85.0 [" not in made.sections["Judge health"]
-  assert not any("![" in text for text in made.sections.values())
+def test_no_verdicts_at_no_temperature_of_interest(tmp_path):
+  rows = [
+    reported.response(model, None, 0.5, "p0")
+    for model in ("base", "sft", "dpo")
+  ]
+  composed = judged(tmp_path, rows, ["refusal"] * 3)
+  assert "Undecided: at no temperature" in composed.texts["report.md"]
+  lines = composed.texts["win_rates.csv"].split("\n")
+  # Without a verdict: no rate, the whole interval.
+  assert lines[1].startswith("base,,0.5,0,nan,0.000000,1.000000,1,")
 
 
-def test_missing_verdicts_are_visible(tmp_path):
-  reported.make_run(tmp_path, missing=3)
-  text = reported.text(tmp_path)
+def test_missing_verdicts_are_bounded_and_have_causes(tmp_path_factory):
+  text = (reported.written(tmp_path_factory) / "report.md").read_text()
   assert "> **INCOMPLETE**: 3 of 880 judge calls gave no verdict" in text
-  stripped = [[cell.strip() for cell in row] for row in tables(text)]
-  assert ["timeout &#124; after 30 s", "3"] in stripped
-  (bounds,) = [row for row in stripped if "6.2 to 10.0" in row]
+  rows = reported.tables(text)
+  assert ["timeout &#124; after 30 s", "3"] in rows
+  (bounds,) = [row for row in rows if "6.2 to 10.0" in row]
   # 4 prompts of 40 won; both calls on the first and one on the second are
   # missing, so 3 of 39 are left, and 2.5 to 4 of 40 are possible.
   assert bounds == ["base", "", "0.25", "7.7", "6.2 to 10.0", "3", "0"]
 
 
-def test_answers_without_a_call_are_visible(tmp_path):
-  reported.make_run(tmp_path)
-  path = tmp_path / "verdicts" / "all.jsonl"
-  lines = path.read_bytes().split(b"\n")
-  path.write_bytes(b"\n".join(lines[5:]))
-  text = reported.text(tmp_path)
-  assert "> **INCOMPLETE**: 5 judge calls were never made" in text
-
-
-def test_an_empty_reference_needs_no_verdict(tmp_path):
-  reported.make_run(tmp_path)
+def test_an_empty_reference_is_not_part_of_the_data(tmp_path):
+  reported.make_run(tmp_path, cells=DPO)
   row = dataclasses.replace(
     reported.response("dpo", None, 1.0, "p99"), chosen=" "
   )
   reported.write_rows(tmp_path / "responses" / "more.jsonl", [row])
   text = reported.text(tmp_path)
   assert "INCOMPLETE" not in text
-  # Nor is it part of what was asked: the other 40 prompts are, each with its
-  # id, text and chosen answer, every one behind its length in bytes.
+  # The other 40 prompts are, each with its id, text and chosen response, and
+  # every one of these behind its length in bytes.
   parts = [
     part
     for i in range(40)
@@ -276,59 +226,58 @@ def test_an_empty_reference_needs_no_verdict(tmp_path):
   assert f"Data fingerprint {digest}." in text
 
 
-def test_verdicts_about_unknown_answers_are_visible(tmp_path):
-  reported.make_run(tmp_path)
-  (tmp_path / "responses" / "dpo-100-1.0.jsonl").unlink()
-  text = reported.text(tmp_path)
-  assert "> **INCONSISTENT**: 80 judge calls" in text
+def test_figures_are_linked_relatively_and_decode(tmp_path_factory):
+  directory = reported.written(tmp_path_factory)
+  text = (directory / "report.md").read_text()
+  gray, blue, orange = (0x73, 0x73, 0x73), (0, 0x72, 0xB2), (0xD5, 0x5E, 0)
+  for name, width, colors in [
+    # A column of 3.25 inches at 300 dots an inch; two and their gap, 6.75.
+    ("win_rate_temperature.png", 975, (gray, blue, orange)),
+    ("win_rate_step.png", 975, (blue,)),
+    ("training_curves.png", 2025, (blue, orange)),
+    ("reward_margins.png", 975, (gray,)),
+    ("reward_accuracy.png", 975, (blue, orange)),
+  ]:
+    assert f"]({name})" in text
+    with PIL.Image.open(directory / name) as image:
+      assert image.size[0] == width
+      assert width / 3 < image.size[1] < width
+      assert image.info["dpi"][0] == pytest.approx(300, abs=1)
+      pixels = np.asarray(image.convert("RGB"))
+    # Every line is there: a marker alone fills hundreds of pixels.
+    for color in colors:
+      assert (pixels == color).all(axis=-1).sum() > 500
 
 
-def test_overlap_is_said_to_be_overlap(tmp_path):
-  finals = [("base", 12), ("sft", 20), ("dpo", 18)]
-  rows = [
-    (reported.response(model, None, 0.75, f"p{i:02d}"), i < won)
-    for model, won in finals
-    for i in range(40)
-  ]
-  reported.write_rows(
-    tmp_path / "responses" / "r.jsonl", [row for row, _ in rows]
-  )
-  calls = [
-    reported.verdict(row, "model_first", "model" if won else "chosen")
-    for row, won in rows
-  ]
-  reported.write_rows(tmp_path / "verdicts" / "v.jsonl", calls)
-  settings = dataclasses.replace(reported.SETTINGS, runs=())
-  # An earlier report's figure of checkpoints that are gone.
+def test_the_same_rows_give_the_same_files(tmp_path_factory, tmp_path):
+  """The older report's figures, of which one is no longer drawn, are gone."""
+  before = reported.written(tmp_path_factory)
+  reported.make_run(tmp_path, missing=3)
   (tmp_path / "report").mkdir()
-  (tmp_path / "report" / "win_rate_step.png").touch()
-  path = report.write(settings, tmp_path)
-  text = read(path)
-  assert "**No**" in text
-  assert "**Yes**" not in text
-  # Wilson, n = 40, by SciPy: 12 [18.1, 45.4], 20 [35.2, 64.8].
-  overlap = "SFT 50.0 [35.2, 64.8] is above base 30.0 [18.1, 45.4]"
-  assert f"- T = 0.75: {overlap}, but the intervals overlap." in text
-  assert "DPO 45.0 [30.7, 60.2] is not above SFT 50.0 [35.2, 64.8]." in text
-  assert "No run has evaluated it." in text
-  assert not (path.parent / "win_rate_step.png").exists()
-  assert not (path.parent / "training_curves.png").exists()
-
-
-def test_three_stages_below_0_7_leave_the_question_open(tmp_path):
-  rows = [
-    reported.response(model, None, 0.5, "p0")
-    for model in ("base", "sft", "dpo")
+  (tmp_path / "report" / "win_rate_length.png").touch()
+  after = report.write(reported.SETTINGS, tmp_path).parent
+  files = [
+    {path.name: path.read_bytes() for path in directory.iterdir()}
+    for directory in (before, after)
   ]
-  reported.write_rows(tmp_path / "responses" / "r.jsonl", rows)
-  calls = [reported.verdict(row, "model_first", "refusal") for row in rows]
-  reported.write_rows(tmp_path / "verdicts" / "v.jsonl", calls)
-  settings = dataclasses.replace(reported.SETTINGS, runs=())
-  made = compose.compose(settings, tmp_path)
-  assert "It cannot be told" in made.texts["report.md"]
-  lines = made.texts["win_rates.csv"].split("\n")
-  # Nothing was read: no rate, the whole interval, and no crash.
-  assert lines[1].startswith("base,,0.5,0,nan,0.000000,1.000000,1,")
+  assert files[0] == files[1]
+  figures = ("reward_accuracy", "reward_margins", "training_curves")
+  figures += ("win_rate_step", "win_rate_temperature")
+  assert sorted(files[0]) == sorted(
+    [
+      *("numbers.json", "report.html", "report.md", "win_rates.csv"),
+      *(f"{name}.{kind}" for name in figures for kind in ("png", "pdf")),
+    ]
+  )
+
+
+def test_a_report_by_its_directory_and_its_sections(tmp_path_factory):
+  directory = reported.written(tmp_path_factory)
+  composed = report.of(directory.parent)
+  assert composed.texts["report.md"] == (directory / "report.md").read_text()
+  assert "DPO | 1.0 | 40 | 85.0 [" in composed.sections["Win rates"]
+  assert "85.0 [" not in composed.sections["Judge health"]
+  assert not any("![" in text for text in composed.sections.values())
 
 
 class Shown(html.parser.HTMLParser):
@@ -357,7 +306,7 @@ def test_text_is_shown_and_not_obeyed(text):
   assert not set(cell) & set("|`*_[]\\~$\n\r\u2028\u2029\u0085\x0b\x00\u202e")
   shown = Shown(cell)
   assert set(shown.tags) <= {"br"}
-  # Nothing is left for GitHub to link: the parts of an address stand apart.
+  # Nothing is left for GitHub to link: the parts of an address are separated.
   visible = cell.replace("<br>", "").split("<!-- -->")
   assert not any("://" in part or "www." in part for part in visible)
   assert not any(part[1:].count("@") for part in visible)
@@ -367,46 +316,45 @@ def test_text_is_shown_and_not_obeyed(text):
   assert shown.text == expected
 
 
-def test_hostile_answers_leave_the_tables_whole(tmp_path):
+def test_hostile_responses_leave_the_tables_whole(tmp_path):
   reported.make_run(tmp_path, text=" " + "\n".join(HOSTILE[:-1]))
   text = reported.text(tmp_path)
-  images = [line for line in text.split("\n") if line.startswith("![")]
-  assert len(images) == 5
   lines = text.split("\n")
+  assert len([line for line in lines if line.startswith("![")]) == 5
   for above, line in itertools.pairwise(lines):
     if above.startswith("|") and line.startswith("|"):
       assert above.count("|") == line.count("|")
-  assert "<script" not in text
-  assert "<h1" not in text
-  assert "](java" not in text
+  for absent in ("<script", "<h1", "](java"):
+    assert absent not in text
   headings = [line for line in lines if line.startswith("#")]
-  assert len(headings) == 10
-  (answer,) = [line for line in lines if line.startswith("| answer")][:1]
-  assert "Use a fork." in answer
-  assert "U+2028" in answer or "characters)" in answer
+  assert len(headings) == 11
+  responses = [line for line in lines if line.startswith("| response |")]
+  assert len(responses) == 2
+  assert "Use a fork." in responses[0]
+  assert "first<br>second<br>third" in responses[0]
 
 
-def test_long_texts_are_cut_where_it_matters_least(tmp_path):
-  reported.make_run(tmp_path, text=" start " + "x" * 5000 + " finish")
+def test_examples_are_responses_to_one_prompt_side_by_side(text):
+  rows = reported.tables(text)
+  heads = [row for row in rows if row[:2] == ["", "chosen"]]
+  assert heads == [["", "chosen", "base", "SFT", "DPO"]] * 2
+  responses = [row for row in rows if row[0] == "response"]
+  assert responses == [["response", "Use a fork.", *["Beat them."] * 3]] * 2
+  verdicts = [row[2:] for row in rows if row[0] == "verdict"]
+  assert len(verdicts) == 2
+  for cell in itertools.chain(*verdicts):
+    first, second = cell.split("<br>")
+    assert first in ("won when shown first", "lost when shown first")
+    assert second == first.replace("first", "second")
+
+
+def test_long_texts_are_cut(tmp_path):
+  text = " start " + "x" * 5000 + " finish"
+  reported.make_run(tmp_path, text=text, cells=DPO)
   text = reported.text(tmp_path)
   assert "start xxx" in text
   assert "finish" not in text
   assert "… (4413 characters)" in text
-
-
-def test_examples_are_answers_to_one_prompt_side_by_side(finished):
-  rows = [[cell.strip() for cell in row] for row in tables(read(finished))]
-  heads = [row for row in rows if row[:2] == ["", "chosen"]]
-  assert heads == [["", "chosen", "base", "SFT", "DPO"]] * 2
-  answers = [row for row in rows if row[0] == "answer"]
-  assert answers == [["answer", "Use a fork.", *["Beat them."] * 3]] * 2
-  verdicts = [row[2:] for row in rows if row[0] == "verdict"]
-  assert len(verdicts) == 2
-  for model_verdicts in verdicts:
-    for cell in model_verdicts:
-      first, second = cell.split("<br>")
-      assert first in ("won when shown first", "lost when shown first")
-      assert second == first.replace("first", "second")
 
 
 def test_nothing_to_report_is_refused(tmp_path):
@@ -416,7 +364,7 @@ def test_nothing_to_report_is_refused(tmp_path):
   (tmp_path / "verdicts" / "empty.jsonl").touch()
   with pytest.raises(ValueError, match=r"verdicts has no verdict rows.*judge"):
     report.write(reported.SETTINGS, tmp_path)
-  reported.make_run(tmp_path)
+  reported.make_run(tmp_path, cells=DPO)
   (tmp_path / "sft" / "metrics.jsonl").unlink()
   with pytest.raises(ValueError, match=r"metrics\.jsonl is missing"):
     report.write(reported.SETTINGS, tmp_path)
@@ -424,82 +372,127 @@ def test_nothing_to_report_is_refused(tmp_path):
 
 
 def test_rows_that_do_not_belong_together_are_refused(tmp_path):
-  reported.make_run(tmp_path)
+  reported.make_run(tmp_path, cells=DPO)
   row = reported.response("dpo", None, 1.0, "p99")
   extra = tmp_path / "verdicts" / "extra.jsonl"
   reported.write_rows(
     extra, [reported.verdict(row, "model_first", "model", judge="gpt")]
   )
   with pytest.raises(ValueError, match="gpt, oracle"):
-    report.write(reported.SETTINGS, tmp_path)
+    report.compose(FINALS, tmp_path)
   extra.unlink()
   again = tmp_path / "responses" / "again.jsonl"
-  reported.write_rows(again, [reported.response("dpo", None, 1.0, "p00")])
-  with pytest.raises(ValueError, match=r"stand more than once.*p00"):
-    report.write(reported.SETTINGS, tmp_path)
-
-
-def test_a_malformed_row_is_named(tmp_path):
-  reported.make_run(tmp_path)
-  path = tmp_path / "verdicts" / "all.jsonl"
-  path.write_bytes(path.read_bytes() + b'{"key": "cut')
-  with pytest.raises(ValueError, match=r"all\.jsonl:881"):
-    report.write(reported.SETTINGS, tmp_path)
-
-
-def test_a_malformed_metric_is_named(tmp_path):
-  reported.make_run(tmp_path)
-  path = tmp_path / "dpo" / "metrics.jsonl"
-  path.write_text('{"step": 1, "loss": 1}\n{"loss": 2}\n')
-  with pytest.raises(ValueError, match=r"metrics\.jsonl:2"):
-    report.write(reported.SETTINGS, tmp_path)
+  row = reported.response("dpo", None, 1.0, "p00")
+  reported.write_rows(again, [row])
+  with pytest.raises(ValueError, match=r"are duplicated.*p00"):
+    report.compose(FINALS, tmp_path)
+  again.unlink()
+  other = dataclasses.replace(row, chosen=" Another.", sample_id=1)
+  reported.write_rows(again, [other])
+  with pytest.raises(ValueError, match=r"prompt 'p00' .*several texts"):
+    report.compose(FINALS, tmp_path)
 
 
 @pytest.mark.parametrize(
-  "run", ["../../x", "/etc", "a/b", "a\0b", "x" * 300, "", ".."]
+  ("file", "line", "message"),
+  [
+    ("verdicts/all.jsonl", '{"key": "cut', r"all\.jsonl:81"),
+    ("dpo/metrics.jsonl", '{"loss": 2}\n', r"metrics\.jsonl:62"),
+  ],
 )
-def test_run_names_stay_inside_the_working_directory(run):
-  with pytest.raises(ValueError, match="must be the name of a directory"):
-    dataclasses.replace(reported.SETTINGS, runs=(run,))
+def test_a_malformed_row_is_named(tmp_path, file, line, message):
+  reported.make_run(tmp_path, cells=DPO)
+  with open(tmp_path / file, "a") as target:
+    target.write(line)
+  with pytest.raises(ValueError, match=message):
+    report.compose(reported.SETTINGS, tmp_path)
 
 
 @pytest.mark.parametrize(
-  "changes", [{"examples": -1}, {"seed": -1}, {"runs": ("dpo", "dpo")}]
+  ("field", "value", "message"),
+  [
+    *(
+      ("runs", (run,), "must be the name of a directory")
+      for run in ("../../x", "/etc", "a/b", "a\0b", "x" * 300, "", "..")
+    ),
+    ("runs", ("dpo", "dpo"), "names a run twice"),
+    ("verdicts", "../verdicts", "verdicts='../verdicts'"),
+    ("examples", -1, "examples=-1"),
+    ("seed", -1, "seed=-1"),
+    ("aa_alpha", 1.5, "1.5"),
+    ("first_slot_limit", 0.4, "0.4"),
+    ("resamples", 5, "5"),
+    ("confidence", 1.5, "1.5"),
+    ("gold_floor", -0.1, "-0.1"),
+  ],
 )
-def test_settings_out_of_range_are_refused(changes):
-  with pytest.raises(ValueError, match=next(iter(changes))):
-    dataclasses.replace(reported.SETTINGS, **changes)
+def test_settings_out_of_range_are_refused(field, value, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    dataclasses.replace(reported.SETTINGS, **{field: value})
 
 
-def rate(model, step, temperature, n=40):
-  calls = [
-    reported.verdict(
-      reported.response(model, step, temperature, f"p{i}"),
-      "model_first",
-      "model",
-    )
-    for i in range(n)
-  ]
-  (found,) = winrates.win_rates(calls, winrates.Settings())
-  return found
+@pytest.fixture
+def no_figures(monkeypatch):
+  """Writes empty files for figures, which take most of the time."""
+  monkeypatch.setattr(
+    report.figures.Figure, "save", lambda figure, path: path.touch()
+  )
+  monkeypatch.setattr(report.page, "with_images", lambda text, figures: text)
 
 
-@pytest.mark.parametrize("count", [0, 1, 9])
-def test_figures_of_any_number_of_lines(tmp_path, count):
-  finals = [rate(f"model {i} $x$", None, 1.0) for i in range(count)]
-  steps = [rate("dpo", 100 * i, 1.0) for i in range(count)]
-  for draw, rates in (
-    (figures.win_rate_by_temperature, finals),
-    (figures.win_rate_by_step, steps),
-  ):
-    path = draw(rates, tmp_path / "figure.png")
-    with PIL.Image.open(path) as image:
-      assert image.size == (975, 690)
+def test_strict_fails_once_a_flagged_report_is_written(tmp_path, no_figures):
+  reported.make_run(tmp_path, missing=1, cells=DPO)
+  strict = dataclasses.replace(FINALS, strict=True)
+  with pytest.raises(errors.Stopped, match=r"report\.md is flagged: INCOMPL"):
+    report.write(strict, tmp_path)
+  path = tmp_path / "report" / "report.md"
+  assert "**INCOMPLETE**" in path.read_text()
+  reported.make_run(tmp_path / "clean", cells=DPO)
+  assert report.write(strict, tmp_path / "clean").is_file()
 
 
-def test_figures_leave_the_settings_of_matplotlib_alone(tmp_path):
-  with matplotlib.rc_context({"font.size": 23.0}):
-    figures.training_curves({"sft": []}, tmp_path / "curves.png")
-    assert matplotlib.rcParams["font.size"] == 23.0
-  with PIL.Image.open(tmp_path / "curves.png") as image:
-    assert np.asarray(image.convert("L")).min() < 100
+def test_a_second_criterion_has_a_report_of_its_own(
+  tmp_path, capsys, no_figures
+):
+  reported.make_run(tmp_path, cells=DPO)
+  other = tmp_path / "verdicts-harmless"
+  other.mkdir()
+  path = other / "all.jsonl"
+  path.write_bytes((tmp_path / "verdicts" / "all.jsonl").read_bytes())
+  reported.edit(
+    path,
+    records.Verdict,
+    lambda row: (
+      dataclasses.replace(row, verdict="tie") if row.prompt_id == "p00" else row
+    ),
+  )
+  first = report.write(FINALS, tmp_path)
+  settings = dataclasses.replace(FINALS, verdicts=other.name, title="Second")
+  second = report.write(settings, tmp_path)
+  assert second == tmp_path / "report-harmless" / "report.md"
+  # 34 of 40 prompts, of which one is a tie in the second.
+  assert "| DPO | 1.0 | 40 | 85.0 [" in first.read_text()
+  assert "| DPO | 1.0 | 40 | 83.8 [" in second.read_text()
+  assert verify.main([str(tmp_path)]) == 0
+  assert capsys.readouterr().out.count("all numbers agree") == 2
+  arguments = [str(tmp_path), f"--verdicts={other.name}", "--resamples=300"]
+  assert report.main(arguments) == 0
+  assert second.read_text().startswith("# Second\n")
+
+
+def test_the_command_line(tmp_path, capsys, no_figures):
+  reported.make_run(tmp_path, missing=1, cells=DPO)
+  assert report.main([str(tmp_path), "--title=Mine", "--resamples=300"]) == 0
+  assert capsys.readouterr().out.strip().endswith("report.md")
+  # Flags that are not given are those of the last report.
+  assert report.main([str(tmp_path), "--strict"]) == 1
+  assert "flagged: INCOMPLETE" in capsys.readouterr().err
+  text = (tmp_path / "report" / "report.md").read_text()
+  assert text.startswith("# Mine\n")
+  assert report.main([str(tmp_path), "--runs", "sft", "dpo"]) == 0
+  assert report.main([str(tmp_path), "--runs", "nothing"]) == 2
+  assert "metrics.jsonl is missing" in capsys.readouterr().err
+  assert report.main([str(tmp_path / "none")]) == 2
+  assert report.main([str(tmp_path), "--gold_floor=7"]) == 2
+  with pytest.raises(SystemExit):
+    report.main([])

@@ -1,12 +1,7 @@
-"""What a reader must know before reading any number, and `strict` fails on.
-
-Each gate is one question about the rows or the controls; it gives the flags
-that stand at the top of a report.
-"""
+"""Checks of report data, whose flags are shown above the first number."""
 
 import collections
 import dataclasses
-from collections.abc import Callable
 
 from dpo_jax.io import markdown
 from dpo_jax.report import load
@@ -20,54 +15,49 @@ class Flag:
   text: str
 
 
-def flags(found: load.Material) -> list[Flag]:
-  """All flags, those about the rows before those about the judge."""
-  return [flag for gate in _GATES for flag in gate(found)]
+def flags(data: load.ReportData) -> list[Flag]:
+  """All flags: of the rows, then of the judge's controls."""
+  checks = (_rows, _judge_run, _contradicted, _mixed, _controls)
+  return [flag for check in checks for flag in check(data)]
 
 
-def _missing(found: load.Material) -> list[Flag]:
-  missing = found.health.missing
-  if not missing:
-    return []
-  return [
-    Flag(
-      "INCOMPLETE",
-      f"{missing} of {found.health.calls} judge calls gave no verdict. They"
-      " are left out of the rates and counted below, where bounds show what"
-      " they could change.",
-    )
-  ]
-
-
-def _unmade(found: load.Material) -> list[Flag]:
-  """Calls not made for the responses at hand, and calls about no response."""
-  made = collections.Counter(call.unit[:5] for call in found.verdicts)
-  # Both orders of a pair are asked, or one order of every pair.
-  orders = max(made.values())
-  # An empty reference says nothing about a model: it is not judged.
-  due = {row.unit for row in found.responses if row.chosen.strip()}
-  known = {row.unit: row for row in found.responses}
-  unmade = sum(max(0, orders - made[unit]) for unit in due)
-  strays = sum(count for unit, count in made.items() if unit not in known)
+def _rows(data: load.ReportData) -> list[Flag]:
+  """Missing verdicts, and calls that do not match the responses."""
+  missing = data.health.missing
+  calls = collections.Counter(call.unit[:5] for call in data.verdicts)
+  # Either both orders of every pair are judged, or one.
+  orders = max(calls.values())
+  # Responses to prompts with an empty reference are not judged.
+  due = {row.unit for row in data.responses if row.chosen.strip()}
+  known = {row.unit: row for row in data.responses}
+  unasked = sum(max(0, orders - calls[unit]) for unit in due)
+  strays = sum(count for unit, count in calls.items() if unit not in known)
   changed = sum(
     call.unit[:5] in known
     and (call.response_chars, call.chosen_chars)
     != (len(known[call.unit[:5]].response), len(known[call.unit[:5]].chosen))
-    for call in found.verdicts
+    for call in data.verdicts
   )
   return [
     Flag(name, text)
     for count, name, text in (
       (
-        unmade,
+        missing,
         "INCOMPLETE",
-        f"{unmade} judge calls were never made. Run judge.py again; only these"
-        " are asked.",
+        f"{missing} of {data.health.calls} judge calls gave no verdict. They"
+        " are excluded from the rates and counted below, with bounds on what"
+        " they could change.",
+      ),
+      (
+        unasked,
+        "INCOMPLETE",
+        f"{unasked} judge calls were never made. Run judge.py again; it asks"
+        " only these.",
       ),
       (
         strays,
         "INCONSISTENT",
-        f"{strays} judge calls are about answers that responses/ does not"
+        f"{strays} judge calls are about responses that responses/ does not"
         " hold.",
       ),
       (
@@ -81,112 +71,103 @@ def _unmade(found: load.Material) -> list[Flag]:
   ]
 
 
-def _judge_run(found: load.Material) -> list[Flag]:
-  """What the judge itself wrote about its last run."""
-  run, result = found.judge_run, []
+def _judge_run(data: load.ReportData) -> list[Flag]:
+  """The judge's summary of its last run against the rows."""
+  run, result = data.judge_run, []
   if run.get("complete") is False:
-    counts = [
+    unasked, missing = (
       markdown.literal(str(run.get(name, "?")))
       for name in ("not_dispatched", "missing")
-    ]
+    )
     result.append(
       Flag(
         "INCOMPLETE",
-        f"the last run of judge.py left {counts[0]} questions unasked and"
-        f" {counts[1]} without a verdict. The same command goes on.",
+        f"the last run of judge.py left {unasked} questions unasked and"
+        f" {missing} without a verdict. The same command continues it.",
       )
     )
   for name, here in (
-    ("judge", found.health.judge),
-    ("template_hash", found.health.template_hash),
-    ("data_fingerprint", found.data_fingerprint),
+    ("judge", data.health.judge),
+    ("template_hash", data.health.template_hash),
+    ("data_fingerprint", data.data_fingerprint),
   ):
     there = run.get(name, here)
     if there != here:
       result.append(
         Flag(
           "INCONSISTENT",
-          f"{markdown.literal(name)} is {markdown.literal(_short(there))} in"
-          " the judge's record of its last run and"
-          f" {markdown.literal(_short(here))} in the rows. Run judge.py again.",
+          f"{markdown.literal(name)} is {_short(there)} in the judge's record"
+          f" of its last run and {_short(here)} in the rows. Run judge.py"
+          " again.",
         )
       )
   return result
 
 
-def _odd(found: load.Material) -> list[Flag]:
-  if not found.odd:
+def _contradicted(data: load.ReportData) -> list[Flag]:
+  if not data.contradicted:
     return []
-  first = found.odd[0]
   return [
     Flag(
       "INCONSISTENT",
-      f"{len(found.odd)} verdicts are not what the judge's own text says; the"
-      f" first is about prompt {markdown.literal(_short(first.prompt_id))}.",
+      f"{len(data.contradicted)} verdicts are not what the judge's reply says;"
+      f" the first is about prompt {_short(data.contradicted[0].prompt_id)}.",
     )
   ]
 
 
-def _mixed(found: load.Material) -> list[Flag]:
+def _mixed(data: load.ReportData) -> list[Flag]:
+  """Several judge models, or several prompt sets."""
   result = []
-  # A server's fingerprint changes with every deployment: the report counts
-  # them, and only another model is another judge.
-  names = sorted({call.judge_returned for call in found.verdicts} - {""})
+  # A server's fingerprint changes with every deployment and is only counted.
+  names = sorted({call.judge_returned for call in data.verdicts} - {""})
   if len(names) > 1:
-    text = markdown.literal(", ".join(map(_short, names[:5])))
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    text = ", ".join(map(_short, names[:5]))
     result.append(
-      Flag("MIXED", f"the judge answered as several models: {text}{more}.")
+      Flag("MIXED", f"the judge replied as several models: {text}{more}.")
     )
   for final, what in ((True, "final models"), (False, "checkpoints")):
     prompts = collections.defaultdict(set)
-    for row in found.responses:
+    for row in data.responses:
       if (row.step is None) == final and row.chosen.strip():
         prompts[row.model, row.step, row.temperature].add(row.prompt_id)
     sets = {frozenset(ids) for ids in prompts.values()}
     if len(sets) > 1:
-      shared = len(frozenset.intersection(*sets))
       result.append(
         Flag(
           "MIXED",
-          f"the {what} answered {len(sets)} different sets of prompts, which"
-          f" share {shared} of {len(frozenset.union(*sets))}. Compare them on"
-          " the same prompts only, as the differences below do.",
+          f"the {what} responded to {len(sets)} different sets of prompts,"
+          f" which share {len(frozenset.intersection(*sets))} of"
+          f" {len(frozenset.union(*sets))}. Compare them on the same prompts"
+          " only, as the differences below do.",
         )
       )
   return result
 
 
-def _controls(found: load.Material) -> list[Flag]:
-  limits, control = found.settings, found.controls
-  result = []
-  if control.aa.n and control.aa_p <= limits.aa_alpha:
-    result.append(
-      Flag(
-        "CONTROL",
-        f"a text against itself won {_share(control.aa)}: a fair judge gives"
-        f" 50, and leaves it as far with p = {control.aa_p:.2g}.",
-      )
+def _controls(data: load.ReportData) -> list[Flag]:
+  """Failed judge controls."""
+  settings, controls = data.settings, data.controls
+  slot, limit = data.health.first_slot, settings.first_slot_limit
+  texts = []
+  if controls.aa.n and controls.aa_p <= settings.aa_alpha:
+    texts.append(
+      f"a text against itself won {_share(controls.aa)}; under a fair judge,"
+      f" who gives 50, p = {controls.aa_p:.2g}."
     )
-  slot, limit = found.health.first_slot, limits.first_slot_limit
   beyond = not 1 - limit <= slot.rate <= limit
   if slot.n and beyond and not slot.low <= 0.5 <= slot.high:
-    result.append(
-      Flag(
-        "CONTROL",
-        f"the text shown first won {_share(slot)}, beyond the limit of"
-        f" {100 * (1 - limit):g} to {100 * limit:g}.",
-      )
+    texts.append(
+      f"the text shown first won {_share(slot)}, beyond the limit of"
+      f" {100 * (1 - limit):g} to {100 * limit:g}."
     )
-  if control.gold.n and control.gold.rate < limits.gold_floor:
-    result.append(
-      Flag(
-        "CONTROL",
-        "the prompt's own answer won against another prompt's in only"
-        f" {_share(control.gold)}; the floor is {100 * limits.gold_floor:g}.",
-      )
+  if controls.gold.n and controls.gold.rate < settings.gold_floor:
+    texts.append(
+      "the prompt's own chosen response won against another prompt's in only"
+      f" {_share(controls.gold)}; the floor is {100 * settings.gold_floor:g}."
     )
-  return result
+  return [Flag("CONTROL", text) for text in texts]
 
 
 def _share(share) -> str:
@@ -196,14 +177,4 @@ def _share(share) -> str:
 
 def _short(value) -> str:
   text = str(value)
-  return text if len(text) <= 40 else f"{text[:40]}…"
-
-
-_GATES: tuple[Callable[[load.Material], list[Flag]], ...] = (
-  _missing,
-  _unmade,
-  _judge_run,
-  _odd,
-  _mixed,
-  _controls,
-)
+  return markdown.literal(text if len(text) <= 40 else f"{text[:40]}…")

@@ -1,8 +1,8 @@
-"""The eval_*.json files of the dpo-replication system, recounted.
+"""Recount of the eval_*.json files of the dpo-replication system.
 
-Such a file has a header (`win_counts` and `winrates`) and its own evidence
-(`results`, one judged row each, with the judge's text). Nothing in the header
-is believed: verdicts are counted, and the judge's text is read again.
+Such a file has a header (`win_counts`, `winrates`) and its evidence, `results`:
+one judged row each, with the judge's reply. The header is recomputed from the
+rows, and the replies are parsed again.
 """
 
 import collections
@@ -12,9 +12,10 @@ import os
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from dpo_jax import winrates
+from dpo_jax.core import settings
 from dpo_jax.io import strict_json
 from dpo_jax.judging import verdicts as parser
 
@@ -24,19 +25,7 @@ _RATES = {
   "Tie": "tie_rate",
   "Error": "error_rate",
 }
-"""Verdict -> the header's field of its rate."""
-_MAX_RAW_CHARS = 20_000
-_SLOTS = {
-  "model_first": {"A": "Model", "B": "Chosen"},
-  "chosen_first": {"A": "Chosen", "B": "Model"},
-}
-_KINDS = {
-  dict: "an object",
-  list: "a list",
-  int: "a whole number",
-  float: "a number",
-  str: "text",
-}
+"""Verdict -> field of its rate in the header."""
 _RUN = re.compile(
   r"(?:eval_)?(?P<stem>.+?)[-_]\d+(?:\.\d+)?_\d{8}_\d{6}", re.DOTALL
 )
@@ -44,44 +33,60 @@ _RUN = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One judged row.
+  """One judged row, with the file's field names."""
 
-  Attributes:
-    verdict: Model, Chosen, Tie or Error, as the file has it.
-    reread: what the judge's text says, by our parser.
-    first_won: whether the text shown first won.
-    longer: characters of the model's response more than of the chosen one.
-    identical: the two texts are the same.
-  """
+  model_response: str
+  chosen_response: str
+  presentation_order: Literal["model_first", "chosen_first"]
+  verdict: Literal["Model", "Chosen", "Tie", "Error"]
+  raw_gpt4_response: str | None = None
 
-  verdict: str
-  reread: str
-  first_won: bool
-  longer: int
-  identical: bool
+  @property
+  def slots(self) -> tuple[str, str]:
+    """Verdicts for the text shown first and second."""
+    model_first = self.presentation_order == "model_first"
+    return ("Model", "Chosen") if model_first else ("Chosen", "Model")
+
+  @property
+  def reply_verdict(self) -> str:
+    """Verdict of the judge's reply, by our parser."""
+    letter = parser.read(self.raw_gpt4_response)
+    return dict(zip("AB", self.slots)).get(letter, letter)
+
+  @property
+  def decided(self) -> bool:
+    return self.verdict in ("Model", "Chosen")
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+  """Metadata of a file, with its field names."""
+
+  run_name: str
+  temperature: float
+  total_samples_evaluated: int
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalFile:
-  """A file's header and its rows.
+  """A file's header and rows.
 
   Attributes:
-    path: of the file.
-    model: base, sft or dpo where the run's name says so, else that name.
-    temperature: of sampling.
-    header: verdict -> count, as the header says.
-    header_rates: verdict -> percent, as the header says.
-    header_n: the header's number of samples.
-    rows: the rows.
+    model: base, sft or dpo if the run's name says so, else that name.
+    win_counts: verdict -> count, in the header.
+    rates: field of `_RATES` -> percent, in the header.
   """
 
   path: pathlib.Path
   model: str
-  temperature: float
-  header: dict[str, int]
-  header_rates: dict[str, float]
-  header_n: int
+  metadata: Metadata
+  win_counts: dict[str, int]
+  rates: dict[str, float]
   rows: list[Row]
+
+  @property
+  def cell(self) -> tuple[str, float]:
+    return self.model, self.metadata.temperature
 
   @property
   def counts(self) -> dict[str, int]:
@@ -91,40 +96,38 @@ class EvalFile:
 
   @property
   def missed(self) -> list[int]:
-    """Rows without a winner whose text does name one."""
+    """Rows without a winner whose reply names one."""
     return [
       index
       for index, row in enumerate(self.rows)
-      if not _decided(row) and row.reread in ("Model", "Chosen")
+      if not row.decided and row.reply_verdict in ("Model", "Chosen")
     ]
 
   @property
   def refusals(self) -> list[int]:
-    return [i for i, row in enumerate(self.rows) if row.reread == "refusal"]
+    return [
+      index
+      for index, row in enumerate(self.rows)
+      if row.reply_verdict == "refusal"
+    ]
 
 
-def paths(directory: pathlib.Path) -> list[pathlib.Path]:
-  """The eval_*.json files of a directory; ValueError if there are none."""
-  found = sorted(directory.glob("eval_*.json"))
-  if not found:
-    raise ValueError(f"{directory} holds no files eval_*.json")
-  return found
+def read_all(paths: Sequence[pathlib.Path]) -> list[EvalFile]:
+  """The files by model and temperature.
 
-
-def read_all(files: Sequence[pathlib.Path]) -> list[EvalFile]:
-  """The files by model and temperature; two of one cell by their file names."""
-  read_files = [read(path) for path in files]
-  cells = collections.Counter((f.model, f.temperature) for f in read_files)
-  found = [
+  Two files of one model and temperature have their file names as model names.
+  """
+  files = [read(path) for path in paths]
+  cells = collections.Counter(file.cell for file in files)
+  files = [
     dataclasses.replace(file, model=file.path.stem)
-    if cells[file.model, file.temperature] > 1
+    if cells[file.cell] > 1
     else file
-    for file in read_files
+    for file in files
   ]
   ranks = {model: rank for rank, model in enumerate(winrates.MODELS)}
   return sorted(
-    found,
-    key=lambda f: (ranks.get(f.model, len(ranks)), f.model, f.temperature),
+    files, key=lambda file: (ranks.get(file.model, len(ranks)), *file.cell)
   )
 
 
@@ -132,135 +135,46 @@ def read(path: str | os.PathLike) -> EvalFile:
   """One file.
 
   Raises:
-    ValueError: naming the file and the field, if it is too large, not strict
-      JSON, or a field is missing or of another type or value.
+    ValueError: naming the file and the field, if it is not strict JSON, or a
+      field is missing or of another type or value.
   """
   path = pathlib.Path(path)
-  content = strict_json.read(path)
+  content = strict_json.read_object(path)
   try:
-    return _file(path, content)
+    metadata = _build(Metadata, content.get("metadata"), "metadata")
+    results = content.get("results")
+    if not isinstance(results, list):
+      raise ValueError(f"results must be a list, not {results!r:.80}")
+    return EvalFile(
+      path=path,
+      model=_model(metadata.run_name),
+      metadata=metadata,
+      win_counts=vars(_build(_Counts, content.get("win_counts"), "win_counts")),
+      rates=vars(_build(_Rates, content.get("winrates"), "winrates")),
+      rows=[
+        _build(Row, row, f"results[{index}]")
+        for index, row in enumerate(results)
+      ],
+    )
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from None
 
 
-def differences(file: EvalFile) -> list[str]:
-  """What the header or a verdict says and the rows do not, with both."""
-  counts, n = file.counts, len(file.rows)
-  found = [
-    f"win_counts.{name} is {file.header[name]}, its rows give {counts[name]}"
-    for name in counts
-    if file.header[name] != counts[name]
-  ]
-  if file.header_n != n:
-    found.append(
-      f"metadata.total_samples_evaluated is {file.header_n}, its rows give {n}"
-    )
-  for name, field in _RATES.items():
-    share = 100 * counts[name] / n if n else 0.0
-    if not math.isclose(file.header_rates[name], share, abs_tol=0.01):
-      found.append(
-        f"winrates.{field} is {file.header_rates[name]:g}, its rows give"
-        f" {share:g}"
-      )
-  found += [
-    f"results[{index}].verdict is {row.verdict}, its raw text says {row.reread}"
-    for index, row in enumerate(file.rows)
-    if _decided(row) and row.reread != row.verdict
-  ]
-  return [f"{file.path}: {line}" for line in found]
+_Counts = dataclasses.make_dataclass("_Counts", [(n, int) for n in _RATES])
+_Rates = dataclasses.make_dataclass(
+  "_Rates", [(name, float) for name in _RATES.values()]
+)
 
 
-def lines(files: Sequence[EvalFile]) -> list[str]:
-  """The recount for a terminal: a table, and what was found on the way."""
-  temperatures = sorted({file.temperature for file in files})
-  cells = {(file.model, file.temperature): _rate(file) for file in files}
-  table = [("", *(f"T={t:g}" for t in temperatures))]
-  for model in dict.fromkeys(file.model for file in files):
-    rates = [cells.get((model, t), "") for t in temperatures]
-    table.append((model[:40], *rates))
-  widths = [max(map(len, column)) for column in zip(*table)]
-  rows = [row for file in files for row in file.rows]
-  missed = sum(len(file.missed) for file in files)
-  refusals = sum(len(file.refusals) for file in files)
-  same = [row for row in rows if row.identical]
-  unequal = [row for row in rows if _decided(row) and row.longer]
-  longer = sum((r.verdict == "Model") == (r.longer > 0) for r in unequal)
-  share = f" ({100 * longer / len(unequal):.1f}%)" if unequal else ""
-  return [
-    "Wins among all rows, recounted, % [95% Wilson interval]:",
-    *(
-      "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-      for row in table
-    ),
-    f"{len(rows)} rows in {len(files)} files; {missed} verdicts that the"
-    f" judge's text states were missed, {refusals} are refusals.",
-    f"{len(same)} rows compare a text with itself; the text shown first won"
-    f" {sum(row.first_won for row in same)} of these.",
-    f"The longer text won {longer} of {len(unequal)} decided rows{share}.",
-    *(
-      f"NOTE {file.path}: {len(file.missed)} verdicts missed, in results"
-      f" {file.missed}; {len(file.refusals)} refusals, {file.refusals}"
-      for file in files
-      if file.missed or file.refusals
-    ),
-  ]
-
-
-def _decided(row: Row) -> bool:
-  return row.verdict in ("Model", "Chosen")
-
-
-def _rate(file: EvalFile) -> str:
-  """Wins among all rows, as the system counts, with a Wilson interval."""
-  wins, n = file.counts["Model"], len(file.rows)
-  low, high = winrates.wilson_interval(wins, n, confidence=0.95)
-  rate = f"{100 * wins / n:.1f}" if n else "n/a"
-  return f"{rate} [{100 * low:.0f},{100 * high:.0f}]"
-
-
-def _file(path: pathlib.Path, content: Any) -> EvalFile:
-  metadata = _field(content, "metadata", dict)
-  header = _field(content, "win_counts", dict)
-  rates = _field(content, "winrates", dict)
-  results = _field(content, "results", list)
-  return EvalFile(
-    path=path,
-    model=_model(_field(metadata, "metadata.run_name", str)),
-    temperature=_field(metadata, "metadata.temperature", float),
-    header={
-      verdict: _field(header, f"win_counts.{verdict}", int)
-      for verdict in _RATES
-    },
-    header_rates={
-      verdict: _field(rates, f"winrates.{field}", float)
-      for verdict, field in _RATES.items()
-    },
-    header_n=_field(metadata, "metadata.total_samples_evaluated", int),
-    rows=[_row(item, f"results[{i}]") for i, item in enumerate(results)],
-  )
-
-
-def _row(item: Any, where: str) -> Row:
-  response = _field(item, f"{where}.model_response", str)
-  chosen = _field(item, f"{where}.chosen_response", str)
-  order = _one_of(item, f"{where}.presentation_order", _SLOTS)
-  verdict = _one_of(item, f"{where}.verdict", _RATES)
-  raw = item.get("raw_gpt4_response")
-  if raw is not None and not isinstance(raw, str):
-    raise ValueError(f"{where}.raw_gpt4_response must be text or null")
-  if raw and len(raw) > _MAX_RAW_CHARS:
-    raise ValueError(
-      f"{where}.raw_gpt4_response has {len(raw)} characters: more than"
-      f" {_MAX_RAW_CHARS} are no judge's reply"
-    )
-  letter = parser.read(raw)
-  return Row(
-    verdict=verdict,
-    reread=_SLOTS[order].get(letter, letter),
-    first_won=verdict == _SLOTS[order]["A"],
-    longer=len(response) - len(chosen),
-    identical=response.strip() == chosen.strip(),
-  )
+def _build(cls, value: Any, name: str):
+  """A `cls` from an object that may have further fields."""
+  if isinstance(value, dict):
+    value = {
+      field.name: value.get(field.name, field.default)
+      for field in dataclasses.fields(cls)
+      if field.name in value or field.default is not dataclasses.MISSING
+    }
+  return settings.build(cls, value, name)
 
 
 def _model(run_name: str) -> str:
@@ -271,26 +185,79 @@ def _model(run_name: str) -> str:
   return named[0] if len(named) == 1 and "checkpoint" not in stem else stem
 
 
-def _one_of(value: Any, name: str, allowed: dict[str, Any]) -> str:
-  found = _field(value, name, str)
-  if found not in allowed:
-    raise ValueError(f"{name} is {found!r:.80}, not one of {[*allowed]}")
-  return found
+def differences(file: EvalFile) -> list[str]:
+  """Differences of header and verdicts from the rows and replies."""
+  counts, n = file.counts, len(file.rows)
+  total = file.metadata.total_samples_evaluated
+  found = [
+    f"win_counts.{name} is {file.win_counts[name]}, its rows give {count}"
+    for name, count in counts.items()
+    if file.win_counts[name] != count
+  ]
+  if total != n:
+    found.append(
+      f"metadata.total_samples_evaluated is {total}, its rows give {n}"
+    )
+  for name, field in _RATES.items():
+    rate, share = file.rates[field], 100 * counts[name] / n if n else 0.0
+    if not math.isclose(rate, share, abs_tol=0.01):
+      found.append(f"winrates.{field} is {rate:g}, its rows give {share:g}")
+  found += [
+    f"results[{index}].verdict is {row.verdict}, its reply says"
+    f" {row.reply_verdict}"
+    for index, row in enumerate(file.rows)
+    if row.decided and row.reply_verdict != row.verdict
+  ]
+  return [f"{file.path}: {line}" for line in found]
 
 
-def _field(value: Any, name: str, kind: type) -> Any:
-  """The field that `name` ends in, of its type, or ValueError."""
-  where, _, key = name.rpartition(".")
-  if not isinstance(value, dict):
-    raise ValueError(f"{where or 'the file'} must be an object")
-  if key not in value:
-    raise ValueError(f"{name} is missing")
-  found = value[key]
-  # A bool is an int to Python, and to nobody else.
-  kinds = (int, float) if kind is float else kind
-  if not isinstance(found, kinds) or isinstance(found, bool):
-    raise ValueError(f"{name} is {found!r:.80}, which is not {_KINDS[kind]}")
-  # Larger whole numbers than floats there are would raise another error.
-  if kind is float and not abs(found) < 1e9:
-    raise ValueError(f"{name} is {found!r:.80}: too large")
-  return float(found) if kind is float else found
+def lines(files: Sequence[EvalFile]) -> list[str]:
+  """The recount for a terminal: a table of win rates, and notes."""
+  temperatures = sorted({file.metadata.temperature for file in files})
+  cells = {file.cell: _rate(file) for file in files}
+  table = [("", *(f"T={t:g}" for t in temperatures))]
+  for model in dict.fromkeys(file.model for file in files):
+    rates = [cells.get((model, t), "") for t in temperatures]
+    table.append((model[:40], *rates))
+  widths = [max(map(len, column)) for column in zip(*table)]
+  rows = [row for file in files for row in file.rows]
+  missed = sum(len(file.missed) for file in files)
+  refusals = sum(len(file.refusals) for file in files)
+  same = [
+    row
+    for row in rows
+    if row.model_response.strip() == row.chosen_response.strip()
+  ]
+  gaps = [
+    (row.verdict, len(row.model_response) - len(row.chosen_response))
+    for row in rows
+    if row.decided
+  ]
+  longer = [(verdict == "Model") == (gap > 0) for verdict, gap in gaps if gap]
+  share = f" ({100 * sum(longer) / len(longer):.1f}%)" if longer else ""
+  return [
+    "Wins among all rows, recounted, % [95% Wilson interval]:",
+    *(
+      "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+      for row in table
+    ),
+    f"{len(rows)} rows in {len(files)} files; {missed} verdicts that the"
+    f" judge's reply states were missed, {refusals} are refusals.",
+    f"{len(same)} rows compare a text with itself; the text shown first won"
+    f" {sum(row.verdict == row.slots[0] for row in same)} of these.",
+    f"The longer text won {sum(longer)} of {len(longer)} decided rows{share}.",
+    *(
+      f"NOTE {file.path}: {len(file.missed)} verdicts missed, in results"
+      f" {file.missed}; {len(file.refusals)} refusals, {file.refusals}"
+      for file in files
+      if file.missed or file.refusals
+    ),
+  ]
+
+
+def _rate(file: EvalFile) -> str:
+  """Wins among all rows, as that system counts, with a Wilson interval."""
+  wins, n = file.counts["Model"], len(file.rows)
+  low, high = winrates.wilson_interval(wins, n, confidence=0.95)
+  rate = f"{100 * wins / n:.1f}" if n else "n/a"
+  return f"{rate} [{100 * low:.0f},{100 * high:.0f}]"

@@ -1,82 +1,39 @@
-"""The report of a working directory: report.md, its numbers, and figures.
-
-Nothing is stored that could be recomputed: every number is made from the rows
-of verdicts/, responses/ and the runs' metrics, and `verify` makes them
-again and compares.
+"""Report of a working directory: report.md, report.html, numbers and figures.
 
   python -m dpo_jax report runs/hh --strict
 
-Exit codes: 0 written; 1 flagged, with --strict; 2 nothing to be written from.
+Every number is computed from the rows of verdicts/, responses/ and the runs'
+metrics; `verify` composes the report again and compares.
+
+Exit codes: 0 written; 1 flagged, with --strict; 2 nothing to report, or a
+malformed row or setting.
 """
 
 import argparse
+import csv
 import dataclasses
+import io
+import json
+import math
 import os
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+from dpo_jax import winrates
 from dpo_jax.core import console, errors, settings
-from dpo_jax.io import strict_json
-from dpo_jax.report import compose, load
+from dpo_jax.io import atomic, hashing, markdown, strict_json
+from dpo_jax.report import checks, figures, load, page
+from dpo_jax.report import sections as sections_lib
+from dpo_jax.report.page import browse
 
 ReportSettings = load.ReportSettings
 
-
-def write(
-  report_settings: ReportSettings, workdir: str | os.PathLike
-) -> pathlib.Path:
-  """Makes the report of the rows beneath `workdir`.
-
-  Returns:
-    The path of report.md, which is written last.
-
-  Raises:
-    ValueError: there are no verdicts, responses or metrics to report, a row
-      is malformed, stands twice, or rows of several judges are mixed.
-    errors.Stopped: the report was written, is flagged, and settings are
-      strict.
-  """
-  workdir = pathlib.Path(workdir)
-  made = compose.compose(report_settings, workdir)
-  directory = workdir / report_settings.directory
-  directory.mkdir(exist_ok=True)
-  path = compose.save(made, directory)
-  if made.flags and report_settings.strict:
-    names = ", ".join(dict.fromkeys(flag.name for flag in made.flags))
-    raise errors.Stopped(f"{path} is flagged: {names}; see its top")
-  return path
-
-
-def of(path: str | os.PathLike) -> compose.Report:
-  """The report of a run, with nothing written.
-
-  Args:
-    path: a working directory, whose report is made with the settings of the
-      one that is there, or with defaults.
-
-  Raises:
-    ValueError: there is nothing to report, or a row is malformed.
-  """
-  path = pathlib.Path(path)
-  numbers = path / _DEFAULTS.directory / compose.NUMBERS
-  found = recorded(numbers) if numbers.is_file() else _DEFAULTS
-  return compose.compose(found, path)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-  flags = _parser().parse_args(arguments)
-  try:
-    path = write(_settings(flags), flags.directory)
-  except (ValueError, OSError) as error:
-    console.error(str(error))
-    return 2
-  except errors.Stopped as error:
-    console.error(str(error))
-    return 1
-  console.result(str(path), path=str(path))
-  return 0
-
+TEXT = "report.md"
+PAGE = "report.html"
+NUMBERS = "numbers.json"
+TABLE = "win_rates.csv"
 
 _DEFAULTS = ReportSettings(
   title="Win rates against chosen",
@@ -91,13 +48,266 @@ _DEFAULTS = ReportSettings(
   gold_floor=0.8,
   strict=False,
 )
+_FIRST_COLUMNS = (
+  *("model", "step", "temperature"),
+  *("n", "win_rate", "low", "high"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """A report in memory.
+
+  Attributes:
+    texts: of each file, by name; numbers.json without the figures' hashes,
+      report.html without its images.
+    sections: Markdown of each section without figures, by title.
+  """
+
+  data: load.ReportData
+  flags: list[checks.Flag]
+  figures: list[figures.Figure]
+  texts: dict[str, str]
+  sections: dict[str, str]
+
+
+def write(
+  report_settings: ReportSettings, workdir: str | os.PathLike
+) -> pathlib.Path:
+  """Writes the report of `workdir`; returns the path of report.md.
+
+  Raises:
+    ValueError: see `load.read`.
+    errors.Stopped: the report was written, is flagged, and settings are
+      strict.
+  """
+  workdir = pathlib.Path(workdir)
+  composed = compose(report_settings, workdir)
+  directory = workdir / report_settings.directory
+  directory.mkdir(exist_ok=True)
+  for name in figures.NAMES:
+    # A figure of an earlier report would pass for one of this report.
+    for path in (directory / name, (directory / name).with_suffix(".pdf")):
+      path.unlink(missing_ok=True)
+  for figure in composed.figures:
+    figure.save(directory / figure.name)
+  numbers = json.loads(composed.texts[NUMBERS])
+  numbers["figures"] = figure_hashes(composed, directory)
+  texts = composed.texts | {
+    NUMBERS: to_json(numbers),
+    PAGE: page.with_images(composed.texts[PAGE], composed.figures),
+  }
+  for name, text in texts.items():
+    atomic.write_text(directory / name, text)
+  path = directory / TEXT
+  if composed.flags and report_settings.strict:
+    names = ", ".join(dict.fromkeys(flag.name for flag in composed.flags))
+    raise errors.Stopped(f"{path} is flagged: {names}; see its top")
+  return path
+
+
+def of(workdir: str | os.PathLike) -> Report:
+  """The report of `workdir`, not written.
+
+  Settings are those of the last report, or defaults.
+
+  Raises:
+    ValueError: see `load.read`.
+  """
+  return compose(_settings(workdir, _DEFAULTS.verdicts), workdir)
+
+
+def _settings(workdir: str | os.PathLike, verdicts: str) -> ReportSettings:
+  """Settings of the last report of these verdicts, or defaults."""
+  defaults = dataclasses.replace(_DEFAULTS, verdicts=verdicts)
+  path = pathlib.Path(workdir, defaults.directory, NUMBERS)
+  return recorded(path) if path.is_file() else defaults
+
+
+def compose(
+  report_settings: ReportSettings, workdir: str | os.PathLike
+) -> Report:
+  """The report of `workdir`, not written; raises as `load.read`."""
+  data = load.read(report_settings, workdir)
+  flags = checks.flags(data)
+  drawn = figures.of(data)
+  sections = _sections(data, drawn)
+  notes = sections_lib.flags(flags)
+  title = [f"# {markdown.literal(data.settings.title)}"]
+  shown = {section.title: section.markdown() for section in sections}
+  parts = ["\n".join(lines) for lines in (title, notes) if lines]
+  return Report(
+    data=data,
+    flags=flags,
+    figures=drawn,
+    texts={
+      NUMBERS: _numbers(data, flags),
+      TABLE: _table(data.rates),
+      # The page has the browser instead of examples.
+      PAGE: page.render(
+        data.settings.title,
+        notes,
+        [section for section in sections if section.id != "examples"],
+        browse.prompts(data.responses, data.verdicts, data.contradicted),
+      ),
+      TEXT: "\n\n".join([*parts, *shown.values()]) + "\n",
+    },
+    sections={
+      section.title: section.markdown(images=False) for section in sections
+    },
+  )
+
+
+def recorded(path: pathlib.Path) -> ReportSettings:
+  """Settings of a written report, from its numbers.json."""
+  found = strict_json.read_object(path)
+  if "settings" not in found:
+    raise ValueError(f"{path} has no field 'settings'")
+  return settings.build(ReportSettings, found["settings"], f"{path}: settings")
+
+
+def figure_hashes(
+  composed: Report, directory: pathlib.Path
+) -> dict[str, dict[str, str]]:
+  """Fingerprint of each figure's data, and SHA-256 of its PNG and PDF."""
+  found = {}
+  for figure in composed.figures:
+    png = directory / figure.name
+    found[figure.name] = {"data": figure.fingerprint} | {
+      key: hashing.file_hash(path) if path.is_file() else "missing"
+      for key, path in (
+        ("sha256", png),
+        ("vector_sha256", png.with_suffix(".pdf")),
+      )
+    }
+  return found
+
+
+def _sections(
+  data: load.ReportData, drawn: Sequence[figures.Figure]
+) -> list[page.Section]:
+  by_name = {figure.name: figure for figure in drawn}
+
+  def shown(*names):
+    return [by_name[name] for name in names if name in by_name]
+
+  sections = [
+    page.Section(
+      "rates",
+      "Win rates",
+      [
+        ["### Is base < SFT < DPO?", "", *sections_lib.ordering(data)],
+        *shown(
+          "win_rate_temperature.png",
+          "win_rate_step.png",
+          "win_rate_length.png",
+        ),
+        ["### Final models", "", *sections_lib.final_models(data)],
+        sections_lib.over_training(data),
+        sections_lib.by_subset(data),
+        sections_lib.differences(data),
+      ],
+    ),
+    page.Section("judge", "Judge health", [sections_lib.judge_health(data)]),
+    page.Section(
+      "reward",
+      "Implicit reward on held-out pairs",
+      [
+        sections_lib.reward_accuracy(data),
+        *shown("reward_margins.png", "reward_accuracy.png"),
+      ],
+    ),
+    page.Section("responses", "Responses", [sections_lib.responses(data)]),
+    page.Section("examples", "Examples", [sections_lib.examples(data)]),
+    page.Section(
+      "training",
+      "Training",
+      [*shown("training_curves.png"), sections_lib.training_data(data)],
+    ),
+  ]
+  return [section for section in sections if any(section.blocks)]
+
+
+def _numbers(data: load.ReportData, flags: list[checks.Flag]) -> str:
+  """Every estimate in full precision, as JSON."""
+  names = ("health", "controls", "rates", "differences", "slopes")
+  return to_json(
+    {
+      "settings": data.settings,
+      "flags": flags,
+      "data_fingerprint": data.data_fingerprint,
+      **{
+        name: getattr(data, name)
+        for name in (*names, "by_subset", "lengths", "by_length")
+      },
+    }
+  )
+
+
+def to_json(value: Any) -> str:
+  """Text of numbers.json."""
+  return json.dumps(_plain(value), indent=1, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+  """`value` as plain JSON; None for a number that is not finite."""
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    value = dataclasses.asdict(value)
+  if isinstance(value, dict):
+    return {key: _plain(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_plain(item) for item in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
+def _table(rates: Sequence[winrates.WinRate]) -> str:
+  """The rates as CSV, a column for each field, `_FIRST_COLUMNS` first."""
+  fields = [field.name for field in dataclasses.fields(winrates.WinRate)]
+  columns = sorted(fields, key=lambda name: name not in _FIRST_COLUMNS)
+  buffer = io.StringIO()
+  writer = csv.writer(buffer, lineterminator="\n")
+  writer.writerow(columns)
+  for rate in rates:
+    # The step of a final model, None, is an empty cell.
+    writer.writerow(
+      f"{value:.6f}"
+      if isinstance(value, float) and column != "temperature"
+      else value
+      for column, value in ((c, getattr(rate, c)) for c in columns)
+    )
+  return buffer.getvalue()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  flags = _parser().parse_args(arguments)
+  given = {
+    field.name: getattr(flags, field.name)
+    for field in dataclasses.fields(ReportSettings)
+    if getattr(flags, field.name) is not None
+  }
+  try:
+    base = _settings(flags.directory, flags.verdicts or _DEFAULTS.verdicts)
+    values = dataclasses.asdict(base) | given
+    path = write(
+      settings.build(ReportSettings, values, "report"), flags.directory
+    )
+  except (ValueError, OSError) as error:
+    console.error(str(error))
+    return 2
+  except errors.Stopped as error:
+    console.error(str(error))
+    return 1
+  console.result(str(path), path=str(path))
+  return 0
 
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="python -m dpo_jax report",
-    description="Makes DIRECTORY/report from the rows beneath DIRECTORY. What"
-    " is not given is as in the report that is there, or as said here.",
+    description="Writes DIRECTORY/report from the rows in DIRECTORY. Flags that"
+    " are not given are those of the last report, or defaults.",
   )
   parser.add_argument("directory", help="of a run")
   console.add_flag(parser)
@@ -114,29 +324,6 @@ def _parser() -> argparse.ArgumentParser:
       text = f"see configs/demo.py (default: {default})"
       parser.add_argument(flag, type=type(default), help=text)
   return parser
-
-
-def _settings(flags: argparse.Namespace) -> ReportSettings:
-  """The flags over the settings of the report that is there, or defaults."""
-  given = {
-    field.name: getattr(flags, field.name)
-    for field in dataclasses.fields(ReportSettings)
-    if getattr(flags, field.name) is not None
-  }
-  values = dataclasses.asdict(_DEFAULTS) | given
-  made = settings.build(ReportSettings, values, "report")
-  path = pathlib.Path(flags.directory) / made.directory / compose.NUMBERS
-  if path.is_file():
-    values = dataclasses.asdict(recorded(path)) | given
-  return settings.build(ReportSettings, values, "report")
-
-
-def recorded(path: pathlib.Path) -> ReportSettings:
-  """The settings that a report was made with, from its numbers.json."""
-  found = strict_json.read(path)
-  if not isinstance(found, dict) or "settings" not in found:
-    raise ValueError(f"{path} has no field 'settings'")
-  return settings.build(ReportSettings, found["settings"], f"{path}: settings")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""What all figures share: the style, sizes, colours, and how they are saved.
+"""Style and file formats of all figures.
 
-The style is a file, style.mplstyle, for other people's figures too. Figures are
-made with the object API, so that nothing global is set and no display is
-needed: a figure is drawn whole, as PNG and as PDF or as SVG, or not at all.
+Figures use matplotlib's object API: nothing global is set, and no display is
+needed.
 """
 
 import contextlib
@@ -11,13 +10,11 @@ import io
 import json
 import os
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import matplotlib
 import matplotlib.figure
-import matplotlib.ticker
 
 from dpo_jax.io import atomic
 
@@ -25,17 +22,19 @@ COLUMN_IN = 3.25  # width of a paper's column, inches
 PAGE_IN = 6.75  # of two columns and the gap between them
 HEIGHT_IN = 2.3
 
-# As in the style file; the markers differ as well, for print without colour.
+# As in style.mplstyle; markers differ too, for print without color.
 COLORS = ("#737373", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-_CARRIED = re.compile(
-  rb"(?:tEXtDescription\0|/Subject \(|<dc:description>)([0-9a-f]{64})"
-)
-NAMES = {"base": "base", "sft": "SFT", "dpo": "DPO"}
+# Without dates and versions the same data give the same bytes.
+_METADATA = {
+  "png": ("Software",),
+  "pdf": ("Creator", "Producer", "CreationDate"),
+  "svg": ("Creator", "Date"),
+}
 
 
 def style(dark: bool = False) -> contextlib.AbstractContextManager[None]:
-  """Within it, figures are drawn in the house style, whatever a user set.
+  """Context in which figures are created and saved in this style.
 
   Args:
     dark: with the colors of dark.mplstyle, for a dark page.
@@ -49,8 +48,13 @@ def style(dark: bool = False) -> contextlib.AbstractContextManager[None]:
   )
 
 
+def new(width: float = COLUMN_IN, height: float = HEIGHT_IN):
+  """An empty figure, sizes in inches."""
+  return matplotlib.figure.Figure(figsize=(width, height))
+
+
 def guide() -> dict[str, Any]:
-  """Keywords of the dashed line at what chance or nothing gives."""
+  """Line style of a reference line, such as at 50%."""
   return {
     "color": matplotlib.rcParams["axes.edgecolor"],
     "linewidth": 0.7,
@@ -58,64 +62,40 @@ def guide() -> dict[str, Any]:
   }
 
 
-def new(width: float = COLUMN_IN, height: float = HEIGHT_IN):
-  """An empty figure of so many inches."""
-  return matplotlib.figure.Figure(figsize=(width, height))
-
-
-def whole_numbers(count: int) -> matplotlib.ticker.Locator:
-  return matplotlib.ticker.MaxNLocator(count, integer=True)
-
-
-def vector(path: str | os.PathLike) -> pathlib.Path:
-  """Where the PDF of a PNG is."""
-  return pathlib.Path(path).with_suffix(".pdf")
+def render(
+  figure: matplotlib.figure.Figure, kind: str, **metadata: str
+) -> bytes:
+  """The figure as "png", "pdf" or "svg"; an SVG has no background."""
+  buffer = io.BytesIO()
+  figure.savefig(
+    buffer,
+    format=kind,
+    metadata=dict.fromkeys(_METADATA[kind]) | metadata,
+    transparent=kind == "svg",
+  )
+  return buffer.getvalue()
 
 
 def save(
-  figure: matplotlib.figure.Figure, path: str | os.PathLike, data: Any
+  figure: matplotlib.figure.Figure, path: str | os.PathLike
 ) -> pathlib.Path:
-  """Writes the PNG and, beside it, the PDF, each whole or not at all.
-
-  A path that ends in .svg is one SVG with a transparent background, for a page.
-
-  The same data give the same bytes. Their fingerprint stands in every file,
-  under Description or Subject.
-  """
+  """Writes the PNG to `path` and a PDF next to it; returns `path`."""
   path = pathlib.Path(path)
-  mark = fingerprint(data)
-  unsaid = dict.fromkeys(("Creator", "Producer", "CreationDate"))
-  files = [
-    (vector(path), "pdf", unsaid | {"Subject": mark}),
-    (path, "png", {"Software": None, "Description": mark}),
-  ]
-  if path.suffix == ".svg":
-    unsaid = dict.fromkeys(("Creator", "Date"))
-    files = [(path, "svg", unsaid | {"Description": mark})]
-  for target, kind, metadata in files:
-    buffer = io.BytesIO()
-    figure.savefig(
-      buffer, format=kind, metadata=metadata, transparent=kind == "svg"
-    )
-    with atomic.replacing(target) as temporary:
-      temporary.write_bytes(buffer.getvalue())
+  for file, kind in ((path.with_suffix(".pdf"), "pdf"), (path, "png")):
+    data = render(figure, kind)
+    with atomic.replacing(file) as temporary:
+      temporary.write_bytes(data)
   return path
 
 
-def drawn(data: bytes) -> str | None:
-  """The fingerprint that a file of `save` carries; None if it has none."""
-  match = _CARRIED.search(data)
-  return match[1].decode() if match else None
-
-
 def fingerprint(data: Any) -> str:
-  """Hash of the plain values that a figure shows, to 9 digits."""
+  """SHA-256 of the plain values that a figure shows, to 9 digits."""
   text = json.dumps(_rounded(data), sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _rounded(value: Any) -> Any:
-  # Another machine may add in another order.
+  # Another machine may sum in another order.
   if isinstance(value, float):
     return f"{value:.9g}"
   if isinstance(value, Mapping):
