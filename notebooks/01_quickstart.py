@@ -16,13 +16,12 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/dpo-jax/dpo_jax/blob/main/notebooks/01_quickstart.ipynb)
 #
-# The whole line on a small world whose true reward is known: pairs, supervised
-# fine-tuning, DPO with adapters, answers, verdicts, win rates. Nothing is
-# fetched but the project itself, and any device will do.
+# The whole pipeline on synthetic data with a known true reward: supervised
+# fine-tuning, DPO with LoRA, sampling, judging, win rates. It runs on any device
+# and downloads nothing but the project.
 
 # %%
-# On Colab: fetch the project. Its own jax and jaxlib are named as they are, so
-# that pip leaves them alone.
+# On Colab: install the project, with jax and jaxlib pinned to Colab's versions.
 import importlib.metadata
 import importlib.util
 import os
@@ -38,19 +37,16 @@ if (
     ["git", "clone", "--depth=1", "https://github.com/dpo-jax/dpo_jax"],
     check=True,
   )
-  held = [
+  pins = [
     f"{name}=={importlib.metadata.version(name)}" for name in ("jax", "jaxlib")
   ]
   subprocess.run(
-    [sys.executable, "-m", "pip", "install", "-q", "-e", "dpo_jax", *held],
+    [sys.executable, "-m", "pip", "install", "-q", "-e", "dpo_jax", *pins],
     check=True,
   )
   os.chdir("dpo_jax/notebooks")
-root = (
-  pathlib.Path.cwd().parent
-  if pathlib.Path.cwd().name == "notebooks"
-  else pathlib.Path.cwd()
-)
+root = pathlib.Path.cwd()
+root = root.parent if root.name == "notebooks" else root
 sys.path.insert(0, str(root))
 
 # %%
@@ -73,9 +69,8 @@ print("jax", jax.__version__, jax.devices())
 # %% [markdown]
 # ## The pairs
 #
-# Dialogues about the animals of a valley. An answer is good if it is true, to
-# the point and polite; which of two is preferred is drawn from Bradley-Terry on
-# that reward.
+# Dialogues about animals. The reward of a response is higher if it is true, to
+# the point and polite; preferences follow a Bradley-Terry model of that reward.
 
 # %%
 world = world_lib.generate(0, pretrain=0, train=1, test=0)
@@ -86,22 +81,22 @@ for name, text in (("chosen", pair.chosen), ("rejected", pair.rejected)):
   print(f"\n{name}, true reward {reward:.2f}:\n{text}")
 
 # %% [markdown]
-# ## The recipe
+# ## The config
 #
-# `configs/demo.py` with everything smaller: a model of 0.7 million weights that
-# knows nothing learns to answer from the chosen texts (SFT), and is then trained
-# on the pairs with adapters (DPO). Every field is explained by
+# A smaller `configs/demo.py`: a randomly initialized model of 0.7 million
+# parameters is fine-tuned on the chosen responses (SFT), then trained on the
+# pairs with LoRA (DPO). All fields:
 # `python -m dpo_jax.replicate --config=configs/demo.py --help`.
 
 # %%
 c = demo.get_config()
 c.init.architecture.update(width=128, mlp_width=512, layers=2)
-c.pretrain = None  # SFT begins with the random model
+c.pretrain = None  # SFT starts from random weights
 c.world.update(pretrain=1, train=4096, test=256)
 c.vocabulary.texts = "{world}/train.jsonl"
 
 c.sft.model.path = "{workdir}/init"
-c.sft.data.loss_on_prompt = True  # all text is news to it
+c.sft.data.loss_on_prompt = True  # the model has seen no text yet
 c.sft.update(batch_size=8, epochs=3, eval_every=0)
 c.sft.optimizer.learning_rate = 4e-3
 
@@ -112,26 +107,25 @@ c.dpo.optimizer.learning_rate = 1e-3
 del c.sample.policies.base, c.sample.policies.checkpoints
 for name in ("sft", "dpo"):
   c.sample.policies[name].temperatures = (0.25, 0.75)
-c.judge.controls.update(aa=0, gold=0, retests=0)  # an oracle needs none
+c.judge.controls.update(aa=0, gold=0, retests=0)  # the judge is an oracle
 c.report.update(title="Quickstart", runs=("sft", "dpo"))
 
 # %% [markdown]
-# ## All of it
+# ## Run
 #
-# What `python -m dpo_jax.replicate` does. A stage that is finished is skipped,
-# so running the cell again goes on where it was stopped.
+# The same as `python -m dpo_jax.replicate`. Finished stages are skipped, so an
+# interrupted run resumes.
 
 # %%
 replicate.run(c.to_dict(), folder)
 
 # %% [markdown]
-# ## Before and after
+# ## Responses before and after DPO
 #
-# The first six of the prompts that no training saw, at T = 0.25, with the true
-# reward of each answer.
+# The first six test prompts at T = 0.25, with the true reward of each response.
 
 # %%
-answers = {
+responses = {
   name: records.read(folder / "responses" / f"{name}.jsonl", records.Response)
   for name in ("sft", "dpo")
 }
@@ -147,10 +141,10 @@ rows = [
     )
     for row in (before, after)
   ]
-  for before, after in zip(answers["sft"], answers["dpo"], strict=True)
+  for before, after in zip(responses["sft"], responses["dpo"], strict=True)
   if before.temperature == 0.25
 ]
-table = markdown.table(("asked", "before DPO", "after DPO"), rows[:6])
+table = markdown.table(("prompt", "before DPO", "after DPO"), rows[:6])
 display(Markdown("\n".join(table)))
 
 # %%
@@ -159,7 +153,7 @@ for temperature in (0.25, 0.75):
     np.array(
       [
         world_lib.reward(row.prompt, row.response)
-        for row in answers[name]
+        for row in responses[name]
         if row.temperature == temperature
       ]
     )
@@ -174,25 +168,21 @@ for temperature in (0.25, 0.75):
 # %% [markdown]
 # ## Win rates and curves
 #
-# Against the preferred answer of each pair, in percent with 95% intervals. The
-# same report as a page with every answer to browse is written to
-# `report/report.html`; notebook 03 shows any run's.
+# Against the chosen response of each pair, with 95% intervals.
+# `report/report.html` has the same report with a response browser; notebook 03
+# shows the report of any run.
 
 # %%
-made = report.of(folder)
-rates, *rest = made.sections["Win rates"].split("### ")
-(differences,) = (part for part in rest if part.startswith("Differences"))
-display(Markdown(rates.partition("\n\n\n")[0]))
-display(Markdown("### " + differences))
-for figure in made.figures:
+composed = report.of(folder)
+display(Markdown(composed.sections["Win rates"]))
+for figure in composed.figures:
   if figure.name in ("win_rate_temperature.png", "reward_margins.png"):
-    path = folder / "report" / f"notebook_{figure.name}"
-    display(Image(figure.draw(path), width=420))
+    display(Image(figure.png(), width=420))
 
 # %% [markdown]
-# ## From here
+# ## Next
 #
-# - the same line with a larger model and intervals that do not overlap, about
-#   six minutes on two cores: `python -m dpo_jax.replicate --config=configs/demo.py`
+# - a larger model, with intervals that do not overlap, in about six minutes on
+#   two cores: `python -m dpo_jax.replicate --config=configs/demo.py`
 # - Pythia on Anthropic's HH: `docs/replicate.md`
 # - your own pairs: `docs/add_a_dataset.md`

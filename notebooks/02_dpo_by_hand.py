@@ -16,13 +16,12 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/dpo-jax/dpo_jax/blob/main/notebooks/02_dpo_by_hand.ipynb)
 #
-# One preference pair, a tiny model of random weights with adapters, and every
-# number of the loss by hand: who sees whom in a packed row, the log-probs, the
-# implicit reward, the loss and its gradient.
+# One preference pair and a tiny random model with LoRA adapters: the attention
+# mask of a packed row, log-probs, the loss and its gradient, and the implicit
+# reward, each computed by hand.
 
 # %%
-# On Colab: fetch the project. Its own jax and jaxlib are named as they are, so
-# that pip leaves them alone.
+# On Colab: install the project, with jax and jaxlib pinned to Colab's versions.
 import importlib.metadata
 import importlib.util
 import os
@@ -38,19 +37,16 @@ if (
     ["git", "clone", "--depth=1", "https://github.com/dpo-jax/dpo_jax"],
     check=True,
   )
-  held = [
+  pins = [
     f"{name}=={importlib.metadata.version(name)}" for name in ("jax", "jaxlib")
   ]
   subprocess.run(
-    [sys.executable, "-m", "pip", "install", "-q", "-e", "dpo_jax", *held],
+    [sys.executable, "-m", "pip", "install", "-q", "-e", "dpo_jax", *pins],
     check=True,
   )
   os.chdir("dpo_jax/notebooks")
-root = (
-  pathlib.Path.cwd().parent
-  if pathlib.Path.cwd().name == "notebooks"
-  else pathlib.Path.cwd()
-)
+root = pathlib.Path.cwd()
+root = root.parent if root.name == "notebooks" else root
 sys.path.insert(0, str(root))
 
 # %%
@@ -60,7 +56,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-from IPython.display import Image
+from IPython.display import Image, display
 
 from configs import demo
 from dpo_jax.data import batch as batch_lib
@@ -68,7 +64,7 @@ from dpo_jax.data import packing, preferences, tokenization
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.demo import world as world_lib
 from dpo_jax.model import attention, gpt_neox
-from dpo_jax.report import figures
+from dpo_jax.report.figures import plots, style
 from dpo_jax.training import losses
 from dpo_jax.training import step as step_lib
 
@@ -77,8 +73,8 @@ folder = pathlib.Path(tempfile.mkdtemp())
 # %% [markdown]
 # ## The pair
 #
-# The embedded world writes dialogues about a valley of animals; the label of a
-# pair is drawn from Bradley-Terry on a true reward.
+# Synthetic dialogues about animals; preferences follow a Bradley-Terry model of a
+# known reward.
 
 # %%
 world = world_lib.generate(0, pretrain=64, train=8, test=0)
@@ -91,10 +87,10 @@ print(
 )
 
 # %% [markdown]
-# ## One row for both answers
+# ## One row for both responses
 #
-# The prompt stands once. Both answers see it and neither sees the other;
-# positions of the rejected answer start again behind the prompt.
+# The prompt is shared: both responses attend to it, neither attends to the other,
+# and positions of the rejected response restart after the prompt.
 
 # %%
 tokenizer = tokenizer_lib.train(
@@ -120,18 +116,15 @@ segments = attention.Segments(batch.segment_ids[:1], batch.part_ids[:1])
 words = [
   tokenizer.backend.decode([token]) for token in np.asarray(batch.tokens[0])
 ]
-Image(
-  figures.packing_mask(
-    segments.mask()[0], batch.part_ids[0], words, folder / "mask.png"
-  ),
-  width=620,
-)
+with style.style():
+  mask = plots.packing_mask(segments.mask()[0], batch.part_ids[0], words)
+  display(Image(style.render(mask, "png"), width=620))
 
 # %% [markdown]
 # ## Log-probs
 #
-# The policy is the base with adapters, the reference the same base without.
-# Adapters begin as zero: at first both are one model.
+# The policy is the base model with adapters, the reference the same base without.
+# Adapters are initialized to zero, so at first both give the same log-probs.
 
 # %%
 shape = demo.architecture()
@@ -150,8 +143,8 @@ assert jnp.array_equal(policy, reference)
 # ## The loss, by hand
 #
 # With $h = (\log\pi_c - \log\pi_r) - (\log\pi^{ref}_c - \log\pi^{ref}_r)$ the loss
-# is $-\log\sigma(\beta h)$: $\ln 2$ at the start. Its gradient in $h$ is
-# $-\beta\,\sigma(-\beta h)$.
+# is $-\log\sigma(\beta h)$, so $\ln 2$ at the start. Its gradient with respect to
+# $h$ is $-\beta\,\sigma(-\beta h)$.
 
 # %%
 beta = 0.2
@@ -178,12 +171,13 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(6.75, 2.2))
 left.plot(margins, losses.dpo_loss(margins, 0.0, beta=beta))
 left.set(xlabel="h (nats)", ylabel="loss")
 right.plot(margins, slope)
-right.set(xlabel="h (nats)", ylabel="gradient in h")
+right.set(xlabel="h (nats)", ylabel="gradient")
+
 # %% [markdown]
-# ## A few steps on this one pair
+# ## A few steps on this pair
 #
-# Plain gradient descent on the adapters alone; the reference stays. The implicit
-# reward of an answer is $\beta\,(\log\pi - \log\pi^{ref})$.
+# Gradient descent on the adapters only. The implicit reward of a response is
+# $\beta\,(\log\pi - \log\pi^{ref})$.
 
 # %%
 pair_loss = lambda lora: losses.dpo_loss(
@@ -217,4 +211,6 @@ print(
   f"loss {rows[0]['loss']:.4f} -> {rows[-1]['loss']:.4f}, margin {rows[-1]['rewards/margins']:.3f}"
 )
 assert rows[-1]["loss"] < rows[0]["loss"]
-Image(figures.reward_margins(rows, folder / "margins.png"), width=420)
+with style.style():
+  margins = plots.reward_margins(rows)
+  display(Image(style.render(margins, "png"), width=420))

@@ -12,17 +12,16 @@
 # ---
 
 # %% [markdown]
-# # Scale: the mesh, what lies where, and a plan before anything is rented
+# # Scale: meshes, sharding and the planner
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/dpo-jax/dpo_jax/blob/main/notebooks/04_scale.ipynb)
 #
-# One table of rules decides on which device every weight lies. This notebook
-# draws it on eight virtual devices, shows that a mesh changes no number, and
-# asks the planner what a run will need here and on a TPU slice that is not here.
+# One table of rules shards every weight. This notebook draws the shards on eight
+# virtual devices, checks that a mesh does not change log-probs, and plans the
+# memory of a run on this machine and on a TPU slice.
 
 # %%
-# On Colab: fetch the project. Its own jax and jaxlib are named as they are, so
-# that pip leaves them alone.
+# On Colab: install the project, with jax and jaxlib pinned to Colab's versions.
 import importlib.metadata
 import importlib.util
 import os
@@ -38,19 +37,16 @@ if (
     ["git", "clone", "--depth=1", "https://github.com/dpo-jax/dpo_jax"],
     check=True,
   )
-  held = [
+  pins = [
     f"{name}=={importlib.metadata.version(name)}" for name in ("jax", "jaxlib")
   ]
   subprocess.run(
-    [sys.executable, "-m", "pip", "install", "-q", "-e", "dpo_jax", *held],
+    [sys.executable, "-m", "pip", "install", "-q", "-e", "dpo_jax", *pins],
     check=True,
   )
   os.chdir("dpo_jax/notebooks")
-root = (
-  pathlib.Path.cwd().parent
-  if pathlib.Path.cwd().name == "notebooks"
-  else pathlib.Path.cwd()
-)
+root = pathlib.Path.cwd()
+root = root.parent if root.name == "notebooks" else root
 sys.path.insert(0, str(root))
 
 # %%
@@ -59,7 +55,7 @@ import tempfile
 
 import jax
 
-# Eight devices of the CPU, whatever else there is; before jax looks for any.
+# Eight CPU devices, set before JAX initializes its backends.
 jax.config.update("jax_num_cpu_devices", 8)
 
 import numpy as np
@@ -74,7 +70,7 @@ from dpo_jax.demo import world as world_lib
 from dpo_jax.io import markdown
 from dpo_jax.model import gpt_neox
 from dpo_jax.plan import compile_training, plan, topology
-from dpo_jax.report import figures
+from dpo_jax.report.figures import plots, style
 from dpo_jax.training import config, step
 
 folder = pathlib.Path(tempfile.mkdtemp())
@@ -84,9 +80,9 @@ print("jax", jax.__version__, jax.devices())
 # %% [markdown]
 # ## The mesh and its rules
 #
-# `data` splits the batch; `fsdp` splits the batch and the weights' width;
-# `tensor` splits heads, MLP and vocabulary. All of it is in
-# `dpo_jax/core/sharding.py`; the sizes are `--config.mesh.data=...` and its like.
+# `data` shards the batch, `fsdp` the batch and the width of weights, `tensor`
+# heads, MLP and vocabulary. The rules are in `dpo_jax/core/sharding.py`; sizes are
+# set by `--config.mesh.data=...`, `.fsdp` and `.tensor`.
 
 # %%
 mesh = sharding.make_mesh(2, 2, 2, devices=jax.devices("cpu"))
@@ -96,11 +92,11 @@ display(Markdown("\n".join(markdown.table(("weight", "axes"), rows))))
 print(sharding.RULES)
 
 # %% [markdown]
-# ## Pictures
+# ## Shards
 #
-# Pythia-160m from its shape alone. Numbers are devices; a part that several
-# hold is a copy. Of stacked layers one is shown; the kernel of query, key and
-# value has two of its axes shown, width and heads.
+# Pythia-160m from shapes alone. Numbers are devices; several in one shard hold
+# copies. Of stacked layers one is shown, of the QKV kernel the width and heads
+# axes.
 
 # %%
 shape = gpt_neox.ModelConfig(**models.pythia("160m").to_dict())
@@ -135,13 +131,14 @@ drawn = {
   name: (sizes, {device.id: tuple(parts) for device, parts in held.items()})
   for name, (sizes, held) in drawn.items()
 }
-Image(figures.sharding(drawn, folder / "sharding.png"), width=720)
+with style.style():
+  display(Image(style.render(plots.sharding(drawn), "png"), width=720))
 
 # %% [markdown]
-# ## What each device holds
+# ## Memory of the weights
 #
-# Bytes of Pythia-2.8B's float32 weights on one device, by the same rules:
-# before activations, gradients and optimizer state.
+# Pythia-2.8B in float32 on one device of several meshes, without activations,
+# gradients and optimizer state.
 
 # %%
 big = gpt_neox.ModelConfig(**models.pythia("2.8b").to_dict())
@@ -165,10 +162,9 @@ display(
 )
 
 # %% [markdown]
-# ## A mesh changes no number
+# ## A mesh does not change log-probs
 #
-# Log-probs of eight pairs under a small model: on one device, and with weights
-# and rows split over eight.
+# Eight pairs under a small model, on one device and sharded over eight.
 
 # %%
 world = world_lib.generate(0, pretrain=64, train=8, test=0)
@@ -209,18 +205,17 @@ with jax.set_mesh(mesh):
     16,
   )
 print(f"{counts.tokens} tokens in {counts.slots} places")
-print("tokens of the answers:", np.asarray(lengths, int))
+print("tokens of the responses:", np.asarray(lengths, int))
 print("one device:   ", np.asarray(one).round(3))
 print("eight devices:", np.asarray(split).round(3))
 np.testing.assert_allclose(split, one, rtol=1e-5)
 
 # %% [markdown]
-# ## The planner, for this machine
+# ## Plan for this machine
 #
-# The run's own training and evaluation step, compiled with shapes alone: no
-# weights are read, none are made. It says bytes, and how full the rows are; a
-# lower bound of a step's time only for devices whose peaks are in
-# `dpo_jax/core/hardware.py`.
+# The training and evaluation steps are compiled from shapes; no weights are
+# loaded. The plan gives memory and how full rows are, and a lower bound of a
+# step's time for devices whose peak rates are in `dpo_jax/core/hardware.py`.
 
 # %%
 c = dpo.get_config("pythia-14m-lora")
@@ -230,12 +225,12 @@ shape = compile_training.shape_of(built, "")
 assert plan.plan_training(built, shape, jax.devices()[:1], search=0)
 
 # %% [markdown]
-# ## The planner, for a slice that is not here
+# ## Plan for a TPU slice
 #
-# libtpu holds the TPU's compiler and needs no TPU (`pip install libtpu`, Linux).
-# The same steps for one chip of a v5e. `docs/scaling.md` has the smallest slice
-# for each Pythia, and `python -m dpo_jax plan --topology=v5e:2x4 --config=...`
-# plans any other, its sampling included.
+# libtpu has the TPU compiler and needs no TPU (`pip install libtpu`, Linux). The
+# same steps for one v5e chip. `docs/scaling.md` has the smallest slice for each
+# Pythia; `python -m dpo_jax plan --topology=v5e:2x4 --config=...` plans any other,
+# sampling included.
 
 # %%
 if importlib.util.find_spec("libtpu") is None:
@@ -244,7 +239,7 @@ else:
   assert plan.plan_training(built, shape, topology.devices("v5e:1x1"), search=0)
 
 # %% [markdown]
-# ## From here
+# ## Next
 #
-# - a TPU VM from zero, one host or a pod slice: `docs/tpu.md`
+# - a TPU VM from scratch, one host or a pod slice: `docs/tpu.md`
 # - one GPU, several, Slurm: `docs/gpu.md`

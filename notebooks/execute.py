@@ -1,11 +1,11 @@
-"""Executes notebooks from their .py files and writes the .ipynb beside them.
+"""Executes notebooks from their .py files and writes the .ipynb.
 
 python notebooks/execute.py notebooks/02_dpo_by_hand.py
 
-The .ipynb keeps a hash of the source that was executed, so that outputs of an
-older source are told from those of this one. Figures keep 64 colours, which is
-what they have but for the edges of letters: a third of the bytes. What was said
-of how long something took is left out, as one machine's.
+The .ipynb records a hash of the executed code, so that outdated outputs are
+detected. After a change of Markdown cells only, update the .ipynb with
+`jupytext --update --to ipynb`. Figures are reduced to 64 colors, a third of the
+bytes, and durations are removed.
 """
 
 import base64
@@ -22,18 +22,22 @@ import nbclient
 from PIL import Image
 
 _COLORS = 64
-# What the package's own lines say of how long something took.
+# Durations in lines of the package.
 _TIMES = re.compile(r" after \d+\.\d minutes")
 
 
 def digest(path: pathlib.Path) -> str:
-  """The hash of a source file's cells."""
-  cells = [(cell.cell_type, cell.source) for cell in jupytext.read(path).cells]
+  """Hash of the code cells of a source file."""
+  cells = [
+    cell.source
+    for cell in jupytext.read(path).cells
+    if cell.cell_type == "code"
+  ]
   return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
 
 
 def tidied(outputs: list) -> list:
-  """Outputs without stderr, temporary folders' names and times; see above."""
+  """Outputs without stderr, names of temporary folders, and durations."""
   folder = re.compile(re.escape(tempfile.gettempdir()) + r"/[\w-]+/")
 
   def clean(text):
@@ -53,7 +57,7 @@ def tidied(outputs: list) -> list:
 
 
 def smaller(png: str) -> str:
-  """A PNG in base64, of the same size in pixels, in few colours."""
+  """A base64 PNG with fewer colors, of the same size in pixels."""
   with Image.open(io.BytesIO(base64.b64decode(png))) as image:
     few = image.convert("RGB").quantize(
       _COLORS,
@@ -66,14 +70,13 @@ def smaller(png: str) -> str:
 
 
 def execute(path: pathlib.Path):
-  """The executed notebook of a .py file, without what went to stderr."""
+  """The executed notebook of a .py file."""
   notebook = jupytext.read(path)
   resources = {"metadata": {"path": str(path.parent)}}
   nbclient.NotebookClient(
     notebook, timeout=600, kernel_name="python3", resources=resources
   ).execute()
   for cell in notebook.cells:
-    # Bars and warnings, with paths of the machine that ran it.
     cell.metadata.pop("execution", None)
     if cell.cell_type == "code":
       cell.outputs = tidied(cell.outputs)

@@ -1,4 +1,4 @@
-"""Notebooks are in sync with their .py, executed, and only use the package."""
+"""Notebooks are in sync with their .py, executed, and only call the package."""
 
 import ast
 import base64
@@ -34,36 +34,31 @@ def source(request):
   return request.param
 
 
-def test_every_notebook_has_its_source():
+def test_pairs_are_in_sync_and_executed():
   assert [path.stem for path in sorted(NOTEBOOKS.glob("*.ipynb"))] == NAMES
   assert NAMES
+  for path in SOURCES:
+    source, notebook = map(jupytext.read, (path, path.with_suffix(".ipynb")))
+    cells = [
+      [(cell.cell_type, cell.source) for cell in found.cells]
+      for found in (source, notebook)
+    ]
+    assert cells[0] == cells[1], path.stem
+    # Only an execution records the hash of the code.
+    stamp = notebook.metadata["executed"]["source_sha256"]
+    assert stamp == execute.digest(path), f"run notebooks/execute.py {path}"
 
 
-def test_pairs_are_in_sync(source):
-  cells = [
-    [(cell.cell_type, cell.source) for cell in jupytext.read(path).cells]
-    for path in (source, source.with_suffix(".ipynb"))
-  ]
-  assert cells[0] == cells[1]
+@pytest.mark.parametrize(
+  ("cell", "same"), [("# %% [markdown]\n# Text.\n", True), ("# %%\n1\n", False)]
+)
+def test_a_changed_code_cell_needs_an_execution(tmp_path, cell, same):
+  copy = tmp_path / "copy.py"
+  copy.write_text(SOURCES[2].read_text("utf-8") + "\n" + cell)
+  assert (execute.digest(copy) == execute.digest(SOURCES[2])) == same
 
 
-def test_outputs_are_those_of_this_source(source):
-  """Whatever else keeps the pair in sync, only an execution stamps it."""
-  notebook = jupytext.read(source.with_suffix(".ipynb"))
-  stamp = notebook.metadata["executed"]["source_sha256"]
-  assert stamp == execute.digest(source), f"run notebooks/execute.py {source}"
-
-
-def test_a_changed_cell_is_another_source(source, tmp_path):
-  text = source.read_text("utf-8")
-  for name, changed in (("same", text), ("other", text + "\n# %%\n1 + 1\n")):
-    copy = tmp_path / f"{name}.py"
-    copy.write_text(changed)
-    same = execute.digest(copy) == execute.digest(source)
-    assert same == (name == "same")
-
-
-def test_outputs_are_tidied(tmp_path, monkeypatch):
+def test_outputs_are_tidied(monkeypatch):
   monkeypatch.setattr(execute.tempfile, "tempdir", "/tmp")
   outputs = [
     {"name": "stderr", "text": "a bar"},
@@ -81,13 +76,12 @@ def test_outputs_are_tidied(tmp_path, monkeypatch):
   ]
 
 
-def test_the_times_are_those_that_the_package_says():
-  """A line that is worded otherwise would keep its time."""
+def test_durations_are_worded_as_in_the_package():
   package = pathlib.Path(dpo_jax.__file__).parent
   assert " after {" in (package / "replicate.py").read_text("utf-8")
 
 
-def test_figures_become_small_and_stay_what_they_show():
+def test_fewer_colors_keep_a_figure():
   figure = matplotlib.figure.Figure(figsize=(3.25, 2.3))
   axes = figure.subplots()
   for number in range(6):
@@ -103,7 +97,7 @@ def test_figures_become_small_and_stay_what_they_show():
     for data in (before, after)
   )
   assert one.shape == two.shape
-  # Edges of letters have many greys, and lie on few pixels.
+  # Edges of letters have many grays, on few pixels.
   assert np.abs(one - two).max(-1).mean() < 1
   assert np.mean(np.abs(one - two).max(-1) > 32) < 0.002
 
@@ -138,7 +132,7 @@ def test_cells_define_nothing_and_imports_resolve(source):
         if not hasattr(module, alias.name):
           importlib.import_module(f"{node.module}.{alias.name}")
         found[alias.asname or alias.name] = getattr(module, alias.name)
-  # What cells call in the package is there: `plan.describe` and the like.
+  # Attributes of imported modules exist.
   for node in ast.walk(tree):
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
       module = found.get(node.value.id)
@@ -146,7 +140,7 @@ def test_cells_define_nothing_and_imports_resolve(source):
         assert hasattr(module, node.attr), ast.unparse(node)
 
 
-def test_links_lead_to_the_one_repository(source):
+def test_links_lead_to_the_repository(source):
   text = source.read_text("utf-8")
   home = dpo_jax.REPOSITORY.removeprefix("https://github.com/")
   colab = "https://colab.research.google.com/github/"
@@ -157,7 +151,7 @@ def test_links_lead_to_the_one_repository(source):
 
 
 def test_on_colab_jax_is_left_as_it_is(source, monkeypatch):
-  """The first code cell, as Colab would run it, with nothing really run."""
+  """The first code cell as on Colab, with recorded instead of run commands."""
   cell = next(c for c in jupytext.read(source).cells if c.cell_type == "code")
   ran, moved = [], []
   monkeypatch.setenv("COLAB_RELEASE_TAG", "release")

@@ -61,14 +61,30 @@ def test_the_browser_has_all_rows(directory, text):
   }
 
 
-def test_final_models_come_before_checkpoints(text):
+def test_final_models_come_before_checkpoints():
   cells = [
-    (row["model"], row["step"], row["temperature"])
-    for row in paged.data(text)[0]["responses"]
+    ("sft", None, 0.7),
+    ("sft", 9, 0.7),
+    ("dpo", 50, 0.7),
+    ("dpo", 7, 0.7),
+    ("dpo", None, 1.0),
+    ("dpo", None, 0.7),
+    ("base", None, 0.7),
+    ("aaa", None, 0.7),
   ]
-  finals = [(m, None, t) for m in ("base", "SFT", "DPO") for t in (0.25, 0.75)]
-  assert [cell for cell in cells if cell[2] != 1.0] == finals
-  assert cells[-2:] == [("DPO", 50, 1.0), ("DPO", 100, 1.0)]
+  rows = [reported.response(*cell, "p0") for cell in cells]
+  (prompt,) = browse.prompts(rows, [])
+  fields = ("model", "step", "temperature")
+  assert [tuple(row[f] for f in fields) for row in prompt["responses"]] == [
+    ("base", None, 0.7),
+    ("SFT", None, 0.7),
+    ("DPO", None, 0.7),
+    ("DPO", None, 1.0),
+    ("aaa", None, 0.7),
+    ("SFT", 9, 0.7),
+    ("DPO", 7, 0.7),
+    ("DPO", 50, 0.7),
+  ]
 
 
 def test_tables_and_sentences_are_those_of_the_markdown(directory, text):
@@ -117,7 +133,7 @@ def test_nothing_is_loaded(text):
   ]
 
 
-def test_hostile_texts_add_no_element_and_come_back_whole():
+def test_hostile_texts_add_no_markup_and_come_back_whole():
   def rendered(texts):
     prompts = [
       paged.prompt(
@@ -135,12 +151,15 @@ def test_hostile_texts_add_no_element_and_come_back_whole():
     lines = [f"> **FLAG**: {literal}"]
     return prompts, paged.render(prompts, texts[0], lines, sections)
 
-  plain = paged.Parsed(rendered(["text"] * len(paged.HOSTILE))[1])
+  def elements(text):
+    found = paged.Parsed(text).elements
+    return [(tag, [*attributes]) for tag, attributes in found if tag != "br"]
+
+  plain = elements(rendered(["text"] * len(paged.HOSTILE))[1])
   for first in range(len(paged.HOSTILE)):
     texts = [*paged.HOSTILE[first:], *paged.HOSTILE[:first]]
     prompts, text = rendered(texts)
-    tags = [tag for tag, _ in paged.Parsed(text).elements if tag != "br"]
-    assert tags == [tag for tag, _ in plain.elements]
+    assert elements(text) == plain
     assert paged.data(text) == prompts
 
 

@@ -85,18 +85,19 @@ def write(
   composed = compose(report_settings, workdir)
   directory = workdir / report_settings.directory
   directory.mkdir(exist_ok=True)
-  for name in figures.NAMES:
+  for figure in composed.figures:
+    figure.save(directory / figure.name)
+  for name in set(figures.NAMES) - {figure.name for figure in composed.figures}:
     # A figure of an earlier report would pass for one of this report.
     for path in (directory / name, (directory / name).with_suffix(".pdf")):
       path.unlink(missing_ok=True)
-  for figure in composed.figures:
-    figure.save(directory / figure.name)
   numbers = json.loads(composed.texts[NUMBERS])
   numbers["figures"] = figure_hashes(composed, directory)
   texts = composed.texts | {
     NUMBERS: to_json(numbers),
     PAGE: page.with_images(composed.texts[PAGE], composed.figures),
   }
+  # report.md is last: `replicate` skips the stage when it exists.
   for name, text in texts.items():
     atomic.write_text(directory / name, text)
   path = directory / TEXT
