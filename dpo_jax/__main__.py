@@ -1,4 +1,4 @@
-"""Every command by its name, also where there is no clone to start it from.
+"""Runs a command by its name, from a clone or an installed wheel.
 
   dpo-jax NAME ...   or   python -m dpo_jax NAME ...
 
@@ -24,7 +24,7 @@ _MODULES = {
 
 
 def main() -> None:
-  """Runs the command that the first argument names; exits as it does."""
+  """Runs the command that the first argument names."""
   name = sys.argv[1] if len(sys.argv) > 1 else "--help"
   names = (*_SCRIPTS, *_MODULES)
   if name not in names:

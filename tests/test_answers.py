@@ -207,7 +207,7 @@ def test_a_signal_ends_sampling_and_whole_rows_are_kept(world, whole, tmp_path):
   assert done.returncode == 143, done.stderr
   assert done.stderr.endswith(
     "error: stopped by SIGTERM with every whole row kept; run the same command"
-    " again to go on\n"
+    " again to resume\n"
   )
   path = tmp_path / "responses" / "sft.jsonl"
   assert 0 < len(records.read(path, records.Response)) < 12

@@ -1,6 +1,6 @@
-"""Several processes of one run: how they find and follow each other.
+"""Several processes of one run: initialization, equal numbers, shared errors.
 
-Real processes, each with some CPU devices, that talk over gloo.
+Real processes, each with some CPU devices, that communicate over gloo.
 """
 
 import contextlib
@@ -9,13 +9,11 @@ import functools
 import http.server
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 
 import jax
 import numpy as np
@@ -24,11 +22,11 @@ import running
 import safetensors.numpy
 
 from dpo_jax.core import distributed, preemption, sharding
-from dpo_jax.io import locks, records, step_files
+from dpo_jax.io import locks, records
 from dpo_jax.training import eval_samples, train
 
 ROOT = running.ROOT
-# Of the two processes together; the tests' own process has eight.
+# Of two processes together; the tests' own process has eight.
 DEVICES = 4
 
 
@@ -36,25 +34,24 @@ DEVICES = 4
 def config(tmp_path_factory):
   """Runs of all weights, split over the devices of both processes."""
   build = running.configs(running.make_files(tmp_path_factory.mktemp("files")))
-
-  def make(**changes):
-    split = {"mesh.data": 1, "mesh.fsdp": DEVICES}
-    full = {"lora.rank": 0, "export_adapters": False, "heartbeat_s": 10}
-    answers = {
-      "samples.prompts": 3,
-      "samples.every": 3,
-      "samples.temperature": 0.0,
-      "samples.max_new_tokens": 4,
-      "samples.max_prompt_tokens": 28,
-    }
-    return build(**split, **full, **answers, **changes)
-
-  return make
+  changes = {
+    "mesh.data": 1,
+    "mesh.fsdp": DEVICES,
+    "lora.rank": 0,
+    "export_adapters": False,
+    "heartbeat_s": 10,
+    "samples.prompts": 3,
+    "samples.every": 3,
+    "samples.temperature": 0.0,
+    "samples.max_new_tokens": 4,
+    "samples.max_prompt_tokens": 28,
+  }
+  return lambda **more: build(**changes, **more)
 
 
 @pytest.fixture
 def alone(monkeypatch):
-  """This process by itself has as many devices as the two."""
+  """Gives this process by itself as many devices as the two have."""
   make = sharding.make_mesh
   devices = jax.devices()[:DEVICES]
   monkeypatch.setattr(
@@ -68,8 +65,20 @@ def free_port():
     return one.getsockname()[1]
 
 
-def slurm(count):
-  """What srun says to each of two tasks. jax makes the port of the job's id."""
+def explicit():
+  port = free_port()
+  return [
+    {
+      "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+      "JAX_NUM_PROCESSES": "2",
+      "JAX_PROCESS_ID": str(rank),
+    }
+    for rank in range(2)
+  ]
+
+
+def slurm():
+  """Variables of srun. jax derives the port from the job's id."""
   job = str(free_port() % 4096)
   return [
     {
@@ -77,55 +86,76 @@ def slurm(count):
       "SLURM_STEP_NODELIST": "localhost",
       "SLURM_NTASKS": "2",
       "SLURM_STEP_NUM_TASKS": "2",
-      "SLURM_PROCID": str(number),
-      "SLURM_LOCALID": str(number),
+      "SLURM_PROCID": str(rank),
+      "SLURM_LOCALID": str(rank),
     }
-    for number in range(count)
+    for rank in range(2)
   ]
 
 
-def explicit(count):
-  port = free_port()
+def open_mpi():
+  """Variables of mpirun, of the only task of its node and of one of two."""
+  job = (free_port() % 4096) * 4096
   return [
     {
-      "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-      "JAX_NUM_PROCESSES": str(count),
-      "JAX_PROCESS_ID": str(number),
+      "OMPI_MCA_orte_hnp_uri": f"{job}.0;tcp://127.0.0.1:1",
+      "OMPI_COMM_WORLD_SIZE": "2",
+      "OMPI_COMM_WORLD_RANK": str(rank),
+      "OMPI_COMM_WORLD_LOCAL_RANK": str(rank),
+      "OMPI_COMM_WORLD_LOCAL_SIZE": str(rank + 1),
     }
-    for number in range(count)
+    for rank in range(2)
   ]
 
 
 @contextlib.contextmanager
-def pair(directory, config, workdir, environments):
-  """`python train.py` in two processes, which are killed at the end."""
+def pair(directory, config, workdir, environments, command=("train.py",)):
+  """`python train.py` in two processes, killed at the end."""
   with contextlib.ExitStack() as stack:
     yield [
       stack.enter_context(
         running.Child(
-          directory / f"process{number}",
+          directory / f"process{rank}",
           config,
           workdir,
+          command,
           JAX_NUM_CPU_DEVICES=str(DEVICES // 2),
           **extra,
         )
       )
-      for number, extra in enumerate(environments)
+      for rank, extra in enumerate(environments)
     ]
 
 
-def ended(children, timeout_s=180):
-  """The exit codes of all, and how long they took to end."""
-  begun = time.monotonic()
-  codes = [child.end(timeout_s) for child in children]
-  return codes, time.monotonic() - begun
+def run_pair(*arguments):
+  with pair(*arguments) as children:
+    codes = [child.end() for child in children]
+    assert codes == [0, 0], [child.printed() for child in children]
+
+
+def python_pair(environments, *arguments):
+  """Two finished processes of `python -c`, and their stdout and stderr."""
+  # A test that compiled for a TPU leaves libtpu's variables.
+  own = {k: v for k, v in os.environ.items() if not k.startswith("TPU_")}
+  children = [
+    subprocess.Popen(
+      [sys.executable, "-c", *arguments],
+      cwd=ROOT,
+      env=own | {"JAX_NUM_CPU_DEVICES": "1"} | extra,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for extra in environments
+  ]
+  return [(child, *child.communicate(timeout=120)) for child in children]
 
 
 def moved(name, value):
-  """A weight, without what only rounding moves.
+  """A weight, but for entries that rounding alone moves.
 
-  A bias of keys where they are not rotated adds one number to all scores of a
-  query: its gradient is zero but for rounding, of which AdamW makes steps.
+  The key bias of dimensions without rotation adds one number to all scores of a
+  query: its gradient is zero but for rounding, which AdamW normalizes.
   """
   if not name.endswith("query_key_value.bias"):
     return value
@@ -135,7 +165,7 @@ def moved(name, value):
 
 
 def test_two_processes_do_what_one_does(config, alone, tmp_path, monkeypatch):
-  """One begins, two go on, one of them is killed, two end: as one alone."""
+  """One begins, two end: as one alone."""
   whole, run = tmp_path / "whole", tmp_path / "run"
   train.run(config(), whole)
   with monkeypatch.context() as patch:
@@ -143,53 +173,31 @@ def test_two_processes_do_what_one_does(config, alone, tmp_path, monkeypatch):
     running.at_step(patch, 1, terminate)
     with pytest.raises(preemption.Interrupted, match="after step 2"):
       train.run(config(), run)
-  with pair(tmp_path / "killed", config(), run, explicit(2)) as children:
-    children[0].until(lambda: running.reached(run, 3))
-    children[1].process.kill()
-    # Nobody is left waiting for the dead, who said nothing.
-    codes, waited_s = ended(children, 60)
-    assert codes[0] not in (0, None), children[0].printed()
-    assert codes[1] == -signal.SIGKILL
-  print(f"the other ended {waited_s:.1f} s later")
-  assert not (run / "finished.json").exists()
-  with pair(tmp_path / "last", config(), run, slurm(2)) as children:
-    codes, _ = ended(children)
-    assert codes == [0, 0], [child.printed() for child in children]
+  run_pair(tmp_path / "pair", config(), run, slurm())
   starts = json.loads((run / "manifest.json").read_text())["starts"]
-  assert [start["processes"] for start in starts] == [1, 2, 2]
-  # Two devices of each: no process ran by itself.
-  assert [len(start["devices"]) for start in starts] == [DEVICES] * 3
-  assert [start["step"] for start in starts[:2]] == [0, 2]
+  assert [start["processes"] for start in starts] == [1, 2]
+  # Two devices of each process.
+  assert [len(start["devices"]) for start in starts] == [DEVICES] * 2
+  assert [start["step"] for start in starts] == [0, 2]
   one, two = running.read(whole), running.read(run)
-  # Each step once, and its items in the same order.
+  # The same items in the same steps.
   assert [row["step"] for row in two] == [row["step"] for row in one]
   for a, b in zip(one, two, strict=True):
     assert a.keys() == b.keys()
     for key in a:
+      # Sums in another order.
       assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-5), key
   assert abs(one[-2]["rewards/margins"]) > 1e-3
-  # Answered by both together, and written by one.
-  answered = [
+  # Sampled by both together, written by process 0.
+  a_rows, b_rows = (
     records.read(d / eval_samples.FILE, records.Response) for d in (whole, run)
+  )
+  assert [row.step for row in b_rows] == [
+    s for s in (0, 3, 6, 7) for _ in "abc"
   ]
-  assert [row.step for row in answered[1]] == [
-    0,
-    0,
-    0,
-    3,
-    3,
-    3,
-    6,
-    6,
-    6,
-    7,
-    7,
-    7,
-  ]
-  for a, b in zip(*answered, strict=True):
+  for a, b in zip(a_rows, b_rows, strict=True):
     assert b.mean_logp == pytest.approx(a.mean_logp, abs=1e-4)
     assert dataclasses.replace(b, mean_logp=a.mean_logp) == a
-  # Gathered from both; moved by sums in another order.
   weights = [
     safetensors.numpy.load_file(d / "export" / "model.safetensors")
     for d in (whole, run)
@@ -199,7 +207,7 @@ def test_two_processes_do_what_one_does(config, alone, tmp_path, monkeypatch):
     np.testing.assert_allclose(
       moved(name, weights[1][name]), moved(name, value), rtol=0, atol=1e-4
     )
-  # What two wrote, one goes on from: nothing is left to do but the export.
+  # One resumes from the last step of two: only the export is left.
   (run / "finished.json").unlink()
   train.run(config(), run)
   assert running.read(run) == two
@@ -208,64 +216,36 @@ def test_two_processes_do_what_one_does(config, alone, tmp_path, monkeypatch):
     np.testing.assert_array_equal(value, weights[1][name])
 
 
-# --- what happens to one of two
-
-
 @pytest.fixture(scope="module")
 def whole_pair(config, tmp_path_factory):
-  """What two processes that nothing happened to leave of 21 steps."""
+  """An uninterrupted run of 21 steps in two processes."""
   directory = tmp_path_factory.mktemp("pair")
-  long = config(epochs=3)
-  with pair(directory, long, directory / "run", explicit(2)) as children:
-    codes, _ = ended(children)
-    assert codes == [0, 0], [child.printed() for child in children]
+  run_pair(directory, config(epochs=3), directory / "run", explicit())
   return directory / "run"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize(
-  "number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM, signal.SIGINT]
-)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_what_happens_to_one_of_two_stops_both(
   config, whole_pair, tmp_path, number, victim
 ):
   long, run = config(epochs=3), tmp_path / "run"
-  with pair(tmp_path / "first", long, run, explicit(2)) as children:
+  with pair(tmp_path / "first", long, run, explicit()) as children:
     other = children[1 - victim]
     other.until(lambda: running.reached(run, 5))
     children[victim].process.send_signal(number)
-    if number in preemption.SIGNALS:
-      codes, waited_s = ended(children, 60)
-      # The other one was told by the preemption service, whose signal is that.
-      assert codes[victim] == 128 + number
-      assert codes[1 - victim] == 143
-      said = [
-        re.search(r"(after step \d+), which is saved", child.printed())
-        for child in children
-      ]
-      assert said[0][1] == said[1][1]
-      step = step_files.steps(run / "checkpoints")[-1]
-      assert said[0][1] == f"after step {step}"
-    else:
-      # One that is stopped keeps its connections: only its silence tells.
-      codes, waited_s = ended([other], 60)
-      assert codes[0] not in (0, None), other.printed()
-      children[victim].process.kill()
-    print(f"{number.name} to process {victim}: {codes} after {waited_s:.1f} s")
+    # A stopped process keeps its connections: it only misses heartbeats.
+    assert other.end(60) != 0, other.printed()
   assert not (run / "finished.json").exists()
-  with pair(tmp_path / "again", long, run, explicit(2)) as children:
-    codes, _ = ended(children)
-    assert codes == [0, 0], [child.printed() for child in children]
+  run_pair(tmp_path / "again", long, run, explicit())
   assert running.read(run) == running.read(whole_pair)
   assert running.weights(run) == running.weights(whole_pair)
 
 
-CHILD = """
-import signal, sys
-from dpo_jax.core import errors
-from dpo_jax.core import preemption
-from dpo_jax.core import distributed
+SHARED = """
+import pathlib, signal, sys
+from dpo_jax.core import distributed, errors, preemption
 from dpo_jax.io import locks
 
 with distributed.initialized():
@@ -294,59 +274,67 @@ with distributed.initialized():
   except (ValueError, errors.Stopped) as error:
     print(type(error).__name__, error)
   with distributed.on_main(locks.Lock(sys.argv[1])):
-    distributed.require_shared(__import__("pathlib").Path(sys.argv[1]))
+    distributed.require_shared(pathlib.Path(sys.argv[1]))
     distributed.barrier("held")
   try:
     with distributed.on_main(locks.Lock(sys.argv[2])):
-      raise AssertionError("it is held by another")
+      raise AssertionError("another process holds it")
   except errors.Stopped as error:
     print(type(error).__name__)
   # A signal to one of them stops both at the same point.
   with preemption.watching(30) as watch, watch.deferred():
     if me == 1:
       signal.raise_signal(signal.SIGINT)
-    asked = 1
+    polls = 1
     while not watch.requested():
-      asked += 1
-  points = distributed.all_gather(asked).tolist()
+      polls += 1
+  points = distributed.all_gather(polls).tolist()
   print("together" if points[0] == points[1] else points)
   if me == 1:
     raise RuntimeError("alone")
-  distributed.barrier("never comes")
+  distributed.barrier("never complete")
 """
 
 
 def test_what_one_process_meets_all_of_them_learn(tmp_path):
   with locks.Lock(tmp_path / "held"):
-    children = [
-      subprocess.Popen(
-        [sys.executable, "-c", CHILD, tmp_path / "free", tmp_path / "held"],
-        cwd=ROOT,
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"} | extra,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-      )
-      for extra in explicit(2)
-    ]
-    # One that fails alone does not leave the other waiting.
-    found = [child.communicate(timeout=120) for child in children]
+    ended = python_pair(
+      explicit(), SHARED, tmp_path / "free", tmp_path / "held"
+    )
   said = []
-  for child, (output, error) in zip(children, found):
+  for child, output, error in ended:
     assert child.returncode != 0
     lines = [x for x in output.splitlines() if not x.startswith("[Gloo]")]
     assert lines[0].startswith("the data differs between the 2"), error
     said.append(lines[1:])
   assert said[0] == [
-    "Stopped reading: stopped with process [1], which tells why",
+    "Stopped reading: failed in process [1], see its output",
     "Held",
     "together",
   ]
   assert said[1] == ["ValueError no such file", "Stopped", "together"]
-  assert "RuntimeError: alone" in found[1][1]
+  assert "RuntimeError: alone" in ended[1][2]
 
 
-SLURM = slurm(2)[1]
+KILLED = """
+import os, signal
+from dpo_jax.core import distributed
+
+with distributed.initialized(heartbeat_s=10):
+  distributed.barrier("both")
+  if not distributed.is_main():
+    os.kill(os.getpid(), signal.SIGKILL)
+  distributed.barrier("never complete")
+"""
+
+
+def test_a_killed_process_ends_the_other():
+  (main, _, error), (killed, _, _) = python_pair(explicit(), KILLED)
+  assert killed.returncode == -signal.SIGKILL
+  assert main.returncode not in (0, None), error
+
+
+SLURM = slurm()[1]
 ALL = {"local_device_ids": []}
 
 
@@ -367,15 +355,14 @@ ALL = {"local_device_ids": []}
       },
     ),
     (SLURM, {}),
-    # A lone task of srun, and a shell of salloc, in a job of eight.
-    (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),
+    # A single task of srun, in a job of eight.
     (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, None),
     # A batch script, or a shell of salloc that is no step.
     ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None),
-    # One task a node, which has all GPUs of it.
+    # One task a node, with all of its GPUs.
     (SLURM | {"SLURM_STEP_NUM_NODES": "2"}, ALL),
     (SLURM | {"SLURM_STEP_NUM_NODES": "1"}, {}),
-    # Two, that see the same GPUs, or each its own.
+    # Two that see the same GPUs, or each its own.
     (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1"}, {}),
     (SLURM | {"CUDA_VISIBLE_DEVICES": "0"}, ALL),
     (
@@ -397,86 +384,41 @@ ALL = {"local_device_ids": []}
     ({"TPU_ML_PLATFORM": "JAX", "TPU_SKIP_MDS_QUERY": "1"}, None),
   ],
 )
-def test_what_the_environment_says(environ, wanted):
-  assert distributed.arguments_of(environ) == wanted
+def test_arguments_by_environment(environ, wanted):
+  assert distributed.initialize_arguments(environ) == wanted
 
 
-@pytest.mark.parametrize(("nodes", "gpus"), [("1", "1"), ("2", "all")])
-def test_the_only_task_of_a_node_takes_all_its_gpus(nodes, gpus):
-  """What jax makes of it: of several tasks, each takes the one of its number.
-
-  It is asked of a process that is alone, and does not wait for others.
-  """
-  code = """
-import os, jax
-from dpo_jax.core import distributed
-arguments = distributed.arguments_of(os.environ)
-jax.distributed.initialize(
-  os.environ["ADDRESS"], num_processes=1, process_id=0, **arguments
+@pytest.mark.parametrize(
+  "environ",
+  [
+    {"JAX_COORDINATOR_ADDRESS": "host:1234"},
+    {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
+    explicit()[0] | {"JAX_NUM_PROCESSES": "two"},
+  ],
 )
-print(jax.config.read("jax_cuda_visible_devices"))
-"""
-  environ = SLURM | {
-    "SLURM_STEP_NUM_NODES": nodes,
-    "ADDRESS": f"localhost:{free_port()}",
-  }
-  done = subprocess.run(
-    [sys.executable, "-c", code],
-    cwd=ROOT,
-    env=os.environ | environ,
-    capture_output=True,
-    text=True,
-    timeout=120,
-    check=True,
-  )
-  assert done.stdout.splitlines()[-1] == gpus
-
-
-FOUND = """
-import os
-import jax
-from dpo_jax.core import distributed
-
-# There are no TPUs here, of which jax takes note.
-if "JAX_FORCE_TPU_INIT" in os.environ:
-  del os.environ["TPU_SKIP_MDS_QUERY"]
-with distributed.initialized():
-  print(distributed.all_gather(jax.process_index()).tolist())
-"""
-
-
-def open_mpi(count):
-  """What mpirun says. jax makes the port of the job's number."""
-  job = (free_port() % 4096) * 4096
-  return [
-    {
-      "OMPI_MCA_orte_hnp_uri": f"{job}.0;tcp://127.0.0.1:1",
-      "OMPI_COMM_WORLD_SIZE": str(count),
-      "OMPI_COMM_WORLD_RANK": str(number),
-      "OMPI_COMM_WORLD_LOCAL_RANK": str(number),
-    }
-    for number in range(count)
-  ]
+def test_an_incomplete_environment_is_refused(environ):
+  with pytest.raises(ValueError, match="several processes need all of"):
+    distributed.initialize_arguments(environ)
 
 
 @contextlib.contextmanager
-def metadata(number, count):
-  """The address of what a Cloud TPU host is told of itself."""
-  told = {
-    "agent-worker-number": str(number),
-    "worker-network-endpoints": ",".join(["unknown:unknown:127.0.0.1"] * count),
+def metadata(rank):
+  """Address of a Cloud TPU host's metadata server."""
+  values = {
+    "agent-worker-number": str(rank),
+    "worker-network-endpoints": ",".join(["unknown:unknown:127.0.0.1"] * 2),
     "tpu-env": "ZONE: 'nowhere'",
   }
 
   class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-      text = told[self.path.rpartition("/")[2]].encode()
+      text = values[self.path.rpartition("/")[2]].encode()
       self.send_response(200)
       self.send_header("Content-Length", str(len(text)))
       self.end_headers()
       self.wfile.write(text)
 
-    def log_message(self, *unused):
+    def log_message(self, *_):
       pass
 
   with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
@@ -485,60 +427,45 @@ def metadata(number, count):
     server.shutdown()
 
 
+FOUND = """
+import os
+import jax
+from dpo_jax.core import distributed
+
+# Without TPUs jax sets this itself.
+if "JAX_FORCE_TPU_INIT" in os.environ:
+  del os.environ["TPU_SKIP_MDS_QUERY"]
+with distributed.initialized():
+  print(
+    distributed.all_gather(jax.process_index()).tolist(),
+    jax.config.read("jax_cuda_visible_devices"),
+  )
+"""
+
+
 @pytest.mark.parametrize(
-  ("launcher", "count"), [("mpirun", 2), ("TPU", 1), ("TPU", 2)]
+  ("launcher", "gpus"), [("mpirun", ("all", "1")), ("TPU", ("all", "all"))]
 )
-def test_processes_find_each_other_by_what_they_are_told(launcher, count):
+def test_jax_detects_the_processes_and_their_gpus(launcher, gpus):
   with contextlib.ExitStack() as stack:
-    if launcher == "mpirun":
-      environments = open_mpi(count)
-    else:
+    environments = open_mpi()
+    if launcher == "TPU":
       port = str(free_port())
       environments = [
         {
-          "GCE_METADATA_IP": stack.enter_context(metadata(number, count)),
+          "GCE_METADATA_IP": stack.enter_context(metadata(rank)),
           "JAX_COORDINATOR_PORT": port,
           "JAX_FORCE_TPU_INIT": "1",
         }
-        for number in range(count)
+        for rank in range(2)
       ]
-    # A test that compiled for a TPU leaves what libtpu wrote there.
-    own = {k: v for k, v in os.environ.items() if not k.startswith("TPU_")}
-    children = [
-      subprocess.Popen(
-        [sys.executable, "-c", FOUND],
-        cwd=ROOT,
-        env=own | {"JAX_NUM_CPU_DEVICES": "1"} | extra,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-      )
-      for extra in environments
-    ]
-    for child in children:
-      output, error = child.communicate(timeout=60)
-      assert child.returncode == 0, error
-      assert output.splitlines()[-1] == str([*range(count)])
+    ended = python_pair(environments, FOUND)
+  for (child, output, error), own in zip(ended, gpus):
+    assert child.returncode == 0, error
+    assert output.splitlines()[-1] == f"[0, 1] {own}"
 
 
-@pytest.mark.parametrize(
-  "environ",
-  [
-    {"JAX_COORDINATOR_ADDRESS": "host:1234"},
-    {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
-    {
-      "JAX_COORDINATOR_ADDRESS": "host:1234",
-      "JAX_NUM_PROCESSES": "two",
-      "JAX_PROCESS_ID": "0",
-    },
-  ],
-)
-def test_half_an_environment_is_refused(environ):
-  with pytest.raises(ValueError, match="several processes need all of"):
-    distributed.arguments_of(environ)
-
-
-def test_one_process_alone_is_left_alone(monkeypatch):
+def test_a_single_process_is_not_initialized(monkeypatch):
   for name in os.environ:
     if name.startswith(("JAX_COORD", "JAX_NUM_PROC", "SLURM_", "OMPI_")):
       monkeypatch.delenv(name)

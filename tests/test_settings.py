@@ -1,4 +1,4 @@
-"""Dicts into dataclasses: every wrong field is named before anything runs."""
+"""Dataclasses from dicts, their ranges and their differences."""
 
 import dataclasses
 import json
@@ -15,10 +15,6 @@ from dpo_jax.core import settings
 class Inner:
   rate: float
   names: tuple[str, ...]
-
-  def __post_init__(self):
-    if self.rate < 0:
-      raise ValueError(f"inner.rate={self.rate} is negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +41,13 @@ GOOD = {
 
 def test_builds_nested_values_and_reads_its_own_dict_back():
   built = settings.build(Outer, GOOD)
-  assert built == Outer(
-    "a", 3, True, Inner(0.5, ("x", "y")), None, None, {"p": "q"}
-  )
-  assert settings.build(Outer, settings.to_dict(built)) == built
-  # Through JSON, where tuples become lists, as config.json stores them.
-  through = json.loads(json.dumps(settings.to_dict(built)))
-  assert settings.build(Outer, through) == built
-
-
-def test_optional_values_are_built_when_they_are_there():
-  values = GOOD | {"other": {"rate": 1, "names": []}, "limit": 4}
-  built = settings.build(Outer, values)
+  inner = Inner(0.5, ("x", "y"))
+  assert built == Outer("a", 3, True, inner, None, None, {"p": "q"})
+  # Through JSON, where tuples become lists, as in config.json.
+  stored = json.loads(json.dumps(settings.to_dict(built)))
+  assert settings.build(Outer, stored) == built
+  other = {"rate": 1, "names": []}
+  built = settings.build(Outer, GOOD | {"other": other, "limit": 4})
   assert built.other == Inner(1.0, ())
   assert type(built.other.rate) is float
   assert built.limit == 4
@@ -70,41 +61,27 @@ def test_optional_values_are_built_when_they_are_there():
     ({3: 1}, ["config", "3"]),
     ({"count": "3"}, ["config.count", "'3'", "int", "str"]),
     ({"count": 3.0}, ["config.count", "3.0", "int", "float"]),
-    # A bool is an int in Python, and still not a count.
+    # A bool is an int in Python.
     ({"count": True}, ["config.count", "True", "int", "bool"]),
     ({"on": 1}, ["config.on", "1", "bool"]),
-    ({"kind": "c"}, ["config.kind", "'c'", "'a'", "'b'"]),
-    ({"kind": ["a"]}, ["config.kind"]),
+    ({"kind": ["c"]}, ["config.kind", "'c'", "'a'", "'b'"]),
     ({"inner": {"rate": math.nan, "names": ()}}, ["inner.rate=nan", "finite"]),
-    ({"inner": 3}, ["config.inner", "3"]),
-    ({"inner": None}, ["config.inner", "None"]),
-    ({"inner": {"rate": 1.0}}, ["config.inner", "lacks", "'names'"]),
+    ({"inner": None}, ["config.inner must be a dict", "None"]),
+    ({"inner": {"rate": 1.0}}, ["config.inner lacks the field 'names'"]),
     ({"inner": {"rate": "1", "names": ()}}, ["config.inner.rate", "'1'"]),
     ({"inner": {"rate": 1.0, "names": "xy"}}, ["config.inner.names", "tuple"]),
     ({"inner": {"rate": 1.0, "names": ("x", 2)}}, ["config.inner.names[1]"]),
-    ({"inner": {"rate": -1.0, "names": ()}}, ["inner.rate=-1.0"]),
     ({"other": {"rate": 1.0, "nmes": ()}}, ["config.other", "'nmes'"]),
     ({"limit": "4"}, ["config.limit", "'4'"]),
     ({"paths": {"p": 1}}, ["config.paths.p", "1"]),
     ({"paths": "p"}, ["config.paths", "dict"]),
   ],
 )
-def test_what_is_wrong_is_named(change, words):
+def test_errors_name_the_field(change, words):
   with pytest.raises(ValueError, match=re.escape(words[0])) as error:
     settings.build(Outer, GOOD | change)
   for word in words[1:]:
     assert word in str(error.value)
-
-
-def test_a_missing_field_is_named():
-  values = {key: value for key, value in GOOD.items() if key != "count"}
-  with pytest.raises(ValueError, match="config lacks the field 'count'"):
-    settings.build(Outer, values)
-
-
-def test_something_that_is_no_dict_is_refused():
-  with pytest.raises(ValueError, match="config must be a dict"):
-    settings.build(Outer, [("kind", "a")])
 
 
 NOT_FINITE = (math.nan, math.inf, -math.inf)
@@ -114,9 +91,9 @@ NOT_FINITE = (math.nan, math.inf, -math.inf)
   ("field", "allowed", "refused"),
   [
     ("epochs", (1, 10**9), (0, -1)),
-    ("max_steps", (0, 10**9), (-1,)),
+    ("any_int", (0, 10**9), (-1,)),
     ("beta", (1e-300, 1e300), (0.0, -1.0, *NOT_FINITE)),
-    ("weight_decay", (0.0, 1e300), (-0.1, *NOT_FINITE)),
+    ("any_float", (0.0, 1e300), (-0.1, *NOT_FINITE)),
     ("min_score_ratio", (1.0, 1e300), (0.5, *NOT_FINITE)),
     ("b1", (0.0, 0.999), (1.0, -0.1, *NOT_FINITE)),
     ("gold_floor", (0.0, 1.0), (-0.1, 1.1, *NOT_FINITE)),
@@ -137,17 +114,16 @@ def test_a_range_and_its_ends(field, allowed, refused):
       settings.check(made(value), "x.")
 
 
-def test_a_range_of_one_class_and_of_every_item():
-  # 0 rows are as many as memory holds in sampling, and nothing in training.
-  for name in ("Engine", "TrainSettings"):
-    made = dataclasses.make_dataclass(name, ["batch_size", "temperatures"])
-    with pytest.raises(ValueError, match="temperatures=-1 must be finite"):
-      settings.check(made(1, (0, 1, -1)))
-    if name == "Engine":
-      settings.check(made(0, ()))
-    else:
-      with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
-        settings.check(made(0, ()))
+def test_ranges_of_one_class_and_of_every_item():
+  fields = ["batch_size", "temperatures"]
+  engine = dataclasses.make_dataclass("Engine", fields)
+  other = dataclasses.make_dataclass("TrainSettings", fields)
+  with pytest.raises(ValueError, match="temperatures=-1 must be finite"):
+    settings.check(engine(1, (0, 1, -1)))
+  # In sampling 0 is as many rows as memory holds.
+  settings.check(engine(0, ()))
+  with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+    settings.check(other(0, ()))
 
 
 def test_every_difference_is_a_line():

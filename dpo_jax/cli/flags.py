@@ -2,18 +2,17 @@
 
 Exit codes:
   0  done
-  1  failed on the way; what was committed is kept, and the same command goes on
-  2  refused because of flags, settings or input, before any work began
-  129, 130, 143  stopped by SIGHUP, SIGINT, SIGTERM; the same command goes on
+  1  failed; what was committed is kept, and the same command resumes
+  2  refused because of flags, settings or input, before any work
+  129, 130, 143  stopped by SIGHUP, SIGINT, SIGTERM; the same command resumes
 """
 
-import difflib
 import faulthandler
-import os
 import pathlib
 import re
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from absl import flags
@@ -23,8 +22,6 @@ from dpo_jax.cli import help as help_lib
 from dpo_jax.core import console, errors, redaction
 from dpo_jax.io import remote
 
-Main = Callable[..., int]
-
 _DEFINE = {
   bool: flags.DEFINE_boolean,
   int: flags.DEFINE_integer,
@@ -32,25 +29,26 @@ _DEFINE = {
 }
 _FLAGS = {
   "config": ("", "FILE or FILE:VARIANT of configs/; --config.FIELD=VALUE too"),
-  "workdir": ("", "where to write; runs/NAME for configs/NAME.py by default"),
+  "workdir": ("", "output directory; default runs/NAME for configs/NAME.py"),
   "log": (
     "auto",
     "auto (bar on a terminal, else plain), bar, plain, json (each line an"
     " object) or quiet",
   ),
-  "help": ("", "this; --help=loss: only the fields of config.loss"),
+  "help": ("", "this help; --help=loss: only the fields of config.loss"),
 }
 
 
-def run(main: Main, example: str, **options: tuple[Any, str]) -> None:
-  """Parses the flags, calls `main`, exits with its code.
+def run(
+  main: Callable[..., int], example: str, **options: tuple[Any, str]
+) -> None:
+  """Parses the flags, calls `main` and exits with its code.
 
   Args:
-    main: takes the config as a plain dict and the working directory, which is
-      runs/NAME for configs/NAME.py unless --workdir says otherwise.
-    example: the config whose fields --help shows when no --config is given.
-    **options: further flags that `main` takes by their names, each with its
-      default (a bool, int or str) and its help.
+    main: takes the config as a plain dict and the working directory.
+    example: config whose fields --help shows if no --config is given.
+    **options: default (a bool, int or str) and help of further flags, which
+      `main` takes by name.
   """
   redaction.install()
   faulthandler.enable()
@@ -61,7 +59,7 @@ def run(main: Main, example: str, **options: tuple[Any, str]) -> None:
     _DEFINE[type(default)](
       name, default, text, flag_values=given, short_name=short
     )
-  # So that it needs no value.
+  # Its value is optional.
   given["help"].boolean = True
   try:
     try:
@@ -72,10 +70,12 @@ def run(main: Main, example: str, **options: tuple[Any, str]) -> None:
     if given["help"].value:
       _print_help(given, name or example)
       sys.exit()
-    config = _config(name, rest, list(given))
+    config = _config(name, rest, given)
     stem = pathlib.Path(name.partition(":")[0]).stem
-    workdir = _directory(given["workdir"].value or f"runs/{stem}")
-    code = main(config, workdir, **{key: given[key].value for key in options})
+    workdir = given["workdir"].value or f"runs/{stem}"
+    remote.refuse_address("--workdir", workdir)
+    values = {key: given[key].value for key in options}
+    code = main(config, pathlib.Path(workdir).absolute(), **values)
   except (flags.Error, ValueError) as error:
     console.error(str(error))
     code = 2
@@ -85,12 +85,12 @@ def run(main: Main, example: str, **options: tuple[Any, str]) -> None:
   sys.exit(code)
 
 
-def _config(name: str, arguments: list[str], others: list[str]) -> dict:
-  """The config of a name, changed by the arguments.
+def _config(name: str, arguments: list[str], others: Iterable[str]) -> dict:
+  """The config `name` with the values that the arguments set.
 
   Raises:
-    ValueError: there is no such config, field or flag; a hint names a near
-      field, or one of the `others`, which are flags. Or a value is wrong.
+    ValueError: unknown config, field or flag, with a hint at a field or one of
+      `others`, the flags, of a similar name; or an invalid value.
   """
   if not name:
     raise ValueError("--config is missing: name a file of configs/")
@@ -109,7 +109,7 @@ def _config(name: str, arguments: list[str], others: list[str]) -> dict:
     )
     rest = fields(arguments)[1:]
   except (flags.Error, ValueError, LookupError, AttributeError) as error:
-    # Of an unknown field ml_collections names the last part alone.
+    # ml_collections reports only the last part of an unknown field's name.
     known = [*others, *help_lib.names(config)]
     raise ValueError(_unknown(arguments, known) or str(error)) from None
   if rest:
@@ -120,53 +120,24 @@ def _config(name: str, arguments: list[str], others: list[str]) -> dict:
 
 
 def _unknown(arguments: list[str], known: list[str]) -> str:
-  """What to say of the first flag that is not known; "" if all are."""
+  """The error for the first flag that is not known, or ""."""
   for argument in arguments[1:]:
     found = re.match(r"--?([a-zA-Z][\w.]*)", argument)
     if found and not {found[1], found[1].removeprefix("no")} & {*known}:
-      return f"--{found[1]}: no such flag or field; {_near(found[1], known)}"
+      near = help_lib.near(found[1], known)
+      return f"--{found[1]}: no such flag or field; {near}"
   return ""
 
 
-def _near(name: str, known: list[str]) -> str:
-  """A hint at known names like one that is not."""
-  leaf = name.rpartition(".")[2]
-  same = [one for one in known if one.rpartition(".")[2] == leaf]
-  near = difflib.get_close_matches(name, same, 3, cutoff=0)
-  near = near or difflib.get_close_matches(name, known, 1)
-  return f"did you mean {' or '.join(near)}?" if near else "see --help"
-
-
-def _directory(name: str) -> pathlib.Path:
-  """The path of --workdir; ValueError if no file system could hold it."""
-  remote.refuse_address("--workdir", name)
-  path = pathlib.Path(name).absolute()
-  parts = [part.encode("utf-8", "surrogateescape") for part in path.parts]
-  if "\0" in name or max(map(len, parts)) > 255:
-    raise ValueError(
-      f"--workdir={name!r:.80} is no path: a name in it has more than 255"
-      " bytes or a NUL"
-    )
-  return path
-
-
 def _print_help(given: flags.FlagValues, config: str) -> None:
-  """Prints what --help asks for: all, or the fields of a section."""
+  """Prints all of the help, or the fields of the section that it names."""
   section = given["help"].value.removeprefix("config.")
   name = "config" if section == "true" else f"config.{section}"
-  fields = help_lib.fields(config)
-  found = [one for one in fields if f"{one.name}.".startswith(f"{name}.")]
-  if not found:
-    known = list(help_lib.names(help_lib.load(config)))
-    raise ValueError(f"--help={section}: no such section; {_near(name, known)}")
-  lines = [f"Fields of {config}:", help_lib.page(found)]
+  lines = [f"Fields of {config}:", help_lib.page(config, name)]
   if name == "config":
     text = (sys.modules["__main__"].__doc__ or "").strip()
     codes = __doc__.partition("\n\n")[2]
     lines = [text, given.get_help(include_special_flags=False), codes, *lines]
-  try:
-    print("\n".join(lines), flush=True)
-  except BrokenPipeError:
-    # Whoever read it has seen enough, as `head` has. What Python would still
-    # write as it exits goes nowhere.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  # As other Unix programs do when `| head` closes the pipe.
+  signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+  print("\n".join(lines))

@@ -1,16 +1,13 @@
-"""What a run shows: bars on a terminal, lines in a log, JSON, or nothing.
+"""Console output of all commands, in the form that `--log` selects.
 
-Every stage speaks through this module, so that one flag, `--log`, decides the
-form of all of it:
-
-  auto   `bar` where stderr is a terminal, `plain` elsewhere
-  bar    progress bars, redrawn in place
-  plain  a line of progress now and then, for log files
-  json   each line of stdout and stderr is one JSON object with an "event"
+  auto   `bar` if stderr is a terminal, else `plain`
+  bar    progress bars
+  plain  a line of progress every 10 seconds, for log files
+  json   each line of stdout and stderr is a JSON object with an "event"
   quiet  results, warnings and errors only
 
-Results (the path of what was written, a summary) go to stdout in every mode.
-All else is a log record on stderr, as warnings of any library are.
+Results (paths of files written, summaries) go to stdout in every mode; all else
+goes through `logging` to stderr, warnings of any library included.
 """
 
 import argparse
@@ -25,14 +22,14 @@ from typing import Any
 import tqdm
 
 MODES = ("auto", "bar", "plain", "json", "quiet")
-# Between two lines of progress where no bar is drawn.
+# Seconds between lines of progress.
 EVERY_S = 10.0
 
 _mode = "auto"
 
 
 class _Formatter(logging.Formatter):
-  """Log records as text, or as JSON objects in that mode."""
+  """Log records as text or JSON, by the mode."""
 
   def format(self, record: logging.LogRecord) -> str:
     level = record.levelname.lower()
@@ -47,7 +44,7 @@ class _Formatter(logging.Formatter):
 
 
 class _Handler(logging.Handler):
-  """Writes log records to stderr, above the bars, which are redrawn."""
+  """Writes log records to stderr, above progress bars."""
 
   def emit(self, record: logging.LogRecord) -> None:
     try:
@@ -56,28 +53,24 @@ class _Handler(logging.Handler):
       self.handleError(record)
 
 
-_make_record = logging.getLogRecordFactory()
-
-
 def _record(name: str, *args: Any, **kwargs: Any) -> logging.LogRecord:
-  """A log record, of which a library's own handler shows nothing.
+  """A log record, after removal of the library's own stderr handler.
 
-  transformers, datasets and huggingface_hub have one on stderr, which would
-  break a bar, and show a second time what reaches the root. They get it when
-  they are imported, which is later than the mode is chosen.
+  transformers, datasets and huggingface_hub add one when they are imported,
+  later than `set_mode`; it would break bars and repeat what reaches the root.
   """
   library = logging.getLogger(name.partition(".")[0])
   for handler in [*library.handlers]:
     if getattr(handler, "stream", None) in (sys.stderr, sys.__stderr__):
       library.removeHandler(handler)
       library.propagate = True
-  return _make_record(name, *args, **kwargs)
+  return logging.LogRecord(name, *args, **kwargs)
 
 
 _handler = _Handler()
 _handler.setFormatter(_Formatter())
-# Has a handler of its own, so that a notebook, which chooses no mode, sees it
-# too, and sees it once, whatever handlers it gives the root.
+# With its own handler it is shown, once, in a notebook too, where no mode is
+# set and the root may have any handlers.
 _log = logging.getLogger(__name__)
 _log.addHandler(_handler)
 _log.propagate = False
@@ -85,7 +78,7 @@ _log.setLevel(logging.INFO)
 
 
 def add_flag(parser: argparse.ArgumentParser) -> None:
-  """Gives a parser the flag `--log`, which sets the mode as it is parsed."""
+  """Adds the flag `--log`, which sets the mode as it is parsed."""
 
   class Set(argparse.Action):
     def __call__(self, parser, namespace, value, option=None):
@@ -97,57 +90,45 @@ def add_flag(parser: argparse.ArgumentParser) -> None:
     action=Set,
     choices=MODES,
     default=argparse.SUPPRESS,
-    help="what is shown (default: auto)",
+    help="form of the output (default: auto)",
   )
 
 
 def set_mode(mode: str) -> None:
-  """Chooses the form for this process, warnings and log records included.
+  """Sets the mode, for logs and warnings of libraries and exceptions too.
 
-  "json" also turns uncaught exceptions into lines; what libraries in C++ write
-  to stderr by themselves stays as it is.
-
-  Raises:
-    ValueError: there is no such mode.
+  C++ libraries that write to stderr directly are beyond its reach.
   """
-  global _mode, _make_record
+  global _mode
   if mode not in MODES:
     raise ValueError(f"log={mode!r} must be one of {list(MODES)}")
   _mode = mode
   _log.setLevel(logging.WARNING if mode == "quiet" else logging.INFO)
   logging.getLogger().handlers[:] = [_handler]
   logging.captureWarnings(True)
-  if (factory := logging.getLogRecordFactory()) is not _record:
-    _make_record = factory
-    logging.setLogRecordFactory(_record)
+  logging.setLogRecordFactory(_record)
   sys.excepthook = _excepthook if mode == "json" else sys.__excepthook__
 
 
 def mode() -> str:
-  """The mode in force; never "auto"."""
+  """The mode in force, never "auto"."""
   if _mode != "auto":
     return _mode
   return "bar" if sys.stderr.isatty() else "plain"
 
 
 def mute() -> None:
-  """Leaves all but errors and results to another process of the same run."""
+  """Hides messages and bars, for processes other than 0."""
   _log.setLevel(logging.WARNING)
 
 
 def say(text: str, event: str = "note", **fields: Any) -> None:
-  """A line for whoever watches the run, on stderr.
-
-  Args:
-    text: the line; in JSON it is the field "text".
-    event: what kind of line it is, in JSON only.
-    **fields: further JSON values that `text` puts into words.
-  """
+  """Logs a message to stderr; in JSON with its event and further fields."""
   _log.info(text, extra={"fields": {"event": event} | fields})
 
 
 def result(text: str, event: str = "result", **fields: Any) -> None:
-  """What a command was asked for, on stdout, in every mode."""
+  """Prints a command's result to stdout, in every mode."""
   if mode() == "json":
     fields = {"event": event} | fields | {"text": text}
     text = json.dumps(fields, default=str)
@@ -156,7 +137,7 @@ def result(text: str, event: str = "result", **fields: Any) -> None:
 
 
 def visible(text: str) -> str:
-  """Text that cannot steer a terminal: control characters are spelled out."""
+  """The text with control characters escaped, safe to print on a terminal."""
   return "".join(
     char
     if char == "\n" or unicodedata.category(char)[0] != "C"
@@ -166,7 +147,7 @@ def visible(text: str) -> str:
 
 
 def error(text: str) -> None:
-  """Why a command ends without its result, on stderr, in every mode."""
+  """Logs why a command fails, in every mode."""
   _log.error(visible(text), extra={"fields": {"event": "error"}})
 
 
@@ -179,33 +160,23 @@ def _excepthook(kind, value, trace) -> None:
 
 
 class Bar(tqdm.tqdm):
-  """Progress through `total` units; a context manager.
+  """tqdm's progress bar; outside of "bar" mode, log lines in its place."""
 
-  tqdm's bar; its line now and then, and at the end, where no bar is drawn.
-  """
-
-  # No thread that redraws: a line is due when a unit is done.
+  # No monitor thread: the bar is redrawn by `update` alone.
   monitor_interval = 0
 
   def __init__(self, total: int, what: str, unit: str, done: int = 0):
-    """Begins to show.
-
-    Args:
-      total: units there are.
-      what: name of the work, such as "dpo runs/dpo".
-      unit: singular, such as "step".
-      done: units that an earlier run has done.
-    """
+    """Begins at `done` units, such as "step", that an earlier run completed."""
     drawn = mode() == "bar"
+    self._drawn, self._logged = drawn, done
     self._values: Mapping[str, Any] = {}
     super().__init__(
       total=total,
       initial=done,
       desc=what,
       unit=unit,
-      # One that tqdm need not clear before a message.
+      # tqdm clears bars on stderr before a message; there is none to clear.
       file=sys.stderr if drawn else io.StringIO(),
-      gui=not drawn,
       miniters=0,
       mininterval=0.1 if drawn else EVERY_S,
       smoothing=0.3 if drawn else 0.0,
@@ -215,26 +186,21 @@ class Bar(tqdm.tqdm):
   def update(
     self, count: int = 1, values: Mapping[str, Any] | None = None
   ) -> None:
-    """`count` units more are done.
-
-    Args:
-      count: of units.
-      values: what to show beside them, {"tokens/s": 1234.5}; stays until the
-        next values are given.
-    """
-    if self.disable:
-      return
-    if values is not None:
+    """Adds completed units, and replaces the values shown after the count."""
+    if values is not None and not self.disable:
       self._values = dict(values)
-      self.set_postfix_str(_words(values), refresh=False)
-    shown = super().update(count)
-    if self.gui and not shown and count and self.n >= self.total:
-      self.refresh()
+      words = (f"{name} {_number(value)}" for name, value in values.items())
+      self.set_postfix_str(", ".join(words), refresh=False)
+    super().update(count)
 
-  def refresh(self, *args: Any, **kwargs: Any) -> None:
-    if not self.gui:
-      super().refresh(*args, **kwargs)
+  def display(self, *args: Any, **kwargs: Any) -> None:
+    if self._drawn:
+      super().display(*args, **kwargs)
       return
+    # tqdm also displays as it begins, and as it ends.
+    if self.n == self._logged:
+      return
+    self._logged = self.n
     shown = self.format_dict
     rate = (self.n - self.initial) / max(shown["elapsed"], 1e-9)
     fields = {
@@ -250,15 +216,11 @@ class Bar(tqdm.tqdm):
 
 
 def track(items: Iterable, total: int, what: str, unit: str) -> Iterator:
-  """Each of `items`, with a bar that counts them."""
+  """The items, with a bar that counts them."""
   with Bar(total, what, unit) as bar:
     for item in items:
       yield item
       bar.update()
-
-
-def _words(values: Mapping[str, Any]) -> str:
-  return ", ".join(f"{name} {_number(x)}" for name, x in values.items())
 
 
 def _number(value: Any) -> str:

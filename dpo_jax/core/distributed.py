@@ -1,10 +1,9 @@
-"""The processes of one run: how they find each other and stay together.
+"""Multi-process runs: initialization, shared errors and small collectives.
 
-The same command is started on every host of a TPU slice, or as every task of a
-Slurm or Open MPI job. Each process reads all data and computes with its own
-devices; the first one holds the run's lock and writes its files. What one
-process alone finds out, all of them must learn before the next collective
-operation, or the others would wait in it for ever.
+The same command runs on every host of a TPU slice, or as every task of a Slurm
+or Open MPI job. Each process reads all data and computes on its own devices;
+process 0 holds the run's lock and writes its files. An error in one process
+must reach all of them before the next collective, which would otherwise hang.
 """
 
 import atexit
@@ -26,18 +25,16 @@ from dpo_jax.core import errors
 
 @contextlib.contextmanager
 def initialized(heartbeat_s: int = 100) -> Iterator[None]:
-  """Joins the other processes if the environment says that there are some.
+  """Connects to the other processes, if the environment declares any.
 
-  To be entered before anything is computed. When the block fails, but for a
-  signal that stopped all, the process ends without the barrier at which jax
-  would wait for the others, who wait for this one. When another is gone, the
-  operation that waits for it fails, or this process is ended `heartbeat_s`
-  after that one was last heard of.
+  To be entered before any computation. If the block raises in one process, that
+  process exits at once; the others then fail in a collective, or exit
+  `heartbeat_s` after its last heartbeat.
 
   Raises:
-    ValueError: there are several processes, but no way to reach them.
+    ValueError: there are several processes, but no connection to them.
   """
-  arguments = arguments_of(os.environ)
+  arguments = initialize_arguments(os.environ)
   if arguments is not None:
     try:
       jax.distributed.initialize(
@@ -55,27 +52,27 @@ def initialized(heartbeat_s: int = 100) -> Iterator[None]:
   except BaseException as error:
     if jax.process_count() > 1 and not getattr(error, "everywhere", False):
       code = 2 if isinstance(error, ValueError) else getattr(error, "code", 1)
-      # Registered last and so called first: the error is printed by then, and
-      # jax has not yet begun to wait.
-      atexit.register(_leave, code)
+      # Called first, being registered last: jax's own exit handler would wait
+      # at a barrier for the other processes, which wait for this one.
+      atexit.register(_exit, code)
     raise
 
 
-def _leave(code: int) -> None:
+def _exit(code: int) -> None:
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)
 
 
-def arguments_of(environ: Mapping[str, str]) -> dict[str, Any] | None:
-  """How to call jax.distributed.initialize; None for one process alone.
+def initialize_arguments(environ: Mapping[str, str]) -> dict[str, Any] | None:
+  """Arguments of jax.distributed.initialize; None for a single process.
 
-  jax finds addresses and numbers by itself under Slurm, Open MPI and on Cloud
-  TPU. What it does not do is to see that there is but one process, for which it
-  would wait in a shell of salloc and fail where there is no launcher.
+  jax detects addresses and ranks under Slurm, Open MPI and on Cloud TPU, but
+  not that there is a single process: it would wait in a shell of salloc, and
+  fail without a launcher.
 
   Raises:
-    ValueError: just some of the explicit variables are set, or not to numbers.
+    ValueError: the explicit variables are incomplete or not numbers.
   """
   names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
   given = {name: environ[name] for name in names if environ.get(name)}
@@ -86,58 +83,54 @@ def arguments_of(environ: Mapping[str, str]) -> dict[str, Any] | None:
         f"{given}: several processes need all of {', '.join(names)}, the last"
         " two as numbers"
       )
-    count, number = map(int, numbers)
+    count, rank = map(int, numbers)
     return {
       "coordinator_address": address,
       "num_processes": count,
-      "process_id": number,
+      "process_id": rank,
     }
-  # Of the step, not of the job: mpirun and srun start in one of several tasks.
-  if (tasks := environ.get("OMPI_COMM_WORLD_SIZE", "1")) != "1":
+  # Tasks of the step, not of the job, of which a step may be a part.
+  if environ.get("OMPI_COMM_WORLD_SIZE", "1") != "1":
     return _gpus(environ, environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1")
   if (tasks := environ.get("SLURM_STEP_NUM_TASKS", "1")) != "1":
     return _gpus(environ, environ.get("SLURM_STEP_NUM_NODES") == tasks)
-  # As jax has marked a Cloud TPU host. Without its workers' names in the
-  # environment, only the metadata server knows how many there are.
+  # Set by jax on a Cloud TPU host. Unless the environment lists the workers,
+  # only the metadata server knows their number.
   if environ.get("TPU_ML_PLATFORM") == "JAX":
     workers = environ.get("TPU_WORKER_HOSTNAMES", "")
     workers = environ.get("TPU_PROCESS_ADDRESSES", workers)
-    asks = not workers and not environ.get("TPU_SKIP_MDS_QUERY")
-    return {} if asks or "," in workers else None
+    unknown = not workers and not environ.get("TPU_SKIP_MDS_QUERY")
+    return {} if unknown or "," in workers else None
   return None
 
 
-def _gpus(environ: Mapping[str, str], only: bool) -> dict[str, Any]:
-  """Which GPUs a launcher's task takes, of those that it sees.
+def _gpus(environ: Mapping[str, str], alone: bool) -> dict[str, Any]:
+  """The local_device_ids of a task, `alone` on its node or not.
 
-  jax takes the one of the task's number on its node. No restriction, which is
-  an empty list, is right for the `only` task of a node, or one that sees just
-  its own.
+  By default jax gives a task the one GPU of its local rank. An empty list, all
+  visible GPUs, is right for a task alone on its node and for one that sees just
+  its own GPUs.
   """
   if "JAX_LOCAL_DEVICE_IDS" in environ:
     return {}
-  seen = [x for x in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x]
-  # With the kind of GPU before it: "a100:2".
+  visible = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+  # May begin with the type of GPU: "a100:2".
   own = environ.get("SLURM_GPUS_PER_TASK", "1").rpartition(":")[2]
-  return {"local_device_ids": []} if only or str(len(seen)) == own else {}
+  all_own = visible != [""] and str(len(visible)) == own
+  return {"local_device_ids": []} if alone or all_own else {}
 
 
 def is_main() -> bool:
-  """Whether this process owns the run's files."""
+  """Whether this is process 0, which writes the run's files."""
   return jax.process_index() == 0
 
 
 @contextlib.contextmanager
 def raise_on_all(doing: str) -> Iterator[None]:
-  """Leaves a block on all processes, or raises on all.
+  """Raises in all processes if the block raises in any of them.
 
-  Nothing within it may wait for the other processes.
-
-  Args:
-    doing: what the block does, for the message of those that did it.
-
-  Raises:
-    errors.Stopped: another process failed; it tells why.
+  The others raise errors.Stopped, naming what they were `doing`. The block must
+  not contain collectives.
   """
   try:
     yield
@@ -146,14 +139,12 @@ def raise_on_all(doing: str) -> Iterator[None]:
     raise
   failed = np.flatnonzero(~all_gather(True)).tolist()
   if failed:
-    raise errors.Stopped(
-      f"{doing}: stopped with process {failed}, which tells why"
-    )
+    raise errors.Stopped(f"{doing}: failed in process {failed}, see its output")
 
 
 @contextlib.contextmanager
 def on_main(holder: contextlib.AbstractContextManager) -> Iterator[None]:
-  """Holds something in the first process; the others go on when it is held."""
+  """Enters a context in process 0 alone, before all processes proceed."""
   with contextlib.ExitStack() as stack:
     with raise_on_all("taking the lock"):
       if is_main():
@@ -162,31 +153,23 @@ def on_main(holder: contextlib.AbstractContextManager) -> Iterator[None]:
 
 
 def require_shared(path: pathlib.Path) -> None:
-  """Checks that a file of the first process is one of every process.
-
-  Raises:
-    ValueError: it is not there.
-  """
+  """Raises ValueError if a file of process 0 is not visible to this one."""
   if not path.exists():
     raise ValueError(
-      f"{path} was made by the first process, but is not here, on"
+      f"{path} was written by process 0, but is missing on"
       f" {socket.gethostname()}: the working directory must be on a file system"
       " that all hosts of the run share"
     )
 
 
 def all_gather(value: Any) -> np.ndarray:
-  """A small value of each process, stacked in their order, on all of them."""
+  """Small values of all processes, stacked by rank, on each of them."""
   with jax.transfer_guard("allow"):
     return np.asarray(multihost_utils.process_allgather(np.asarray(value)))
 
 
 def assert_equal(what: str, text: str) -> None:
-  """Checks that a text is the same on all processes.
-
-  Raises:
-    ValueError: it is not; `what` names it.
-  """
+  """Raises ValueError if a text, `what`, differs between processes."""
   digest = hashlib.sha256(text.encode()).digest()[:8]
   found = all_gather(np.frombuffer(digest, np.uint8))
   if (found != found[:1]).any():
@@ -197,17 +180,13 @@ def assert_equal(what: str, text: str) -> None:
 
 
 def barrier(name: str) -> None:
-  """Goes on when all processes have come here."""
+  """Waits for all processes."""
   with jax.transfer_guard("allow"):
     multihost_utils.sync_global_devices(name)
 
 
 def fetch(tree: Any) -> Any:
-  """A tree's arrays as NumPy's, whole, on every process.
-
-  All processes must call it: what is on devices of others is gathered, an array
-  at a time.
-  """
+  """Whole NumPy arrays of a tree, in every process, gathered one at a time."""
 
   def one(x):
     if not isinstance(x, jax.Array) or (

@@ -1,13 +1,13 @@
-"""The one class of failures that a user is told about without a traceback."""
+"""The exception that a command reports without a traceback."""
 
 
 class Stopped(RuntimeError):
-  """Work had to end on the way; everything that was committed is kept.
+  """A run that ended early; everything committed is kept.
 
-  Wrong input is a ValueError instead, raised before the work begins.
+  Invalid input is a ValueError instead, raised before any work.
 
   Attributes:
-    code: what the process exits with.
+    code: exit code of the process.
   """
 
   code = 1

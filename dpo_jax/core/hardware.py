@@ -1,18 +1,18 @@
-"""What accelerators can do at best, as their makers publish it.
+"""Peak rates and memory of accelerators, from their data sheets.
 
-One row for each `device_kind` of jax. Rates are peaks of dense operations: a
-share of them is a measure (MFU), a time computed with them a lower bound.
+One row for each `device_kind` of jax, for dense operations: MFU is a share of
+these peaks, and a time computed from them is a lower bound.
 
 References:
   TPU: Google Cloud's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e"
   (docs.cloud.google.com/tpu/docs), tables of key specifications. Interconnect
-  is half of their bidirectional ICI bandwidth of a chip; v4's, for which none
-  is given, is its pod's all-reduce bandwidth over 4,096 chips. Memory is what
-  libtpu's compiler accepts, a little less than the page's number.
+  is half of a chip's bidirectional ICI bandwidth; for v4, which has no such
+  entry, the all-reduce bandwidth of a pod over 4,096 chips. Memory is what
+  libtpu's compiler accepts, slightly below the page's number.
   GPU: NVIDIA's data sheets of A100, H100 and H200: Tensor Core rates without
-  sparsity, which are half of those printed with it, FP32's rates, and half of
-  NVLink's bandwidth of both directions.
-  jax.lax.Precision: a TPU multiplies float32 by six products of bfloat16.
+  sparsity (half of those printed with it), FP32 rates, and half of NVLink's
+  bidirectional bandwidth.
+  jax.lax.Precision: a TPU multiplies float32 as six products of bfloat16.
 """
 
 import dataclasses
@@ -22,22 +22,25 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """The peaks of one device as jax counts devices."""
+  """Peaks of one jax device.
 
-  # Dense multiplications and additions a second; of float32, of operands that
-  # are not rounded.
+  Attributes:
+    bf16_flops: dense FLOP/s in bfloat16.
+    float32_flops: dense FLOP/s in float32 without rounding of operands.
+    hbm_bytes: memory.
+    hbm_bandwidth: bytes/s of memory.
+    link_bandwidth: bytes/s to other devices, over all links.
+  """
+
   bf16_flops: float
   float32_flops: float
   hbm_bytes: int
-  # Bytes a second to compute, and to the other devices of the slice or node
-  # over all links together.
   hbm_bandwidth: float
   link_bandwidth: float
 
 
-def _tpu(flops: float, memory: int, read: float, sent: float) -> Chip:
-  # Six products of bfloat16 make one of float32.
-  return Chip(flops, flops / 6, memory, read, sent)
+def _tpu(flops: float, memory: int, hbm: float, link: float) -> Chip:
+  return Chip(flops, flops / 6, memory, hbm, link)
 
 
 _V5E = _tpu(197e12, int(15.75 * GIB), 8.19e11, 200e9)
@@ -62,20 +65,16 @@ CHIPS = {
 
 
 def chip(device_kind: str) -> Chip | None:
-  """The row of a `jax.Device.device_kind`; None for a device not listed."""
+  """Peaks of a `jax.Device.device_kind`, or None if it is not listed."""
   return CHIPS.get(device_kind)
 
 
 def mfu(
   flops: float, seconds: float, devices: int, peak: Chip | None
 ) -> float | None:
-  """Model flops utilization: the share of the peak rate that was useful.
-
-  None where the devices' peak is not known.
+  """Model FLOPs utilization in bfloat16 terms, or None for an unknown peak.
 
   References:
     Chowdhery et al., PaLM, 2022 (arXiv 2204.02311), Appendix B.
   """
-  if peak is None:
-    return None
-  return flops / (seconds * devices * peak.bf16_flops)
+  return peak and flops / (seconds * devices * peak.bf16_flops)

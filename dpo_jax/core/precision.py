@@ -1,11 +1,10 @@
-"""Products of float32 that are float32 on every device.
+"""Full float32 matrix products on TPUs and GPUs.
 
-Left to itself a TPU rounds the operands of a float32 product to bfloat16, and
-an NVIDIA GPU to TF32, whose ten bits of mantissa are as few as float16's: what
-was asked for as float32 would be as exact as that, and nothing would say so.
+By default a TPU rounds the operands of a float32 product to bfloat16, and an
+NVIDIA GPU to TF32, which has float16's 10 bits of mantissa.
 
 References:
-  jax.lax.Precision: what its members mean on which device.
+  jax.lax.Precision: the meaning of each precision by device.
 """
 
 import contextlib
@@ -14,14 +13,10 @@ import jax
 
 
 def matmul_precision(dtype: str) -> contextlib.AbstractContextManager:
-  """Within it, what is computed in float32 is multiplied in float32.
+  """Context for tracing a program and its gradient with exact products.
 
-  To be held while a program is traced, its backward pass included. What JAX was
-  told stays (JAX_DEFAULT_MATMUL_PRECISION), and so does what is computed in
-  bfloat16, whose products lose nothing.
-
-  Args:
-    dtype: what a model computes in, `model.ModelConfig.dtype`.
+  It sets "highest" for a model that computes in float32. Products of bfloat16
+  are exact anyway, and JAX_DEFAULT_MATMUL_PRECISION takes precedence.
   """
   if dtype != "float32" or jax.config.jax_default_matmul_precision is not None:
     return contextlib.nullcontext()
@@ -29,10 +24,7 @@ def matmul_precision(dtype: str) -> contextlib.AbstractContextManager:
 
 
 def matmul_dtype(dtype: str) -> str:
-  """What products are rounded to in a model that computes in `dtype`.
-
-  Those of float32 are rounded on TPUs and GPUs where jax was told so.
-  """
-  told = jax.config.jax_default_matmul_precision
-  exact = told in (None, "highest", "float32")
+  """Effective dtype of the operands of products in a model of `dtype`."""
+  setting = jax.config.jax_default_matmul_precision
+  exact = setting in (None, "highest", "float32")
   return dtype if exact or jax.default_backend() == "cpu" else "bfloat16"

@@ -1,16 +1,16 @@
 """SIGTERM, SIGINT and SIGHUP as requests to stop.
 
-Training (`watching`) stops at a step boundary. Where nothing would be lost, in
-data preparation and export, a signal raises `Interrupted` at once; in a
-`deferred` block it sets a flag, and the block asks `requested`. Sampling and
-judging keep each row as it is made, and are `interruptible` anywhere.
+Training (`watching`) stops at a step boundary. Outside the training loop,
+where nothing would be lost, a signal raises `Interrupted` at once; within
+`deferred` it sets a flag that the loop polls with `requested`. Sampling and
+judging commit each row as they get it and are `interruptible` anywhere.
 
 Several processes must stop at the same step. There SIGTERM is left to jax's
-preemption service, which tells all of them, also of the maintenance of a Cloud
-TPU host, and chooses the step; a handler of Python would replace its native
-one. SIGINT and SIGHUP are passed on to it.
+preemption service, which also learns of the maintenance of a Cloud TPU host and
+chooses the step; a Python handler would replace its native one. SIGINT and
+SIGHUP are forwarded to it as SIGTERM.
 
-A signal that is ignored as the process starts, SIGHUP under nohup, stays so.
+A signal that is ignored at the start, such as SIGHUP under nohup, stays so.
 """
 
 import contextlib
@@ -26,35 +26,36 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Interrupted(errors.Stopped):
-  """A signal asked the run to stop; running it again goes on.
+  """A run stopped by a signal; the same command resumes it.
 
-  Its exit code is 128 and the signal's number: 143, 130 or 129. `everywhere`
-  tells that all processes stopped at the same point.
+  Attributes:
+    code: 128 plus the signal's number: 143, 130 or 129.
+    everywhere: whether all processes stopped at the same point.
   """
 
   def __init__(self, number: int, where: str, everywhere: bool = False):
     name = signal.Signals(number).name
     super().__init__(
-      f"stopped by {name} {where}; run the same command again to go on"
+      f"stopped by {name} {where}; run the same command again to resume"
     )
     self.code, self.everywhere = 128 + number, everywhere
 
 
 class Watch:
-  """What came; see `watching`."""
+  """Stop requests of a run; see `watching`."""
 
   def __init__(self, alone: bool):
     self._alone = alone
     self._number: int | None = None
     self._deferring = False
-    self._asked = 0
+    self._polls = 0
 
   @contextlib.contextmanager
   def deferred(self) -> Iterator[None]:
-    """A block that is not interrupted, but asks `requested`.
+    """A block that polls `requested` instead of being interrupted.
 
     Raises:
-      Interrupted: at its end, if a signal came and the block did not stop.
+      Interrupted: at its end, if a signal came and the block completed.
     """
     self._deferring = True
     try:
@@ -65,16 +66,16 @@ class Watch:
       raise self.interrupted("at the end of training")
 
   def requested(self) -> bool:
-    """Whether to stop; to be asked by all processes at the same points."""
+    """Whether to stop; all processes must call it at the same points."""
     if self._alone:
       return self._number is not None
     from jax.experimental import multihost_utils
 
-    self._asked += 1
-    return multihost_utils.reached_preemption_sync_point(self._asked)
+    self._polls += 1
+    return multihost_utils.reached_preemption_sync_point(self._polls)
 
   def interrupted(self, where: str) -> Interrupted:
-    """The error to raise; `where` says what was done and kept."""
+    """The exception to raise; `where` describes the state that is saved."""
     return Interrupted(self._number or signal.SIGTERM, where, not self._alone)
 
   def handle(self, number: int, frame: Any) -> None:
@@ -88,7 +89,7 @@ class Watch:
 
 @contextlib.contextmanager
 def watching(grace_s: float) -> Iterator[Watch]:
-  """Takes the signals over; `grace_s` after one the process is ended."""
+  """Handles the signals; exits the process `grace_s` after the first."""
   import jax
 
   alone = jax.process_count() == 1
@@ -99,16 +100,16 @@ def watching(grace_s: float) -> Iterator[Watch]:
 
 @contextlib.contextmanager
 def interruptible(grace_s: float = 25.0) -> Iterator[None]:
-  """SIGTERM and SIGHUP interrupt the block as SIGINT does.
+  """Lets SIGTERM and SIGHUP interrupt the block as SIGINT does.
 
   Raises:
-    Interrupted: a signal came, and the block has ended.
+    Interrupted: a signal came and the block has unwound.
   """
-  came = []
+  received = []
 
   def handle(number, frame):
-    came.append(number)
-    # asyncio has a handler of its own, which cancels what it runs.
+    received.append(number)
+    # asyncio's own handler of SIGINT cancels its main task.
     interrupt = signal.getsignal(signal.SIGINT)
     known = callable(interrupt)
     (interrupt if known else signal.default_int_handler)(number, frame)
@@ -117,7 +118,7 @@ def interruptible(grace_s: float = 25.0) -> Iterator[None]:
     with _handled(handle, (signal.SIGTERM, signal.SIGHUP), grace_s):
       yield
   except KeyboardInterrupt:
-    number = came[0] if came else signal.SIGINT
+    number = received[0] if received else signal.SIGINT
     raise Interrupted(number, "with every whole row kept") from None
 
 
@@ -125,18 +126,18 @@ def interruptible(grace_s: float = 25.0) -> Iterator[None]:
 def _handled(
   handle: Callable[[int, Any], None], numbers: tuple[int, ...], grace_s: float
 ) -> Iterator[None]:
-  """Handles signals in the main thread; in others Python cannot."""
+  """Installs handlers, and a watchdog thread, from the main thread only."""
   if threading.current_thread() is not threading.main_thread():
     yield
     return
-  # The numbers of signals are written as they come, also while Python's
+  # The wakeup descriptor gets a signal's number at once, even while Python's
   # handlers wait for the main thread to return from native code.
   reader, writer = os.pipe()
   os.set_blocking(writer, False)
   left = threading.Event()
   watchdog = (reader, left, grace_s)
-  threading.Thread(target=_end_late, args=watchdog, daemon=True).start()
-  woken = signal.set_wakeup_fd(writer)
+  threading.Thread(target=_exit_late, args=watchdog, daemon=True).start()
+  wakeup = signal.set_wakeup_fd(writer)
   before = {number: signal.getsignal(number) for number in numbers}
   try:
     for number, handler in before.items():
@@ -146,19 +147,19 @@ def _handled(
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)
-    signal.set_wakeup_fd(woken)
+    signal.set_wakeup_fd(wakeup)
     left.set()
     os.close(writer)
 
 
-def _end_late(reader: int, left: threading.Event, grace_s: float) -> None:
-  """Ends the process if it is not `left` in time after a signal."""
+def _exit_late(reader: int, left: threading.Event, grace_s: float) -> None:
+  """Exits the process unless the block is `left` in time after a signal."""
   with open(reader, "rb", buffering=0) as signals:
     while (number := signals.read(1)) and number[0] not in SIGNALS:
       pass
   if number and not left.wait(grace_s):
     name = signal.Signals(number[0]).name
-    text = f"error: not stopped {grace_s:g} s after {name}: ending at once"
-    # Past Python's buffers, whose locks another thread may hold.
-    os.write(2, f"{text}; what was committed is whole\n".encode())
+    text = f"error: not stopped {grace_s:g} s after {name}; exiting now"
+    # Python's stderr may be locked by another thread.
+    os.write(2, f"{text}, with everything committed kept\n".encode())
     os._exit(128 + number[0])

@@ -1,9 +1,8 @@
-"""Plain dicts into typed dataclasses: settings, and rows of files.
+"""Typed dataclasses from plain dicts, for configs and for rows of files.
 
-A settings dataclass has no defaults: every value stands, with its comment, in
-a file of configs/. `build` checks types. The dataclass's own `__post_init__`
-calls `check`, which holds single fields to one table of ranges, and then checks
-fields against each other.
+Settings dataclasses have no defaults: every value is in a file of configs/.
+`build` checks types; a dataclass's `__post_init__` calls `check` for the ranges
+of single fields, and then compares fields with each other.
 """
 
 import dataclasses
@@ -15,12 +14,10 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-# Below this a float32 temperature only adds rounding to what greedy gives.
+# Below it, a float32 temperature is greedy decoding with rounding errors.
 LOWEST_TEMPERATURE = 1e-4
 
-
-# What must hold of fields: by their names, or as Class.field where a name has
-# two meanings.
+# Ranges by field name, or by Class.field where names have two meanings.
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
   (
     "be at least 1",
@@ -31,34 +28,14 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     max_new_tokens length_multiple prefill_tokens chunk concurrency max_tokens
     """,
   ),
-  (
-    "not be negative",
-    lambda x: x >= 0,
-    """
-    LoraSettings.rank vocab_tile max_train max_eval max_pairs_per_prompt
-    max_turns min_response_chars max_response_chars max_prompt_chars skip_bad
-    ScoreSettings.max_length ScoreSettings.max_prompt_length max_steps
-    eval_every checkpoint_every keep_checkpoints keep_every keep_best
-    max_skipped warmup_steps prompts every top_k SamplingSettings.batch_size
-    Engine.batch_size span aa gold retests max_retries expected_reply_tokens
-    examples
-    """,
-  ),
+  # -1 is the base model.
+  ("be at least -1", lambda x: x >= -1, "Request.adapter"),
   (
     "be positive and finite",
     lambda x: 0 < x < math.inf,
     """
     LoraConfig.alpha weight grace_s beta learning_rate eps clip_norm cache_gib
     timeout_s batch_poll_s
-    """,
-  ),
-  (
-    "be finite and not negative",
-    lambda x: 0 <= x < math.inf,
-    """
-    weight_decay ServerSettings.temperature retry_wait_s max_wait_s
-    requests_per_minute tokens_per_minute budget_usd batch_price
-    expected_reply_s
     """,
   ),
   ("be finite and at least 1", lambda x: 1 <= x < math.inf, "min_score_ratio"),
@@ -75,6 +52,17 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     lambda x: x == 0 or LOWEST_TEMPERATURE <= x < math.inf,
     "temperature temperatures",
   ),
+  # All other numbers, by their type.
+  (
+    "not be negative",
+    lambda x: x >= 0,
+    "int SamplingSettings.batch_size Engine.batch_size",
+  ),
+  (
+    "be finite and not negative",
+    lambda x: 0 <= x < math.inf,
+    "float ServerSettings.temperature",
+  ),
 )
 RANGES = {
   name: (must, holds) for must, holds, names in _RULES for name in names.split()
@@ -82,35 +70,36 @@ RANGES = {
 
 
 def check(settings: Any, prefix: str = "") -> None:
-  """Checks each field of a dataclass that `RANGES` names, in their order.
+  """Checks the range of every number of a dataclass, items of tuples included.
 
   Args:
-    settings: the dataclass; every item of a tuple is checked.
-    prefix: of the field's name in the message, such as "loss.".
+    settings: the dataclass.
+    prefix: of field names in the message, such as "loss.".
 
   Raises:
-    ValueError: naming the first field that is out of its range, and its value.
+    ValueError: with the first field out of range, and its value.
   """
   for name, value in vars(settings).items():
     own = f"{type(settings).__name__}.{name}"
-    must, holds = RANGES.get(own) or RANGES.get(name) or ("", lambda x: True)
     for item in value if isinstance(value, tuple) else (value,):
-      if not holds(item):
-        raise ValueError(f"{prefix}{name}={item} must {must}")
+      kind = type(item).__name__
+      rule = RANGES.get(own) or RANGES.get(name) or RANGES.get(kind)
+      if rule and not rule[1](item):
+        raise ValueError(f"{prefix}{name}={item} must {rule[0]}")
 
 
 def build(cls, values: Mapping[str, Any], name: str = "config"):
-  """A `cls` from a mapping, nested dataclasses included.
+  """Dataclass `cls` from a mapping, nested dataclasses included.
 
   Args:
-    cls: a dataclass; fields may be bool, int, float, str, tuples of one type,
-      `dict[str, X]`, literals, optional values and further dataclasses.
+    cls: its fields may be bool, int, float, str, tuples of one type,
+      `dict[str, X]`, literals, optional values and dataclasses.
     values: one entry for each field.
-    name: how error messages call the mapping, such as "config.data".
+    name: of the mapping in error messages, such as "config.data".
 
   Raises:
-    ValueError: a field is unknown (the nearest name is given), missing, of
-      another type, or not finite.
+    ValueError: a field is unknown (with the closest name), missing, of another
+      type, or not finite.
   """
   if not isinstance(values, Mapping):
     raise ValueError(f"{name} must be a dict, not {values!r:.80}")
@@ -133,23 +122,22 @@ def build(cls, values: Mapping[str, Any], name: str = "config"):
 
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
-  """The fields' types in their order."""
+  """Types of the fields in order."""
   hints = typing.get_type_hints(cls)
   return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
-  """The settings as a dict that JSON can hold; `build` reads it back."""
+  """Settings as a JSON-serializable dict, the inverse of `build`."""
   return dataclasses.asdict(settings)
 
 
 def differing(left: Any, right: Any, name: str = "config") -> list[str]:
-  """Lines "config.a.b: 1 -> 2" for every value in which two dicts differ."""
+  """A line "config.a.b: 1 -> 2" for each value that differs in two dicts."""
   if isinstance(left, Mapping) and isinstance(right, Mapping):
-    keys = sorted({*left, *right})
     return [
       line
-      for key in keys
+      for key in sorted({*left, *right})
       for line in differing(left.get(key), right.get(key), f"{name}.{key}")
     ]
   if isinstance(left, list | tuple) and isinstance(right, list | tuple):
@@ -186,14 +174,10 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
       key: _convert(arguments[1], item, f"{name}.{key}")
       for key, item in value.items()
     }
-  return _scalar(hint, value, name)
-
-
-def _scalar(hint: type, value: Any, name: str) -> Any:
-  # Beyond, `float` overflows.
+  # float() overflows beyond.
   if hint is float and type(value) is int and abs(value) < 2**1023:
     value = float(value)
-  # `type` and not isinstance: True is an int, and np.float64 is a float.
+  # Not isinstance: True is an int, and np.float64 a float.
   if type(value) is not hint:
     raise ValueError(
       f"{name}={value!r:.80} must be {hint.__name__}, not"

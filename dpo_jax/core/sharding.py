@@ -1,15 +1,13 @@
-"""The mesh, and one table that says how every weight lies on it.
+"""Device mesh and sharding rules of all weights, batches and activations.
 
-Three axes: `data` replicates weights and splits the batch; `fsdp` splits the
-batch and the weights' width; `tensor` splits heads, MLP and vocabulary. A path
-regex gives each weight its logical axes, `RULES` maps those to mesh axes. An
-array axis that its mesh axis does not divide is an error, never a silent
-replication.
+The mesh has three axes: `data` replicates weights and splits the batch; `fsdp`
+splits the batch and the weights' width; `tensor` splits heads, MLP and
+vocabulary. `PATHS` maps a weight's path to logical axes, `RULES` maps those to
+mesh axes. A dimension that its mesh axis does not divide is an error, never
+replicated silently.
 
-No axis splits the tokens of a row: with rows of 1,024 of them, rows go over
-devices before their tokens have to. Split tokens would send the keys and values
-of every layer, forward and backward, about what `tensor` sends, which splits
-weights too.
+There is no sequence parallelism: rows have about 1,024 tokens, and splitting
+them would send as much as `tensor`, which splits the weights as well.
 """
 
 import dataclasses
@@ -22,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 
-# Mesh axes of each logical axis.
+# Mesh axes by logical axis.
 RULES = {
   "batch": ("data", "fsdp"),
   "vocab": "tensor",
@@ -31,8 +29,8 @@ RULES = {
   "mlp": "tensor",
 }
 
-# (regex of a path's end, logical axes of the trailing dimensions). A stacked
-# layer axis in front of them is never split: lax.scan runs over it.
+# (regex of a path's end, logical axes of the trailing dimensions). The leading
+# layer axis of stacked blocks is not split: lax.scan iterates over it.
 PATHS = (
   (r"embed/kernel$", ("vocab", "width")),
   (r"unembed/kernel$", ("width", "vocab")),
@@ -49,7 +47,7 @@ PATHS = (
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-  """Devices along each axis, the arguments of `make_mesh`."""
+  """Devices along each axis: arguments of `make_mesh`."""
 
   data: int
   fsdp: int
@@ -59,11 +57,14 @@ class MeshSettings:
 def make_mesh(
   data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None
 ) -> Mesh:
-  """A mesh of `devices`, by default all devices of all processes.
+  """Mesh of `devices`, by default all devices of all processes.
+
+  Args:
+    data, fsdp, tensor: sizes; one of them may be -1, for all other devices.
+    devices: in the order of the mesh.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices; -1, for at
-      most one of them, takes what the others leave.
+    ValueError: the product of the sizes is not the number of devices.
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = [data, fsdp, tensor]
@@ -85,24 +86,22 @@ def make_mesh(
 
 
 def data_shards(mesh: Mesh) -> int:
-  """Into how many parts the batch axis is split."""
+  """Number of shards of the batch axis."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-  """Rows over data and fsdp; `leading` unsplit axes stand before them."""
+  """Sharding of rows over data and fsdp, after `leading` unsplit axes."""
   return NamedSharding(mesh, PartitionSpec(*(None,) * leading, RULES["batch"]))
 
 
 def put(tree: Any, mesh: Mesh, leading: int = 0) -> Any:
-  """Arrays that every process has whole, split over the mesh as a batch."""
+  """Global arrays of a batch of which every process has all rows."""
   sharding = batch_sharding(mesh, leading)
-
-  def one(x):
-    # Each process hands over just the rows of its own devices.
-    return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
-
-  return jax.tree.map(one, tree)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
+    tree,
+  )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -110,52 +109,47 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-  """A key path of jax.tree as "blocks/dense/kernel"."""
+  """A jax.tree key path as "blocks/dense/kernel"."""
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-  """The NamedSharding of every leaf of a tree of weights or optimizer state.
+  """NamedSharding of every leaf of weights or optimizer state.
 
-  Optimizer state repeats the weights' paths, so its moments lie like the
-  weights; leaves that no path names (counters) are replicated.
+  Moments are sharded as their weights, whose paths they repeat; leaves that no
+  pattern matches, such as step counters, are replicated.
 
   Raises:
-    ValueError: a mesh axis does not divide an array axis.
+    ValueError: a mesh axis does not divide a dimension.
   """
 
   def one(path, leaf):
-    return _sharding(path_name(path), tuple(leaf.shape), mesh)
+    name, shape = path_name(path), tuple(leaf.shape)
+    matches = (axes for end, axes in PATHS if re.search(f"(^|/){end}", name))
+    logical = next(matches, ())
+    spec = _spec(*(None,) * (len(shape) - len(logical)), *logical)
+    for size, axis in zip(shape, spec, strict=True):
+      if axis is not None and size % mesh.shape[axis]:
+        raise ValueError(
+          f"{name} {shape}: {size} is not a multiple of the mesh axis"
+          f" {axis!r} ({mesh.shape[axis]}); choose another mesh"
+        )
+    return NamedSharding(mesh, spec)
 
   return jax.tree.map_with_path(one, tree)
 
 
-def _sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-  logical = next(
-    (axes for pattern, axes in PATHS if re.search(rf"(^|/){pattern}", name)),
-    (None,) * len(shape),
-  )
-  axes = (*(None,) * (len(shape) - len(logical)), *_axes(logical))
-  for size, axis in zip(shape, axes, strict=True):
-    if axis is not None and size % mesh.shape[axis]:
-      raise ValueError(
-        f"{name} {shape}: {size} is not a multiple of the mesh axis"
-        f" {axis!r} ({mesh.shape[axis]}); choose another mesh"
-      )
-  return NamedSharding(mesh, PartitionSpec(*axes))
-
-
-def _axes(logical: tuple[str | None, ...]) -> list[Any]:
-  return [RULES[axis] if axis else None for axis in logical]
+def _spec(*logical: str | None) -> PartitionSpec:
+  return PartitionSpec(*(RULES[axis] if axis else None for axis in logical))
 
 
 def named(mesh: Mesh, *logical: str | None) -> NamedSharding:
-  """Where an array with these logical axes lies; `RULES` tells."""
-  return NamedSharding(mesh, PartitionSpec(*_axes(logical)))
+  """Sharding of an array with these logical axes."""
+  return NamedSharding(mesh, _spec(*logical))
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-  """Says where an activation lies; without a mesh in context, nothing."""
+  """Sharding constraint on an activation, if there is a mesh in context."""
   if jax.sharding.get_abstract_mesh().empty:
     return x
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(*_axes(logical)))
+  return jax.lax.with_sharding_constraint(x, _spec(*logical))

@@ -1,12 +1,13 @@
-"""What made a file: versions of the code and of what it stands on."""
+"""Versions of this code and its dependencies, for manifests."""
 
+import contextlib
 import functools
 import importlib.metadata
 import pathlib
 import platform
 import subprocess
 
-# Whose versions can change a number of a run.
+# Packages that can change the numbers of a run.
 _PACKAGES = (
   "dpo-jax",
   "flax",
@@ -24,9 +25,9 @@ _PACKAGES = (
 
 @functools.cache
 def versions() -> dict[str, str]:
-  """Versions by package, with Python's, and the commit of this code if known.
+  """Versions of Python and packages; in a clone the commit too.
 
-  The commit ends in "+changes" where files differ from it.
+  The commit ends in "+changes" if tracked files differ from it.
   """
   found = {"python": platform.python_version()}
   for name in _PACKAGES:
@@ -34,26 +35,14 @@ def versions() -> dict[str, str]:
       found[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
       found[name] = "not installed"
-  commit = _git("rev-parse", "HEAD")
-  if commit:
-    changes = _git("status", "--porcelain", "--untracked-files=no")
-    found["commit"] = commit + ("+changes" if changes else "")
-  return found
-
-
-def _git(*arguments: str) -> str:
-  """What git says of the directory of this package; "" where there is none."""
   root = pathlib.Path(__file__).resolve().parents[2]
-  if not (root / ".git").exists():
-    return ""
-  try:
-    done = subprocess.run(
-      ("git", "-C", str(root), *arguments),
-      capture_output=True,
-      text=True,
-      timeout=10,
-      check=True,
-    )
-  except (OSError, subprocess.SubprocessError):
-    return ""
-  return done.stdout.strip()
+  describe = "describe --always --exclude=* --abbrev=40 --dirty=+changes"
+  if (root / ".git").exists():
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+      found["commit"] = subprocess.check_output(
+        ("git", "-C", str(root), *describe.split()),
+        stderr=subprocess.DEVNULL,
+        text=True,
+        timeout=10,
+      ).strip()
+  return found
