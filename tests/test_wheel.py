@@ -96,7 +96,7 @@ def test_the_wheel_holds_every_file_and_nothing_else(site):
 
 
 def away(site, directory, *command):
-  """Runs Python where no source tree is, with the unpacked wheel alone."""
+  """Runs Python outside of the source tree, with the unpacked wheel alone."""
   return subprocess.run(
     [sys.executable, *command],
     cwd=directory,
@@ -106,49 +106,30 @@ def away(site, directory, *command):
   )
 
 
-def test_configs_of_the_wheel_are_found_and_said(site, tmp_path):
-  # A data set that is not there is refused before anything is computed.
-  done = away(
-    site,
-    tmp_path,
-    "-m",
-    "dpo_jax",
-    "train",
-    "--config=dpo:pythia-14m",
-    "--config.tokenizer=nowhere/at/all",
-  )
-  assert done.returncode == 2, done.stderr
-  path = site / "dpo_jax" / "shipped" / "configs" / "dpo.py"
-  said = f"--config=dpo:pythia-14m is no file here: taking {path}"
-  assert said in done.stderr
-  assert "no tokenizer at 'nowhere/at/all'" in done.stderr
-  # By its path, too; and one's own file comes first.
-  code = """
+LOADED = """
 from dpo_jax.cli import help as help_lib
-print(help_lib.load("configs/judge.py:oracle").kind)
-from configs import judge
-print(judge.__file__)
+print(help_lib.load("configs/sample.py").dtype)
+from configs import sample
+print(sample.__file__)
+print(help_lib.load("configs/judge.py").fsdp)
 """
-  done = away(site, tmp_path, "-c", code)
-  assert done.stdout.split() == ["oracle", str(path.with_name("judge.py"))]
+
+
+def test_configs_of_the_wheel_are_found_and_said(site, tmp_path):
+  done = away(site, tmp_path, "-m", "dpo_jax", "judge", "--config=judge:oracle")
+  # There are no responses.
+  assert done.returncode == 2, done.stderr
+  configs = site / "dpo_jax" / "shipped" / "configs"
+  said = f"--config=judge:oracle is no file here: taking {configs / 'judge.py'}"
+  assert said in done.stderr
+  # By their paths; the user's own files come first.
   own = tmp_path / "configs" / "judge.py"
   own.parent.mkdir()
   own.write_text(
-    "from configs import common\n"
-    "def get_config(variant):\n  return common.mesh()\n"
+    "from configs import common\ndef get_config():\n  return common.mesh()\n"
   )
-  code = """
-from dpo_jax.cli import help as help_lib
-print(help_lib.load("configs/judge.py:x").fsdp)
-"""
-  assert away(site, tmp_path, "-c", code).stdout == "1\n"
-
-
-def test_a_command_that_is_none_is_refused(site, tmp_path):
-  done = away(site, tmp_path, "-m", "dpo_jax", "trian")
-  assert done.returncode == 2
-  assert "Names: train, sample, judge, replicate" in done.stderr
-  assert away(site, tmp_path, "-m", "dpo_jax", "--help").returncode == 0
+  done = away(site, tmp_path, "-c", LOADED)
+  assert done.stdout.split() == ["bfloat16", str(configs / "sample.py"), "1"]
 
 
 @pytest.mark.slow
