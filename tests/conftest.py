@@ -6,32 +6,31 @@ import os
 import pathlib
 import signal
 
-# A shell starts what runs in its background with SIGINT ignored: tests that
-# send it to themselves and to their children would wait for ever.
+# Ignored in the background of a shell, where tests that send it would hang.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
   signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-# Tiny shapes cost more to compile than to run: spare LLVM's optimizations, and
-# fusions the way through MLIR, which takes half of all compiling. A flag that
-# is not known ends the process, and a later jaxlib may not know the second.
+# Tiny shapes cost more to compile than to run: skip LLVM's optimizations, and
+# the MLIR fusion emitters, half of the compile time. An unknown flag aborts, and
+# a later jaxlib may not know the second.
 os.environ.setdefault("XLA_FLAGS", "")
 if "--xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
   os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
   if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-# Kept from run to run, for this process and those that tests start, and however
-# short a compilation was: there are thousands, most of a tenth of a second.
+# Shared with subprocesses and later runs, for short compilations too: there are
+# thousands, most of 0.1 s.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
   pathlib.Path.home() / ".cache" / "dpo_jax" / "xla"
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# The threads of torch would wait for each other beside those of other tests.
+# torch's threads would contend with those of other tests.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Read as gcsfs is imported: it would ask for the kind of each bucket over gRPC,
-# and wait a minute for servers that speak HTTP alone.
+# Read as gcsfs is imported: it would query buckets over gRPC, and wait a minute
+# for servers that speak only HTTP.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -45,10 +44,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Where eight devices share two loaded cores, one may come to a collective late:
-# after a minute XLA takes it for lost and ends the process ("Fatal Python
-# error: Aborted"). It shall wait longer. XLA reads its flags once, with the
-# first device; those that stay are a part of the compilation cache's key.
+# On two loaded cores a device may be late to a collective: XLA aborts after a
+# minute by default. It reads its flags once, with the first device; flags that
+# stay set are part of the compilation cache's key.
 with pytest.MonkeyPatch.context() as patch:
   longer = " --xla_cpu_collective_call_terminate_timeout_seconds=180"
   patch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"] + longer)
@@ -56,9 +54,9 @@ with pytest.MonkeyPatch.context() as patch:
 
 
 def _for_libtpu(describe):
-  """Hides, as libtpu reads the flags too, what it would end the process for.
+  """Hides flags that libtpu does not know, and would abort for.
 
-  It reads them as it is loaded, and once more as it first compiles.
+  libtpu reads them as it is loaded, and once more as it first compiles.
   """
   has_read = []
 
@@ -107,7 +105,7 @@ def whole(run_files, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
-  """The folder of real rows, real tokenizer and real judged results."""
+  """Directory of real rows, a real tokenizer and real judged results."""
   path = ROOT.parent / "shared"
   if not (path / "data").is_dir():
     pytest.fail(f"{path} is missing: the tests on real data need it")

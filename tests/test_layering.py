@@ -1,6 +1,7 @@
 """Which folder may import which, and which library stays in which folder."""
 
 import ast
+import functools
 import pathlib
 import sys
 
@@ -9,8 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dpo_jax"
 
-# From bottom to top: a folder, or a module beside them, imports only from those
-# before it.
+# From bottom to top: a folder or module imports only from those before it.
 FOLDERS = (
   "core",
   "io",
@@ -33,51 +33,24 @@ PURE = ("winrates", "demo")
 # The public names; nothing in the package imports them.
 FACADE = "__init__"
 
-# The only folders that may import a library; everything else stays plain JAX
-# and NumPy.
-CONFINED = {
-  "absl": {"cli"},
-  "bs4": {"data"},
-  "datasets": {"data"},
-  "flax": {"model"},
-  "fsspec": {"io"},
-  "grain": {"data"},
-  "httpx2": {"judging"},
-  "huggingface_hub": {"hub", "io"},
-  "markdown_it": {"report"},
-  "matplotlib": {"report"},
-  "ml_collections": {"cli"},
-  "openai": {"judging"},
-  "orbax": {"io", "training"},
-  "safetensors": {"io"},
-  "scipy": {"winrates"},
-  "tensorboardX": {"training"},
-  "tensorflow_datasets": {"data"},
-  "tokenizers": {"data"},
-  "transformers": {"data"},
-  "wandb": {"training"},
+# Libraries by the folders that may import them: but for EAGER, within
+# functions, being optional or slow to import.
+LIBRARIES = {
+  "cli": "absl ml_collections",
+  "data": "bs4 datasets grain tensorflow_datasets tokenizers transformers",
+  "hub": "huggingface_hub",
+  "io": "fsspec huggingface_hub orbax safetensors",
+  "judging": "httpx2 openai",
+  "model": "flax",
+  "report": "markdown_it matplotlib",
+  "training": "orbax tensorboardX wandb",
+  "winrates": "scipy",
 }
+EAGER = {"absl", "flax", "matplotlib", "ml_collections", "orbax", "safetensors"}
 # Imported nowhere: only tests compare with torch, and nothing is unpickled.
 NEVER = {"peft", "pickle", "tensorflow", "torch"}
-# Free to all.
+# Allowed in every folder.
 COMMON = {"dpo_jax", "jax", "numpy", "optax", "tqdm"}
-# Imported inside the function that needs them: missing or slow to import.
-LAZY = {
-  "bs4",
-  "datasets",
-  "fsspec",
-  "grain",
-  "httpx2",
-  "huggingface_hub",
-  "markdown_it",
-  "openai",
-  "scipy",
-  "tensorboardX",
-  "tensorflow_datasets",
-  "tokenizers",
-  "transformers",
-  "wandb",
-}
 
 
 def module_of(path):
@@ -95,8 +68,9 @@ def folder(module):
   return module.split(".")[0]
 
 
+@functools.cache
 def imports(path):
-  """(dotted module, where it stands: "top" or "function") of a file."""
+  """Pairs of a dotted module and "top" or "function" of a file's imports."""
   tree = ast.parse(path.read_text("utf-8"))
   found = []
 
@@ -115,8 +89,9 @@ def imports(path):
   return found
 
 
+@functools.cache
 def ours(path):
-  """The modules of the package that a file imports, by their short names."""
+  """Modules of the package that a file imports, without "dpo_jax."."""
   found = set()
   for name, _ in imports(path):
     module, _, attribute = name.partition(":")
@@ -163,28 +138,19 @@ def test_no_modules_import_each_other_in_a_circle():
 
 @pytest.mark.parametrize("name", [FACADE, *FOLDERS])
 def test_libraries_stay_where_they_belong(name):
+  own = set(LIBRARIES.get(name, "").split())
+  used = set()
   for module in (module for module in FILES if folder(module) == name):
     for imported, where in imports(FILES[module]):
       library = imported.split(":")[0].split(".")[0]
       assert library not in NEVER, f"{module} imports {library}"
-      if library in CONFINED:
-        assert name in CONFINED[library], f"{module} imports {library}"
-      else:
-        assert library in COMMON | sys.stdlib_module_names, (
-          f"{module} imports {library}, which no table of this test names"
-        )
-      if library in LAZY:
+      assert library in own | COMMON | sys.stdlib_module_names, (
+        f"{module} imports {library}, which is not in this test's table"
+      )
+      if library in own - EAGER:
         assert where == "function", f"{module} imports {library} at its top"
-
-
-def test_every_confined_library_is_used():
-  used = {
-    (name.split(":")[0].split(".")[0], folder(module))
-    for module, path in FILES.items()
-    for name, _ in imports(path)
-  }
-  for library, folders in CONFINED.items():
-    assert {(library, name) for name in folders} <= used
+      used.add(library)
+  assert own <= used
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS))

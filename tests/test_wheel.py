@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and that it works away from the source tree."""
+"""The wheel: its files, and commands outside of the source tree."""
 
 import os
 import pathlib
