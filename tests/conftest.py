@@ -13,8 +13,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 # Tiny shapes cost more to compile than to run: skip LLVM's optimizations, and
-# the MLIR fusion emitters, half of the compile time. An unknown flag aborts, and
-# a later jaxlib may not know the second.
+# the MLIR fusion emitters, half of the compile time. An unknown flag aborts; a
+# later jaxlib may not know the second.
 os.environ.setdefault("XLA_FLAGS", "")
 if "--xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
   os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"

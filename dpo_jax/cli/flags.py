@@ -44,11 +44,9 @@ def run(
 ) -> None:
   """Parses the flags, calls `main` and exits with its code.
 
-  Args:
-    main: takes the config as a plain dict and the working directory.
-    example: config whose fields --help shows if no --config is given.
-    **options: default (a bool, int or str) and help of further flags, which
-      `main` takes by name.
+  `main` takes the config, the working directory and, by name, the `options`:
+  further flags, each with its default (a bool, int or str) and help. --help
+  shows the config `example` by default.
   """
   redaction.install()
   faulthandler.enable()
@@ -86,12 +84,7 @@ def run(
 
 
 def _config(name: str, arguments: list[str], others: Iterable[str]) -> dict:
-  """The config `name` with the values that the arguments set.
-
-  Raises:
-    ValueError: unknown config, field or flag, with a hint at a field or one of
-      `others`, the flags, of a similar name; or an invalid value.
-  """
+  """The config `name` with values of arguments; `others` are known flags."""
   if not name:
     raise ValueError("--config is missing: name a file of configs/")
   file = help_lib.find(name)

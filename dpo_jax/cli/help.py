@@ -26,23 +26,16 @@ Block = dict[str, str]
 
 
 def root() -> pathlib.Path:
-  """Directory of configs/, train.py, sample.py and judge.py.
-
-  It is that of the clone, or dpo_jax/shipped/ of a wheel.
-  """
+  """Directory of configs/ and scripts: the clone, or shipped/ of a wheel."""
   package = pathlib.Path(__file__).resolve().parent.parent
   shipped = package / "shipped"
   return shipped if shipped.is_dir() else package.parent
 
 
 def find(name: str) -> str:
-  """The "FILE:VARIANT" of --config, preferring the user's own files.
+  """FILE:VARIANT of "demo:tiny" or "configs/demo.py:tiny", else `name` itself.
 
-  Args:
-    name: "configs/demo.py", "configs/demo.py:tiny", or "demo:tiny" for short.
-
-  Returns:
-    `name` itself if there is no such file.
+  The user's own files come first.
   """
   path, colon, variant = name.partition(":")
   for short in (path, f"configs/{path}.py"):
@@ -53,11 +46,7 @@ def find(name: str) -> str:
 
 
 def load(name: str) -> config_dict.ConfigDict:
-  """The config of a "FILE:VARIANT", see `find`.
-
-  Raises:
-    ValueError: no such file, no `get_config` in it, or an unknown variant.
-  """
+  """The config of a file and variant, see `find`."""
   path, colon, variant = find(name).partition(":")
   if not pathlib.Path(path).is_file():
     known = sorted(file.stem for file in (root() / "configs").glob("*.py"))
@@ -88,9 +77,6 @@ def page(name: str, section: str = "config") -> str:
 
   A group with the fields of an earlier one, such as a second source of pairs,
   is shown by its differences.
-
-  Raises:
-    ValueError: the config has no such section.
   """
   config = load(name)
   sections = {field.rpartition(".")[0] for field in names(config)}

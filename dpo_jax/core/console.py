@@ -162,8 +162,7 @@ def _excepthook(kind, value, trace) -> None:
 class Bar(tqdm.tqdm):
   """tqdm's progress bar; outside of "bar" mode, log lines in its place."""
 
-  # No monitor thread: the bar is redrawn by `update` alone.
-  monitor_interval = 0
+  monitor_interval = 0  # no thread: `update` alone redraws it
 
   def __init__(self, total: int, what: str, unit: str, done: int = 0):
     """Begins at `done` units, such as "step", that an earlier run completed."""
@@ -223,7 +222,5 @@ def track(items: Iterable, total: int, what: str, unit: str) -> Iterator:
       bar.update()
 
 
-def _number(value: Any) -> str:
-  if isinstance(value, float):
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-  return f"{value:,}" if type(value) is int else str(value)
+def _number(value: float) -> str:
+  return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

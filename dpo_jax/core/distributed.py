@@ -30,9 +30,6 @@ def initialized(heartbeat_s: int = 100) -> Iterator[None]:
   To be entered before any computation. If the block raises in one process, that
   process exits at once; the others then fail in a collective, or exit
   `heartbeat_s` after its last heartbeat.
-
-  Raises:
-    ValueError: there are several processes, but no connection to them.
   """
   arguments = initialize_arguments(os.environ)
   if arguments is not None:
@@ -70,9 +67,6 @@ def initialize_arguments(environ: Mapping[str, str]) -> dict[str, Any] | None:
   jax detects addresses and ranks under Slurm, Open MPI and on Cloud TPU, but
   not that there is a single process: it would wait in a shell of salloc, and
   fail without a launcher.
-
-  Raises:
-    ValueError: the explicit variables are incomplete or not numbers.
   """
   names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
   given = {name: environ[name] for name in names if environ.get(name)}

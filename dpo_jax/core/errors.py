@@ -5,9 +5,7 @@ class Stopped(RuntimeError):
   """A run that ended early; everything committed is kept.
 
   Invalid input is a ValueError instead, raised before any work.
-
-  Attributes:
-    code: exit code of the process.
   """
 
+  # Exit code of the process.
   code = 1

@@ -26,11 +26,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Interrupted(errors.Stopped):
-  """A run stopped by a signal; the same command resumes it.
+  """A run stopped by a signal, `everywhere` if all processes stopped with it.
 
-  Attributes:
-    code: 128 plus the signal's number: 143, 130 or 129.
-    everywhere: whether all processes stopped at the same point.
+  The exit code is 128 plus the signal's number: 143, 130 or 129.
   """
 
   def __init__(self, number: int, where: str, everywhere: bool = False):
@@ -52,11 +50,7 @@ class Watch:
 
   @contextlib.contextmanager
   def deferred(self) -> Iterator[None]:
-    """A block that polls `requested` instead of being interrupted.
-
-    Raises:
-      Interrupted: at its end, if a signal came and the block completed.
-    """
+    """A block that polls `requested`, and is interrupted at its end at most."""
     self._deferring = True
     try:
       yield
@@ -100,19 +94,16 @@ def watching(grace_s: float) -> Iterator[Watch]:
 
 @contextlib.contextmanager
 def interruptible(grace_s: float = 25.0) -> Iterator[None]:
-  """Lets SIGTERM and SIGHUP interrupt the block as SIGINT does.
-
-  Raises:
-    Interrupted: a signal came and the block has unwound.
-  """
+  """Lets SIGTERM and SIGHUP interrupt the block as SIGINT does."""
   received = []
 
   def handle(number, frame):
     received.append(number)
     # asyncio's own handler of SIGINT cancels its main task.
     interrupt = signal.getsignal(signal.SIGINT)
-    known = callable(interrupt)
-    (interrupt if known else signal.default_int_handler)(number, frame)
+    if not callable(interrupt):
+      interrupt = signal.default_int_handler
+    interrupt(number, frame)
 
   try:
     with _handled(handle, (signal.SIGTERM, signal.SIGHUP), grace_s):

@@ -70,14 +70,9 @@ RANGES = {
 
 
 def check(settings: Any, prefix: str = "") -> None:
-  """Checks the range of every number of a dataclass, items of tuples included.
+  """Raises ValueError for the first number of a dataclass out of its range.
 
-  Args:
-    settings: the dataclass.
-    prefix: of field names in the message, such as "loss.".
-
-  Raises:
-    ValueError: with the first field out of range, and its value.
+  `prefix`, such as "loss.", precedes the field's name in the message.
   """
   for name, value in vars(settings).items():
     own = f"{type(settings).__name__}.{name}"
@@ -89,13 +84,10 @@ def check(settings: Any, prefix: str = "") -> None:
 
 
 def build(cls, values: Mapping[str, Any], name: str = "config"):
-  """Dataclass `cls` from a mapping, nested dataclasses included.
+  """Dataclass `cls` from a mapping called `name` in error messages.
 
-  Args:
-    cls: its fields may be bool, int, float, str, tuples of one type,
-      `dict[str, X]`, literals, optional values and dataclasses.
-    values: one entry for each field.
-    name: of the mapping in error messages, such as "config.data".
+  Fields may be bool, int, float, str, tuples of one type, `dict[str, X]`,
+  literals, optional values and dataclasses.
 
   Raises:
     ValueError: a field is unknown (with the closest name), missing, of another
@@ -140,10 +132,8 @@ def differing(left: Any, right: Any, name: str = "config") -> list[str]:
       for key in sorted({*left, *right})
       for line in differing(left.get(key), right.get(key), f"{name}.{key}")
     ]
-  if isinstance(left, list | tuple) and isinstance(right, list | tuple):
-    same = list(left) == list(right)
-  else:
-    same = left == right
+  sequences = isinstance(left, list | tuple) and isinstance(right, list | tuple)
+  same = [*left] == [*right] if sequences else left == right
   return [] if same else [f"{name}: {left!r} -> {right!r}"]
 
 

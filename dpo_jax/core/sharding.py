@@ -59,12 +59,8 @@ def make_mesh(
 ) -> Mesh:
   """Mesh of `devices`, by default all devices of all processes.
 
-  Args:
-    data, fsdp, tensor: sizes; one of them may be -1, for all other devices.
-    devices: in the order of the mesh.
-
-  Raises:
-    ValueError: the product of the sizes is not the number of devices.
+  One of the sizes may be -1, for all devices that the others leave. ValueError
+  if the product of the sizes is not the number of devices.
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = [data, fsdp, tensor]
