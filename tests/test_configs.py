@@ -73,17 +73,13 @@ def test_every_variant_builds_its_settings(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_default_variant_is_one_of_them_and_others_are_refused(name):
+def test_variants_and_docstring(name):
   function = importlib.import_module(f"configs.{name}").get_config
   (parameter,) = inspect.signature(function).parameters.values()
   assert parameter.default in CONFIGS[name][1]
   for variant in ("nonsense", "pythia-3b", "pythia-2.8b-full"):
     with pytest.raises(ValueError, match=variant.removeprefix("pythia-")):
       get(name, variant)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_docstring_gives_command_device_hours_and_what_to_expect(name):
   text = importlib.import_module(f"configs.{name}").__doc__
   assert f"--config=configs/{name}.py" in text
   for word in ("Made for:", "Expect") if name != "judge" else ():

@@ -78,7 +78,7 @@ def page(name: str, section: str = "config") -> str:
   A group with the fields of an earlier one, such as a second source of pairs,
   is shown by its differences.
   """
-  config = load(name)
+  config: Any = load(name)
   sections = {field.rpartition(".")[0] for field in names(config)}
   if section not in sections:
     raise ValueError(
@@ -108,7 +108,7 @@ def _is_group(value: Any) -> bool:
 
 
 def _lines(
-  config: config_dict.ConfigDict, name: str, blocks: list[Block], earlier: dict
+  config: Any, name: str, blocks: list[Block], earlier: dict
 ) -> Iterator[str]:
   """Lines of `page`; `earlier` holds groups by the names of their fields."""
 
