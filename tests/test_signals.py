@@ -21,7 +21,10 @@ CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129}
 PHASES = {
   "compile": ("jax.stages:Lowered.compile", "1"),
   "step": ("dpo_jax.io.metrics:Writer.write", "3"),
-  "evaluation": ("dpo_jax.training.input_pipeline:InputPipeline.eval_batches", "2"),
+  "evaluation": (
+    "dpo_jax.training.input_pipeline:InputPipeline.eval_batches",
+    "2",
+  ),
   "save": ("dpo_jax.training.checkpoints:Checkpoints.save", "1"),
 }
 
