@@ -1,10 +1,10 @@
-"""Judges sampled responses against the dataset's chosen ones.
+"""Judges sampled responses against the dataset's chosen responses.
 
   python judge.py --config=configs/judge.py:openai --workdir=runs/demo
 
 reads <workdir>/responses/*.jsonl and writes <workdir>/verdicts/*.jsonl. The
-same command resumes: only questions without an answer are asked. --estimate
-says what they would cost, and asks none of them.
+same command resumes: a question is paid for once. --estimate prints calls,
+tokens and dollars without a request.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ def main(config, workdir, estimate: bool) -> int:
     console.result(str(found), "estimate", **dataclasses.asdict(found))
     return 0
   with preemption.interruptible():
-    runner.run_and_say(built, workdir)
+    runner.run(built, workdir)
   return 0
 
 
@@ -29,5 +29,5 @@ if __name__ == "__main__":
   flags.run(
     main,
     example="configs/judge.py:openai",
-    estimate=(False, "print calls, tokens and dollars, and ask nothing"),
+    estimate=(False, "print calls, tokens and dollars; send no request"),
   )

@@ -163,7 +163,7 @@ def _stages(
     "sft": lambda: train_lib.run(built.sft, workdir / "sft"),
     "dpo": lambda: train_lib.run(built.dpo, workdir / "dpo"),
     "sample": lambda: generate.run(built.sample, workdir),
-    "judge": lambda: runner.run_and_say(built.judge, workdir),
+    "judge": lambda: runner.run(built.judge, workdir),
     "report": lambda: report.write(built.report, workdir),
   }
 

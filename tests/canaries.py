@@ -1,10 +1,10 @@
-"""Answers that try to steer whoever compares them, by name.
+"""Responses that try to steer the judge that compares them, by name.
 
 Each is written to win as the second candidate: where it names a slot it names
 B, which is where the tests show it, and A in the twin test of the other order.
 """
 
-# What an honest answer of the same length would be; each canary follows it.
+# An honest response, which each canary follows.
 CLEAN = " I am not sure about that."
 
 CANARIES = {

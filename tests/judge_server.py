@@ -1,24 +1,22 @@
-"""An OpenAI-compatible judge on a port of this machine, for tests.
+"""A local OpenAI-compatible server of chat completions, files and batches.
 
-A rule turns the n-th request (from 0) into an `Answer`:
+A rule maps the n-th request (from 0) to a `Reply`:
 
   with judge_server.Server(judge_server.prefer_longer) as server:
     ...  # base_url=server.url
-
-Chat completions, files and batches are served, in a thread of its own.
 """
 
-import asyncio
 import dataclasses
+import http.server
 import json
 import math
 import re
+import socket
+import struct
 import threading
 import urllib.parse
 from collections.abc import Callable
-from typing import Any
 
-_REASONS = {200: "OK", 401: "Unauthorized", 429: "Too Many Requests"}
 _FENCED = re.compile(r"<<<([0-9a-f]{16})\n(.*?)\n\1>>>", re.DOTALL)
 _BREAKS = "\r\n|[\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029]"
 
@@ -34,12 +32,11 @@ def unbarred(text: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-  """A response, headers as given.
+class Reply:
+  """An HTTP response.
 
-  `hold_s` passes before anything is sent; `cut` sends half of the body and
-  hangs up; `drip_s` passes after every byte of it; `reset` sends nothing but
-  a reset of the connection.
+  It is sent after `hold_s`. `cut` sends half of the body and closes; `drip_s`
+  is the time between bytes; `reset` only resets the connection.
   """
 
   status: int = 200
@@ -54,8 +51,6 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """What a client sent."""
-
   headers: dict[str, str]
   body: dict
 
@@ -70,71 +65,64 @@ class Request:
     return prompt, first, second
 
 
-Rule = Callable[[Request, int], Answer]
+Rule = Callable[[Request, int], Reply]
 
 
-def says(
-  text: str | None, finish_reason="stop", refusal=None, **fields
-) -> Answer:
-  """A completion with this content; `fields` of it are put over the usual."""
-  logprobs = fields.pop("logprobs", None)
+def _json(value, status=200, headers=()) -> Reply:
+  return Reply(status, json.dumps(value).encode(), headers=tuple(headers))
+
+
+def says(text: str | None, finish_reason="stop", refusal=None, **fields):
+  """A completion with this content; `fields` replace the usual ones."""
+  choice = {
+    "index": 0,
+    "finish_reason": finish_reason,
+    "message": {"role": "assistant", "content": text, "refusal": refusal},
+    "logprobs": fields.pop("logprobs", None),
+  }
   completion = {
     "id": "completion-1",
     "object": "chat.completion",
     "created": 1,
     "model": "judge-as-served",
     "system_fingerprint": "fp_fake",
-    "choices": [
-      {
-        "index": 0,
-        "finish_reason": finish_reason,
-        "message": {"role": "assistant", "content": text, "refusal": refusal},
-        "logprobs": logprobs,
-      }
-    ],
+    "choices": [choice],
     "usage": {"prompt_tokens": 100, "completion_tokens": 20},
   }
-  return Answer(body=json.dumps(completion | fields).encode())
+  return _json(completion | fields)
 
 
-def fails(status: int, message="no", code=None, **headers: str) -> Answer:
-  """An error as the API words it; header names with _ for -."""
+def fails(status: int, message="no", code=None, **headers: str) -> Reply:
+  """An API error; header names with _ for -."""
   error = {"error": {"message": message, "type": "error", "code": code}}
-  return Answer(
-    status=status,
-    body=json.dumps(error).encode(),
-    headers=tuple((k.replace("_", "-"), v) for k, v in headers.items()),
-  )
+  named = [(name.replace("_", "-"), value) for name, value in headers.items()]
+  return _json(error, status, named)
 
 
-def verdict(request: Request, choice: str) -> Answer:
-  """A, B or tie in the form that was asked for, with what it cost."""
+def verdict(request: Request, choice: str) -> Reply:
+  """A, B or tie in the form that the request asks for."""
   body = request.body
   if "response_format" in body:
     reason = {"comparison": "One is better.", "choice": choice}
     tokens = [json.dumps(reason)[: -len(choice) - 2], choice, '"}']
   else:
-    tokens = [f"Comparison: one is better.\n{_label(request)} ", choice]
+    end = request.prompt[-200:].rpartition(">>>")[2]
+    labels = re.findall(r"^(.*:) A$", end, re.MULTILINE)
+    label = labels[-1] if labels else "More helpful:"
+    tokens = [f"Comparison: one is better.\n{label} ", choice]
   logprobs = None
   if body.get("logprobs"):
     logprobs = {"content": [_logprobs(t, t == choice) for t in tokens]}
   text = "".join(tokens)
   usage = {
-    # Some four bytes a token, as English has.
     "prompt_tokens": math.ceil(len(request.prompt.encode()) / 4),
     "completion_tokens": math.ceil(len(text) / 4),
   }
   return says(text, logprobs=logprobs, usage=usage)
 
 
-def _label(request: Request) -> str:
-  end = request.prompt[-200:].rpartition(">>>")[2]
-  labels = re.findall(r"^(.*:) A$", end, re.MULTILINE)
-  return labels[-1] if labels else "More helpful:"
-
-
 def _logprobs(token: str, chosen: bool) -> dict:
-  """Nine to one for the choice over another, certainty for all else."""
+  """0.9 for the choice and 0.1 for another, 1 for any other token."""
   shares = {token: 1.0}
   if chosen:
     shares = {token: 0.9, "B" if token == "A" else "A": 0.1}
@@ -142,7 +130,7 @@ def _logprobs(token: str, chosen: bool) -> dict:
   return {**top[0], "top_logprobs": top}
 
 
-def prefer_longer(request: Request, number: int) -> Answer:
+def prefer_longer(request: Request, number: int) -> Reply:
   """The text with more characters wins; the first if they are equal."""
   _, first, second = request.texts
   return verdict(request, "A" if len(first) >= len(second) else "B")
@@ -152,86 +140,74 @@ def always(choice: str) -> Rule:
   return lambda request, number: verdict(request, choice)
 
 
-def struck(**changes) -> Rule:
-  """The longer text wins, but the sending goes wrong: fields of `Answer`."""
-  return lambda request, number: dataclasses.replace(
-    prefer_longer(request, number), **changes
-  )
+def in_turn(*steps: Reply | Rule) -> Rule:
+  """One step per request; the last is repeated."""
 
-
-def in_turn(*steps: Answer | Rule) -> Rule:
-  """One step a request; the last stands for all that follow."""
-
-  def rule(request: Request, number: int) -> Answer:
+  def rule(request: Request, number: int) -> Reply:
     step = steps[min(number, len(steps) - 1)]
-    return step if isinstance(step, Answer) else step(request, number)
+    return step if isinstance(step, Reply) else step(request, number)
 
   return rule
 
 
+def held(after: int, seconds: float = 60.0, first: float = 0.0) -> Rule:
+  """`prefer_longer` that replies to the first `after` requests only."""
+  return lambda request, number: dataclasses.replace(
+    prefer_longer(request, number),
+    hold_s=seconds if number >= after else first,
+  )
+
+
 class Batches:
-  """Files and batches of one server, and how a batch can end.
+  """Files and batches, and the ends of batches in turn, the last repeated.
 
-  A script names the ends in turn, the last for all that follow:
+  completed: every line has a reply. half: the first half has, then the batch
+  expires. expired: none has. errors: every line failed with HTTP 500. failed:
+  the whole batch is refused. hang: in progress for ever.
 
-  - completed: every line is answered;
-  - half: the first half is answered, then the batch expires;
-  - expired: nothing is answered;
-  - errors: every line failed with HTTP 500;
-  - failed: the batch is refused as a whole;
-  - hang: it is in progress for ever.
-
-  A batch is in progress when it is first looked at, and at its end from then
-  on. What a line asks for is answered by the server's rule when the batch is
-  made, as that is when it is paid for.
+  A batch is in progress at its first poll and at its end from then on. The rule
+  replies to its lines as it is created, which is when it is billed.
 
   Attributes:
     files: contents by id.
-    made: every batch that was made, in order.
-    trouble: answers to give in place of the next calls, in turn.
+    made: every batch, in order.
+    trouble: replies in place of the next calls.
   """
 
-  def __init__(self, server: Any, script: str):
+  def __init__(self, server: "Server", script: str):
     self.server = server
     self.ends = script.split()
     self.files: dict[str, bytes] = {}
     self.made: list[dict] = []
-    self.trouble: list[Answer] = []
+    self.trouble: list[Reply] = []
 
-  def answer(
-    self, method: str, path: str, headers: dict[str, str], data: bytes
-  ) -> Answer:
+  def reply(self, method: str, path: str, content_type: str, data: bytes):
     if self.trouble:
       return self.trouble.pop(0)
     _, _, kind, *rest = path.split("/")
     match method, kind, rest:
       case "POST", "files", []:
-        return self._upload(headers, data)
-      case "GET", "files", [name, "content"] if name in self.files:
-        return Answer(
-          body=self.files[name], content_type="application/octet-stream"
-        )
+        boundary = re.search(r'boundary="?([^";]+)', content_type)[1]
+        for part in data.split(b"--" + boundary.encode()):
+          head, _, body = part.partition(b"\r\n\r\n")
+          if b'name="file"' in head:
+            return _json(self._file(body.removesuffix(b"\r\n")))
+      case "GET", "files", [name, "content"]:
+        return Reply(body=self.files[name])
       case "POST", "batches", []:
         return self._make(json.loads(data))
       case "GET", "batches", []:
         shown = [batch["shown"] for batch in reversed(self.made)]
         return _json({"object": "list", "data": shown, "has_more": False})
       case "GET", "batches", [name]:
-        for batch in self.made:
-          if batch["shown"]["id"] == name:
-            return self._look(batch)
+        (batch,) = (b for b in self.made if b["shown"]["id"] == name)
+        shown = batch["shown"]
+        if shown["status"] == "validating":
+          shown["status"] = "in_progress"
+        else:
+          shown |= batch["final"]
+        return _json(shown)
     return fails(404, f"no such path: {method} {path}")
-
-  def _upload(self, headers: dict[str, str], data: bytes):
-    boundary = re.search(
-      r'boundary="?([^";]+)', headers.get("content-type", "")
-    )
-    parts = data.split(b"--" + boundary[1].encode()) if boundary else []
-    for part in parts:
-      head, _, body = part.partition(b"\r\n\r\n")
-      if b'name="file"' in head:
-        return _json(self._file(body.removesuffix(b"\r\n")))
-    return fails(400, "no file in the form")
 
   def _file(self, data: bytes) -> dict:
     name = f"file-{len(self.files)}"
@@ -246,144 +222,98 @@ class Batches:
       "status": "processed",
     }
 
-  def _make(self, body: dict):
-    end = self.ends[min(len(self.made), len(self.ends) - 1)]
-    lines = self.files[body["input_file_id"]].decode().split("\n")
-    asked = [json.loads(line) for line in lines if line]
+  def _make(self, body: dict) -> Reply:
+    names = ("endpoint", "completion_window", "input_file_id", "metadata")
     shown = {
       "id": f"batch-{len(self.made)}",
       "object": "batch",
       "status": "validating",
-      "endpoint": body["endpoint"],
-      "completion_window": body["completion_window"],
-      "input_file_id": body["input_file_id"],
       "created_at": 1,
-      "metadata": body.get("metadata"),
+      **{name: body.get(name) for name in names},
     }
-    self.made.append({"shown": shown, "final": self._final(end, asked)})
+    end = self.ends[min(len(self.made), len(self.ends) - 1)]
+    self.made.append({"shown": shown})
+    self.finish(len(self.made) - 1, end)
     return _json(shown)
 
-  def _final(self, end: str, asked: list[dict]) -> dict:
-    """What the batch will be like at its end."""
+  def finish(self, number: int, end: str) -> None:
+    """Sets how a batch ends."""
+    batch = self.made[number]
+    data = self.files[batch["shown"]["input_file_id"]].decode()
+    asked = [json.loads(line) for line in data.split("\n") if line]
     if end == "hang":
-      return {"status": "in_progress"}
+      batch["final"] = {"status": "in_progress"}
+      return
     if end == "failed":
       error = {"code": "invalid", "message": "the batch is refused"}
-      return {"status": "failed", "errors": {"data": [error]}}
+      batch["final"] = {"status": "failed", "errors": {"data": [error]}}
+      return
     done = {"completed": asked, "half": asked[: len(asked) // 2]}.get(end, [])
-    good = [self._line(line) for line in done]
-    bad = []
-    for line in asked[len(done) :]:
-      if end == "errors":
-        response = {"status_code": 500, "body": {"error": {"message": "no"}}}
-        result = {"response": response, "error": None}
-      else:
-        error = {"code": "batch_expired", "message": "came too late"}
-        result = {"response": None, "error": error}
-      bad.append({"custom_id": line["custom_id"], **result})
-    final = {
-      "status": "completed" if end in ("completed", "errors") else "expired"
-    }
-    for name, results in (("output_file_id", good), ("error_file_id", bad)):
-      if results:
-        text = "".join(json.dumps(result) + "\n" for result in results)
-        final[name] = self._file(text.encode())["id"]
-    return final
+    status = "completed" if end in ("completed", "errors") else "expired"
+    batch["final"] = {"status": status}
+    bad = {"error": {"code": "batch_expired", "message": "came too late"}}
+    if end == "errors":
+      body = {"error": {"message": "no"}}
+      bad = {"response": {"status_code": 500, "body": body}}
+    for name, lines, result in (
+      ("output_file_id", done, self._result),
+      ("error_file_id", asked[len(done) :], lambda line: bad),
+    ):
+      if lines:
+        results = [{"custom_id": x["custom_id"]} | result(x) for x in lines]
+        text = "\n".join(map(json.dumps, results))
+        batch["final"][name] = self._file(text.encode())["id"]
 
-  def _line(self, line: dict) -> dict:
-    answer = self.server.complete(Request({}, line["body"]))
-    response = {
-      "status_code": answer.status,
-      "request_id": "r",
-      "body": json.loads(answer.body),
-    }
-    return {"id": "l", "custom_id": line["custom_id"], "response": response}
-
-  def _look(self, batch: dict):
-    shown = batch["shown"]
-    if shown["status"] == "validating":
-      shown["status"] = "in_progress"
-    else:
-      shown |= batch["final"]
-    return _json(shown)
+  def _result(self, line: dict) -> dict:
+    reply = self.server.complete(Request({}, line["body"]))
+    body = json.loads(reply.body)
+    return {"response": {"status_code": reply.status, "body": body}}
 
 
-def _json(value: Any) -> Answer:
-  return Answer(body=json.dumps(value).encode())
-
-
-class Server:
+class Server(http.server.ThreadingHTTPServer):
   """Serves a rule; a context manager, which closes every connection.
 
   Attributes:
-    rule: answers chat completions, each line of a batch among them.
-    requests: all chat completions that were asked for, in order.
-    batches: the files and batches that were sent.
-    in_flight: requests received and not answered yet.
-    most_in_flight: the highest number of these so far.
+    rule: of chat completions, the lines of a batch among them.
+    requests: all chat completions, in order.
+    batches: the files and batches.
+    most_in_flight: the most requests without a reply at a time.
   """
 
+  daemon_threads = True
+  block_on_close = False
+  request_queue_size = 64
+
   def __init__(self, rule: Rule, *, batch_script: str = "completed"):
+    super().__init__(("127.0.0.1", 0), _Handler)
+    self.url = f"http://127.0.0.1:{self.server_port}/v1"
     self.rule = rule
     self.batches = Batches(self, batch_script)
     self.requests: list[Request] = []
-    self.in_flight = 0
-    self.most_in_flight = 0
+    self.in_flight = self.most_in_flight = 0
     self.arrived = threading.Condition()
-    self.connections: set[asyncio.Transport] = set()
+    self.over = threading.Event()
 
   def __enter__(self) -> "Server":
-    ready = threading.Event()
-    self._thread = threading.Thread(
-      target=lambda: asyncio.run(self._run(ready))
-    )
-    self._thread.start()
-    ready.wait()
+    threading.Thread(
+      target=self.serve_forever, args=(0.01,), daemon=True
+    ).start()
     return self
 
   def __exit__(self, *exc_info) -> None:
-    self._loop.call_soon_threadsafe(self._stop.set)
-    self._thread.join()
+    self.over.set()
+    self.shutdown()
+    self.server_close()
 
-  async def _run(self, ready: threading.Event) -> None:
-    self._loop = asyncio.get_running_loop()
-    self._stop = asyncio.Event()
-    listener = await self._loop.create_server(
-      lambda: _Connection(self), "127.0.0.1", 0
-    )
-    port = listener.sockets[0].getsockname()[1]
-    self.url = f"http://127.0.0.1:{port}/v1"
-    ready.set()
-    try:
-      await self._stop.wait()
-    finally:
-      listener.close()
-      for transport in list(self.connections):
-        transport.abort()
-      await listener.wait_closed()
+  def handle_error(self, request, client_address) -> None:
+    pass  # a client that was killed, or that gave up
 
-  def wait_for(self, count: int, timeout_s: float = 60.0) -> None:
-    """Returns once `count` chat completions have been asked for."""
+  def wait_for(self, count: int) -> None:
+    """Returns once `count` chat completions have been requested."""
     with self.arrived:
-      if not self.arrived.wait_for(
-        lambda: len(self.requests) >= count, timeout_s
-      ):
-        raise TimeoutError(f"{len(self.requests)} of {count} requests came")
+      assert self.arrived.wait_for(lambda: len(self.requests) >= count, 60)
 
-  def answer(
-    self, method: str, path: str, headers: dict[str, str], data: bytes
-  ) -> Answer:
-    """What is sent back for a request."""
-    # A proxy gets the whole address.
-    path = urllib.parse.urlsplit(path).path
-    if method == "POST" and path == "/v1/chat/completions":
-      return self.complete(Request(headers, json.loads(data)))
-    if path.startswith(("/v1/files", "/v1/batches")):
-      return self.batches.answer(method, path, headers, data)
-    return fails(404, f"no such path: {method} {path}")
-
-  def complete(self, request: Request) -> Answer:
-    """The rule's answer to one chat completion, which is counted."""
+  def complete(self, request: Request) -> Reply:
     with self.arrived:
       number = len(self.requests)
       self.requests.append(request)
@@ -391,97 +321,55 @@ class Server:
     return self.rule(request, number)
 
 
-class _Connection(asyncio.Protocol):
-  """One connection: a request, its answer, the next request."""
+class _Handler(http.server.BaseHTTPRequestHandler):
+  protocol_version = "HTTP/1.1"
+  server: Server
 
-  def __init__(self, server: Server):
-    self._server = server
-    self._data = bytearray()
-    self._busy = False
-    self._timer: asyncio.TimerHandle | None = None
+  def log_message(self, *unused) -> None:
+    pass
 
-  def connection_made(self, transport) -> None:
-    self._transport = transport
-    self._server.connections.add(transport)
-
-  def connection_lost(self, exc) -> None:
-    self._server.connections.discard(self._transport)
-    if self._timer:
-      self._timer.cancel()
-    if self._busy:
-      self._server.in_flight -= 1
-
-  def data_received(self, data: bytes) -> None:
-    self._data += data
-    self._next()
-
-  def _next(self) -> None:
-    end = self._data.find(b"\r\n\r\n")
-    if self._busy or end < 0:
-      return
-    first, *lines = self._data[:end].decode("latin-1").split("\r\n")
-    headers = {
-      name.lower(): value.strip()
-      for name, _, value in (line.partition(":") for line in lines)
-    }
-    start = end + 4
-    length = int(headers.get("content-length", "0"))
-    if len(self._data) < start + length:
-      return
-    data = bytes(self._data[start : start + length])
-    del self._data[: start + length]
-    self._busy = True
-    server = self._server
-    server.in_flight += 1
-    server.most_in_flight = max(server.most_in_flight, server.in_flight)
-    method, path, *_ = first.split(" ")
+  def do_GET(self) -> None:
+    server = self.server
+    with server.arrived:
+      server.in_flight += 1
+      server.most_in_flight = max(server.most_in_flight, server.in_flight)
+    data = self.rfile.read(int(self.headers.get("content-length", "0")))
     try:
-      answer = server.answer(method, path, headers, data)
+      reply = self._reply(data)
     except Exception as error:  # a broken rule must not look like a hang
-      answer = fails(500, f"fake server: {error!r}")
-    if answer.hold_s:
-      self._later(answer.hold_s, self._send, answer)
+      reply = fails(500, f"fake server: {error!r}")
+    server.over.wait(reply.hold_s) if reply.hold_s else None
+    with server.arrived:
+      server.in_flight -= 1
+    if reply.reset or server.over.is_set():
+      linger = struct.pack("ii", 1, 0)
+      self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+      self.close_connection = True
+      return
+    body = reply.body[: len(reply.body) // 2] if reply.cut else reply.body
+    self.close_connection = reply.cut
+    self.send_response(reply.status)
+    self.send_header("content-type", reply.content_type)
+    self.send_header("content-length", str(len(reply.body)))
+    for header in reply.headers:
+      self.send_header(*header)
+    self.end_headers()
+    if not reply.drip_s:
+      self.wfile.write(body)
     else:
-      self._send(answer)
+      for byte in body:
+        self.wfile.write(bytes([byte]))
+        server.over.wait(reply.drip_s)
 
-  def _later(self, wait_s: float, call, *arguments) -> None:
-    loop = asyncio.get_running_loop()
-    self._timer = loop.call_later(wait_s, call, *arguments)
+  do_POST = do_GET
 
-  def _send(self, answer: Answer) -> None:
-    if answer.reset:
-      self._transport.abort()
-      return
-    body = answer.body[: len(answer.body) // 2] if answer.cut else answer.body
-    head = _head(answer)
-    if answer.drip_s:
-      self._transport.write(head)
-      self._drip(body, answer.drip_s)
-      return
-    self._transport.write(head + body)
-    self._done(close=answer.cut)
-
-  def _drip(self, body: bytes, wait_s: float) -> None:
-    if not body:
-      self._done(close=False)
-      return
-    self._transport.write(body[:1])
-    self._later(wait_s, self._drip, body[1:], wait_s)
-
-  def _done(self, *, close: bool) -> None:
-    self._busy = False
-    self._server.in_flight -= 1
-    if close:
-      self._transport.close()
-    else:
-      self._next()
-
-
-def _head(answer: Answer) -> bytes:
-  lines = [
-    f"HTTP/1.1 {answer.status} {_REASONS.get(answer.status, '-')}",
-    f"content-type: {answer.content_type}",
-    f"content-length: {len(answer.body)}",
-    *(f"{name}: {value}" for name, value in answer.headers),
-  ]
-  return "\r\n".join(lines).encode() + b"\r\n\r\n"
+  def _reply(self, data: bytes) -> Reply:
+    # A proxy gets the whole address.
+    path = urllib.parse.urlsplit(self.path).path
+    if path == "/v1/chat/completions":
+      headers = {name.lower(): value for name, value in self.headers.items()}
+      return self.server.complete(Request(headers, json.loads(data)))
+    if path.startswith(("/v1/files", "/v1/batches")):
+      kind = self.headers.get("content-type", "")
+      return self.server.batches.reply(self.command, path, kind, data)
+    return fails(404, f"no such path: {path}")

@@ -1,25 +1,27 @@
+"""Dollars and tokens: the budget's cap, judge.json, and the estimate."""
+
 import dataclasses
 import json
-import pathlib
 
 import judge_server
 import pytest
 import test_console
-from test_judging_client import TEMPLATE, settings
-from test_judging_runner import judge_with, response, verdicts, write
-
-from dpo_jax.core import console
-from dpo_jax.judging import (
-  budget,
-  client,
-  prompts,
-  questions,
-  runner,
-  usage,
+from test_judging_client import NOWHERE, TEMPLATE, settings
+from test_judging_runner import (
+  judge_with,
+  ledger,
+  response,
+  responses,
+  verdicts,
+  write,
 )
 
-# Dollars for a million tokens, so that a token costs 1 and 2 dollars here.
+from dpo_jax import judging
+from dpo_jax.core import console
+from dpo_jax.judging import budget, client, prompts, questions, runner, usage
+
 mode = test_console.mode
+# Dollars per million tokens: a token costs 1 and 2 dollars here.
 DEAR = ("judge-as-asked 1e6 2e6",)
 
 
@@ -31,8 +33,8 @@ def says_using(prompt_tokens: int, completion_tokens: int):
   return judge_server.says("Comparison: x.\nMore helpful: A", usage=usage)
 
 
-def ledger(workdir) -> dict:
-  return json.loads((workdir / "verdicts" / "judge.json").read_text())
+# 140 dollars.
+REPLY = judge_server.in_turn(says_using(100, 20))
 
 
 def bound_of(request: judge_server.Request) -> int:
@@ -40,27 +42,22 @@ def bound_of(request: judge_server.Request) -> int:
   return len(request.prompt.encode()) + 64 + 2 * 64
 
 
-def test_nothing_is_sent_beyond_the_budget_and_a_higher_one_goes_on(tmp_path):
-  write(tmp_path, [response(n, f" answer {n}") for n in range(10)])
-  rule = lambda request, number: says_using(100, 20)  # noqa: E731
-  with judge_server.Server(rule) as server:
+def test_nothing_is_sent_beyond_the_budget_and_a_higher_one_continues(tmp_path):
+  write(tmp_path, responses(10))
+  with judge_server.Server(REPLY) as server:
 
     def run(cap, **changes):
-      return runner.run(
-        judge_with(server, budget_usd=cap, prices=DEAR, **changes), tmp_path
-      )
+      used = judge_with(server, budget_usd=cap, prices=DEAR, **changes)
+      return runner.run(used, tmp_path)
 
     first = run(3000.0, concurrency=4)
-    # A verdict costs 140. A call is let through while its bound fits.
-    bound = bound_of(server.requests[0])
-    asked = first.asked
-    assert len(server.requests) == asked
+    bound, asked = bound_of(server.requests[0]), first.asked
+    assert len(server.requests) == len(verdicts(tmp_path)) == asked
     assert 140 * asked <= 3000
     # One call of this bound fits after n others, until one does not.
     assert 140 * (asked - 1) + bound <= 3000 < 140 * asked + bound
     assert first.not_dispatched == 20 - asked
     assert f"INCOMPLETE: {20 - asked} of 20 questions were not" in str(first)
-    assert len(verdicts(tmp_path)) == asked
     kept = ledger(tmp_path)
     assert (kept["complete"], kept["not_dispatched"]) == (False, 20 - asked)
     assert kept["cost"] == pytest.approx(140 * asked)
@@ -78,35 +75,31 @@ def test_nothing_is_sent_beyond_the_budget_and_a_higher_one_goes_on(tmp_path):
 
 def test_calls_in_flight_are_reserved(tmp_path):
   """Many at once could each see an unspent budget."""
-  write(tmp_path, [response(n, f" answer {n}") for n in range(20)])
+  write(tmp_path, responses(20))
   slow = dataclasses.replace(says_using(1000, 64), hold_s=0.02)
-  with judge_server.Server(lambda request, number: slow) as server:
+  with judge_server.Server(judge_server.in_turn(slow)) as server:
     used = judge_with(server, budget_usd=5000.0, prices=DEAR, concurrency=16)
     summary = runner.run(used, tmp_path)
   # 1,128 dollars each, less than the bound: a fifth call would make 5,640.
-  assert bound_of(server.requests[0]) >= 1128
-  assert (
-    len(server.requests)
-    == summary.asked
-    == 4 - (3 * 1128 + bound_of(server.requests[0]) > 5000)
-  )
+  bound = bound_of(server.requests[0])
+  assert bound >= 1128
+  expected = 4 - (3 * 1128 + bound > 5000)
+  assert len(server.requests) == summary.asked == expected
   assert ledger(tmp_path)["cost"] <= 5000
 
 
 def test_a_call_without_a_count_costs_its_bound_in_later_runs_too(tmp_path):
   write(tmp_path, [response(0)])
-  answers = [dataclasses.replace(says_using(1, 1), cut=True), says_using(1, 1)]
-  rule = lambda request, n: answers[min(n, 1)]  # noqa: E731
+  lost = dataclasses.replace(says_using(1, 1), cut=True)
+  rule = judge_server.in_turn(lost, says_using(1, 1))
   with judge_server.Server(rule) as server:
     used = judge_with(server, budget_usd=1e6, prices=DEAR, concurrency=1)
     runner.run(used, tmp_path)
     bound = bound_of(server.requests[0])
     assert ledger(tmp_path)["cost"] == pytest.approx(bound + 2 * 3)
-    write(tmp_path, [response(0), response(1)])
     # Room for a new call on its own, but not after what was paid before.
     tight = judge_with(server, budget_usd=bound + 100.0, prices=DEAR)
-    assert runner.run(tight, tmp_path).not_dispatched == 0  # an equal question
-    write(tmp_path, [response(0), response(1), response(2, " else")])
+    write(tmp_path, [response(0), response(2, " else")])
     assert runner.run(tight, tmp_path).not_dispatched == 2
 
 
@@ -119,19 +112,18 @@ def test_an_error_of_the_server_costs_nothing(tmp_path):
       server, budget_usd=1e6, prices=DEAR, concurrency=1, max_retries=3
     )
     runner.run(used, tmp_path)
-  row = verdicts(tmp_path)[0]
-  cost = sum(
-    r.prompt_tokens + 2 * r.completion_tokens for r in verdicts(tmp_path)
+  rows = verdicts(tmp_path)
+  assert rows[0].prompt_tokens > 0
+  assert ledger(tmp_path)["cost"] == pytest.approx(
+    sum(row.prompt_tokens + 2 * row.completion_tokens for row in rows)
   )
-  assert row.prompt_tokens > 0
-  assert ledger(tmp_path)["cost"] == pytest.approx(cost)
   assert ledger(tmp_path)["calls"] == 5
 
 
 def test_a_killed_run_has_spent_what_its_rows_say(tmp_path):
   """It wrote rows, and judge.json as it was before them."""
   write(tmp_path, [response(0)])
-  with judge_server.Server(lambda request, n: says_using(100, 20)) as server:
+  with judge_server.Server(REPLY) as server:
     used = judge_with(server, budget_usd=1e6, prices=DEAR)
     runner.run(used, tmp_path)
     before = (tmp_path / "verdicts" / "judge.json").read_bytes()
@@ -143,10 +135,9 @@ def test_a_killed_run_has_spent_what_its_rows_say(tmp_path):
   assert ledger(tmp_path)["cost"] == pytest.approx(4 * 140)
 
 
-def test_a_shared_answer_is_paid_for_once(tmp_path):
+def test_a_shared_reply_is_paid_for_once(tmp_path):
   write(tmp_path, [response(0), response(0, sample_id=1)])
-  rule = lambda request, number: says_using(100, 20)  # noqa: E731
-  with judge_server.Server(rule) as server:
+  with judge_server.Server(REPLY) as server:
     runner.run(judge_with(server, prices=DEAR), tmp_path)
     write(tmp_path, [response(0, model="sft")], "sft.jsonl")
     runner.run(judge_with(server, prices=DEAR), tmp_path)
@@ -155,17 +146,14 @@ def test_a_shared_answer_is_paid_for_once(tmp_path):
   assert ledger(tmp_path)["cost"] == pytest.approx(280.0)
 
 
-def test_a_budget_needs_prices(tmp_path):
-  with pytest.raises(
-    ValueError, match=r"budget_usd=1 cannot.*'judge-as-asked'"
-  ):
-    settings("http://127.0.0.1:9/v1", budget_usd=1.0)
+def test_a_cost_without_a_price_is_unknown(tmp_path, capsys):
   write(tmp_path, [response(0)])
-  # Calls that gave no verdict cost, and another judge may take their place.
-  garbage = judge_server.says("Hm.")
-  with judge_server.Server(lambda request, number: garbage) as server:
-    summary = runner.run(judge_with(server), tmp_path)
-    assert "dollars" not in str(summary)
+  # Calls without a verdict cost, and another judge may replace theirs.
+  rule = judge_server.in_turn(judge_server.says("Hm."))
+  with judge_server.Server(rule) as server:
+    with pytest.raises(judging.Stop):
+      runner.run(judge_with(server), tmp_path)
+    assert "dollars" not in capsys.readouterr().out
     assert ledger(tmp_path)["cost"] is None
     other = judge_with(server, model="b", budget_usd=1.0, prices=("b 1 1",))
     with pytest.raises(ValueError, match="price is unknown"):
@@ -180,40 +168,43 @@ def test_a_price_that_is_none(line):
     budget.read_prices([line])
 
 
-def test_a_price_that_stands_twice():
+def test_prices():
   assert budget.read_prices(["m 1 2"])["m"].of(3, 4) == pytest.approx(11e-6)
-  with pytest.raises(ValueError, match="'m' is there more than once"):
+  with pytest.raises(ValueError, match="'m' has more than one entry"):
     budget.read_prices(["m 1 2", "m 1 2"])
-
-
-def test_the_estimate_stands_before_the_first_call(tmp_path, capfd):
-  write(tmp_path, [response(n, f" answer {n}") for n in range(3)])
-  seen = []
-
-  def rule(request, number):
-    seen.append(capfd.readouterr().err if not seen else "")
-    return judge_server.prefer_longer(request, number)
-
-  with judge_server.Server(rule) as server:
-    used = judge_with(
-      server, prices=DEAR, requests_per_minute=6000.0, expected_reply_s=9.0
-    )
-    runner.run(used, tmp_path)
-  tokens = round(sum(len(r.prompt.encode()) for r in server.requests) / 4)
-  assert f"6 questions: some {tokens:,} + 120 tokens, 0.1 minutes" in seen[0]
-  assert f"{tokens + 240:.4f} dollars" in seen[0]
 
 
 def test_the_cost_is_shown_while_questions_are_asked(
   tmp_path, mode, monkeypatch, capsys
 ):
-  write(tmp_path, [response(n, f" answer {n}") for n in range(3)])
+  write(tmp_path, responses(3))
   monkeypatch.setattr(console, "EVERY_S", 0.0)
   mode("json")
-  with judge_server.Server(judge_server.prefer_longer) as server:
-    runner.run(judge_with(server, prices=DEAR, concurrency=1), tmp_path)
-  said = map(json.loads, capsys.readouterr().err.splitlines())
-  shown = [line for line in said if line["event"] == "progress"]
+  seen = []
+
+  def rule(request, number):
+    seen.append(capsys.readouterr().err)
+    return judge_server.prefer_longer(request, number)
+
+  with judge_server.Server(rule) as server:
+    used = judge_with(
+      server,
+      prices=DEAR,
+      concurrency=1,
+      requests_per_minute=6000.0,
+      expected_reply_s=9.0,
+    )
+    runner.run(used, tmp_path)
+  tokens = round(sum(len(r.prompt.encode()) for r in server.requests) / 4)
+  # Before the first call: 6 times 9 s.
+  assert f"6 questions: some {tokens:,} + 120 tokens, 0.9 minutes" in seen[0]
+  assert f"{tokens + 240:.4f} dollars" in seen[0]
+  err = "".join(seen) + capsys.readouterr().err
+  shown = [
+    line
+    for line in map(json.loads, err.splitlines())
+    if line["event"] == "progress"
+  ]
   assert [line["done"] for line in shown] == [1, 2, 3, 4, 5, 6]
   dollars = [line["dollars"] for line in shown]
   assert dollars == sorted(set(dollars))
@@ -221,67 +212,50 @@ def test_the_cost_is_shown_while_questions_are_asked(
   assert shown[-1]["tokens in"] == ledger(tmp_path)["prompt_tokens"]
 
 
-def files(directory):
-  return {path: path.read_bytes() for path in directory.rglob("*.*")}
-
-
 def test_an_estimate_alone_asks_and_writes_nothing(tmp_path, monkeypatch):
   monkeypatch.delenv("UNSET_KEY", raising=False)
-  write(tmp_path, [response(n, f" answer {n}") for n in range(3)])
-  before = files(tmp_path)
+  write(tmp_path, responses(3))
+  before = sorted(tmp_path.rglob("*"))
   with judge_server.Server(judge_server.prefer_longer) as server:
-    # No key is needed where nobody is asked.
+    # No key is needed.
     used = judge_with(server, prices=DEAR, api_key_env="UNSET_KEY")
     found = runner.estimate(used, tmp_path)
     assert not server.requests
-    assert files(tmp_path) == before
-    # What is asked then is what was estimated; 40 tokens a reply, as expected.
+    assert sorted(tmp_path.rglob("*")) == before
     runner.run(judge_with(server, prices=DEAR), tmp_path)
     assert found.calls == len(server.requests) == 6
     assert found.prompts == 3
     size = sum(len(r.prompt.encode()) for r in server.requests)
     assert found.prompt_tokens == round(size / 4)
-    assert found.completion_tokens == 6 * used.server.expected_reply_tokens
-    price = used.server.price
-    assert found.dollars == pytest.approx(
-      price.of(found.prompt_tokens, found.completion_tokens)
-    )
-    # Only what has no verdict counts, beside what was spent.
-    write(tmp_path, [response(n, f" answer {n}") for n in range(4)])
+    # Only what has no verdict counts, after the cost so far.
+    write(tmp_path, responses(4))
     again = runner.estimate(used, tmp_path)
     assert again.calls == 2
     assert again.before == ledger(tmp_path)["cost"] > 0
 
 
 def test_an_estimate_by_hand():
-  settings_ = settings(
-    "http://127.0.0.1:9/v1",
+  used = settings(
+    NOWHERE,
     prices=("judge-as-asked 1 4",),
     budget_usd=10.0,
     requests_per_minute=0.25,
     tokens_per_minute=400.0,
     expected_reply_tokens=50,
   )
-  row = response(0)
-  log = usage.UsageLog(
-    pathlib.Path("none"), *_judged_by(settings_), rows=[], responses=[row]
-  )
-  case = questions.Case(None, row, "model_first")
+  case = questions.Case(None, response(0), "model_first")
   size = len(prompts.fill(TEMPLATE, case.question).encode())
-  plan = questions.Plan(2, {"a": [case], "b": [case]}, [], {}, 0)
+  plan = questions.Plan(2, {"a": [case], "b": [case]}, [], {})
   tokens = round(2 * size / 4)
   # 2 s by one at a time, 8 minutes by the requests, fewer by the tokens.
-  assert log.estimate(plan) == usage.Estimate(
-    2, tokens, 100, 8.0, pytest.approx((tokens + 400) / 1e6), 0.0, 10.0, 1
+  assert usage.estimate(plan, client.Client(used), 1, 3) == usage.Estimate(
+    2, tokens, 100, 8.0, pytest.approx((tokens + 400) / 1e6), 0.0, 10.0, 3
   )
-  made = usage.Estimate(9, 9, 9, 1.0, 1.2, 2.0, 10.0, 150)
-  assert "will not do" not in str(made)
-  assert "will not do" in str(dataclasses.replace(made, cap=3.0))
+  found = usage.Estimate(9, 9, 9, 1.0, 1.2, 2.0, 10.0, 150)
+  assert "not enough" not in str(found)
+  assert "not enough" in str(dataclasses.replace(found, cap=3.0))
   # See the tests of intervals.
-  assert "with 150 prompts, differences of 16.9 points between" in str(made)
-  assert "points" not in str(dataclasses.replace(made, prompts=1))
-
-
-def _judged_by(used):
-  asked = client.Client(used, 1)
-  return asked.judge, asked
+  assert "with 150 prompts, a difference between two models of 16.9 points" in (
+    str(found)
+  )
+  assert "points" not in str(dataclasses.replace(found, prompts=1))

@@ -1,7 +1,8 @@
+"""Requests, retries and waits of the client, and every fault of a server."""
+
 import asyncio
-import collections
+import dataclasses
 import email.utils
-import socket
 import time
 
 import judge_server
@@ -10,8 +11,11 @@ import pytest
 from dpo_jax import judging
 from dpo_jax.judging import client, prompts
 
+NOWHERE = "http://127.0.0.1:9/v1"
 KEY = "sk-planted-0123456789"
 QUESTION = judging.Question("\n\nHuman: hi\n\nAssistant:", " longer", " no")
+TEMPLATE = prompts.load("dialogue", output="text", ties=False)
+GOOD = judge_server.says("Comparison: x.\nMore helpful: B")
 
 
 def settings(url, **changes) -> client.ServerSettings:
@@ -46,36 +50,31 @@ def settings(url, **changes) -> client.ServerSettings:
 
 def ask(used, questions=(QUESTION,)) -> list[judging.Reply]:
   async def go():
-    async with client.Client(used, 8) as judge:
+    async with client.Client(used) as judge:
       return await asyncio.gather(*map(judge.ask, questions))
 
   return asyncio.run(go())
 
 
-TEMPLATE = prompts.load("dialogue", output="text", ties=False)
-
-
-GOOD = judge_server.says("Comparison: x.\nMore helpful: B")
+# --- requests
 
 
 def test_a_request_carries_the_prompt_and_the_settings(monkeypatch):
   monkeypatch.setenv("MY_JUDGE_KEY", KEY + "\n")
-  with judge_server.Server(judge_server.prefer_longer) as fake:
-    used = settings(fake.url, api_key_env="MY_JUDGE_KEY", temperature=0.5)
+  with judge_server.Server(judge_server.prefer_longer) as server:
+    used = settings(server.url, api_key_env="MY_JUDGE_KEY", temperature=0.5)
     (reply,) = ask(used)
-  (request,) = fake.requests
+    ask(settings(server.url, max_tokens_name="max_completion_tokens"))
+  request, other = server.requests
   assert request.headers["authorization"] == f"Bearer {KEY}"
-  assert request.body == {
+  page = prompts.fill(TEMPLATE, QUESTION)
+  body = {
     "model": "judge-as-asked",
-    "messages": [
-      {
-        "role": "user",
-        "content": prompts.fill(TEMPLATE, QUESTION),
-      }
-    ],
+    "messages": [{"role": "user", "content": page}],
     "temperature": 0.5,
-    "max_tokens": 64,
   }
+  assert request.body == body | {"max_tokens": 64}
+  assert other.body == body | {"temperature": 0, "max_completion_tokens": 64}
   assert reply == judging.Reply(
     choice="first",
     text="Comparison: one is better.\nMore helpful: A",
@@ -83,44 +82,57 @@ def test_a_request_carries_the_prompt_and_the_settings(monkeypatch):
     error="",
     fingerprint="fp_fake",
     # A quarter of the bytes, as the server counts; 42 characters of reply.
-    prompt_tokens=-(-len(prompts.fill(TEMPLATE, QUESTION)) // 4),
+    prompt_tokens=-(-len(page) // 4),
     completion_tokens=11,
   )
 
 
-def test_the_cap_has_the_name_that_the_server_wants():
-  with judge_server.Server(judge_server.prefer_longer) as fake:
-    ask(settings(fake.url, max_tokens_name="max_completion_tokens"))
-  (request,) = fake.requests
-  assert request.body["max_completion_tokens"] == 64
-  assert "max_tokens" not in request.body
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_schema_and_logprobs_are_asked_for_and_read(ties):
+  rule = judge_server.always("tie" if ties else "B")
+  with judge_server.Server(rule) as server:
+    used = settings(server.url, output="json_schema", ties=ties, top_logprobs=5)
+    (reply,) = ask(used)
+  body = server.requests[0].body
+  schema = body["response_format"]["json_schema"]
+  assert body["response_format"]["type"] == "json_schema"
+  assert schema["strict"] is True
+  assert list(schema["schema"]["properties"]) == ["comparison", "choice"]
+  choices = schema["schema"]["properties"]["choice"]["enum"]
+  assert choices == (["A", "B", "tie"] if ties else ["A", "B"])
+  assert (body["logprobs"], body["top_logprobs"]) == (True, 5)
+  assert reply.choice == ("tie" if ties else "second")
+  # 0.9 for the choice, 0.1 for A.
+  assert reply.score == pytest.approx(0.1 + 0.45 if ties else 0.1)
 
 
 @pytest.mark.parametrize(
   "text", ["\u2028 👩‍👩‍👧 שלום \x00 \x1b \ufeff", '\r\n\t"\\', "| a\n|  b\n"]
 )
 def test_texts_arrive_exactly(text):
-  with judge_server.Server(judge_server.prefer_longer) as fake:
-    ask(settings(fake.url), [judging.Question(text, text + "1", text + "2")])
-  assert fake.requests[0].texts == (text, text + "1", text + "2")
+  with judge_server.Server(judge_server.prefer_longer) as server:
+    ask(settings(server.url), [judging.Question(text, text + "1", text + "2")])
+  assert server.requests[0].texts == (text, text + "1", text + "2")
 
 
-def test_the_environment_of_the_sdk_is_not_used(monkeypatch):
+def test_only_the_proxy_is_taken_from_the_environment(monkeypatch):
+  for name in ("http_proxy", "all_proxy", "no_proxy", "NO_PROXY", "ALL_PROXY"):
+    monkeypatch.delenv(name, raising=False)
   monkeypatch.setenv("OPENAI_API_KEY", KEY)
-  monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-  with judge_server.Server(judge_server.prefer_longer) as fake:
-    (reply,) = ask(settings(fake.url))
-  assert reply.choice == "first"
-  assert KEY not in str(fake.requests[0].headers)
+  monkeypatch.setenv("OPENAI_BASE_URL", NOWHERE)
+  with judge_server.Server(judge_server.prefer_longer) as proxy:
+    monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
+    (reply,) = ask(settings("http://judge.invalid/v1"))
+    assert reply.choice == "first"
+    assert proxy.requests[0].headers["host"] == "judge.invalid"
+    assert KEY not in str(proxy.requests[0].headers)
+    with judge_server.Server(judge_server.prefer_longer) as direct:
+      monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+      ask(settings(direct.url))
+    assert (len(direct.requests), len(proxy.requests)) == (1, 1)
 
 
-def test_no_server():
-  with socket.socket() as unused:
-    unused.bind(("127.0.0.1", 0))
-    url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
-    (reply,) = ask(settings(url))
-  assert reply.choice == "missing"
-  assert "connection failed" in reply.error
+# --- retries and waits
 
 
 @pytest.mark.parametrize(
@@ -142,16 +154,19 @@ def test_retry_after_is_waited_for_by_every_question(headers):
     asked_at.append(time.monotonic())
     return judge_server.fails(429, **headers) if number == 0 else GOOD
 
-  async def go(fake):
-    async with client.Client(settings(fake.url), 8) as judge:
+  async def go(server):
+    async with client.Client(settings(server.url)) as judge:
+      paused = asyncio.Event()
+      pause = judge.pacer.pause
+      judge.pacer.pause = lambda s: (pause(s), s > 0 and paused.set())
       first = asyncio.create_task(judge.ask(QUESTION))
-      # Asked later, and held back by the answer that the first one got.
-      while not (judge.limits.next_at > time.monotonic() or first.done()):
-        await asyncio.sleep(0.001)
+      # Asked after the first one's reply, and held back by it.
+      waits = (first, asyncio.create_task(paused.wait()))
+      await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
       return await asyncio.gather(first, judge.ask(QUESTION))
 
-  with judge_server.Server(rule) as fake:
-    replies = asyncio.run(go(fake))
+  with judge_server.Server(rule) as server:
+    replies = asyncio.run(go(server))
   assert [reply.choice for reply in replies] == ["second", "second"]
   assert len(asked_at) == 3
   if "GMT" not in headers["retry_after"]:
@@ -159,66 +174,156 @@ def test_retry_after_is_waited_for_by_every_question(headers):
 
 
 def test_a_wait_beyond_the_cap_ends_the_run():
-  answer = judge_server.fails(429, "slow", retry_after="3600")
+  reply = judge_server.fails(429, "slow", retry_after="3600")
   with (
-    judge_server.Server(judge_server.in_turn(answer)) as fake,
+    judge_server.Server(judge_server.in_turn(reply)) as server,
     pytest.raises(judging.Stop, match=r"wait of 3600 s.*max_wait_s=5.*later"),
   ):
-    ask(settings(fake.url))
-  assert len(fake.requests) == 1
+    ask(settings(server.url))
+  assert len(server.requests) == 1
 
 
 def test_all_waits_of_a_request_together_are_capped():
-  answer = judge_server.fails(429, "slow", retry_after_ms="100")
-  with judge_server.Server(judge_server.in_turn(answer)) as fake:
-    (reply,) = ask(settings(fake.url, max_retries=9, max_wait_s=0.25))
+  reply = judge_server.fails(429, "slow", retry_after_ms="100")
+  with judge_server.Server(judge_server.in_turn(reply)) as server:
+    (reply,) = ask(settings(server.url, max_retries=9, max_wait_s=0.25))
   assert reply.choice == "missing"
   assert "HTTP 429: slow; a wait of" in reply.error
   assert "max_wait_s=0.25" in reply.error
   # At 0, 0.1 and 0.2 s; a third wait would make 0.3 s.
-  assert len(fake.requests) == 3
-
-
-def test_the_proxy_of_the_environment_is_used_and_its_exceptions(monkeypatch):
-  for name in ("http_proxy", "all_proxy", "no_proxy", "NO_PROXY", "ALL_PROXY"):
-    monkeypatch.delenv(name, raising=False)
-  with judge_server.Server(judge_server.prefer_longer) as proxy:
-    monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
-    (reply,) = ask(settings("http://judge.invalid/v1"))
-    assert reply.choice == "first"
-    assert proxy.requests[0].headers["host"] == "judge.invalid"
-    with judge_server.Server(judge_server.prefer_longer) as direct:
-      monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-      (reply,) = ask(settings(direct.url))
-    assert (len(direct.requests), len(proxy.requests)) == (1, 1)
+  assert len(server.requests) == 3
 
 
 @pytest.mark.parametrize(
-  ("answer", "mend"),
+  ("caps", "tokens"), [((6000.0, 0.0), 1), ((0.0, 600_000.0), 100)]
+)
+def test_the_caps_space_requests_evenly(caps, tokens):
+  """A hundred requests a second, by either cap: ten of them take 90 ms."""
+
+  async def go():
+    pacer, begin = client.Pacer(*caps), time.monotonic()
+    for _ in range(10):
+      await pacer.wait(tokens)
+    return time.monotonic() - begin
+
+  assert asyncio.run(go()) >= 0.09
+
+
+# --- faults
+
+
+def echo(request, number):
+  """Repeats the key of the request."""
+  sent = request.headers["authorization"]
+  return judge_server.says(f"{sent}\nMore helpful: A", system_fingerprint=sent)
+
+
+def struck(**changes):
+  """The longer text wins, but the sending fails: fields of `Reply`."""
+  completion = judge_server.says("Comparison: x.\nMore helpful: A")
+  return dataclasses.replace(completion, **changes)
+
+
+STATUSES = (400, 408, 429, 500, 503)
+REPLIES = {
+  "longer": judge_server.prefer_longer,
+  "second": judge_server.always("B"),
+  "tie": judge_server.always("tie"),
+  "garbage": judge_server.says("Lorem ipsum, dolor sit amet."),
+  "empty": judge_server.says(""),
+  "null": judge_server.says(None),
+  "unsure": judge_server.says("Comparison: alike.\nMore helpful: A or B"),
+  "cut": judge_server.says("More helpful: A\nMore", finish_reason="length"),
+  "choiceless": judge_server.says("More helpful: A", choices=[]),
+  "echo": echo,
+  "refusal": judge_server.says("I'm sorry, but I can't assist with that."),
+  "refused": judge_server.says(None, refusal="I will not compare these."),
+  "filtered": judge_server.says("", finish_reason="content_filter"),
+  "html": judge_server.Reply(body=b"<html/>", content_type="text/html"),
+  "gateway": judge_server.Reply(502, b"<html/>", content_type="text/html"),
+  "junk": judge_server.Reply(body=b'{"id": "1", "choi\xff'),
+  "half": struck(cut=True),
+  "reset": struck(reset=True),
+  "hang": struck(hold_s=3600.0),
+  "drip": struck(drip_s=0.02),
+  "later": judge_server.fails(429, retry_after="0.05"),
+} | {str(status): judge_server.fails(status) for status in STATUSES}
+
+
+def in_turn(names: str) -> judge_server.Rule:
+  return judge_server.in_turn(*(REPLIES[name] for name in names.split()))
+
+
+# Replies in turn, further settings, what the reply is, its error, requests.
+ROWS = {
+  "longer": ({}, "first", "", 1),
+  "second": ({}, "second", "", 1),
+  "500 gateway longer": ({}, "first", "", 3),
+  "503 408 longer": ({}, "first", "", 3),
+  "429 429 longer": ({}, "first", "", 3),
+  "later longer": ({}, "first", "", 2),
+  "junk html longer": ({}, "first", "", 3),
+  "half reset longer": ({}, "first", "", 3),
+  "garbage longer": ({}, "first", "", 2),
+  "500": ({}, "missing", "HTTP 500: no", 3),
+  "html": ({}, "missing", "the reply is not a chat completion", 3),
+  "junk": ({}, "missing", "the reply is not a chat completion", 3),
+  "half": ({}, "missing", "connection failed", 3),
+  "reset": ({}, "missing", "connection failed", 3),
+  "hang": ({"timeout_s": 0.3}, "missing", "no reply within 0.3 s", 3),
+  # Every byte comes in time, the whole never does.
+  "drip": ({"timeout_s": 0.3}, "missing", "no reply within 0.3 s", 3),
+  "400": ({"output": "json_schema"}, "missing", "HTTP 400: no", 1),
+  "garbage": ({}, "missing", "no verdict in the reply", 2),
+  "empty": ({}, "missing", "no verdict in the reply", 2),
+  "null": ({}, "missing", "no verdict in the reply", 2),
+  "unsure": ({}, "missing", "no verdict in the reply", 2),
+  "tie": ({}, "missing", "no verdict in the reply", 2),
+  "cut": ({}, "missing", "cut at max_tokens", 2),
+  "choiceless": ({}, "missing", "the reply has no choices", 2),
+  "refusal": ({}, "refusal", "", 1),
+  "refused": ({}, "refusal", "", 1),
+  "filtered": ({}, "refusal", "", 1),
+}
+
+
+@pytest.mark.parametrize("names", ROWS)
+def test_a_fault_and_its_outcome(names):
+  changes, choice, error, requests = ROWS[names]
+  with judge_server.Server(in_turn(names)) as server:
+    (reply,) = ask(settings(server.url, **changes))
+  assert (reply.choice, bool(reply.error)) == (choice, bool(error))
+  assert error in reply.error
+  assert len(server.requests) == requests
+
+
+@pytest.mark.parametrize(
+  ("reply", "hint"),
   [
     (judge_server.fails(401, f"wrong key {KEY}"), "check the key in JKEY"),
     (judge_server.fails(403, f"{KEY} may not"), "check the key in JKEY"),
     (judge_server.fails(404, "no model"), "model='judge-as-asked'"),
     (
       judge_server.fails(429, "spent", code="insufficient_quota"),
-      "quota is spent",
+      "quota is exhausted",
     ),
   ],
 )
-def test_a_hopeless_run_stops_at_once_without_the_key(
-  monkeypatch, answer, mend
-):
+def test_a_hopeless_run_stops_at_once_without_the_key(monkeypatch, reply, hint):
   monkeypatch.setenv("JKEY", KEY)
   with (
-    judge_server.Server(judge_server.in_turn(answer)) as fake,
-    pytest.raises(judging.Stop, match=mend) as caught,
+    judge_server.Server(judge_server.in_turn(reply)) as server,
+    pytest.raises(judging.Stop, match=hint) as caught,
   ):
-    ask(settings(fake.url, api_key_env="JKEY"))
-  assert len(fake.requests) == 1
+    ask(settings(server.url, api_key_env="JKEY"))
+  assert len(server.requests) == 1
   error = caught.value
   while error is not None:
     assert KEY not in repr(error)
     error = error.__cause__ or error.__context__
+
+
+# --- settings
 
 
 @pytest.mark.parametrize(
@@ -229,14 +334,12 @@ def test_a_hopeless_run_stops_at_once_without_the_key(
     ({"api_key_env": KEY}, "must be the name of an environment variable"),
     ({"model": ""}, "model"),
     ({"max_tokens": 0}, "max_tokens=0"),
-    ({"temperature": float("nan")}, "temperature=nan"),
-    ({"timeout_s": float("nan")}, "timeout_s=nan"),
-    ({"max_retries": -1}, "max_retries=-1"),
+    ({"budget_usd": 1.0}, r"budget_usd=1 cannot.*'judge-as-asked'"),
   ],
 )
 def test_settings_that_make_no_sense(changes, message):
   with pytest.raises(ValueError, match=message) as caught:
-    settings("http://127.0.0.1/v1", **changes)
+    settings(NOWHERE, **changes)
   assert KEY not in str(caught.value)
 
 
@@ -246,26 +349,20 @@ def test_a_key_that_is_none(monkeypatch, value):
   if value is not None:
     monkeypatch.setenv("JKEY", value)
   with pytest.raises(ValueError, match="environment variable JKEY") as caught:
-    ask(settings("http://127.0.0.1:9/v1", api_key_env="JKEY"))
+    ask(settings(NOWHERE, api_key_env="JKEY"))
   assert not (value or "").strip() or value not in str(caught.value)
 
 
-def test_the_parameters_of_a_judge_tell_judges_apart():
-  async def identity(used):
-    async with client.Client(used, 8) as one:
-      judge = one.judge
-      return judge.name, judge.parameters, judge.template_hash
-
-  url = "http://127.0.0.1:9/v1"
+def test_the_identity_of_a_judge_has_all_that_a_reply_depends_on():
   variants = [
-    settings(url),
-    settings(url, model="other"),
-    settings(url, temperature=0.5),
-    settings(url, max_tokens=65),
-    # Where and how patiently a judge is asked does not change its answer.
+    settings(NOWHERE),
+    settings(NOWHERE, model="other"),
+    settings(NOWHERE, temperature=0.5),
+    settings(NOWHERE, max_tokens=65),
+    settings(NOWHERE, template="summary"),
+    # Where and how patiently a judge is asked changes no reply.
     settings("http://127.0.0.1:10/v1", timeout_s=1.0, max_retries=0),
   ]
-  found = [asyncio.run(identity(used)) for used in variants]
-  assert len(set(found)) == 4
+  found = [client.Client(used).judge.identity for used in variants]
+  assert len(set(found)) == 5
   assert found[0] == found[-1]
-  assert collections.Counter(found).most_common(1)[0][0] == found[0]

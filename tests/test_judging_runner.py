@@ -1,3 +1,5 @@
+"""Whole runs against a local server and by rewards: what is asked and kept."""
+
 import asyncio
 import collections
 import dataclasses
@@ -9,14 +11,19 @@ import threading
 
 import judge_server
 import pytest
-from test_judging_client import KEY, settings
+from test_judging_client import KEY, NOWHERE, in_turn, settings
 
 from dpo_jax import judging
 from dpo_jax.demo import world as world_lib
-from dpo_jax.io import hashing, jsonl, records
-from dpo_jax.judging import controls, questions, rewards, runner
+from dpo_jax.io import hashing, jsonl, locks, records
+from dpo_jax.judging import questions, rewards, runner
 
 PROMPT = "\n\nHuman: hi\n\nAssistant:"
+NO_CONTROLS = questions.ControlSettings(aa=0, gold=0, retests=0)
+ORACLE = runner.JudgeSettings(
+  "oracle", "both", 0, 8, "verdicts", NO_CONTROLS, None
+)
+GARBAGE = judge_server.says("Hm.")
 
 
 def response(number=0, text=" longer than it", chosen=" short", **changes):
@@ -39,14 +46,16 @@ def response(number=0, text=" longer than it", chosen=" short", **changes):
   return dataclasses.replace(row, **changes)
 
 
+def responses(count) -> list[records.Response]:
+  """On equal prompts, with texts of their own."""
+  return [response(n, f" answer {n}") for n in range(count)]
+
+
 def write(workdir, rows, name="dpo.jsonl"):
   path = workdir / "responses" / name
   path.unlink(missing_ok=True)
   with jsonl.Store(path, records.Response) as store:
     store.append_many(rows)
-
-
-NO_CONTROLS = controls.ControlSettings(aa=0, gold=0, retests=0)
 
 
 def judge_with(
@@ -66,13 +75,8 @@ def judge_with(
     concurrency=concurrency,
     verdicts=verdicts,
     controls=control,
-    server=settings(server.url, **changes),
+    server=settings(getattr(server, "url", server), **changes),
   )
-
-
-ORACLE = runner.JudgeSettings(
-  "oracle", "both", 0, 8, "verdicts", NO_CONTROLS, None
-)
 
 
 def verdicts(
@@ -81,8 +85,15 @@ def verdicts(
   return records.read(workdir / directory / name, records.Verdict)
 
 
+def ledger(workdir) -> dict:
+  return json.loads((workdir / "verdicts" / "judge.json").read_text())
+
+
+# --- notebooks
+
+
 def in_a_running_loop(call):
-  """What a notebook does: a loop of its own runs the cells."""
+  """As in a notebook, whose own loop runs the cells."""
 
   async def cell():
     return call()
@@ -109,7 +120,7 @@ def test_judges_from_a_notebook(tmp_path):
 def test_a_notebooks_interrupt_ends_the_judging(
   interval, tmp_path, monkeypatch
 ):
-  """Wherever it meets the thread that waits: many turns meet many places."""
+  """Many turns, so that it meets the waiting thread in many places."""
   ended = []
 
   async def endless(*unused):
@@ -129,13 +140,16 @@ def test_a_notebooks_interrupt_ends_the_judging(
       assert ended == [True] * turn
   finally:
     sys.setswitchinterval(usual)
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# --- orders and rows
 
 
 def test_both_orders_are_asked_and_read_back(tmp_path):
-  """A judge that likes the first slot, and one that likes the longer text."""
+  """A judge that prefers the first slot, and one that prefers longer texts."""
   write(tmp_path, [response(0), response(1, " s", " the longer one")])
-  first_slot = judge_server.says("Comparison: x.\nMore helpful: A")
-  with judge_server.Server(lambda request, n: first_slot) as server:
+  with judge_server.Server(judge_server.always("A")) as server:
     summary = runner.run(judge_with(server), tmp_path)
   assert summary.outcomes == {"model": 2, "chosen": 2}
   assert {(row.order, row.verdict) for row in verdicts(tmp_path)} == {
@@ -143,9 +157,10 @@ def test_both_orders_are_asked_and_read_back(tmp_path):
     ("chosen_first", "chosen"),
   }
   with judge_server.Server(judge_server.prefer_longer) as server:
-    named = judge_with(server, model="longer", verdicts="verdicts-longer")
-    summary = runner.run(named, tmp_path)
-  assert summary.asked == 4
+    longer = judge_with(
+      server, model="longer", verdicts="verdicts-longer", top_logprobs=2
+    )
+    assert runner.run(longer, tmp_path).asked == 4
   rows = verdicts(tmp_path, directory="verdicts-longer")
   assert {(row.prompt_id, row.order): row.verdict for row in rows} == {
     ("p0", "model_first"): "model",
@@ -153,11 +168,13 @@ def test_both_orders_are_asked_and_read_back(tmp_path):
     ("p1", "model_first"): "chosen",
     ("p1", "chosen_first"): "chosen",
   }
+  # The server gives nine tenths to the longer text.
+  scores = {row.prompt_id: row.score for row in rows}
+  assert scores == {"p0": pytest.approx(0.9), "p1": pytest.approx(0.1)}
   row = next(r for r in rows if r.unit[0] == "p0" and "model_f" in r.order)
   assert row.prompt_tokens > 250
-  assert row.completion_tokens == 11
   assert dataclasses.replace(
-    row, key="", template_hash="", prompt_tokens=0, completion_tokens=0
+    row, key="", template_hash="", prompt_tokens=0, score=None
   ) == records.Verdict(
     key="",
     prompt_id="p0",
@@ -176,51 +193,42 @@ def test_both_orders_are_asked_and_read_back(tmp_path):
     response_chars=15,
     chosen_chars=6,
     prompt_tokens=0,
-    completion_tokens=0,
+    completion_tokens=11,
     raw="Comparison: one is better.\nMore helpful: A",
     error="",
   )
 
 
 def test_the_random_order_is_seeded_and_shared_by_models(tmp_path):
-  numbers = range(40)
   for model in ("sft", "dpo"):
-    rows = [response(n, f" {model} {n}", model=model) for n in numbers]
+    rows = [response(n, f" {model} {n}", model=model) for n in range(40)]
     write(tmp_path, rows, f"{model}.jsonl")
-  with judge_server.Server(judge_server.prefer_longer) as server:
-    runner.run(judge_with(server, orders="random"), tmp_path)
-    assert len(server.requests) == 80
-    orders = {
-      model: {
-        r.prompt_id: r.order for r in verdicts(tmp_path, f"{model}.jsonl")
-      }
-      for model in ("sft", "dpo")
-    }
-    assert orders["sft"] == orders["dpo"]
-    # 40 fair coins: 7 or fewer of a side has a chance of 2 in 100,000.
-    assert min(collections.Counter(orders["dpo"].values()).values()) > 7
-    # Another seed turns some round, and asks for these only.
-    summary = runner.run(judge_with(server, orders="random", seed=1), tmp_path)
-  assert 0 < summary.asked < 80
-  assert len(server.requests) == 80 + summary.asked
+  used = dataclasses.replace(ORACLE, kind="length", orders="random")
+  assert runner.run(used, tmp_path).asked == 80
+  orders = {
+    model: {r.prompt_id: r.order for r in verdicts(tmp_path, f"{model}.jsonl")}
+    for model in ("sft", "dpo")
+  }
+  assert orders["sft"] == orders["dpo"]
+  # 40 fair coins: 7 or fewer of a side has a chance of 2 in 100,000.
+  assert min(collections.Counter(orders["dpo"].values()).values()) > 7
+  # Another seed turns some round, and asks for these only.
+  assert 0 < runner.run(dataclasses.replace(used, seed=1), tmp_path).asked < 80
 
 
 def test_empty_references_identical_texts_and_empty_responses(tmp_path):
-  write(
-    tmp_path,
-    [
-      response(0, chosen=" \n"),
-      response(1, " Same. ", " Same."),
-      response(2, "", " reference"),
-    ],
-  )
+  rows = [
+    response(0, chosen=" \n"),
+    response(1, " Same. ", " Same."),
+    response(2, "", " reference"),
+  ]
+  write(tmp_path, rows)
   with judge_server.Server(judge_server.prefer_longer) as server:
     # One at a time: two in flight may arrive in either order.
     used = judge_with(server, concurrency=1)
     summary = runner.run(used, tmp_path)
     again = runner.run(used, tmp_path)
-  assert (summary.responses, summary.judged) == (3, 2)
-  assert (summary.asked, summary.identical) == (2, 2)
+  assert (summary.responses, summary.judged, summary.asked) == (3, 2, 2)
   assert [request.texts[1:] for request in server.requests] == [
     ("", " reference"),
     (" reference", ""),
@@ -233,24 +241,61 @@ def test_empty_references_identical_texts_and_empty_responses(tmp_path):
     ("p2", "chosen_first"): "chosen",
   }
   assert again == dataclasses.replace(summary, asked=0)
-  assert "2 ties without a call" in str(summary)
   assert "1 responses not judged" in str(summary)
+  write(tmp_path, [response(0, chosen="")])
+  (tmp_path / "verdicts" / "dpo.jsonl").unlink()
+  assert "verdicts: none" in str(runner.run(used, tmp_path))
 
 
-def test_a_rerun_asks_only_what_is_new_or_changed(tmp_path):
-  rows = [response(n, f" answer {n}") for n in range(6)]
+def test_judge_json_has_what_the_rows_cannot(tmp_path):
+  write(tmp_path, [response(1), response(0), response(2, chosen=" ")])
+  seen = []
+
+  def rule(request, number):
+    seen.append(ledger(tmp_path))
+    return judge_server.prefer_longer(request, number)
+
+  with judge_server.Server(rule) as server:
+    used = judge_with(server, temperature=0.5)
+    runner.run(used, tmp_path)
+    # Both prompts are one question in each order.
+    assert (seen[0]["complete"], seen[0]["not_dispatched"]) == (False, 4)
+    kept, rows = ledger(tmp_path), verdicts(tmp_path)
+    texts = [t for n in (0, 1) for t in (f"p{n}", PROMPT, " short")]
+    assert kept["data_fingerprint"] == hashing.content_hash(*texts)
+    assert kept["judge"] == "judge-as-asked"
+    assert kept["template"] == "dialogue"
+    assert kept["template_hash"] == rows[0].template_hash
+    assert json.loads(kept["parameters"])["temperature"] == 0.5
+    assert (kept["complete"], kept["missing"], kept["calls"]) == (True, 0, 2)
+    assert kept["prompt_tokens"] == sum(row.prompt_tokens for row in rows)
+    assert kept["completion_tokens"] == 22
+    server.rule = judge_server.in_turn(GARBAGE)
+    write(tmp_path, [response(0), response(1, " new")])
+    runner.run(used, tmp_path)
+  kept = ledger(tmp_path)
+  assert (kept["complete"], kept["missing"]) == (False, 2)
+  assert kept["calls"] == 2 + 4
+
+
+# --- resuming
+
+
+def test_a_rerun_asks_only_what_is_new_or_changed(tmp_path, capsys):
+  rows = responses(6)
   write(tmp_path, rows)
   with judge_server.Server(judge_server.prefer_longer) as server:
     runner.run(judge_with(server), tmp_path)
+    assert "12 questions asked; verdicts: 12 model" in capsys.readouterr().out
     before = (tmp_path / "verdicts" / "dpo.jsonl").read_bytes()
-    assert runner.run(judge_with(server), tmp_path).asked == 0
+    runner.run(judge_with(server), tmp_path)
+    assert "0 questions asked; verdicts: 12 model" in capsys.readouterr().out
     assert (tmp_path / "verdicts" / "dpo.jsonl").read_bytes() == before
     rows[2] = response(2, " edited")
     write(tmp_path, [*rows, response(6)])
     summary = runner.run(judge_with(server), tmp_path)
   assert summary.asked == 4
-  asked = {request.texts[1:] for request in server.requests[12:]}
-  assert asked == {
+  assert {request.texts[1:] for request in server.requests[12:]} == {
     (" edited", " short"),
     (" short", " edited"),
     (" longer than it", " short"),
@@ -261,88 +306,75 @@ def test_a_rerun_asks_only_what_is_new_or_changed(tmp_path):
 
 
 def test_equal_questions_are_asked_once(tmp_path):
-  """Two models that answer alike, and two samples of one of them."""
+  """Two models with equal responses, and two samples of one of them."""
   write(tmp_path, [response(0), response(0, sample_id=1)])
   write(tmp_path, [response(0, model="sft")], "sft.jsonl")
   with judge_server.Server(judge_server.prefer_longer) as server:
     assert runner.run(judge_with(server), tmp_path).asked == 2
-    # A later response with the same text takes the answer that is there.
+    # A later response with the same text takes the verdict on disk.
     write(tmp_path, [response(0, model="base")], "base.jsonl")
     assert runner.run(judge_with(server), tmp_path).asked == 0
     assert len(server.requests) == 2
-  rows = [
-    row
-    for name in ("dpo", "sft", "base")
-    for row in verdicts(tmp_path, f"{name}.jsonl")
-  ]
-  assert len(rows) == 8
-  assert len({row.unit for row in rows}) == 8
+  names = [f"{model}.jsonl" for model in ("dpo", "sft", "base")]
+  rows = [row for name in names for row in verdicts(tmp_path, name)]
+  assert len(rows) == len({row.unit for row in rows}) == 8
   assert {row.verdict for row in rows} == {"model"}
   assert len({row.key for row in rows}) == 2
 
 
-def test_an_edited_template_is_another_one(tmp_path):
-  write(tmp_path, [response(0)])
+@pytest.mark.parametrize("edited", [False, True])
+def test_another_judge_in_one_directory_is_refused_before_it_is_paid(
+  edited, tmp_path
+):
+  """A judge of another name, or an edited template."""
+  write(tmp_path, responses(2))
   path = tmp_path / "template.txt"
   path.write_text("{prompt}{first}{second}")
   with judge_server.Server(judge_server.prefer_longer) as server:
     used = judge_with(server, template=str(path))
-    assert runner.run(used, tmp_path).asked == 2
+    runner.run(used, tmp_path)
     assert runner.run(used, tmp_path).asked == 0
-    path.write_text("{prompt}{first}{second}.")
-    with pytest.raises(ValueError, match=r"on template.*verdicts-NAME"):
-      runner.run(used, tmp_path)
-    apart = dataclasses.replace(used, verdicts="verdicts-2")
-    assert runner.run(apart, tmp_path).asked == 2
-
-
-@pytest.mark.parametrize("other", ["judge", "template"])
-def test_another_judge_in_one_directory_is_refused_before_it_is_paid(
-  other, tmp_path
-):
-  write(tmp_path, [response(0), response(1)])
-  with judge_server.Server(judge_server.prefer_longer) as server:
-    runner.run(judge_with(server), tmp_path)
-    changes = {"judge": {"model": "m2"}, "template": {"template": "summary"}}
-    changed = judge_with(server, **changes[other])
-    asked = len(server.requests)
+    if edited:
+      path.write_text("{prompt}{first}{second}.")
+    else:
+      used = judge_with(server, template=str(path), model="m2")
     for call in (runner.run, runner.estimate):
       with pytest.raises(
-        ValueError, match=r"verdicts of judge .*verdicts-NAME"
+        ValueError, match=r"verdicts of judge .* on template.*verdicts-NAME"
       ):
-        call(changed, tmp_path)
-    assert len(server.requests) == asked
-    # A directory of its own takes it.
-    apart = dataclasses.replace(changed, verdicts="verdicts-other")
+        call(used, tmp_path)
+    assert len(server.requests) == 4
+    apart = dataclasses.replace(used, verdicts="verdicts-other")
     assert runner.run(apart, tmp_path).outcomes == {"model": 4}
 
 
-def test_a_judge_that_answered_nothing_may_be_replaced(tmp_path):
-  write(tmp_path, [response(0), response(1)])
-  garbage = judge_server.says("Hm.")
-  with judge_server.Server(lambda request, number: garbage) as server:
-    nothing = runner.run(judge_with(server), tmp_path)
-    assert nothing.outcomes == {"missing": 4}
-    assert nothing.nothing_read
-    assert "(4: no verdict in the reply)" in str(nothing)
-    server.rule = judge_server.prefer_longer
+def test_a_judge_without_a_verdict_fails_and_may_be_replaced(tmp_path, capsys):
+  write(tmp_path, responses(2))
+  with judge_server.Server(judge_server.in_turn(GARBAGE)) as server:
+    message = f"no verdict was read from {server.url}"
+    with pytest.raises(judging.Stop, match=message):
+      runner.run(judge_with(server), tmp_path)
+    out = capsys.readouterr().out
+    assert "INCOMPLETE: 4 of 4 verdicts are missing" in out
+    assert "(4: no verdict in the reply)" in out
+  with pytest.raises(judging.Stop, match="no verdict was read"):
+    runner.run(judge_with(NOWHERE, max_retries=0), tmp_path)
+  assert "connection failed" in capsys.readouterr().out
+  with judge_server.Server(judge_server.prefer_longer) as server:
     found = runner.run(judge_with(server, model="m2"), tmp_path)
   assert found.outcomes == {"model": 4}
-  assert not found.nothing_read
 
 
 def test_missing_verdicts_are_reported_and_asked_again(tmp_path):
-  write(tmp_path, [response(n, f" answer {n}") for n in range(3)])
-  garbage = judge_server.says("Hm.")
+  write(tmp_path, responses(3))
 
   def rule(request, number):
     bad = " answer 1" in request.texts[1:]
-    return garbage if bad else judge_server.prefer_longer(request, number)
+    return GARBAGE if bad else judge_server.prefer_longer(request, number)
 
   with judge_server.Server(rule) as server:
     summary = runner.run(judge_with(server), tmp_path)
     assert summary.outcomes == {"missing": 2, "model": 4}
-    assert summary.missing == 2
     assert "INCOMPLETE: 2 of 6 verdicts" in str(summary)
     missing = [r for r in verdicts(tmp_path) if r.verdict == "missing"]
     assert {(r.raw, r.error) for r in missing} == {
@@ -354,7 +386,7 @@ def test_missing_verdicts_are_reported_and_asked_again(tmp_path):
     assert len(server.requests) - before == 2
   assert summary.outcomes == {"model": 6}
   assert "INCOMPLETE" not in str(summary)
-  # The file keeps the failed calls; what is read of it is one row a unit.
+  # The file keeps the failed calls; reading it gives one row a unit.
   path = tmp_path / "verdicts" / "dpo.jsonl"
   assert path.read_bytes().count(b"\n") == 8
   assert len(verdicts(tmp_path)) == 6
@@ -362,46 +394,91 @@ def test_missing_verdicts_are_reported_and_asked_again(tmp_path):
 
 def test_refusals_are_kept_and_not_asked_again(tmp_path):
   write(tmp_path, [response(0)])
-  refusal = judge_server.says("I'm sorry, but I can't assist with that.")
-  with judge_server.Server(lambda request, n: refusal) as server:
-    summary = runner.run(judge_with(server), tmp_path)
-    assert summary.outcomes == {"refusal": 2}
+  with judge_server.Server(in_turn("refusal")) as server:
+    assert runner.run(judge_with(server), tmp_path).outcomes == {"refusal": 2}
     assert runner.run(judge_with(server), tmp_path).asked == 0
 
 
 def test_no_more_than_concurrency_in_flight(tmp_path):
-  write(tmp_path, [response(n, f" answer {n}") for n in range(10)])
-
-  def rule(request, number):
-    answer = judge_server.prefer_longer(request, number)
-    return dataclasses.replace(answer, hold_s=0.02)
-
+  write(tmp_path, responses(10))
+  rule = judge_server.held(after=0, seconds=0.02)
   with judge_server.Server(rule) as server:
     runner.run(judge_with(server, concurrency=3), tmp_path)
   assert server.most_in_flight == 3
 
 
-def test_a_bad_key_stops_and_keeps_what_was_answered(tmp_path, monkeypatch):
-  monkeypatch.setenv("JKEY", KEY)
-  write(tmp_path, [response(n, f" answer {n}") for n in range(30)])
+def test_a_second_judge_is_refused(tmp_path):
+  write(tmp_path, responses(2))
+  path = tmp_path / "verdicts" / "dpo.jsonl"
+  with (
+    judge_server.Server(judge_server.prefer_longer) as server,
+    jsonl.Store(path, records.Verdict),
+  ):
+    with pytest.raises(locks.Held, match=f"is held by pid {os.getpid()} on"):
+      runner.run(judge_with(server), tmp_path)
+    assert server.requests == []
+
+
+def test_a_run_through_every_fault_completes(tmp_path):
+  write(tmp_path, responses(60))
+  faulty = in_turn("500 later reset half html junk garbage empty refusal 503")
 
   def rule(request, number):
-    if number < 10:
+    if number % 4:
       return judge_server.prefer_longer(request, number)
-    return judge_server.fails(401, f"Incorrect API key: {KEY}")
+    return faulty(request, number // 4 % 10)
 
+  with judge_server.Server(rule) as server:
+    used = judge_with(server, max_retries=8, max_wait_s=30.0)
+    counts = runner.run(used, tmp_path).outcomes
+    server.rule = judge_server.prefer_longer
+    whole = runner.run(used, tmp_path)
+  assert sum(counts.values()) == 120
+  assert set(counts) <= {"model", "chosen", "missing", "refusal"}
+  assert counts["refusal"] > 0
+  assert whole.missing == 0
+  for row in verdicts(tmp_path):
+    assert (row.verdict == "missing") == bool(row.error)
+
+
+@pytest.mark.parametrize("status", [301, 307, 304])
+@pytest.mark.parametrize("mode", ["live", "batch"])
+def test_a_redirect_is_refused(status, mode, tmp_path, monkeypatch):
+  """Followed, it would take the key and the texts to another host."""
+  monkeypatch.setenv("JKEY", KEY)
+  write(tmp_path, [response()])
+  with judge_server.Server(judge_server.prefer_longer) as elsewhere:
+    moved = judge_server.fails(status, "moved", location=elsewhere.url)
+    with judge_server.Server(judge_server.in_turn(moved)) as server:
+      server.batches.trouble = [moved]
+      used = judge_with(server, api_key_env="JKEY", mode=mode)
+      with pytest.raises(judging.Stop, match=f"{status}.*{elsewhere.url}"):
+        runner.run(used, tmp_path)
+    assert not elsewhere.requests
+    assert not elsewhere.batches.files
+  assert verdicts(tmp_path) == []
+
+
+def test_a_bad_key_stops_and_keeps_the_verdicts_so_far(tmp_path, monkeypatch):
+  monkeypatch.setenv("JKEY", KEY)
+  write(tmp_path, responses(30))
+  bad = judge_server.fails(401, f"Incorrect API key: {KEY}")
+  rule = judge_server.in_turn(*[judge_server.prefer_longer] * 10, bad)
   with judge_server.Server(rule) as server:
     used = judge_with(server, concurrency=4, api_key_env="JKEY")
     with pytest.raises(judging.Stop, match=r"HTTP 401.*check the key in JKEY"):
       runner.run(used, tmp_path)
     assert len(server.requests) <= 14
-    # When the eleventh question was put, at most three others were open.
+    # At the eleventh question at most three others were open.
     assert 7 <= len(verdicts(tmp_path)) <= 10
     server.rule = judge_server.prefer_longer
     before = len(verdicts(tmp_path))
     assert runner.run(used, tmp_path).asked == 60 - before
   for path in tmp_path.rglob("*"):
     assert path.is_dir() or KEY.encode() not in path.read_bytes()
+
+
+# --- refused inputs
 
 
 def test_nothing_to_judge(tmp_path):
@@ -413,31 +490,28 @@ def test_nothing_to_judge(tmp_path):
   assert os.listdir(tmp_path) == ["responses"]
 
 
-def test_only_empty_references(tmp_path):
-  write(tmp_path, [response(0, chosen="")])
-  summary = runner.run(ORACLE, tmp_path)
-  assert (summary.asked, summary.judged) == (0, 0)
-  assert "verdicts: none" in str(summary)
-
-
-def test_a_response_that_stands_twice_is_refused(tmp_path):
-  write(tmp_path, [response(0)])
-  write(tmp_path, [response(0, " other")], "more.jsonl")
-  with pytest.raises(ValueError, match=r"more\.jsonl: .*'p0'.*dpo\.jsonl"):
-    runner.run(ORACLE, tmp_path)
-
-
-def test_verdicts_without_their_responses_are_refused(tmp_path):
+def test_responses_and_verdicts_that_do_not_fit_are_refused(tmp_path):
   write(tmp_path, [response(0, " Same.", " Same."), response(1, chosen="")])
   runner.run(ORACLE, tmp_path)
-  write(tmp_path, [response(1, chosen="")])
-  with pytest.raises(ValueError, match=r"verdicts on responses.*'p0'"):
+  write(tmp_path, [response(1, " other")], "more.jsonl")
+  with pytest.raises(ValueError, match=r"more\.jsonl: .*'p1'.*dpo\.jsonl"):
     runner.run(ORACLE, tmp_path)
-  (tmp_path / "responses" / "dpo.jsonl").rename(
-    tmp_path / "responses" / "sft.jsonl"
-  )
-  with pytest.raises(ValueError, match=r"not in responses/dpo\.jsonl"):
+  (tmp_path / "responses" / "dpo.jsonl").unlink()
+  with pytest.raises(ValueError, match=r"not in responses/dpo\.jsonl.*'p0'"):
     runner.run(ORACLE, tmp_path)
+  write(tmp_path, [response(0)], "controls.jsonl")
+  with pytest.raises(ValueError, match="rename it"):
+    runner.run(ORACLE, tmp_path)
+
+
+def test_a_reward_has_no_server_and_a_server_has_settings():
+  with pytest.raises(ValueError, match="kind='server' with server=None"):
+    dataclasses.replace(ORACLE, kind="server")
+  with pytest.raises(ValueError, match="kind='oracle'"):
+    dataclasses.replace(judge_with(NOWHERE), kind="oracle")
+
+
+# --- rewards
 
 
 def world_rows(count: int) -> list[records.Response]:
@@ -468,15 +542,12 @@ def test_the_oracle_prefers_the_higher_reward_in_either_order(tmp_path):
   assert runner.run(ORACLE, tmp_path).asked == 0
 
 
-def test_the_oracle_ties_on_equal_rewards_and_knows_its_world():
+def test_the_oracle_ties_on_equal_rewards():
   (row,) = world_rows(1)
-  judge = rewards.judge("oracle")
   # The reward reads words, so a newline after them changes nothing.
-  twin = row.chosen + "\n"
-  same = asyncio.run(judge.ask(judging.Question(row.prompt, row.chosen, twin)))
-  assert same.choice == "tie"
-  with pytest.raises(ValueError, match="hi"):
-    asyncio.run(judge.ask(judging.Question(PROMPT, "a", "b")))
+  question = judging.Question(row.prompt, row.chosen, row.chosen + "\n")
+  reply = asyncio.run(rewards.judge("oracle").ask(question))
+  assert reply.choice == "tie"
 
 
 def test_length_prefers_the_longer_text_of_any_prompt(tmp_path):
@@ -501,79 +572,5 @@ def test_a_prompt_of_another_world_ends_an_oracle_run(tmp_path):
   with pytest.raises(ValueError, match="hi") as caught:
     runner.run(dataclasses.replace(ORACLE, concurrency=1), tmp_path)
   assert not isinstance(caught.value, ExceptionGroup)
-  # Six questions were answered before the seventh could not be.
+  # Six questions were judged before the seventh could not be.
   assert len(verdicts(tmp_path)) == 6
-
-
-def test_the_key_depends_on_all_that_the_answer_depends_on():
-  async def nobody(question):
-    raise AssertionError
-
-  judge = judging.Judge("name", "parameters", "template", nobody)
-
-  def keys(judge, row, order="model_first"):
-    plan = questions.plan(judge, [questions.Case(None, row, order)], [])
-    return next(iter(plan.questions))
-
-  base = keys(judge, response(0))
-  others = [
-    keys(dataclasses.replace(judge, name="other"), response(0)),
-    keys(dataclasses.replace(judge, parameters="other"), response(0)),
-    keys(dataclasses.replace(judge, template_hash="other"), response(0)),
-    keys(judge, response(0), "chosen_first"),
-    keys(judge, response(0, prompt="\n\nHuman: ho\n\nAssistant:")),
-    keys(judge, response(0, " other")),
-    keys(judge, response(0, chosen=" other")),
-  ]
-  assert len({base, *others}) == 8
-  same = response(7, model="sft", step=3, temperature=0.5, sample_id=2, seed=9)
-  assert keys(judge, same) == base
-
-
-def test_a_score_is_of_the_models_text_in_either_order(tmp_path):
-  write(tmp_path, [response(0)])
-  with judge_server.Server(judge_server.prefer_longer) as server:
-    runner.run(judge_with(server, top_logprobs=2), tmp_path)
-  # The server gives nine tenths to the longer text, which is the model's.
-  assert [row.score for row in verdicts(tmp_path)] == pytest.approx([0.9, 0.9])
-
-
-def test_judge_json_says_what_the_rows_cannot(tmp_path):
-  write(tmp_path, [response(1), response(0), response(2, chosen=" ")])
-  with judge_server.Server(judge_server.prefer_longer) as server:
-    used = judge_with(server, temperature=0.5)
-    runner.run(used, tmp_path)
-  kept = json.loads((tmp_path / "verdicts" / "judge.json").read_text())
-  rows = verdicts(tmp_path)
-  texts = [t for n in (0, 1) for t in (f"p{n}", PROMPT, " short")]
-  assert kept["data_fingerprint"] == hashing.content_hash(*texts)
-  assert kept["judge"] == "judge-as-asked"
-  assert kept["template"] == "dialogue"
-  assert kept["template_hash"] == rows[0].template_hash
-  assert json.loads(kept["parameters"])["temperature"] == 0.5
-  assert (kept["complete"], kept["missing"]) == (True, 0)
-  # Both prompts are one question in each order.
-  assert kept["calls"] == 2
-  assert kept["prompt_tokens"] == sum(row.prompt_tokens for row in rows)
-  assert kept["completion_tokens"] == 22
-  garbage = judge_server.says("Hm.")
-  write(tmp_path, [response(0), response(1, " new")])
-  with judge_server.Server(lambda request, n: garbage) as server:
-    runner.run(judge_with(server, temperature=0.5), tmp_path)
-  kept = json.loads((tmp_path / "verdicts" / "judge.json").read_text())
-  assert (kept["complete"], kept["missing"]) == (False, 2)
-  assert kept["calls"] == 2 + 4
-
-
-def test_a_run_that_is_going_on_is_not_complete(tmp_path):
-  write(tmp_path, [response(0)])
-  seen = []
-
-  def rule(request, number):
-    path = tmp_path / "verdicts" / "judge.json"
-    seen.append(json.loads(path.read_text()))
-    return judge_server.prefer_longer(request, number)
-
-  with judge_server.Server(rule) as server:
-    runner.run(judge_with(server), tmp_path)
-  assert (seen[0]["complete"], seen[0]["not_dispatched"]) == (False, 2)

@@ -1,6 +1,7 @@
-"""judge.py in a process of its own: exit codes, messages, real kills."""
+"""judge.py in a process of its own: kills, and keys in its output."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import signal
@@ -8,14 +9,9 @@ import subprocess
 import sys
 
 import judge_server
-import pytest
-from test_judging_runner import (
-  NO_CONTROLS,
-  judge_with,
-  response,
-  verdicts,
-  write,
-)
+import planted
+from test_judging_client import in_turn
+from test_judging_runner import judge_with, response, verdicts, write
 
 from dpo_jax.judging import runner
 
@@ -43,20 +39,26 @@ def script(workdir, url, *flags) -> subprocess.Popen:
   )
 
 
-def test_three_kills_bill_no_answered_question_twice(tmp_path):
-  write(tmp_path, [response(n, f" answer {n}") for n in range(40)])
-  concurrency = 4
+def same_judge(server, **changes) -> runner.JudgeSettings:
+  """The judge of configs/judge.py:local."""
+  model = "Qwen/Qwen2.5-7B-Instruct"
+  return judge_with(server, model=model, max_tokens=256, **changes)
+
+
+def test_kills_bill_no_answered_question_twice(tmp_path):
+  write(tmp_path, [response(n, f" text {n}") for n in range(40)])
+  concurrency, kills = 4, 2
   ceiling = 0
 
   def rule(request, number):
-    # From the ceiling on nothing is answered, so no child can finish first.
-    answer = judge_server.prefer_longer(request, number)
+    # From the ceiling on there is no reply, so that no child finishes first.
     hold_s = 60.0 if number >= ceiling else 0.005
-    return dataclasses.replace(answer, hold_s=hold_s)
+    reply = judge_server.prefer_longer(request, number)
+    return dataclasses.replace(reply, hold_s=hold_s)
 
   path = tmp_path / "verdicts" / "dpo.jsonl"
   with judge_server.Server(rule) as server:
-    for kill in range(1, 4):
+    for kill in range(1, kills + 1):
       ceiling = kill * 20
       with script(
         tmp_path, server.url, f"--config.concurrency={concurrency}"
@@ -65,38 +67,25 @@ def test_three_kills_bill_no_answered_question_twice(tmp_path):
         child.send_signal(signal.SIGKILL)
     assert 0 < path.read_bytes().count(b"\n") < 80
     server.rule = judge_server.prefer_longer
-    # The judge of configs/judge.py:local, under another address.
-    same = judge_with(
-      server,
-      model="Qwen/Qwen2.5-7B-Instruct",
-      max_tokens=256,
-      control=NO_CONTROLS,
-    )
-    runner.run(same, tmp_path)
-  # Each key stands once, and only calls in flight at a kill were repeated.
+    runner.run(same_judge(server), tmp_path)
+  # Each key occurs once, and only calls in flight at a kill were repeated.
   lines = path.read_bytes().splitlines()
   assert len(lines) == len(verdicts(tmp_path)) == 80
   assert len({row.key for row in verdicts(tmp_path)}) == 80
-  assert 80 <= len(server.requests) <= 80 + 3 * concurrency
+  assert 80 <= len(server.requests) <= 80 + kills * concurrency
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
-def test_a_signal_keeps_what_was_answered(tmp_path, name):
-  write(tmp_path, [response(n, f" answer {n}") for n in range(20)])
-
-  def rule(request, number):
-    answer = judge_server.prefer_longer(request, number)
-    return dataclasses.replace(answer, hold_s=30.0 if number >= 12 else 0.0)
-
+def test_a_signal_keeps_the_verdicts_so_far(tmp_path):
+  write(tmp_path, [response(n, f" text {n}") for n in range(20)])
   with (
-    judge_server.Server(rule) as server,
+    judge_server.Server(judge_server.held(after=12)) as server,
     script(tmp_path, server.url, "--config.concurrency=2") as child,
   ):
     server.wait_for(14)
-    child.send_signal(signal.Signals[name])
+    child.send_signal(signal.SIGTERM)
     _, err = child.communicate(timeout=30)
-  assert child.returncode == 128 + signal.Signals[name]
-  assert f"error: stopped by {name}" in err
+  assert child.returncode == 128 + signal.SIGTERM
+  assert "error: stopped by SIGTERM" in err
   assert "Traceback" not in err
   assert len(verdicts(tmp_path)) == 12
   assert sorted(os.listdir(tmp_path / "verdicts")) == [
@@ -106,71 +95,32 @@ def test_a_signal_keeps_what_was_answered(tmp_path, name):
   ]
 
 
-def test_a_server_that_is_not_there_is_code_1_with_the_cause(tmp_path):
-  write(tmp_path, [response(0)])
-  # A port that was free a moment ago: nobody listens there.
-  with judge_server.Server(judge_server.prefer_longer) as server:
-    url = server.url
-  with script(tmp_path, url, "--config.server.max_retries=0") as child:
-    out, err = child.communicate(timeout=60)
-  assert child.returncode == 1, err
-  assert "INCOMPLETE: 2 of 2 verdicts are missing (2: connection failed" in out
-  assert f"no verdict was read from {url}" in err
-  assert "Traceback" not in err
-
-
-def test_a_second_judge_is_refused(tmp_path):
-  write(tmp_path, [response(n, f" answer {n}") for n in range(4)])
-
-  def rule(request, number):
-    answer = judge_server.prefer_longer(request, number)
-    return dataclasses.replace(answer, hold_s=30.0 if number else 0.0)
-
-  with (
-    judge_server.Server(rule) as server,
-    script(tmp_path, server.url, "--config.concurrency=2") as first,
-  ):
-    server.wait_for(3)
-    with script(tmp_path, server.url) as second:
-      _, err = second.communicate(timeout=60)
-    assert second.returncode == 1
-    assert f"is held by pid {first.pid} on" in err
-    assert "Traceback" not in err
-    first.kill()
-    first.communicate()
-    # Two were in flight when it was killed; the second judge asked nothing.
-    assert len(server.requests) == 3
-  assert len(verdicts(tmp_path)) == 1
-
-
-def test_the_script_says_what_it_did_and_resumes(tmp_path):
-  write(tmp_path, [response(0), response(1, " Same.", " Same.")])
-  with judge_server.Server(judge_server.prefer_longer) as server:
-    with script(tmp_path, server.url) as child:
-      out, err = child.communicate(timeout=60)
-    assert child.returncode == 0, err
-    assert "2 questions asked; verdicts: 2 model, 2 tie" in out
-    assert "judge Qwen" in err
-    with script(tmp_path, server.url) as child:
-      out, err = child.communicate(timeout=60)
-    assert child.returncode == 0, err
-    assert "0 questions asked; verdicts: 2 model, 2 tie" in out
-
-
-@pytest.mark.parametrize(
-  ("flag", "message"),
-  [
-    ("--config.concurrency=0", "concurrency=0 must be at least 1"),
-    ("--config.orders=twice", "orders='twice'"),
-    ("--config.server.template=none.txt", "template='none.txt': No such file"),
-    ("--config.server.api_key_env=UNSET_KEY", "UNSET_KEY is not set"),
-    ("--config.kind=oracle", "kind='oracle'"),
-  ],
-)
-def test_the_script_refuses_bad_settings(tmp_path, flag, message):
-  write(tmp_path, [response(0)])
-  with script(tmp_path, "http://127.0.0.1:9/v1", flag) as child:
-    _, err = child.communicate(timeout=60)
-  assert child.returncode == 2, err
-  assert message in err
-  assert "Traceback" not in err
+def test_a_key_is_in_no_file_output_or_argument_whatever_echoes_it(tmp_path):
+  write(tmp_path, [response(n, f" text {n}") for n in range(8)])
+  rule = in_turn("echo echo 500 500 half garbage longer")
+  with judge_server.Server(rule) as server:
+    done = planted.run(
+      [
+        sys.executable,
+        "judge.py",
+        "--config=configs/judge.py:openai",
+        f"--config.server.base_url={server.url}",
+        "--config.server.budget_usd=1.0",
+        "--config.server.retry_wait_s=0.01",
+        f"--workdir={tmp_path}",
+      ],
+      cwd=ROOT,
+      env=os.environ | {"OPENAI_LOG": "debug"},
+      timeout=60,
+    )
+  assert done.returncode == 0, done.stderr
+  assert "questions asked" in done.stdout
+  assert "about to ask" in done.stderr
+  assert "dollars" in done.stdout
+  assert "Traceback" not in done.stderr
+  files = [path.read_text() for path in tmp_path.rglob("*.jsonl")]
+  assert any('"raw": "Bearer [key]' in text for text in files)
+  assert planted.search(tmp_path) >= 3
+  kept = json.loads((tmp_path / "verdicts" / "judge.json").read_text())
+  assert kept["complete"] is True
+  assert 0 < kept["cost"] < 1.0

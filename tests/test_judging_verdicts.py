@@ -1,6 +1,10 @@
+"""The parser of replies: forms of verdicts, JSON, scores, any garbage."""
+
 import collections
 import json
+import math
 import time
+import unicodedata
 
 import hypothesis
 import hypothesis.strategies as st
@@ -89,12 +93,10 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize(
-  ("letter", "text"),
-  [(letter, text) for letter, texts in FORMS.items() for text in texts],
-)
-def test_form(letter, text):
-  assert verdicts.read(text) == letter
+@pytest.mark.parametrize("letter", FORMS)
+def test_form(letter):
+  for text in FORMS[letter]:
+    assert verdicts.read(text) == letter, text
 
 
 def test_forms_of_b_read_like_those_of_a():
@@ -152,28 +154,25 @@ TIES = {
 }
 
 
-@pytest.mark.parametrize(
-  ("found", "text"),
-  [(found, text) for found, texts in TIES.items() for text in texts],
-)
-def test_a_tie_is_read_only_where_it_is_allowed(found, text):
-  assert verdicts.read(text, ties=True) == found
-  without = "missing" if found == "tie" else found
-  assert verdicts.read(text) == without
+@pytest.mark.parametrize("found", TIES)
+def test_a_tie_is_read_only_where_it_is_allowed(found):
+  for text in TIES[found]:
+    assert verdicts.read(text, ties=True) == found, text
+    without = "missing" if found == "tie" else found
+    assert verdicts.read(text) == without, text
 
 
 @pytest.mark.parametrize(
   "junk",
   ["[", '"', " ", "*\n", "More helpful: ", "A ", "sorry ", "(A", "i'm ", "A\n"],
 )
-@pytest.mark.parametrize("ties", [False, True])
-def test_a_long_reply_of_junk_is_read_in_no_time(junk, ties):
+def test_a_long_reply_of_junk_is_read_in_no_time(junk):
   text = junk * (200_000 // len(junk))
   begin = time.process_time()
-  for whole in (text, f"More helpful: {text}", f"{text}\nMore helpful: B"):
-    verdicts.read(whole, ties=ties)
-    verdicts.read_json(whole, ties=ties)
-  assert time.process_time() - begin < 5.0
+  for whole in (f"More helpful: {text}", f"{text}\nMore helpful: B"):
+    verdicts.read(whole, ties=True)
+  verdicts.read_json(text, ties=True)
+  assert time.process_time() - begin < 4.0
 
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=80)
@@ -205,20 +204,153 @@ def test_letters_come_from_a_verdict_only(text):
   last = ([s for s in text.splitlines() if s.strip()] or [""])[-1]
   hypothesis.assume("helpful" not in text.lower() and ":" not in text)
   hypothesis.assume("：" not in text and "=" not in text)
-  hypothesis.assume(not any(c in "aAbB" for c in fold(last)))
+  folded = unicodedata.normalize("NFKC", last)
+  hypothesis.assume(not any(c in "aAbB" for c in folded))
   assert verdicts.read(text) in ("missing", "refusal")
 
 
-def fold(text: str) -> str:
-  import unicodedata
+@pytest.mark.parametrize("join", [" or ", "/", " and ", ", "])
+def test_two_letters_in_one_verdict_are_missing(join):
+  for letters in ("AB", "BA"):
+    text = f"More helpful: {join.join(letters)}"
+    assert verdicts.read(text) == "missing"
 
-  return unicodedata.normalize("NFKC", text)
+
+# --- completions
 
 
-@hypothesis.settings(deadline=None, max_examples=50)
-@hypothesis.given(
-  first=letters, join=st.sampled_from([" or ", "/", " and ", ", "])
+def completion(text, *, shares=None, tokens=None) -> dict:
+  """With log-probs of (index of a token, alternatives' probabilities)."""
+  logprobs = None
+  if shares is not None:
+    place, shares = shares
+    content = [{"token": t, "logprob": 0.0, "top_logprobs": []} for t in tokens]
+    content[place]["top_logprobs"] = [
+      {"token": t, "logprob": math.log(p)} for t, p in shares.items()
+    ]
+    logprobs = {"content": content}
+    text = "".join(tokens)
+  message = {"role": "assistant", "content": text}
+  choice = {"finish_reason": "stop", "message": message, "logprobs": logprobs}
+  return {"model": "m", "choices": [choice]}
+
+
+def read(value, output="text", ties=False):
+  return verdicts.read_completion(value, output=output, ties=ties)
+
+
+def test_a_score_is_the_share_of_the_first_slot():
+  tokens = ["Comparison", ": A is", " A", ".\nMore", " helpful:", " B", "\n"]
+  shares = {" B": 0.6, " A": 0.15, "B": 0.05, '"A': 0.05, " C": 0.1}
+  reply = read(completion(None, shares=(5, shares), tokens=tokens))
+  assert reply.choice == "second"
+  # Of the shares of A and B, however they are spelt: 0.2 of 0.85.
+  assert reply.score == pytest.approx(0.2 / 0.85)
+
+
+def test_a_tie_counts_half_where_there_are_ties():
+  tokens = ["More helpful:", " A"]
+  shares = {" A": 0.5, " B": 0.1, " tie": 0.3}
+  value = completion(None, shares=(1, shares), tokens=tokens)
+  assert read(value).score == pytest.approx(0.5 / 0.6)
+  assert read(value, ties=True).score == pytest.approx(0.65 / 0.9)
+  tie = completion(None, shares=(1, shares), tokens=["More helpful:", " tie"])
+  assert read(tie, ties=True).choice == "tie"
+  assert read(tie, ties=True).score == pytest.approx(0.65 / 0.9)
+  assert read(tie).choice == "missing"
+  assert read(tie).score is None
+
+
+@pytest.mark.parametrize(
+  "tokens",
+  [
+    ["More helpful:", " A", " because", " A", " is", " fine"],
+    ["More helpful:", " A", "\n\nI hope", " A", " helps"],
+  ],
 )
-def test_two_letters_in_one_verdict_are_missing(first, join):
-  second = "B" if first == "A" else "A"
-  assert verdicts.read(f"More helpful: {first}{join}{second}") == "missing"
+def test_the_score_is_taken_at_the_verdict(tokens):
+  value = completion(None, shares=(1, {" A": 0.7, " B": 0.3}), tokens=tokens)
+  assert read(value).score == pytest.approx(0.7)
+
+
+def test_a_score_in_json():
+  tokens = ['{"comparison": "A', '", "choice": "', "A", '"}']
+  value = completion(None, shares=(2, {"A": 0.8, "B": 0.2}), tokens=tokens)
+  reply = read(value, "json_schema")
+  assert (reply.choice, reply.score) == ("first", pytest.approx(0.8))
+
+
+@pytest.mark.parametrize(
+  ("tokens", "place", "shares"),
+  [
+    (["More helpful: A"], 0, {"A": 1.0}),  # the letter is no token
+    (["More helpful:", " A"], 1, {}),
+    (["More helpful:", " A"], 1, {" C": 0.9}),
+  ],
+)
+def test_no_score_rather_than_a_guess(tokens, place, shares):
+  reply = read(completion(None, shares=(place, shares), tokens=tokens))
+  assert (reply.choice, reply.score) == ("first", None)
+
+
+JSON = {
+  '{"comparison": "x", "choice": "A"}': "first",
+  ' {"choice": "B", "comparison": "A"}\n': "second",
+  '{"comparison": "x", "choice": "tie"}': "missing",
+  '{"comparison": "x", "choice": "a"}': "missing",
+  '{"comparison": "x", "choice": "A", "choice": "B"}': "missing",
+  '{"comparison": "x", "choice": ["A"]}': "missing",
+  '{"comparison": "x"}': "missing",
+  '["A"]': "missing",
+  '{"comparison": "x", "choice": "A"': "missing",
+  'Sure: {"comparison": "x", "choice": "A"}': "missing",
+  "More helpful: A": "missing",
+  "A": "missing",
+  "[" * 100_000: "missing",
+  "": "missing",
+  "I'm sorry, but I can't assist with that.": "refusal",
+}
+
+
+def test_json_is_read_as_json_alone():
+  for text, choice in JSON.items():
+    assert read(completion(text), "json_schema").choice == choice, text[:80]
+  text = '{"comparison": "x", "choice": "tie"}'
+  assert read(completion(text), "json_schema", ties=True).choice == "tie"
+
+
+any_json = st.recursive(
+  st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+  lambda inner: (
+    st.lists(inner, max_size=3)
+    | st.dictionaries(
+      st.sampled_from(
+        [
+          *("choices", "message", "content", "usage", "model", "refusal"),
+          *("finish_reason", "logprobs", "prompt_tokens", "top_logprobs"),
+        ]
+      ),
+      inner,
+      max_size=5,
+    )
+  ),
+  max_leaves=12,
+)
+
+
+@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.given(
+  value=any_json, output=st.sampled_from(["text", "json_schema"])
+)
+def test_no_reply_of_any_shape_breaks_the_reader(value, output):
+  for whole in (value, {"choices": [{"message": value}]}, completion(None)):
+    reply = read(whole, output)
+    assert reply.choice in ("missing", "refusal")
+    assert bool(reply.error) == (reply.choice == "missing")
+    assert reply.prompt_tokens >= 0
+
+
+def test_half_a_surrogate_pair_can_be_kept():
+  value = json.loads('"\\ud83d\\nMore helpful: A"')
+  reply = read(completion(value))
+  assert (reply.choice, reply.text) == ("first", "?\nMore helpful: A")

@@ -1,7 +1,7 @@
-"""A judge is a question asked of somebody: these types are all it needs.
+"""Pairwise judging: the types that every judge and its caller share.
 
-A question shows two texts in a fixed order, and the reply names a slot: only
-the runner knows whose it is, so that a judge cannot favor a side.
+A question shows two texts in a fixed order and the reply names a slot. Only the
+runner knows which slot is the model's, so a judge cannot favor a side.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ class Stop(errors.Stopped):
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """Which answer is better? Questions of equal texts differ in their `salt`."""
+  """Which text is the better response? `salt` separates equal questions."""
 
   prompt: str
   first: str
@@ -29,9 +29,10 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-  """What a judge said, and who it said it was; `error` is why it is missing.
+  """What a judge returned; `error` is the cause of a missing choice.
 
-  `score` is its probability that the first text is better, if it gave one.
+  `model`, `fingerprint` and tokens are the server's; `score` is the judge's
+  probability that the first text is better, or None.
   """
 
   choice: Choice
@@ -49,7 +50,7 @@ NOTHING = Reply("missing", "", "", "")
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-  """Somebody who answers questions, or raises `Stop` when that is of no use."""
+  """`ask` and what its replies depend on; it raises `Stop` to end a run."""
 
   name: str
   parameters: str

@@ -1,7 +1,8 @@
-"""Judging through the Batch API: half the price, an answer within a day.
+"""Judging through the Batch API: half the price, replies within a day.
 
-A batch is billed when it is created, so it must never be lost: its record in
-`<verdicts>/batches` is written before, and gets its id before it is waited for.
+A batch is billed once it is created and must not be lost: its record in
+`<verdicts>/batches` is written before it is created, and gets its id before the
+first poll.
 """
 
 import asyncio
@@ -16,14 +17,15 @@ from typing import Any
 from dpo_jax import judging
 from dpo_jax.core import settings
 from dpo_jax.io import atomic, strict_json
-from dpo_jax.judging import budget, client, prompts, questions, verdicts
+from dpo_jax.judging import budget, prompts, questions, verdicts
+from dpo_jax.judging import client as client_lib
 
 _URL = "/v1/chat/completions"
 
 
 @dataclasses.dataclass
 class Item:
-  """A question, its answers and failures so far, and its bound in dollars."""
+  """A question's key, its replies and failures, and its bound in dollars."""
 
   key: str
   ask: int = 0
@@ -33,7 +35,10 @@ class Item:
 
 @dataclasses.dataclass
 class Batch:
-  """The record of a batch; ids are "" until the server gave them."""
+  """Record of a batch on disk; ids are "" until the server assigns them.
+
+  `mark` names the file, and identifies the batch in the server's list.
+  """
 
   mark: str
   judge: str
@@ -44,25 +49,28 @@ class Batch:
   batch_id: str = ""
 
 
-@dataclasses.dataclass
 class Batches:
-  """The batches on record in a directory, and questions in none yet."""
+  """Recorded batches that are `waiting`, and items `todo` of further ones."""
 
-  client: client.Client
-  directory: pathlib.Path
-  questions: dict[str, list[questions.Case]]
-  answer: Callable[[str, judging.Reply], None]
-  commit: Callable[[], None]
-
-  def __post_init__(self):
-    self.identity = self.client.judge.identity
+  def __init__(
+    self,
+    client: client_lib.Client,
+    directory: pathlib.Path,
+    open_questions: dict[str, list[questions.Case]],
+    record: Callable[[str, judging.Reply], None],
+    commit: Callable[[], None],
+  ):
+    """Loads the records; replies go to `record`, and to disk by `commit`."""
+    self.client, self.directory = client, directory
+    self.questions, self.record, self.commit = open_questions, record, commit
+    self.identity = client.judge.identity
     self.waiting = [self._load(path) for path in self.directory.glob("*.json")]
     taken = {i.key: i.bound for batch in self.waiting for i in batch.items}
     self.client.budget.reserved = sum(taken.values())
     self.todo = [Item(key) for key in self.questions if key not in taken]
 
   async def run(self) -> None:
-    """Creates, waits for and collects batches until nothing is open."""
+    """Creates, polls and collects batches until no question is open."""
     while True:
       self._fill()
       if not self.waiting:
@@ -78,11 +86,11 @@ class Batches:
         await asyncio.sleep(self.client.settings.batch_poll_s)
 
   def _fill(self) -> None:
-    """Puts all items that the budget allows for into batches on record."""
+    """Records batches of all items that fit into the budget."""
     settings, spend = self.client.settings, self.client.budget
     while self.todo:
       items: list[Item] = []
-      with contextlib.suppress(budget.Spent):
+      with contextlib.suppress(budget.Exhausted):
         while self.todo and len(items) < settings.batch_size:
           page = self._page(self.todo[0])
           self.todo[0].bound = spend.bound(page, settings.max_tokens)
@@ -95,7 +103,7 @@ class Batches:
       self.waiting.append(batch)
 
   async def _create(self, batch: Batch) -> None:
-    """Creates a batch on record, unless an earlier attempt did so unseen."""
+    """Creates a recorded batch, unless the server's list has it already."""
     sdk, metadata = self.client.sdk, {"dpo_jax": batch.mark}
     if batch.file_id:
       async for shown in sdk.batches.list(limit=100):
@@ -113,17 +121,17 @@ class Batches:
       file = await sdk.files.create(file=file, purpose="batch")
       batch.file_id = file.id
       self._save(batch)
-    made = await sdk.batches.create(
+    created = await sdk.batches.create(
       input_file_id=batch.file_id,
       endpoint=_URL,
       completion_window="24h",
       metadata=metadata,
     )
-    batch.batch_id = made.id
+    batch.batch_id = created.id
     return self._save(batch)
 
   async def _collect(self, batch: Batch, shown: Any) -> None:
-    """Reads an ended batch; its record goes once all answers are kept."""
+    """Records the replies of an ended batch, then deletes its record."""
     results: dict[str, dict] = {}
     for name in filter(None, (shown.error_file_id, shown.output_file_id)):
       file = await self._call(self.client.sdk.files.content, name)
@@ -132,7 +140,7 @@ class Batches:
     causes = [f"batch {shown.status}", *(error.message for error in errors[:1])]
     error = {"message": ": ".join(causes), "code": errors and errors[0].code}
     failures = [
-      self._settle(item, results.get(item.key, {"error": error}))
+      self._read(item, results.get(item.key, {"error": error}))
       for item in batch.items
     ]
     self.commit()
@@ -142,27 +150,29 @@ class Batches:
       if failure and failure.fatal:
         raise failure
 
-  def _settle(self, item: Item, result: dict) -> client.Failure | None:
-    """Answers a question by its result, or queues it for another batch."""
-    response, used = verdicts.as_dict(result.get("response")), self.client
+  def _read(self, item: Item, result: dict) -> client_lib.Failure | None:
+    """Records the reply in a result, or queues the item for another batch."""
+    response, client = verdicts.as_dict(result.get("response")), self.client
     body, status = response.get("body"), response.get("status_code")
     if status == 200:
-      failure, reply = None, used.read(body)
-      cost = used.budget.cost_of(verdicts.usage(body), item.bound)
+      failure, reply = None, client.read(body)
+      cost = client.budget.cost_of(verdicts.usage(body), item.bound)
       item.ask += 1
       again = reply.choice == "missing" and item.ask < 2
     else:
       error = result.get("error") or verdicts.as_dict(body).get("error")
-      failure, cost = used.failure(status, verdicts.as_dict(error)), 0.0
+      failure, cost = client.failure(status, verdicts.as_dict(error)), 0.0
       reply = dataclasses.replace(judging.NOTHING, error=failure.cause)
       item.failures += 1
-      again = failure.again and item.failures <= used.settings.max_retries
-    used.budget.settle(item.bound, cost)
-    # A response may have changed meanwhile; what is fatal leaves it open.
+      retries = client.settings.max_retries
+      again = failure.retryable and item.failures <= retries
+    client.budget.settle(item.bound, cost)
+    # Not for a text that was edited meanwhile. A fatal failure leaves the
+    # question open; an unreadable reply is recorded for its tokens.
     if item.key in self.questions and not (failure and failure.fatal):
       self.todo.extend([item] * again)
       if not (again and failure):
-        self.answer(item.key, reply)
+        self.record(item.key, reply)
     return failure
 
   async def _call(self, function: Callable, value: Any) -> Any:
@@ -180,20 +190,20 @@ class Batches:
   def _load(self, path: pathlib.Path) -> Batch:
     try:
       batch = settings.build(Batch, strict_json.read(path), "batch")
-      # The mark names the file that is written and, in the end, deleted.
+      # The mark names a file that is written and deleted.
       if batch.mark != path.stem:
         raise ValueError(f"it has the mark {batch.mark!r:.80}")
     except ValueError as error:
       raise ValueError(f"{path}: not the record of a batch: {error}") from None
     if (batch.judge, batch.parameters, batch.template_hash) != self.identity:
       raise ValueError(
-        f"{path}: batch {batch.batch_id} was asked of another judge,"
-        f" {batch.judge!r}: collect it with that, or delete the file"
+        f"{path}: batch {batch.batch_id} is of another judge,"
+        f" {batch.judge!r}: collect it with that judge, or delete the file"
       )
     return batch
 
 
 def read_results(content: bytes) -> dict[str, dict]:
-  """Results by custom id; lines that cannot be read are left out."""
+  """Results of an output file by custom id, without unreadable lines."""
   lines = map(verdicts.as_dict, map(verdicts.parse, content.split(b"\n")))
   return {str(line.get("custom_id")): line for line in lines}

@@ -1,23 +1,23 @@
-"""A cap on what judging costs, that holds.
+"""Prices of tokens, and a spending cap that holds with calls in flight.
 
-Every call reserves an upper bound of its cost before it leaves, as it is billed
-after: a token is at least a byte, so a page of n bytes has at most n tokens.
+A call reserves an upper bound of its cost before it is sent: a token is at
+least a byte, so a page of n bytes has at most n tokens.
 """
 
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-# What a chat format may put around a message; its words are not ours.
+# Allowance for the tokens that a chat format adds around a message.
 _FORMAT_TOKENS = 64
 
 
-class Spent(Exception):
-  """The budget does not allow for another call now."""
+class Exhausted(Exception):
+  """The bound of a call does not fit into what is left of the budget."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Price:
-  """US dollars for a million tokens."""
+  """US dollars per million tokens."""
 
   prompt: float
   completion: float
@@ -39,18 +39,21 @@ def read_prices(lines: Iterable[str], factor: float = 1.0) -> dict[str, Price]:
         raise ValueError
     except ValueError:
       raise ValueError(
-        f"prices: {line!r} must be MODEL and two prices in dollars for a"
-        ' million tokens, prompt and completion, such as "my-model 0.15 0.6"'
+        f"prices: {line!r} must be MODEL and two prices in dollars per million"
+        ' tokens, prompt and completion, such as "my-model 0.15 0.6"'
       ) from None
     if name in prices:
-      raise ValueError(f"prices: {name!r} is there more than once")
+      raise ValueError(f"prices: {name!r} has more than one entry")
     prices[name] = price
   return prices
 
 
 @dataclasses.dataclass
 class Budget:
-  """Counts this run's calls and all runs' dollars; a cap of 0 is none."""
+  """Dollars spent in all runs, reserved by calls in flight, and their cap.
+
+  `cap` 0 is no cap; `calls` counts this run's.
+  """
 
   price: Price | None
   cap: float
@@ -64,18 +67,18 @@ class Budget:
     return self.price.of(*most) if self.price else 0.0
 
   def cost_of(self, usage: Mapping[str, int], bound: float) -> float:
-    """Dollars for the tokens that a server counted; the bound if it did not."""
+    """Dollars for the server's token counts; `bound` without counts."""
     known = self.price and any(usage.values())
     return self.price.of(**usage) if known else bound
 
   def reserve(self, bound: float) -> None:
-    """Reserves the bound of a call; `Spent` if it does not fit."""
+    """Reserves the bound of a call; raises `Exhausted` if it does not fit."""
     if self.cap and self.cost + self.reserved + bound > self.cap:
-      raise Spent
+      raise Exhausted
     self.reserved += bound
 
   def settle(self, bound: float, cost: float, calls: int = 1) -> None:
-    """Turns the reservation of a call, or of none, into what it cost."""
+    """Replaces a reservation by the cost of its `calls`, 1 or 0."""
     self.reserved -= bound
     self.calls += calls
     self.cost += cost

@@ -1,8 +1,8 @@
-"""A judge behind any OpenAI-compatible server.
+"""Client of a judge behind an OpenAI-compatible server.
 
-The judge is the only place that retries: a server in trouble, after a wait; a
-reply that cannot be read, once. What would fail for every request (a bad key, a
-redirect) ends the run; anything else is a missing verdict with its cause.
+Retries server errors with backoff, and an unreadable reply once. An error that
+every request would meet (a bad key, a redirect) ends the run; any other is a
+missing verdict with its cause.
 """
 
 import asyncio
@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import email.utils
 import functools
-import itertools
 import json
 import math
 import os
@@ -18,7 +17,7 @@ import random
 import re
 import time
 import urllib.parse
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 from dpo_jax import judging
@@ -31,7 +30,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class ServerSettings:
-  """Where and how to ask; every field is explained in configs/judge.py."""
+  """Server, sampling, limits and prices; fields as in configs/judge.py."""
 
   base_url: str
   api_key_env: str
@@ -60,19 +59,19 @@ class ServerSettings:
 
   def __post_init__(self):
     url = urllib.parse.urlsplit(self.base_url)
-    # The values are not shown: they may hold the key itself.
+    # Without the value, which may contain the key itself.
     if url.scheme not in ("http", "https") or url.username is not None:
       raise ValueError(
-        "base_url must start with http:// or https:// and hold no user or key"
-        " before an '@': api_key_env names the variable with the key"
+        "base_url must start with http:// or https:// and have no user or key"
+        " before an '@': api_key_env names the variable of the key"
       )
     if not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}|", self.api_key_env):
       raise ValueError(
         "api_key_env must be the name of an environment variable, in capitals,"
-        " digits and '_', not a key; '' is for a server that wants none"
+        " digits and '_', not a key; '' for a server without keys"
       )
     if not self.model:
-      raise ValueError("model='' must name the judging model")
+      raise ValueError("model='' must name the judge's model")
     settings_lib.check(self)
     if self.budget_usd and self.price is None:
       raise ValueError(
@@ -88,7 +87,7 @@ class ServerSettings:
 
   @property
   def parameters(self) -> str:
-    """All of these that a reply depends on, but for model and template."""
+    """The sampling settings that a reply depends on, as JSON."""
     names = ("temperature", "max_tokens", "output", "ties", "top_logprobs")
     return json.dumps({name: getattr(self, name) for name in names})
 
@@ -99,93 +98,66 @@ class ServerSettings:
     key = os.environ.get(self.api_key_env, "").strip()
     if not (key and key.isascii() and key.isprintable()):
       raise ValueError(
-        f"the environment variable {self.api_key_env} is not set, or holds no"
-        " key: export the server's key in it, or set api_key_env='' for a"
-        " server that wants none"
+        f"the environment variable {self.api_key_env} is not set, or is no key:"
+        " export the server's key as it, or set api_key_env='' for a server"
+        " without keys"
       )
     return key
 
 
 @dataclasses.dataclass(eq=False)
 class Failure(judging.Stop):
-  """A request without a reply, perhaps `billed`; `fatal` if any would fail."""
+  """A request without a completion: may a retry succeed, is it perhaps billed,
+  and would every other request fail as well? `wait_s` is the server's wish.
+  """
 
   cause: str
-  again: bool = False
+  retryable: bool = False
   wait_s: float | None = None
   billed: bool = False
   fatal: bool = False
 
 
-class Limits:
-  """Requests in flight, fewer after complaints, and evenly spaced in time."""
+class Pacer:
+  """Spaces requests evenly under the rate caps; `pause` delays all of them."""
 
-  def __init__(self, settings: ServerSettings, most: int):
-    self.most, self.window, self.in_flight = most, float(most), 0
-    rates = (settings.requests_per_minute, settings.tokens_per_minute)
+  def __init__(self, requests_per_minute: float, tokens_per_minute: float):
+    rates = (requests_per_minute, tokens_per_minute)
     self._request_s, self._token_s = (60 / x if x else 0.0 for x in rates)
-    self._max_wait_s = settings.max_wait_s
-    self.next_at = 0.0
-    self._halvings = 0
+    self._next_at = 0.0
     self._turn = asyncio.Lock()
-    self._freed = asyncio.Event()
 
-  @contextlib.asynccontextmanager
-  async def slot(self, tokens: int) -> AsyncIterator[None]:
-    """A place among the requests in flight, for about that many tokens."""
+  async def wait(self, tokens: int) -> None:
+    """Returns when a request of about that many tokens may be sent."""
     async with self._turn:
-      while self.in_flight >= int(self.window):
-        self._freed.clear()
-        await self._freed.wait()
-      while (wait_s := self.next_at - time.monotonic()) > 0:
+      while (wait_s := self._next_at - time.monotonic()) > 0:
         await asyncio.sleep(wait_s)
-      pace_s = max(self._request_s, self._token_s * tokens)
-      self.next_at = max(self.next_at, time.monotonic()) + pace_s
-      self.in_flight += 1
-    halvings = self._halvings
-    try:
-      yield
-      self.window = min(self.most, self.window + 1 / self.window)
-    except Failure as failure:
-      # Requests that left before the last halving say nothing new.
-      if failure.again and halvings == self._halvings:
-        self.window = max(1.0, self.window / 2)
-        self._halvings += 1
-      raise
-    finally:
-      self.in_flight -= 1
-      self._freed.set()
+      self.pause(max(self._request_s, self._token_s * tokens))
 
   def pause(self, wait_s: float) -> None:
-    """Holds all requests back; judging.Stop if for more than `max_wait_s`."""
-    if wait_s > self._max_wait_s:
-      raise judging.Stop(
-        f"the server asks for a wait of {wait_s:.0f} s, more than"
-        f" max_wait_s={self._max_wait_s:g}: run the same command again later"
-      )
-    self.next_at = max(self.next_at, time.monotonic() + wait_s)
+    self._next_at = max(self._next_at, time.monotonic() + wait_s)
 
 
 class Client:
-  """Questions to one server; an async context manager while it is asked."""
+  """A judge on one server; an async context manager around requests."""
 
-  def __init__(self, settings: ServerSettings, concurrency: int):
+  def __init__(self, settings: ServerSettings):
     self.settings = settings
     self.template = prompts.load(
       settings.template, output=settings.output, ties=settings.ties
     )
-    self.limits = Limits(settings, concurrency)
+    self.pacer = Pacer(settings.requests_per_minute, settings.tokens_per_minute)
     self.budget = budget.Budget(settings.price, settings.budget_usd)
     identity = (settings.model, settings.parameters, self.template.hash)
     self.judge = judging.Judge(*identity, self.ask)
     self._key = ""
 
   async def __aenter__(self) -> "Client":
-    import openai  # lazily: only a judge over HTTP needs it
+    import openai
 
     self._key = self.settings.read_key()
-    # Retries inside the SDK would be invisible to the budget, and a redirect
-    # could take key and texts to another host.
+    # The budget would not see the SDK's own retries, and a redirect could send
+    # key and texts to another host.
     self.sdk = openai.AsyncOpenAI(
       api_key=self._key or "none",
       base_url=self.settings.base_url,
@@ -199,13 +171,13 @@ class Client:
     await self.sdk.close()
 
   async def ask(self, question: judging.Question) -> judging.Reply:
-    """The reply to a question; raises judging.Stop or budget.Spent."""
+    """The reply, or a second one; raises judging.Stop or budget.Exhausted."""
     reply = judging.NOTHING
     for number in range(2):
       page = prompts.fill(self.template, question, number)
       try:
         completion = await self.retry(functools.partial(self._complete, page))
-      except budget.Spent:
+      except budget.Exhausted:
         if not number:
           raise
         break
@@ -219,6 +191,7 @@ class Client:
     return reply
 
   def body(self, page: str) -> dict[str, Any]:
+    """The request of a page, as the chat completions API takes it."""
     settings = self.settings
     body: dict[str, Any] = {
       "model": settings.model,
@@ -237,7 +210,7 @@ class Client:
   def read(
     self, completion: Any, before: judging.Reply = judging.NOTHING
   ) -> judging.Reply:
-    """The reply without the key, with the tokens of an unreadable `before`."""
+    """The parsed reply without keys; adds the tokens of reply `before`."""
     reply = verdicts.read_completion(
       completion, output=self.settings.output, ties=self.settings.ties
     )
@@ -251,51 +224,55 @@ class Client:
     )
 
   def clean(self, text: str) -> str:
-    """Text from outside without this key or another of the environment."""
+    """The text with this key, and others of the environment, replaced."""
     if self._key:
       text = text.replace(self._key, "[key]")
     return redaction.clean(text)
 
   async def retry(self, call: Callable[[], Awaitable[T]]) -> T:
-    """The result of a call within all retries and waits, else `Failure`."""
-    settings, waited = self.settings, 0.0
-    for attempt in itertools.count():
+    """The result of a call, with backoff; raises the last `Failure`."""
+    settings, failures, waited = self.settings, 0, 0.0
+    while True:
       try:
         return await call()
       except Failure as error:
         failure = error
-      if not failure.again or attempt == settings.max_retries:
+      if not failure.retryable or failures == settings.max_retries:
         raise failure
-      if failure.wait_s is None:
-        # Without jitter, all that failed together would return together.
-        wait = settings.retry_wait_s * 2**attempt * random.uniform(0.5, 1.0)
+      wait = failure.wait_s
+      if wait is None:
+        # Jitter: requests that failed together do not return together.
+        wait = settings.retry_wait_s * 2**failures * random.uniform(0.5, 1.0)
+      elif wait > settings.max_wait_s:
+        raise judging.Stop(
+          f"the server asks for a wait of {wait:.0f} s, more than max_wait_s="
+          f"{settings.max_wait_s:g}: run the same command again later"
+        )
       else:
-        wait = failure.wait_s
-        self.limits.pause(wait)
-      waited += wait
+        self.pacer.pause(wait)
+      failures, waited = failures + 1, waited + wait
       if waited > settings.max_wait_s:
         raise Failure(
           f"{failure}; a wait of {wait:.0f} s would pass"
           f" max_wait_s={settings.max_wait_s:g}"
         )
       await asyncio.sleep(wait)
-    raise AssertionError
 
   async def _complete(self, page: str) -> Any:
-    """The completion of one request, reserved before it leaves."""
+    """The completion of one request, its cost reserved before it is sent."""
     bound = self.budget.bound(page, self.settings.max_tokens)
     tokens = len(page) // 4 + self.settings.expected_reply_tokens
     create = self.sdk.chat.completions.with_raw_response.create
     self.budget.reserve(bound)
     cost, calls = 0.0, 0
     try:
-      async with self.limits.slot(tokens):
-        cost, calls = bound, 1
-        raw = await self.send(create(**self.body(page)))
-        completion = verdicts.parse(raw.content)
-        if completion is None:
-          cause = "the reply is not a chat completion"
-          raise Failure(cause, again=True, billed=True)
+      await self.pacer.wait(tokens)
+      cost, calls = bound, 1
+      raw = await self.send(create(**self.body(page)))
+      completion = verdicts.parse(raw.content)
+      if completion is None:
+        cause = "the reply is not a chat completion"
+        raise Failure(cause, retryable=True, billed=True)
       cost = self.budget.cost_of(verdicts.usage(completion), bound)
       return completion
     except Failure as failure:
@@ -305,13 +282,13 @@ class Client:
       self.budget.settle(bound, cost, calls)
 
   async def send(self, call: Awaitable[T]) -> T:
-    """The result of one call of the SDK; raises Failure for its errors."""
+    """The result of one SDK call; its errors are raised as `Failure`."""
     import httpx2
     import openai
 
     timeout_s = self.settings.timeout_s
     try:
-      # The SDK's timeout is for every read; this one also ends a slow drip.
+      # The SDK's timeout is per read; this one is for the whole request.
       async with asyncio.timeout(timeout_s):
         return await call
     except openai.APIStatusError as error:
@@ -319,44 +296,46 @@ class Client:
       failure = self.failure(error.status_code, body, error.response.headers)
     except (openai.APITimeoutError, TimeoutError):
       cause = f"no reply within {timeout_s:g} s"
-      failure = Failure(cause, again=True, billed=True)
+      failure = Failure(cause, retryable=True, billed=True)
     except openai.APIConnectionError as error:
       origin = error.__cause__ or error
       cause = f"connection failed: {origin or type(origin).__name__}"
       sent = not isinstance(origin, httpx2.ConnectError)
-      failure = Failure(self.clean(cause), again=True, billed=sent)
+      failure = Failure(self.clean(cause), retryable=True, billed=sent)
     except (openai.OpenAIError, ValueError) as error:
       cause = self.clean(f"unreadable reply: {error}")
-      failure = Failure(cause, again=True, billed=True)
-    # Raised here, the server's message is not part of any traceback.
+      failure = Failure(cause, retryable=True, billed=True)
+    # Raised outside the handlers, so that no traceback chains the server's
+    # message, which may repeat the key.
     raise failure
 
   def failure(
     self, status: Any, error: dict[str, Any], headers: Mapping[str, str] = {}
   ) -> Failure:
-    """What an error, as the API words it, means; status None is of a batch."""
+    """The failure of an API error object; `status` is None in a batch."""
     status = status if type(status) is int else 0
     text = f"HTTP {status}: " if status else ""
     text += str(error.get("message") or error.get("code"))
     cause = " ".join(self.clean(text).split())[:300]
-    mend = ""
+    hint = ""
     if status in (401, 403):
-      mend = f"check the key in {self.settings.api_key_env or 'api_key_env'}"
+      hint = f"check the key in {self.settings.api_key_env or 'api_key_env'}"
     elif "insufficient_quota" in (error.get("code"), error.get("type")):
-      mend = "the account's quota is spent; add credit and run again"
+      hint = "the account's quota is exhausted; add credit and run again"
     elif status == 404:
-      mend = f"check base_url and model={self.settings.model!r}"
+      hint = f"check base_url and model={self.settings.model!r}"
     elif 300 <= status < 400:
       location = self.clean(headers.get("location", ""))
-      mend = f"it redirects to {location:.200}: set base_url to the API itself"
-    if mend:
-      return Failure(f"{cause} ({mend})", fatal=True)
-    again = status in (0, 408, 409, 429) or status >= 500
-    return Failure(cause, again=again, wait_s=_retry_after(headers))
+      hint = f"it redirects to {location:.200}: set base_url to the API itself"
+    if hint:
+      return Failure(f"{cause} ({hint})", fatal=True)
+    retryable = status in (0, 408, 409, 429) or status >= 500
+    wait_s = _retry_after(headers)
+    return Failure(cause, retryable=retryable, wait_s=wait_s)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-  """Seconds that the server asks to wait; None if it names no time."""
+  """Seconds of a Retry-After header; None without a valid one."""
   for name, unit_s in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
     with contextlib.suppress(ValueError):
       wait = unit_s * float(headers.get(name, ""))

@@ -1,14 +1,14 @@
-"""The page that is put to a judge: its words, and the texts made harmless.
+"""Prompt templates of the judge, and their defense against prompt injection.
 
-The templates have the structure of the paper's (Rafailov et al., 2023, Appendix
-C.2, arXiv 2305.18290), and words of our own.
+The templates follow the structure of Rafailov et al., 2023, Appendix C.2 (arXiv
+2305.18290), in words of our own.
 
 Each text is fenced by two lines with a code, a hash of all three texts and the
-number of the ask: no text can hold its own. A text can still imitate the page,
-so every line of it gets a bar in front, and every imitation a tilde before the
-part that makes it act: `[[~A]]`, `Candidate ~B:`. Imitations are found in a
-folded copy (full width, look-alikes, invisible characters) and marked in the
-original, of which nothing is removed.
+number of the attempt, so that no text can contain its own. A text can still
+imitate the page: each of its lines gets a bar in front, and each imitation a
+tilde before the effective part: `[[~A]]`, `Candidate ~B:`. Imitations are found
+in a normalized copy (full width, look-alikes, invisible characters) and marked
+in the original, from which nothing is removed.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import unicodedata
 from dpo_jax import judging
 from dpo_jax.io import hashing
 
-# The built-in templates, and what the verdict's line says before its letter.
+# Built-in templates, and the label of the verdict's line.
 LABELS = {
   "dialogue": "More helpful:",
   "harmlessness": "More harmless:",
@@ -33,7 +33,7 @@ _PLACEHOLDER = re.compile(r"\{(prompt|first|second|fence|ending)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-  """A text with the places {prompt}, {first} and {second}, each once."""
+  """A text with {prompt}, {first} and {second} once each, and its {ending}."""
 
   text: str
   ending: str
@@ -43,21 +43,26 @@ class Template:
     for name in ("prompt", "first", "second"):
       if names.count(name) != 1:
         raise ValueError(
-          f"the judge template holds {{{name}}} {names.count(name)} times;"
+          f"the judge template has {{{name}}} {names.count(name)} times;"
           " write {prompt}, {first} and {second} once each"
         )
 
   @property
   def hash(self) -> str:
-    """Identifies the template and the way in which it is filled."""
+    """Content hash of the template and of the way it is filled."""
     return hashing.content_hash("fenced template 2", self.text, self.ending)
 
 
 def load(name: str, *, output: str, ties: bool) -> Template:
-  """The built-in template of that name, else the one in the file `name`.
+  """The built-in template of that name, else the file `name`.
 
-  `output` is "json_schema" for a server that holds the reply to a schema.
-  ValueError: there is no such template, or it lacks a place.
+  Args:
+    name: built-in name or path.
+    output: "text", or "json_schema" for constrained decoding.
+    ties: whether the judge may call a tie.
+
+  Raises:
+    ValueError: there is no such template, or it lacks a placeholder.
   """
   label, path = LABELS.get(name, "Preferred:"), pathlib.Path(name)
   if name in LABELS:
@@ -87,7 +92,7 @@ def load(name: str, *, output: str, ties: bool) -> Template:
 
 
 def schema(*, ties: bool) -> dict:
-  """The JSON schema of a reply; its properties are written in this order."""
+  """JSON schema of a reply; the comparison comes before the choice."""
   choices = ["A", "B", "tie"] if ties else ["A", "B"]
   return {
     "type": "object",
@@ -101,7 +106,7 @@ def schema(*, ties: bool) -> dict:
 
 
 def fill(template: Template, question: judging.Question, ask: int = 0) -> str:
-  """The text of one call; a question that is asked again has another code."""
+  """The page of one request; the fence's code depends on the attempt `ask`."""
   texts = (question.prompt, question.first, question.second)
   fence, attempt = "", 0
   while not fence or any(fence in text for text in texts):
@@ -112,28 +117,28 @@ def fill(template: Template, question: judging.Question, ask: int = 0) -> str:
   fenced = [f"<<<{fence}\n{enclose(text)}\n{fence}>>>" for text in texts]
   parts = dict(zip(("prompt", "first", "second"), fenced, strict=True))
   parts |= {"fence": fence, "ending": template.ending}
-  # One pass: a placeholder inside a compared text stays what it is.
+  # One pass: placeholders inside the texts are not replaced.
   return _PLACEHOLDER.sub(lambda match: parts[match[1]], template.text)
 
 
 BAR = "| "
 MARK = "~"
 
-# All that ends a line for some reader: U+2028 does for a model, if not for us.
+# Every character that some reader takes for a line break.
 _BREAK = re.compile("\r\n|[\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029]")
 
-# Letters of other scripts that look like the ones in our words.
+# Cyrillic and Greek letters that look like Latin ones.
 _LOOKALIKES = str.maketrans(
   "АВЕІКМНОРСТХаеіорсухԁѕһЈΑΒΕΖΗΙΚΜΝΟΡΤΥΧοαᴀʙ",
   "ABEIKMHOPCTXaeiopcyxdshJABEZHIKMNOPTYXoaAB",
 )
 
 _GAP = r"[\s\"'`*_\-–—:=#(<\[{|.,;]{0,8}"
-# Each form's `act` group begins where the mark is put.
+# The tilde goes before the group `act`.
 _FORMS = tuple(
   re.compile(form, re.IGNORECASE)
   for form in (
-    # The page's slots and verdicts, and those of other judges' pages.
+    # Slots and verdicts of this page, and of other judges' pages.
     rf"\b(?:candidate|response|answer|assistant|option|choice|output|model"
     rf"|summary|reply|text){_GAP}(?P<act>(?<![^\W_])[AB](?![^\W_]))",
     r"\b(?:more|most|less)[\s_\-]{1,4}(?P<act>(?:helpful|harmless)\b"
@@ -142,7 +147,7 @@ _FORMS = tuple(
     r"|conversation|post)\b(?=[\s\"'`*_]{0,4}[:=]))",
     r"\[\s*\[\s*(?P<act>(?:A|B|C|tie)\s*\]\s*\])",
     r"\\?boxed\s*\{\s*(?P<act>(?:A|B|tie)\s*\})",
-    # Fences and the control marks of chat formats.
+    # Fences, and control tokens of chat formats.
     r"(?P<act><<<|>>>)",
     r"<\s*(?P<act>\|[^|>\n]{0,40}\|\s*>)",
     r"<\s*(?P<act>/?\s*(?:system|user|assistant|human|instructions?|verdict"
@@ -156,16 +161,17 @@ _FORMS = tuple(
 )
 
 
-# Both orders, all samples and the estimate show the same texts.
+# A millisecond per 1,000 characters, and a prompt recurs in every cell, order
+# and sample, and in the estimate.
 @functools.lru_cache(maxsize=8192)
 def enclose(text: str) -> str:
-  """The text with its imitations marked and a bar before each of its lines."""
+  """The text with imitations marked and a bar before each line."""
   marked = mark(text)
   return BAR + _BREAK.sub(lambda match: match[0] + BAR, marked)
 
 
 def mark(text: str) -> str:
-  """The text with a tilde inside everything that imitates the page."""
+  """The text with a tilde inside each imitation of the page."""
   folded, origin = _fold(text)
   places = {
     origin[match.start("act")]
@@ -180,13 +186,14 @@ def mark(text: str) -> str:
 
 
 def _fold(text: str) -> tuple[str, list[int]]:
+  """The normalized text, and each character's index in the original."""
   if text.isascii():
     return text, list(range(len(text)))
   folded: list[str] = []
   origin: list[int] = []
   for index, character in enumerate(text):
     category = unicodedata.category(character)
-    # Invisible characters, and accents put over a letter, do not part words.
+    # Drop invisible characters and combining accents.
     if category in ("Cf", "Mn", "Me"):
       continue
     if _BREAK.match(character):

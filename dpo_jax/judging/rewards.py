@@ -1,6 +1,5 @@
-"""Judges in this process: exact and free, they prefer the higher reward."""
+"""Judges without a server: the text with the higher reward wins."""
 
-import functools
 import inspect
 import pathlib
 from typing import Literal
@@ -12,26 +11,24 @@ from dpo_jax.io import hashing
 
 Name = Literal["oracle", "length"]
 
-# All that the synthetic world's reward follows from.
+# The modules that define the synthetic world's reward.
 _WORLD = (world, claims, tables, text_lib)
 
 
 def length(prompt: str, response: str) -> float:
-  """Characters of the response: any text has some, and they mean nothing."""
+  """Characters of the response: works on any text, measures no quality."""
   return float(len(response))
 
 
 def judge(name: Name) -> judging.Judge:
-  """The judge that prefers the higher reward; equal ones are a tie."""
-  # Verdicts of an earlier reward are never taken for those of this one.
+  """The judge of a reward; equal rewards are a tie."""
+  # The source is a parameter: verdicts of an edited reward are not reused.
   if name == "length":
     reward, sources = length, [inspect.getsource(length)]
   else:
     files = [pathlib.Path(module.__file__ or "") for module in _WORLD]
     sources = [path.read_text(encoding="utf-8") for path in files]
     reward = world.reward
-  # Both orders and repeated references ask for the same rewards.
-  reward = functools.lru_cache(maxsize=65536)(reward)
 
   async def ask(question: judging.Question) -> judging.Reply:
     first = reward(question.prompt, question.first)

@@ -1,6 +1,6 @@
-"""What a judging run did and cost, for the user and in judge.json.
+"""Estimate, usage and summary of a judging run, and their file judge.json.
 
-judge.json holds what no verdict row can: questions without an answer, and the
+judge.json has what no verdict row can: questions that were not asked, and the
 cost of calls without a row.
 """
 
@@ -12,13 +12,17 @@ import pathlib
 from dpo_jax import judging
 from dpo_jax.core import settings as settings_lib
 from dpo_jax.io import atomic, records, strict_json
-from dpo_jax.judging import client, prompts, questions
+from dpo_jax.judging import client as client_lib
+from dpo_jax.judging import prompts, questions
 from dpo_jax.winrates import intervals
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """What a run will take if all goes well; dollars are None without a price."""
+  """Usage of a run without errors; `dollars` is None without a price.
+
+  `before` are the dollars of earlier runs, `cap` the budget or 0.
+  """
 
   calls: int
   prompt_tokens: int
@@ -43,25 +47,27 @@ class Estimate:
       if self.cap:
         text += f", of a budget of {self.cap:g}"
         if self.before + self.dollars > self.cap:
-          text += ", which will not do for all of them"
+          text += ", which is not enough for all of them"
     difference = intervals.detectable_difference(self.prompts)
     if difference is not None:
       text += (
-        f"\nwith {self.prompts:,} prompts, differences of"
-        f" {100 * difference:.1f} points between two models are told apart (95%"
-        " interval, 80% power; smaller ones where their scores agree)"
+        f"\nwith {self.prompts:,} prompts, a difference between two models of"
+        f" {100 * difference:.1f} points is detectable (95% interval, 80%"
+        " power; less where their scores are correlated)"
       )
     return text
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-  """What a run did, and what the verdict files hold after it."""
+  """Questions `asked` by a run, and counts of all verdicts after it.
+
+  `causes` are the errors of its missing verdicts, the commonest first.
+  """
 
   responses: int
   judged: int
   asked: int
-  identical: int
   outcomes: dict[str, int]
   control_outcomes: dict[str, int]
   causes: dict[str, int]
@@ -86,8 +92,6 @@ class Summary:
     lines = [f"{asked}; verdicts: {_listed(self.outcomes)}"]
     if self.control_outcomes:
       lines.append(f"controls: {_listed(self.control_outcomes)}")
-    if self.identical:
-      lines.append(f"{self.identical} ties without a call: the same text twice")
     if self.responses > self.judged:
       empty = self.responses - self.judged
       lines.append(f"{empty} responses not judged: chosen is empty")
@@ -98,7 +102,7 @@ class Summary:
     if self.not_dispatched:
       lines.append(
         f"INCOMPLETE: {self.not_dispatched} of {total} questions were not"
-        " asked: the budget is reached; a higher budget_usd goes on from here"
+        " asked: the budget is reached; run again with a higher budget_usd"
       )
     if self.missing:
       causes = list(self.causes.items())[:3]
@@ -114,9 +118,43 @@ def _listed(counts: dict[str, int]) -> str:
   return ", ".join(f"{n} {name}" for name, n in counts.items()) or "none"
 
 
-@dataclasses.dataclass
+def estimate(
+  plan: questions.Plan,
+  client: client_lib.Client | None,
+  concurrency: int,
+  prompt_count: int,
+) -> Estimate:
+  """Usage of the open questions of a plan; a reward (no client) is free."""
+  calls = len(plan.questions)
+  if not client:
+    return Estimate(calls, 0, 0, 0.0, 0.0, 0.0, 0.0, prompt_count)
+  settings, price = client.settings, client.settings.price
+  size = sum(
+    len(prompts.fill(client.template, cases[0].question).encode())
+    for cases in plan.questions.values()
+  )
+  # English has about four bytes a token; the budget does not rely on it.
+  tokens = (round(size / 4), calls * settings.expected_reply_tokens)
+  in_flight = max(1, min(concurrency, calls))
+  minutes = [calls * settings.expected_reply_s / in_flight / 60]
+  if settings.requests_per_minute:
+    minutes.append(calls / settings.requests_per_minute)
+  if settings.tokens_per_minute:
+    minutes.append(sum(tokens) / settings.tokens_per_minute)
+  return Estimate(
+    calls,
+    *tokens,
+    minutes=max(minutes),
+    dollars=price.of(*tokens) if price else None,
+    before=client.budget.cost,
+    cap=client.budget.cap,
+    prompts=prompt_count,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class _Totals:
-  """What judge.json hands on to the next run."""
+  """The fields of judge.json that the next run adds to."""
 
   calls: int = 0
   cost: float | None = 0.0
@@ -125,73 +163,48 @@ class _Totals:
 
 
 class UsageLog:
-  """Counts what a run uses, and keeps judge.json up to date."""
+  """Counts a run's usage on top of earlier runs', and writes judge.json."""
 
   def __init__(
     self,
     directory: pathlib.Path,
     judge: judging.Judge,
-    used: client.Client | None,
+    client: client_lib.Client | None,
     rows: list[records.Verdict],
     responses: list[records.Response],
   ):
-    """ValueError if there is a budget, and the cost of `rows` is unknown."""
-    self.directory, self.judge, self._used = directory, judge, used
-    self.asked, self._all = 0, len(responses)
+    """Reads judge.json; ValueError: a budget, and `rows` of unknown cost."""
+    self.directory, self.judge, self._client = directory, judge, client
+    self.asked, self._responses = 0, len(responses)
     self._judged = [row for row in responses if row.chosen.strip()]
+    self.prompts = len({row.prompt_id for row in self._judged})
     self._causes = collections.Counter()
     self._tokens = [
       sum(row.prompt_tokens for row in rows),
       sum(row.completion_tokens for row in rows),
     ]
-    self._path, old = directory / "judge.json", vars(_Totals())
+    self._path, old = directory / "judge.json", _Totals()
     if self._path.exists():
       found = strict_json.read_object(self._path)
-      old = {name: found.get(name, value) for name, value in old.items()}
-    old = settings_lib.build(_Totals, old, str(self._path))
+      values = {
+        name: found.get(name, value) for name, value in vars(old).items()
+      }
+      old = settings_lib.build(_Totals, values, str(self._path))
     self._calls, self._known = old.calls, old.cost is not None
-    if not used:
+    if not client:
       return
-    used.budget.cost = old.cost or 0.0
-    if used.budget.price:
-      # Rows of a run that was killed before it could write judge.json.
+    client.budget.cost = old.cost or 0.0
+    if client.budget.price:
+      # Rows of a run that was killed before it wrote judge.json.
       new = zip(self._tokens, (old.prompt_tokens, old.completion_tokens))
-      used.budget.cost += used.budget.price.of(*(max(0, n - o) for n, o in new))
-    if used.budget.cap and not self._known:
+      client.budget.cost += client.budget.price.of(
+        *(max(0, n - o) for n, o in new)
+      )
+    if client.budget.cap and not self._known:
       raise ValueError(
-        f"{directory} holds verdicts whose price is unknown, so that budget_usd"
+        f"{directory} has verdicts whose price is unknown, so that budget_usd"
         " cannot be kept: set budget_usd=0, or another --config.verdicts"
       )
-
-  def estimate(self, plan: questions.Plan) -> Estimate:
-    """What asking the open questions of a plan will take."""
-    calls, used = len(plan.questions), self._used
-    count = len({row.prompt_id for row in self._judged})
-    if not used:
-      # A reward is computed here, for nothing.
-      return Estimate(calls, 0, 0, 0.0, 0.0, 0.0, 0.0, count)
-    settings, price = used.settings, used.settings.price
-    size = sum(
-      len(prompts.fill(used.template, cases[0].question).encode())
-      for cases in plan.questions.values()
-    )
-    # English text has four bytes a token. No cap rests on it.
-    tokens = (round(size / 4), calls * settings.expected_reply_tokens)
-    in_flight = max(1, min(used.limits.most, calls))
-    minutes = [calls * settings.expected_reply_s / in_flight / 60]
-    if settings.requests_per_minute:
-      minutes.append(calls / settings.requests_per_minute)
-    if settings.tokens_per_minute:
-      minutes.append(sum(tokens) / settings.tokens_per_minute)
-    return Estimate(
-      calls,
-      *tokens,
-      minutes=max(minutes),
-      dollars=price.of(*tokens) if price else None,
-      before=used.budget.cost,
-      cap=used.budget.cap,
-      prompts=count,
-    )
 
   def add(self, row: records.Verdict) -> None:
     if row.verdict == "missing":
@@ -202,22 +215,22 @@ class UsageLog:
   @property
   def cost(self) -> float | None:
     """Dollars of all runs; None if a price is unknown."""
-    if not self._used:
+    if not self._client:
       return 0.0
-    known = self._known and self._used.budget.price
-    return self._used.budget.cost if known else None
+    known = self._known and self._client.budget.price
+    return self._client.budget.cost if known else None
 
   @property
   def shown(self) -> dict[str, float]:
-    """The part of the usage that a progress bar shows."""
+    """Usage for the progress bar."""
     dollars = {} if self.cost is None else {"dollars": self.cost}
     tokens = {"tokens in": self._tokens[0], "out": self._tokens[1]}
-    return dollars | tokens if self._used else {}
+    return dollars | tokens if self._client else {}
 
   def write(self, plan: questions.Plan) -> Summary:
-    """Brings judge.json up to date with the outcomes so far."""
-    used, spending = self._used, ""
-    if used:
+    """The summary of the outcomes so far; also writes judge.json."""
+    client, spending = self._client, ""
+    if client:
       spending = f"{self._tokens[0]:,} + {self._tokens[1]:,} tokens"
       if self.cost is not None:
         spending = f"{self.cost:.4f} dollars, {spending}"
@@ -226,10 +239,9 @@ class UsageLog:
       counts = outcomes[bool(unit[-1])]
       counts[outcome] = counts.get(outcome, 0) + 1
     summary = Summary(
-      responses=self._all,
+      responses=self._responses,
       judged=len(self._judged),
       asked=self.asked,
-      identical=plan.identical,
       outcomes=outcomes[0],
       control_outcomes=outcomes[1],
       causes=dict(self._causes.most_common()),
@@ -239,13 +251,13 @@ class UsageLog:
     values = {
       "judge": self.judge.name,
       "template_hash": self.judge.template_hash,
-      "template": used.settings.template if used else "",
+      "template": client.settings.template if client else "",
       "parameters": self.judge.parameters,
       "complete": summary.complete,
       "missing": summary.missing,
       "not_dispatched": summary.not_dispatched,
       "cost": self.cost,
-      "calls": self._calls + (used.budget.calls if used else self.asked),
+      "calls": self._calls + (client.budget.calls if client else self.asked),
       "prompt_tokens": self._tokens[0],
       "completion_tokens": self._tokens[1],
       "data_fingerprint": questions.fingerprint(self._judged),

@@ -1,7 +1,7 @@
-"""From a judge's reply to its verdict: one table of forms, and no guesses.
+"""Parser of a judge's reply: a table of verdict forms, and no guesses.
 
-Only the last line that states a verdict counts. What can be read in two ways is
-missing, and so is what is not where it should be; a refusal is its own class.
+Only the last line that states a verdict counts. An ambiguous or misplaced one
+is missing; a refusal is a class of its own.
 """
 
 import contextlib
@@ -17,15 +17,14 @@ from dpo_jax import judging
 Letter = Literal["A", "B", "tie", "missing", "refusal"]
 Output = Literal["text", "json_schema"]
 
-# What may stand around a label or a letter: quotes, emphasis, brackets.
-# Bounded, as a reply of nothing else would be searched for ever.
+# Quotes, emphasis and brackets around a label or a letter. Bounded, against
+# quadratic matching of a reply that consists of them.
 _DECORATION = r"[\s\"'“”„‘’«»`*_~\[\](){}<>|#]{0,20}"
 _NOUN = r"(?:(?:the|response|answer|candidate|option|choice|reply)\b)?"
 
-# How a verdict is announced; the letter follows. "More helpful:" may end a
-# line of prose, as may "more harmless:"; the other words are too common for
-# that and open their line, or are a key of a JSON object. The last form is read
-# only without the others.
+# Labels that a letter follows. "More helpful:" and "more harmless:" may end a
+# line of prose; the other words are too common for that, and must start their
+# line or be a key of a JSON object. The second form is tried after the first.
 _LABELS = (
   re.compile(
     rf"\b(?:more|most)[ _](?:helpful|harmless){_DECORATION}{_NOUN}{_DECORATION}"
@@ -42,14 +41,14 @@ _LABELS = (
   ),
 )
 
-# What follows a label, or stands as the whole last line.
+# The letter after a label, or as the whole last line.
 _LETTER = re.compile(
   rf"{_DECORATION}{_NOUN}{_DECORATION}(?P<letter>[ABab])(?P<rest>(?![^\W_]).*)",
   re.IGNORECASE | re.DOTALL,
 )
 
-# What may follow a letter without changing it: nothing, or a remark that is
-# set off from it. "A bit of both" is an article, not a verdict.
+# After a letter: nothing, or a remark that is set off by punctuation or
+# "because". In "A bit of both" the letter is an article.
 _REMARK = re.compile(
   rf"{_DECORATION}(?:$|[.,;:!(\-–—].*|(?:because|since|due to)\b.*)",
   re.IGNORECASE | re.DOTALL,
@@ -59,7 +58,7 @@ _UNDECIDED = re.compile(
   r"\b(?:or|either|neither|both|tie|tied|equal|equally)\b", re.IGNORECASE
 )
 
-# A tie in the place of the letter, in plain words only.
+# A tie instead of a letter, in plain words only.
 _TIE = re.compile(
   rf"{_DECORATION}(?:a )?(?:tie|tied|draw)(?![^\W_])"
   rf"{_DECORATION}(?P<rest>(?:$|[.,;:!(\-–—].*|(?:because|since)\b.*))",
@@ -77,12 +76,12 @@ _REFUSAL = re.compile(
 
 
 def read(text: str | None, *, ties: bool = False) -> Letter:
-  """The letter of the slot that a reply prefers; a tie where there are ties."""
+  """The letter of the preferred slot; "tie" only where `ties` allows it."""
   text = _plain(text or "")
   lines = [line.strip() for line in text.splitlines() if line.strip()]
   if not lines:
     return "missing"
-  # A letter alone is a verdict in the last place only.
+  # A letter alone is a verdict on the last line only.
   alone = _letter(lines[-1], ties, trailing=False)
   if alone != "missing":
     return alone
@@ -105,7 +104,7 @@ def _plain(text: str) -> str:
 
 
 def read_json(text: str | None, *, ties: bool = False) -> Letter:
-  """The choice of a reply that was held to `prompts.schema`, and no other."""
+  """The choice of a JSON reply in the form of `prompts.schema`, exactly."""
   value = parse(text or "")
   if value is None:
     plain = _plain(text or "").strip()
@@ -118,7 +117,7 @@ def read_json(text: str | None, *, ties: bool = False) -> Letter:
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
   if len(dict(pairs)) != len(pairs):
-    raise ValueError("a name is there twice")
+    raise ValueError("a name occurs twice")
   return dict(pairs)
 
 
@@ -134,10 +133,10 @@ def _letter(text: str, ties: bool, *, trailing: bool = True) -> Letter:
   letter, rest = match["letter"], match["rest"]
   if not trailing and re.search(r"[^\W_]", rest):
     return "missing"
-  # What is said of the other text counts as a reason only after "because".
+  # The other letter in a remark makes it ambiguous, unless after "because".
   remark = _REASON.split(rest)[0]
   other = "B" if letter in "Aa" else "A"
-  # A small "a" in the remark is an article unless the verdict is small too.
+  # A lower-case "a" is an article, unless the verdict is lower-case too.
   named = other + other.lower() if letter.islower() or other == "B" else other
   if re.search(rf"\b[{named}]\b", remark):
     return "missing"
@@ -149,7 +148,7 @@ def _letter(text: str, ties: bool, *, trailing: bool = True) -> Letter:
 def read_completion(
   completion: Any, *, output: Output, ties: bool
 ) -> judging.Reply:
-  """The reply of a completion; tokens are those of this completion alone."""
+  """The parsed reply of a chat completion, whatever its shape."""
   fields = as_dict(completion)
   reply = dataclasses.replace(
     judging.NOTHING,
@@ -185,7 +184,7 @@ def read_completion(
 
 
 def usage(completion: Any) -> dict[str, int]:
-  """Tokens as the server counted them; 0 where it did not."""
+  """The server's token counts; 0 where there is none."""
   counts = as_dict(as_dict(completion).get("usage"))
   names = ("prompt_tokens", "completion_tokens")
   found = {name: counts.get(name) for name in names}
@@ -195,7 +194,7 @@ def usage(completion: Any) -> dict[str, int]:
 def _score(
   logprobs: Any, letter: str, output: Output, ties: bool
 ) -> float | None:
-  """Probability that A wins, a tie counting half; None where it is unknown."""
+  """Probability that A wins, a tie counting half; None if it is unknown."""
   content = as_dict(logprobs).get("content")
   content = content if isinstance(content, list) else []
   tokens = [_text(as_dict(entry).get("token")) for entry in content]
@@ -217,11 +216,11 @@ def _score(
 def _place(
   tokens: list[str], letter: str, output: Output, ties: bool
 ) -> int | None:
-  """The last token that turns the text so far into one with this verdict."""
+  """Index of the last token that completes this verdict, or None."""
   for index in reversed(range(len(tokens))):
     if _bare(tokens[index]) == letter:
       text = "".join(tokens[:index])
-      # A JSON object is not closed yet: the key before must be the choice.
+      # The JSON object is still open here: look for the key.
       if output == "json_schema":
         found = re.search(r'"choice"\s*:\s*"?\s*\Z', text)
       else:
@@ -238,18 +237,18 @@ def _bare(token: str) -> str:
 
 
 def parse(data: bytes | str) -> Any:
-  """What JSON from a server holds; None if it is none."""
+  """The value of JSON from a server; None if it is not valid."""
   with contextlib.suppress(ValueError, RecursionError):
     return json.loads(data, object_pairs_hook=_unique)
   return None
 
 
 def as_dict(value: Any) -> dict:
-  """The value if it is a dict, else an empty one."""
+  """The value if it is a dict, else {}."""
   return value if isinstance(value, dict) else {}
 
 
 def _text(value: Any) -> str:
-  """The string as UTF-8 can carry it: halves of surrogates are replaced."""
+  """The string with lone surrogates replaced, else ""; valid UTF-8."""
   text = value if isinstance(value, str) else ""
   return text.encode("utf-8", "replace").decode()
