@@ -13,14 +13,12 @@ SCORES = np.asarray([0.0, 0.5, 1.0])
 
 
 @pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
-@pytest.mark.parametrize(
-  ("wins", "n"), [(0, 1), (1, 1), (0, 40), (40, 40), (33, 150), (999, 1000)]
-)
-def test_wilson_equals_scipy(wins, n, confidence):
-  ours = intervals.wilson(wins, n, confidence=confidence)
-  test = scipy.stats.binomtest(wins, n)
-  theirs = test.proportion_ci(confidence_level=confidence, method="wilson")
-  np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-15)
+def test_wilson_equals_scipy(confidence):
+  for wins, n in (0, 1), (1, 1), (0, 40), (40, 40), (33, 150), (999, 1000):
+    ours = intervals.wilson(wins, n, confidence=confidence)
+    test = scipy.stats.binomtest(wins, n)
+    theirs = test.proportion_ci(confidence_level=confidence, method="wilson")
+    np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-15)
 
 
 def test_wilson_of_nothing_is_everything():
@@ -60,14 +58,15 @@ def samples():
   }
 
 
-@pytest.mark.parametrize("method", ["percentile", "BCa"])
-@pytest.mark.parametrize("name", ["even", "skewed", "continuous"])
+@pytest.mark.parametrize(
+  ("name", "method"),
+  [("even", "BCa"), ("skewed", "percentile"), ("continuous", "BCa")],
+)
 def test_the_bootstrap_agrees_with_scipy(name, method):
   units = samples()[name]
   settings = intervals.Settings(1, 40000, 0.9)
   if method == "BCa":
     found = intervals.bca(units, settings)
-    assert found.method == "bca"
     ours = (found.low, found.high)
   else:
     ours = percentile(units, settings)
@@ -224,10 +223,9 @@ def test_the_plain_bootstrap_would_not_do_for_few_prompts(monkeypatch):
   interval_of.cache_clear()
 
 
-@pytest.mark.parametrize(("n", "split", "least"), [(10, 0.5, 0.93)])
-def test_ten_prompts_are_covered_at_least_as_often(n, split, least):
+def test_ten_prompts_are_covered_at_least_as_often():
   for rate in (0.1, 0.3, 0.5):
-    assert coverage(n, rate, split) >= least
+    assert coverage(10, rate, 0.5) >= 0.93
 
 
 @pytest.mark.slow
@@ -281,7 +279,10 @@ ALIKE = (0.02, 0.05, 0.83, 0.06, 0.04)
 SPREAD = (0.1, 0.15, 0.25, 0.2, 0.3)
 
 
-@pytest.mark.parametrize(("n", "p"), [(30, SPREAD), (150, ALIKE)])
+@pytest.mark.parametrize(
+  ("n", "p"),
+  [(30, SPREAD), pytest.param(150, ALIKE, marks=pytest.mark.slow)],
+)
 def test_differences_are_covered_as_often_as_is_said(n, p):
   # 1,000 draws know 95% to 0.7 points.
   assert 0.93 <= difference_coverage(n, p, 1000) <= 0.975
@@ -304,6 +305,9 @@ def test_the_detectable_difference_by_hand():
   assert intervals.detectable_difference(20) < 0.5
 
 
+SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in (75, 150, 256)]
+
+
 def power(n, p, values):
   """How often the 95% interval of n differences is above 0.
 
@@ -314,7 +318,7 @@ def power(n, p, values):
   tables = np.column_stack([tables, n - tables.sum(axis=1)])
   tables = tables[tables[:, 2] >= 0]
   weights = scipy.stats.multinomial.pmf(tables, n, p)
-  kept = weights > 1e-5
+  kept = weights > 3e-5
   tables, weights = tables[kept], weights[kept]
   found = [
     intervals.of_mean(
@@ -326,7 +330,7 @@ def power(n, p, values):
   return weights[found].sum() / weights.sum()
 
 
-@pytest.mark.parametrize("n", [30, 75, 100, 150, 256])
+@pytest.mark.parametrize("n", [30, 100, *SLOW])
 def test_the_detectable_difference_has_a_power_of_80_percent(n):
   upper = (1 + intervals.detectable_difference(n)) / 2
   lower = 1 - upper
@@ -335,7 +339,7 @@ def test_the_detectable_difference_has_a_power_of_80_percent(n):
   assert 0.8 <= power(n, chance, [-1.0, 0.0, 1.0]) <= 0.85
 
 
-@pytest.mark.parametrize("n", [30, 150])
+@pytest.mark.parametrize("n", [30, SLOW[1]])
 def test_scores_that_agree_or_are_split_have_more_power(n):
   gap = intervals.detectable_difference(n)
   alike = [(0.4 - gap) / 2, 0.6, (0.4 + gap) / 2]

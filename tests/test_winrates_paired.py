@@ -21,11 +21,9 @@ def test_a_difference_of_four_prompts_by_hand():
   calls = [
     *judged.scored([0, 0, 0.5, 1], model="sft"),
     *judged.scored([1, 0.5, 0.5, 0.5], model="dpo"),
-    # A prompt that only one of them answered is in no difference.
+    # Prompts and temperatures of one model, and checkpoints, are in none.
     judged.call("model", "p9", model="dpo"),
-    # A temperature that only one of them was sampled at is in none.
     judged.call("model", "p0000", model="sft", temperature=0.25),
-    # Checkpoints are in none.
     *judged.scored([0, 0, 0, 0], model="dpo", step=100),
   ]
   (row,) = paired.differences(calls, SETTINGS)
@@ -68,7 +66,7 @@ def test_mcnemar_equals_scipy_on_won_or_lost_prompts():
   assert row.difference == pytest.approx((b - c) / 80)
 
 
-def test_pairing_narrows_the_interval_of_alike_models():
+def test_pairing_narrows_the_interval_of_correlated_models():
   generator = np.random.default_rng(1)
   easy = generator.random(300)
   base = (easy > 0.5).astype(float)
@@ -171,7 +169,7 @@ def test_controls_by_hand():
     judged.control("aa", "model", "p1", "model_first"),
     judged.control("aa", "model", "p1", "chosen_first"),
     judged.control("aa", "refusal", "p2"),
-    # The right answer three times of four.
+    # The right text three times of four.
     *[judged.control("gold", "model", f"p{i}") for i in range(3)],
     judged.control("gold", "chosen", "p3"),
     # p0000 as before, p0001 otherwise, p0002 not read, p0003 half as before.
@@ -215,7 +213,7 @@ def test_no_controls_are_no_crash():
 
 
 def test_the_sign_test_equals_its_sum():
-  # 35 of 35, as the judge of the re-implemented system did.
+  # 35 of 35, as the judge of the dpo-replication system did.
   assert controls.sign_test(35, 0) == pytest.approx(2 / 2**35)
   assert controls.sign_test(5, 5) == 1.0
   assert controls.sign_test(0, 0) == 1.0
@@ -241,8 +239,8 @@ def test_the_first_slot_share_is_over_prompts():
 
 
 def test_two_lengths_give_the_mean_of_the_log_odds():
-  # The answer is 40 characters longer or shorter; the deviation is 40, so
-  # that tanh is +-tanh(1), and the model fits both groups' odds exactly.
+  # The response is 40 characters longer or shorter; the deviation is 40, so
+  # that tanh is +-tanh(1), and the regression fits both groups' odds exactly.
   calls = [
     *[length_call(f"l{i}", i < 15, 140) for i in range(20)],
     *[length_call(f"s{i}", i < 8, 60) for i in range(20)],
@@ -318,8 +316,8 @@ def test_length_control_takes_the_effect_of_length_away():
 
 
 def test_rates_by_length_are_those_of_groups_of_prompts():
-  # 40 prompts whose answers are -20 ... 19 characters longer; the longer half
-  # wins. Other temperatures and checkpoints have no part in it.
+  # 40 prompts whose responses are -20 ... 19 characters longer; the longer half
+  # wins. Other temperatures and checkpoints do not count.
   rows = [
     row
     for i in range(40)

@@ -1,7 +1,7 @@
-"""Judge calls: which of them count, and what a prompt scores in them.
+"""Judge calls: which count, and each prompt's score.
 
-The unit of every statistic is the prompt. Calls about one prompt (both orders,
-several samples) are not independent, so they are averaged into one number in
+The unit of every statistic is the prompt. Calls on one prompt (both orders,
+several samples) are not independent, so they are averaged into one score in
 [0, 1] before anything is counted or resampled.
 """
 
@@ -13,17 +13,17 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 MODELS = ("base", "sft", "dpo")
-"""The order of a table's rows; other names follow in alphabetical order."""
+"""Order of a table's rows; other models follow alphabetically."""
 
 SCORES = {"model": 1.0, "tie": 0.5, "chosen": 0.0}
-"""What a verdict gives the model; any other verdict says nothing."""
+"""Score of the model by verdict; other verdicts have none."""
 
 Cell = tuple[str, int | None, float]
-"""A model, its training step or None, and a sampling temperature."""
+"""A model, its training step or None for the final one, and a temperature."""
 
 
 class Call(Protocol):
-  """What is read of a judge call; `records.Verdict` has it."""
+  """The fields that are read of a `records.Verdict`."""
 
   @property
   def key(self) -> str: ...
@@ -59,15 +59,13 @@ T = TypeVar("T", bound=Call)
 
 
 def current(verdicts: Iterable[T]) -> list[T]:
-  """The calls that count, controls among them.
+  """The calls that count, controls included.
 
-  A call without a verdict is asked again, and so is one about a text that has
-  changed since (its `key` is another): the last row of a call then replaces
-  the earlier ones.
+  A later row replaces a missing verdict, and a verdict on a text that was
+  edited since (its `key` is another).
 
   Raises:
-    ValueError: judges or templates are mixed, or an answered call stands
-      twice.
+    ValueError: judges or templates are mixed, or a call has two verdicts.
   """
   verdicts = list(verdicts)
   rows: dict[tuple, list[T]] = collections.defaultdict(list)
@@ -76,11 +74,11 @@ def current(verdicts: Iterable[T]) -> list[T]:
     if row and (row[-1].verdict == "missing" or row[-1].key != call.key):
       row.clear()
     row.append(call)
-  standing = [call for row in rows.values() for call in row]
-  # A judge that answered nothing, and was then replaced, has no part in it.
-  answered = [call for call in verdicts if call.verdict != "missing"]
+  counted = [call for row in rows.values() for call in row]
+  # A judge whose every verdict was missing, and was replaced, is no other one.
+  judged = [call for call in verdicts if call.verdict != "missing"]
   for field in ("judge", "template_hash"):
-    names = sorted({getattr(call, field) for call in answered + standing})
+    names = sorted({getattr(call, field) for call in judged + counted})
     if len(names) > 1:
       raise ValueError(
         f"rows of several values of {field} in one table: {', '.join(names)};"
@@ -89,28 +87,34 @@ def current(verdicts: Iterable[T]) -> list[T]:
   twice = [name for name, row in rows.items() if len(row) > 1]
   if twice:
     raise ValueError(
-      f"{len(twice)} judge calls stand more than once, the first is (model,"
+      f"{len(twice)} judge calls occur more than once, the first is (model,"
       " step, temperature, prompt, sample, order, control) ="
       f" {twice[0]}; keep one row of each"
     )
-  return standing
+  return counted
 
 
 def ordinary(verdicts: Iterable[T]) -> list[T]:
-  """The current calls that compare a model's answer: no controls."""
+  """The current calls on models' responses: no controls."""
   return [call for call in current(verdicts) if not call.control]
 
 
 def by_cell(verdicts: Iterable[T]) -> dict[Cell, list[T]]:
-  """Calls by (model, step, temperature), in the order of a table's rows.
+  """Ordinary calls by (model, step, temperature), in the order of a table.
 
-  Models come as base, sft, dpo, others; the final model before checkpoints,
-  then by step and temperature.
+  Models as in `MODELS`, the final model before its checkpoints, then by step
+  and temperature.
   """
   cells = collections.defaultdict(list)
-  for call in verdicts:
+  for call in ordinary(verdicts):
     cells[call.model, call.step, call.temperature].append(call)
-  return {cell: cells[cell] for cell in sorted(cells, key=_rank)}
+
+  def rank(cell: Cell) -> tuple:
+    model, step, temperature = cell
+    place = MODELS.index(model) if model in MODELS else len(MODELS)
+    return place, model, -1 if step is None else step, temperature
+
+  return {cell: cells[cell] for cell in sorted(cells, key=rank)}
 
 
 def by_prompt(calls: Iterable[T]) -> dict[str, list[T]]:
@@ -120,26 +124,24 @@ def by_prompt(calls: Iterable[T]) -> dict[str, list[T]]:
   return groups
 
 
-def units(calls: Iterable[Call]) -> dict[str, float]:
-  """Each prompt's mean score; prompts without any verdict are left out."""
-  scores = {
-    prompt: unit(group, None) for prompt, group in by_prompt(calls).items()
-  }
-  return {prompt: found[0] for prompt, found in scores.items() if found}
-
-
-def unit(calls: Sequence[Call], unread: float | None) -> list[float]:
-  """A prompt's score as a list of one, or of none without any verdict.
+def mean_score(calls: Iterable[Call], unread: float | None = None) -> float:
+  """Mean score of one prompt's calls; NaN without any.
 
   `unread` is the score of a call without a verdict; None leaves it out.
   """
   scores = [SCORES.get(call.verdict, unread) for call in calls]
   known = [score for score in scores if score is not None]
-  return [math.fsum(known) / len(known)] if known else []
+  return math.fsum(known) / len(known) if known else math.nan
+
+
+def units(calls: Iterable[Call]) -> dict[str, float]:
+  """Each prompt's mean score; prompts without any verdict are left out."""
+  scores = {name: mean_score(group) for name, group in by_prompt(calls).items()}
+  return {name: x for name, x in scores.items() if not math.isnan(x)}
 
 
 def length_units(calls: Iterable[Call]) -> dict[str, float]:
-  """Each prompt's mean difference in characters, answer less chosen."""
+  """Each prompt's mean difference in characters, response minus chosen."""
   return {
     prompt: float(
       np.mean([call.response_chars - call.chosen_chars for call in group])
@@ -149,13 +151,14 @@ def length_units(calls: Iterable[Call]) -> dict[str, float]:
 
 
 def shared(tables: Sequence[dict[str, float]]) -> tuple[list[str], np.ndarray]:
-  """The prompts that all tables have, sorted, and their scores [n, tables]."""
+  """The prompts in all tables, sorted, and their scores [n, tables]."""
   prompts = sorted(set.intersection(*map(set, tables))) if tables else []
   rows = [[table[prompt] for table in tables] for prompt in prompts]
   return prompts, np.asarray(rows, float).reshape(len(prompts), len(tables))
 
 
 def comparison(call: Call) -> tuple:
+  """What identifies the two texts of a call."""
   return (
     call.model,
     call.step,
@@ -163,9 +166,3 @@ def comparison(call: Call) -> tuple:
     call.prompt_id,
     call.sample_id,
   )
-
-
-def _rank(cell: Cell) -> tuple:
-  model, step, temperature = cell
-  rank = MODELS.index(model) if model in MODELS else len(MODELS)
-  return rank, model, -1 if step is None else step, temperature

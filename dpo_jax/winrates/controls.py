@@ -1,7 +1,7 @@
-"""How the judge behaved: its habits, and its answers where they are known.
+"""The judge's record: position bias, consistency, and its controls.
 
-Every share here comes with an interval over prompts, since calls about one
-prompt share its difficulty. A share of nothing is NaN in [0, 1].
+Every share has an interval over prompts, since calls on one prompt share its
+difficulty. A share of nothing is NaN in [0, 1].
 """
 
 import collections
@@ -16,7 +16,7 @@ from dpo_jax.winrates import calls, intervals, rates
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-  """A share of `n` prompts' means, with an interval over these prompts."""
+  """Mean of `n` prompts' shares, and its interval."""
 
   n: int
   rate: float
@@ -26,12 +26,11 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class JudgeHealth:
-  """How the judge behaved over all ordinary calls of a table.
+  """The judge's record over all ordinary calls of a table.
 
   `comparisons` are pairs of texts, `both_orders` those with a verdict in both
-  orders, `order_consistency` the fraction of these with the same verdict.
-  `first_slot_rate` is over decided calls; `first_slot` the same with each
-  prompt weighing alike, and an interval. A rate of nothing is NaN.
+  orders, `order_consistency` the fraction of these with equal verdicts.
+  `first_slot_rate` is over decided calls, `first_slot` over prompts.
   """
 
   judge: str
@@ -49,14 +48,15 @@ class JudgeHealth:
 
 @dataclasses.dataclass(frozen=True)
 class Controls:
-  """What the judge did on questions whose answer is known.
+  """The judge's record on questions whose answer is known.
 
-  `aa` compared a text with itself: its rate is 50% for a fair judge, and
-  `aa_p` is the two-sided p-value of the sign test over prompts that left it.
-  `aa_first_slot` is how often the text shown first won there. `gold` compared
-  the prompt's own chosen answer with another prompt's: the rate is that of the
-  right one. `retest` asked an ordinary question again: the rate is that of
-  equal verdicts. `unread` control calls gave no verdict.
+  Attributes:
+    aa: score of a text against itself; 50% for a fair judge.
+    aa_p: two-sided sign test over the prompts that leave 50%.
+    aa_first_slot: how often the first slot won there.
+    gold: score of a prompt's own chosen response against another prompt's.
+    retest: share of equal verdicts when an ordinary question is asked again.
+    unread: control calls without a verdict.
   """
 
   aa: Share
@@ -70,10 +70,10 @@ class Controls:
 def judge_health(
   verdicts: Iterable[calls.Call], settings: intervals.Settings
 ) -> JudgeHealth:
-  """The judge's own record over a table; errors as in `rates.win_rates`."""
+  """The judge's record over a table; errors as in `rates.win_rates`."""
   group = calls.ordinary(verdicts)
   if not group:
-    raise ValueError("no verdicts: there is no judge to describe")
+    raise ValueError("no verdicts of a judge")
   counts = collections.Counter(call.verdict for call in group)
   agree, both = rates.agreement(group)
   return JudgeHealth(
@@ -96,33 +96,30 @@ def controls(
 ) -> Controls:
   """The control calls of a table, all shares NaN where there are none."""
   groups = collections.defaultdict(list)
-  for call in (standing := calls.current(verdicts)):
+  for call in (current := calls.current(verdicts)):
     groups[call.control].append(call)
-  aa = calls.units(groups["aa"])
-  gold = calls.units(groups["gold"])
+  aa = list(calls.units(groups["aa"]).values())
+  gold = list(calls.units(groups["gold"]).values())
   return Controls(
-    aa=_share(list(aa.values()), settings),
-    aa_p=sign_test(
-      sum(score > 0.5 for score in aa.values()),
-      sum(score < 0.5 for score in aa.values()),
-    ),
+    aa=_share(aa, settings),
+    aa_p=sign_test(sum(x > 0.5 for x in aa), sum(x < 0.5 for x in aa)),
     aa_first_slot=_share(_first_slots(groups["aa"]), settings),
-    gold=_share(list(gold.values()), settings),
+    gold=_share(gold, settings),
     retest=_share(_retests(groups[""], groups["retest"]), settings),
     unread=sum(
       bool(call.control) and call.verdict not in calls.SCORES
-      for call in standing
+      for call in current
     ),
   )
 
 
 def sign_test(above: int, below: int) -> float:
-  """Two-sided exact p-value that either side is as likely; 1 when none is.
+  """Two-sided exact p-value of equally likely sides; 1 without any count.
 
   References:
     McNemar, Note on the sampling error of the difference between correlated
-    proportions or percentages, Psychometrika 12, 1947; its exact form is this
-    test of the discordant pairs.
+    proportions or percentages, Psychometrika 12, 1947, whose exact form this is
+    for discordant pairs.
   """
   from scipy import stats
 
@@ -131,17 +128,15 @@ def sign_test(above: int, below: int) -> float:
 
 
 def _first_slots(group: Iterable[calls.Call]) -> list[float]:
-  """Each prompt's share of decided calls that the text shown first won."""
-  found = collections.defaultdict(list)
-  for call in group:
-    found[call.prompt_id] += rates.first_slot(call)
-  return [sum(won) / len(won) for won in found.values() if won]
+  """Each prompt's rate of the first slot, where it has decided calls."""
+  found = map(rates.first_slot_rate, calls.by_prompt(group).values())
+  return [rate for rate in found if not math.isnan(rate)]
 
 
 def _retests(
   first: Iterable[calls.Call], again: Iterable[calls.Call]
 ) -> list[float]:
-  """Each prompt's share of questions that were answered as the first time."""
+  """Each prompt's share of repeated questions with the same verdict."""
   verdicts = {
     (*calls.comparison(call), call.order): call.verdict
     for call in first

@@ -1,8 +1,7 @@
-"""Differences on the same prompts: between models, and along a training.
+"""Paired differences: between models, and along a training run.
 
-Two models answer the same prompts, and an easy prompt is easy for both. So
-their difference is taken prompt by prompt: its interval is narrower than
-two intervals laid side by side can show.
+An easy prompt is easy for both models, so the difference is taken prompt by
+prompt: its interval is narrower than two separate intervals suggest.
 """
 
 import collections
@@ -19,12 +18,14 @@ from dpo_jax.winrates import calls, controls, intervals
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-  """Two final models at one temperature on the `n` prompts both answered.
+  """Two final models at one temperature, on the `n` prompts of both.
 
-  `difference` is the mean of `upper`'s score less `lower`'s, with its
-  interval. `upper` scored higher on `wins` prompts and lower on `losses`; `p`
-  is the exact two-sided McNemar test of these, `p_holm` the same after Holm's
-  correction for the temperatures at which this pair was compared.
+  Attributes:
+    difference: mean score of `upper` minus `lower`, in [`low`, `high`] by
+      method `interval`.
+    wins: prompts on which `upper` scored higher, `losses` lower.
+    p: exact two-sided McNemar test of these.
+    p_holm: the same with Holm's correction over this pair's temperatures.
   """
 
   lower: str
@@ -43,13 +44,16 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class BetaSlope:
-  """Whether a model's checkpoints improve, in one test over prompts.
+  """One test of whether a model's checkpoints improve.
 
-  Each of the `n` prompts that were judged at every step and temperature gets
-  the least-squares slope of its score, averaged over temperatures, against
-  the step. `gain` is the mean slope times the span from `first` to `last`, a
-  difference of win rates, with its interval; `p` is the two-sided one-sample
-  t-test of the slopes. `left_out` prompts were not judged everywhere.
+  Each of the `n` prompts judged at every step and temperature has a
+  least-squares slope of its score, averaged over temperatures, on the step.
+
+  Attributes:
+    gain: mean slope times the span from `first` to `last`, a difference of win
+      rates, in [`low`, `high`] by method `interval`.
+    p: two-sided one-sample t-test of the slopes.
+    left_out: prompts that were not judged everywhere.
   """
 
   model: str
@@ -69,28 +73,24 @@ class BetaSlope:
 def differences(
   verdicts: Iterable[calls.Call], settings: intervals.Settings
 ) -> list[Difference]:
-  """Every pair of final models at every temperature that both have.
+  """Every pair of final models at every common temperature with common prompts.
 
-  The pair's first model in the table's order is `lower`. Pairs without a
-  common prompt are left out. Errors are those of `rates.win_rates`.
+  `lower` is the earlier one in the table. Errors as in `rates.win_rates`.
   """
   tables: dict[str, dict[float, dict[str, float]]] = {}
-  for cell, group in calls.by_cell(calls.ordinary(verdicts)).items():
+  for cell, group in calls.by_cell(verdicts).items():
     model, step, temperature = cell
     if step is None:
       tables.setdefault(model, {})[temperature] = calls.units(group)
   found = []
   for lower, upper in itertools.combinations(tables, 2):
-    gaps = {}
+    rows = []
     for temperature in sorted(tables[lower].keys() & tables[upper].keys()):
       pair = [tables[upper][temperature], tables[lower][temperature]]
       prompts, scores = calls.shared(pair)
       if prompts:
-        gaps[temperature] = scores[:, 0] - scores[:, 1]
-    rows = [
-      _difference(lower, upper, temperature, row, settings)
-      for temperature, row in gaps.items()
-    ]
+        gaps = scores[:, 0] - scores[:, 1]
+        rows.append(_difference(lower, upper, temperature, gaps, settings))
     adjusted = holm([row.p for row in rows])
     found += [
       dataclasses.replace(row, p_holm=p) for row, p in zip(rows, adjusted)
@@ -99,7 +99,7 @@ def differences(
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-  """P-values after Holm's step-down correction, in the order given.
+  """P-values with Holm's step-down correction, in the order given.
 
   References:
     Holm, A simple sequentially rejective multiple test procedure,
@@ -116,19 +116,16 @@ def holm(ps: Sequence[float]) -> list[float]:
 def beta_slopes(
   verdicts: Iterable[calls.Call], settings: intervals.Settings
 ) -> list[BetaSlope]:
-  """One BetaSlope for each model with checkpoints at two steps or more."""
+  """A BetaSlope for each model with checkpoints at two steps or more."""
   tables: dict[str, dict[tuple[int, float], dict[str, float]]] = (
     collections.defaultdict(dict)
   )
-  for cell, group in calls.by_cell(calls.ordinary(verdicts)).items():
+  for cell, group in calls.by_cell(verdicts).items():
     model, step, temperature = cell
     if step is not None:
       tables[model][step, temperature] = calls.units(group)
-  found = []
-  for model, table in tables.items():
-    row = _slope(model, table, settings)
-    found += [row] if row else []
-  return found
+  slopes = [_slope(model, table, settings) for model, table in tables.items()]
+  return [slope for slope in slopes if slope]
 
 
 def _difference(lower, upper, temperature, gaps, settings) -> Difference:
@@ -152,8 +149,8 @@ def _difference(lower, upper, temperature, gaps, settings) -> Difference:
 
 
 def _slope(model, table, settings) -> BetaSlope | None:
-  """The test of one model's checkpoints; None if nothing can be said."""
-  # A temperature that only some steps have would tilt the slope.
+  """The test of one model's checkpoints; None without common prompts."""
+  # A temperature at some steps only would bias the slope.
   by_temperature = collections.defaultdict(set)
   for step, temperature in table:
     by_temperature[temperature].add(step)
@@ -171,7 +168,7 @@ def _slope(model, table, settings) -> BetaSlope | None:
   centred = np.asarray(steps, float) - np.mean(steps)
   weights = centred / (centred**2).sum() * (steps[-1] - steps[0])
   gains = scores @ weights
-  # No scores in [0, 1] give more: the weights add up to zero.
+  # The largest gain of scores in [0, 1], since the weights sum to zero.
   bound = float(weights[weights > 0].sum())
   interval = intervals.of_mean(gains, settings, bound=bound)
   judged = set().union(*cells)
@@ -192,7 +189,7 @@ def _slope(model, table, settings) -> BetaSlope | None:
 
 
 def _t_test(values: np.ndarray) -> float:
-  """Two-sided p-value that the mean is 0; NaN where nothing varies."""
+  """Two-sided p-value of mean 0; NaN where nothing varies."""
   from scipy import stats
 
   if len(values) < 2 or float(np.ptp(values)) < 1e-12:

@@ -1,11 +1,10 @@
-"""Win rates against the dataset's chosen answers, plain and by length.
+"""Win rates against the dataset's chosen responses, plain and by length.
 
-A call that gave no verdict is never a tie or a loss: it leaves the rate, is
+A call without a verdict is never a tie or a loss: it leaves the rate, is
 counted, and bounds the rate from both sides.
 
-Judges like long answers. A logistic regression of a prompt's score on the
-difference in length gives the rate that would be seen if both texts were of
-one length, as far as length alone made the difference.
+Judges prefer long responses. A logistic regression of a prompt's score on the
+difference in length gives the rate at equal length.
 """
 
 import collections
@@ -18,20 +17,22 @@ import numpy as np
 from dpo_jax.winrates import calls, intervals
 
 _STEPS = 60
-_LARGE = 15.0  # log-odds; beyond them scores are separated, not fitted
+_LARGE = 15.0  # log-odds; beyond, the scores are separable: no finite maximum
 
 
 @dataclasses.dataclass(frozen=True)
 class WinRate:
-  """One row of the table: a model (at a step) sampled at one temperature.
+  """A row of the table: a model (at a step) at a sampling temperature.
 
-  `prompts` were judged, `n` of them with a verdict in at least one call;
-  `win_rate` is the mean over these n and [`low`, `high`] its interval, made
-  by the method that `interval` names. `worst` and `best` are the rate over
-  all `prompts` if every call without a verdict were lost or won. `wins` to
-  `refusals` count calls. `soft_rate` is the mean over prompts of the judge's
-  own probabilities, where every verdict came with one. Lengths are
-  characters, averaged over prompts. A rate of nothing is NaN.
+  Attributes:
+    prompts: judged prompts, `n` of them with a verdict.
+    win_rate: mean score over these n, in [`low`, `high`] by method `interval`.
+    wins: calls, as are `ties` to `refusals`.
+    worst: the rate over all `prompts` if calls without a verdict were lost,
+      `best` if they were won.
+    soft_rate: mean over prompts of the judge's own probabilities; NaN unless
+      every verdict has one.
+    response_chars: characters averaged over prompts, as `chosen_chars`.
   """
 
   model: str
@@ -60,49 +61,39 @@ class WinRate:
 def win_rates(
   verdicts: Iterable[calls.Call], settings: intervals.Settings
 ) -> list[WinRate]:
-  """One WinRate for each (model, step, temperature) of a table.
+  """The table, a row for each cell in the order of `calls.by_cell`.
 
-  The rate is the mean over prompts of each prompt's mean score: model 1,
-  tie 1/2, chosen 0, over sample ids and orders. A row depends only on its own
-  calls, beside whatever others they come.
+  The rate is the mean over prompts of each prompt's mean score over samples and
+  orders: model 1, tie 1/2, chosen 0. A row depends on its own calls only.
 
   Args:
-    verdicts: judge calls of one judge and one template, in the order of their
-      files; those that `calls.current` leaves out, and controls, do not count.
+    verdicts: calls of one judge and template, in the order of their files.
     settings: of the intervals.
 
-  Returns:
-    Rows by model (base, sft, dpo, others), final models before checkpoints,
-    then by step and temperature.
-
   Raises:
-    ValueError: judges or templates are mixed, or a call stands twice.
+    ValueError: judges or templates are mixed, or a call has two verdicts.
   """
   return [
-    _win_rate(group, settings)
-    for group in calls.by_cell(calls.ordinary(verdicts)).values()
+    _win_rate(group, settings) for group in calls.by_cell(verdicts).values()
   ]
 
 
 def first_slot_rate(verdicts: Iterable[calls.Call]) -> float:
-  """Fraction of decided calls (no ties) in which the text shown first won.
+  """Fraction of decided calls (no ties) that the text shown first won.
 
-  Over both orders of every comparison a fair judge gives 1/2 whatever the
-  model is worth. NaN when no call was decided.
+  Over both orders of every comparison, 1/2 for a fair judge. NaN if no call was
+  decided.
   """
-  first = [won for call in verdicts for won in first_slot(call)]
+  first = [
+    (call.verdict == "model") == (call.order == "model_first")
+    for call in verdicts
+    if call.verdict in ("model", "chosen")
+  ]
   return sum(first) / len(first) if first else math.nan
 
 
-def first_slot(call: calls.Call) -> list[bool]:
-  """Whether the text shown first won, in a list; an empty one if undecided."""
-  if call.verdict not in ("model", "chosen"):
-    return []
-  return [(call.verdict == "model") == (call.order == "model_first")]
-
-
 def agreement(verdicts: Iterable[calls.Call]) -> tuple[int, int]:
-  """Comparisons whose two orders agree, and those read in both orders."""
+  """Comparisons with equal verdicts in both orders, and with both verdicts."""
   found = collections.defaultdict(list)
   for call in verdicts:
     if call.verdict in calls.SCORES:
@@ -137,8 +128,8 @@ def _win_rate(group: list[calls.Call], settings: intervals.Settings) -> WinRate:
     losses=counts["chosen"],
     missing=counts["missing"],
     refusals=counts["refusal"],
-    worst=over_prompts(lambda rows: calls.unit(rows, 0.0)[0]),
-    best=over_prompts(lambda rows: calls.unit(rows, 1.0)[0]),
+    worst=over_prompts(lambda rows: calls.mean_score(rows, 0.0)),
+    best=over_prompts(lambda rows: calls.mean_score(rows, 1.0)),
     soft_rate=_soft_rate(prompts.values()),
     first_slot_rate=first_slot_rate(group),
     order_consistency=agree / both if both else math.nan,
@@ -155,7 +146,7 @@ def _soft_rate(groups: Iterable[list[calls.Call]]) -> float:
   means, asked = [], False
   for rows in groups:
     read = [call for call in rows if call.verdict in calls.SCORES]
-    # Identical texts are a tie without a call, and so without probabilities.
+    # Identical texts are a tie without a call, so without a probability.
     scores = [
       0.5 if call.score is None and call.verdict == "tie" else call.score
       for call in read
@@ -171,13 +162,14 @@ def _soft_rate(groups: Iterable[list[calls.Call]]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class LengthControlled:
-  """The rate of a cell at equal length, over its `n` prompts.
+  """The win rate of a cell at equal length, over its `n` prompts.
 
-  `rate` and its interval are those at a length difference of zero, `effect`
-  the log-odds that tanh(difference / `scale`) adds, `scale` the standard
-  deviation of the differences in characters. NaN where the scores do not
-  determine them. `longer_rate` is the mean score of the longer text over the
-  prompts whose lengths differ.
+  Attributes:
+    rate: at a length difference of zero, in [`low`, `high`]; NaN where the
+      scores do not determine the regression, like `effect`.
+    effect: the coefficient of tanh(difference / `scale`), log-odds.
+    scale: standard deviation of the differences, characters.
+    longer_rate: mean score of the longer text where lengths differ.
   """
 
   model: str
@@ -195,22 +187,18 @@ class LengthControlled:
 def length_controlled(
   verdicts: Iterable[calls.Call], settings: intervals.Settings
 ) -> list[LengthControlled]:
-  """One row for each (model, step, temperature), as `win_rates`.
-
-  The interval is the regression's with a sandwich variance over prompts, on
-  the log-odds scale.
+  """Rows as in `win_rates`, with intervals from a sandwich variance.
 
   References:
-    Dubois et al., Length-controlled AlpacaEval, 2024 (arXiv 2404.04475): the
-    same tanh, without its terms for the prompt's difficulty.
+    Dubois et al., Length-controlled AlpacaEval, 2024 (arXiv 2404.04475),
+    without the terms for the prompt's difficulty.
   """
   from scipy import special
 
   quantile = intervals.normal_quantile(settings.confidence)
   found = []
-  for cell, group in calls.by_cell(calls.ordinary(verdicts)).items():
-    tables = [calls.units(group), calls.length_units(group)]
-    prompts, columns = calls.shared(tables)
+  for cell, group in calls.by_cell(verdicts).items():
+    prompts, columns = _scores_and_lengths(group)
     scores, lengths = columns[:, 0], columns[:, 1]
     scale = float(lengths.std()) if prompts else math.nan
     fit = fit_logistic(lengths / scale, scores) if scale > 0 else None
@@ -237,10 +225,10 @@ def length_controlled(
 
 @dataclasses.dataclass(frozen=True)
 class LengthBin:
-  """The rate of a final model on its answers of about one length.
+  """The win rate of a final model on `n` prompts of similar length difference.
 
-  `difference` is the mean of their `n` prompts, answer less chosen, in
-  characters; [`low`, `high`] an `intervals.effective_wilson`.
+  `difference` is their mean, response minus chosen, in characters; [`low`,
+  `high`] is an `intervals.effective_wilson`.
   """
 
   model: str
@@ -258,23 +246,24 @@ def by_length(
   *,
   bins: int = 5,
 ) -> list[LengthBin]:
-  """Rates of final models by length, at the temperature nearest to 0.7.
+  """Win rates of final models by length difference, in bins of equal size.
 
-  A model's prompts, sorted by the difference in length, are cut into `bins` of
-  one size, or into fewer where each would have less than 10.
+  At the temperature nearest to the paper's 0.7. At most `bins`, with at least
+  10 prompts each.
   """
   cells = {
     cell: group
-    for cell, group in calls.by_cell(calls.ordinary(verdicts)).items()
+    for cell, group in calls.by_cell(verdicts).items()
     if cell[1] is None
   }
-  # The paper compares at 0.7.
-  nearest = min({t for _, _, t in cells}, key=_from_paper, default=None)
+  nearest = min(
+    (t for _, _, t in cells), key=lambda t: (abs(t - 0.7), t), default=None
+  )
   found = []
   for (model, _, temperature), group in cells.items():
     if temperature != nearest:
       continue
-    _, columns = calls.shared([calls.units(group), calls.length_units(group)])
+    _, columns = _scores_and_lengths(group)
     columns = columns[np.argsort(columns[:, 1], kind="stable")]
     for part in np.array_split(columns, min(bins, max(1, len(columns) // 10))):
       if len(part):
@@ -288,8 +277,11 @@ def by_length(
   return found
 
 
-def _from_paper(temperature: float) -> tuple[float, float]:
-  return abs(temperature - 0.7), temperature
+def _scores_and_lengths(
+  group: list[calls.Call],
+) -> tuple[list[str], np.ndarray]:
+  """The prompts of a cell, and their scores and length differences, [n, 2]."""
+  return calls.shared([calls.units(group), calls.length_units(group)])
 
 
 def fit_logistic(
@@ -298,9 +290,8 @@ def fit_logistic(
   """Logistic regression of scores in [0, 1] on tanh of lengths, both [n].
 
   Returns:
-    Intercept, slope, and the intercept's standard error, robust to the
-    scores' spread (HC1: n / (n - 2)); None where the maximum is not finite or
-    prompts are too few.
+    Intercept, slope, and the intercept's robust standard error (HC1); None for
+    less than 3 prompts, or where the likelihood has no finite maximum.
   """
   from scipy import special
 
@@ -316,7 +307,7 @@ def fit_logistic(
     if np.linalg.cond(hessian) > 1e12:
       return None
     step = np.linalg.solve(hessian, design.T @ (scores - chance))
-    # A Newton step of any size may overshoot where chances are near 0 or 1.
+    # A full Newton step may overshoot where probabilities are near 0 or 1.
     step *= min(1.0, 2.0 / max(float(np.abs(step).max()), 1e-300))
     weights = weights + step
     if float(np.abs(weights).max()) > _LARGE:
