@@ -1,8 +1,31 @@
-"""Judge calls for tests, made by hand."""
+"""Rows of responses and judge calls, by hand."""
 
 import dataclasses
 
 from dpo_jax.io import hashing, records
+
+PROMPT = "\n\nHuman: hi\n\nAssistant:"
+
+
+def response(number=0, text=" longer than it", chosen=" short", **changes):
+  """A response to prompt p<number>; `changes` replace any other field."""
+  row = records.Response(
+    prompt_id=f"p{number}",
+    prompt=PROMPT,
+    response=text,
+    chosen=chosen,
+    model="dpo",
+    step=None,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    max_new_tokens=8,
+    seed=0,
+    sample_id=0,
+    token_count=7,
+    finish_reason="eos",
+  )
+  return dataclasses.replace(row, **changes)
 
 
 def call(
@@ -53,7 +76,7 @@ def both(first, second, prompt, **fields):
 
 
 def control(kind, verdict, prompt="p0", order="model_first", **fields):
-  """A control call on the chosen texts, as the judge's runner writes it."""
+  """A control call on chosen texts, as the runner writes it."""
   fields = {"model": "chosen", "temperature": 0.0} | fields
   return call(verdict, prompt, order, control=kind, **fields)
 

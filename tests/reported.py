@@ -1,7 +1,9 @@
-"""A small finished run, whose every number is known, for tests of reports."""
+"""A small finished run with known numbers, for tests of reports."""
 
 import dataclasses
 import json
+
+import judged
 
 from dpo_jax.io import hashing, jsonl, records
 from dpo_jax.report import report
@@ -23,48 +25,38 @@ PROMPT = "\n\nHuman: How do I whisk eggs?\n\nAssistant:"
 
 
 def response(model, step, temperature, prompt_id, text=" Beat them."):
-  return records.Response(
+  return judged.response(
+    text=text,
+    chosen=" Use a fork.",
     prompt_id=prompt_id,
     prompt=PROMPT,
-    response=text,
-    chosen=" Use a fork.",
     model=model,
     step=step,
     temperature=temperature,
-    top_k=0,
-    top_p=1.0,
     max_new_tokens=32,
-    seed=0,
-    sample_id=0,
-    token_count=7,
-    finish_reason="eos",
   )
 
 
 def verdict(row, order, outcome, **changes):
-  call = records.Verdict(
-    key=hashing.content_hash(repr(row), order),
-    prompt_id=row.prompt_id,
+  fields = {
+    "key": hashing.content_hash(repr(row), order),
+    "judge": "oracle",
+    "judge_returned": "oracle",
+    "response_chars": len(row.response),
+    "chosen_chars": len(row.chosen),
+    "prompt_tokens": 10,
+    "completion_tokens": 1,
+  }
+  return judged.call(
+    outcome,
+    row.prompt_id,
+    order,
     model=row.model,
     step=row.step,
     temperature=row.temperature,
-    sample_id=row.sample_id,
-    order=order,
-    control="",
-    verdict=outcome,
-    score=None,
-    judge="oracle",
-    judge_returned="oracle",
-    judge_fingerprint="",
-    template_hash="t1",
-    response_chars=len(row.response),
-    chosen_chars=len(row.chosen),
-    prompt_tokens=10,
-    completion_tokens=1,
-    raw="",
-    error="",
+    sample=row.sample_id,
+    **fields | changes,
   )
-  return dataclasses.replace(call, **changes)
 
 
 WON = {"base": 4, "sft": 16, "dpo": 34}

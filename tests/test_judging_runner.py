@@ -11,39 +11,19 @@ import threading
 
 import judge_server
 import pytest
+from judged import PROMPT, call, response
 from test_judging_client import KEY, NOWHERE, in_turn, settings
 
 from dpo_jax import judging
 from dpo_jax.demo import world as world_lib
 from dpo_jax.io import hashing, jsonl, locks, records
-from dpo_jax.judging import questions, rewards, runner
+from dpo_jax.judging import questions, runner
 
-PROMPT = "\n\nHuman: hi\n\nAssistant:"
 NO_CONTROLS = questions.ControlSettings(aa=0, gold=0, retests=0)
 ORACLE = runner.JudgeSettings(
   "oracle", "both", 0, 8, "verdicts", NO_CONTROLS, None
 )
 GARBAGE = judge_server.says("Hm.")
-
-
-def response(number=0, text=" longer than it", chosen=" short", **changes):
-  row = records.Response(
-    prompt_id=f"p{number}",
-    prompt=PROMPT,
-    response=text,
-    chosen=chosen,
-    model="dpo",
-    step=None,
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    max_new_tokens=8,
-    seed=0,
-    sample_id=0,
-    token_count=3,
-    finish_reason="eos",
-  )
-  return dataclasses.replace(row, **changes)
 
 
 def responses(count) -> list[records.Response]:
@@ -173,29 +153,20 @@ def test_both_orders_are_asked_and_read_back(tmp_path):
   assert scores == {"p0": pytest.approx(0.9), "p1": pytest.approx(0.1)}
   row = next(r for r in rows if r.unit[0] == "p0" and "model_f" in r.order)
   assert row.prompt_tokens > 250
-  assert dataclasses.replace(
-    row, key="", template_hash="", prompt_tokens=0, score=None
-  ) == records.Verdict(
-    key="",
-    prompt_id="p0",
-    model="dpo",
-    step=None,
-    temperature=1.0,
-    sample_id=0,
-    order="model_first",
-    control="",
-    verdict="model",
-    score=None,
+  assert row == call(
+    "model",
+    "p0",
+    score=row.score,
+    key=row.key,
     judge="longer",
     judge_returned="judge-as-served",
     judge_fingerprint="fp_fake",
-    template_hash="",
+    template_hash=row.template_hash,
     response_chars=15,
     chosen_chars=6,
-    prompt_tokens=0,
+    prompt_tokens=row.prompt_tokens,
     completion_tokens=11,
     raw="Comparison: one is better.\nMore helpful: A",
-    error="",
   )
 
 
@@ -540,14 +511,6 @@ def test_the_oracle_prefers_the_higher_reward_in_either_order(tmp_path):
   assert set(summary.outcomes) >= {"model", "chosen"}
   assert summary.missing == 0
   assert runner.run(ORACLE, tmp_path).asked == 0
-
-
-def test_the_oracle_ties_on_equal_rewards():
-  (row,) = world_rows(1)
-  # The reward reads words, so a newline after them changes nothing.
-  question = judging.Question(row.prompt, row.chosen, row.chosen + "\n")
-  reply = asyncio.run(rewards.judge("oracle").ask(question))
-  assert reply.choice == "tie"
 
 
 def test_length_prefers_the_longer_text_of_any_prompt(tmp_path):

@@ -4,7 +4,6 @@ import collections
 import json
 import math
 import time
-import unicodedata
 
 import hypothesis
 import hypothesis.strategies as st
@@ -197,18 +196,6 @@ def test_decoration_changes_nothing(before, after, letter, noun):
   assert verdicts.read(text) == letter.upper()
 
 
-@hypothesis.settings(deadline=None, max_examples=50)
-@hypothesis.given(text=any_text)
-def test_letters_come_from_a_verdict_only(text):
-  """Without a label, only a last line that is a bare letter may count."""
-  last = ([s for s in text.splitlines() if s.strip()] or [""])[-1]
-  hypothesis.assume("helpful" not in text.lower() and ":" not in text)
-  hypothesis.assume("：" not in text and "=" not in text)
-  folded = unicodedata.normalize("NFKC", last)
-  hypothesis.assume(not any(c in "aAbB" for c in folded))
-  assert verdicts.read(text) in ("missing", "refusal")
-
-
 @pytest.mark.parametrize("join", [" or ", "/", " and ", ", "])
 def test_two_letters_in_one_verdict_are_missing(join):
   for letters in ("AB", "BA"):
@@ -239,38 +226,57 @@ def read(value, output="text", ties=False):
   return verdicts.read_completion(value, output=output, ties=ties)
 
 
-def test_a_score_is_the_share_of_the_first_slot():
-  tokens = ["Comparison", ": A is", " A", ".\nMore", " helpful:", " B", "\n"]
-  shares = {" B": 0.6, " A": 0.15, "B": 0.05, '"A': 0.05, " C": 0.1}
-  reply = read(completion(None, shares=(5, shares), tokens=tokens))
-  assert reply.choice == "second"
-  # Of the shares of A and B, however they are spelt: 0.2 of 0.85.
-  assert reply.score == pytest.approx(0.2 / 0.85)
-
-
-def test_a_tie_counts_half_where_there_are_ties():
-  tokens = ["More helpful:", " A"]
-  shares = {" A": 0.5, " B": 0.1, " tie": 0.3}
-  value = completion(None, shares=(1, shares), tokens=tokens)
-  assert read(value).score == pytest.approx(0.5 / 0.6)
-  assert read(value, ties=True).score == pytest.approx(0.65 / 0.9)
-  tie = completion(None, shares=(1, shares), tokens=["More helpful:", " tie"])
-  assert read(tie, ties=True).choice == "tie"
-  assert read(tie, ties=True).score == pytest.approx(0.65 / 0.9)
-  assert read(tie).choice == "missing"
-  assert read(tie).score is None
+TALE = ["Comparison", ": A is", " A", ".\nMore", " helpful:", " B", "\n"]
+SHARES = {" A": 0.5, " B": 0.1, " tie": 0.3}
 
 
 @pytest.mark.parametrize(
-  "tokens",
+  ("tokens", "place", "shares", "ties", "choice", "score"),
   [
-    ["More helpful:", " A", " because", " A", " is", " fine"],
-    ["More helpful:", " A", "\n\nI hope", " A", " helps"],
+    # Of the shares of A and B, however they are spelt: 0.2 of 0.85.
+    (
+      TALE,
+      5,
+      {" B": 0.6, " A": 0.15, "B": 0.05, '"A': 0.05, " C": 0.1},
+      False,
+      "second",
+      0.2 / 0.85,
+    ),
+    # A tie counts half where it is allowed.
+    (["More helpful:", " A"], 1, SHARES, False, "first", 0.5 / 0.6),
+    (["More helpful:", " A"], 1, SHARES, True, "first", 0.65 / 0.9),
+    (["More helpful:", " tie"], 1, SHARES, True, "tie", 0.65 / 0.9),
+    (["More helpful:", " tie"], 1, SHARES, False, "missing", None),
+    # At the verdict, not at another " A".
+    (
+      ["More helpful:", " A", " because", " A", " is", " fine"],
+      1,
+      {" A": 0.7, " B": 0.3},
+      False,
+      "first",
+      0.7,
+    ),
+    (
+      ["More helpful:", " A", "\n\nI hope", " A", " helps"],
+      1,
+      {" A": 0.7, " B": 0.3},
+      False,
+      "first",
+      0.7,
+    ),
+    # No score rather than a guess.
+    (["More helpful: A"], 0, {"A": 1.0}, False, "first", None),
+    (["More helpful:", " A"], 1, {}, False, "first", None),
+    (["More helpful:", " A"], 1, {" C": 0.9}, False, "first", None),
   ],
 )
-def test_the_score_is_taken_at_the_verdict(tokens):
-  value = completion(None, shares=(1, {" A": 0.7, " B": 0.3}), tokens=tokens)
-  assert read(value).score == pytest.approx(0.7)
+def test_a_score_is_the_share_of_the_first_slot(
+  tokens, place, shares, ties, choice, score
+):
+  value = completion(None, shares=(place, shares), tokens=tokens)
+  reply = read(value, ties=ties)
+  assert reply.choice == choice
+  assert reply.score == (score and pytest.approx(score))
 
 
 def test_a_score_in_json():
@@ -278,19 +284,6 @@ def test_a_score_in_json():
   value = completion(None, shares=(2, {"A": 0.8, "B": 0.2}), tokens=tokens)
   reply = read(value, "json_schema")
   assert (reply.choice, reply.score) == ("first", pytest.approx(0.8))
-
-
-@pytest.mark.parametrize(
-  ("tokens", "place", "shares"),
-  [
-    (["More helpful: A"], 0, {"A": 1.0}),  # the letter is no token
-    (["More helpful:", " A"], 1, {}),
-    (["More helpful:", " A"], 1, {" C": 0.9}),
-  ],
-)
-def test_no_score_rather_than_a_guess(tokens, place, shares):
-  reply = read(completion(None, shares=(place, shares), tokens=tokens))
-  assert (reply.choice, reply.score) == ("first", None)
 
 
 JSON = {

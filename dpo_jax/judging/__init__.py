@@ -14,7 +14,7 @@ Choice = Literal["first", "second", "tie", "missing", "refusal"]
 
 
 class Stop(errors.Stopped):
-  """No further question can be answered: a bad key, a spent quota."""
+  """No further question can succeed: a bad key, an exhausted quota."""
 
 
 @dataclasses.dataclass(frozen=True)

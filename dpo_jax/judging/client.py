@@ -107,8 +107,10 @@ class ServerSettings:
 
 @dataclasses.dataclass(eq=False)
 class Failure(judging.Stop):
-  """A request without a completion: may a retry succeed, is it perhaps billed,
-  and would every other request fail as well? `wait_s` is the server's wish.
+  """A request without a completion.
+
+  `billed` if the server may have charged for it, `fatal` if every other request
+  would fail too. `wait_s` is that of Retry-After.
   """
 
   cause: str
