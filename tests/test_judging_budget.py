@@ -90,15 +90,18 @@ def test_calls_in_flight_are_reserved(tmp_path):
 
 def test_a_call_without_a_count_costs_its_bound_in_later_runs_too(tmp_path):
   write(tmp_path, [response(0)])
-  lost = dataclasses.replace(says_using(1, 1), cut=True)
-  rule = judge_server.in_turn(lost, says_using(1, 1))
+  counted = says_using(1, 1)
+  lost = dataclasses.replace(counted, cut=True)
+  uncounted = judge_server.says("Comparison: x.\nMore helpful: A", usage=None)
+  rule = judge_server.in_turn(lost, counted, uncounted, counted)
   with judge_server.Server(rule) as server:
     used = judge_with(server, budget_usd=1e6, prices=DEAR, concurrency=1)
     runner.run(used, tmp_path)
     bound = bound_of(server.requests[0])
-    assert ledger(tmp_path)["cost"] == pytest.approx(bound + 2 * 3)
+    # 3 dollars for the counted reply; all pages have the same length.
+    assert ledger(tmp_path)["cost"] == pytest.approx(2 * bound + 3)
     # Room for a new call on its own, but not after what was paid before.
-    tight = judge_with(server, budget_usd=bound + 100.0, prices=DEAR)
+    tight = judge_with(server, budget_usd=2 * bound + 100.0, prices=DEAR)
     write(tmp_path, [response(0), response(2, " else")])
     assert runner.run(tight, tmp_path).not_dispatched == 2
 
