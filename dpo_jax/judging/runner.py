@@ -3,8 +3,7 @@
 responses/*.jsonl -> cases in both orders, controls -> questions without a reply
 on disk -> the judge, live or in batches -> verdicts/*.jsonl and judge.json
 
-A question is identified by a hash of everything that its reply depends on, and
-is asked once. Only a missing verdict is asked for again.
+A key hashes all that a reply depends on; only a missing verdict is asked again.
 """
 
 import asyncio
