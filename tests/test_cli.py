@@ -58,10 +58,10 @@ def test_help_has_every_field_with_a_comment(name, variant):
   [
     # Names with another meaning in another group.
     ("demo", "init", "seed=0\n      Of the random weights."),
-    ("demo", "sft", "seed=0\n      Decides data order, LoRA's initial values"),
+    ("demo", "sft", "seed=0\n      Of data order, LoRA's initialization"),
     ("demo", "paths", "world='{workdir}/world'\n      Directory of the pairs."),
     ("judge:openai", "controls", "aa=50\n      Prompts whose chosen text is"),
-    ("models", "", "heads=32\n      Of attention; they share the width."),
+    ("models", "", "heads=32\n      Attention heads; each has width / heads"),
   ],
 )
 def test_a_comment_is_of_the_fields_own_group(config, section, line):
