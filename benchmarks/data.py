@@ -44,15 +44,15 @@ def main():
   arguments = parser.parse_args()
   words = tokenizer.load(arguments.tokenizer)
   rows = load(arguments.data, arguments.subset)
-  rule = {"profile": "paper", "max_length": 512, "max_prompt_length": 256}
+  rule = {"rules": "paper", "max_length": 512, "max_prompt_length": 256}
   table = tokenization.tokenize(words, rows, **rule).table
   print(f"{len(rows)} pairs, {len(os.sched_getaffinity(0))} core(s)\n")
-  for profile in ("paper", "trl", "seed"):
-    other = rule | {"profile": profile}
-    if profile == "trl":
+  for name in ("paper", "trl", "dpo-replication"):
+    other = rule | {"rules": name}
+    if name == "trl":
       other["max_prompt_length"] = 0
     show(
-      f"tokenize, {profile}",
+      f"tokenize, {name}",
       repeat(
         arguments.repeats,
         len(rows),

@@ -1,7 +1,7 @@
 """What all sides of benchmarks/gpu.py work on: one model, one set of ids.
 
 Weights are random, and tokens are random in the real lengths of HH's pairs,
-which stand in hh_lengths.csv (prompt, chosen, rejected; harmless-base, profile
+which stand in hh_lengths.csv (prompt, chosen, rejected; harmless-base, rules
 "paper", 512 tokens). `write` leaves them in files for those that are not ours.
 """
 

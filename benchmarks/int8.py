@@ -225,7 +225,7 @@ def scoring(path, pairs, output, reference, length) -> score.ScoreSettings:
     pairs=str(pairs),
     output=str(output),
     beta=demo.dpo().loss.beta,
-    profile=demo.dpo().data.tokenization,
+    tokenization=demo.dpo().data.tokenization,
     max_length=length,
     max_prompt_length=0,
     batch_size=32,

@@ -1,10 +1,9 @@
-"""Sources of preference pairs, with what each field means.
+"""Sources of preference pairs: known datasets and the fields of any other.
 
-A config lists the sources that it knows and names those that it reads, so that
-one flag changes the dataset: `--config.data.use="('shp',)"`. Several are mixed
-by their weights: `--config.data.use="('hh','shp')"
---config.data.sources.shp.weight=0.5`. Any field can be changed on the command
-line: `--config.data.sources.hh.train_path=DIR`.
+`data.use` names the sources to read, so that one flag changes the dataset:
+`--config.data.use="('shp',)"`. Several are mixed by their weights:
+`--config.data.use="('hh','shp')" --config.data.sources.shp.weight=0.5`. Each
+field is a flag: `--config.data.sources.hh.train_path=DIR`.
 """
 
 from ml_collections import config_dict
@@ -13,65 +12,65 @@ from ml_collections import config_dict
 def source() -> config_dict.ConfigDict:
   """All fields of a source, for a file of pairs with its own held-out file."""
   c = config_dict.ConfigDict()
-  # The form of the rows. "pairs": prompt, chosen, rejected, or HH's two
-  # transcripts, or TRL's lists of messages. "hh", "shp", "se", "tldr": the
-  # datasets of the functions below. "tfds": HH as written by
+  # Row form. "pairs": prompt, chosen, rejected, or HH's two transcripts, or
+  # TRL's lists of messages. "hh", "shp", "se", "tldr": the datasets of the
+  # functions below. "tfds": HH as written by
   # `python -m dpo_jax.data.sources.hh_tfds`.
   c.kind = "pairs"
   # A .jsonl or .jsonl.gz file; a directory of <subset>/<split>.jsonl(.gz), of
   # <split>.jsonl(.gz), or of parquet files; a hub id, user/name or
-  # user/name@revision. For "tfds", the data_dir that was written.
+  # user/name@revision. For "tfds", the data_dir of the command.
   c.train_path = "pairs/train.jsonl"
   # Split of a directory or hub dataset; a file is one split.
   c.train_split = "train"
-  # As train_path. "" holds out a share of the training side's prompts instead.
+  # As train_path; "" holds out a share of the training prompts instead.
   c.eval_path = "pairs/test.jsonl"
   # As train_split, of the held-out side.
   c.eval_split = "test"
-  # Share of prompts that is held out where eval_path is ""; otherwise 0. Which
-  # ones follows from a hash of the prompt alone.
+  # Share of prompts held out, by a hash of the prompt, where eval_path is "";
+  # otherwise 0.
   c.held_out = 0.0
-  # Parts of a directory or hub dataset, read in this order; () reads all of a
-  # hub dataset, and is what a file needs.
+  # Parts of a directory or hub dataset, read in this order; () for a file or
+  # all of a hub dataset.
   c.subsets = ()
-  # Passes over this source's pairs in one epoch: 0.5 takes half of them, and
-  # the other half in the next epoch; 2.0 takes each one twice.
+  # Passes over this source's pairs in an epoch: 0.5 takes half of them and the
+  # other half in the next epoch; 2.0 takes each twice.
   c.weight = 1.0
-  # Hub ids and parquet only: read row by row, so that a limit reads no more
-  # than it needs, instead of fetching the whole dataset first.
+  # Hub ids and parquet only: read row by row, no further than a limit, instead
+  # of fetching the whole dataset first.
   c.streaming = False
-  # "shp" only: the votes for chosen must be at least so many times those for
-  # rejected; 1 keeps all.
+  # "shp" only: least ratio of the votes for chosen to those for rejected; 1
+  # keeps all.
   c.min_score_ratio = 1.0
-  # "shp" and "se" only: the first so many pairs of a prompt; 0 keeps all.
+  # "shp" and "se" only: pairs of a prompt at most; 0 keeps all.
   c.max_pairs_per_prompt = 0
   return c
 
 
 def filters() -> config_dict.ConfigDict:
-  """Which pairs are left out, of every source; each one is counted."""
+  """Filters of every source; pairs left out are counted by reason."""
   c = config_dict.ConfigDict()
   # Keep only prompts with one human turn.
   c.single_turn = False
-  # Human turns that a prompt may have; 0: any number.
+  # Human turns of a prompt at most; 0: any number.
   c.max_turns = 0
-  # Characters (code points, in any language) that each response has at least,
-  # white space at the ends not counted, here and in the next two.
+  # Characters (code points) of each response at least; white space at the ends
+  # is not counted, here and in the next two.
   c.min_response_chars = 0
   # Characters of each response at most; 0: any number.
   c.max_response_chars = 0
   # Characters of a prompt at most; 0: any number.
   c.max_prompt_chars = 0
-  # Drop a pair whose three texts stood before, instead of only counting it.
+  # Drop repeated pairs instead of only counting them.
   c.drop_repeats = False
-  # How many malformed rows of a side may be left out, each counted, before it
-  # is an error.
+  # Malformed rows of a side that are counted and left out before it is an
+  # error.
   c.skip_bad = 0
   return c
 
 
 def known() -> config_dict.ConfigDict:
-  """The sources that a config starts with; add others under any name."""
+  """The known sources; a config may add others under any name."""
   return config_dict.ConfigDict(
     {"hh": hh(), "tfds": tfds(), "shp": shp(), "se": se(), "tldr": tldr()}
   )
@@ -99,7 +98,7 @@ def hh(path: str = "Anthropic/hh-rlhf") -> config_dict.ConfigDict:
 
 
 def tfds() -> config_dict.ConfigDict:
-  """HH again, from files with random access that were written once.
+  """HH from array_record files with random access, written once by
 
   python -m dpo_jax.data.sources.hh_tfds --path=Anthropic/hh-rlhf \\
     --data_dir=data
@@ -111,7 +110,7 @@ def tfds() -> config_dict.ConfigDict:
 
 
 def shp() -> config_dict.ConfigDict:
-  """Stanford Human Preferences, with the ratio of DPO's official code."""
+  """Stanford Human Preferences, with the score ratio of DPO's official code."""
   c = source()
   c.kind = "shp"
   c.train_path = c.eval_path = "stanfordnlp/SHP"
@@ -120,9 +119,9 @@ def shp() -> config_dict.ConfigDict:
 
 
 def se() -> config_dict.ConfigDict:
-  """StackExchange, which has no test split: 1% of its questions are held out.
+  """StackExchange; without a test split, 1% of its questions are held out.
 
-  DPO's official code takes 1% too, but by a shuffle. All of it is 22 GB; one
+  DPO's official code takes 1% too, but by a shuffle. The dataset has 22 GB; one
   site is `subsets=("data/ai.stackexchange.com",)`.
   """
   c = source()
@@ -138,8 +137,8 @@ def se() -> config_dict.ConfigDict:
 def tldr() -> config_dict.ConfigDict:
   """Reddit posts and pairs of summaries (Stiennon et al. 2020).
 
-  The dataset is defined by a script, which is never run: this is the hub's own
-  conversion. Its validation split holds news articles too, which are left out.
+  From the hub's own conversion, since the dataset is defined by a script. News
+  articles in its validation split are left out.
   """
   c = source()
   c.kind = "tldr"

@@ -1,15 +1,14 @@
-"""The whole line in minutes, offline: a small world whose true reward is known.
+"""The whole pipeline in minutes, offline, on synthetic pairs of known reward.
 
 Command:
   python -m dpo_jax.replicate --config=configs/demo.py --workdir=runs/demo
 
-A GPT-NeoX of 2.9 million weights learns the mixed text of a synthetic world
-(the base), is fine-tuned on chosen answers (SFT), and trained on preference
-pairs with adapters (DPO). Answers to unseen prompts are judged by the world's
-oracle.
+A GPT-NeoX of 2.9 million weights is pretrained on text of a synthetic world
+(base), fine-tuned on chosen responses (SFT), and trained on preference pairs
+with adapters (DPO). Responses to unseen prompts are judged by the true reward.
 
-Variants: none is the demo; `tiny` is the same line with everything small, to
-see in a minute or two that it runs; its numbers mean nothing.
+Variants: none is the demo; `tiny` has every size small, to see in a minute or
+two that the pipeline runs; its numbers mean nothing.
 
 Made for: 2 CPU cores, about 5 minutes. Expect: base below SFT below DPO at
 T = 0.75 and 1.0, with 95% intervals that do not overlap; README quotes a run.
@@ -26,8 +25,8 @@ def get_config(variant: str = ""):
   if variant not in ("", "tiny"):
     raise ValueError(f"variant {variant!r} must be '' or 'tiny'")
   c = config_dict.ConfigDict()
-  # What several stages read: {NAME}, in any string below, stands for it, and
-  # {workdir} for the working directory.
+  # Substituted for {NAME} in any string below; {workdir} is the working
+  # directory.
   c.paths = config_dict.ConfigDict(
     {
       # Directory of the pairs.
@@ -36,17 +35,17 @@ def get_config(variant: str = ""):
       "tokenizer": "{workdir}/tokenizer",
     }
   )
-  # The pairs; None makes none.
+  # The synthetic pairs, or None.
   c.world = world()
-  # The tokenizer, likewise.
+  # The tokenizer to train, or None.
   c.vocabulary = vocabulary()
-  # The random model that training starts from.
+  # The randomly initialized model, or None.
   c.init = init()
-  # The base, if one is to be trained.
+  # Training of the base model, or None.
   c.pretrain = pretrain()
   c.sft = sft()
   c.dpo = dpo()
-  c.sample = answers()
+  c.sample = sampling()
   c.judge = judge.get_config("oracle")
   c.report = report("DPO on the synthetic world", ("pretrain", "sft", "dpo"))
   if variant == "tiny":
@@ -58,11 +57,11 @@ def world() -> config_dict.ConfigDict:
   c = config_dict.ConfigDict()
   # Of all its texts and labels.
   c.seed = 0
-  # Pairs of mixed answers; the base model learns both texts of each.
+  # Pairs of mixed responses; the base model learns both of each.
   c.pretrain = 4400
   # Preference pairs for SFT (chosen) and DPO.
   c.train = 4096
-  # Pairs whose prompts are unseen in the two others.
+  # Pairs whose prompts are in neither of the two others.
   c.test = 768
   # Labels are drawn with P(chosen) = sigmoid(scale * difference in reward).
   c.scale = 1.0
@@ -71,11 +70,11 @@ def world() -> config_dict.ConfigDict:
 
 def vocabulary() -> config_dict.ConfigDict:
   c = config_dict.ConfigDict()
-  # Comparisons whose texts the tokenizer is trained on.
+  # Pairs whose texts the tokenizer is trained on.
   c.texts = "{world}/pretrain.jsonl"
-  # Tokens at most; the world's words need fewer.
+  # Tokens at most.
   c.size = _VOCABULARY
-  # Where it is written.
+  # Output directory.
   c.directory = "{tokenizer}"
   return c
 
@@ -85,9 +84,9 @@ def init() -> config_dict.ConfigDict:
   c.architecture = architecture()
   # Of the random weights.
   c.seed = 0
-  # That lies beside the weights.
+  # Saved with the weights.
   c.tokenizer = "{tokenizer}"
-  # Where both are written.
+  # Output directory of both.
   c.directory = "{workdir}/init"
   return c
 
@@ -105,7 +104,7 @@ def architecture() -> config_dict.ConfigDict:
 
 
 def training(stage: str, model: str) -> config_dict.ConfigDict:
-  """What the three trainings have in common."""
+  """Fields that the three trainings have in common."""
   c = common.training()
   c.tokenizer = "{tokenizer}"
   c.model.path = model
@@ -119,7 +118,7 @@ def training(stage: str, model: str) -> config_dict.ConfigDict:
   c.data.max_length = 128
   c.data.max_prompt_length = 96
   c.data.token_cache = ""
-  # So short a run takes longer to compile than to waste a row.
+  # In so short a run a compilation costs more than empty rows.
   c.data.shapes = 2
   c.data.row_length = 128
   c.optimizer.name = "adamw"
@@ -179,7 +178,7 @@ def dpo() -> config_dict.ConfigDict:
   return c
 
 
-def answers() -> config_dict.ConfigDict:
+def sampling() -> config_dict.ConfigDict:
   c = sample.sampling()
   c.policies.base = sample.policy(
     "base", "{workdir}/pretrain/export", sample.FINAL
@@ -204,34 +203,34 @@ def report(title: str, runs: tuple[str, ...]) -> config_dict.ConfigDict:
   c = config_dict.ConfigDict()
   # Heading of the report.
   c.title = title
-  # Training runs whose curves and data counts are shown, in order.
+  # Training runs whose curves and data counts are shown, in this order.
   c.runs = runs
-  # Of the bootstrap, and of the choice of examples.
+  # Of the bootstrap and the choice of examples.
   c.seed = 0
   # Bootstrap resamples of an interval.
   c.resamples = 2000
   # Of every interval.
   c.confidence = 0.95
-  # Prompts that are shown with every final model's answer.
+  # Prompts that are shown with every final model's response.
   c.examples = 5
-  # Directory of the verdicts; "verdicts-NAME" for a second criterion, whose
-  # report is then report-NAME.
+  # Directory of the verdicts; "verdicts-NAME" for a second criterion, with its
+  # report in report-NAME.
   c.verdicts = "verdicts"
-  # A text against itself is flagged if a fair judge would leave 50% as far
-  # with this probability or less.
+  # A text against itself is flagged if a fair judge's rate would differ from
+  # 50% as much with this probability or less.
   c.aa_alpha = 0.01
   # The first-slot rate is flagged above this and below 1 less it, if its
   # interval excludes 50%.
   c.first_slot_limit = 0.65
-  # The prompt's own answer against another prompt's: least share of wins.
+  # Least win rate of the prompt's own response against another prompt's.
   c.gold_floor = 0.8
-  # A flagged report is written all the same, and the command then fails.
+  # Exit with an error after writing a flagged report.
   c.strict = False
   return c
 
 
 def shrink(c: config_dict.ConfigDict) -> None:
-  """Makes every size small enough for a test."""
+  """Reduces every size for a test."""
   c.world.pretrain, c.world.train, c.world.test = 64, 48, 12
   c.init.architecture.width = 32
   c.init.architecture.mlp_width = 64

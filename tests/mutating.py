@@ -1,8 +1,8 @@
-"""Real files made wrong: mutations that know the form of what they change.
+"""Mutations of valid files that know the form of what they change.
 
-A reader that is given random bytes refuses them at the first one. So a valid
-file is taken apart, some of its values, fields or bytes are changed, and it is
-put together again. Every choice comes from one random generator.
+A reader refuses random bytes at the first one. So a valid file is parsed, some
+of its values, fields or bytes are changed, and it is written again. Every
+choice comes from one random generator.
 """
 
 import copy
@@ -13,31 +13,16 @@ import json
 VALUES = (
   *(None, True, False, 0, 1, -1, 3, 2**31, 2**63, -(2**64), 10**30, 0.5),
   *(-0.0, 1e-320, 1e308, float("nan"), float("inf"), "", "x", "\0", "0", "1e9"),
-  *(
-    "../../x",
-    "/etc/passwd",
-    "a\x1b[31mb\x07",
-    "\ud800",
-    "‮a\u2028b",
-    "A" * 3000,
-  ),
-  *("<|endoftext|>", "<script>", "| # `*_[x](y)$\\", "\n\nAssistant:", "nan"),
-  *([], {}, [[]], [None], {"": None}, [1] * 50, ["a", 1, {}]),
+  *("../../x", "/etc/passwd", "a\x1b[31mb\x07", "\ud800", "\u202ea\u2028b"),
+  *("A" * 3000, "<|endoftext|>", "<script>", "| # `*_[x](y)$\\", "nan"),
+  *("\n\nAssistant:", [], {}, [[]], [None], {"": None}, [1] * 50, ["a", {}]),
 )
-PIECES = (
-  *(
-    b"\0",
-    b"\n",
-    b"\r\n",
-    b"\xff",
-    b"\xef\xbb\xbf",
-    b"\xed\xa0\x80",
-    b'"',
-    b"\\",
-  ),
-  *(b"{", b"}", b"[", b"]", b",", b":", b"NaN", b"1e999", b"9" * 5000, b"-"),
-  *(b"\\ud800", b"\\u0000", b"[" * 40, b"[" * 5000, b'{"a":' * 1200, b" " * 70),
-  *(b"null", b"true", b"version https://git-lfs.github.com/spec/v1\n"),
+INSERTED = (
+  *(b"\0", b"\n", b"\r\n", b"\xff", b"\xef\xbb\xbf", b"\xed\xa0\x80", b'"'),
+  *(b"\\", b"{", b"}", b"[", b"]", b",", b":", b"NaN", b"1e999", b"9" * 5000),
+  *(b"-", b"\\ud800", b"\\u0000", b"[" * 40, b"[" * 5000, b'{"a":' * 1200),
+  *(b" " * 70, b"null", b"true"),
+  b"version https://git-lfs.github.com/spec/v1\n",
 )
 
 
@@ -61,7 +46,7 @@ def _bytes(data, rng):
       case 3:
         data[at:at] = data[at:end] * rng.choice((1, 3))
       case _:
-        data[at:at] = rng.choice(PIECES)
+        data[at:at] = rng.choice(INSERTED)
   return bytes(data)
 
 
@@ -70,46 +55,42 @@ def _json(data, rng):
     value = json.loads(data)
   except (ValueError, RecursionError):
     return _bytes(data, rng)
-  value = _changed(value, rng)
+  value = copy.deepcopy(value)
+  for _ in range(rng.randint(1, 3)):
+    value = _changed(value, rng)
   text = json.dumps(value, ensure_ascii=rng.random() < 0.5)
   if rng.random() < 0.1:
-    # A field twice: the text of some field, once more.
     text = text.replace("{", '{"r": 1, "r": 2, ', 1)
   data = text.encode("utf-8", "surrogatepass")
   return _bytes(data, rng) if rng.random() < 0.15 else data
 
 
 def _changed(value, rng):
-  value = copy.deepcopy(value)
-  for _ in range(rng.randint(1, 3)):
-    places = _places(value)
-    if not places:
-      return rng.choice(VALUES)
-    parent, key = rng.choice(places)
-    match rng.randint(0, 6):
-      case 0:
-        del parent[key]
-      case 1 if isinstance(parent, dict):
-        parent[rng.choice(("x", "", "\0", "__metadata__", key * 2))] = (
-          parent.pop(key)
-        )
-      case 2:
-        other, name = rng.choice(places)
-        # Not within itself: a copy.
-        if name in other if isinstance(other, dict) else name < len(other):
-          parent[key] = copy.deepcopy(other[name])
-      case 3 if isinstance(parent[key], int | float):
-        parent[key] = parent[key] * rng.choice((-1, 2, 10**9)) + rng.choice(
-          (-1, 0, 1)
-        )
-      case 4 if isinstance(parent[key], str):
-        text, piece = parent[key], rng.choice(VALUES)
-        at = rng.randint(0, len(text))
-        parent[key] = text[:at] + str(piece) + text[at:]
-      case 5:
-        parent[key] = [parent[key]]
-      case _:
-        parent[key] = copy.deepcopy(rng.choice(VALUES))
+  """The value with one of those within removed, renamed, moved or replaced."""
+  places = _places(value)
+  if not places:
+    return rng.choice(VALUES)
+  parent, key = rng.choice(places)
+  old = parent[key]
+  match rng.randint(0, 6):
+    case 0:
+      del parent[key]
+    case 1 if isinstance(parent, dict):
+      name = rng.choice(("x", "", "\0", "__metadata__", key * 2))
+      parent[name] = parent.pop(key)
+    case 2:
+      other, name = rng.choice(places)
+      parent[key] = copy.deepcopy(other[name])
+    case 3 if isinstance(old, int | float):
+      factor, more = rng.choice((-1, 2, 10**9)), rng.choice((-1, 0, 1))
+      parent[key] = old * factor + more
+    case 4 if isinstance(old, str):
+      at = rng.randint(0, len(old))
+      parent[key] = f"{old[:at]}{rng.choice(VALUES)}{old[at:]}"
+    case 5:
+      parent[key] = [old]
+    case _:
+      parent[key] = copy.deepcopy(rng.choice(VALUES))
   return value
 
 
@@ -145,21 +126,21 @@ def _gzip(data, rng):
 
 
 def _tensors(data, rng):
+  """Of a safetensors file: its header's length, its header, its arrays."""
   length = int.from_bytes(data[:8], "little")
   header, body = data[8 : 8 + length], data[8 + length :]
   match rng.randint(0, 5):
     case 0:
       return _bytes(data, rng)
     case 1:
-      length = rng.choice(
-        (0, 1, length - 1, length + 1, 2**32, 2**63, 2**64 - 1)
-      )
-      return length.to_bytes(8, "little") + header + body
+      near = (0, 1, length - 1, length + 1)
+      length = rng.choice((*near, 2**32, 2**63, 2**64 - 1))
     case 2:
-      return data[: 8 + length] + _bytes(body, rng)
+      body = _bytes(body, rng)
     case _:
       header = _json(header, rng)
-      return len(header).to_bytes(8, "little") + header + body
+      length = len(header)
+  return length.to_bytes(8, "little") + header + body
 
 
 _FORMS = {

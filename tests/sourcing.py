@@ -1,4 +1,4 @@
-"""Settings of a source with every filter off, and rows of HH to write."""
+"""Settings of a source with every filter off, and rows to write."""
 
 import json
 

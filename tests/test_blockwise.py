@@ -45,7 +45,7 @@ def test_all_that_a_row_sees_is_listed_once(sizes, length):
       if segment[q] == segment[k]
     }
   )
-  found = packing._seen(np.cumsum(size) - size, size, length)
+  found = packing._block_pairs(np.cumsum(size) - size, size, length)
   assert list(map(tuple, found.tolist())) == wanted
 
 

@@ -1,15 +1,13 @@
-"""Every reader of foreign bytes, given real files made wrong.
+"""Every reader of foreign bytes, given mutated valid files.
 
 Only a ValueError with a message may come of it, in bounded time and memory.
-The quick test gives each reader some files, always the same ones; the long
-ones, behind the marker, give it many, and let atheris choose them by what parts
-of the code they reach.
+The quick test gives each reader a few files, always the same ones; the slow one
+gives it many, chosen by hypothesis.
 """
 
 import contextlib
 import pathlib
 import random
-import re
 import resource
 import signal
 
@@ -18,25 +16,23 @@ import pytest
 import readers
 from hypothesis import strategies as st
 
-# A reader of a small file that needs more hangs. The machine may be busy.
+# A reader of a small file that takes longer hangs, even on a busy machine.
 DEADLINE_S = 20
-# What a small file may cost beyond what the process has: far less than a lying
-# header asks for.
+# Memory of a small file beyond the process's own; a forged header asks for far
+# more.
 ROOM_BYTES = 2 * 2**30
 
 
 @contextlib.contextmanager
 def bounded():
-  """Ends what takes too long and refuses memory beyond the room."""
+  """Limits time and memory of the block."""
 
   def late(*_):
     raise TimeoutError(f"more than {DEADLINE_S} s")
 
-  found = re.search(
-    r"VmSize:\s+(\d+)", pathlib.Path("/proc/self/status").read_text()
-  )
+  pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
   before = resource.getrlimit(resource.RLIMIT_AS)
-  limit = int(found[1]) * 1024 + ROOM_BYTES
+  limit = pages * resource.getpagesize() + ROOM_BYTES
   old = signal.signal(signal.SIGALRM, late)
   resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
   signal.setitimer(signal.ITIMER_REAL, DEADLINE_S)

@@ -96,10 +96,8 @@ def test_nested_rows_come_as_dicts_and_lists(parquet):
     "question": "<p>Why?</p>",
     "answers": [{"text": "a", "pm_score": 1}, {"text": "b", "pm_score": 2}],
   }
-  path = parquet([[row]])
   wanted = [("\n\nHuman: Why?\n\nAssistant:", " b", " a")]
-  for streaming in (False, True):
-    assert texts(load(path, kind="se", streaming=streaming)) == wanted
+  assert texts(load(parquet([[row]]), kind="se", streaming=True)) == wanted
 
 
 def test_a_bad_row_is_named_by_its_number(parquet):
@@ -115,13 +113,11 @@ def test_a_bad_row_is_named_by_its_number(parquet):
 def test_the_real_files_are_the_same_through_datasets(
   shared, tmp_path, streaming
 ):
-  # A copy without the other files, as they stand on the hub.
+  # A copy without the other files.
   path = tmp_path / "hh"
   folder = shared / "data" / "hh-rlhf" / "harmless-base"
   shutil.copytree(folder, path / "harmless-base")
-  through = hub.rows(
-    str(path), "test", ("harmless-base",), "data_dir", streaming
-  )
+  through = hub.rows(str(path), "test", "harmless-base", "data_dir", streaming)
   direct = files.rows(folder / "test.jsonl.gz", {})
   assert [row for _, row in through] == [row for _, row in direct]
 
@@ -140,7 +136,7 @@ def test_named_configurations_are_subsets(tmp_path):
     )
     + "---\n"
   )
-  rows = hub.rows(str(tmp_path), "validation", ("axis",), "name", False)
+  rows = hub.rows(str(tmp_path), "validation", "axis", "name", False)
   assert [row["chosen"] for _, row in rows] == [PROMPT + " axis"]
 
 
@@ -166,7 +162,7 @@ def test_what_has_the_form_of_a_hub_id(path, is_id):
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("path", ["nobody/nothing", "nobody/nothing@abc"])
-def test_a_hub_id_that_cannot_be_read_is_refused_with_the_mend(path, streaming):
+def test_a_hub_id_that_cannot_be_read_is_refused_with_advice(path, streaming):
   # conftest.py switches the hub off.
   with pytest.raises(
     ValueError,
@@ -182,7 +178,7 @@ def test_a_dataset_defined_by_a_script_is_never_run(tmp_path):
   mark = tmp_path / "ran"
   (folder / "scripted.py").write_text(f"open({str(mark)!r}, 'w')\n")
   with pytest.raises(ValueError, match=r"add @refs/convert/parquet to the id"):
-    list(hub.rows(str(folder), "train", (), "name", False))
+    list(hub.rows(str(folder), "train", "", "name", False))
   assert not mark.exists()
 
 

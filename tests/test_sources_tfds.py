@@ -1,4 +1,4 @@
-"""HH written once as a TensorFlow dataset, and read by grain."""
+"""HH written once as a TensorFlow dataset, and read with random access."""
 
 import pathlib
 import re
@@ -40,18 +40,16 @@ def layout(tmp_path):
   return to
 
 
-@pytest.mark.parametrize("side", ["train", "eval"])
 @pytest.mark.parametrize(
   "changes",
   [
-    {},
+    {"side": "train"},
     {"limit": 7},
-    {"filtered": {"single_turn": True, "min_response_chars": 30}},
-    {"eval_path": "", "held_out": 0.3},
+    {"eval_path": "", "held_out": 0.3, "filtered": {"single_turn": True}},
   ],
 )
-def test_it_is_the_same_source_as_the_files(shared, written, side, changes):
-  options = {"side": side, "subsets": (SUBSET,)} | changes
+def test_it_is_the_same_source_as_the_files(shared, written, changes):
+  options = {"side": "eval", "subsets": (SUBSET,)} | changes
   files = load(shared / "data" / "hh-rlhf", kind="hh", **options)
   dataset = load(written, kind="tfds", **options)
   # Rows, ids, counts and fingerprint.
@@ -59,17 +57,13 @@ def test_it_is_the_same_source_as_the_files(shared, written, side, changes):
   assert len(files.rows) > 5
 
 
-def test_any_row_is_read_at_once(written, shared):
+def test_rows_are_read_in_any_order(written, shared):
   rows = hh_tfds.open_rows(written, SUBSET, "test")
   file = shared / "data" / "hh-rlhf" / SUBSET / "test.jsonl.gz"
   raw = [row for _, row in files.rows(file, {})]
   assert len(rows) == len(raw) == 256
   for i in (255, 0, 131, 7, 131):
-    assert rows[i] == raw[i]
-  shuffled = list(rows.shuffle(seed=3))
-  assert shuffled != raw
-  key = str
-  assert sorted(shuffled, key=key) == sorted(raw, key=key)
+    assert {name: text.decode() for name, text in rows[i].items()} == raw[i]
 
 
 def test_tfds_itself_reads_what_was_written(written):
@@ -118,7 +112,7 @@ def test_a_subset_is_written_once(layout, tmp_path):
 @pytest.mark.parametrize(
   ("more", "words"),
   [
-    (b"{\n", r"test.jsonl:2: not JSON: .*; mend or remove the line"),
+    (b"{\n", r"test.jsonl:2: not JSON: .*; fix or remove the line"),
     (line({"chosen": PROMPT}), r"test.jsonl:2: field 'rejected' is missing"),
     (
       line(GOOD | {"prompt": PROMPT}),
@@ -157,7 +151,7 @@ def test_a_killed_write_leaves_no_subset_behind(tmp_path):
   assert [row.chosen for row in kept] == [f" {i}" for i in range(4_000)]
 
 
-def test_what_was_not_written_is_named_with_the_command(written):
+def test_a_missing_subset_is_named_with_the_command(written):
   with pytest.raises(
     ValueError,
     match=r"helpful-base/1.0.0 holds no dataset: write it with python -m"

@@ -1,4 +1,4 @@
-"""The three profiles: ids from TRL itself, the cut rules word by word."""
+"""The three tokenization rules: ids of TRL itself, truncation word by word."""
 
 import hashlib
 import json
@@ -26,6 +26,9 @@ ODD = [
   ":",
 ]
 EOS = "<|endoftext|>"
+RULES = ("paper", "trl", "dpo-replication")
+NO_ROOM = "dropped: no room for prompt and response"
+NO_TOKEN = "dropped: the prompt has no token of its own"
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +55,8 @@ def of(*texts):
 
 
 def run(words, rows, rules, max_length, max_prompt_length):
+  if rules == "trl":
+    max_prompt_length = 0
   return tokenization.tokenize(
     words,
     rows,
@@ -142,11 +147,11 @@ def test_ids_of_trl_cut_to_14(pythia):
   assert done.counts == {"response cut": 2}
   # And given by it for 13: nothing is left.
   none = run(pythia, of(*SPOKEN), "trl", 13, 0)
-  assert none.counts == {"dropped: no room for prompt and response": 2}
+  assert none.counts == {NO_ROOM: 2}
   assert (len(none.table), none.cut.shape) == (0, (0,))
 
 
-def test_ids_of_the_seed(pythia):
+def test_ids_of_dpo_replication(pythia):
   # Given by trl 0.24.0 of stripped responses.
   rows = of(*SPOKEN, *MERGING)
   done = run(pythia, rows, "dpo-replication", 64, 40)
@@ -163,18 +168,18 @@ def test_ids_of_the_seed(pythia):
   short = run(pythia, rows, "dpo-replication", 14, 8)
   assert listed(short)[0] == (HUMAN_IDS[-7:], [22036, *BLUE, 0], [2302, 0])
   assert short.counts == {
-    "dropped: no room for prompt and response": 1,
+    NO_ROOM: 1,
     "prompt cut": 1,
     "responses equal once cut": 1,
   }
   assert short.cut.tolist() == [True, False, False, False, False]
 
 
-def test_the_seed_strips_both_ends_of_responses_alone(pythia):
-  one = run(
-    pythia, of((" p ", "\n a b \t", "\u2028c \n")), "dpo-replication", 64, 40
+def test_dpo_replication_strips_both_ends_of_responses_alone(pythia):
+  one, two = (
+    run(pythia, of((" p ", *responses)), "dpo-replication", 64, 40)
+    for responses in (("\n a b \t", "\u2028c \n"), ("a b", "c"))
   )
-  two = run(pythia, of((" p ", "a b", "c")), "dpo-replication", 64, 40)
   assert listed(one) == listed(two)
   assert pythia.decode(one.table[0].prompt) == " p "
 
@@ -184,10 +189,10 @@ def test_a_prompt_that_merges_whole_is_dropped(pythia):
   rows = of(("cafe", "\u0301 yes", "teria"), ("e", "\u0301", "xample"))
   done = run(pythia, rows, "trl", 64, 0)
   assert len(done.table) == 0
-  assert done.counts["dropped: the prompt has no token of its own"] == 2
+  assert done.counts[NO_TOKEN] == 2
 
 
-def test_a_tokenizer_that_adds_tokens_has_no_trl_profile(
+def test_a_tokenizer_that_adds_tokens_is_refused_under_trl(
   shared, tmp_path, pythia
 ):
   pythia.save(tmp_path)
@@ -197,7 +202,7 @@ def test_a_tokenizer_that_adds_tokens_has_no_trl_profile(
     token["lstrip"] = token["content"] == EOS
   path.write_text(json.dumps(values), "utf-8")
   words = tokenizer.load(tmp_path)
-  with pytest.raises(ValueError, match="take rules 'paper'"):
+  with pytest.raises(ValueError, match="set tokenization='paper'"):
     run(words, of(*SPOKEN), "trl", 64, 0)
   assert listed(run(words, of(*SPOKEN), "paper", 64, 32))
 
@@ -223,14 +228,14 @@ def trl(prompt, chosen, rejected, max_length, _):
   return prompt, both[0][len(prompt) :], both[1][len(prompt) :]
 
 
-def seed(prompt, chosen, rejected, max_length, max_prompt):
+def dpo_replication(prompt, chosen, rejected, max_length, max_prompt):
   prompt = prompt[-max_prompt:]
   while prompt and len(prompt) + max(len(chosen), len(rejected)) > max_length:
     prompt = prompt[1:]
   return (prompt, chosen, rejected) if prompt else None
 
 
-TWINS = {"paper": paper, "trl": trl, "dpo-replication": seed}
+PLAIN = {"paper": paper, "trl": trl, "dpo-replication": dpo_replication}
 
 
 def lettered(sizes):
@@ -243,44 +248,38 @@ def lettered(sizes):
 
 @hypothesis.settings(max_examples=150, deadline=None)
 @hypothesis.given(
-  st.sampled_from(["paper", "trl", "dpo-replication"]),
+  st.sampled_from(RULES),
   st.lists(st.tuples(*[st.integers(1, 40)] * 3), min_size=1, max_size=6),
   st.integers(2, 50),
   st.data(),
 )
 def test_cuts_are_where_the_rule_says(trained, rules, sizes, max_length, data):
-  max_prompt = (
-    0 if rules == "trl" else data.draw(st.integers(1, max_length - 1))
-  )
+  max_prompt = data.draw(st.integers(1, max_length - 1))
   rows = of(*map(lettered, sizes))
   done = run(trained, rows, rules, max_length, max_prompt)
-  expected, cut, counts = [], [], dict.fromkeys(["prompt", "response"], 0)
+  expected, cut, counts = [], [], {"prompt cut": 0, "response cut": 0}
   for row in rows:
-    prompt = trained.encode(row.prompt)
     whole = (
-      prompt,
+      trained.encode(row.prompt),
       *([*trained.encode(x), 0] for x in (row.chosen, row.rejected)),
     )
-    left = TWINS[rules](*whole, max_length, max_prompt)
+    left = PLAIN[rules](*whole, max_length, max_prompt)
     if left:
       expected.append((row.id, *left))
       shorter = [len(a) < len(b) for a, b in zip(left, whole)]
-      counts["prompt"] += shorter[0]
-      counts["response"] += any(shorter[1:])
+      counts["prompt cut"] += shorter[0]
+      counts["response cut"] += any(shorter[1:])
       cut.append(any(shorter))
       assert len(left[0]) + max(map(len, left[1:])) <= max_length
       assert min(map(len, left)) >= 1
-  assert [
-    (pair.id, *ids) for pair, ids in zip(done.table, listed(done))
-  ] == expected
+  found = [(pair.id, *ids) for pair, ids in zip(done.table, listed(done))]
+  assert found == expected
   assert done.cut.tolist() == cut
   assert done.cut.dtype == bool
-  get = done.counts.get
-  assert get("prompt cut", 0) == counts["prompt"]
-  assert get("response cut", 0) == counts["response"]
-  dropped = get("dropped: no room for prompt and response", 0)
-  assert dropped == len(rows) - len(expected)
-  assert 0 not in done.counts.values()
+  counts[NO_ROOM] = len(rows) - len(expected)
+  counts = {reason: number for reason, number in counts.items() if number}
+  equal = "responses equal once cut"
+  assert {k: v for k, v in done.counts.items() if k != equal} == counts
 
 
 # By hand; lengths of prompt, chosen and rejected in tokens, EOS not counted;
@@ -295,50 +294,41 @@ def test_cuts_are_where_the_rule_says(trained, rules, sizes, max_length, data):
     ("paper", (30, 11, 2), (8, 12, 3)),
     ("paper", (30, 40, 50), (8, 12, 12)),
     # A short prompt is not cut, and leaves the responses no more room.
-    ("paper", (4, 40, 2), (4, 12, 3)),
     ("paper", (4, 16, 2), (4, 12, 3)),
     # As long as that the responses may be more than 20 - 8.
     ("paper", (4, 15, 2), (4, 16, 3)),
     # Each sequence of TRL's has 20 tokens; the prompt is never cut.
-    ("trl", (12, 7, 3), (12, 8, 4)),
     ("trl", (12, 8, 3), (12, 8, 4)),
     ("trl", (19, 8, 3), (19, 1, 1)),
-    # The seed cuts the prompt though there is room, then for the longer one.
+    ("trl", (20, 3, 3), None),
+    # The prompt is cut though there is room, then for the longer one.
     ("dpo-replication", (12, 3, 3), (8, 4, 4)),
     ("dpo-replication", (12, 13, 3), (6, 14, 4)),
     ("dpo-replication", (12, 18, 3), (1, 19, 4)),
+    ("dpo-replication", (12, 3, 19), None),
   ],
 )
 def test_lengths_by_hand(trained, rules, sizes, left):
-  done = run(
-    trained, of(lettered(sizes)), rules, 20, 0 if rules == "trl" else 8
-  )
-  assert tuple(map(len, listed(done)[0])) == left
+  done = run(trained, of(lettered((2, 2, 2)), lettered(sizes)), rules, 20, 8)
+  if left:
+    assert tuple(map(len, listed(done)[1])) == left
+  else:
+    assert done.table.ids == ("0",)
+    assert done.counts == {NO_ROOM: 1}
 
 
-@pytest.mark.parametrize(
-  ("rules", "sizes"), [("trl", (20, 3, 3)), ("dpo-replication", (12, 3, 19))]
-)
-def test_pairs_without_room_are_dropped(trained, rules, sizes):
-  rows = of(lettered((2, 2, 2)), lettered(sizes))
-  done = run(trained, rows, rules, 20, 0 if rules == "trl" else 8)
-  assert done.table.ids == ("0",)
-  assert done.counts == {"dropped: no room for prompt and response": 1}
-
-
-def test_no_row_falls_between_batches(trained):
+@pytest.mark.parametrize("rules", RULES)
+def test_no_row_is_lost_between_batches(trained, rules):
   rows = of(*[lettered((1 + i % 7, 1 + i % 5, 1 + i % 3)) for i in range(2060)])
-  for rules, prompt in (("paper", 3), ("trl", 0), ("dpo-replication", 3)):
-    done = run(trained, rows, rules, 8, prompt)
-    ids = done.table.ids
-    assert list(ids) == sorted(ids, key=int)
-    assert len(done.cut) == len(ids) == len(done.table)
-    dropped = done.counts.get("dropped: no room for prompt and response", 0)
-    assert len(ids) + dropped == 2060
-    for i in (0, 1023, 1024, 2059):
-      one = run(trained, rows[i : i + 1], rules, 8, prompt)
-      if one.table:
-        assert done.table[ids.index(str(i))] == one.table[0]
+  done = run(trained, rows, rules, 8, 3)
+  ids = done.table.ids
+  assert list(ids) == sorted(ids, key=int)
+  assert len(done.cut) == len(ids)
+  assert len(ids) + done.counts.get(NO_ROOM, 0) == 2060
+  for i in (0, 1023, 1024, 2059):
+    one = run(trained, rows[i : i + 1], rules, 8, 3)
+    if one.table:
+      assert done.table[ids.index(str(i))] == one.table[0]
 
 
 def test_no_rows_give_an_empty_table(pythia):
@@ -346,15 +336,16 @@ def test_no_rows_give_an_empty_table(pythia):
   assert (len(done.table), done.counts, done.cut.tolist()) == (0, {}, [])
 
 
-# --- paper: apart
-
+# --- borders of prompt and response
 
 odd = st.lists(st.sampled_from(ODD), min_size=1, max_size=8).map("".join)
 
 
 @hypothesis.settings(max_examples=60, deadline=None)
 @hypothesis.given(odd, odd, odd, odd)
-def test_responses_never_depend_on_the_prompt(pythia, one, two, chosen, other):
+def test_responses_never_depend_on_the_prompt_under_paper(
+  pythia, one, two, chosen, other
+):
   rows = of((one, chosen, other), (two, chosen, other))
   first, second = run(pythia, rows, "paper", 400, 200).table
   assert (first.chosen, first.rejected) == (second.chosen, second.rejected)
@@ -366,7 +357,7 @@ def test_responses_never_depend_on_the_prompt(pythia, one, two, chosen, other):
 
 @hypothesis.settings(max_examples=60, deadline=None)
 @hypothesis.given(odd, odd, odd)
-def test_prompt_and_response_together_are_the_text(
+def test_prompt_and_response_together_are_the_text_under_trl(
   pythia, prompt, chosen, other
 ):
   done = run(pythia, of((prompt, chosen, other)), "trl", 400, 0)
@@ -375,29 +366,25 @@ def test_prompt_and_response_together_are_the_text(
       assert pythia.decode(pair.prompt + response) == (
         unicodedata.normalize("NFC", prompt + text) + EOS
       )
-  reason = "dropped: the prompt has no token of its own"
-  assert len(done.table) + done.counts.get(reason, 0) == 1
+  assert len(done.table) + done.counts.get(NO_TOKEN, 0) == 1
 
 
-def test_eos_ends_a_response_unless_it_was_cut(pythia, real):
-  for rules, prompt in (("paper", 32), ("trl", 0), ("dpo-replication", 32)):
-    done = run(pythia, real[:200], rules, 96, prompt)
-    for pair in done.table:
-      for response in (pair.chosen, pair.rejected):
-        assert pythia.eos_id not in response[:-1]
-        if rules == "paper":
-          full = len(response) == 96 - 32
-        else:
-          full = len(pair.prompt) + len(response) == 96
-        assert response[-1] == pythia.eos_id or full
-    assert done.counts["prompt cut" if prompt else "response cut"] > 0
+@pytest.mark.parametrize("rules", RULES)
+def test_eos_ends_a_response_unless_it_was_cut(pythia, real, rules):
+  done = run(pythia, real[:200], rules, 96, 32)
+  for pair in done.table:
+    for response in (pair.chosen, pair.rejected):
+      assert pythia.eos_id not in response[:-1]
+      longest = 96 - (32 if rules == "paper" else len(pair.prompt))
+      assert response[-1] == pythia.eos_id or len(response) == longest
+  assert done.counts["response cut" if rules == "trl" else "prompt cut"] > 0
 
 
 # --- refusals
 
 
 @pytest.mark.parametrize("special", [EOS, "<|padding|>"])
-@pytest.mark.parametrize("rules", ["paper", "trl", "dpo-replication"])
+@pytest.mark.parametrize("rules", RULES)
 def test_special_text_is_dropped_and_counted(pythia, special, rules):
   rows = of(
     ("p", " a", " b"),
@@ -405,7 +392,7 @@ def test_special_text_is_dropped_and_counted(pythia, special, rules):
     ("p", f" {special}", " b"),
     ("p", " a", f"{special} b"),
   )
-  done = run(pythia, rows, rules, 9, 0 if rules == "trl" else 4)
+  done = run(pythia, rows, rules, 9, 4)
   assert done.table.ids == ("0",)
   assert done.counts == {"holds a special token": 3}
 
@@ -424,14 +411,14 @@ def test_special_text_across_the_border(pythia):
     ("dpo-replication", 20, -1, "max_prompt_length=-1 must be between"),
     ("trl", 20, 8, "max_prompt_length=8 has no meaning .*; set it to 0"),
     ("trl", 1, 0, "max_length=1 must be at least 2"),
-    ("TRL", 20, 0, "rules='TRL' is none of paper, trl, dpo-replication"),
+    ("TRL", 20, 0, "='TRL' must be one of paper, trl, dpo-replication"),
   ],
 )
 def test_lengths_that_cannot_be_kept_are_refused(
-  pythia, rules, max_length, max_prompt, message
+  rules, max_length, max_prompt, message
 ):
   with pytest.raises(ValueError, match=message):
-    run(pythia, of(*SPOKEN), rules, max_length, max_prompt)
+    tokenization.check_lengths(rules, max_length, max_prompt)
 
 
 def test_equal_responses_are_counted_and_kept(trained):

@@ -18,19 +18,11 @@ from hypothesis import strategies as st
 from dpo_jax.data import tokenizer
 
 TEXTS = [
-  "",
-  " ",
-  "plain words",
   "  runs of   spaces\t\tand tabs ",
   "line\nline\r\nline\r",
   "emoji 👩🏽‍🚀 👨‍👩‍👧‍👦 🇫🇷",
-  "שלום عليكم ‏mixed‎ left",
-  "汉字 한국어 ไทย",
-  "nul \0 bell \a escape \x1b",
-  "separators \u2028 \u2029 \x85 \x0b \x0c",
-  "byte order \ufeff mark",
-  "curly “quotes” – and … dots",
-  "\n\nHuman: a\n\nAssistant: b",
+  "שלום عليكم ‏mixed‎ left 汉字 한국어 ไทย",
+  "nul \0 bell \a escape \x1b \u2028 \u2029 \x85 \x0b \x0c \ufeff",
   "<|endoftext|",
   "|endoftext|>",
 ]
@@ -56,6 +48,8 @@ def test_ids_of_pythia(pythia):
   assert (pythia.eos_id, pythia.pad_id, pythia.vocab_size) == (0, 1, 50277)
   assert pythia.decode([0, 1]) == "<|endoftext|><|padding|>"
   assert pythia.encode("") == []
+  # Unicode's NFC composes accents.
+  assert pythia.decode(pythia.encode("cafe\u0301")) == "caf\u00e9"
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -68,25 +62,25 @@ def test_texts_round_trip(pythia, trained, text):
 @hypothesis.settings(max_examples=60, deadline=None)
 @hypothesis.given(st.text(st.characters(exclude_categories=["Cs", "Cn"])))
 def test_any_text_round_trips(pythia, trained, text):
-  # Pythia's tokenizer brings text into NFC; a trained one changes nothing.
+  # Pythia's tokenizer normalizes to NFC; a trained one changes nothing.
   normal = unicodedata.normalize("NFC", text)
   assert pythia.decode(pythia.encode(text)) == normal
   assert trained[0].decode(trained[0].encode(text)) == text
 
 
-def test_pythia_composes_accents(pythia):
-  assert pythia.decode(pythia.encode("cafe\u0301")) == "caf\u00e9"
-
-
-def test_every_real_row_round_trips_and_comes_back_from_batches(pythia, shared):
+def test_real_rows_round_trip_and_batches_are_single_texts(pythia, shared):
   rows = sourcing.harmless(shared, "eval")
-  texts = [row.prompt + row.chosen for row in rows]
+  texts = ["", *(row.prompt + row.chosen for row in rows)]
   ids = pythia.encode_all(texts)
   assert [pythia.decode(i) for i in ids] == [
     unicodedata.normalize("NFC", text) for text in texts
   ]
   assert ids[:5] == [pythia.encode(text) for text in texts[:5]]
-  assert pythia.encode_all([]) == []
+  flat, lengths = pythia.encode_flat(texts[:5])
+  assert (flat.dtype, lengths.dtype) == (np.int32, np.int64)
+  assert lengths.tolist() == [len(i) for i in ids[:5]]
+  assert flat.tolist() == [token for i in ids[:5] for token in i]
+  assert [len(part) for part in pythia.encode_flat([])] == [0, 0]
 
 
 # --- special tokens
@@ -102,28 +96,13 @@ def test_special_text_is_refused(pythia, trained, special):
     assert special in str(error.value)
 
 
-def test_padding_is_special_though_the_config_does_not_name_it(
-  copy, pythia, edit
-):
-  # As in the files that EleutherAI publishes.
-  edit("tokenizer_config.json", {"pad_token": None})
-  words = tokenizer.load(copy)
-  assert (words.eos_id, words.pad_id) == (0, 1)
-  with pytest.raises(ValueError, match="special token"):
-    words.encode("a<|padding|>")
-
-
 # --- loading
 
 
 @pytest.fixture
-def copy(shared, tmp_path):
-  """A writable copy of the real tokenizer."""
-  directory = tmp_path / "tokenizer"
-  directory.mkdir()
-  for name in ("tokenizer.json", "tokenizer_config.json"):
-    shutil.copyfile(shared / "tokenizer" / "pythia" / name, directory / name)
-  return directory
+def copy(trained, tmp_path):
+  """A writable copy of the trained tokenizer."""
+  return pathlib.Path(shutil.copytree(trained[1], tmp_path / "tokenizer"))
 
 
 @pytest.fixture
@@ -131,11 +110,25 @@ def edit(copy):
   """Changes fields of a JSON file of the copy; None removes one."""
 
   def change(name, fields):
-    values = json.loads((copy / name).read_text("utf-8")) | fields
+    path = copy / name
+    values = json.loads(path.read_text()) if path.exists() else {}
+    values |= fields
     kept = {key: value for key, value in values.items() if value is not None}
-    (copy / name).write_text(json.dumps(kept), "utf-8")
+    path.write_text(json.dumps(kept), "utf-8")
 
   return change
+
+
+CONFIG = "tokenizer_config.json"
+
+
+def test_padding_is_special_though_the_config_does_not_name_it(copy, edit):
+  # As in the files that EleutherAI publishes.
+  edit(CONFIG, {"pad_token": None})
+  words = tokenizer.load(copy)
+  assert (words.eos_id, words.pad_id) == (0, 1)
+  with pytest.raises(ValueError, match="special token"):
+    words.encode("a<|padding|>")
 
 
 @pytest.mark.parametrize(
@@ -146,30 +139,29 @@ def test_a_missing_tokenizer_is_refused(path):
     tokenizer.load(path)
 
 
-def test_a_directory_without_tokenizer_json_is_refused(copy, tmp_path):
-  (copy / "tokenizer.json").unlink()
-  for path in (copy, tmp_path):
-    with pytest.raises(ValueError, match=r"holds no tokenizer.json"):
-      tokenizer.load(path)
+def test_a_directory_without_tokenizer_json_is_refused(tmp_path):
+  with pytest.raises(ValueError, match=r"holds no tokenizer.json"):
+    tokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"version": "1.0"', "[]"])
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("name", ["tokenizer.json", CONFIG])
 def test_broken_files_are_refused(copy, name, text):
   (copy / name).write_text(text)
   with pytest.raises(ValueError, match=str(copy)):
     tokenizer.load(copy)
 
 
-def test_without_an_end_of_text_it_is_refused(copy, edit):
-  edit("tokenizer_config.json", {"eos_token": None})
-  with pytest.raises(ValueError, match="end of text is id None"):
-    tokenizer.load(copy)
-
-
-def test_padding_with_the_end_of_text_is_refused(copy, edit):
-  edit("tokenizer_config.json", {"pad_token": "<|endoftext|>"})
-  with pytest.raises(ValueError, match="padding id 0; both must exist and"):
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"eos_token": None}, "end of text is id None"),
+    ({"pad_token": "<|endoftext|>"}, "padding id 0; both must exist and"),
+  ],
+)
+def test_end_of_text_and_padding_must_differ(copy, edit, fields, message):
+  edit(CONFIG, fields)
+  with pytest.raises(ValueError, match=message):
     tokenizer.load(copy)
 
 
@@ -179,18 +171,10 @@ def test_code_beside_a_tokenizer_is_never_run(copy, edit, monkeypatch):
 
   monkeypatch.setattr("builtins.input", never)
   (copy / "custom.py").write_text("raise SystemExit('was run')\n")
-  edit(
-    "tokenizer_config.json",
-    {
-      "tokenizer_class": "Custom",
-      "auto_map": {"AutoTokenizer": [None, "custom.Custom"]},
-    },
-  )
+  auto_map = {"AutoTokenizer": [None, "custom.Custom"]}
+  edit(CONFIG, {"tokenizer_class": "Custom", "auto_map": auto_map})
   with pytest.raises(ValueError, match="no tokenizer at"):
     tokenizer.load(copy)
-
-
-# --- training one
 
 
 def content(backend):
@@ -204,35 +188,33 @@ def content(backend):
 
 
 @pytest.mark.parametrize("config", [None, {"model_type": "gpt_neox"}])
-def test_our_own_are_read_as_transformers_would(copy, config, monkeypatch):
+def test_our_own_are_read_as_transformers_would(
+  copy, edit, config, monkeypatch
+):
   if config:
-    (copy / "config.json").write_text(json.dumps(config))
+    edit("config.json", config)
   wanted = content(transformers.AutoTokenizer.from_pretrained(copy))
 
   def no(*_, **options):
     raise AssertionError("it would import PyTorch")
 
-  with monkeypatch.context() as patch:
-    patch.setattr(transformers.AutoTokenizer, "from_pretrained", no)
-    found = content(tokenizer.load(copy).backend)
-  assert found == wanted
+  monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", no)
+  assert content(tokenizer.load(copy).backend) == wanted
 
 
 @pytest.mark.parametrize(
   ("file", "change"),
   [
-    ("tokenizer_config.json", {"tokenizer_class": "GPTNeoXTokenizer"}),
-    ("tokenizer_config.json", {"tokenizer_class": None}),
-    ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["a.B", None]}}),
+    (CONFIG, {"tokenizer_class": "GPTNeoXTokenizer"}),
+    (CONFIG, {"tokenizer_class": None}),
+    (CONFIG, {"auto_map": {"AutoTokenizer": ["a.B", None]}}),
     ("config.json", {"model_type": "llama"}),
   ],
 )
 def test_where_a_class_has_a_say_transformers_decides(
-  copy, file, change, monkeypatch
+  copy, edit, file, change, monkeypatch
 ):
-  path = copy / file
-  before = json.loads(path.read_text()) if path.exists() else {}
-  path.write_text(json.dumps(before | change))
+  edit(file, change)
   asked = []
 
   def from_pretrained(name, **options):
@@ -247,13 +229,13 @@ def test_where_a_class_has_a_say_transformers_decides(
   assert asked == [{"use_fast": True, "trust_remote_code": False}]
 
 
-def test_no_torch_is_imported_to_read_pythias(shared):
+def test_no_torch_is_imported_to_read_our_own(trained):
   code = (
     "import sys\nfrom dpo_jax.data import tokenizer\n"
     "tokenizer.load(sys.argv[1])\nprint('torch' in sys.modules)"
   )
   done = subprocess.run(
-    [sys.executable, "-c", code, shared / "tokenizer" / "pythia"],
+    [sys.executable, "-c", code, trained[1]],
     capture_output=True,
     text=True,
     check=True,
@@ -262,37 +244,30 @@ def test_no_torch_is_imported_to_read_pythias(shared):
   assert done.stdout == "False\n"
 
 
-# --- training one
+# --- training and saving one
 
 
 def test_a_trained_tokenizer_has_pythias_control_ids(trained):
   words, directory = trained
   assert (words.eos_id, words.pad_id) == (0, 1)
-  assert words.encode("the pen") == words.encode("the pen")
   # 256 bytes and two control tokens are there whatever the texts hold.
   assert 258 <= words.vocab_size <= 300
   again = tokenizer.load(directory)
   assert again.vocab_size == words.vocab_size
   assert again.encode("ink 👋 is") == words.encode("ink 👋 is")
+  assert len(words.decode_each()) == words.vocab_size
+  assert words.decode_each()[words.encode("a")[0]] == "a"
 
 
-def test_saving_changes_nothing(pythia, tmp_path):
+def test_saving_changes_nothing_and_the_fingerprint_is_of_the_ids(
+  pythia, trained, tmp_path
+):
   pythia.save(tmp_path)
   again = tokenizer.load(tmp_path)
   assert (again.eos_id, again.pad_id, again.vocab_size) == (0, 1, 50277)
   for text in TEXTS:
     assert again.encode(text) == pythia.encode(text)
-
-
-def test_the_fingerprint_is_of_the_ids_not_of_the_path(
-  pythia, trained, copy, tmp_path
-):
-  words, directory = trained
-  assert tokenizer.load(copy).fingerprint == pythia.fingerprint
-  assert tokenizer.load(directory).fingerprint == words.fingerprint
-  words.save(tmp_path / "again")
-  assert tokenizer.load(tmp_path / "again").fingerprint == words.fingerprint
-  assert words.fingerprint != pythia.fingerprint
+  assert again.fingerprint == pythia.fingerprint != trained[0].fingerprint
   assert len(pythia.fingerprint) == 16
   # Another end of text or padding, though the vocabulary is the same.
   for change in ({"eos_id": 5}, {"pad_id": 5}):
@@ -300,72 +275,43 @@ def test_the_fingerprint_is_of_the_ids_not_of_the_path(
     assert other.fingerprint != pythia.fingerprint
 
 
-def test_one_merge_less_is_another_fingerprint(copy, pythia, edit):
+def test_one_merge_less_is_another_fingerprint(copy, edit, trained):
+  assert tokenizer.load(copy).fingerprint == trained[0].fingerprint
   model = json.loads((copy / "tokenizer.json").read_text("utf-8"))["model"]
   edit("tokenizer.json", {"model": model | {"merges": model["merges"][:-1]}})
-  assert tokenizer.load(copy).fingerprint != pythia.fingerprint
+  assert tokenizer.load(copy).fingerprint != trained[0].fingerprint
 
 
 def test_a_file_that_asks_for_cutting_and_padding_gets_neither(copy, edit):
-  edit(
-    "tokenizer.json",
-    {
-      "truncation": {
-        "direction": "Right",
-        "max_length": 2,
-        "strategy": "LongestFirst",
-        "stride": 0,
-      },
-      "padding": {
-        "strategy": {"Fixed": 9},
-        "direction": "Right",
-        "pad_to_multiple_of": None,
-        "pad_id": 1,
-        "pad_type_id": 0,
-        "pad_token": "<|padding|>",
-      },
-    },
-  )
+  truncation = {
+    "direction": "Right",
+    "max_length": 2,
+    "strategy": "LongestFirst",
+    "stride": 0,
+  }
+  padding = {
+    "strategy": {"Fixed": 9},
+    "direction": "Right",
+    "pad_to_multiple_of": None,
+    "pad_id": 1,
+    "pad_type_id": 0,
+    "pad_token": "<|padding|>",
+  }
+  edit("tokenizer.json", {"truncation": truncation, "padding": padding})
   words = tokenizer.load(copy)
-  assert words.decode(words.encode("one two three four")) == (
-    "one two three four"
-  )
+  assert words.decode(words.encode("one two three")) == "one two three"
 
 
-def test_ids_end_to_end(pythia):
-  texts = ["one two", "", "three \u2028"]
-  ids, lengths = pythia.encode_flat(texts)
-  assert (ids.dtype, lengths.dtype) == (np.int32, np.int64)
-  assert lengths.tolist() == [len(pythia.encode(text)) for text in texts]
-  assert ids.tolist() == [i for text in texts for i in pythia.encode(text)]
-  assert [len(part) for part in pythia.encode_flat([])] == [0, 0]
-
-
-def test_tokens_around_every_text_are_seen(copy, pythia, edit):
-  assert pythia.adds_nothing
-  edit(
-    "tokenizer.json",
-    {
-      "post_processor": {
-        "type": "TemplateProcessing",
-        "single": [
-          {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
-          {"Sequence": {"id": "A", "type_id": 0}},
-        ],
-        "pair": [
-          {"Sequence": {"id": "A", "type_id": 0}},
-          {"Sequence": {"id": "B", "type_id": 0}},
-        ],
-        "special_tokens": {
-          "<|endoftext|>": {
-            "id": "<|endoftext|>",
-            "ids": [0],
-            "tokens": ["<|endoftext|>"],
-          }
-        },
-      }
-    },
-  )
-  # transformers sets its own around Pythia's class, so take the plain one.
-  edit("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+def test_tokens_around_every_text_are_seen(copy, edit, trained):
+  assert trained[0].adds_nothing
+  eos = "<|endoftext|>"
+  before = {"SpecialToken": {"id": eos, "type_id": 0}}
+  text, second = ({"Sequence": {"id": x, "type_id": 0}} for x in "AB")
+  around = {
+    "type": "TemplateProcessing",
+    "single": [before, text],
+    "pair": [text, second],
+    "special_tokens": {eos: {"id": eos, "ids": [0], "tokens": [eos]}},
+  }
+  edit("tokenizer.json", {"post_processor": around})
   assert not tokenizer.load(copy).adds_nothing

@@ -1,16 +1,14 @@
-"""Token items laid out in rows: padded, packed, or with a shared prompt.
+"""Batches of token ids: padded, packed, or packed with a shared prompt.
 
-A step holds exactly `batch_size` items in data order, however they are laid
-out, so that the layout changes the speed and never the numbers. A piece is
-what must stand together: one sequence (prompt and response), or a whole pair
-`[prompt | chosen | rejected]` whose responses both see the prompt and do not
-see each other. The mask that does this is one line, in `attention.Segments`.
+A step holds exactly `batch_size` items in data order under every layout, so
+that the layout changes the speed and never the numbers. A segment is what must
+stay contiguous: one sequence (prompt and response), or a pair
+`[prompt | chosen | rejected]` in which both responses see the prompt and
+neither sees the other; `attention.Segments` is the mask. `packing` gives each
+segment its row and offset; here tokens are copied, in a few array operations.
 
-Where a piece goes is decided in `packing`; tokens are moved here, in a few
-array operations.
-
-Letters: M micro-batches, B rows, T tokens of a row, S shards into which the
-rows are split, C completion tokens of a shard, P pairs of rows.
+Letters: M micro-batches, B rows, T tokens of a row, S shards of rows,
+C completion tokens of a shard, P pairs of rows, K segments of G parts.
 """
 
 import dataclasses
@@ -19,7 +17,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from dpo_jax.data import packing, token_table
+from dpo_jax.data import packing as packing_lib
+from dpo_jax.data import token_table
 from dpo_jax.model import attention
 
 PROMPT, CHOSEN, REJECTED = attention.PROMPT, 1, 2
@@ -31,30 +30,26 @@ class Batch:
   """One optimizer step's data, int32 but for `reference`.
 
   Completion tokens are listed by shard and not by row, since rows differ much
-  in how many they have; a shard's rows lie on one device.
+  in how many they have; a shard's rows are on one device.
 
   Attributes:
     tokens: token ids, [M, B, T].
     positions: position in the token's own sequence, [M, B, T].
-    segment_ids: which piece of its row a token belongs to, from 1, or where
-      pieces
-      run on from row to row, of its shard; 0 is padding, [M, B, T].
+    segment_ids: number of the token's segment in its row, or, where segments
+      span rows, in its shard; from 1, 0 is padding, [M, B, T].
     part_ids: 0 prompt, 1 chosen (or the only response), 2 rejected, [M, B, T].
     dropout_ids: a number for each of the step's tokens that no layout changes,
-      0 for
-      padding: copies of a prompt share theirs, [M, B, T].
-    source: where the hidden state that predicts lies among the shard's rows,
-      one after the other, in [0, B / S * T), [M, S, C].
+      0 for padding; copies of a prompt share theirs, [M, B, T].
+    source: index, in the shard's rows one after the other, of the hidden state
+      that predicts the target, in [0, B / S * T), [M, S, C].
     target: the token to predict, [M, S, C].
-    sequence_ids: sequence that the predicted token counts for, -1 for padding.
-      In a
-      micro-batch of pairs, pair i owns sequences 2i (chosen) and 2i + 1;
+    sequence_ids: sequence whose log-prob the target adds to, -1 for padding. In
+      a micro-batch of pairs, pair i has sequences 2i (chosen) and 2i + 1;
       [M, S, C].
     reference: log-probs of the targets under the reference, in nats, float32
       [M, S, C]; None where the step computes them.
-    block_pairs: where pieces run on, pairs of a row of queries and a row of
-      keys that
-      it looks at, counted from the shard's first, (-1, -1) for none,
+    block_pairs: where segments span rows, the pairs (query row, key row) that
+      attend, counted from the shard's first row, (-1, -1) for none,
       [M, S, P, 2]; else None.
   """
 
@@ -72,10 +67,14 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-  """What a batch holds: its items' ids, its real tokens, and all its places.
+  """Ids of a batch's items, and its sizes.
 
-  `slots` counts the tokens that the rows could hold; `tokens / slots` is the
-  fill. `visible` counts the pairs of a query and a key that it sees.
+  Attributes:
+    ids: of the items, in data order.
+    tokens: tokens that are not padding.
+    completion_tokens: predicted tokens.
+    slots: tokens that the rows can hold; `tokens / slots` is the fill.
+    visible: unmasked pairs of a query and a key.
   """
 
   ids: tuple[str, ...]
@@ -87,84 +86,87 @@ class Counts:
 
 def pack(
   items: Sequence[token_table.Item],
-  how: packing.Packing,
+  packing: packing_lib.Packing,
   reference: np.ndarray | None = None,
 ) -> tuple[Batch, Counts]:
-  """Lays out one step's items.
+  """The batch of one step's items.
 
   Args:
     items: pairs or examples, best as a `token_table.Table`; a multiple of
-      `how.microbatches`.
-    how: the layout.
-    reference: log-probs of the table's response tokens, float32, laid out as
-      its `tokens` are; None leaves the batch without them.
+      `packing.microbatches`.
+    packing: the layout.
+    reference: log-probs of the table's response tokens, float32, indexed like
+      its `tokens`; None leaves the batch without them.
 
   Raises:
-    ValueError: a piece is longer than a row, or the items do not divide into
+    ValueError: a segment is longer than a row, or the items do not divide into
       the micro-batches.
   """
   table = token_table.from_items(items)
   ids = table.ids
-  # A number for the first token of each part of each item; 0 is padding.
-  dropout_ids = 1 + _before(table.lengths.reshape(-1)).reshape(
-    table.lengths.shape
-  )
-  order = packing.dealt(table.lengths, how)
+  # Of the first token of each part of each item; 0 is padding.
+  dropout_ids = 1 + token_table.contiguous_starts(table.lengths)
+  order = packing_lib.microbatch_order(table.lengths, packing)
   table, dropout_ids = table.take(order), dropout_ids[order]
-  plans = packing.plans(table, how)
-  shape = packing.shape_of(plans, how)
-  batch = _empty(how, shape, reference is not None)
-  share = len(table) // how.microbatches
+  plans = packing_lib.plans(table, packing)
+  shape = packing_lib.shape_of(plans, packing)
+  batch = _empty(packing, shape, reference is not None)
+  size = len(table) // packing.microbatches
   for m, plan in enumerate(plans):
-    plan = dataclasses.replace(plan, item=plan.item + m * share)
-    _fill(batch, m, m * share, table, plan, dropout_ids, how, reference)
+    items_of = table.take(np.arange(m * size, (m + 1) * size))
+    numbers = dropout_ids[m * size : (m + 1) * size]
+    _fill(batch, m, items_of, plan, numbers, packing, reference)
   return batch, Counts(
     ids=ids,
     tokens=int(np.count_nonzero(batch.segment_ids)),
     completion_tokens=int(np.count_nonzero(batch.sequence_ids >= 0)),
     slots=batch.segment_ids.size,
-    visible=packing.visible(table.lengths, how.layout),
+    visible=packing_lib.visible(table.lengths, packing.layout),
   )
 
 
 def shapes(
-  how: packing.Packing,
+  packing: packing_lib.Packing,
   with_reference: bool,
   sharding: jax.sharding.Sharding,
 ) -> list[Batch]:
-  """A batch of each of the layout's shapes, as jax.ShapeDtypeStruct.
+  """A batch of `jax.ShapeDtypeStruct`s for each of the packing's shapes.
 
   Args:
-    how: the layout, settled.
+    packing: the layout, with its shapes.
     with_reference: whether batches carry the reference's log-probs.
     sharding: of the axis after the micro-batches.
   """
   return [
     jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-      _empty(how, shape, with_reference),
+      _empty(packing, shape, with_reference),
     )
-    for shape in how.shapes
+    for shape in packing.shapes
   ]
 
 
 def _empty(
-  how: packing.Packing, shape: packing.Shape, with_reference: bool
+  packing: packing_lib.Packing,
+  shape: packing_lib.Shape,
+  with_reference: bool,
 ) -> Batch:
-  tokens = (how.microbatches, shape.rows, how.row_length)
-  completions = (how.microbatches, how.shards, shape.width)
+  """A batch of padding alone."""
+  rows = (packing.microbatches, shape.rows, packing.row_length)
+  completions = (packing.microbatches, packing.shards, shape.width)
+  block_pairs = (*completions[:2], shape.block_pairs, 2)
   return Batch(
-    tokens=np.full(tokens, how.pad_id, np.int32),
-    positions=np.zeros(tokens, np.int32),
-    segment_ids=np.zeros(tokens, np.int32),
-    part_ids=np.zeros(tokens, np.int32),
-    dropout_ids=np.zeros(tokens, np.int32),
+    tokens=np.full(rows, packing.pad_id, np.int32),
+    positions=np.zeros(rows, np.int32),
+    segment_ids=np.zeros(rows, np.int32),
+    part_ids=np.zeros(rows, np.int32),
+    dropout_ids=np.zeros(rows, np.int32),
     source=np.zeros(completions, np.int32),
     target=np.zeros(completions, np.int32),
     sequence_ids=np.full(completions, -1, np.int32),
     reference=np.zeros(completions, np.float32) if with_reference else None,
-    block_pairs=np.full((*completions[:2], shape.block_pairs, 2), -1, np.int32)
-    if how.spans_rows
+    block_pairs=np.full(block_pairs, -1, np.int32)
+    if packing.spans_rows
     else None,
   )
 
@@ -172,83 +174,75 @@ def _empty(
 def _fill(
   batch: Batch,
   m: int,
-  first_item: int,
   table: token_table.Table,
-  plan: packing.Plan,
+  plan: packing_lib.Plan,
   dropout_ids: np.ndarray,
-  how: packing.Packing,
+  packing: packing_lib.Packing,
   reference: np.ndarray | None,
 ) -> None:
-  """Writes micro-batch `m`, whose items begin at `first_item`.
+  """Writes micro-batch `m`, the items of `table`.
 
-  A segment is one part in one piece; G segments make a piece. Arrays of
-  segments are [K, G], arrays of their tokens [n].
+  Arrays of parts of segments are [K, G], arrays of their tokens [n].
   """
-  length, shards = how.row_length, how.shards
-  shard_size = batch.tokens.shape[1] // shards * length
-  base = plan.shard * shard_size + plan.turn * length
-  # What pieces are numbered in: a row, or a shard's line.
-  span = shard_size if how.spans_rows else length
+  shard_size = batch.tokens.shape[1] // packing.shards * packing.row_length
   if batch.block_pairs is not None:
-    for s, seen in enumerate(plan.block_pairs):
-      batch.block_pairs[m, s, : len(seen)] = seen
-  order = np.lexsort((plan.start, base[plan.row]))
-  item, start = plan.item[order], (base[plan.row] + plan.start)[order]
-  # Which part of its item a segment is, and what the layout calls it.
-  if table.parts == 3 and how.layout != "shared":
+    for shard, pairs in enumerate(plan.block_pairs):
+      batch.block_pairs[m, shard, : len(pairs)] = pairs
+  start = plan.shard * shard_size + plan.offset
+  order = np.argsort(start)
+  item, start = plan.item[order], start[order]
+  # `part` indexes the item's columns; `label` is its part id in the layout.
+  if table.parts == 3 and packing.layout != "shared":
     part = np.stack([np.zeros_like(order), 1 + order % 2], 1)
     label = np.broadcast_to([PROMPT, CHOSEN], part.shape)
   else:
     part = label = np.broadcast_to(
       np.arange(table.parts), (len(item), table.parts)
     )
-  size = table.lengths[item[:, None], part]
-  at = start[:, None] + np.cumsum(size, 1) - size
-
-  segment = np.repeat(np.arange(size.size), size.reshape(-1))
-  within = np.arange(len(segment)) - _before(size.reshape(-1))[segment]
+  columns = (item[:, None], part)
+  size = table.lengths[columns]
+  # Of each token: the part that it is of, and its place there.
+  owner = np.repeat(np.arange(size.size), size.reshape(-1))
+  first = token_table.contiguous_starts(size).reshape(-1)
+  within = np.arange(len(owner)) - first[owner]
 
   def spread(values):
-    """A value of each segment, or of each piece, as one of each token."""
+    """[K] or [K, G] to one value a token, [n]."""
     values = values if values.ndim == 2 else values[:, None]
-    return np.broadcast_to(values, size.shape).reshape(-1)[segment]
+    return np.broadcast_to(values, size.shape).reshape(-1)[owner]
 
-  to = spread(at) + within
-  of = spread(table.starts[item[:, None], part]) + within
+  to = spread(start[:, None] + np.cumsum(size, 1) - size) + within
+  taken = spread(table.starts[columns]) + within
   labels, prompt = spread(label), size[:, 0]
-  for name, values in (
-    ("tokens", table.tokens[of]),
-    ("positions", within + np.where(labels == PROMPT, 0, spread(prompt))),
-    ("segment_ids", spread(_numbers(start // span))),
-    ("part_ids", labels),
-    ("dropout_ids", spread(dropout_ids[item[:, None], part]) + within),
+  span = shard_size if packing.spans_rows else packing.row_length
+  for array, values in (
+    (batch.tokens, table.tokens[taken]),
+    (batch.positions, within + np.where(labels == PROMPT, 0, spread(prompt))),
+    (batch.segment_ids, spread(_count_from_one(start // span))),
+    (batch.part_ids, labels),
+    (batch.dropout_ids, spread(dropout_ids[columns]) + within),
   ):
-    getattr(batch, name)[m].reshape(-1)[to] = values
+    array[m].reshape(-1)[to] = values
 
-  wanted = labels != PROMPT
-  if how.loss_on_prompt:
+  is_predicted = labels != PROMPT
+  if packing.loss_on_prompt:
     # Nothing predicts a text's first token.
-    wanted |= within > 0
-  predicted = np.flatnonzero(wanted)
+    is_predicted |= within > 0
+  predicted = np.flatnonzero(is_predicted)
   shard = to[predicted] // shard_size
-  place = np.arange(len(shard)) - np.searchsorted(shard, shard)
+  at = (m, shard, _count_from_one(shard) - 1)
   # The prompt's last token predicts the first token of every response.
   source = np.where(within == 0, spread(start + prompt), to) - 1
-  sequence_ids = spread(item - first_item)
+  sequence_ids = spread(item)
   if table.parts == 3:
     sequence_ids = 2 * sequence_ids + spread(part) - 1
-  batch.source[m, shard, place] = source[predicted] - shard * shard_size
-  batch.target[m, shard, place] = table.tokens[of[predicted]]
-  batch.sequence_ids[m, shard, place] = sequence_ids[predicted]
+  batch.source[at] = source[predicted] - shard * shard_size
+  batch.target[at] = table.tokens[taken[predicted]]
+  batch.sequence_ids[at] = sequence_ids[predicted]
   if reference is not None:
-    batch.reference[m, shard, place] = reference[of[predicted]]
+    batch.reference[at] = reference[taken[predicted]]
 
 
-def _numbers(rows: np.ndarray) -> np.ndarray:
-  """Of pieces in the order of their rows, each one's number in its row."""
-  return 1 + np.arange(len(rows)) - np.searchsorted(rows, rows)
-
-
-def _before(sizes: np.ndarray) -> np.ndarray:
-  """The sum of the sizes before each, [K]."""
-  return np.cumsum(sizes) - sizes
+def _count_from_one(groups: np.ndarray) -> np.ndarray:
+  """1, 2, 3, ... within each run of equal values of a sorted array."""
+  return 1 + np.arange(len(groups)) - np.searchsorted(groups, groups)

@@ -1,12 +1,11 @@
-"""From sources of comparisons to the token items that a stage trains on.
+"""Training and held-out items: sources read, checked, tokenized and joined.
 
-Everything that is dropped, cut or repeated on the way is counted by its reason;
-the counts go into the run's manifest and from there into the report.
+Rows that are dropped, truncated or repeated are counted by reason; the counts
+go into the run's manifest and from there into the report.
 """
 
 import collections
 import dataclasses
-import pathlib
 from typing import Any, Literal
 
 from dpo_jax.core import settings as settings_lib
@@ -22,14 +21,14 @@ from dpo_jax.data import (
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.io import remote
 
-# Kinds whose prompts are posts, which keep their start where they are cut, as
-# in the official DPO code; a dialogue keeps its end.
+# Kinds whose prompts are posts: a truncated post keeps its start, a dialogue
+# its end, as in the official DPO code.
 _POSTS = ("shp", "se")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-  """What is read and how it becomes rows; see configs/common.py."""
+  """Sources, tokenization and packing of a run; see configs/common.py."""
 
   use: tuple[str, ...]
   sources: dict[str, sources.SourceSettings]
@@ -68,11 +67,11 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-  """The training or the held-out items of all sources, in file order.
+  """Training or held-out items of all sources.
 
   Attributes:
-    table: items, those of one source after those of another.
-    sizes: how many each source gave.
+    table: the items, source after source, in file order.
+    sizes: items of each source.
     report: counts by source and reason, and fingerprints, as JSON values.
   """
 
@@ -83,7 +82,7 @@ class Side:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """Items to train on and to evaluate, and the sources' weights."""
+  """Training and held-out items, and the sources' weights."""
 
   train: Side
   held_out: Side
@@ -110,8 +109,8 @@ def prepare(
   """Reads, checks and tokenizes the training and the held-out rows.
 
   Raises:
-    ValueError: a file is missing or malformed, nothing is left, a held-out
-      prompt is trained on, or a piece does not fit into a row.
+    ValueError: a file is missing or malformed, no pair is left, a held-out
+      prompt is trained on, or a segment is longer than a row.
   """
   if objective == "sft" and settings.layout == "shared":
     raise ValueError(
@@ -120,7 +119,7 @@ def prepare(
   if objective == "dpo" and settings.loss_on_prompt:
     raise ValueError(
       "data.loss_on_prompt=True changes nothing in a preference loss, where"
-      " the prompt cancels out; set it to False"
+      " the prompt cancels; set it to False"
     )
   if objective == "dpo" and settings.responses != "chosen":
     raise ValueError(
@@ -142,7 +141,7 @@ def prepare(
   if leaks and not settings.allow_leakage:
     raise ValueError(
       f"{leaks} held-out prompts of {', '.join(settings.use)} are also trained"
-      " on; mend the split, or set data.allow_leakage=True"
+      " on; correct the split, or set data.allow_leakage=True"
     )
   sides = {}
   for side, parts in loaded.items():
@@ -158,32 +157,11 @@ def prepare(
 def load(
   settings: DataSettings, side: sources.Side, limit: int
 ) -> dict[str, preferences.Loaded]:
-  """The comparisons of every source in use, by its name."""
+  """Comparisons by source, for the sources in use."""
   return {
     name: sources.load(settings.sources[name], side, settings.filters, limit)
     for name in settings.use
   }
-
-
-def tokenized(
-  settings: DataSettings,
-  tokenizer: tokenizer_lib.Tokenizer,
-  name: str,
-  loaded: preferences.Loaded,
-) -> tokenization.Tokenized:
-  """A source's rows as token ids, from the cache if they are there."""
-  directory = settings.token_cache
-  if directory:
-    directory = pathlib.Path(directory).expanduser()
-  return token_cache.tokenize(
-    directory,
-    tokenizer,
-    loaded.rows,
-    rules=settings.tokenization,
-    max_length=settings.max_length,
-    max_prompt_length=settings.max_prompt_length,
-    prompt_keeps="start" if settings.sources[name].kind in _POSTS else "end",
-  )
 
 
 def _side(
@@ -194,28 +172,34 @@ def _side(
   loaded: dict[str, preferences.Loaded],
 ) -> Side:
   parts, by_source = [], {}
-  for name, rows in loaded.items():
-    found = tokenized(settings, tokenizer, name, rows)
-    table = found.table
-    if objective == "sft" and len(table):
-      table = table.examples(settings.responses)
-    parts.append(table)
-    by_source[name] = {
-      "counts": {**rows.counts, **found.counts},
-      "fingerprint": rows.fingerprint,
-    }
-    if not len(table):
+  for name, source in loaded.items():
+    tokenized = token_cache.tokenize(
+      settings.token_cache,
+      tokenizer,
+      source.rows,
+      rules=settings.tokenization,
+      max_length=settings.max_length,
+      max_prompt_length=settings.max_prompt_length,
+      prompt_keeps="start" if settings.sources[name].kind in _POSTS else "end",
+    )
+    counts = {**source.counts, **tokenized.counts}
+    by_source[name] = {"counts": counts, "fingerprint": source.fingerprint}
+    if not len(tokenized.table):
       raise ValueError(
-        f"{side} of {name}: nothing is left after tokenisation:"
-        f" {by_source[name]['counts']}"
+        f"{side} of {name}: no pair is left after tokenization: {counts}"
       )
+    parts.append(
+      tokenized.table.examples(settings.responses)
+      if objective == "sft"
+      else tokenized.table
+    )
   table = token_table.join(parts)
   longest = packing.longest_segment(table, settings.layout)
   if longest > settings.row_length:
     raise ValueError(
-      f"{side}: the longest piece takes {longest} tokens in layout"
-      f" {settings.layout!r}; data.row_length={settings.row_length} must hold"
-      " it"
+      f"{side}: the longest segment takes {longest} tokens in layout"
+      f" {settings.layout!r}, more than data.row_length={settings.row_length};"
+      f" set it to {longest} or more"
     )
   counts: collections.Counter[str] = collections.Counter()
   for source in by_source.values():

@@ -1,39 +1,38 @@
-"""Which items each step holds, and their batches ahead of time.
+"""Data order and prefetching: the items of each step, packed in a thread.
 
-The order is a function of (seed, epoch, step) and of nothing else: no state is
-carried from step to step, so that a run goes on from any step, and any number
-of hosts see one and the same global order. Every host packs the whole batch,
-which takes about a millisecond, and places the rows of its own devices.
+The order is a function of (seed, epoch, step) alone: a run resumes at any step
+without state, and all hosts see one global order. Every host packs the whole
+batch, which takes about a millisecond, and places the rows of its own devices.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from dpo_jax.data import batch, packing, token_table
+from dpo_jax.data import batch, token_table
+from dpo_jax.data import packing as packing_lib
 
-# Batches that are packed ahead of the step that takes them.
-_AHEAD = 4
+_PREFETCHED_BATCHES = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """The items of every step of a run, as indices into one table.
+  """Items of every step of a run, as indices into one table.
 
-  The table holds the sources one after the other. In each epoch a source gives
-  `weight` times its items: all of them at 1, at 0.5 a half, at 2 each twice.
-  Whatever the weight, every item is taken once before any is taken again.
+  The table holds the sources one after the other. An epoch takes `weight` times
+  the items of a source: all of them at 1, half at 0.5, each twice at 2. Every
+  item is taken once before any is taken again.
 
   Attributes:
     sizes: items of each source.
     weights: passes over each source in an epoch, positive.
     batch_size: items of a step.
-    seed: decides the order, with the epoch.
-    epochs: how many there are.
+    seed: of the order, with the epoch.
+    epochs: their number.
   """
 
   sizes: tuple[int, ...]
@@ -51,7 +50,7 @@ class Schedule:
 
   @functools.cached_property
   def shares(self) -> tuple[int, ...]:
-    """Items that each source gives to an epoch."""
+    """Items of each source in an epoch."""
     return tuple(
       math.floor(size * weight + 0.5)
       for size, weight in zip(self.sizes, self.weights, strict=True)
@@ -59,12 +58,12 @@ class Schedule:
 
   @property
   def per_epoch(self) -> int:
-    """Steps of an epoch, whose last incomplete batch is left out."""
+    """Steps of an epoch, without its last incomplete batch."""
     return sum(self.shares) // self.batch_size
 
   @property
   def left_out(self) -> int:
-    """Items of every epoch that fill no batch; others in each epoch."""
+    """Items of an epoch's incomplete batch; others in each epoch."""
     return sum(self.shares) % self.batch_size
 
   @property
@@ -75,10 +74,10 @@ class Schedule:
     """Indices of a step's items, [batch_size]; steps count from 0."""
     epoch, place = divmod(step, self.per_epoch)
     start = place * self.batch_size
-    return _epoch(self, epoch)[start : start + self.batch_size]
+    return _epoch_order(self, epoch)[start : start + self.batch_size]
 
   def state(self, step: int) -> dict[str, Any]:
-    """The position before a step, as a small JSON value for a checkpoint."""
+    """The position before a step as a JSON value, for a checkpoint."""
     epoch, place = divmod(step, self.per_epoch)
     return dataclasses.asdict(self) | {
       "sizes": list(self.sizes),
@@ -90,28 +89,28 @@ class Schedule:
 
 
 @functools.lru_cache(maxsize=2)
-def _epoch(schedule: Schedule, epoch: int) -> np.ndarray:
+def _epoch_order(schedule: Schedule, epoch: int) -> np.ndarray:
   """All indices of an epoch in their order."""
   parts, first = [], 0
   for number, (size, share) in enumerate(
     zip(schedule.sizes, schedule.shares, strict=True)
   ):
-    taken = _taken(schedule.seed, number, size, epoch * share, share)
-    parts.append(first + np.sort(taken))
+    own = _source_items(schedule.seed, number, size, epoch * share, share)
+    parts.append(first + np.sort(own))
     first += size
   taken = np.concatenate(parts)
   rng = np.random.default_rng((schedule.seed, epoch))
   return taken[rng.permutation(len(taken))]
 
 
-def _taken(
+def _source_items(
   seed: int, number: int, size: int, start: int, share: int
 ) -> np.ndarray:
-  """Places [start, start + share) of a source's endless run of passes."""
+  """Items [start, start + share) of repeated permutations of a source."""
   passes = range(start // size, -(-(start + share) // size))
   orders = [
-    # Its last number keeps it apart from the epochs' own orders: NumPy fills
-    # shorter seeds up with zeros.
+    # The 1 keeps these apart from the orders of epochs: NumPy pads shorter
+    # seeds with zeros.
     np.random.default_rng((seed, number, index, 1)).permutation(size)
     for index in passes
   ]
@@ -124,43 +123,44 @@ def _taken(
 def stream(
   table: token_table.Table,
   schedule: Schedule,
-  how: packing.Packing,
+  packing: packing_lib.Packing,
   *,
   start_step: int,
   steps: int,
   reference: np.ndarray | None = None,
 ) -> Iterator[tuple[batch.Batch, batch.Counts]]:
-  """The batches of steps [start_step, steps), packed ahead in a thread.
+  """The batches of steps [start_step, steps), prefetched in a thread.
 
   Args:
     table: all items.
     schedule: the items of each step.
-    how: the layout.
-    start_step: the first step, where a resumed run goes on.
-    steps: how many steps the whole run has, at most `schedule.steps`.
+    packing: the layout.
+    start_step: the first step, that of a resumed run.
+    steps: steps of the whole run, at most `schedule.steps`.
     reference: see `batch.pack`.
   """
   import grain
 
-  def at(step):
-    return batch.pack(table.take(schedule.items(step)), how, reference)
+  def pack(step):
+    return batch.pack(table.take(schedule.items(step)), packing, reference)
 
-  batches = grain.MapDataset.range(start_step, steps).map(at)
-  options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD)
+  batches = grain.MapDataset.range(start_step, steps).map(pack)
+  options = grain.ReadOptions(
+    num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES
+  )
   return iter(batches.to_iter_dataset(options))
 
 
 def in_order(
-  items: Sequence[token_table.Item],
-  how: packing.Packing,
+  table: token_table.Table,
+  packing: packing_lib.Packing,
   *,
   batch_size: int,
   reference: np.ndarray | None = None,
 ) -> Iterator[tuple[batch.Batch, batch.Counts]]:
-  """All items in order, for evaluation; the last batch may hold fewer."""
-  table = token_table.from_items(items)
+  """Batches of all items in order, for evaluation; the last may be smaller."""
   for indices in consecutive(len(table), batch_size):
-    yield batch.pack(table.take(indices), how, reference)
+    yield batch.pack(table.take(indices), packing, reference)
 
 
 def consecutive(count: int, batch_size: int) -> list[np.ndarray]:

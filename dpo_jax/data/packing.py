@@ -1,17 +1,20 @@
-"""Where token items go in the rows of a batch, from their lengths alone.
+"""Packing: rows and offsets of a batch's segments, from their lengths alone.
 
-A piece is what must stand together in a row: one sequence, or a whole pair. A
-plan gives each piece its row and its place; nothing here looks at a token. So
-all batches of a run can be planned before it begins, and the few shapes that
-hold them chosen for the least waste (`batch_shapes`).
+A segment is what must stay contiguous: one sequence (prompt and response), or
+a pair `[prompt | chosen | rejected]` with a shared prompt. Nothing here reads a
+token, so that all batches of a run are planned before it begins and the few
+shapes that hold them are known (`batch_shapes`).
 
-Letters: N items of P parts (a prompt and its responses), K pieces, R rows in
-use, B rows of a batch, T tokens of a row, S shards into which the rows are
-split, C completion tokens of a shard.
+With `Packing.spans_rows` the rows of a shard are one token stream cut into
+blocks of T tokens: segments continue from row to row, only the end of the
+stream is padding, and attention gets the pairs of rows that see each other.
 
-Where pieces run on (`Packing.spans_rows`) the rows of a shard are one line, cut
-into blocks of T tokens; only the line's end is empty, and attention is told
-which blocks look at which.
+Letters: N items of P parts (a prompt and its responses), K segments, B rows of
+T tokens, S shards of rows, C completion tokens of a shard.
+
+References:
+  Krell et al., Efficient Sequence Packing without Cross-contamination, 2021
+  (arXiv 2107.02027): first-fit decreasing.
 """
 
 import dataclasses
@@ -25,26 +28,32 @@ from dpo_jax.data import token_table
 
 Layout = Literal["padded", "packed", "shared"]
 
-# Completion tokens of a shard come in multiples of it: few shapes, small waste.
+# Few shapes for a small waste: C and the number of row pairs are multiples of
+# these, and row counts beyond the planned shapes grow by a fifth.
 _WIDTH_MULTIPLE = 128
-# Likewise the pairs of rows that see each other.
-_SEEN_MULTIPLE = 8
-# Beyond the settled shapes, row counts grow by about a fifth.
+_BLOCK_PAIRS_MULTIPLE = 8
 _GROWTH = 1.2
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Shape:
-  """B and C of a batch, and the pairs of rows that see each other."""
+  """B and C of a batch, and pairs of rows that see each other in a shard."""
 
   rows: int
   width: int
   block_pairs: int = 0
 
+  def holds(self, other: "Shape") -> bool:
+    return (
+      other.rows <= self.rows
+      and other.width <= self.width
+      and other.block_pairs <= self.block_pairs
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-  """How a batch is laid out; `batch.pack` does it.
+  """Layout and sizes of batches; `batch.pack` applies them.
 
   Attributes:
     layout: "padded" (a sequence a row), "packed" (several sequences a row) or
@@ -54,10 +63,10 @@ class Packing:
     microbatches: M; the batch size is a multiple of it.
     loss_on_prompt: predict the prompt's tokens too (examples only).
     pad_id: the token of padding.
-    shapes: those that a batch may take, ascending; the first that holds it is
-      taken, and one beyond them only if none does. See `batch_shapes`.
-    spans_rows: pieces run on from row to row, for `attention` by "blocks";
-      otherwise each lies in one row.
+    shapes: shapes of the run's batches, ascending. A batch takes the first that
+      holds it, or a larger one if none does; see `batch_shapes`.
+    spans_rows: segments continue from row to row, for attention="blocks";
+      otherwise each stays in one row.
   """
 
   layout: Layout
@@ -72,119 +81,119 @@ class Packing:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Where the pieces of one micro-batch go: K pieces in R rows.
-
-  Where pieces run on, each shard has one row here, its line.
+  """Offsets of the K segments of one micro-batch.
 
   Attributes:
-    item: item of each piece, [K].
-    row: its row, [K].
-    start: the place of its first token in the row, [K].
-    shard: of each row, [R].
-    turn: which of its shard's rows a row is, [R].
-    rows: how many rows of T tokens it takes at least.
-    width: the most completion tokens that a shard has.
-    block_pairs: of each shard, which row looks at which, [n, 2]; empty without
-      lines.
+    item: item of each segment, from 0 in the micro-batch, [K].
+    shard: shard of each segment, [K].
+    offset: its first token in the shard's rows, one after the other, [K].
+    shape: the least shape that holds the plan.
+    block_pairs: with `spans_rows`, each shard's (query row, key row) pairs,
+      [n, 2]; else empty.
   """
 
   item: np.ndarray
-  row: np.ndarray
-  start: np.ndarray
   shard: np.ndarray
-  turn: np.ndarray
-  rows: int
-  width: int
-  block_pairs: tuple[np.ndarray, ...]
+  offset: np.ndarray
+  shape: Shape
+  block_pairs: tuple[np.ndarray, ...] = ()
 
 
 def longest_segment(items: Sequence[token_table.Item], layout: Layout) -> int:
-  """Tokens of the longest piece: the least row length that will do."""
+  """Tokens of the longest segment: the least row length that holds all."""
   lengths = token_table.from_items(items).lengths
-  return int(_piece_sizes(lengths, layout)[1].max())
+  return int(_segments(lengths, layout)[1].max())
 
 
 def visible(lengths: np.ndarray, layout: Layout) -> int:
-  """Pairs of a query and a key that it sees, itself included, of all items.
+  """Unmasked (query, key) pairs of attention over all items.
 
   Args:
     lengths: tokens of each part of each item, [N, P].
-    layout: how they are laid out; only "shared" has one copy of a prompt.
+    layout: only "shared" has one copy of a prompt.
   """
   prompt, *responses = lengths.astype(np.int64).T
   copies = 1 if layout == "shared" else len(responses)
-  total = copies * _triangle(prompt)
+  total = copies * _causal_pairs(prompt)
   for response in responses:
-    total = total + response * prompt + _triangle(response)
+    total = total + response * prompt + _causal_pairs(response)
   return int(total.sum())
 
 
-def _triangle(size: np.ndarray) -> np.ndarray:
+def _causal_pairs(size: np.ndarray) -> np.ndarray:
   return size * (size + 1) // 2
 
 
-def plans(table: token_table.Table, how: Packing) -> list[Plan]:
-  """One plan a micro-batch; items count from 0 in each."""
-  if len(table) % how.microbatches:
+def microbatch_order(lengths: np.ndarray, packing: Packing) -> np.ndarray:
+  """The order of a step's items that balances its micro-batches, [N].
+
+  All micro-batches have the rows of the largest. With `spans_rows`, where rows
+  follow from token counts, items go longest first to the micro-batch with the
+  fewest tokens that is not full. Otherwise the order is unchanged.
+
+  Args:
+    lengths: tokens of each part of each item, [N, P].
+    packing: the layout.
+  """
+  count = len(lengths)
+  one = packing.microbatches == 1
+  if one or not packing.spans_rows or count % packing.microbatches:
+    return np.arange(count)
+  item, size = _segments(lengths, packing.layout)
+  size = np.bincount(item, size, minlength=count)
+  room = np.full(packing.microbatches, count // packing.microbatches)
+  tokens = np.zeros(packing.microbatches)
+  microbatch = np.zeros(count, np.int64)
+  for longest in np.argsort(-size, kind="stable"):
+    m = np.argmin(np.where(room > 0, tokens, np.inf))
+    microbatch[longest] = m
+    room[m] -= 1
+    tokens[m] += size[longest]
+  return np.argsort(microbatch, kind="stable")
+
+
+def plans(table: token_table.Table, packing: Packing) -> list[Plan]:
+  """One plan for each micro-batch of consecutive items.
+
+  Raises:
+    ValueError: items do not divide into the micro-batches, a prompt is empty,
+      or a segment is longer than its row.
+  """
+  count = packing.microbatches
+  if len(table) % count:
     raise ValueError(
-      f"{len(table)} items do not divide into {how.microbatches} micro-batches"
+      f"{len(table)} items do not divide into {count} micro-batches"
     )
-  item, size = _piece_sizes(table.lengths, how.layout)
+  item, size = _segments(table.lengths, packing.layout)
   bare = np.flatnonzero(table.lengths[:, 0] == 0)
   if len(bare):
     raise ValueError(
       f"{table.ids[bare[0]]} has an empty prompt: nothing predicts its first"
       " token"
     )
-  if not how.spans_rows and (size > how.row_length).any():
+  if not packing.spans_rows and (size > packing.row_length).any():
     worst = int(np.argmax(size))
     raise ValueError(
       f"{table.ids[item[worst]]} takes {size[worst]} tokens in layout"
-      f" {how.layout!r}, but row_length={how.row_length}"
+      f" {packing.layout!r}, but row_length={packing.row_length}"
     )
-  predicted = size - table.lengths[item, 0]
-  if how.loss_on_prompt:
-    predicted = size - 1
-  share = len(item) // how.microbatches
-  items = len(table) // how.microbatches
+  prompt = 1 if packing.loss_on_prompt else table.lengths[item, 0]
+  predicted = size - prompt
+  make = _plan_stream if packing.spans_rows else _plan_rows
+  item = item % (len(table) // count)
   return [
-    _plan(item[here] - m * items, size[here], predicted[here], how)
-    for m in range(how.microbatches)
-    for here in (slice(m * share, (m + 1) * share),)
+    make(*columns, packing)
+    for columns in zip(
+      *(np.split(column, count) for column in (item, size, predicted)),
+      strict=True,
+    )
   ]
 
 
-def dealt(lengths: np.ndarray, how: Packing) -> np.ndarray:
-  """The order of a step's items that evens out its micro-batches, [N].
-
-  All micro-batches have the rows of the greatest. Where pieces run on, rows are
-  as many as tokens ask for: the longest item goes first, to the micro-batch
-  with the fewest tokens of those that are not full. Otherwise, and for one
-  micro-batch, items keep the order they came in.
-
-  Args:
-    lengths: tokens of each part of each item, [N, P].
-    how: the layout.
-  """
-  count = len(lengths)
-  if how.microbatches == 1 or not how.spans_rows or count % how.microbatches:
-    return np.arange(count)
-  item, size = _piece_sizes(lengths, how.layout)
-  size = np.bincount(item, size, minlength=count)
-  room = np.full(how.microbatches, count // how.microbatches)
-  tokens = np.zeros(how.microbatches)
-  of = np.zeros(count, np.int64)
-  for longest in np.argsort(-size, kind="stable"):
-    of[longest] = np.argmin(np.where(room > 0, tokens, np.inf))
-    room[of[longest]] -= 1
-    tokens[of[longest]] += size[longest]
-  return np.argsort(of, kind="stable")
-
-
-def _piece_sizes(
+def _segments(
   lengths: np.ndarray, layout: Layout
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Item and tokens of every piece, both [K], of parts' lengths [N, P]."""
+  """Item and tokens of every segment, both [K], of parts' lengths [N, P]."""
   count, parts = lengths.shape
   if layout == "shared" or parts == 2:
     return np.arange(count), lengths.sum(1)
@@ -192,112 +201,114 @@ def _piece_sizes(
   return np.repeat(np.arange(count), 2), size.reshape(-1)
 
 
-def _plan(
-  item: np.ndarray, size: np.ndarray, predicted: np.ndarray, how: Packing
+def _plan_rows(
+  item: np.ndarray, size: np.ndarray, predicted: np.ndarray, packing: Packing
 ) -> Plan:
-  """First fit, the longest piece first; then rows are dealt to shards."""
-  if how.spans_rows:
-    return _lines(item, size, predicted, how)
-  if how.layout == "padded":
+  """First-fit-decreasing rows; rows in snake order over the shards."""
+  if packing.layout == "padded":
     row, start = np.arange(len(size)), np.zeros(len(size), np.int64)
   else:
-    row, start = _first_fit(size, how.row_length)
-  count = int(row.max()) + 1
-  by_row = np.bincount(row, predicted, minlength=count).astype(np.int64)
-  shard, turn = np.zeros(count, np.int64), np.arange(count)
-  if how.shards > 1:
-    # Dealt to and fro, the rows with most to predict first.
-    place = np.arange(count)
-    turn_of, seat = np.divmod(place, how.shards)
-    seat = np.where(turn_of % 2, how.shards - 1 - seat, seat)
+    row, start = _first_fit(size, packing.row_length)
+  rows = int(row.max()) + 1
+  by_row = np.bincount(row, predicted, minlength=rows).astype(np.int64)
+  shard, row_in_shard = np.zeros(rows, np.int64), np.arange(rows)
+  if packing.shards > 1:
+    # The rows with most to predict first, to even out C.
+    turn, column = np.divmod(np.arange(rows), packing.shards)
     order = np.argsort(-by_row, kind="stable")
-    shard[order], turn[order] = seat, turn_of
-  width = int(np.bincount(shard, by_row, minlength=how.shards).max())
-  return Plan(item, row, start, shard, turn, count, width, ())
+    shard[order] = np.where(turn % 2, packing.shards - 1 - column, column)
+    row_in_shard[order] = turn
+  width = int(np.bincount(shard, by_row, minlength=packing.shards).max())
+  offset = row_in_shard[row] * packing.row_length + start
+  return Plan(item, shard[row], offset, Shape(rows, width))
 
 
-def _lines(
-  item: np.ndarray, size: np.ndarray, predicted: np.ndarray, how: Packing
+def _first_fit(size: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+  """Row and start of each segment in rows of `length`, both [K]."""
+  row, start = np.empty_like(size), np.empty_like(size)
+  room = np.full(len(size), length)
+  for segment in np.argsort(-size, kind="stable"):
+    first = int(np.argmax(room >= size[segment]))
+    row[segment], start[segment] = first, length - room[first]
+    room[first] -= size[segment]
+  return row, start
+
+
+def _plan_stream(
+  item: np.ndarray, size: np.ndarray, predicted: np.ndarray, packing: Packing
 ) -> Plan:
-  """Pieces one after the other, in the order they came, a line a shard."""
-  line = np.zeros_like(size)
-  full = np.zeros(how.shards, np.int64)
-  # The longest first, each to the shard with most room.
-  for piece in np.argsort(-size, kind="stable"):
-    line[piece] = np.argmin(full)
-    full[line[piece]] += size[piece]
-  start = np.zeros_like(size)
-  seen = []
-  for shard in range(how.shards):
-    here = line == shard
-    start[here] = np.cumsum(size[here]) - size[here]
-    seen.append(_seen(start[here], size[here], how.row_length))
-  shards = np.arange(how.shards)
-  return Plan(
-    item,
-    line,
-    start,
-    shards,
-    np.zeros_like(shards),
-    how.shards * -(-int(full.max()) // how.row_length),
-    int(np.bincount(line, predicted, minlength=how.shards).max()),
-    tuple(seen),
+  """One stream of segments a shard, in their order, without gaps."""
+  shard = np.zeros_like(size)
+  tokens = np.zeros(packing.shards, np.int64)
+  # The longest first, each to the shard with the fewest tokens.
+  for segment in np.argsort(-size, kind="stable"):
+    shard[segment] = np.argmin(tokens)
+    tokens[shard[segment]] += size[segment]
+  offset = np.zeros_like(size)
+  block_pairs = []
+  for s in range(packing.shards):
+    here = shard == s
+    offset[here] = np.cumsum(size[here]) - size[here]
+    block_pairs.append(
+      _block_pairs(offset[here], size[here], packing.row_length)
+    )
+  shape = Shape(
+    packing.shards * -(-int(tokens.max()) // packing.row_length),
+    int(np.bincount(shard, predicted, minlength=packing.shards).max()),
+    max(map(len, block_pairs)),
   )
+  return Plan(item, shard, offset, shape, tuple(block_pairs))
 
 
-def _seen(start: np.ndarray, size: np.ndarray, length: int) -> np.ndarray:
-  """Which row of a line looks at which, itself among them, [n, 2].
+def _block_pairs(
+  start: np.ndarray, size: np.ndarray, length: int
+) -> np.ndarray:
+  """(query row, key row) pairs of a shard's stream that attention computes.
 
-  A row must look back to where the first piece begins that is in it.
+  A row sees back to the row in which its first segment begins, [n, 2].
 
   Args:
-    start: place of each piece, one after the other, [K].
+    start: first token of each segment in the stream, [K].
     size: its tokens, [K].
     length: T.
   """
   rows = np.arange(-(-int(size.sum()) // length))
   first = np.searchsorted(start, rows * length, side="right") - 1
   first = start[first] // length
-  many = rows - first + 1
-  query = np.repeat(rows, many)
-  key = np.arange(len(query)) - np.repeat(np.cumsum(many) - many, many)
-  return np.stack([query, key + np.repeat(first, many)], 1)
+  keys = rows - first + 1
+  query = np.repeat(rows, keys)
+  key = np.arange(len(query)) - np.repeat(np.cumsum(keys) - keys, keys)
+  return np.stack([query, key + np.repeat(first, keys)], 1)
 
 
-def _first_fit(size: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-  """Row and place of each piece in rows of `length`, both [K]."""
-  row, start = np.empty_like(size), np.empty_like(size)
-  room = np.full(len(size), length)
-  for piece in np.argsort(-size, kind="stable"):
-    at = int(np.argmax(room >= size[piece]))
-    row[piece], start[piece] = at, length - room[at]
-    room[at] -= size[piece]
-  return row, start
+def least_shape(plans: Sequence[Plan]) -> Shape:
+  """The least shape that holds all micro-batches of a step."""
+  return Shape(
+    max(plan.shape.rows for plan in plans),
+    max(plan.shape.width for plan in plans),
+    max(plan.shape.block_pairs for plan in plans),
+  )
 
 
 def shape_of(
-  plans: Sequence[Plan], how: Packing, growth: float = _GROWTH
+  plans: Sequence[Plan], packing: Packing, growth: float = _GROWTH
 ) -> Shape:
-  """The first of `how.shapes` that holds all plans, or one beyond them."""
-  rows = max(plan.rows for plan in plans)
-  width = max(plan.width for plan in plans)
-  seen = max((len(x) for plan in plans for x in plan.block_pairs), default=0)
-  for shape in how.shapes:
-    if (
-      rows <= shape.rows and width <= shape.width and seen <= shape.block_pairs
-    ):
+  """The first of `packing.shapes` that holds all plans, or a larger one."""
+  least = least_shape(plans)
+  for shape in packing.shapes:
+    if shape.holds(least):
       return shape
   # Padded rows are as many as the sequences; packed ones vary.
-  growth = 1.0 if how.layout == "padded" else growth
+  growth = 1.0 if packing.layout == "padded" else growth
   return Shape(
-    _rounded(rows, how.shards, growth),
-    -(-width // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE,
-    -(-seen // _SEEN_MULTIPLE) * _SEEN_MULTIPLE,
+    _rounded(least.rows, packing.shards, growth),
+    -(-least.width // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE,
+    -(-least.block_pairs // _BLOCK_PAIRS_MULTIPLE) * _BLOCK_PAIRS_MULTIPLE,
   )
 
 
 def _rounded(rows: int, multiple: int, growth: float) -> int:
-  """The least of a short list of row counts that holds `rows`."""
+  """The least of a geometric list of row counts that holds `rows`."""
   count = multiple
   while count < rows:
     count = max(count + 1, math.ceil(count * growth))

@@ -1,10 +1,11 @@
-"""Preference pairs from their rows: what each must hold, and what is bad.
+"""Preference pairs from decoded rows, and the checks that every pair passes.
 
-Two row forms are read: HH's two transcripts, {"chosen", "rejected"}, which
-share everything up to the last "\\n\\nAssistant:"; and {"prompt", "chosen",
-"rejected"}. A pair that cannot be trained on is quarantined and counted by its
-reason; a row that is not of either form is malformed, and an error unless the
-settings of its source allow a number of them. `sources` reads the rows.
+Three row forms are read: HH's two transcripts, {"chosen", "rejected"}, which
+share everything up to the last "\\n\\nAssistant:"; {"prompt", "chosen",
+"rejected"}; and lists of messages, TRL's conversational form. A pair that
+nothing can be learned from is quarantined and counted by its reason; a row of
+another form is malformed, and an error unless `skip_bad` allows a number of
+them. `sources` reads the rows.
 """
 
 import dataclasses
@@ -12,18 +13,30 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any
 
+from dpo_jax.io import strict_json
+
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
+
+# A row of no known form; `reason` leaves out the row's values.
+Malformed = strict_json.Refused
+
+
+class Quarantined(ValueError):
+  """A well-formed row that no preference can be learned from."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """A prompt and two answers, of which people preferred `chosen`.
+  """A prompt and two responses, of which people preferred `chosen`.
 
-  A prompt of HH ends with "\\n\\nAssistant:"; answers keep their leading space.
-  `id` is a hash of the three texts: the same row has it in any file. `subset`
-  is the part of the dataset that it was read from, such as "harmless-base", or
-  the row's own domain; "" if there is none. It is no part of what a pair is.
+  Attributes:
+    id: hash of the three texts: the same row has it in any file.
+    prompt: in HH's form it ends with "\\n\\nAssistant:".
+    chosen: with its leading space, like `rejected`.
+    rejected: see `chosen`.
+    subset: part of the dataset, such as "harmless-base", or the row's own
+      domain; "" for none.
   """
 
   id: str
@@ -42,49 +55,24 @@ class Loaded:
   fingerprint: str
 
 
-class Malformed(ValueError):
-  """A row that is of no known form; `reason` leaves out the row's values."""
-
-  def __init__(self, reason: str, detail: str = ""):
-    super().__init__(reason + detail)
-    self.reason = reason
-
-
-class Quarantined(ValueError):
-  """A well-formed row that no preference can be learned from."""
-
-
 def parse(row: Any) -> Comparison:
-  """The comparison of one decoded JSON row.
+  """The comparison of one decoded row of any of the three forms.
 
   Raises:
-    Malformed: a field is missing or not a string.
-    Quarantined: the transcripts share no prompt, or an answer is empty, or
-      both answers are the same.
+    Malformed: a field is missing or of another type.
+    Quarantined: there is no common prompt, a response is empty, or both
+      responses are the same.
   """
   return pair(*texts(row))
-
-
-def texts(row: Any) -> tuple[str, str, str]:
-  """Prompt, chosen and rejected of a row of either form, not yet checked.
-
-  Raises:
-    Malformed: a field is missing or not a string.
-    Quarantined: the transcripts share no prompt.
-  """
-  if "prompt" in mapping(row):
-    prompt = text(row, "prompt")
-    return prompt, text(row, "chosen"), text(row, "rejected")
-  return split(text(row, "chosen"), text(row, "rejected"))
 
 
 def pair(
   prompt: str, chosen: str, rejected: str, subset: str = ""
 ) -> Comparison:
-  """The comparison of three texts, of a part of a dataset.
+  """The comparison of three texts.
 
   Raises:
-    Quarantined: a text is empty, or both answers are the same.
+    Quarantined: a text is empty, or both responses are the same.
   """
   if not prompt.strip():
     raise Quarantined("empty prompt")
@@ -99,41 +87,106 @@ def pair(
   )
 
 
+def texts(row: Any) -> tuple[str, str, str]:
+  """Prompt, chosen and rejected of a row, not yet checked by `pair`.
+
+  Raises:
+    Malformed: a field is missing or of another type.
+    Quarantined: there is no common prompt, or messages are no dialogue.
+  """
+  row = mapping(row)
+  if isinstance(row.get("chosen"), list):
+    return _from_messages(row)
+  if "prompt" in row:
+    return text(row, "prompt"), text(row, "chosen"), text(row, "rejected")
+  return split(text(row, "chosen"), text(row, "rejected"))
+
+
 def split(chosen: str, rejected: str) -> tuple[str, str, str]:
-  """Two transcripts into the prompt that they share and their last answers.
+  """Two transcripts' common prompt and last responses.
 
   Raises:
     Quarantined: there is no such prompt.
   """
-  at = chosen.rfind(ASSISTANT)
-  if at < 0:
+  start = chosen.rfind(ASSISTANT)
+  if start < 0:
     raise Quarantined(f"no {ASSISTANT!r} in chosen")
-  end = at + len(ASSISTANT)
+  end = start + len(ASSISTANT)
   prompt = chosen[:end]
   if not rejected.startswith(prompt):
     raise Quarantined("rejected does not share chosen's prompt")
   if ASSISTANT in rejected[end:]:
-    raise Quarantined("rejected goes on for more turns than chosen")
+    raise Quarantined("rejected has more turns than chosen")
   return prompt, chosen[end:], rejected[end:]
 
 
+_MARKS = {"user": HUMAN, "assistant": ASSISTANT}
+
+
+def _from_messages(row: dict[str, Any]) -> tuple[str, str, str]:
+  """Lists of messages as HH's turns, "\\n\\nHuman: " or "\\n\\nAssistant: ".
+
+  The prompt is a list of its own, or what both lists share but for their last
+  message; a text in its field must then be the first message.
+  """
+  chosen, rejected = _messages(row, "chosen"), _messages(row, "rejected")
+  given = row.get("prompt")
+  if given is not None and not isinstance(given, str):
+    prompt = _messages(row, "prompt")
+    if len(chosen) != 1 or len(rejected) != 1:
+      raise Quarantined("a response of several messages")
+  else:
+    prompt = chosen[:-1]
+    if rejected[:-1] != prompt:
+      raise Quarantined("rejected does not share chosen's prompt")
+    chosen, rejected = chosen[-1:], rejected[-1:]
+    if given is not None and prompt[:1] != [("user", given)]:
+      raise Quarantined("the prompt is not the first message")
+  if not all(content.strip() for _, content in prompt):
+    raise Quarantined("empty message in the prompt")
+  for conversation in (prompt + chosen, prompt + rejected):
+    roles = [role for role, _ in conversation]
+    if not _MARKS.keys() >= {*roles}:
+      raise Quarantined("a role that HH's turns do not have")
+    if roles != ["user", "assistant"] * (len(roles) // 2):
+      raise Quarantined("user and assistant do not alternate")
+    if any(mark in x for _, x in conversation for mark in _MARKS.values()):
+      raise Quarantined("a message holds the mark of a turn")
+  turns = "".join(f"{_MARKS[role]} {content}" for role, content in prompt)
+  return turns + ASSISTANT, f" {chosen[0][1]}", f" {rejected[0][1]}"
+
+
+def _messages(row: dict[str, Any], field: str) -> list[tuple[str, str]]:
+  """(role, content) of each message of a field."""
+  messages = row.get(field)
+  if not isinstance(messages, list) or not messages:
+    raise Malformed(f"field {field!r} is not a list of messages")
+  pairs = []
+  for number, message in enumerate(messages):
+    name = f"{field}[{number}]"
+    message = mapping(message, f"field {name!r}")
+    role, content = (text(message, x, f"{name}.") for x in ("role", "content"))
+    pairs.append((role, content))
+  return pairs
+
+
 def mapping(value: Any, name: str = "row") -> dict[str, Any]:
-  """A JSON object as it is; anything else is malformed."""
+  """A JSON object; anything else is malformed."""
   if not isinstance(value, dict):
     raise Malformed(f"{name} is not an object", f": {type(value).__name__}")
   return value
 
 
 def text(row: dict[str, Any], field: str, within: str = "") -> str:
-  """The string that a row holds in a field.
+  """The string in a row's field.
 
   Args:
     row: a decoded JSON object.
     field: its key.
-    within: what stands before the key in messages, such as "info.".
+    within: prefix of the key in messages, such as "info.".
 
   Raises:
-    Malformed: there is none, or UTF-8 could not hold it.
+    Malformed: there is none.
   """
   name = f"field {within + field!r}"
   if field not in row:
@@ -141,31 +194,22 @@ def text(row: dict[str, Any], field: str, within: str = "") -> str:
   value = row[field]
   if not isinstance(value, str):
     raise Malformed(f"{name} is not a string", f" but {type(value).__name__}")
-  try:
-    value.encode()
-  except UnicodeEncodeError:
-    raise Malformed(f"{name} holds a lone surrogate") from None
   return value
 
 
 def integer(row: dict[str, Any], field: str, within: str = "") -> int:
-  """The integer that a row holds in a field.
-
-  Raises:
-    Malformed: there is none.
-  """
+  """The integer in a row's field; arguments and errors as of `text`."""
+  name = f"field {within + field!r}"
   if field not in row:
-    raise Malformed(f"field {within + field!r} is missing")
+    raise Malformed(f"{name} is missing")
   value = row[field]
   if type(value) is not int:
-    raise Malformed(
-      f"field {within + field!r} is not an integer", f" but {value!r:.40}"
-    )
+    raise Malformed(f"{name} is not an integer", f" but {value!r:.40}")
   return value
 
 
 def content_id(*texts: str) -> str:
-  """Sixteen hex digits that depend on every text and on their borders."""
+  """Sixteen hex digits: hash of the texts and their borders."""
   digest = hashlib.sha256()
   for text in texts:
     data = text.encode()
@@ -179,6 +223,6 @@ def fingerprint(rows: Iterable[Comparison]) -> str:
 
 
 def leaks(train: Iterable[Comparison], held_out: Iterable[Comparison]) -> int:
-  """How many held-out rows have a prompt that is trained on."""
+  """The number of held-out rows whose prompt is trained on."""
   prompts = {row.prompt for row in train}
   return sum(row.prompt in prompts for row in held_out)

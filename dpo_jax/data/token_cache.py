@@ -1,9 +1,9 @@
-"""Tokenized pairs kept on disk, so that the same rows are tokenized once.
+"""On-disk cache of tokenized pairs.
 
-An entry is one safetensors file named by a hash of everything that makes its
-ids: the rows' texts, the tokenizer, the rules and its lengths. It is written
-whole or not at all, so that processes may write it at the same time, and it
-carries a hash of its content, which every reading compares.
+An entry is one safetensors file named by a hash of everything that its ids
+depend on: texts, tokenizer, rules and lengths. It is written atomically, so
+that processes may share a directory, and holds a hash of its content, which is
+checked when it is read.
 """
 
 import contextlib
@@ -22,18 +22,8 @@ from dpo_jax.io import atomic, safetensors, strict_json
 
 _log = logging.getLogger(__name__)
 
-# Raise it when the form of an entry changes; tokenization.VERSION is for the
-# rules.
-FORMAT = 1
-
-# The arrays of an entry, in the order of its hash.
-_ARRAYS = {
-  "lengths": np.dtype(np.int64),
-  "id_lengths": np.dtype(np.int64),
-  "tokens": np.dtype(np.int32),
-  "cut": np.dtype(np.uint8),
-  "ids": np.dtype(np.uint8),
-}
+# Increase it when an entry's form changes; tokenization.VERSION is for its ids.
+FORMAT = 2
 
 
 def tokenize(
@@ -46,16 +36,15 @@ def tokenize(
   max_prompt_length: int,
   prompt_keeps: tokenization.Keep = "end",
 ) -> tokenization.Tokenized:
-  """`tokenization.tokenize`, or what it gave before for the same arguments.
+  """`tokenization.tokenize`, from the cache if it has the same arguments.
 
-  A broken entry is named in a warning and made again.
+  A damaged entry is named in a warning and written again.
 
   Args:
-    directory: where entries are; made if it is missing. "" keeps none.
+    directory: of the entries, created if it is missing; "" for no cache.
     tokenizer: the model's own.
     rows: comparisons in order.
-    rules: as in `tokenization.tokenize`; so are the lengths and
-      `prompt_keeps`.
+    rules: as in `tokenization.tokenize`, like the lengths and `prompt_keeps`.
 
   Raises:
     ValueError: as `tokenization.tokenize`, or an entry cannot be written.
@@ -71,19 +60,19 @@ def tokenize(
   tokenization.check_lengths(rules, max_length, max_prompt_length)
   key = settings | {
     "format": FORMAT,
-    "rules": tokenization.VERSION,
+    "version": tokenization.VERSION,
     "tokenizer": tokenizer.fingerprint,
     "rows": _fingerprint(rows),
   }
   name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-  path = pathlib.Path(directory, f"tokens-{name[:32]}.safetensors")
+  path = pathlib.Path(directory, f"tokens-{name[:32]}.safetensors").expanduser()
   if path.exists():
     try:
       return _read(path, key)
     except (OSError, ValueError) as error:
-      _log.warning("%s: %s; it is made again", path, error)
+      _log.warning("%s: %s; it is written again", path, error)
   with contextlib.ExitStack() as stack:
-    # What cannot be written is found out before the minutes, not after.
+    # A directory that cannot be written is an error before minutes of work.
     with _naming(directory):
       path.parent.mkdir(parents=True, exist_ok=True)
       temporary = stack.enter_context(atomic.replacing(path))
@@ -100,8 +89,8 @@ def _naming(directory):
     yield
   except OSError as error:
     raise ValueError(
-      f"tokenized rows cannot be kept in data.token_cache={directory}: {error};"
-      " name a directory that can be written and has room, or '' to keep none"
+      f"data.token_cache={directory} cannot be written: {error}; name another"
+      " directory, or '' for no cache"
     ) from error
 
 
@@ -117,36 +106,24 @@ def _fingerprint(rows: Iterable[preferences.Comparison]) -> str:
 
 
 def _write(path, done: tokenization.Tokenized, key) -> None:
-  table = done.table
-  ids = [name.encode() for name in table.ids]
   arrays = {
-    "lengths": table.lengths,
-    "id_lengths": np.fromiter(map(len, ids), np.int64, len(ids)),
-    "tokens": table.tokens,
+    "lengths": done.table.lengths,
+    "tokens": done.table.tokens,
     "cut": done.cut.astype(np.uint8),
-    "ids": np.frombuffer(b"".join(ids), np.uint8),
+    "ids": np.frombuffer("\n".join(done.table.ids).encode(), np.uint8),
   }
   about = json.dumps({"key": key, "counts": done.counts})
-  safetensors.write(
-    path,
-    arrays,
-    arrays.values(),
-    {"about": about, "sha256": _digest(about, arrays)},
-  )
+  metadata = {"about": about, "sha256": _digest(about, arrays)}
+  safetensors.write(path, arrays, arrays.values(), metadata)
 
 
 def _read(path, key) -> tokenization.Tokenized:
-  """The entry of a file.
+  """An entry's content.
 
   Raises:
-    ValueError: the file is cut, changed, or not this key's.
+    ValueError: the file is truncated, changed, or of another key.
   """
   arrays, metadata = safetensors.read(path)
-  if set(arrays) != set(_ARRAYS):
-    raise ValueError(f"holds {sorted(arrays)}, not tokenized pairs")
-  for name, dtype in _ARRAYS.items():
-    if arrays[name].dtype != dtype:
-      raise ValueError(f"its {name} are {arrays[name].dtype}, not {dtype}")
   about = metadata.get("about", "")
   if metadata.get("sha256") != _digest(about, arrays):
     raise ValueError("its content is not what was written")
@@ -154,13 +131,11 @@ def _read(path, key) -> tokenization.Tokenized:
   if about["key"] != key:
     raise ValueError("it belongs to other rows, tokenizer or lengths")
   lengths = arrays["lengths"]
-  sizes = lengths.reshape(-1)
-  ends = np.cumsum(arrays["id_lengths"]).tolist()
-  joined = arrays["ids"].tobytes()
+  ids = arrays["ids"].tobytes().decode().split("\n")
   table = token_table.Table(
-    tuple(joined[a:b].decode() for a, b in zip([0, *ends], ends)),
+    tuple(ids[: len(lengths)]),
     arrays["tokens"],
-    (np.cumsum(sizes) - sizes).reshape(lengths.shape),
+    token_table.contiguous_starts(lengths),
     lengths,
   )
   return tokenization.Tokenized(
@@ -169,8 +144,9 @@ def _read(path, key) -> tokenization.Tokenized:
 
 
 def _digest(about: str, arrays) -> str:
+  """A hash of names, types, shapes and values."""
   digest = hashlib.sha256(about.encode())
-  for name, dtype in _ARRAYS.items():
-    digest.update(f"|{name} {dtype} {arrays[name].shape}|".encode())
-    digest.update(np.ascontiguousarray(arrays[name]))
+  for name, array in sorted(arrays.items()):
+    digest.update(f"|{name} {array.dtype} {array.shape}|".encode())
+    digest.update(np.ascontiguousarray(array))
   return digest.hexdigest()

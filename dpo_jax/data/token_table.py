@@ -1,9 +1,7 @@
-"""Token items in columns: what packing reads without touching Python objects.
+"""Columnar token ids: one array of tokens, and starts and lengths of parts.
 
-A table holds the token ids of all its items in one array, and for each item
-where its parts begin and how long they are: a prompt and one response
-(an example to fine-tune on) or two (a pair). Choosing, repeating and splitting
-items moves only those numbers, never the tokens.
+An item is a prompt with one response (an example to fine-tune on) or two (a
+pair). Selecting and repeating items copies starts and lengths, never tokens.
 """
 
 import collections.abc
@@ -27,7 +25,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-  """One comparison as token ids; both responses end with EOS unless cut."""
+  """One preference pair as token ids; responses end with EOS unless cut."""
 
   id: str
   prompt: tuple[int, ...]
@@ -40,14 +38,14 @@ Item = Example | Pair
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Table(collections.abc.Sequence):
-  """Items by column; indexing and iterating gives `Pair`s or `Example`s.
+  """Items by column; a sequence of `Pair`s or of `Example`s.
 
-  Letters: N items; P parts of an item, 2 of an example, 3 of a pair.
+  Letters: N items of P parts, 2 of an example, 3 of a pair.
 
   Attributes:
     ids: the items' ids.
     tokens: the token ids of all parts, int32, in any order.
-    starts: where each part begins in `tokens`, int64 [N, P].
+    starts: first token of each part, int64 [N, P].
     lengths: tokens of each part, int64 [N, P].
   """
 
@@ -64,8 +62,6 @@ class Table(collections.abc.Sequence):
     return len(self.ids)
 
   def __getitem__(self, index):
-    if isinstance(index, slice):
-      return self.take(np.arange(len(self))[index])
     if not -len(self) <= index < len(self):
       raise IndexError(f"item {index} of {len(self)}")
     kind = Pair if self.parts == 3 else Example
@@ -74,15 +70,8 @@ class Table(collections.abc.Sequence):
     )
 
   def take(self, indices: Sequence[int] | np.ndarray) -> "Table":
-    """The items of these indices, in their order; tokens are shared.
-
-    Raises:
-      ValueError: a mask is given instead of indices.
-    """
-    indices = np.asarray(indices)
-    if indices.dtype == bool:
-      raise ValueError("items are taken by their indices, not by a mask")
-    indices = indices.astype(np.int64)
+    """The items at `indices`, in their order; tokens are shared."""
+    indices = np.asarray(indices, np.int64)
     return Table(
       tuple(self.ids[i] for i in indices),
       self.tokens,
@@ -91,9 +80,7 @@ class Table(collections.abc.Sequence):
     )
 
   def examples(self, responses: Literal["chosen", "both"]) -> "Table":
-    """Pairs as examples: of their chosen responses, or of both in turn."""
-    if self.parts != 3:
-      raise ValueError("only a table of pairs can be made into examples")
+    """Examples of each pair's chosen response, or of both, chosen first."""
     columns = [[0, 1]] if responses == "chosen" else [[0, 1], [0, 2]]
     return Table(
       tuple(name for name in self.ids for _ in columns),
@@ -103,7 +90,7 @@ class Table(collections.abc.Sequence):
     )
 
   def fingerprint(self) -> str:
-    """Sixteen hex digits of ids and tokens, in the items' order."""
+    """Sixteen hex digits: hash of ids and tokens in the items' order."""
     digest = hashlib.sha256()
     for i, name in enumerate(self.ids):
       data = name.encode()
@@ -123,50 +110,32 @@ class Table(collections.abc.Sequence):
 
 
 def from_items(items: Sequence[Item]) -> Table:
-  """A table of items; one that is a table already is returned as it is.
+  """The table of items; a table is returned unchanged.
 
   Raises:
     ValueError: pairs and examples are mixed.
   """
   if isinstance(items, Table):
     return items
-  kinds = {type(item) for item in items}
-  if len(kinds) > 1:
-    raise ValueError("pairs and examples cannot stand in one table")
-  if kinds == {Example}:
-    columns = [[x.prompt for x in items], [x.response for x in items]]
-  else:
-    names = ("prompt", "chosen", "rejected")
-    columns = [[getattr(x, name) for x in items] for name in names]
-  return from_columns([item.id for item in items], columns)
-
-
-def from_columns(
-  ids: Sequence[str], columns: Sequence[Sequence[Sequence[int]]]
-) -> Table:
-  """A table of the parts' token ids, one column a part.
-
-  Args:
-    ids: N ids.
-    columns: P columns of N sequences of token ids.
-  """
-  count = len(ids)
-  lengths = np.asarray(
-    [[len(part) for part in column] for column in columns], np.int64
-  ).reshape(len(columns), count)
-  ends = np.cumsum(lengths.T.reshape(-1))
-  flat = np.fromiter(
-    (
-      token
-      for item in zip(*columns, strict=True)
-      for part in item
-      for token in part
-    ),
-    np.int32,
-    count=int(ends[-1]) if count else 0,
+  if len({type(item) for item in items}) > 1:
+    raise ValueError("a table holds either pairs or examples, not both")
+  parts = [dataclasses.astuple(item)[1:] for item in items]
+  count = len(parts[0]) if parts else 3
+  lengths = np.array([[len(part) for part in row] for row in parts], np.int64)
+  lengths = lengths.reshape(-1, count)
+  tokens = itertools.chain.from_iterable(itertools.chain.from_iterable(parts))
+  return Table(
+    tuple(item.id for item in items),
+    np.fromiter(tokens, np.int32, int(lengths.sum())),
+    contiguous_starts(lengths),
+    lengths,
   )
-  starts = (ends - lengths.T.reshape(-1)).reshape(count, len(columns))
-  return Table(tuple(ids), flat, starts, lengths.T.copy())
+
+
+def contiguous_starts(lengths: np.ndarray) -> np.ndarray:
+  """Starts of parts whose tokens follow each other, [N, P]."""
+  sizes = lengths.reshape(-1)
+  return (np.cumsum(sizes) - sizes).reshape(lengths.shape)
 
 
 def join(tables: Iterable[Table]) -> Table:
@@ -177,7 +146,7 @@ def join(tables: Iterable[Table]) -> Table:
   """
   tables = list(tables)
   if len({table.parts for table in tables}) > 1:
-    raise ValueError("pairs and examples cannot stand in one table")
+    raise ValueError("a table holds either pairs or examples, not both")
   if len(tables) == 1:
     # Without a copy of the tokens.
     return tables[0]

@@ -1,40 +1,42 @@
-"""Tokenisation profiles: how a pair of texts becomes ids, and what is cut.
+"""Tokenization rules: how a pair of texts becomes ids, and what is truncated.
 
-Three rules are in use for the same texts, and they give different ids, so that
-results are only comparable under one of them:
+Three rules are in use for the same texts. They give different ids, so results
+are comparable under one rule only:
 
 paper: the official DPO code. Prompt and responses are tokenized apart, so that
-  a response's ids never depend on its prompt, and EOS is appended to both. If
-  the prompt and the longer response pass `max_length`, the prompt keeps
-  `max_prompt_length` tokens, the last of a dialogue, the first of a post (SHP,
-  StackExchange); if that is still too long, both responses keep their first
-  `max_length - max_prompt_length`.
+  a response's ids never depend on its prompt, and EOS is appended to both
+  responses. If the prompt and the longer response exceed `max_length`, the
+  prompt keeps `max_prompt_length` tokens: the last of a dialogue, the first of
+  a post (SHP, StackExchange). If that is still too long, both responses keep
+  their first `max_length - max_prompt_length`.
 trl: TRL 1.16 (Hugging Face's DPOTrainer, prompt and responses given as
-  strings). The prompt is tokenized alone and joined with each response; what
-  all three token sequences begin with is the prompt, the rest are the
-  responses. Each sequence keeps its first `max_length` tokens, and a pair whose
-  prompt takes all of them is dropped, as is one of which no token is the
-  prompt's: TRL keeps that, though nothing predicts its first token. The same
-  holds from 1.14.2 on. Before, down to 0.29, responses began after as many
-  tokens as the prompt has, which is the same unless tokens merge across the
-  border, and before 1.9 pairs without room were kept.
-seed: the dpo-replication system, which strips both responses and then used TRL
-  of its time (0.28 and before). All three texts are tokenized apart, the prompt
-  always keeps its last `max_prompt_length` tokens, and a sequence that is still
-  too long loses more of its start. TRL cut chosen and rejected each by its own
-  length; here they share their prompt, so that both lose what the longer one
-  must. A pair that has no room for any token of its prompt is dropped.
+  strings). The prompt is tokenized alone and together with each response; the
+  common prefix of the three token sequences is the prompt, the rest are the
+  responses. Each sequence keeps its first `max_length` tokens. A pair whose
+  prompt takes all of them is dropped, as is one with an empty common prefix:
+  TRL keeps that, though nothing predicts its first token. The same holds from
+  1.14.2 on. Before, down to 0.29, responses began after as many tokens as the
+  prompt has, which is the same unless tokens merge across the border, and
+  before 1.9 pairs without room were kept.
+dpo-replication: the dpo-replication system, which strips both responses and
+  then uses TRL of its time (0.28 and before). All three texts are tokenized
+  apart, the prompt always keeps its last `max_prompt_length` tokens, and a
+  sequence that is still too long loses more of its start. TRL truncated chosen
+  and rejected each by its own length; here they share their prompt, which loses
+  what the longer one needs. A pair without room for any token of its prompt is
+  dropped.
 
-A pair with a special token's text in it is dropped under every rules: as
-text it cannot be told from control.
+A pair with the text of a special token is dropped under every rule: as text it
+cannot be distinguished from control.
 
-Letters: N pairs; three parts, prompt, chosen and rejected.
+Letters: N pairs of three parts, prompt, chosen and rejected.
 
 References:
   Rafailov et al., Direct Preference Optimization, 2023 (arXiv 2305.18290),
   official code; TRL, trl/trainer/dpo_trainer.py, versions 0.24 and 1.16.
 """
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -47,21 +49,21 @@ from dpo_jax.data import tokenizer as tokenizer_lib
 Rules = Literal["paper", "trl", "dpo-replication"]
 Keep = Literal["end", "start"]
 
-# Stands in every cache's key: raise it when a rule gives other ids or counts.
+# Part of every cache key: increase it when a rule gives other ids or counts.
 VERSION = 2
 
-# Rows that are held as Python lists of ids at a time.
+# Rows tokenized at a time, which bounds the memory of Python lists of ids.
 _BATCH = 1024
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenized:
-  """Pairs as token ids, and what became of the others.
+  """Token ids of the kept pairs, with counts by reason.
 
   Attributes:
-    table: the pairs that are kept, in the rows' order, N of them.
-    cut: whether the prompt or a response of a pair was cut, bool [N].
-    counts: pairs by reason: dropped, cut, or of note otherwise.
+    table: the N pairs that are kept, in the rows' order.
+    cut: whether the prompt or a response of a pair was truncated, bool [N].
+    counts: pairs dropped, truncated, or otherwise notable, by reason.
   """
 
   table: token_table.Table
@@ -72,14 +74,16 @@ class Tokenized:
 def check_lengths(
   rules: Rules, max_length: int, max_prompt_length: int
 ) -> None:
-  """Refuses a rules that does not exist and lengths that it cannot keep.
+  """Checks tokenization rules and their lengths.
 
   Raises:
-    ValueError: of an unknown rules, or a length that leaves a prompt or a
-      response no room, or that the rules would not look at.
+    ValueError: the rules are unknown, a length leaves a prompt or a response no
+      room, or the rules ignore it.
   """
   if rules not in get_args(Rules):
-    raise ValueError(f"rules={rules!r} is none of {', '.join(get_args(Rules))}")
+    raise ValueError(
+      f"tokenization={rules!r} must be one of {', '.join(get_args(Rules))}"
+    )
   if max_length < 2:
     raise ValueError(
       f"max_length={max_length} must be at least 2: a token of the prompt and"
@@ -88,8 +92,9 @@ def check_lengths(
   if rules == "trl":
     if max_prompt_length != 0:
       raise ValueError(
-        f"max_prompt_length={max_prompt_length} has no meaning in rules"
-        " 'trl', which cuts prompt and response as one; set it to 0"
+        f"max_prompt_length={max_prompt_length} has no meaning in"
+        " tokenization='trl', which truncates prompt and response together; set"
+        " it to 0"
       )
   elif not 0 < max_prompt_length < max_length:
     raise ValueError(
@@ -107,28 +112,27 @@ def tokenize(
   max_prompt_length: int,
   prompt_keeps: Keep = "end",
 ) -> Tokenized:
-  """Tokenizes comparisons by one of the three rules.
+  """Token ids of comparisons under one of the three rules.
 
   Every kept pair has at least one token of its prompt and of each response.
 
   Args:
     tokenizer: the model's own.
     rows: comparisons in order.
-    rules: the rule, see above.
+    rules: see above.
     max_length: tokens of a prompt with a response, EOS included.
-    max_prompt_length: tokens of a prompt that had to be cut; 0 for "trl".
-    prompt_keeps: which of them under "paper", a fact of the dataset; the other
-      two rules have one of their own.
+    max_prompt_length: tokens of a truncated prompt; 0 for "trl".
+    prompt_keeps: which end of a truncated prompt is kept under "paper".
 
   Raises:
-    ValueError: the lengths do not go with the rules, or the tokenizer adds
-      tokens of its own, which TRL would keep.
+    ValueError: the lengths do not fit the rules, or the tokenizer adds tokens
+      of its own, which TRL would keep.
   """
   check_lengths(rules, max_length, max_prompt_length)
   if rules == "trl" and not tokenizer.adds_nothing:
     raise ValueError(
       "this tokenizer adds tokens to a text, or drops white space before its"
-      " end of text: TRL's ids are not to be had from it; take rules 'paper'"
+      " end of text, which TRL's rule does not; set tokenization='paper'"
     )
   done = [
     _batch(
@@ -141,10 +145,9 @@ def tokenize(
     )
     for start in range(0, max(len(rows), 1), _BATCH)
   ]
-  counts: dict[str, int] = {}
+  counts: collections.Counter[str] = collections.Counter()
   for batch in done:
-    for reason, number in batch.counts.items():
-      counts[reason] = counts.get(reason, 0) + number
+    counts.update(batch.counts)
   return Tokenized(
     token_table.join(batch.table for batch in done),
     np.concatenate([batch.cut for batch in done]),
@@ -153,8 +156,8 @@ def tokenize(
 
 
 def _batch(tokenizer, rows, rules, max_length, max_prompt_length, prompt_keeps):
-  kept, texts = _clean(tokenizer, rows, rules)
-  tokens, starts, whole = _encode(tokenizer, texts)
+  kept, columns = _texts(tokenizer, rows, rules)
+  tokens, starts, whole = _encode(tokenizer, columns)
   counts = {"holds a special token": len(rows) - len(kept)}
   if rules == "trl":
     shared = _common_prefix(tokens, starts, whole)
@@ -164,7 +167,7 @@ def _batch(tokenizer, rows, rules, max_length, max_prompt_length, prompt_keeps):
     whole[:, 1:] -= shared[:, None]
     whole[:, 0] = shared
   left = _RULES[rules](whole, max_length, max_prompt_length)
-  # A response is cut at its end, and a prompt at its start but for posts.
+  # Responses lose their end, and prompts their start but for posts.
   if rules != "paper" or prompt_keeps == "end":
     starts[:, 0] += whole[:, 0] - left[:, 0]
   room = (left > 0).all(1)
@@ -182,7 +185,7 @@ def _batch(tokenizer, rows, rules, max_length, max_prompt_length, prompt_keeps):
 
 
 def _paper(whole, max_length, max_prompt_length):
-  """Tokens left of each part, int64 [N, 3]; so are the next two."""
+  """Lengths of the parts after truncation, int64 [N, 3]."""
   longer = whole[:, 1:].max(1)
   too_long = whole[:, 0] + longer > max_length
   left = whole.copy()
@@ -198,18 +201,18 @@ def _trl(whole, max_length, _):
   return np.maximum(left, 0)
 
 
-def _seed(whole, max_length, max_prompt_length):
+def _dpo_replication(whole, max_length, max_prompt_length):
   left = whole.copy()
   room = np.minimum(max_prompt_length, max_length - whole[:, 1:].max(1))
   left[:, 0] = np.minimum(left[:, 0], np.maximum(room, 0))
   return left
 
 
-_RULES = {"paper": _paper, "trl": _trl, "dpo-replication": _seed}
+_RULES = {"paper": _paper, "trl": _trl, "dpo-replication": _dpo_replication}
 
 
-def _clean(tokenizer, rows, rules):
-  """Rows without special tokens, and the three columns of texts to encode."""
+def _texts(tokenizer, rows, rules):
+  """Rows without special tokens, and three columns of texts to encode."""
   kept, texts = [], []
   for row in rows:
     parts = (row.prompt, row.chosen, row.rejected)
@@ -217,23 +220,23 @@ def _clean(tokenizer, rows, rules):
       parts = (row.prompt, row.prompt + row.chosen, row.prompt + row.rejected)
     elif rules == "dpo-replication":
       parts = (row.prompt, row.chosen.strip(), row.rejected.strip())
-    # Looked for in the very texts that are encoded: one may stand across the
-    # border of prompt and response.
+    # In the texts as they are encoded: a special token may cross the border of
+    # prompt and response.
     if not any(tokenizer.special_in(text) for text in parts):
       kept.append(row)
       texts.append(parts)
   return kept, [[parts[column] for parts in texts] for column in range(3)]
 
 
-def _encode(tokenizer, texts):
-  """Ids of all texts, and where each begins and its length, int64 [N, 3].
+def _encode(tokenizer, columns):
+  """Ids of all texts, and the start and length of each, int64 [N, 3].
 
   EOS follows the texts of the second and third column.
   """
   flat, starts, lengths, offset = [], [], [], 0
-  for column, column_texts in enumerate(texts):
-    ids, sizes = tokenizer.encode_flat(column_texts)
-    if column:
+  for number, texts in enumerate(columns):
+    ids, sizes = tokenizer.encode_flat(texts)
+    if number:
       ids = np.insert(ids, np.cumsum(sizes), tokenizer.eos_id)
       sizes = sizes + 1
     starts.append(offset + np.cumsum(sizes) - sizes)
@@ -244,16 +247,16 @@ def _encode(tokenizer, texts):
 
 
 def _common_prefix(tokens, starts, lengths):
-  """Tokens with which all three parts of a row begin alike, int64 [N]."""
+  """Tokens of the common prefix of a row's three sequences, int64 [N]."""
   sizes = lengths[:, 0]
   owner = np.repeat(np.arange(len(sizes)), sizes)
   place = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
   mine = tokens[starts[owner, 0] + place]
   prefix = sizes.copy()
   for part in (1, 2):
-    # Past its end stands its EOS, which is like no token of a prompt.
-    last = np.minimum(place, lengths[owner, part] - 1)
-    unlike = mine != tokens[starts[owner, part] + last]
+    # Clipped to its EOS, which is no token of a prompt.
+    clipped = np.minimum(place, lengths[owner, part] - 1)
+    unlike = mine != tokens[starts[owner, part] + clipped]
     np.minimum.at(prefix, owner[unlike], place[unlike])
   return prefix
 
@@ -261,13 +264,12 @@ def _common_prefix(tokens, starts, lengths):
 def _table(ids, tokens, starts, lengths, room):
   """The rows that have room, with their tokens alone, in order."""
   starts, lengths = starts[room], lengths[room]
-  sizes = lengths.reshape(-1)
-  packed = np.cumsum(sizes) - sizes
-  source = np.repeat(starts.reshape(-1) - packed, sizes)
+  contiguous = token_table.contiguous_starts(lengths)
+  shift = np.repeat((starts - contiguous).reshape(-1), lengths.reshape(-1))
   return token_table.Table(
     tuple(ids[i] for i in np.flatnonzero(room)),
-    tokens[source + np.arange(len(source))],
-    packed.reshape(lengths.shape),
+    tokens[shift + np.arange(len(shift))],
+    contiguous,
     lengths,
   )
 

@@ -1,6 +1,6 @@
-"""What a response of the embedded world says, and how much of it is right.
+"""Facts that a response of the synthetic world states, and their truth.
 
-A response comes as its sentences, each a list of lower-case words.
+A response is a list of sentences, each a list of lower-case words.
 """
 
 from dpo_jax.demo import tables, text
@@ -15,6 +15,7 @@ _UNITS = {"kilos": "weight", "years": "age"}
 
 
 def named(question: text.Question, flat: list[str]) -> float:
+  """Share of the question's animals that are named; 1/2 for "it" alone."""
   present = set(flat)
   count = sum(animal in present for animal in question.animals)
   if not count and "it" in present and present.isdisjoint(tables.ANIMALS):
@@ -25,11 +26,11 @@ def named(question: text.Question, flat: list[str]) -> float:
 def claimed(
   sentences: list[list[str]], topic: str
 ) -> set[tuple[str, str, str]]:
-  """(animal, attribute, value) triples stated.
+  """The stated (animal, attribute, value) triples.
 
-  A value belongs to the last animal named before it in its sentence, else to
-  the first named after it, else to the first of the sentence before (at the
-  start: `topic`). A value shortly after "not" is denied, not claimed.
+  A value is of the last animal before it in its sentence, else of the first
+  after it, else of the first animal of an earlier sentence (at the start:
+  `topic`). A value shortly after "not" is denied, not stated.
   """
   claims = set()
   for sentence in sentences:
@@ -52,7 +53,7 @@ def mark(
   sentences: list[list[str]],
   said: set[tuple[str, str, str]],
 ) -> float:
-  """How right the answer is, in [-1, 1]; see `reward_terms`."""
+  """Correctness in [-1, 1]; see `right` in `world.reward_terms`."""
   if question.kind == "compare":
     winners = _said_to_win(question, sentences)
     return _verdict({winner == question.winner for winner in winners})
@@ -65,25 +66,24 @@ def mark(
     return sum(marks) / len(marks)
   animal, attribute = question.cells[0]
   true = question.claim == tables.FACTS[animal][attribute]
-  answers = [
-    w for sentence in sentences for w in sentence if w in ("yes", "no")
-  ]
-  marks.append(_verdict({(answers[0] == "yes") == true} if answers else set()))
+  words = [w for sentence in sentences for w in sentence if w in ("yes", "no")]
+  marks.append(_verdict({(words[0] == "yes") == true} if words else set()))
   if min(marks) < 0:
     return -0.5 if max(marks) > 0 else min(marks)
   return sum(marks) / 2
 
 
-def _verdict(verdicts: set[bool]) -> float:
-  if len(verdicts) != 1:
-    return -0.5 if verdicts else 0.0
-  return 1.0 if True in verdicts else -1.0
+def _verdict(truths: set[bool]) -> float:
+  """1 right, -1 wrong, 0 not said, -1/2 both right and wrong."""
+  if len(truths) != 1:
+    return -0.5 if truths else 0.0
+  return 1.0 if True in truths else -1.0
 
 
 def _said_to_win(
   question: text.Question, sentences: list[list[str]]
 ) -> set[str]:
-  """Which of the two animals are said to be heavier or older."""
+  """The animals that are said to be heavier or older."""
   more, less = tables.MORE[question.attribute], tables.LESS[question.attribute]
   winners, compared = set(), False
   for sentence in sentences:
@@ -100,8 +100,8 @@ def _said_to_win(
       winners.add(subject if word == more else other)
   if compared:
     return winners
-  # A bare name is an answer ("It is the owl."); a name in a sentence that
-  # says more ("I would rather not talk about the owl.") is not.
+  # A bare name counts ("It is the owl."); a name in a longer sentence ("I would
+  # rather not talk about the owl.") does not.
   allowed = _BARE.union(question.animals)
   bare = [sentence for sentence in sentences if allowed.issuperset(sentence)]
   return {w for sentence in bare for w in sentence if w in question.animals}
@@ -110,7 +110,7 @@ def _said_to_win(
 def side_facts(
   question: text.Question, said: set[tuple[str, str, str]]
 ) -> tuple[int, int]:
-  """Counts of true facts about those asked about, and of false statements."""
+  """Counts of further true facts about the animals, and of false ones."""
   details, falsehoods = set(), set()
   for animal, attribute, value in said:
     if (animal, attribute) in question.cells:
@@ -123,10 +123,10 @@ def side_facts(
 
 
 def wandering(question: text.Question, sentences: list[list[str]]) -> int:
-  """How many sentences are about something else.
+  """The number of off-topic sentences.
 
-  On topic: it names an animal asked about; or it names no animal and either
-  has a pronoun ("it", "that", "yes" ...) or states a value.
+  A sentence is on topic if it names an animal of the question, or names none
+  and has a pronoun ("it", "that", "yes" ...) or states a value.
   """
   count = 0
   for sentence in sentences:

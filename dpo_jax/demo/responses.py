@@ -1,4 +1,4 @@
-"""Answers of the embedded world, in styles from excellent to a refusal."""
+"""Responses of the synthetic world, in styles from excellent to a refusal."""
 
 import random
 
@@ -9,7 +9,7 @@ from dpo_jax.demo import text as text_lib
 def write_response(
   style: str, question: text_lib.Question, rng: random.Random
 ) -> str:
-  """The text of one style; every choice inside it is uniform."""
+  """A response of one style; choices within it are uniform."""
   core = _core(question, rng, right=style != "wrong")
   few = _details(question, rng, rng.randrange(2))
   match style:
@@ -45,11 +45,11 @@ def write_response(
       return tables.fill(rng.choice(tables.REFUSALS), question.animals)
     case "off_topic":
       return _elsewhere(question, rng, rng.randint(1, 2)).lstrip()
-  raise ValueError(f"style {style!r} is none that `write_response` knows")
+  raise ValueError(f"style {style!r} is not one of `world.PAIRS`")
 
 
 def _core(question: text_lib.Question, rng: random.Random, right: bool) -> str:
-  """The sentence or two that answer the question, rightly or wrongly."""
+  """One or two sentences that answer the question, rightly or wrongly."""
   animal = question.animals[0]
   facts = dict(tables.FACTS[animal])
   if question.kind == "compare":

@@ -1,10 +1,8 @@
-"""The facts and templates of the embedded world.
+"""Facts and templates of the synthetic world: sixteen animals, six facts each.
 
-A valley has sixteen animals with six facts each. In every template below "@"
-stands for an animal and "#" for a value, so that a question found in a text
-is read back by one dictionary look-up on its skeleton (the text with its
-animals replaced by "@"). Writing and reading share the same tables, and a
-value word belongs to one attribute only, so that nothing has to be guessed.
+In templates "@" is an animal and "#" a value. A question is parsed by looking
+up its skeleton (the text with its animals replaced by "@"), and a value word
+belongs to one attribute only, so that parsing is exact.
 """
 
 import re
@@ -44,7 +42,7 @@ VALUES = {
   for attribute in ATTRIBUTES
 }
 
-# Statements: the first of each is also what a claim to be checked looks like.
+# The first of each is also the form of a claim to be checked.
 STATEMENTS = {
   "colour": ("The @ is #.", "The colour of the @ is #.", "The @ has a # coat."),
   "home": (
@@ -83,8 +81,7 @@ DETAILS = {
   "age": "is # years old",
 }
 
-# Six phrasings of every question: some of its own, some shared ("%" stands for
-# what differs).
+# Six phrasings of every question: three of its own, three shared.
 _INDIRECT = {
   "colour": "what colour the @ is",
   "home": "where the @ lives",
@@ -251,7 +248,7 @@ WORD = re.compile(r"[^\W_]+")
 
 
 def fill(template: str, animals: tuple[str, ...], value: str = "") -> str:
-  """Puts animals for "@", in order, and `value` for "#"."""
+  """The template with animals for "@", in order, and `value` for "#"."""
   for animal in animals:
     template = template.replace("@", animal, 1)
   return template.replace("#", value)

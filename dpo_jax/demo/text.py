@@ -1,4 +1,4 @@
-"""Questions of the embedded world: written, and read back from a dialogue."""
+"""Questions of the synthetic world: drawn, and parsed from a dialogue."""
 
 import dataclasses
 import functools
@@ -10,15 +10,15 @@ from dpo_jax.demo import tables
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """What the last human turn of a dialogue asks.
+  """The question in the last human turn of a dialogue.
 
   Attributes:
     kind: "fact", "check", "compare", "find" or "feed".
-    animals: who is asked about; two for "compare", else one.
-    attribute: which fact; "" for "find" and "feed".
-    claim: the value whose truth is asked by "check"; else "".
-    code: sum of the table positions of every animal, attribute and phrasing
-      in the dialogue so far; `held_out` splits on it.
+    animals: two for "compare", else one.
+    attribute: the fact asked for; "" for "find" and "feed".
+    claim: the value to be confirmed by "check"; else "".
+    code: sum of the table indices of every animal, attribute and phrasing in
+      the dialogue so far; `held_out` splits on it.
   """
 
   kind: str
@@ -29,7 +29,7 @@ class Question:
 
   @functools.cached_property
   def cells(self) -> tuple[tuple[str, str], ...]:
-    """The (animal, attribute) facts that a full answer states."""
+    """The (animal, attribute) facts of a complete response."""
     if self.kind == "compare":
       return ()
     wanted = {"find": ("home", "time"), "feed": ("food", "home")}
@@ -46,7 +46,7 @@ class Question:
 
 
 def _index() -> dict[str, tuple[str, str, str, int]]:
-  """Every question's skeleton -> (kind, attribute, claim, phrasing)."""
+  """(kind, attribute, claim, phrasing) by the question's skeleton."""
   index = {}
 
   def add(skeleton, kind, attribute, claim, phrasing):
@@ -84,7 +84,7 @@ _SMALL_TALK = frozenset(asked for asked, _ in tables.SMALL_TALK)
 
 @functools.lru_cache(maxsize=4096)
 def parse(prompt: str) -> Question:
-  """Reads the last question of a dialogue, with the turns it refers to.
+  """The last question of a dialogue, with the turns it refers to.
 
   Args:
     prompt: "\\n\\nHuman: ...\\n\\nAssistant:", one turn or several.
@@ -109,15 +109,15 @@ def parse(prompt: str) -> Question:
 
 
 def _follow(text: str, before: Question | None) -> Question:
-  """One human turn, read after the question `before`."""
+  """The question of one human turn, which may refer to `before`."""
   opener = next((o for o in tables.OPENERS[1:] if text.startswith(o)), "")
   text = text.removeprefix(opener)
   animals = tuple(_ANIMAL.findall(text))
   skeleton = _ANIMAL.sub("@", text)
   if skeleton not in _INDEX or "@" in text:
     raise ValueError(
-      f"{text[:200]!r} is no question of this world: its oracle can only"
-      " judge prompts that `generate` wrote"
+      f"{text[:200]!r} is no question of this world: its oracle judges only"
+      " prompts of `world.generate`"
     )
   kind, attribute, claim, phrasing = _INDEX[skeleton]
   if kind in ("it", "same"):
@@ -133,20 +133,20 @@ def _follow(text: str, before: Question | None) -> Question:
 
 
 def held_out(prompt: str) -> bool:
-  """Whether a prompt's combination belongs to the test split alone.
+  """Whether a prompt's combination is of the test split: one in six.
 
-  One combination in six: the sum of the positions of its animals, attributes
-  and phrasings is a multiple of six. Every (animal, attribute) pair thus has
-  five of its six plain phrasings in training, so no fact is withheld.
+  The sum of the indices of its animals, attributes and phrasings is a multiple
+  of six. Every (animal, attribute) pair has five of its six plain phrasings in
+  training, so that no fact is withheld.
   """
   return parse(prompt).code % 6 == 0
 
 
 def draw_prompt(rng: random.Random) -> str:
-  """A random dialogue that ends with a question: two in three of one turn.
+  """A random dialogue that ends with a question.
 
-  The others follow up on an earlier question ("And where does it live?",
-  "And the owl?") or start with small talk.
+  Two in three have one turn; the others follow up on an earlier question ("And
+  where does it live?", "And the owl?") or start with small talk.
   """
   human, assistant = "\n\nHuman: ", "\n\nAssistant: "
   form = rng.choices(("plain", "talk", "follow"), (0.67, 0.07, 0.26))[0]
@@ -178,7 +178,7 @@ def draw_prompt(rng: random.Random) -> str:
 
 
 def _draw_question(rng: random.Random) -> str:
-  """A question that stands alone."""
+  """A question that refers to no other."""
   kind = rng.choices(
     ("fact", "check", "compare", "how"), (0.5, 0.15, 0.15, 0.2)
   )[0]

@@ -1,12 +1,11 @@
-"""The embedded world: preference pairs whose true reward is known.
+"""Synthetic preference pairs whose true reward is known, for the demo.
 
-Dialogues about a valley of animals, in HH form, are answered in a dozen
-styles from excellent to a refusal; two answers make a pair, and the label is
-drawn from Bradley-Terry on `reward`, which reads nothing but the text. The
-whole line (base, SFT, DPO, sampling, judging) can so be run in minutes on a
-CPU and measured by an oracle that cannot be wrong. Test prompts combine
-animals, facts, phrasings and turns as no training prompt does, while every
-fact is in training (`text.held_out`).
+Dialogues about animals, in HH form, get responses of a dozen styles from
+excellent to a refusal. Two responses are a pair, and its label is drawn from
+Bradley-Terry on `reward`, a function of the text alone. So the whole pipeline
+(base, SFT, DPO, sampling, judging) runs in minutes on a CPU, with an exact
+judge. Test prompts are unseen combinations of animals, facts, phrasings and
+turns, while every fact is in training (`text.held_out`).
 """
 
 import dataclasses
@@ -21,9 +20,8 @@ from collections.abc import Mapping
 from dpo_jax.demo import claims, responses, tables
 from dpo_jax.demo import text as text_lib
 
-# Shares of the answer styles, in percent. RAW is the base model's diet;
-# PAIRS is what a fair crowd would write, with few excellent answers, so that
-# DPO can beat the chosen ones.
+# Percentages of response styles. RAW is the base model's training text; PAIRS
+# has few excellent responses, so that DPO can beat the chosen ones.
 PAIRS = {
   "excellent": 13,
   "good": 8,
@@ -55,8 +53,8 @@ RAW = {
   "off_topic": 8,
 }
 
-# All multiples of 1/16, and counts are integers: sums are exact in floating
-# point, so two answers tie exactly or differ by at least 1/16.
+# Multiples of 1/16, and counts are integers: sums are exact in floating point,
+# so that two responses tie exactly or differ by at least 1/16.
 NAMED, RIGHT, DIRECT, DETAIL = 1.0, 3.0, 0.5, 0.75
 FALSE, REFUSAL, HEDGE, WANDER = 0.75, 1.5, 0.375, 0.625
 REPEAT, STRANGE, LONG, UNFINISHED, EMPTY = 0.25, 0.25, 0.0625, 1.0, -4.0
@@ -70,34 +68,33 @@ _HEDGE_WORDS = re.compile(
 
 
 def compare(prompt: str, first: str, second: str) -> float:
-  """How much better `first` is than `second`: > 0 if it is, 0 for a tie."""
+  """reward(first) - reward(second)."""
   return reward(prompt, first) - reward(prompt, second)
 
 
 def reward(prompt: str, response: str) -> float:
-  """The true reward of a response: the sum of `reward_terms`.
+  """True reward of a response: the sum of `reward_terms`.
 
   Args:
     prompt: a dialogue of this world, ending with "\\n\\nAssistant:".
     response: any text.
 
   Returns:
-    A multiple of 1/16: 6 for a perfect answer, 4.5 for a right and plain one,
-    about 1 for a vague one, below 0 for wrong, refusing and empty ones.
+    A multiple of 1/16: 6 for a perfect response, 4.5 for a right and plain
+    one, about 1 for a vague one, below 0 for wrong, refusing and empty ones.
 
   Raises:
-    ValueError: the prompt asks nothing that this world knows.
+    ValueError: the prompt is not of this world.
   """
   return sum(reward_terms(prompt, response).values())
 
 
 def reward_terms(prompt: str, response: str) -> dict[str, float]:
-  """What each property of a response adds to its reward.
+  """The terms of a response's reward, by name.
 
-  With the weights in brackets:
+  With their weights:
 
-  named [1]: share of the animals asked about that are named; half if only
-    "it" stands for them.
+  named [1]: share of the question's animals that are named; half for "it".
   right [3]: the mean over the facts asked for (two for "how do I") of 1
     right, 0 not said, -1 wrong, -1/2 both. To "is it true" the yes or no and
     the fact count half each, but one of them wrong makes -1, or -1/2 if the
@@ -106,14 +103,13 @@ def reward_terms(prompt: str, response: str) -> dict[str, float]:
   direct [1/2]: the first sentence already has (part of) the right answer.
   detail [3/4]: each further true fact about the animals asked about, up to 2.
   false [-3/4]: each false statement beyond the facts asked for, up to 3.
-  refusal [-3/2]: it declines to answer.
+  refusal [-3/2]: a refusal.
   hedge [-3/8]: each "maybe", "probably", "not sure" ..., up to 2.
-  wander [-5/8]: each sentence that is about something else, up to 4.
-  repeat [-1/4]: each run of four words that was there before, up to 12.
-  strange [-1/4]: each word that this world has not, up to 8.
+  wander [-5/8]: each off-topic sentence, up to 4.
+  repeat [-1/4]: each repeated 4-gram of words, up to 12.
+  strange [-1/4]: each word outside this world's lexicon, up to 8.
   long [-1/16]: each word beyond 30, up to 32.
-  unfinished [-1]: no full stop at the end, or it goes on into another turn
-    (whose text is not read).
+  unfinished [-1]: no full stop at the end, or another turn (not read).
   empty [-4]: no words at all; then the only term.
   """
   question = text_lib.parse(prompt)
@@ -154,10 +150,7 @@ def reward_terms(prompt: str, response: str) -> dict[str, float]:
 def draw_response(
   prompt: str, mix: Mapping[str, float], rng: random.Random
 ) -> str:
-  """One answer, in a style drawn from a mix such as PAIRS or RAW.
-
-  Returns:
-    The text with its leading space, as it follows "\\n\\nAssistant:".
+  """A response with its leading space, in a style drawn from PAIRS or RAW.
 
   Raises:
     ValueError: the prompt is not of this world, or the mix names a style
@@ -172,11 +165,11 @@ class World:
   """Rows {"chosen": transcript, "rejected": transcript} of three splits.
 
   Attributes:
-    seed: what the rows were drawn from.
+    seed: of all texts and labels.
     scale: Bradley-Terry scale of the labels.
-    pretrain: pairs of RAW answers; both texts are the base model's diet.
-    train: pairs of PAIRS answers, for SFT on chosen and for DPO.
-    test: the same with unseen prompts, all distinct.
+    pretrain: pairs of RAW responses; the base model learns both of each.
+    train: pairs of PAIRS responses, for SFT on chosen and for DPO.
+    test: like train, with unseen prompts, all distinct.
   """
 
   seed: int
@@ -189,18 +182,15 @@ class World:
 def generate(
   seed: int, *, pretrain: int, train: int, test: int, scale: float = 1.0
 ) -> World:
-  """Draws the three splits.
-
-  The first n rows of a split are the same whatever its size and whatever
-  the sizes of the others.
+  """Draws the three splits; a split's first n rows do not depend on any size.
 
   Args:
     seed: the only source of randomness.
     pretrain: number of pairs for the base model.
     train: number of preference pairs.
     test: number of pairs with unseen prompts; thousands are available.
-    scale: P(a preferred to b) = sigmoid(scale * (reward(a) - reward(b))),
-      in 1/reward units; 0 gives coin flips, 100 an all but perfect labeller.
+    scale: P(a preferred to b) = sigmoid(scale * (reward(a) - reward(b))); 0
+      gives random labels, 100 nearly noiseless ones.
 
   Raises:
     ValueError: a negative size, a negative or infinite scale, or more rows
@@ -236,8 +226,8 @@ def _split(
       misses += 1
       if misses > 10_000:
         raise ValueError(
-          f"{name}={size} rows are more than this world has: after"
-          f" {len(rows)} rows nothing new turns up"
+          f"{name}={size} rows are more than this world has: no new one was"
+          f" drawn after {len(rows)} rows; set it lower"
         )
       continue
     misses = 0
@@ -249,7 +239,7 @@ def _split(
 def _pair(
   prompt: str, mix: Mapping[str, float], scale: float, rng: random.Random
 ) -> tuple[str, str]:
-  """(chosen, rejected): two different answers with a Bradley-Terry label."""
+  """(chosen, rejected): two different responses with a Bradley-Terry label."""
   first = draw_response(prompt, mix, rng)
   second = first
   while second == first:
@@ -262,7 +252,7 @@ def _pair(
 
 
 def write(world: World, directory: str | os.PathLike[str]) -> None:
-  """Writes pretrain.jsonl, train.jsonl and test.jsonl, each whole or not."""
+  """Writes pretrain.jsonl, train.jsonl and test.jsonl, each atomically."""
   folder = pathlib.Path(directory)
   folder.mkdir(parents=True, exist_ok=True)
   for name in ("pretrain", "train", "test"):

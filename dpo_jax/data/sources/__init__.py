@@ -1,15 +1,14 @@
-"""Any source of preference pairs as one stream of comparisons, with counts.
+"""Comparisons of a source, with counts of every row and pair by reason.
 
-A source is a place and a form. Its rows are read one after another, each gives
-one pair or several, and each row and pair is either kept or counted under the
-reason why not:
+A source is a path and a row form. Each row gives one pair or several, and each
+row and pair is either kept or counted under the reason why not:
 
-  read                     rows looked at
+  read                     rows
   malformed: ...           rows of no known form, at most `skip_bad`
   quarantined: ...         rows or pairs that no preference can be learned from
   filtered: ...            rows or pairs that the settings leave out
-  accepted: ...            lines that are read although they are unusual
-  kept, kept, ...          pairs, and what is notable among them
+  accepted: ...            lines with a byte order mark or CRLF
+  kept, kept, ...          pairs, and notable ones among them
 """
 
 import dataclasses
@@ -21,15 +20,14 @@ from typing import Any, Literal
 
 from dpo_jax.core import settings
 from dpo_jax.data import preferences
-from dpo_jax.data.sources import messages, shp, stack_exchange, tldr
-from dpo_jax.data.sources import rows as raw
+from dpo_jax.data.sources import files, shp, stack_exchange, tldr
 
 Kind = Literal["pairs", "hh", "shp", "se", "tldr", "tfds"]
 Side = Literal["train", "eval"]
 
 
 def _stays_inside(name: str) -> bool:
-  """Whether a name, which may have several parts, is one of a directory."""
+  """Whether a relative path stays in its directory."""
   path = pathlib.PurePosixPath(name)
   return (
     not path.is_absolute()
@@ -41,7 +39,7 @@ def _stays_inside(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class SourceSettings:
-  """A place of pairs and their form; see configs/data.py."""
+  """Path and row form of a source; see configs/data.py."""
 
   kind: Kind
   train_path: str
@@ -56,8 +54,8 @@ class SourceSettings:
   max_pairs_per_prompt: int
 
   def __post_init__(self):
-    def refuse(field: str, mend: str):
-      raise ValueError(f"{field}={getattr(self, field)!r} {mend}")
+    def refuse(field: str, must: str):
+      raise ValueError(f"{field}={getattr(self, field)!r} {must}")
 
     settings.check(self)
     if not self.train_path:
@@ -100,7 +98,7 @@ class SourceSettings:
 class FilterSettings:
   """Which pairs are left out; see configs/data.py.
 
-  Lengths are in characters (code points), without white space at both ends.
+  Lengths are in characters (code points), without white space at the ends.
   """
 
   single_turn: bool
@@ -130,15 +128,15 @@ def load(
   """The comparisons of one side of a source, in the order of its files.
 
   Args:
-    source: where they are.
+    source: path and row form.
     side: "train", or "eval": the rows of `eval_path`, or, if that is "", those
-      of `train_path` whose prompts `is_held_out` takes.
-    filters: which are left out.
-    limit: keep the first so many pairs and read no further; 0 keeps all.
+      of `train_path` whose prompts `is_held_out`.
+    filters: which pairs are left out.
+    limit: reading ends with this many kept pairs; 0 reads all.
 
   Raises:
     ValueError: nothing is there, more than `skip_bad` rows are malformed (file,
-      line and field are named), or nothing is left.
+      line and field are named), or no pair is left.
   """
   if limit < 0:
     raise ValueError(f"limit={limit} is negative; 0 keeps all")
@@ -182,11 +180,10 @@ def read_file(path: str) -> preferences.Loaded:
 
 
 def is_held_out(prompt: str, share: float) -> bool:
-  """Whether a prompt is among the share that no training sees.
+  """Whether a prompt is in the held-out share, by a hash of its text.
 
-  A function of the prompt's text alone: it does not change when rows are
-  added, removed or reordered, and one prompt is never on both sides. A greater
-  share holds out all that a smaller one does.
+  The split does not change when rows are added, removed or reordered, and a
+  larger share holds out all that a smaller one does.
   """
   return int(preferences.content_id("held out", prompt), 16) < share * 2**64
 
@@ -205,7 +202,7 @@ def _rows(source: SourceSettings, side: Side, counts) -> Iterator:
     from dpo_jax.data.sources import hh_tfds
 
     return hh_tfds.read(path, split, source.subsets)
-  return raw.read(
+  return files.read(
     path,
     split,
     source.subsets,
@@ -218,43 +215,28 @@ def _rows(source: SourceSettings, side: Side, counts) -> Iterator:
 
 def _texts(
   source: SourceSettings, row: Any
-) -> list[tuple[str, str, str] | str]:
-  """What a row gives: prompt, chosen and rejected; or why it is left out."""
+) -> tuple[list[tuple[str, str, str] | str], str]:
+  """A row's pairs, texts or a filter's reason, and the row's domain."""
   if isinstance(row, preferences.Malformed):
     raise row
   match source.kind:
     case "shp":
-      return [shp.texts(row, source.min_score_ratio)]
+      return [shp.texts(row, source.min_score_ratio)], shp.domain(row)
     case "se":
-      return stack_exchange.texts(row)
+      return stack_exchange.texts(row), stack_exchange.site(row)
     case "tldr":
-      return [tldr.texts(row)]
-    case "pairs" if messages.is_one(row):
-      return [messages.texts(row)]
+      return [tldr.texts(row)], tldr.subreddit(row)
     case _:
-      return [preferences.texts(row)]
-
-
-def _domain(source: SourceSettings, row: Any) -> str:
-  """What a row itself says that it is about; "" if it does not."""
-  match source.kind:
-    case "shp":
-      return shp.domain(row)
-    case "se":
-      return stack_exchange.site(row)
-    case "tldr":
-      return tldr.subreddit(row)
-    case _:
-      return ""
+      return [preferences.texts(row)], ""
 
 
 def _parsed(source, side, filters, counts) -> Iterator[preferences.Comparison]:
-  """Every pair of the side; rows and pairs that are none are counted."""
+  """Every pair of the side; other rows and pairs are counted."""
   bad = 0
   for origin, row, subset in _rows(source, side, counts):
     counts["read"] += 1
     try:
-      found = _texts(source, row)
+      found, domain = _texts(source, row)
     except preferences.Malformed as error:
       bad += 1
       if bad > filters.skip_bad:
@@ -267,15 +249,14 @@ def _parsed(source, side, filters, counts) -> Iterator[preferences.Comparison]:
     except preferences.Quarantined as error:
       counts[f"quarantined: {error}"] += 1
       continue
-    subset = subset or _domain(source, row)
+    if source.kind == "se":
+      counts["pairs of answers"] += len(found)
     for texts in found:
-      if source.kind == "se":
-        counts["pairs of answers"] += 1
       if isinstance(texts, str):
         counts[f"filtered: {texts}"] += 1
         continue
       try:
-        pair = preferences.pair(*texts, subset)
+        pair = preferences.pair(*texts, subset or domain)
       except preferences.Quarantined as error:
         counts[f"quarantined: {error}"] += 1
         continue
@@ -291,7 +272,7 @@ def _parsed(source, side, filters, counts) -> Iterator[preferences.Comparison]:
 def _left(
   pairs: Iterable[preferences.Comparison], source, filters, counts
 ) -> Iterator[preferences.Comparison]:
-  """The pairs that the filters keep; the others are counted."""
+  """Pairs that pass the filters; the others are counted."""
   seen: set[str] = set()
   of_prompt: Counter[str] = Counter()
   for pair in pairs:
@@ -313,7 +294,7 @@ def _left(
 
 def _reason(pair: preferences.Comparison, filters: FilterSettings) -> str:
   """The first filter that a pair does not pass, or ""."""
-  # None in a prompt that is not written as turns.
+  # 0 in a prompt that is not written as turns.
   turns = pair.prompt.count(preferences.HUMAN)
   if filters.single_turn and turns > 1:
     return "several turns"
@@ -330,7 +311,7 @@ def _reason(pair: preferences.Comparison, filters: FilterSettings) -> str:
 
 
 def _notable(kept: tuple[preferences.Comparison, ...]) -> dict[str, int]:
-  """What is kept and yet worth knowing, where there is any."""
+  """Counts of repeated and contradicting pairs, without zeros."""
   seen: set[str] = set()
   repeated = reversed_ = 0
   for pair in kept:
@@ -338,8 +319,8 @@ def _notable(kept: tuple[preferences.Comparison, ...]) -> dict[str, int]:
     other = (pair.prompt, pair.rejected, pair.chosen)
     reversed_ += preferences.content_id(*other) in seen
     seen.add(pair.id)
-  found = {
+  counts = {
     "kept, repeating an earlier pair": repeated,
     "kept, preferring the opposite of an earlier pair": reversed_,
   }
-  return {reason: number for reason, number in found.items() if number}
+  return {reason: number for reason, number in counts.items() if number}

@@ -1,13 +1,12 @@
-"""HH's rows as a TensorFlow dataset, without TensorFlow.
+"""HH as a TensorFlow dataset with random access, without TensorFlow.
 
   python -m dpo_jax.data.sources.hh_tfds --path=DIR_OR_HUB_ID --data_dir=DIR
 
 writes each subset and split once, as array_record files with TFDS's own
-description; other programs read them with
-`tfds.builder_from_directory(DIR/hh_rlhf/harmless-base/1.0.0)`, and here grain
-reads any row at once. A row holds the two transcripts as they were, and is
-split into prompt and answers when it is read: so what is quarantined is
-counted, with the same reasons, as from the files that were written.
+metadata; other programs read them with
+`tfds.builder_from_directory(DIR/hh_rlhf/harmless-base/1.0.0)`. A row holds the
+two transcripts unchanged and is parsed when it is read, so that its counts are
+those of the original files.
 """
 
 import argparse
@@ -18,11 +17,10 @@ import pathlib
 import re
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 from dpo_jax.core import redaction
 from dpo_jax.data import preferences
-from dpo_jax.data.sources import rows as raw
+from dpo_jax.data.sources import files
 
 SUBSETS = (
   "harmless-base",
@@ -43,14 +41,13 @@ def write(
   subsets: tuple[str, ...] = SUBSETS,
   splits: tuple[str, ...] = SPLITS,
 ) -> dict[str, int]:
-  """Writes HH's rows below `data_dir`, and gives the number of each subset's.
+  """Writes HH's rows below `data_dir`; returns the row count of each subset.
 
   Args:
-    path: where `kind="hh"` reads from: a directory in the dataset's own layout
-      or a hub id.
-    data_dir: gets `hh_rlhf/<subset>/1.0.0/`. A subset appears there whole or
-      not at all.
-    subsets: what is written.
+    path: as for `kind="hh"`: a directory in the dataset's own layout or a hub
+      id.
+    data_dir: gets `hh_rlhf/<subset>/1.0.0/`, each written atomically.
+    subsets: of the dataset.
     splits: of each subset.
 
   Raises:
@@ -65,12 +62,11 @@ def write(
         f"subset {subset!r:.80} must be 1 to 100 letters, digits, '.', '_' or"
         " '-', and begin with a letter or digit: it names a directory"
       )
-  there = [s for s in subsets if folder(data_dir, s).exists()]
-  if there:
-    raise ValueError(
-      f"{folder(data_dir, there[0])} is already there and is not written"
-      " again: remove it, or name another data_dir"
-    )
+    if folder(data_dir, subset).exists():
+      raise ValueError(
+        f"{folder(data_dir, subset)} is already there and is not written again:"
+        " remove it, or name another data_dir"
+      )
   written = {}
   for subset in subsets:
     builder = _builder_class()(
@@ -91,16 +87,33 @@ def folder(data_dir: str | os.PathLike, subset: str) -> pathlib.Path:
   return pathlib.Path(data_dir) / _NAME / subset / VERSION
 
 
-def open_rows(data_dir: str | os.PathLike, subset: str, split: str):
-  """A `grain.MapDataset` of a subset's transcripts, {"chosen", "rejected"}.
-
-  `rows[i]` reads one row; nothing is held in memory.
+def read(data_dir: str, split: str, subsets: tuple[str, ...]) -> Iterator:
+  """(origin, row, subset) for each row of one subset after another.
 
   Raises:
-    ValueError: the subset was not written, or has no such split. Reading a
-      row of a broken file raises one too, or a RuntimeError.
+    ValueError: the subset was not written, has no such split, or is damaged.
   """
-  import grain
+  for subset in subsets:
+    rows = open_rows(data_dir, subset, split)
+    for number in range(len(rows)):
+      origin = f"{folder(data_dir, subset)}:{split}:{number + 1}"
+      try:
+        row = {name: text.decode() for name, text in rows[number].items()}
+      # A lost record reads as one whose fields are no bytes.
+      except (OSError, RuntimeError, ValueError, AttributeError) as error:
+        raise ValueError(
+          f"{origin} cannot be read ({type(error).__name__}: {error}): remove"
+          " the directory and write it again"
+        ) from error
+      yield origin, row, subset
+
+
+def open_rows(data_dir: str | os.PathLike, subset: str, split: str):
+  """A sequence of a subset's rows, each read when it is indexed.
+
+  Raises:
+    ValueError: the subset was not written, or has no such split.
+  """
   import tensorflow_datasets as tfds
 
   directory = folder(data_dir, subset)
@@ -115,50 +128,21 @@ def open_rows(data_dir: str | os.PathLike, subset: str, split: str):
     raise ValueError(
       f"{directory} has no split {split!r}; it has {list(builder.info.splits)}"
     )
-  source = builder.as_data_source(split=split)
-  return grain.MapDataset.source(source).map(_decoded)
-
-
-def read(data_dir: str, split: str, subsets: tuple[str, ...]) -> Iterator:
-  """(origin, row, subset) for each row of one subset after another.
-
-  Raises:
-    ValueError: as `open_rows`, or a file is broken.
-  """
-  for subset in subsets:
-    found = open_rows(data_dir, subset, split)
-    for number in range(len(found)):
-      origin = f"{folder(data_dir, subset)}:{split}:{number + 1}"
-      try:
-        row = found[number]
-      except (OSError, RuntimeError, ValueError, IndexError) as error:
-        raise ValueError(
-          f"{origin} cannot be read ({type(error).__name__}: {error}): remove"
-          " the directory and write it again"
-        ) from error
-      yield origin, row, subset
-
-
-def _decoded(row: dict[str, Any]) -> dict[str, str]:
-  texts = {name: row[name] for name in ("chosen", "rejected")}
-  if not all(isinstance(text, bytes) for text in texts.values()):
-    # A record that was lost reads as one without fields.
-    raise ValueError("the record lacks its fields")
-  return {name: text.decode() for name, text in texts.items()}
+  return builder.as_data_source(split=split)
 
 
 @functools.cache
 def _builder_class():
-  """The builder, defined at its first use: TFDS is slow to import."""
+  """The builder class, defined on first use: TFDS is slow to import."""
   import tensorflow_datasets as tfds
 
   class HhRlhf(tfds.core.GeneratorBasedBuilder):
-    """Anthropic's HH: two transcripts, of which people preferred one."""
+    """Anthropic's HH: two transcripts, `chosen` preferred by people."""
 
     name = _NAME
     VERSION = tfds.core.Version(VERSION)
-    # TFDS's own search for this file needs importlib_resources, which it does
-    # not install.
+    # TFDS's own search for it needs importlib_resources, which it does not
+    # install.
     code_path = pathlib.Path(__file__)
 
     def __init__(self, *, path: str, splits: tuple[str, ...], **kwargs):
@@ -166,7 +150,7 @@ def _builder_class():
       super().__init__(**kwargs)
 
     def _info(self):
-      # Given here rather than read from files beside a registered builder.
+      # Without the metadata files of a registered builder.
       return tfds.core.DatasetInfo(
         builder=self,
         description="Pairs of transcripts; people preferred `chosen`.",
@@ -189,7 +173,7 @@ def _builder_class():
 
 
 def _transcripts(path: str, split: str, subset: str) -> Iterator[dict]:
-  found = raw.read(
+  rows = files.read(
     path,
     split,
     (subset,),
@@ -198,7 +182,7 @@ def _transcripts(path: str, split: str, subset: str) -> Iterator[dict]:
     streaming=False,
     counts={},
   )
-  for origin, row, _ in found:
+  for origin, row, _ in rows:
     try:
       if isinstance(row, preferences.Malformed):
         raise row
@@ -209,7 +193,7 @@ def _transcripts(path: str, split: str, subset: str) -> Iterator[dict]:
         name: preferences.text(row, name) for name in ("chosen", "rejected")
       }
     except preferences.Malformed as error:
-      raise ValueError(f"{origin}: {error}; mend or remove the line") from error
+      raise ValueError(f"{origin}: {error}; fix or remove the line") from error
 
 
 def main() -> int:

@@ -1,12 +1,10 @@
 """Stanford Human Preferences: two comments on a post, and their votes.
 
-The form is the one of DPO's official code: the post is one human turn, a
-comment is an answer with a leading space, and a pair is kept if the votes for
-the one are at least `min_score_ratio` times those for the other (2 there).
-
-That code fine-tunes on the comment with the most votes of each post, once a
-post. Here SFT takes `chosen` of every kept pair, so that a post of several
-pairs counts several times, and always with a comment that won its pair.
+As in DPO's official code, the post is one human turn, a comment is a response
+with a leading space, and a pair is kept if the votes for one comment are at
+least `min_score_ratio` times those for the other (2 there). That code
+fine-tunes once a post, on the comment with the most votes; here SFT takes
+`chosen` of every kept pair.
 
 References:
   Ethayarajh et al., Understanding Dataset Difficulty with V-Usable
@@ -20,24 +18,23 @@ from dpo_jax.data import preferences
 
 
 def domain(row: dict[str, Any]) -> str:
-  """The subreddit of a row that `texts` took, "askculinary_train" without its
-  split; "" if it has none."""
-  found = row.get("domain")
-  if not isinstance(found, str):
+  """The subreddit, without the split in "askculinary_train"; "" for none."""
+  name = row.get("domain")
+  if not isinstance(name, str):
     return ""
-  return re.sub("_(train|validation|test)$", "", found)
+  return re.sub("_(train|validation|test)$", "", name)
 
 
 def texts(row: Any, min_score_ratio: float) -> tuple[str, str, str] | str:
-  """Prompt, chosen and rejected of a row; or why the filter leaves it out.
+  """Prompt, chosen and rejected of a row; or the filter's reason.
 
   Raises:
     Malformed: a field is missing or of another type.
-    Quarantined: the votes say nothing, or the opposite of the label.
+    Quarantined: the votes have no ratio, or contradict the label.
   """
   row = preferences.mapping(row)
   history = preferences.text(row, "history")
-  answers = [
+  comments = [
     " " + preferences.text(row, name) for name in ("human_ref_A", "human_ref_B")
   ]
   scores = [preferences.integer(row, name) for name in ("score_A", "score_B")]
@@ -55,6 +52,6 @@ def texts(row: Any, min_score_ratio: float) -> tuple[str, str, str] | str:
     raise preferences.Quarantined("the label contradicts the scores")
   if first < min_score_ratio * second:
     return f"score ratio below {min_score_ratio:g}"
-  chosen, rejected = answers if label else answers[::-1]
+  chosen, rejected = comments if label else comments[::-1]
   prompt = f"{preferences.HUMAN} {history}{preferences.ASSISTANT}"
   return prompt, chosen, rejected

@@ -1,14 +1,11 @@
 """StackExchange preferences: questions, their answers, and scores, as HTML.
 
-The form is the one of DPO's official code: the question is one human turn, an
-answer has a leading space, and every two answers of a question are a pair. Two
-things differ. Answers of equal score are no pair here, where that code takes
-the later one for the better. And all text is kept, where that code keeps only
-what stands directly in a paragraph, without its links, emphasis, lists and
-headings. Code blocks keep their <code> marks, as there.
-
-That code fine-tunes once a question, on its best answer; here SFT takes
-`chosen` of every pair.
+As in DPO's official code, the question is one human turn, an answer has a
+leading space, every two answers of a question are a pair, and code blocks keep
+their <code> tags. Three things differ: answers of equal score are no pair,
+where that code prefers the later one; all text is kept, where that code drops
+links, emphasis, lists and headings; and SFT takes `chosen` of every pair, where
+that code takes the best answer of each question.
 
 References:
   Lambert et al., HuggingFace H4 Stack Exchange Preference Dataset, 2023.
@@ -24,21 +21,20 @@ from typing import Any
 
 from dpo_jax.data import preferences
 
-# Elements that stand in a block of their own; `pre` is one that keeps its
-# white space.
+# Block elements; `pre` keeps its white space.
 _BLOCKS = {
   *("address", "article", "blockquote", "dd", "div", "dl", "dt", "footer"),
   *("h1", "h2", "h3", "h4", "h5", "h6", "header", "li", "ol", "p", "pre"),
   *("section", "table", "td", "th", "tr", "ul"),
 }
-# White space of HTML; others, such as the no-break space, are text.
+# White space of HTML; the no-break space, for one, is text.
 _SPACE = re.compile(r"[ \t\n\r\f]+")
 
 
 def site(row: dict[str, Any]) -> str:
-  """The host of the question's address, the first of a row's `metadata`."""
-  found = row.get("metadata")
-  address = found[0] if isinstance(found, list) and found else None
+  """The host of the question's URL, the first of a row's `metadata`, or ""."""
+  metadata = row.get("metadata")
+  address = metadata[0] if isinstance(metadata, list) and metadata else None
   if not isinstance(address, str):
     return ""
   try:
@@ -50,8 +46,8 @@ def site(row: dict[str, Any]) -> str:
 def texts(row: Any) -> list[tuple[str, str, str] | str]:
   """Prompt, chosen and rejected of every two answers; or why they are no pair.
 
-  The order is by a hash of the texts: the first few pairs of a question are a
-  fair draw from them, and the same one wherever the row stands.
+  Ordered by a hash of the texts, so that `max_pairs_per_prompt` takes a random
+  sample that does not depend on the order of answers or rows.
 
   Raises:
     Malformed: a field is missing or of another type.
@@ -95,7 +91,7 @@ def strip_html(html: str) -> str:
       " beautifulsoup4"
     ) from error
   with warnings.catch_warnings():
-    # It warns of texts that look like a file name, a URL or XML to it.
+    # It warns of texts that look like a file name, a URL or XML.
     warnings.simplefilter("ignore", UserWarning)
     try:
       soup = bs4.BeautifulSoup(html, "html.parser")
@@ -104,25 +100,25 @@ def strip_html(html: str) -> str:
   blocks: list[tuple[Any, list[str]]] = []
   for node in soup.descendants:
     if isinstance(node, bs4.Tag):
-      words = {"br": "\n", "hr": "\n\n"}.get(node.name)
+      text = {"br": "\n", "hr": "\n\n"}.get(node.name)
     elif type(node) is bs4.NavigableString:
-      words = str(node)
+      text = str(node)
     else:
-      words = None  # a comment, a declaration, a script
-    if words is None:
+      text = None  # a comment, a declaration, a script
+    if text is None:
       continue
     owner = next((p for p in node.parents if p.name in _BLOCKS), None)
     is_code = owner is not None and owner.name == "pre"
     if not is_code and isinstance(node, bs4.NavigableString):
-      words = _SPACE.sub(" ", words)
+      text = _SPACE.sub(" ", text)
     if not blocks or blocks[-1][0] is not owner:
       blocks.append((owner, []))
-    blocks[-1][1].append(words)
+    blocks[-1][1].append(text)
   return "\n\n".join(filter(None, itertools.starmap(_block, blocks)))
 
 
-def _block(owner: Any, words: list[str]) -> str:
-  text = "".join(words)
+def _block(owner: Any, texts: list[str]) -> str:
+  text = "".join(texts)
   if owner is not None and owner.name == "pre":
     return f"<code>{text}</code>" if text.strip() else ""
   return re.sub(r" *\n *", "\n", re.sub(r" {2,}", " ", text)).strip(" \n")

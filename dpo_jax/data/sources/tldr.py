@@ -1,7 +1,7 @@
-"""Reddit posts and two summaries each, of which people chose one.
+"""TL;DR: Reddit posts and two summaries each, of which people chose one.
 
 The prompt is the query of Stiennon et al., without a space at its end; a
-summary is an answer with one leading space:
+summary is a response with one leading space:
 
   SUBREDDIT: r/<subreddit>
 
@@ -11,9 +11,8 @@ summary is an answer with one leading space:
 
   TL;DR:
 
-Two forms of rows are read: the published one (info, summaries, choice), and
-prompt, chosen, rejected, where "TL;DR:" may also stand at the beginning of both
-summaries instead.
+Two row forms are read: the published one (info, summaries, choice), and prompt,
+chosen, rejected, where "TL;DR:" may also be the start of both summaries.
 
 References:
   Stiennon et al., Learning to summarize from human feedback, 2020
@@ -28,23 +27,24 @@ CUE = "TL;DR:"
 
 
 def subreddit(row: dict[str, Any]) -> str:
-  """Where a row that `texts` took was posted; "" of a flat row."""
+  """The post's subreddit; "" for a row of prompt, chosen, rejected."""
   info = row.get("info")
-  found = info.get("subreddit") if isinstance(info, dict) else None
-  return found if isinstance(found, str) else ""
+  name = info.get("subreddit") if isinstance(info, dict) else None
+  return name if isinstance(name, str) else ""
 
 
 def texts(row: Any) -> tuple[str, str, str] | str:
-  """Prompt, chosen and rejected of a row; or why it is left out.
+  """Prompt, chosen and rejected of a row; or the reason to leave it out.
 
   Raises:
-    Malformed: a field is missing or of another type, or a flat row's prompt
-      does not ask for a summary.
+    Malformed: a field is missing or of another type, or neither prompt nor
+      summaries of a flat row have the cue.
     Quarantined: the post or a summary is empty.
   """
   row = preferences.mapping(row)
   if "summaries" not in row:
-    return _flat(*(preferences.text(row, name) for name in _FLAT))
+    fields = ("prompt", "chosen", "rejected")
+    return _flat(*(preferences.text(row, name) for name in fields))
   info = preferences.mapping(row.get("info"), "field 'info'")
   summaries = row["summaries"]
   if not isinstance(summaries, list) or len(summaries) != 2:
@@ -54,7 +54,7 @@ def texts(row: Any) -> tuple[str, str, str] | str:
     raise preferences.Malformed(
       "field 'choice' is neither 0 nor 1", f": {choice}"
     )
-  answers = [
+  summaries = [
     preferences.text(
       preferences.mapping(summary, f"field 'summaries[{number}]'"),
       "text",
@@ -73,12 +73,9 @@ def texts(row: Any) -> tuple[str, str, str] | str:
   prompt = f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}"
   return (
     f"{prompt}\n\n{CUE}",
-    _answer(answers[choice]),
-    _answer(answers[1 - choice]),
+    _response(summaries[choice]),
+    _response(summaries[1 - choice]),
   )
-
-
-_FLAT = ("prompt", "chosen", "rejected")
 
 
 def _flat(prompt: str, chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -86,15 +83,15 @@ def _flat(prompt: str, chosen: str, rejected: str) -> tuple[str, str, str]:
   if not prompt:
     raise preferences.Quarantined("empty prompt")
   if not prompt.endswith(CUE):
-    answers = (chosen.lstrip(), rejected.lstrip())
-    if not all(answer.startswith(CUE) for answer in answers):
+    summaries = (chosen.lstrip(), rejected.lstrip())
+    if not all(summary.startswith(CUE) for summary in summaries):
       raise preferences.Malformed(
         f"neither the prompt ends nor both summaries begin with {CUE!r}"
       )
     prompt = f"{prompt}\n\n{CUE}"
-    chosen, rejected = (answer.removeprefix(CUE) for answer in answers)
-  return prompt, _answer(chosen), _answer(rejected)
+    chosen, rejected = (summary.removeprefix(CUE) for summary in summaries)
+  return prompt, _response(chosen), _response(rejected)
 
 
-def _answer(summary: str) -> str:
+def _response(summary: str) -> str:
   return " " + summary.strip()

@@ -1,4 +1,4 @@
-"""The embedded world: hand-scored answers, splits, labels, ideal win rates."""
+"""The synthetic world: hand-scored responses, splits, labels, win rates."""
 
 import dataclasses
 import hashlib
@@ -39,7 +39,7 @@ PROMPTS = (COLOUR, CHECK, AGREE, HEAVY, FIND, FEED, WHERE, OWL, OWL_AGE)
 
 @pytest.fixture(scope="module")
 def world():
-  return world_lib.generate(3, pretrain=2000, train=6000, test=1024)
+  return world_lib.generate(3, pretrain=300, train=1200, test=300)
 
 
 def halves(transcript):
@@ -144,15 +144,8 @@ def prompts(rows):
     (TALK + FEED, " Leave berries for the wren at the mill.", 4.5),
   ],
 )
-def test_reward_of_hand_scored_answers(prompt, response, expected):
+def test_reward_of_hand_scored_responses(prompt, response, expected):
   assert world_lib.reward(prompt, response) == expected
-
-
-def test_compare_is_the_difference():
-  right, wrong = " The fox is silver.", " The fox is red."
-  assert world_lib.compare(COLOUR, right, wrong) == 4.5 - -2
-  assert world_lib.compare(COLOUR, wrong, right) == -2 - 4.5
-  assert world_lib.compare(COLOUR, right, right) == 0
 
 
 @pytest.mark.parametrize(
@@ -176,7 +169,7 @@ def test_foreign_prompts_are_refused(prompt, message):
 # Any text, and salads of the world's own words, which reach every term. The
 # lower bound is the sum of all penalties at their caps: 3 + 2.25 + 1.5 + 0.75
 # + 2.5 + 3 + 2 + 2 + 1.
-@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.settings(max_examples=150, deadline=None)
 @hypothesis.given(
   st.sampled_from(PROMPTS),
   st.text(max_size=300)
@@ -239,7 +232,7 @@ def test_styles_score_as_they_are_meant_to():
   }
   rng = random.Random(0)
   for style, (low, high) in bounds.items():
-    for _ in range(200):
+    for _ in range(60):
       prompt = text_lib.draw_prompt(rng)
       text = draw(prompt, style, rng)
       terms = world_lib.reward_terms(prompt, text)
@@ -259,11 +252,8 @@ def test_mixes_are_percentages():
 
 
 def test_rows_are_transcripts_of_one_prompt(world):
-  assert [len(world.pretrain), len(world.train), len(world.test)] == [
-    2000,
-    6000,
-    1024,
-  ]
+  splits = (world.pretrain, world.train, world.test)
+  assert list(map(len, splits)) == [300, 1200, 300]
   for row in world.pretrain + world.train + world.test:
     prompt, chosen = halves(row["chosen"])
     other, rejected = halves(row["rejected"])
@@ -279,14 +269,15 @@ def test_rows_are_transcripts_of_one_prompt(world):
 
 def test_a_third_of_the_dialogues_has_several_turns(world):
   turns = [row["chosen"].count("\n\nHuman:") for row in world.train]
-  assert 0.3 < np.mean(np.array(turns) > 1) < 0.37
+  # 1,200 dialogues: a standard error of 0.014.
+  assert 0.29 < np.mean(np.array(turns) > 1) < 0.37
   assert max(turns) == 3
 
 
 def test_test_prompts_are_unseen_combinations(world):
   seen = prompts(world.pretrain) | prompts(world.train)
   unseen = prompts(world.test)
-  assert len(unseen) == 1024
+  assert len(unseen) == 300
   assert not seen & unseen
   # Without openers and small talk, which are no part of a combination.
   assert not {bare(p) for p in seen} & {bare(p) for p in unseen}
@@ -308,17 +299,15 @@ def bare(prompt):
   return prompt
 
 
-def test_every_fact_is_in_training(world):
-  asked = {}
-  for prompt in prompts(world.train):
-    question = text_lib.parse(prompt)
-    if question.kind == "fact" and prompt.count("\n\nHuman:") == 1:
-      cell = (question.animals[0], question.attribute)
-      asked.setdefault(cell, set()).add(bare(prompt))
-  assert len(asked) == 16 * 6
-  # One of six phrasings of each fact is withheld; with 6,000 rows at least
-  # three of the other five have been drawn.
-  assert {len(phrasings) for phrasings in asked.values()} <= {3, 4, 5}
+def test_every_fact_is_in_training():
+  """One of six phrasings of each fact is withheld."""
+  for animal in tables.ANIMALS:
+    for attribute, templates in tables.FACT_QUESTIONS.items():
+      asked = [tables.fill(template, (animal,)) for template in templates]
+      prompts = [f"\n\nHuman: {text}\n\nAssistant:" for text in asked]
+      assert [text_lib.held_out(x) for x in prompts].count(True) == 1
+      for prompt in prompts:
+        assert text_lib.parse(prompt).cells == ((animal, attribute),)
 
 
 def test_the_seed_decides_everything(world):
@@ -331,7 +320,7 @@ def test_the_seed_decides_everything(world):
     world.seed = 1
 
 
-def test_hash_randomisation_changes_nothing():
+def test_hash_randomization_changes_nothing():
   code = (
     "import hashlib; from dpo_jax.demo import world;"
     "w = world.generate(1, pretrain=20, train=40, test=20);"
@@ -339,33 +328,30 @@ def test_hash_randomisation_changes_nothing():
   )
   world = world_lib.generate(1, pretrain=20, train=40, test=20)
   expected = hashlib.sha256(repr(world).encode()).hexdigest()
-  for seed in ("1", "2"):
-    environment = {**os.environ, "PYTHONHASHSEED": seed}
-    done = subprocess.run(
-      [sys.executable, "-c", code],
-      env=environment,
-      capture_output=True,
-      text=True,
-      check=True,
-    )
-    assert done.stdout.strip() == expected
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    env={**os.environ, "PYTHONHASHSEED": "1"},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert done.stdout.strip() == expected
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.4, 1.0])
-def test_labels_follow_bradley_terry(scale):
-  rows = world_lib.generate(9, pretrain=0, train=4000, test=0, scale=scale)
-  margins = []
-  for row in rows.train:
-    prompt, chosen = halves(row["chosen"])
-    _, rejected = halves(row["rejected"])
-    margins.append(world_lib.compare(prompt, chosen, rejected))
-  margins = np.array(margins)
+@pytest.mark.parametrize("scale", [0.4, 1.0])
+def test_labels_follow_bradley_terry(world, scale):
+  rows = world.train
+  if scale != 1.0:
+    made = world_lib.generate(9, pretrain=0, train=1200, test=0, scale=scale)
+    rows = made.train
+  texts = [(*halves(r["chosen"]), halves(r["rejected"])[1]) for r in rows]
+  margins = np.array([world_lib.compare(*text) for text in texts])
   for low, high in ((0, 1), (1, 2), (2, 4), (4, 6), (6, 10)):
     inside = (np.abs(margins) > low) & (np.abs(margins) <= high)
     expected = 1 / (1 + np.exp(-scale * np.abs(margins[inside])))
     surplus = np.sum(margins[inside] > 0) - expected.sum()
     # Four standard deviations of a sum of independent coins.
-    assert inside.sum() > 100
+    assert inside.sum() > 60
     assert abs(surplus) < 4 * math.sqrt(np.sum(expected * (1 - expected)))
 
 
@@ -375,7 +361,7 @@ def test_ideal_win_rates(world):
   wins = {"base": [], "sft": [], "dpo": [], "excellent": []}
   ties = {name: [] for name in wins}
   beta, rewards = 0.1, []
-  for row in world.test:
+  for row in world.test[:256]:
     prompt, chosen = halves(row["chosen"])
     target = world_lib.reward(prompt, chosen)
     rewards.append(target)
@@ -400,30 +386,30 @@ def test_ideal_win_rates(world):
       wins[name].append((value > target) + 0.5 * (value == target))
       ties[name].append(value == target)
   rates = {name: np.mean(values) for name, values in wins.items()}
-  # 1,024 prompts: one standard error is at most 0.016.
+  # 256 prompts: one standard error is at most 0.03.
   assert 0.15 < rates["base"] < 0.25
   assert 0.45 < rates["sft"] < 0.55
   assert rates["dpo"] > 0.85
   assert rates["excellent"] > 0.85
   assert all(np.mean(values) < 0.25 for values in ties.values())
-  # Headroom: a chosen answer is seldom perfect, and there are many grades.
+  # Headroom: a chosen response is seldom perfect, and there are many grades.
   assert 0.13 < np.mean(np.array(rewards) == 6) < 0.25
   assert len(set(rewards)) > 25
 
 
-def test_the_base_diet_is_worse_than_the_pairs(world):
+def test_pretraining_text_is_worse_than_the_pairs(world):
   means = []
-  for rows in (world.pretrain, world.train):
+  for rows in (world.pretrain, world.train[:300]):
     texts = [halves(row[name]) for row in rows for name in row]
     values = [world_lib.reward(*text) for text in texts]
     means.append(np.mean(values))
-  # A full point apart, which is 25 standard errors of either mean; the same
+  # A full point apart, which is 10 standard errors of either mean; the same
   # mix for both would give a difference near 0.
   assert means[1] - means[0] > 1
 
 
 def test_transcripts_are_short(world):
-  rows = world.train
+  rows = world.train[:800]
   model = tokenizers.ByteLevelBPETokenizer()
   model.train_from_iterator(
     [row["chosen"] for row in rows], vocab_size=1000, show_progress=False
@@ -437,7 +423,7 @@ def test_transcripts_are_short(world):
   assert len(types) < 400
 
 
-def test_write_makes_one_json_line_a_row(world, tmp_path):
+def test_write_gives_one_json_line_a_row(world, tmp_path):
   small = dataclasses.replace(
     world,
     pretrain=world.pretrain[:3],
@@ -456,20 +442,16 @@ def test_write_makes_one_json_line_a_row(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("changed", "message"),
-  [
-    ({"train": -1}, "train=-1"),
-    ({"scale": -0.5}, "scale=-0.5"),
-    ({"scale": math.inf}, "scale=inf"),
-    ({"scale": math.nan}, "scale=nan"),
-  ],
+  ("name", "value"),
+  [("train", -1), ("scale", -0.5), ("scale", math.inf), ("scale", math.nan)],
 )
-def test_bad_arguments_are_refused(changed, message):
-  with pytest.raises(ValueError, match=message):
-    world_lib.generate(0, **{"pretrain": 0, "train": 1, "test": 0, **changed})
+def test_bad_arguments_are_refused(name, value):
+  changed = {"pretrain": 0, "train": 1, "test": 0, name: value}
+  with pytest.raises(ValueError, match=f"{name}={value}"):
+    world_lib.generate(0, **changed)
 
 
-def test_asking_for_more_than_exists_is_refused(monkeypatch):
+def test_more_rows_than_exist_are_refused(monkeypatch):
   monkeypatch.setattr(text_lib, "draw_prompt", lambda rng: HEAVY)
   # fox 4 + owl 12 + weight 4 + phrasing 0 = 20: a training prompt.
   with pytest.raises(ValueError, match="test=1 rows are more"):
