@@ -10,7 +10,7 @@ with rules "trl"; TRL also keeps pairs of which no token is the prompt's, and
 these are counted apart. (TRL from 0.29 to 1.8 made other ids in some pairs.)
 
 Under `pip install trl==0.24.0 "transformers<5"`, the kind of TRL that the
-dpo-replication system ran, it compares "dpo-replication" in the same way with the
+dpo-replication system ran, it compares its rules in the same way with the
 rows that reach the model. That TRL cut the two sequences of a pair each by its
 own length: the prompt compared is the longer response's, and the pairs whose
 shorter response was given more of it are counted.

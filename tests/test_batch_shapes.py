@@ -28,12 +28,17 @@ SHARED = packing.Packing("shared", 40, 1, 1, False, 1)
   st.lists(
     st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(0, 9)),
     min_size=1,
-    max_size=9,
+    max_size=6,
   ),
-  st.integers(1, 4),
+  st.lists(st.integers(1, 4), min_size=6, max_size=6),
+  st.integers(1, 3),
 )
-def test_the_shapes_are_the_cheapest(needs, count):
-  needs = np.asarray(needs)
+@hypothesis.example([(1, 1, 1), (4, 4, 4), (6, 6, 6)], [9, 1, 1] * 2, 2)
+@hypothesis.example([(1, 1, 1), (3, 3, 3), (6, 6, 6)], [1, 1, 9] * 2, 2)
+@hypothesis.example([(1, 1, 1), (2, 2, 2), (5, 5, 5)], [1, 9, 1] * 2, 2)
+def test_the_shapes_are_the_cheapest(needs, times, count):
+  # Several steps have the same need.
+  needs = np.repeat(np.asarray(needs), times[: len(needs)], axis=0)
   shares = batch_shapes._SHARES_SPANNING
   found = batch_shapes._shapes(needs, shares, count)
   assert len(found) <= count
