@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 _ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
 _CONVERTED = "refs/convert/parquet"
@@ -50,6 +50,7 @@ def rows(
   if revision == _CONVERTED:
     # There each configuration is a directory, and its name is not known.
     subset_is = "data_dir"
+  part: dict[str, Any] = {subset_is: subset} if subset else {}
   what = f"{path!r}, subset {subset!r}, split {split!r}"
   with _readable(what):
     import datasets
@@ -60,7 +61,7 @@ def rows(
         revision=revision,
         split=split,
         streaming=streaming,
-        **({subset_is: subset} if subset else {}),
+        **part,
       )
     )
   for number in itertools.count(1):
