@@ -17,7 +17,7 @@ import reported
 import sourcing
 from test_records import RESPONSE, line
 
-from dpo_jax.data import tokenizer
+from dpo_jax.data import token_table, tokenizer
 from dpo_jax.io import jsonl, metrics, records, safetensors, strict_json
 from dpo_jax.judging import verdicts
 from dpo_jax.model import hf
@@ -70,7 +70,7 @@ READ = {
   "rows.jsonl.gz": sourcing.load,
   "dpo.jsonl": lambda path: records.read(path, records.Response),
   "metrics.jsonl": metrics.read,
-  "x.safetensors": lambda path: reference.load(path, None, {}),
+  "x.safetensors": lambda path: reference.load(path, table, {}),
 }
 
 
@@ -202,12 +202,13 @@ def test_metrics_that_are_none_are_named_by_line(tmp_path, data, message):
 
 def test_a_reference_file_without_its_array_is_damaged(tmp_path):
   path = tmp_path / "reference.safetensors"
+  table = token_table.from_items([token_table.Pair("a", (1,), (2,), (3, 4))])
   for name, dtype in (("other", np.float32), ("logps", np.int32)):
     values = np.zeros(3, dtype)
     about = {"kind": "dpo_jax reference log-probs 1"}
     safetensors.write(path, {name: values}, [values], about)
     with pytest.raises(ValueError, match="is damaged; delete"):
-      reference.load(path, None, {})
+      reference.load(path, table, {})
 
 
 @pytest.mark.parametrize("others", [3, "A", {"a": 1}, [None], None])
