@@ -30,7 +30,7 @@ class Bucket:
   def __init__(self):
     self.objects = {}
     self.asked = []
-    self.changing = threading.Lock()
+    self.changed = threading.Condition()
     self.address = ""
     self.heal()
 
@@ -46,6 +46,11 @@ class Bucket:
 
   def go_on(self):
     self._open.set()
+
+  def until(self, name):
+    """Waits for an object."""
+    with self.changed:
+      assert self.changed.wait_for(lambda: name in self.objects, 60)
 
   def waits(self, act, name):
     if self._holds(act, name) and not self._open.is_set():
@@ -121,7 +126,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       self._refuse(404, "The specified bucket does not exist.")
     else:
       self.lost = fault == "lost"
-      with self.bucket.changing:
+      with self.bucket.changed:
+        # Seen once this is done; a client that was killed gets no reply.
+        self.bucket.changed.notify_all()
         getattr(self, f"_{act}")(name, asked, body)
 
   do_GET = do_POST = do_DELETE = _handle

@@ -22,7 +22,6 @@ import tiny
 
 from dpo_jax.data import preferences, token_cache, token_table, tokenizer
 from dpo_jax.io import (
-  bucket,
   jsonl,
   metrics,
   records,
@@ -282,15 +281,6 @@ def _tokenize(files):
   )
 
 
-def _bucket_table(files):
-  file = bucket.File(3, "ab" * 32)
-  names = ("checkpoints/3/a", "metrics.jsonl")
-  table = bucket.Table(
-    3, {"eval_loss": 0.5}, "000003-5f0c61d2a9be", dict.fromkeys(names, file)
-  )
-  return [bucket.encode(table)]
-
-
 def _step_manifest(files):
   directory = files.put("whole/3/a", b"abc").parent.parent
   step_files.complete(directory, 3, {"eval_loss": 0.5})
@@ -445,17 +435,18 @@ def _step(files, data):
   directory = files.put("steps/3/manifest.json", data).parent.parent
   files.put("steps/3/a", b"abc")
   assert isinstance(step_files.problem(directory, 3), str)
-  step_files.metrics(directory, 3)
+  step_files.manifest(directory, 3)
 
 
-def _bucket(files, data):
-  # Whoever writes a table can give it the right hash.
+def _rehashed_manifest(files, data):
+  # Whoever writes to a bucket can give a manifest the right hash.
   with contextlib.suppress(ValueError, AttributeError, TypeError):
     values = strict_json.parse(data)
     values.pop("sha256", None)
-    data = json.dumps(values | {"sha256": bucket._own_hash(values)}).encode()
-  table = bucket.decode(data)
-  assert bucket.decode(bucket.encode(table)) == table
+    own = step_files._own_hash(values)
+    data = json.dumps(values | {"sha256": own}).encode()
+  manifest = step_files.decode(data)
+  assert step_files.decode(step_files.encode(manifest)) == manifest
 
 
 def _template(files, data):
@@ -548,7 +539,7 @@ READERS = {
     "json", _given({"a": {"b": [1, 2.0, None]}, "c": "d"}), _config
   ),
   "origin of responses": Reader("json", _given({"model": "a", "n": 1}), _claim),
-  "table of a bucket": Reader("json", _bucket_table, _bucket),
+  "manifest of a bucket": Reader("json", _step_manifest, _rehashed_manifest),
   "manifest of a step": Reader("json", _step_manifest, _step),
   "a template": Reader(
     "bytes",

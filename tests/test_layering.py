@@ -39,7 +39,7 @@ LIBRARIES = {
   "cli": "absl ml_collections",
   "data": "bs4 datasets grain tensorflow_datasets tokenizers transformers",
   "hub": "huggingface_hub",
-  "io": "fsspec huggingface_hub orbax safetensors",
+  "io": "fsspec huggingface_hub safetensors",
   "judging": "httpx2 openai",
   "model": "flax",
   "report": "markdown_it matplotlib",

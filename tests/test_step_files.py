@@ -6,10 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 
 import hypothesis
 import pytest
 from hypothesis import strategies as st
+from orbax.checkpoint import checkpoint_managers as policies
 
 from dpo_jax.io import checkpoint, step_files
 
@@ -36,7 +38,7 @@ def test_retention_by_hand(tmp_path):
   for step in range(1, 9):
     metrics = {"eval_loss": losses[step]} if step in losses else {}
     make(tmp_path, step, metrics)
-  found = {i: step_files.metrics(tmp_path, i) for i in range(1, 9)}
+  found = {i: step_files.manifest(tmp_path, i).metrics for i in range(1, 9)}
   for retention, kept in (
     (keep(newest=0), set(found)),
     (keep(newest=2), {7, 8}),
@@ -51,18 +53,34 @@ def test_retention_by_hand(tmp_path):
   assert {path.name for path in tmp_path.iterdir()} == set("2348")
 
 
-def kept_by_rule(retention, found):
-  """The same without Orbax."""
-  kept = set(sorted(found)[-retention.newest :])
-  if retention.every:
-    kept |= {step for step in found if step % retention.every == 0}
+def kept_by_orbax(retention, found):
+  """The same of Orbax's preservation policies."""
   sign = 1 if retention.best_is == "lowest" else -1
-  ranked = sorted(
-    (sign * metrics[retention.metric], step)
+  ranks = {
+    step: (sign * metrics[retention.metric], step)
     for step, metrics in found.items()
     if math.isfinite(metrics.get(retention.metric, math.nan))
+  }
+  rules = [
+    policies.LatestN(retention.newest or None),
+    policies.BestN(
+      get_metric_fn=lambda rank: rank,
+      reverse=True,
+      # Asked for as many as there are steps, it keeps those without a metric.
+      n=min(retention.best, len(ranks)),
+      keep_checkpoints_without_metrics=False,
+    ),
+  ]
+  if retention.every:
+    rules.append(policies.EveryNSteps(retention.every))
+  infos = [
+    types.SimpleNamespace(step=step, metrics=ranks.get(step))
+    for step in sorted(found)
+  ]
+  kept = policies.AnyPreservationPolicy(rules).should_preserve(
+    infos, context=policies.PreservationContext()
   )
-  return kept | {step for _, step in ranked[: retention.best]}
+  return {info.step for info, keep in zip(infos, kept) if keep}
 
 
 VALUES = st.sampled_from([-1.0, 0.0, 0.5, 2.0, math.nan, math.inf, -math.inf])
@@ -83,14 +101,14 @@ VALUES = st.sampled_from([-1.0, 0.0, 0.5, 2.0, math.nan, math.inf, -math.inf])
     max_size=10,
   ),
 )
-def test_retention_is_its_rules(retention, found):
-  assert retention.kept(found) == kept_by_rule(retention, found)
+def test_retention_is_that_of_orbax(retention, found):
+  assert retention.kept(found) == kept_by_orbax(retention, found)
 
 
 def test_an_evaluation_can_be_noted_later(tmp_path):
   make(tmp_path, 4)
   step_files.note(tmp_path, 4, {"eval_loss": 0.25, "other": math.nan})
-  assert step_files.metrics(tmp_path, 4) == {"eval_loss": 0.25}
+  assert step_files.manifest(tmp_path, 4).metrics == {"eval_loss": 0.25}
   # Killed in it, there is the temporary beside the old manifest.
   (tmp_path / "4" / ".manifest.json.0123456789ab.tmp").write_text("{")
   assert step_files.newest(tmp_path) == (4, [])

@@ -13,6 +13,7 @@ import pathlib
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -22,13 +23,13 @@ import pytest
 import running
 from fsspec import config as fsspec_config
 
-from dpo_jax.core import preemption
+from dpo_jax.data import dataset
 from dpo_jax.io import bucket as bucket_lib
 from dpo_jax.io import checkpoint, step_files, strict_json, upload
 from dpo_jax.training import train
 
 KEEP = step_files.Retention(1, 0, 0, "eval_loss", "lowest")
-OF_TABLE = re.compile(r"/(\d{6}|finished)\.json$")
+OF_MANIFEST = re.compile(r"/(\d{6}|finished)\.json$")
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +63,22 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(files, tmp_path_factory):
-  """An uninterrupted run without a bucket."""
-  workdir = tmp_path_factory.mktemp("whole") / "run"
-  train.run(running.configs(files)(), workdir)
-  return workdir
+  """An uninterrupted run, each of whose steps is kept in a bucket beside it."""
+  place = tmp_path_factory.mktemp("whole")
+  completed = upload.Uploader.completed
+
+  def one_by_one(self, step):
+    completed(self, step)
+    self._worker.submit(int).result()
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(upload.Uploader, "completed", one_by_one)
+    config = running.configs(files)(
+      checkpoint_bucket=f"file://{place}/bucket", keep_checkpoints=0
+    )
+    train.run(config, place / "run")
+  assert [*look(config.checkpoint_bucket).steps] == [2, 4, 6, 7]
+  return place / "run"
 
 
 @pytest.fixture
@@ -73,6 +86,12 @@ def address(request):
   """The test's own path in the server's bucket."""
   name = re.sub(r"\W", "-", request.node.name)
   return f"gs://{bucket_server.BUCKET}/runs/{name}"
+
+
+@pytest.fixture
+def path(address):
+  """The same without the bucket's name."""
+  return address.removeprefix(f"gs://{bucket_server.BUCKET}/")
 
 
 @pytest.fixture
@@ -101,84 +120,191 @@ def starts(workdir):
 
 
 def look(address):
-  return bucket_lib.look(bucket_lib.connect(address), {})
+  return bucket_lib.look(bucket_lib.connect(address))
 
 
 def assert_nothing_is_left_over(address):
-  """Every object is a table, or of one."""
+  """Every object is a manifest, or of one."""
   there = look(address)
-  live = {f"{t.folder}/{x}" for t in there.tables.values() for x in t.files}
-  assert {*there.names} == {*there.tables, *live}
+  live = {f"{m.folder}/{x}" for m in there.manifests.values() for x in m.files}
+  assert {*there.names} == {*there.manifests, *live}
 
 
-# --- a disk that is lost
+# --- the uploader alone
 
 
-def amid_objects(act, name, tables, objects, deletes):
-  return act == "write" and tables == 1 and objects > 3
+def make_step(workdir, step, content=b"weights", metrics=None):
+  file = workdir / "checkpoints" / str(step) / "d" / "weights"
+  file.parent.mkdir(parents=True)
+  file.write_bytes(content)
+  (workdir / "config.json").write_text("{}")
+  (workdir / "metrics.jsonl").write_text("row\n" * step)
+  step_files.complete(workdir / "checkpoints", step, metrics or {})
 
 
-def at_the_table(act, name, tables, objects, deletes):
-  return act == "write" and tables == 2 and OF_TABLE.search(name)
+def make_finished(workdir, step):
+  (workdir / "export").mkdir()
+  (workdir / "export" / "model.safetensors").write_bytes(b"model")
+  (workdir / "finished.json").write_text(json.dumps({"step": step}))
 
 
-def after_the_table(act, name, tables, objects, deletes):
-  return act == "list" and tables == 2
+@pytest.fixture
+def memory():
+  """An address in memory."""
+  yield "memory:///bucket/run"
+  bucket = bucket_lib.connect("memory:///bucket")
+  for name in bucket.find(""):
+    bucket.rm_file(name)
 
 
-def amid_deletes(act, name, tables, objects, deletes):
-  return act == "delete" and tables == 2 and deletes > 2
+def push(uploader, step):
+  uploader.completed(step)
+  uploader._worker.submit(int).result()
 
 
-def kill_where(gcs, stop, directory, settings, workdir):
-  """Kills a run in a child process at the request that `stop` is true of."""
+# --- a process that is killed
+
+UPLOADS = """
+import pathlib, sys
+from dpo_jax.io import step_files, upload
+address, workdir = sys.argv[1], pathlib.Path(sys.argv[2])
+retention = step_files.Retention(1, 0, 0, "eval_loss", "lowest")
+with upload.Uploader(address, workdir, retention) as uploader:
+  steps = step_files.steps(workdir / "checkpoints")
+  if not steps:
+    uploader.fetch({}, ())
+  for step in steps:
+    uploader.completed(step)
+    uploader._worker.submit(int).result()
+"""
+
+
+def amid_objects(act, name, manifests, objects, deletes):
+  return act == "write" and manifests == 1 and objects > 3
+
+
+def at_the_manifest(act, name, manifests, objects, deletes):
+  return act == "write" and manifests == 2 and OF_MANIFEST.search(name)
+
+
+def after_the_manifest(act, name, manifests, objects, deletes):
+  return act == "list" and manifests == 2
+
+
+def amid_deletes(act, name, manifests, objects, deletes):
+  return act == "delete" and manifests == 2 and deletes > 2
+
+
+def is_manifest(act, name):
+  return act == "write" and bool(OF_MANIFEST.search(name))
+
+
+def until(gcs, path, moment):
+  """The condition on a request that a moment of an upload to a path is."""
+
+  def stop(act, name):
+    asked = [x for x in gcs.asked if x[1].startswith(path)]
+    manifests = [i for i, x in enumerate(asked) if is_manifest(*x)]
+    since = [x[0] for x in asked[manifests[-1] :]] if manifests else []
+    counts = (len(manifests), since.count("write"), since.count("delete"))
+    return moment(act, name, *counts)
+
+  return stop
+
+
+def kill(gcs, stop, *command):
+  """Kills a child process at the request that `stop` is true of."""
   gcs.hold(stop)
-  with running.Child(
-    directory, settings, workdir, **gcs.environment()
+  with subprocess.Popen(
+    [sys.executable, *map(str, command)],
+    cwd=running.ROOT,
+    env=os.environ | {"PYTHONPATH": str(running.ROOT)} | gcs.environment(),
   ) as child:
-    child.until(gcs.held.is_set)
-    child.process.kill()
-    assert child.end() == -signal.SIGKILL
+    held = gcs.held.wait(60)
+    child.kill()
+  assert held
+  gcs.go_on()
+
+
+@pytest.mark.parametrize(
+  "moment", [amid_objects, at_the_manifest, after_the_manifest, amid_deletes]
+)
+def test_killed_in_an_upload_the_newest_whole_step_counts(
+  gcs, address, path, tmp_path, moment
+):
+  """Killed amid the second upload, before or after its manifest."""
+  for step in (1, 2):
+    make_step(tmp_path / "run", step)
+  stop = until(gcs, path, moment)
+  kill(gcs, stop, "-c", UPLOADS, address, tmp_path / "run")
+  if moment is at_the_manifest:
+    gcs.until(f"{path}/000002.json")
+  whole, again = 1 if moment is amid_objects else 2, tmp_path / "again"
+  with upload.Uploader(address, again, KEEP) as uploader:
+    uploader.fetch({}, ())
+    assert step_files.newest(again / "checkpoints") == (whole, [])
+    assert (again / "metrics.jsonl").exists()
+    make_step(again, 3)
+    push(uploader, 3)
+  assert [*look(address).manifests] == ["000003.json"]
+  assert_nothing_is_left_over(address)
+
+
+def test_killed_in_a_download_the_next_one_is_whole(
+  gcs, address, path, tmp_path
+):
+  make_step(tmp_path / "run", 1)
+  with upload.Uploader(address, tmp_path / "run", KEEP) as uploader:
+    push(uploader, 1)
+  reads = []
+
+  def stop(act, name):
+    reads.append(act == "read" and name.startswith(f"{path}/000001-"))
+    return sum(reads) > 3
+
+  again = tmp_path / "again"
+  kill(gcs, stop, "-c", UPLOADS, address, again)
+  assert [p.name for p in again.iterdir()] == [".download"]
+  with upload.Uploader(address, again, KEEP) as uploader:
+    uploader.fetch({}, ())
+  assert step_files.newest(again / "checkpoints") == (1, [])
+  names = {"checkpoints", "config.json", "metrics.jsonl"}
+  assert {p.name for p in again.iterdir()} == names
 
 
 @pytest.mark.parametrize(
   "moment",
   [
     pytest.param(amid_objects, marks=pytest.mark.slow),
-    at_the_table,
-    pytest.param(after_the_table, marks=pytest.mark.slow),
-    amid_deletes,
+    at_the_manifest,
+    pytest.param(amid_deletes, marks=pytest.mark.slow),
   ],
 )
 def test_killed_in_an_upload_an_empty_disk_goes_on(
-  gcs, address, config, whole, tmp_path, moment
+  gcs, address, path, config, whole, tmp_path, moment
 ):
   """Killed amid the second upload; the third machine finds all done."""
   workdir = tmp_path / "run"
   settings = config(checkpoint_bucket=address, keep_checkpoints=1)
-  path = address.removeprefix(f"gs://{bucket_server.BUCKET}/")
-
-  def stop(act, name):
-    asked = [x for x in gcs.asked if x[1].startswith(path)]
-    tables = [i for i, x in enumerate(asked) if is_table(*x)]
-    since = [x[0] for x in asked[tables[-1] :]] if tables else []
-    counts = (len(tables), since.count("write"), since.count("delete"))
-    return moment(act, name, *counts)
-
-  kill_where(gcs, stop, tmp_path / "child", settings, workdir)
-  written = [name for act, name in gcs.asked if is_table(act, name)]
+  gcs.hold(until(gcs, path, moment))
+  with running.Child(
+    tmp_path / "child", settings, workdir, **gcs.environment()
+  ) as child:
+    child.until(gcs.held.is_set)
+    child.process.kill()
+    assert child.end() == -signal.SIGKILL
+  written = [name for act, name in gcs.asked if is_manifest(act, name)]
   mine = [name for name in written if name.startswith(path)]
   gcs.go_on()
-  end = time.monotonic() + 60
-  while moment is at_the_table and mine[1] not in gcs.objects:
-    assert time.monotonic() < end
+  if moment is at_the_manifest:
+    gcs.until(mine[1])
   shutil.rmtree(workdir)
   train.run(settings, workdir)
-  last = int(OF_TABLE.search(mine[-1])[1])
+  last = int(OF_MANIFEST.search(mine[-1])[1])
   assert len(mine) == (1 if moment is amid_objects else 2)
   assert starts(workdir) == [0, last]
   assert_same(workdir, whole)
-  assert [*look(address).tables] == ["000007.json", "finished.json"]
+  assert [*look(address).manifests] == ["000007.json", "finished.json"]
   assert_nothing_is_left_over(address)
   shutil.rmtree(workdir)
   train.run(settings, workdir)
@@ -187,115 +313,80 @@ def test_killed_in_an_upload_an_empty_disk_goes_on(
   assert not any(bucket_server.TOKEN.encode() in p.read_bytes() for p in held)
 
 
-def is_table(act, name):
-  return act == "write" and bool(OF_TABLE.search(name))
-
-
-@pytest.mark.slow
-def test_killed_in_a_download_the_same_command_goes_on(
-  gcs, address, config, whole, tmp_path, finished
-):
-  workdir = tmp_path / "run"
-  settings = config(checkpoint_bucket=address, keep_checkpoints=0)
-  path = address.removeprefix(f"gs://{bucket_server.BUCKET}/")
-  for file in finished.rglob("*"):
-    if file.is_file():
-      name = f"{path}/{file.relative_to(finished)}"
-      gcs.objects[name] = file.read_bytes()
-  reads = []
-
-  def stop(act, name):
-    reads.append((act, name.startswith(f"{path}/000007-")))
-    return act == "read" and reads.count(("read", True)) > 9
-
-  kill_where(gcs, stop, tmp_path / "child", settings, workdir)
-  gcs.go_on()
-  assert any((workdir / ".download").rglob("*"))
-  train.run(settings, workdir)
-  assert starts(workdir) == [0]
-  assert_same(workdir, whole)
-
-
-@pytest.mark.slow
-def test_whichever_is_newer_is_gone_on_from(config, whole, tmp_path):
+def test_whichever_is_newer_is_gone_on_from(memory, tmp_path):
   """The disk of a first machine comes back; a second one had gone further."""
   first, second = tmp_path / "first", tmp_path / "second"
-  settings = config(checkpoint_bucket=f"file://{tmp_path}/bucket")
-  with pytest.MonkeyPatch.context() as patch:
-    running.at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(preemption.Interrupted):
-      train.run(settings, first)
-  # It was uploaded before the process ended, which was asked to.
-  assert max(look(settings.checkpoint_bucket).steps) == 5
-  shutil.copytree(first, second)
-  shutil.rmtree(second / "checkpoints" / "5")
-  train.run(settings, second)
-  assert starts(second) == [0, 5]
-  train.run(settings, first)
-  assert starts(first) == [0, 5]
-  assert_same(first, whole)
-  assert_same(second, whole)
+  for workdir, step in (first, 1), (second, 2):
+    make_step(workdir, step, str(workdir).encode())
+  for workdir, newest in (first, 1), (second, 2), (first, 2):
+    with upload.Uploader(memory, workdir, KEEP) as uploader:
+      uploader.fetch({}, ())
+    assert step_files.newest(workdir / "checkpoints") == (newest, [])
+    assert [*look(memory).steps] == [newest]
+  weights = first / "checkpoints" / "2" / "d" / "weights"
+  assert weights.read_bytes() == str(second).encode()
+  assert (first / "metrics.jsonl").read_text() == "row\n" * 2
 
 
 # --- a bucket that fails
+
+
+def of_a_run(act, name):
+  return act == "write" and not name.endswith("/probe")
 
 
 @pytest.mark.parametrize(
   ("fault", "reason"),
   [(403, "Forbidden"), (503, "out of order"), ("silent", "TimeoutError")],
 )
-def test_a_bucket_that_fails_stops_nothing(
-  gcs, address, config, whole, tmp_path, monkeypatch, fault, reason
+def test_a_bucket_that_fails_is_named_at_the_end(
+  gcs, address, tmp_path, monkeypatch, fault, reason
 ):
-  """Every object is refused: the run ends whole, and says so; then it heals."""
+  """Every object is refused; then it heals, and the end makes up for it."""
+  make_step(tmp_path, 1)
+  make_finished(tmp_path, 1)
+  monkeypatch.setattr(bucket_lib, "_TIMEOUT_S", 0.5)
+  with upload.Uploader(address, tmp_path, KEEP) as uploader:
+    if fault == "silent":
+      gcs.hold(of_a_run)
+    else:
+      gcs.fault = lambda *asked: fault if of_a_run(*asked) else None
+    push(uploader, 1)
+    with pytest.raises(upload.NotCopied, match=reason):
+      uploader.finish()
+    assert not look(address).manifests
+    gcs.go_on()
+    gcs.heal()
+    uploader.finish()
+  assert [*look(address).manifests] == ["000001.json", "finished.json"]
+
+
+def test_a_bucket_that_fails_stops_nothing(
+  gcs, address, config, whole, tmp_path
+):
   workdir = tmp_path / "run"
   settings = config(checkpoint_bucket=address)
-  monkeypatch.setattr(bucket_lib, "_TIMEOUT_S", 0.5)
-
-  def of_a_run(act, name):
-    return act == "write" and not name.endswith("/probe")
-
-  if fault == "silent":
-    gcs.hold(of_a_run)
-  else:
-    gcs.fault = lambda *asked: fault if of_a_run(*asked) else None
-  with pytest.raises(upload.NotCopied, match=reason):
+  gcs.fault = lambda *asked: 503 if of_a_run(*asked) else None
+  with pytest.raises(upload.NotCopied, match="out of order"):
     train.run(settings, workdir)
   assert_same(workdir, whole)
-  gcs.go_on()
   gcs.heal()
-  assert not look(address).tables
   train.run(settings, workdir)
-  assert {"000007.json", "finished.json"} <= {*look(address).tables}
-
-
-def no_bucket(gcs):
-  return "gs://no-such-bucket/runs/x"
-
-
-def no_list(gcs):
-  gcs.fault = lambda act, name: 403 if act == "list" else None
-
-
-def no_delete(gcs):
-  gcs.fault = lambda act, name: 403 if act == "delete" else None
+  assert {"000007.json", "finished.json"} <= {*look(address).manifests}
 
 
 @pytest.mark.parametrize(
-  ("change", "message"),
-  [
-    (no_bucket, "no-such-bucket"),
-    (no_list, "Forbidden"),
-    (no_delete, "Forbidden"),
-  ],
+  ("refused", "message"),
+  [(None, "no-such-bucket"), ("list", "Forbidden"), ("delete", "Forbidden")],
 )
 def test_a_bucket_that_cannot_be_used_is_refused_first(
-  gcs, address, config, tmp_path, monkeypatch, change, message
+  gcs, address, config, tmp_path, monkeypatch, refused, message
 ):
-  monkeypatch.setattr(train.input_pipeline, "make", None)
-  settings = config(checkpoint_bucket=change(gcs) or address)
+  monkeypatch.setattr(dataset, "prepare", pytest.fail)
+  gcs.fault = lambda act, name: 403 if act == refused else None
+  place = address if refused else "gs://no-such-bucket/runs/x"
   with pytest.raises(ValueError, match=message) as error:
-    train.run(settings, tmp_path / "run")
+    train.run(config(checkpoint_bucket=place), tmp_path / "run")
   assert "credentials" in str(error.value)
   assert bucket_server.TOKEN not in str(error.value)
 
@@ -304,7 +395,6 @@ def test_a_bucket_that_cannot_be_used_is_refused_first(
   "name",
   [
     "runs/x",
-    "gs://b",
     "gs://my-bucket",
     "gs://my-bucket/",
     "gs://my-bucket/a/../b",
@@ -312,7 +402,6 @@ def test_a_bucket_that_cannot_be_used_is_refused_first(
     "s3://my-bucket/a",
     "gs://My/a",
     "file://relative/a",
-    "memory://a",
   ],
 )
 def test_an_address_that_is_none_is_refused(config, name):
@@ -330,33 +419,13 @@ def test_a_client_that_is_not_installed_is_named(monkeypatch):
     bucket_lib.connect("gs://my-bucket/a")
 
 
-# --- what a bucket holds of a finished run
-
-
-@pytest.fixture(scope="module")
-def finished(files, tmp_path_factory):
-  """A finished run in a bucket, each of whose steps is kept."""
-  place = tmp_path_factory.mktemp("kept")
-  completed = upload.Uploader.completed
-
-  def one_by_one(self, step):
-    completed(self, step)
-    self._worker.submit(int).result()
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(upload.Uploader, "completed", one_by_one)
-    config = running.configs(files)(
-      checkpoint_bucket=f"file://{place}/bucket", keep_checkpoints=0
-    )
-    train.run(config, place / "run")
-  assert [*look(config.checkpoint_bucket).steps] == [2, 4, 6, 7]
-  return place / "bucket"
+# --- damage in the bucket of a finished run
 
 
 @pytest.fixture
-def kept(finished, config, tmp_path):
-  """A copy of that bucket, an empty disk, and the run's settings."""
-  shutil.copytree(finished, tmp_path / "bucket")
+def kept(whole, config, tmp_path):
+  """A copy of a run's bucket, an empty disk, and the run's settings."""
+  shutil.copytree(whole.parent / "bucket", tmp_path / "bucket")
   address = f"file://{tmp_path}/bucket"
 
   def build(**changes):
@@ -366,10 +435,10 @@ def kept(finished, config, tmp_path):
   return tmp_path / "bucket", tmp_path / "run", build
 
 
-def damage(bucket, table, name):
-  """Flips a bit in an object of a table."""
-  made = bucket_lib.decode((bucket / table).read_bytes())
-  path = bucket / made.folder / name
+def damage(bucket, manifest, name):
+  """Flips a bit in an object of a manifest."""
+  found = step_files.decode((bucket / manifest).read_bytes())
+  path = bucket / found.folder / name
   data = bytearray(path.read_bytes())
   data[len(data) // 2] ^= 1
   path.write_bytes(data)
@@ -377,6 +446,7 @@ def damage(bucket, table, name):
 
 def test_a_damaged_step_is_passed_over(kept, whole, caplog):
   bucket, workdir, config = kept
+  address = config().checkpoint_bucket
   damage(bucket, "000007.json", "checkpoints/7/manifest.json")
   (bucket / "000006.json").write_text("{}")
   train.run(config(), workdir)
@@ -384,15 +454,16 @@ def test_a_damaged_step_is_passed_over(kept, whole, caplog):
     assert f"bucket/00000{step}.json is not used" in caplog.text
   assert starts(workdir)[-1] == 4
   assert_same(workdir, whole)
-  # The tables were put aside with their objects, and the steps are there anew.
-  there = look(config().checkpoint_bucket)
-  assert there.rejected() == {"000006", "000007"}
-  folders = {name.partition("/")[0] for name in there.names}
-  for step in (6, 7):
-    assert len([x for x in folders if x.startswith(f"00000{step}-")]) == 2
-  shutil.rmtree(workdir)
-  train.run(config(), workdir)
-  assert_same(workdir, whole)
+  # They were uploaded anew, and then the damaged objects were deleted.
+  assert [*look(address).steps] == [2, 4, 6, 7]
+  assert_nothing_is_left_over(address)
+  damage(bucket, "finished.json", "export/model.safetensors")
+  for whole_again in (False, True):
+    caplog.clear()
+    shutil.rmtree(workdir)
+    train.run(config(), workdir)
+    assert ("finished.json is not used" in caplog.text) != whole_again
+    assert_same(workdir, whole)
 
 
 def test_stopped_as_files_arrive_the_same_command_goes_on(
@@ -413,17 +484,6 @@ def test_stopped_as_files_arrive_the_same_command_goes_on(
     train.run(config(), workdir)
   monkeypatch.undo()
   assert moved == ["config.json"]
-  train.run(config(), workdir)
-  assert_same(workdir, whole)
-
-
-def test_a_damaged_model_is_made_again(kept, whole, caplog):
-  bucket, workdir, config = kept
-  damage(bucket, "finished.json", "export/model.safetensors")
-  train.run(config(), workdir)
-  assert "finished.json is not used" in caplog.text
-  assert_same(workdir, whole)
-  shutil.rmtree(workdir)
   train.run(config(), workdir)
   assert_same(workdir, whole)
 
@@ -453,13 +513,6 @@ def test_another_config_is_refused_by_every_key(kept):
   assert not (workdir / "config.json").exists()
 
 
-def test_objects_of_nobody_are_refused(kept):
-  bucket, workdir, config = kept
-  (bucket / "notes.txt").write_text("mine")
-  with pytest.raises(ValueError, match=r"notes.txt.* name a path for this run"):
-    train.run(config(), workdir)
-
-
 def test_a_run_is_listed_verified_and_fetched(kept, whole, capsys):
   bucket, workdir, config = kept
   address = config().checkpoint_bucket
@@ -482,57 +535,29 @@ def test_a_run_is_listed_verified_and_fetched(kept, whole, capsys):
   assert checkpoint.main(["list", f"{address}/nothing"]) == 2
 
 
-# --- the uploader alone
-
-
-def make_step(workdir, step, content=b"weights", metrics=None):
-  file = workdir / "checkpoints" / str(step) / "d" / "weights"
-  file.parent.mkdir(parents=True)
-  file.write_bytes(content)
-  (workdir / "metrics.jsonl").write_text("row\n" * step)
-  step_files.complete(workdir / "checkpoints", step, metrics or {})
-
-
-def make_finished(workdir, step):
-  (workdir / "export").mkdir()
-  (workdir / "export" / "model.safetensors").write_bytes(b"model")
-  (workdir / "finished.json").write_text(json.dumps({"step": step}))
-
-
-@pytest.fixture
-def memory():
-  """An address in memory."""
-  yield "memory:///bucket/run"
-  bucket = bucket_lib.connect("memory:///bucket")
-  for name in bucket.find(""):
-    bucket.rm_file(name)
-
-
-def push(copies, step):
-  copies.completed(step)
-  copies._worker.submit(int).result()
+# --- what is kept, and by whom
 
 
 def test_retention_by_hand(memory, tmp_path):
-  """Steps that no rule keeps go, and objects of no table but newer ones."""
+  """Steps that no rule keeps go, and objects of no manifest but newer ones."""
   bucket = bucket_lib.connect(memory)
   retention = step_files.Retention(1, 2, 1, "eval_loss", "lowest")
   for folder in ("000001-aaaaaaaaaaaa", "000009-aaaaaaaaaaaa"):
     bucket.pipe_file(f"{folder}/cut", b"of an upload that was cut")
   seen = []
-  with upload.Uploader(memory, tmp_path, retention) as copies:
+  with upload.Uploader(memory, tmp_path, retention) as uploader:
     for step in range(1, 6):
       make_step(tmp_path, step, metrics={"eval_loss": abs(step - 3)})
-      push(copies, step)
+      push(uploader, step)
       seen.append([*look(memory).steps])
   # The last, those that 2 divides, and the best, which is 1, 2, then 3.
   assert seen == [[1], [2], [2, 3], [2, 3, 4], [2, 3, 4, 5]]
   there = look(memory)
-  live = {f"{t.folder}/{x}" for t in there.tables.values() for x in t.files}
+  live = {f"{m.folder}/{x}" for m in there.manifests.values() for x in m.files}
   spared = {"000009-aaaaaaaaaaaa/cut"}
-  assert {*there.names} == {*there.tables, *live, *spared}
+  assert {*there.names} == {*there.manifests, *live, *spared}
   again = tmp_path / "again"
-  bucket_lib.bring(bucket, there.steps[4], again)
+  bucket_lib.download(bucket, there.steps[4], again)
   name = "checkpoints/4/d/weights"
   assert (again / name).read_bytes() == (tmp_path / name).read_bytes()
   assert (again / "metrics.jsonl").read_text() == "row\n" * 4
@@ -541,13 +566,13 @@ def test_retention_by_hand(memory, tmp_path):
 
 def test_an_evaluation_after_the_upload_counts(memory, tmp_path):
   retention = step_files.Retention(1, 0, 1, "eval_loss", "lowest")
-  with upload.Uploader(memory, tmp_path, retention) as copies:
+  with upload.Uploader(memory, tmp_path, retention) as uploader:
     make_step(tmp_path, 1)
-    push(copies, 1)
+    push(uploader, 1)
     step_files.note(tmp_path / "checkpoints", 1, {"eval_loss": 0.5})
     for step in (2, 3):
       make_step(tmp_path, step, metrics={"eval_loss": 0.7})
-      push(copies, step)
+      push(uploader, step)
   assert [*look(memory).steps] == [1, 3]
 
 
@@ -555,17 +580,17 @@ def test_a_step_on_its_way_stays_on_the_disk(gcs, address, tmp_path):
   directory = tmp_path / "checkpoints"
   for step in (1, 2):
     make_step(tmp_path, step)
-  with upload.Uploader(address, tmp_path, KEEP) as copies:
+  with upload.Uploader(address, tmp_path, KEEP) as uploader:
     gcs.hold(lambda act, name: act == "write")
     began_s = time.monotonic()
-    copies.completed(1)
+    uploader.completed(1)
     assert time.monotonic() - began_s < 1
     assert gcs.held.wait(60)
-    step_files.prune(directory, KEEP, copies.held())
+    step_files.prune(directory, KEEP, uploader.held())
     assert step_files.steps(directory) == [1, 2]
     gcs.go_on()
-    copies._worker.submit(int).result()
-    step_files.prune(directory, KEEP, copies.held())
+    uploader._worker.submit(int).result()
+    step_files.prune(directory, KEEP, uploader.held())
     assert step_files.steps(directory) == [2]
 
 
@@ -583,15 +608,15 @@ def test_a_second_writer_of_a_step_is_refused(memory, tmp_path, caplog):
       for workdir in (first, second)
     ]
     # The last was seen there before it was tried.
-    for copies, step in (0, 1), (1, 1), (0, 2), (1, 3), (1, 2):
-      push(runs[copies], step)
+    for uploader, step in (0, 1), (1, 1), (0, 2), (1, 3), (1, 2):
+      push(runs[uploader], step)
     said = re.findall(r"00000(\d).json was uploaded by another", caplog.text)
     assert said == ["1", "2"]
     with pytest.raises(upload.NotCopied, match="by another process"):
       runs[0].finish()
     with pytest.raises(upload.NotCopied, match="by another process"):
       runs[1].finish()
-  bucket_lib.bring(
+  bucket_lib.download(
     bucket_lib.connect(memory), look(memory).steps[1], tmp_path / "again"
   )
   found = (tmp_path / "again/checkpoints/1/d/weights").read_bytes()
@@ -601,36 +626,40 @@ def test_a_second_writer_of_a_step_is_refused(memory, tmp_path, caplog):
 # Of aiohttp, to gcsfs, which sends chunks as they are.
 @pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
 def test_a_lost_answer_is_not_taken_for_another_writer(gcs, address, tmp_path):
-  """The table was created, but nobody heard; the weights come in chunks."""
+  """The manifest was created, but nobody heard; the weights come in chunks."""
   make_step(tmp_path, 1, os.urandom(6 * 2**20))
   make_finished(tmp_path, 1)
-  gcs.fault = lambda act, name: "lost" if is_table(act, name) else None
-  with upload.Uploader(address, tmp_path, KEEP) as copies:
-    push(copies, 1)
+  gcs.fault = lambda act, name: "lost" if is_manifest(act, name) else None
+  with upload.Uploader(address, tmp_path, KEEP) as uploader:
+    push(uploader, 1)
     gcs.heal()
-    copies.finish()
+    uploader.finish()
   assert_nothing_is_left_over(address)
   again = tmp_path / "again"
   bucket = bucket_lib.connect(address)
-  bucket_lib.bring(bucket, look(address).steps[1], again)
+  bucket_lib.download(bucket, look(address).steps[1], again)
   assert step_files.problem(again / "checkpoints", 1) == ""
 
 
 def test_what_is_still_being_written_is_not_copied(tmp_path):
-  for name in ("step-2/a.bin", ".step-4.partial/a.bin", "step-2/b.bin.tmp"):
+  for name in ("step-2/a.bin", ".step-4.partial/a.bin"):
     file = tmp_path / "adapters" / name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(b"1")
   (tmp_path / "adapters" / "link").symlink_to("step-2/a.bin")
   found = upload._files(tmp_path, ("adapters", "config.json"))
-  assert set(found) == {"adapters/step-2/a.bin"}
+  assert found == ["adapters/step-2/a.bin"]
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "", "a\0b"])
-@pytest.mark.parametrize("field", ["folder", "files"])
-def test_a_table_cannot_name_a_file_elsewhere(name, field):
-  made = {"folder": "000001-aaaaaaaaaaaa", "files": {}}
-  made[field] = name if field == "folder" else {name: bucket_lib.File(0, "")}
-  data = bucket_lib.encode(bucket_lib.Table(1, {}, **made))
-  with pytest.raises(bucket_lib.Damaged, match="would leave the directory"):
-    bucket_lib.decode(data)
+def test_a_manifest_cannot_name_a_file_elsewhere(memory, name):
+  files = {name: step_files.File(0, "")}
+  bucket = bucket_lib.connect(memory)
+  for folder in ("000001-aaaaaaaaaaaa", name):
+    manifest = step_files.Manifest(
+      1, {}, files if folder != name else {}, folder
+    )
+    bucket.pipe_file("000001.json", step_files.encode(manifest))
+    there = look(memory)
+    assert not there.manifests
+    assert list(there.damaged) == ["000001.json"]

@@ -12,10 +12,14 @@ read.
 import argparse
 import pathlib
 import sys
+from collections.abc import Iterator
 
 from dpo_jax.core import console
 from dpo_jax.io import bucket as bucket_lib
 from dpo_jax.io import step_files
+
+# A step's name, its manifest if that is whole, and what is wrong with it.
+_Found = tuple[str, step_files.Manifest | None, str]
 
 
 def main(arguments: list[str]) -> int:
@@ -29,95 +33,89 @@ def main(arguments: list[str]) -> int:
   parser.add_argument("directory", type=pathlib.Path, nargs="?")
   console.add_flag(parser)
   options = parser.parse_args(arguments)
-  fetch = options.command == "fetch"
-  remote = "://" in options.place
-  if fetch != (options.directory is not None) or (fetch and not remote):
+  command, place, directory = options.command, options.place, options.directory
+  remote = "://" in place
+  if (command == "fetch") != (directory is not None) or (
+    directory is not None and not remote
+  ):
     parser.error("fetch takes an address and DIR, all else one place")
   try:
-    if remote:
-      with bucket_lib.reaching(options.place):
-        return _remote(options.command, options.place, options.directory)
-    return _local(options.command, pathlib.Path(options.place))
+    with bucket_lib.reaching(place):
+      if directory is not None:
+        return _fetch(place, directory)
+      find = _in_bucket if remote else _on_disk
+      return _print(find(place, command == "verify"), command == "verify")
   except ValueError as error:
     console.error(str(error))
     return 2
 
 
-def _local(command: str, directory: pathlib.Path) -> int:
-  if (directory / "checkpoints").is_dir():
-    directory = directory / "checkpoints"
-  found = step_files.steps(directory)
-  if not found:
-    raise ValueError(f"{directory} holds no checkpoints")
+def _print(found: Iterator[_Found], verify: bool) -> int:
   code = 0
-  for step in found:
-    if command == "verify":
-      said = step_files.problem(directory, step)
-      code |= bool(said)
-    else:
-      try:
-        said = _size(directory, step)
-      except (OSError, ValueError) as error:
-        said, code = f"not whole: {error}", 1
-    console.result(f"step {step}: {said or 'whole'}", step=step)
+  for name, manifest, problem in found:
+    code |= bool(problem)
+    said = problem or "whole"
+    if manifest and not verify:
+      values = [f"{k} {value:.6g}" for k, value in manifest.metrics.items()]
+      said = ", ".join([f"{manifest.bytes:,} bytes", *values])
+    step = manifest.step if manifest else None
+    console.result(f"{name}: {said}", step=step)
   return code
 
 
-def _size(directory: pathlib.Path, step: int) -> str:
-  files = step_files.hashes(directory, step)
-  size = sum((directory / str(step) / name).stat().st_size for name in files)
-  return _summary(size, step_files.metrics(directory, step))
+def _on_disk(place: str, verify: bool) -> Iterator[_Found]:
+  directory = pathlib.Path(place)
+  if (directory / "checkpoints").is_dir():
+    directory = directory / "checkpoints"
+  if not (steps := step_files.steps(directory)):
+    raise ValueError(f"{directory} holds no checkpoints")
+  for step in steps:
+    manifest, problem = None, ""
+    try:
+      manifest = step_files.manifest(directory, step)
+    except ValueError as error:
+      problem = str(error)
+    if verify:
+      problem = step_files.problem(directory, step)
+    yield f"step {step}", manifest, problem
 
 
-def _summary(size: int, metrics: dict[str, float]) -> str:
-  values = [f"{name} {value:.6g}" for name, value in metrics.items()]
-  return ", ".join([f"{size:,} bytes", *values])
-
-
-def _remote(command: str, address: str, directory: pathlib.Path | None) -> int:
+def _in_bucket(address: str, verify: bool) -> Iterator[_Found]:
   bucket = bucket_lib.connect(address)
-  there = bucket_lib.look(bucket, {})
-  if not there.tables and not there.damaged:
+  there = _look(bucket, address)
+  for name, why in there.damaged.items():
+    yield name, None, why
+  for name, manifest in there.manifests.items():
+    problem = ""
+    if verify:
+      try:
+        bucket_lib.verify(bucket, manifest, manifest.files)
+      except bucket_lib.Damaged as error:
+        problem = str(error)
+    done = "finished at " if name == bucket_lib.FINISHED else ""
+    yield f"{done}step {manifest.step}", manifest, problem
+
+
+def _look(bucket, address: str) -> bucket_lib.Listing:
+  there = bucket_lib.look(bucket)
+  if not there.manifests and not there.damaged:
     raise ValueError(
       f"{address} holds no checkpoints: name the checkpoint_bucket of a run"
     )
-  for name, why in there.damaged.items():
-    console.error(f"{name}: {why}")
-  code = 1 if there.damaged else 0
-  if directory is not None:
-    return max(code, _fetch(bucket, there, directory))
-  for name, table in there.tables.items():
-    said = _summary(table.bytes, table.metrics)
-    if command == "verify":
-      try:
-        bucket_lib.verify(bucket, table, table.files)
-        said = "whole"
-      except bucket_lib.Damaged as error:
-        said, code = str(error), 1
-    done = "finished at " if name == bucket_lib.FINISHED else ""
-    console.result(f"{done}step {table.step}: {said}", step=table.step)
-  return code
+  return there
 
 
-def _fetch(bucket, there: bucket_lib.Listing, directory: pathlib.Path) -> int:
+def _fetch(address: str, directory: pathlib.Path) -> int:
   if directory.exists() and any(directory.iterdir()):
     raise ValueError(f"{directory} is not empty: name a new directory")
-  final = there.tables.get(bucket_lib.FINISHED)
-  code = 0
-  for step, table in sorted(there.steps.items(), reverse=True):
-    found = False
-    try:
-      bucket_lib.bring(bucket, table, directory)
-      found = True
-      if final and final.step == step:
-        bucket_lib.bring(bucket, final, directory)
-    except bucket_lib.Damaged as error:
-      console.error(f"step {step}: {error}")
-      code = 1
-    if found:
-      console.result(f"{directory} is as it was at step {step}", step=step)
-      return code
-  return 1
+  bucket = bucket_lib.connect(address)
+  there = _look(bucket, address)
+  step = bucket_lib.fetch(bucket, there, directory)
+  for name, why in there.damaged.items():
+    console.error(f"{name}: {why}")
+  if step is not None:
+    console.result(f"{directory} is as it was at step {step}", step=step)
+  return 1 if there.damaged else 0
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Checkpoint directories of a run: manifests, verification and retention.
 
 A step is a directory named by its number. Its manifest.json, written last,
-holds the SHA-256 of every other file and of itself. A step without a manifest,
-or whose files differ from it, is neither resumed from nor deleted: it is
-renamed to `<step>.rejected`.
+holds the size and SHA-256 of every other file, and its own SHA-256. A step
+without a manifest, or whose files differ from it, is neither resumed from nor
+deleted: it is renamed to `<step>.rejected`.
 """
 
 import concurrent.futures
@@ -14,10 +14,10 @@ import json
 import math
 import pathlib
 import shutil
-import types
 from collections.abc import Set
 from typing import Any, Literal
 
+from dpo_jax.core import settings
 from dpo_jax.io import atomic, hashing, strict_json
 
 MANIFEST = "manifest.json"
@@ -26,7 +26,34 @@ _DELETING = ".deleting"
 _REJECTED = ".rejected"
 # Orbax's name for a step that it is still writing.
 _WRITING = ".orbax-checkpoint-tmp"
-_FORMAT = 2
+_FORMAT = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+  bytes: int
+  sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+  """Files of a step.
+
+  Attributes:
+    step: number of updates.
+    metrics: of the evaluation at the step, for retention.
+    files: by their paths in the folder.
+    folder: name of the folder in a bucket (see `bucket`), "" on a disk.
+  """
+
+  step: int
+  metrics: dict[str, float]
+  files: dict[str, File]
+  folder: str = ""
+
+  @property
+  def bytes(self) -> int:
+    return sum(file.bytes for file in self.files.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,41 +73,68 @@ class Retention:
 
   def kept(self, found: dict[int, dict[str, float]]) -> set[int]:
     """The steps to keep, of steps with their metrics."""
-    # Not at the top: `checkpoint list` would take a second longer.
-    from orbax.checkpoint import checkpoint_managers as policies
-
+    kept = set(sorted(found)[-self.newest :])
+    if self.every:
+      kept |= {step for step in found if step % self.every == 0}
     sign = 1 if self.best_is == "lowest" else -1
-    ranks = {
-      step: (sign * metrics[self.metric], step)
+    ranked = sorted(
+      (sign * metrics[self.metric], step)
       for step, metrics in found.items()
       if math.isfinite(metrics.get(self.metric, math.nan))
-    }
-    rules: list[policies.PreservationPolicy] = [
-      policies.LatestN(self.newest or None),
-      policies.BestN(
-        get_metric_fn=lambda rank: rank,
-        reverse=True,
-        # Asked for as many as there are steps, it keeps those without a metric.
-        n=min(self.best, len(ranks)),
-        keep_checkpoints_without_metrics=False,
-      ),
-    ]
-    if self.every:
-      rules.append(policies.EveryNSteps(self.every))
-    infos: list[Any] = [
-      types.SimpleNamespace(step=step, metrics=ranks.get(step))
-      for step in sorted(found)
-    ]
-    kept = policies.AnyPreservationPolicy(rules).should_preserve(
-      infos, context=policies.PreservationContext()
     )
-    return {info.step for info, keep in zip(infos, kept) if keep}
+    return kept | {step for _, step in ranked[: self.best]}
 
 
 def steps(directory: pathlib.Path) -> list[int]:
   """All steps of a directory in ascending order, whole or not."""
   names = (path.name for path in directory.glob("*"))
   return sorted(int(name) for name in names if name.isdecimal())
+
+
+def encode(manifest: Manifest) -> bytes:
+  """JSON of a manifest, its own hash included."""
+  values = dataclasses.asdict(manifest) | {"format": _FORMAT}
+  text = json.dumps(values | {"sha256": _own_hash(values)}, indent=1)
+  return text.encode() + b"\n"
+
+
+def decode(data: bytes) -> Manifest:
+  """The manifest that `encode` wrote; ValueError if it was changed since."""
+  values = strict_json.parse(data)
+  if not isinstance(values, dict) or (
+    values.pop("sha256", None) != _own_hash(values)
+  ):
+    raise ValueError(f"{MANIFEST} is not what was written")
+  if (found := values.pop("format", None)) != _FORMAT:
+    raise ValueError(f"{MANIFEST} has format {found}, not {_FORMAT}")
+  manifest = settings.build(Manifest, values, "manifest")
+  for name in manifest.files:
+    if "\0" in name or {"", ".", ".."} & {*name.split("/")}:
+      raise ValueError(f"the file {name!r:.80} would leave the directory")
+  return manifest
+
+
+def _own_hash(values: dict[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def describe(path: pathlib.Path) -> File:
+  """Size and hash of a file."""
+  return File(path.stat().st_size, hashing.file_hash(path))
+
+
+def manifest(directory: pathlib.Path, step: int) -> Manifest:
+  """The manifest of a step; ValueError if it is missing or damaged."""
+  found = decode(strict_json.read_bytes(directory / str(step) / MANIFEST))
+  if found.step != step:
+    raise ValueError(f"{MANIFEST} is of step {found.step}")
+  return found
+
+
+def _write(directory: pathlib.Path, manifest: Manifest) -> None:
+  text = encode(manifest).decode()
+  atomic.write_text(directory / str(manifest.step) / MANIFEST, text)
+  atomic.sync(directory)
 
 
 def complete(
@@ -93,7 +147,17 @@ def complete(
   path = directory / str(step)
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
     list(pool.map(atomic.sync, [*path.rglob("*"), path]))
-  _write(directory, step, metrics, _hashed(path))
+  _write(directory, Manifest(step, _finite(metrics), _described(path)))
+
+
+def note(directory: pathlib.Path, step: int, metrics: dict[str, float]) -> None:
+  """Puts the evaluation of a whole step into its manifest."""
+  found = manifest(directory, step)
+  _write(directory, dataclasses.replace(found, metrics=_finite(metrics)))
+
+
+def _finite(metrics: dict[str, float]) -> dict[str, float]:
+  return {name: x for name, x in metrics.items() if math.isfinite(x)}
 
 
 def problem(directory: pathlib.Path, step: int) -> str:
@@ -102,7 +166,7 @@ def problem(directory: pathlib.Path, step: int) -> str:
   if not (path / MANIFEST).is_file():
     return f"it has no {MANIFEST}: its save was interrupted"
   try:
-    wanted, found = hashes(directory, step), _hashed(path)
+    wanted, found = manifest(directory, step).files, _described(path)
   except (OSError, ValueError) as error:
     return str(error)
   wrong = sorted({name for name, _ in wanted.items() ^ found.items()})
@@ -111,32 +175,26 @@ def problem(directory: pathlib.Path, step: int) -> str:
   return ""
 
 
-def metrics(directory: pathlib.Path, step: int) -> dict[str, float]:
-  """The evaluation at a step; ValueError if its manifest is damaged."""
-  return _manifest(directory, step)["metrics"]
+def _described(path: pathlib.Path) -> dict[str, File]:
+  """Each file beneath a step but its manifest, by name."""
+  files = [
+    file
+    for file in sorted(path.rglob("*"))
+    # A killed writer may have left a temporary of the manifest.
+    if not file.is_dir() and not (file.parent == path and MANIFEST in file.name)
+  ]
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    names = [file.relative_to(path).as_posix() for file in files]
+    return dict(zip(names, pool.map(describe, files)))
 
 
-def hashes(directory: pathlib.Path, step: int) -> dict[str, str]:
-  """SHA-256 of each file of a step; ValueError if its manifest is damaged."""
-  return _manifest(directory, step)["files"]
-
-
-def note(directory: pathlib.Path, step: int, metrics: dict[str, float]) -> None:
-  """Puts the evaluation of a whole step into its manifest."""
-  _write(directory, step, metrics, hashes(directory, step))
-
-
-def staged(directory: pathlib.Path, step: int) -> pathlib.Path:
-  """Where a step's files are downloaded to before `install`."""
-  return directory / f"{step}{_WRITING}-brought"
-
-
-def install(directory: pathlib.Path, step: int) -> None:
-  """Makes a step of what was staged; one already there is put aside."""
+def install(source: pathlib.Path, directory: pathlib.Path, step: int) -> None:
+  """Moves a downloaded step into place; one already there is put aside."""
+  directory.mkdir(exist_ok=True)
   path = directory / str(step)
   if path.exists():
     _reject(path)
-  staged(directory, step).rename(path)
+  source.rename(path)
   atomic.sync(directory)
 
 
@@ -192,7 +250,7 @@ def prune(
   for step in steps(directory):
     # One that is damaged neither counts nor is deleted.
     with contextlib.suppress(ValueError):
-      found[step] = metrics(directory, step)
+      found[step] = manifest(directory, step).metrics
   for step in sorted(found.keys() - retention.kept(found) - held):
     gone = directory / f"{step}{_DELETING}"
     (directory / str(step)).rename(gone)
@@ -204,50 +262,3 @@ def _reject(path: pathlib.Path) -> None:
   aside = path.with_name(path.name + _REJECTED)
   shutil.rmtree(aside, ignore_errors=True)
   path.rename(aside)
-
-
-def _hashed(path: pathlib.Path) -> dict[str, str]:
-  """The SHA-256 of each file beneath a step but its manifest, by name."""
-  files = [
-    file
-    for file in sorted(path.rglob("*"))
-    # A killed writer may have left a temporary of the manifest.
-    if not file.is_dir() and not (file.parent == path and MANIFEST in file.name)
-  ]
-  with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    names = [file.relative_to(path).as_posix() for file in files]
-    return dict(zip(names, pool.map(hashing.file_hash, files)))
-
-
-def _write(
-  directory: pathlib.Path,
-  step: int,
-  metrics: dict[str, float],
-  files: dict[str, str],
-) -> None:
-  content = {
-    "format": _FORMAT,
-    "step": step,
-    "metrics": {k: x for k, x in metrics.items() if math.isfinite(x)},
-    "files": files,
-  }
-  text = json.dumps(content | {"sha256": _own_hash(content)}, indent=2) + "\n"
-  atomic.write_text(directory / str(step) / MANIFEST, text)
-  atomic.sync(directory)
-
-
-def _manifest(directory: pathlib.Path, step: int) -> dict:
-  found = strict_json.read(directory / str(step) / MANIFEST)
-  if not isinstance(found, dict) or found.get("sha256") != _own_hash(found):
-    raise ValueError(f"{MANIFEST} is not what was written")
-  if (found["format"], found["step"]) != (_FORMAT, step):
-    raise ValueError(
-      f"{MANIFEST} is of step {found['step']} in format {found['format']},"
-      f" not {step} in {_FORMAT}"
-    )
-  return found
-
-
-def _own_hash(manifest: dict) -> str:
-  content = {key: value for key, value in manifest.items() if key != "sha256"}
-  return hashlib.sha256(json.dumps(content).encode()).hexdigest()
