@@ -19,7 +19,6 @@ _MODULES = {
   "plan": "dpo_jax.plan.plan",
   "inspect_data": "dpo_jax.training.inspect_data",
   "checkpoint": "dpo_jax.io.checkpoint",
-  "hub": "dpo_jax.hub.push",
 }
 
 

@@ -19,7 +19,6 @@ from dpo_jax import __main__
 from dpo_jax.cli import flags
 from dpo_jax.cli import help as help_lib
 from dpo_jax.core import console
-from dpo_jax.hub import push
 from dpo_jax.io import checkpoint
 from dpo_jax.report import report, verify
 from dpo_jax.training import score
@@ -232,14 +231,12 @@ COMMANDS = {
   "report": report.main,
   "verify": verify.main,
   "checkpoint": checkpoint.main,
-  "hub": push.main,
   "score": lambda arguments: score.main(),
 }
 REFUSED = {
   "report": ("nowhere",),
   "verify": ("nowhere",),
   "checkpoint": ("list", "nowhere"),
-  "hub": ("nowhere", "--repo=a/b"),
   "score": ("--model=m", "--pairs=p", "--output=nowhere/x"),
 }
 

@@ -1,32 +1,73 @@
 """Pushing a run's models to a hub, over real HTTP, and loading them from it."""
 
+import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import runpy
 import shlex
 import shutil
-import subprocess
-import sys
 
+import huggingface_hub.constants
+import jax
+import numpy as np
 import push_server
 import pytest
 import running
 
-from dpo_jax.core import settings as recipe_settings
+from dpo_jax.core import settings as settings_lib
 from dpo_jax.data import sources, tokenizer
 from dpo_jax.hub import model_card
 from dpo_jax.hub import push as push_lib
 from dpo_jax.io import remote
 from dpo_jax.model import gpt_neox, hf, hf_layout
+from dpo_jax.sampling import response_files
 from dpo_jax.training import config as config_lib
 from dpo_jax.training import train
+
+# Of httpx, to huggingface_hub, which sends weights as they are.
+pytestmark = pytest.mark.filterwarnings(
+  "ignore:Use 'content=<...>':DeprecationWarning"
+)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 REPO = "user/tiny"
 STEPS = [f"step-{i:06d}" for i in (2, 4, 6, 7)]
+
+
+@contextlib.contextmanager
+def serving(home):
+  """A hub that this process and its children know, with an empty cache."""
+  with push_server.serve() as server, pytest.MonkeyPatch.context() as patch:
+    environment = {
+      "HF_ENDPOINT": server.address,
+      "HF_HUB_OFFLINE": "0",
+      "HF_HUB_DISABLE_XET": "1",
+      "HF_HUB_DISABLE_TELEMETRY": "1",
+      "HF_HOME": str(home),
+      "HF_TOKEN": push_server.TOKEN,
+    }
+    for name, value in environment.items():
+      patch.setenv(name, value)
+    # The library read its environment when it was imported.
+    files = "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in {
+      "ENDPOINT": server.address,
+      "HUGGINGFACE_CO_URL_TEMPLATE": server.address + files,
+      "HF_HUB_OFFLINE": False,
+      "HF_HUB_DISABLE_XET": True,
+      "HF_HUB_CACHE": str(home / "hub"),
+    }.items():
+      patch.setattr(huggingface_hub.constants, name, value)
+    yield server
+    huggingface_hub.close_session()
+
+
+@pytest.fixture
+def server(tmp_path):
+  with serving(tmp_path / "home") as server:
+    yield server
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +84,8 @@ class Whole:
 def whole(tmp_path_factory):
   """A LoRA run with adapters of steps 2, 4, 6 and 7, whose hub is broken."""
   files = running.make_files(tmp_path_factory.mktemp("files"))
-  # No adapters are asked for, but those that are to be pushed.
-  changes = {"push_to_hub": REPO, "export_adapters": False}
-  config = running.configs(files)(**changes)
-  with push_server.serve() as server, pytest.MonkeyPatch.context() as patch:
-    hubbed(patch, server, files / "home")
+  config = running.configs(files)(push_to_hub=REPO, export_adapters=True)
+  with serving(files / "home") as server:
     server.broken = lambda method, path: True
     with pytest.raises(push_lib.NotPushed) as error:
       train.run(config, files / "dpo")
@@ -60,45 +98,8 @@ def run(whole, tmp_path):
   return pathlib.Path(shutil.copytree(whole.directory, tmp_path / "dpo"))
 
 
-def hubbed(monkeypatch, server, home):
-  """This process's children know the server; it itself stays offline."""
-  for name, value in environment(server, home).items():
-    monkeypatch.setenv(name, value)
-
-
-def environment(server, home):
-  """Of a process that knows this hub alone; no other cache, no Xet."""
-  return os.environ | {
-    "HF_ENDPOINT": server.address,
-    "HF_HUB_OFFLINE": "0",
-    "HF_HUB_DISABLE_XET": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HOME": str(home),
-    "HF_TOKEN": push_server.TOKEN,
-    "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-  }
-
-
-def child(server, home, *command):
-  done = subprocess.run(
-    [sys.executable, *map(str, command)],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-    env=environment(server, home),
-  )
-  assert push_server.TOKEN not in done.stdout + done.stderr
-  return done
-
-
-def push(server, workdir, *flags):
-  command = ("-m", "dpo_jax", "hub", workdir, f"--repo={REPO}", *flags)
-  return child(server, workdir.parent / "home", *command)
-
-
 def settings(**changes):
   values = {"repo": REPO, "public": False, "license": "", "dry_run": False}
-  values["checkpoints"] = True
   return push_lib.PushSettings(**values | changes)
 
 
@@ -108,238 +109,152 @@ def pushed(run, branch, **changes):
   return files["README.md"], files
 
 
-# Reads everything back as a stranger would, by name and revision.
-LOADED = """
-import json, pathlib, sys
-import jax, numpy as np
-from dpo_jax.model import hf
-from dpo_jax.data import tokenizer
-from dpo_jax.sampling import response_files
-from dpo_jax.sampling import jobs
-from dpo_jax.io import remote
-from dpo_jax.model import hf_layout
-base, run, repo = sys.argv[1:]
-options = dict(dtype="float32", remat="none", lora=None, param_dtype="float32")
-same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
-shape, weights = hf.load(base, **options)
-same(hf.load(repo, **options)[1], hf.load(run + "/export", **options)[1])
-for step in ("step-000002",):
-  mine = hf.load_adapter(run + "/adapters/" + step, shape, weights)
-  theirs = hf.load_adapter(repo + "@" + step, shape, weights)
-  assert mine[0] == theirs[0]
-  same(mine[1], theirs[1])
-words = tokenizer.load(repo + "@main")
-assert words.fingerprint == tokenizer.load(run + "/export").fingerprint
-assert remote.steps(repo)[:2] == [
-  (2, repo + "@step-000002"), (4, repo + "@step-000004")]
-assert response_files.weights(repo) == response_files.weights(run + "/export")
-for load in (hf.read_config, tokenizer.load):
-  try:
-    load(repo + "@step-000099")
-  except ValueError as error:
-    assert "step-000099" in str(error), error
-  else:
-    raise AssertionError("loaded")
-# Of all that the branch holds, nothing but what is read was fetched.
-found = {p.name for p in remote.fetch(repo + "@main").iterdir()}
-assert "planted.bin" not in found and "model.py" not in found, found
-# And nothing of its folders.
-assert not any(path.is_dir() for path in remote.fetch(repo).iterdir())
-"""
-
-
-def test_models_and_adapters_are_pushed_and_load_by_revision(run, whole):
-  with push_server.serve() as server:
-    done = push(server, run, "--license=mit")
-    assert done.returncode == 0, done.stderr
-    assert server.private == {REPO}
-    assert server.commits == [(REPO, branch) for branch in [*STEPS, "main"]]
-    branches = server.repos[REPO]
-    for step in STEPS:
-      assert branches[step].keys() == {
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-      }
-      file = run / "adapters" / step / "adapter_model.safetensors"
-      assert branches[step]["adapter_model.safetensors"] == file.read_bytes()
-    main = branches["main"]
-    for name in ("model.safetensors", "tokenizer.json", "config.json"):
-      assert main[name] == (run / "export" / name).read_bytes()
-    assert main["run/metrics.jsonl"] == (run / "metrics.jsonl").read_bytes()
-    # What was pushed says nowhere where it lay.
-    for files in branches.values():
-      for name, content in files.items():
-        for place in (whole.files, run.parent, ROOT, pathlib.Path.home()):
-          assert f"{place}/".encode() not in content, name
-    for file in ("run/config.json", "run/manifest.json"):
-      kept = (run / file.removeprefix("run/")).read_bytes()
-      assert f"{whole.files}/".encode() in kept
-      assert json.loads(main[file]).keys() == json.loads(kept).keys()
-    assert (
-      main["adapter/adapter_model.safetensors"]
-      == (branches[STEPS[-1]]["adapter_model.safetensors"])
-    )
-    # Again: nothing is sent. Another card: the cards alone change.
-    assert push(server, run, "--license=mit").returncode == 0
-    assert len(server.commits) == 5
-    sent = len(server.objects)
-    main["of/an/older.run"] = b""
-    assert push(server, run).returncode == 0
-    assert len(server.commits) == 10
-    assert len(server.objects) == sent
-    assert "of/an/older.run" not in branches["main"]
-
-    branches["main"] |= {
-      "planted.bin": b"pickled",
-      "model.py": b"raise SystemExit(9)",
+def test_models_and_adapters_are_pushed_and_load_by_revision(
+  run, whole, server, caplog
+):
+  assert push_lib.push(settings(license="mit"), run) == []
+  assert server.private == {REPO}
+  assert server.commits == [(REPO, branch) for branch in [*STEPS, "main"]]
+  branches = server.repos[REPO]
+  for step in STEPS:
+    assert branches[step].keys() == {
+      "README.md",
+      "adapter_config.json",
+      "adapter_model.safetensors",
     }
-    done = child(
-      server,
-      run.parent / "other",
-      "-c",
-      LOADED,
-      whole.files / "model",
-      run,
-      REPO,
-    )
-    assert done.returncode == 0, done.stderr
+    file = run / "adapters" / step / "adapter_model.safetensors"
+    assert branches[step]["adapter_model.safetensors"] == file.read_bytes()
+  main = branches["main"]
+  for name in ("model.safetensors", "tokenizer.json", "config.json"):
+    assert main[name] == (run / "export" / name).read_bytes()
+  assert main["run/metrics.jsonl"] == (run / "metrics.jsonl").read_bytes()
+  # No pushed file says where it was.
+  for files in branches.values():
+    for name, content in files.items():
+      for place in (whole.files, run.parent, ROOT, pathlib.Path.home()):
+        assert f"{place}/".encode() not in content, name
+  for file in ("run/config.json", "run/manifest.json"):
+    kept = (run / file.removeprefix("run/")).read_bytes()
+    assert f"{whole.files}/".encode() in kept
+    assert json.loads(main[file]).keys() == json.loads(kept).keys()
+  # Again: nothing is sent. Another card: the cards alone change.
+  assert push_lib.push(settings(license="mit"), run) == []
+  assert len(server.commits) == 5
+  sent = len(server.objects)
+  main["of/an/older.run"] = b""
+  assert push_lib.push(settings(), run) == []
+  assert len(server.commits) == 10
+  assert len(server.objects) == sent
+  assert "of/an/older.run" not in branches["main"]
+  branches["main"] |= {"planted.bin": b"pickled", "model.py": b"raise"}
+  assert_loads(run, whole.files / "model")
   for path in run.parent.rglob("*"):
     if path.is_file():
       assert push_server.TOKEN.encode() not in path.read_bytes(), path
+  assert push_server.TOKEN not in caplog.text
 
 
-def test_a_dry_run_writes_all_and_sends_nothing(run):
-  with push_server.serve() as server:
-    server.broken = lambda method, path: True
-    done = push(server, run, "--dry_run")
-    assert server.repos == {}
-  assert done.returncode == 0, done.stderr
-  names = ", ".join([*STEPS, "main"])
-  assert f"{REPO}: {names} written to {run / 'push'}\n" in done.stdout
-  for branch in (*STEPS, "main"):
+def assert_loads(run, base):
+  """Reads everything back as a stranger would, by name and revision."""
+  options = {
+    "dtype": "float32",
+    "remat": "none",
+    "lora": None,
+    "param_dtype": "float32",
+  }
+
+  def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+  shape, weights = hf.load(base, **options)
+  same(hf.load(REPO, **options)[1], hf.load(run / "export", **options)[1])
+  step = STEPS[0]
+  mine = hf.load_adapter(run / "adapters" / step, shape, weights)
+  theirs = hf.load_adapter(f"{REPO}@{step}", shape, weights)
+  assert mine[0] == theirs[0]
+  same(mine[1], theirs[1])
+  words = tokenizer.load(f"{REPO}@main")
+  assert words.fingerprint == tokenizer.load(run / "export").fingerprint
+  assert remote.steps(REPO) == [(int(x[5:]), f"{REPO}@{x}") for x in STEPS]
+  assert response_files.weights(REPO) == response_files.weights(run / "export")
+  for load in (hf.read_config, tokenizer.load):
+    with pytest.raises(ValueError, match="step-000099"):
+      load(f"{REPO}@step-000099")
+  # Of all that the branch holds, nothing but what is read was fetched, and
+  # nothing of its folders.
+  found = list(remote.fetch(f"{REPO}@main").iterdir())
+  assert not {"planted.bin", "model.py"} & {path.name for path in found}
+  assert not any(path.is_dir() for path in found)
+
+
+def test_a_dry_run_writes_all_and_sends_nothing(run, server):
+  assert push_lib.push(settings(dry_run=True), run) == []
+  assert server.repos == {}
+  for branch, files in push_lib.branches(run, settings()).items():
     written = {
       str(path.relative_to(run / "push" / branch)): path.read_bytes()
       for path in (run / "push" / branch).rglob("*")
       if path.is_file()
     }
-    _, wanted = pushed(run, branch)
     assert written == {
       name: x.encode() if isinstance(x, str) else x.read_bytes()
-      for name, x in wanted.items()
+      for name, x in files.items()
     }
+  assert {path.name for path in (run / "push").iterdir()} == {*STEPS, "main"}
   assert not (run / "hub.json").exists()
 
 
-def test_what_fails_is_named_and_the_same_command_pushes_it(run):
-  with push_server.serve() as server:
-    tried = []
-
-    def broken(method, path):
-      if "commit/step-000004" in path:
-        tried.append(path)
-        return True
-      return False
-
-    server.broken = broken
-    done = push(server, run)
-    assert done.returncode == 1
-    assert len(tried) == 1
-    assert done.stderr.count("step-000004 was not pushed to user/tiny") == 1
-    pushed = json.loads((run / "hub.json").read_text())[REPO]
-    assert pushed.keys() == {*STEPS, "main"} - {"step-000004"}
-    server.broken = lambda method, path: False
-    assert push(server, run).returncode == 0
-    assert server.commits[-1] == (REPO, "step-000004")
-    assert len(server.commits) == 5
-    # The repository was deleted there.
-    server.repos.clear()
-    (run / "hub.json").unlink()
-    assert push(server, run).returncode == 0
-    assert server.repos[REPO].keys() == {*STEPS, "main"}
+def test_what_fails_is_named_and_the_same_command_pushes_it(
+  run, server, caplog
+):
+  server.broken = lambda method, path: "commit/step-000004" in path
+  assert push_lib.push(settings(), run) == ["step-000004"]
+  assert caplog.text.count("step-000004 was not pushed to user/tiny") == 1
+  pushed = json.loads((run / "hub.json").read_text())[REPO]
+  assert pushed.keys() == {*STEPS, "main"} - {"step-000004"}
+  server.broken = lambda method, path: False
+  assert push_lib.push(settings(), run) == []
+  assert server.commits[-1] == (REPO, "step-000004")
+  assert len(server.commits) == 5
 
 
 def test_what_failed_while_training_is_pushed_by_the_same_command(
-  run, whole, monkeypatch
+  run, whole, server
 ):
   """The run itself was made with a hub that answers nothing but errors."""
-  config, error = whole.config, whole.error
-  assert "pushes what is missing" in error
+  assert "main not pushed to user/tiny; the same command" in whole.error
   assert (run / "finished.json").exists()
   assert not (run / "hub.json").exists()
   before = (run / "metrics.jsonl").read_bytes()
-  with push_server.serve() as server:
-    hubbed(monkeypatch, server, run.parent / "home")
-    train.run(config, run)
-    assert set(server.repos[REPO]) == {*STEPS, "main"}
+  train.run(whole.config, run)
+  assert set(server.repos[REPO]) == {*STEPS, "main"}
   assert (run / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.slow
-def test_all_weights_are_kept_until_they_are_pushed(
-  tmp_path, monkeypatch, capfd
-):
-  files = running.make_files(tmp_path)
-  changes = {
-    "lora.rank": 0,
-    "export_adapters": False,
-    "push_to_hub": REPO,
-    "checkpoint_every": 1,
-    "max_steps": 3,
-  }
-  config = running.configs(files)(**changes)
-  with push_server.serve() as server:
-    hubbed(monkeypatch, server, tmp_path / "home")
-    server.broken = lambda method, path: True
-    with pytest.raises(push_lib.NotPushed):
-      train.run(config, tmp_path / "dpo")
-    # Two may wait; the third is said to be left out.
-    waiting = [n for n, _ in remote.steps(str(tmp_path / "dpo" / "models"))]
-    assert waiting == [1, 2]
-    assert "step-000003 is not kept for the hub" in capfd.readouterr().err
-    server.broken = lambda method, path: False
-    train.run(config, tmp_path / "dpo")
-    branches = server.repos[REPO]
-    assert branches.keys() == {"step-000001", "step-000002", "main"}
-    weights = {branch["model.safetensors"] for branch in branches.values()}
-    assert len(weights) == 3
-  assert not any((tmp_path / "dpo" / "models").iterdir())
-
-
-def test_leaving_ends_a_push_that_hangs(run, monkeypatch):
-  with push_server.serve() as server:
-    hubbed(monkeypatch, server, run.parent / "home")
-    asked = server.hang()
-    with push_lib.Publisher(settings(), run) as publisher:
-      publisher.checkpoint()
-      assert asked.wait(60)
-    assert publisher._child.poll() is not None
-    server.go_on()
+def test_a_push_during_training_ends_with_it(run, server):
+  (run / "finished.json").unlink()
+  asked = server.hang()
+  with push_lib.Publisher(settings(), run) as publisher:
+    publisher.checkpoint()
+    assert asked.wait(60)
+  assert not publisher._child.is_alive()
+  server.go_on()
   assert not (run / "hub.json").exists()
+  with push_lib.Publisher(settings(), run) as publisher:
+    publisher.checkpoint()
+    publisher._child.join(60)
+  assert server.commits == [(REPO, branch) for branch in STEPS]
 
 
 def test_a_run_without_a_token_is_refused_before_it_begins(
-  tmp_path, monkeypatch
+  whole, tmp_path, monkeypatch
 ):
   monkeypatch.delenv("HF_TOKEN", raising=False)
-  monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
-  done = subprocess.run(
-    [
-      sys.executable,
-      "-c",
-      "import sys\n"
-      "from dpo_jax.hub import push\n"
-      # A second process that takes the accelerator would stop the first.
-      "assert 'jax' not in sys.modules\n"
-      "push.check(push.PushSettings('a/b', False, '', True, True))\n"
-      "push.check(push.PushSettings('a/b', False, '', True, False))",
-    ],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-  )
-  assert "needs a token that may write: put it into HF_TOKEN" in done.stderr
-  assert "line 5" in done.stderr
+  none = str(tmp_path / "none")
+  monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", none)
+  with pytest.raises(ValueError, match="needs a token that may write: put it"):
+    train.run(whole.config, tmp_path / "run")
+  push_lib.check(settings(dry_run=True))
 
 
 # --- what is pushed
@@ -348,22 +263,54 @@ PLANTED = "/data/pe ople/jo"
 
 
 @pytest.mark.parametrize(
-  ("path", "known", "repo", "revision"),
+  ("path", "known"),
   [
-    ("user/base@v2", "user/base@v2", "user/base", "v2"),
-    ("gs://bucket/sft", "gs://bucket/sft", None, None),
-    ("gpt2", "gpt2", None, None),
-    (f"{PLANTED}/runs/sft/export", "sft", None, None),
-    ("~jo/my models/base", "base", None, None),
-    ("../../jo/sft/export/", "sft", None, None),
-    ("{run}/export", "user/sft@abc", "user/sft", "abc"),
+    ("user/base@v2", "user/base@v2"),
+    ("gs://bucket/sft", "gs://bucket/sft"),
+    ("gpt2", "gpt2"),
+    (f"{PLANTED}/runs/sft/export", "sft"),
+    ("~jo/my models/base", "base"),
+    ("../../jo/sft/export/", "sft"),
+    ("runs/base", "base"),
+    (f"config.cache: '{PLANTED}/e' -> '~/jo/f'", "config.cache: 'e' -> 'f'"),
+    (f"('{PLANTED}/c',)", "('c',)"),
   ],
 )
-def test_no_directory_of_the_machine_is_named(run, path, known, repo, revision):
-  """Paths of all forms in every file that tells where things were."""
-  path = path.format(run=run)
-  noted = {"a/b": {STEPS[0]: {}}, "user/sft": {"main": {"commit": "abc"}}}
-  (run / "hub.json").write_text(json.dumps(noted))
+def test_local_paths_become_base_names(tmp_path, monkeypatch, path, known):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "runs" / "base").mkdir(parents=True)
+  content = {"model": {"path": path}, "use": [path, 1]}
+  assert push_lib.portable(content) == {
+    "model": {"path": known},
+    "use": [known, 1],
+  }
+
+
+def test_local_paths_of_a_command_become_base_names():
+  command = (
+    f"python {shlex.quote(PLANTED)}/train.py --config=configs/x.py:y"
+    f" '--workdir={PLANTED}/run' --config.data.use=\"('{PLANTED}/c',)\" ~/jo/d"
+  )
+  found = push_lib.portable({"command": command})["command"]
+  assert shlex.split(found) == [
+    "python",
+    "train.py",
+    "--config=configs/x.py:y",
+    "--workdir=run",
+    "--config.data.use=('c',)",
+    "d",
+  ]
+
+
+@pytest.mark.parametrize(
+  ("path", "known", "on_hub"),
+  [
+    ("user/base@v2", "user/base@v2", True),
+    (f"{PLANTED}/sft/export", "sft", False),
+  ],
+)
+def test_no_directory_of_the_machine_is_named(run, path, known, on_hub):
+  """Paths in every file that says where things were."""
   config = json.loads((run / "config.json").read_text())
   config["tokenizer"] = config["model"]["path"] = path
   config["reference_cache"] = f"{PLANTED}/it's here"
@@ -372,39 +319,27 @@ def test_no_directory_of_the_machine_is_named(run, path, known, repo, revision):
   (run / "config.json").write_text(json.dumps(config))
   manifest = json.loads((run / "manifest.json").read_text())
   manifest["base"]["source"] = path
-  manifest["starts"][0] |= {
-    "command": f"python {shlex.quote(PLANTED)}/train.py --config=configs/x.py:y"
-    f" '--workdir={PLANTED}/run' --config.data.use=\"('{PLANTED}/c',)\" ~/jo/d",
-    "changed": [f"config.compilation_cache: '{PLANTED}/e' -> '~/jo/f'"],
-  }
+  manifest["starts"][0]["command"] = f"python '{PLANTED}/train.py'"
   (run / "manifest.json").write_text(json.dumps(manifest))
-  for branch in (*STEPS, "main"):
-    for name, content in pushed(run, branch)[1].items():
+  adapter = run / "adapters" / STEPS[0] / "adapter_config.json"
+  about = json.loads(adapter.read_text())
+  about["base_model_name_or_path"] = path.partition("@")[0]
+  adapter.write_text(json.dumps(about))
+  found = push_lib.branches(run, settings())
+  for files in found.values():
+    for name, content in files.items():
       if isinstance(content, str):
         assert not re.search(r"pe ople|jo\b|here/", content), name
-  card, files = pushed(run, "main")
+  card = found["main"]["README.md"]
   assert f"# DPO of {known}\n" in card
-  assert ("base_model" in card) == ("datasets" in card) == bool(repo)
-  told = json.loads(files["run/config.json"])
+  assert ("base_model" in card) == ("datasets" in card) == on_hub
+  told = json.loads(found["main"]["run/config.json"])
   assert told["tokenizer"] == told["model"]["path"] == known
-  assert told["reference_cache"] == "it's here"
-  source = told["data"]["sources"]["files"]
-  assert (source["train_path"], source["eval_path"]) == (known, "test.jsonl")
-  told = json.loads(files["run/manifest.json"])
-  assert told["base"]["source"] == known
-  start = told["starts"][0]
-  assert shlex.split(start["command"]) == [
-    "python",
-    "train.py",
-    "--config=configs/x.py:y",
-    "--workdir=run",
-    "--config.data.use=('c',)",
-    "d",
-  ]
-  assert start["changed"] == ["config.compilation_cache: 'e' -> 'f'"]
-  adapter = json.loads(files["adapter/adapter_config.json"])
-  assert adapter["base_model_name_or_path"] == repo
-  assert adapter["revision"] == revision
+  assert json.loads(found["main"]["run/manifest.json"])["base"] == (
+    manifest["base"] | {"source": known}
+  )
+  adapter = json.loads(found[STEPS[0]]["adapter_config.json"])
+  assert adapter["base_model_name_or_path"] == known.partition("@")[0]
 
 
 def test_the_card_says_what_the_files_say(run, whole):
@@ -492,7 +427,6 @@ def test_names_that_are_no_ids_are_refused(name):
     ({"repo": "name"}, "push_to_hub='name' must be user/name"),
     ({"repo": "../x"}, "push_to_hub"),
     ({"repo": "user/name@main"}, "push_to_hub"),
-    ({"license": "my license"}, "push_license"),
   ],
 )
 def test_wrong_push_settings_are_refused(changes, words):
@@ -502,7 +436,7 @@ def test_wrong_push_settings_are_refused(changes, words):
 
 def test_the_scripts_flag_is_the_configs_field(whole, tmp_path):
   main = runpy.run_path(str(ROOT / "train.py"))["main"]
-  values = recipe_settings.to_dict(whole.config)
+  values = settings_lib.to_dict(whole.config)
   with pytest.raises(ValueError, match="push_to_hub='no' must be user/name"):
     main(values, tmp_path / "run", "no")
   assert not (tmp_path / "run").exists()

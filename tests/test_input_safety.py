@@ -70,7 +70,7 @@ READ = {
   "rows.jsonl.gz": sourcing.load,
   "dpo.jsonl": lambda path: records.read(path, records.Response),
   "metrics.jsonl": metrics.read,
-  "x.safetensors": lambda path: reference.load(path, table, {}),
+  "x.safetensors": lambda path: reference.load(path, None, {}),
 }
 
 

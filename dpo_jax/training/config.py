@@ -31,7 +31,6 @@ FREE = (
   "push_to_hub",
   "push_public",
   "push_license",
-  "push_checkpoints",
   "push_dry_run",
   "checkpoint_bucket",
 )
@@ -157,7 +156,6 @@ class TrainSettings:
   push_to_hub: str
   push_public: bool
   push_license: str
-  push_checkpoints: bool
   push_dry_run: bool
 
   def __post_init__(self):
@@ -226,7 +224,6 @@ class TrainSettings:
       repo=self.push_to_hub,
       public=self.push_public,
       license=self.push_license,
-      checkpoints=self.push_checkpoints,
       dry_run=self.push_dry_run,
     )
 

@@ -180,7 +180,6 @@ def _train(
 
   def save(state, number, metrics, export):
     params, name = state.params, f"step-{number:06d}"
-    push = export and publisher and publisher.settings.checkpoints
     meta = {
       "inputs": inputs(number),
       "base": {"source": config.model.path, "hash": base_hash},
@@ -188,17 +187,10 @@ def _train(
       "versions": versions.versions(),
     }
     with jax.transfer_guard("allow"):
-      # Adapters, to sample from or to push; or all weights, only to push.
-      if (export and config.export_adapters) or (push and model.lora):
+      if export and config.export_adapters:
         path = workdir / "adapters" / name
         source = config.model.path
         hf.export_adapter(path, model, params["lora"], source, fingerprint)
-      # The first process sees how many wait for the hub, and decides.
-      elif push and distributed.all_gather(publisher.room())[0]:
-        hf.export(workdir / "models" / name, model, params["base"], tokenizer)
-      elif push:
-        text = f"{name} is not kept for the hub: earlier ones still wait"
-        console.say(text, "push")
       # A checkpoint must not outlive the rows of its steps.
       log.writer.sync()
       checkpoints.save(state, trainable, meta, metrics)
