@@ -1,8 +1,7 @@
-"""Files that are there whole or not at all.
+"""Atomic writes: a file is written under a temporary name and renamed.
 
-A file is written under a temporary name and moved into place. What a killed
-writer leaves is removed by the next writer in that directory, once nobody has
-written to it for a day.
+The temporary file of a killed writer is removed by the next writer in that
+directory, once it is a day old.
 """
 
 import contextlib
@@ -22,8 +21,8 @@ _LEFT_S = 24 * 3600
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """A temporary file to fill, which replaces `path` when the block ends.
 
-  If the block raises, it is removed and `path` stays as it was. Once replaced,
-  the content and the name survive a power cut.
+  If the block raises, it is removed and `path` stays as it was. The new content
+  and its name survive a power cut.
 
   Raises:
     OSError: the directory cannot be written; found on entry.
@@ -42,7 +41,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-  """Writes the whole file or nothing: a reader never sees half of it."""
+  """Replaces a file's text; a reader sees the old or the new one."""
   path = pathlib.Path(path)
   data = text.encode()
   with naming(path, data), replacing(path) as temporary:
@@ -51,7 +50,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 @contextlib.contextmanager
 def naming(path: pathlib.Path, data: bytes):
-  """Gives the errors of a write, which name no file, the path and size."""
+  """Adds path and size to the OSError of a write, which names no file."""
   try:
     yield
   except OSError as error:

@@ -1,4 +1,4 @@
-"""A file of rows that one process at a time appends to."""
+"""Append-only file of rows, locked by one process."""
 
 import logging
 import os
@@ -12,19 +12,17 @@ _log = logging.getLogger(__name__)
 
 
 class Store(Generic[records.Row]):
-  """An append-only file of rows held by one process; a context manager.
+  """Append-only file of rows, held by one process; a context manager.
 
-  On entering, the lock `<path>.lock` is taken and `rows` is read, every row of
-  the file: verdicts that were replaced since are among them. A last line
-  cut by an interrupted append is removed, which is logged and counted in
-  `cut_bytes`; a last line that is whole but for its newline is kept.
+  Entering takes the lock `<path>.lock` and reads `rows`: all rows of the file,
+  replaced verdicts too. A last line cut by an interrupted append is removed
+  with a warning; one that lacks only its newline is kept.
   """
 
   def __init__(self, path: str | os.PathLike, cls: type[records.Row]):
     self.path = pathlib.Path(path)
     self.cls = cls
     self.rows: list[records.Row] = []
-    self.cut_bytes = 0
     self._lock = locks.Lock(self.path.with_name(self.path.name + ".lock"))
     self._fd = -1
     self._size = 0
@@ -40,10 +38,7 @@ class Store(Generic[records.Row]):
     return self
 
   def peek(self) -> "Store[records.Row]":
-    """Reads `rows` without a lock, for whoever will not write; itself.
-
-    A last line that was cut, or a file that is not there, is no row.
-    """
+    """Reads `rows` without a lock; a missing file or a cut line is no row."""
     if self.path.exists():
       self.rows, _, _ = records.scan(self.path, self.cls)
     return self
@@ -59,7 +54,6 @@ class Store(Generic[records.Row]):
     try:
       row = records.decode(rest, self.cls)
     except ValueError:
-      self.cut_bytes = len(rest)
       os.ftruncate(self._fd, self._size)
       os.fsync(self._fd)
       _log.warning(
@@ -83,10 +77,7 @@ class Store(Generic[records.Row]):
     self._write(records.encode(row))
 
   def append_many(self, rows: Iterable[records.Row]) -> None:
-    """Commits rows with one flush to disk, for rows that are cheap to redo.
-
-    An interruption loses a tail of these rows at most, never a part of one.
-    """
+    """Commits rows with one flush; an interruption keeps the first of them."""
     self._write(b"".join(map(records.encode, rows)))
 
   def _write(self, data: bytes) -> None:

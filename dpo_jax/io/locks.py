@@ -1,4 +1,4 @@
-"""A file or a directory that one process holds at a time."""
+"""Lock of a file or a directory, with its holder's pid and host."""
 
 import fcntl
 import json
@@ -18,19 +18,17 @@ class Held(errors.Stopped):
 
 
 class Lock:
-  """Holds `path` for one process; a context manager.
+  """Lock file of one process; a context manager.
 
-  The operating system drops the lock when its holder dies, so a file left by
-  a killed process on this host is stale and is taken over. A file left by
-  another host cannot be told apart from a live holder and is refused.
+  The operating system drops the lock when its holder dies, so that a file left
+  by a killed process of this host is taken over. A file left by another host
+  may be a live holder's and is refused.
 
-  filelock does not do: its FileLock names no holder and takes what another host
-  left; its SoftFileLock is held by a killed process until that is reaped, which
-  is never in a container without an init process.
+  filelock does not do: its FileLock names no holder and takes over other hosts'
+  files; its SoftFileLock stays held by a killed process until that is reaped.
 
   Raises:
-    Held: on entering, when somebody else holds it, naming pid and
-      host.
+    Held: on entering, by another process; pid and host are named.
   """
 
   def __init__(self, path: str | os.PathLike):

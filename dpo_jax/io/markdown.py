@@ -1,15 +1,15 @@
-"""Text into Markdown that shows it as it is.
+"""Markdown that shows a text literally.
 
-Answers of models and names of files are data: whatever they hold, they may
-not break a table, nor add markup, links, images or HTML to a report.
+Responses and file names are data: they cannot break a table, nor add markup,
+links, images or HTML to a report.
 """
 
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-# Characters that start any Markdown construct within a line, GitHub's $math$
-# included; as entities they are text wherever they stand.
+# Characters that start a Markdown construct within a line, GitHub's $math$
+# included; as entities they are text.
 _MARKUP = re.compile(r"[\\`*_\[\]<>&|#~${}^]")
 # GitHub links bare addresses after entities are resolved; an empty comment
 # splits the text and shows nothing.

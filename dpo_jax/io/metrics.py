@@ -1,7 +1,7 @@
-"""One JSON line a step: what happened, and how fast.
+"""metrics.jsonl: one row of metrics a step.
 
-The file holds each step once. A resumed run drops the lines after the step it
-goes on from, since those updates were lost with the process that made them.
+A resumed run drops the rows after the step that it resumes from: those updates
+were lost with the process that made them.
 """
 
 import json
@@ -17,11 +17,10 @@ FILE = "metrics.jsonl"
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """The rows of a metrics file; an interrupted last line is left out.
+  """Rows of a metrics file, without a last line that was cut.
 
   Raises:
-    ValueError: naming file and line, if one is no object with a whole number
-      as its step.
+    ValueError: naming file and line, if one is no object with an integer step.
   """
   rows = []
   for number, row in strict_json.appended(path):
@@ -40,10 +39,7 @@ class Writer:
   """Appends rows to a run's metrics.jsonl."""
 
   def __init__(self, directory: pathlib.Path, start_step: int):
-    """Opens the file, keeping rows up to and including `start_step`.
-
-    A run that starts at step 0 starts over: its step 0 is evaluated again.
-    """
+    """Opens the file and keeps rows up to `start_step`; at 0 it keeps none."""
     path = directory / FILE
     kept = []
     if start_step and path.exists():
@@ -62,7 +58,7 @@ class Writer:
     return [row for row in self.rows if row["step"] == step]
 
   def sync(self) -> None:
-    """Puts all rows on disk, where a power cut leaves them."""
+    """Makes all rows survive a power cut."""
     os.fsync(self._file.fileno())
 
   def close(self) -> None:
@@ -70,7 +66,7 @@ class Writer:
 
 
 class Silent:
-  """What the other processes of a run have in place of a Writer."""
+  """Writer of all processes of a run but the first: it writes nothing."""
 
   def __init__(self, directory: pathlib.Path, start_step: int):
     del directory, start_step
@@ -93,10 +89,10 @@ class Silent:
 
 
 class Throughput:
-  """Tokens and items per second between two calls.
+  """Tokens and items per second since the last call.
 
   Args:
-    items: what an item is, in the plural; the rate is called by it.
+    items: plural name of the items, for the metric's name.
   """
 
   def __init__(self, items: str):
@@ -104,7 +100,6 @@ class Throughput:
     self._then = time.perf_counter()
 
   def __call__(self, tokens: int, items: int) -> dict[str, float]:
-    """Rates since the last call, for real tokens, padding not counted."""
     now = time.perf_counter()
     seconds, self._then = max(now - self._then, 1e-9), now
     return {
@@ -114,13 +109,13 @@ class Throughput:
 
 
 def encode(row: dict[str, Any]) -> str:
-  """The row's line of JSON, newline included."""
+  """JSON line of a row, newline included."""
   values = {key: _plain(value) for key, value in row.items()}
   return json.dumps(values, allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:
-  """JSON has no NaN: a non-finite number is written as its name."""
+  """A value that JSON can hold: non-finite numbers become "nan" or "inf"."""
   if isinstance(value, float) and not math.isfinite(value):
     return str(value)
   return value

@@ -1,4 +1,4 @@
-"""The rows that the stages hand to each other, one JSON object a line.
+"""Rows of responses.jsonl and verdicts.jsonl, one JSON object a line.
 
 A row is committed when its line, newline included, is on disk; see
 `strict_json.scan`.
@@ -22,15 +22,17 @@ FinishReason = Literal["eos", "turn", "length"]
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-  """One sampled response beside the dataset's chosen one.
+  """One sampled response, with the dataset's chosen one.
 
-  Texts are kept as generated and as read, leading space included.
-  `step` is None for a final model; `top_k` 0 and `top_p` 1.0 are off;
-  `token_count` counts generated tokens. `mean_logp` is the mean log-prob of
-  these under the model itself, in nats, at temperature 1 before top_k and
-  top_p; `cut_prompt_tokens` counts those that the prompt lost at its start;
-  `subset` is the part of the dataset that the prompt is of, "" if it has none.
-  All three are None in files of versions that did not write them.
+  Attributes:
+    prompt: as in the dataset, like `chosen`, leading space included.
+    step: of a checkpoint; None for a final model.
+    top_k: 0 is off, like 1.0 of `top_p`.
+    token_count: generated tokens.
+    mean_logp: mean log-prob of the generated tokens under the model itself, in
+      nats, at temperature 1 before top_k and top_p; None if unknown.
+    cut_prompt_tokens: removed from the prompt's start; None if unknown.
+    subset: the prompt's part of the dataset, "" without one; None if unknown.
   """
 
   prompt_id: str
@@ -53,7 +55,7 @@ class Response:
 
   @property
   def unit(self) -> tuple:
-    """What the row is about: one sample of one model on one prompt."""
+    """Key of the row: one sample of one model for one prompt."""
     return (
       self.prompt_id,
       self.model,
@@ -65,18 +67,18 @@ class Response:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """One judge call: which of two texts won, in which order they were shown.
+  """One judge call: which of two texts won, in one order.
 
   Attributes:
-    key: hash of everything that the answer depends on.
-    control: "" for an ordinary comparison, the only kind that a win rate
-      counts. "aa" is a chosen text against itself, really asked; "gold" the
-      prompt's chosen answer, in the model's place, against that of another
-      prompt; "retest" an ordinary question asked once more.
+    key: hash of everything that the reply depends on.
+    control: "" for a comparison, the only kind that a win rate counts. "aa" is
+      a chosen text against itself; "gold" the prompt's chosen response, in the
+      model's place, against that of another prompt; "retest" a comparison
+      that is asked again.
     score: the judge's probability that the model's text wins, from its
-      log-probabilities; None where it gave none.
-    judge: as asked for; `judge_returned` and `judge_fingerprint` are what the
-      server said it was, "" if it said nothing.
+      log-probs; None without them.
+    judge: as requested; `judge_returned` and `judge_fingerprint` are the
+      server's own, "" if it sent none.
     prompt_tokens: as the server counted them, like `completion_tokens`; 0 if
       it did not.
     raw: the judge's own text.
@@ -106,7 +108,7 @@ class Verdict:
 
   @property
   def unit(self) -> tuple:
-    """What the row is about: one response in one order, for one purpose."""
+    """Key of the row: one response in one order, for one purpose."""
     return (
       self.prompt_id,
       self.model,
@@ -122,12 +124,11 @@ Row = TypeVar("Row", Response, Verdict)
 
 
 def encode(row: Response | Verdict) -> bytes:
-  """The row's line, newline included.
+  """JSON line of a row, newline included.
 
   Raises:
     ValueError: a field has a wrong type, is not finite, or holds half of a
-      surrogate pair, which UTF-8 cannot carry; or the line would be longer
-      than what is read again.
+      surrogate pair; or the line would be too long to be read.
   """
   values = vars(_typed(type(row), vars(row)))
   strict_json.check_texts(values)
@@ -141,19 +142,19 @@ def encode(row: Response | Verdict) -> bytes:
 
 
 def decode(line: bytes, cls: type[Row]) -> Row:
-  """The row that a line holds; ValueError names the field that is wrong."""
+  """Row of a line; ValueError names the field that is wrong."""
   return _typed(cls, strict_json.parse(line))
 
 
 def _typed(cls: type[Row], values: Any) -> Row:
-  # Fields that have a default came later: older files do not have them.
+  # Fields with a default may be missing.
   if isinstance(values, dict):
-    values = _later(cls) | values
+    values = _defaults(cls) | values
   return settings.build(cls, values, "row")
 
 
 @functools.cache
-def _later(cls: type) -> dict[str, Any]:
+def _defaults(cls: type) -> dict[str, Any]:
   return {
     field.name: field.default
     for field in dataclasses.fields(cls)
@@ -162,10 +163,10 @@ def _later(cls: type) -> dict[str, Any]:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-  """The last row of each unit: it replaces those before it.
+  """The last row of each unit, which replaces those before it.
 
-  A judge that is asked again (after a missing verdict, an edited text, another
-  template) appends a row and leaves the earlier one as it was.
+  A comparison that is asked again (after a missing verdict, or with another
+  text or template) appends a row.
   """
   last: dict[tuple, Row] = {}
   for row in rows:
@@ -175,11 +176,11 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 
 def read(path: str | os.PathLike, cls: type[Row]) -> list[Row]:
-  """The rows of a file; of verdicts, the `latest` of each unit.
+  """Rows of a file; of verdicts, the `latest` of each unit.
 
   Raises:
-    ValueError: a line is malformed, naming file, line and field. A last line
-      that was cut is an error here; `jsonl.Store` mends it.
+    ValueError: a line is malformed, or the last one cut (`jsonl.Store` repairs
+      that); file, line and field are named.
   """
   rows, rest, _ = scan(path, cls)
   if rest:

@@ -1,7 +1,6 @@
-"""A run's directory belongs to one config.
+"""Directory of a run, which belongs to one config.
 
-Whoever begins a run writes config.json; whoever goes on with it must bring the
-same values, or is told which differ.
+A run starts by writing config.json; it resumes only with the same values.
 """
 
 import json
@@ -15,15 +14,10 @@ from dpo_jax.io import atomic, strict_json
 
 
 def prepare(workdir: pathlib.Path, *names: str) -> None:
-  """Makes a directory, and others in it, and tries to write to each.
-
-  Raises:
-    ValueError: one cannot be made or written, and why.
-  """
+  """Creates a directory, and others in it; ValueError if one is read-only."""
   for directory in (workdir, *(workdir / name for name in names)):
     try:
       directory.mkdir(parents=True, exist_ok=True)
-      # Without a name: a process killed here leaves nothing.
       with tempfile.TemporaryFile(dir=directory) as probe:
         probe.write(b"\0" * 4096)
     except OSError as error:
@@ -34,13 +28,11 @@ def prepare(workdir: pathlib.Path, *names: str) -> None:
 
 
 def refuse_foreign(workdir: pathlib.Path) -> None:
-  """Checks that a run may begin, or go on, in a directory.
-
-  A run is begun by its config.json. Without one, only what a run that was
-  refused may leave, and logs, may lie there.
+  """Checks that a run may start or resume in a directory.
 
   Raises:
-    ValueError: something else does.
+    ValueError: it has no config.json, but more than logs and what a refused
+      run leaves.
   """
   if (workdir / "config.json").exists():
     return
@@ -63,11 +55,7 @@ def refuse_foreign(workdir: pathlib.Path) -> None:
 def claim(
   workdir: pathlib.Path, values: dict[str, Any], allowed: Iterable[str] = ()
 ) -> None:
-  """Writes `values` as config.json, unless they are there.
-
-  Raises:
-    ValueError: see `check`.
-  """
+  """Writes `values` to config.json if they are new; ValueError as `check`."""
   path = workdir / "config.json"
   if check(workdir, values, allowed) or not path.exists():
     atomic.write_text(path, json.dumps(values, indent=2) + "\n")
@@ -76,20 +64,20 @@ def claim(
 def check(
   workdir: pathlib.Path, values: dict[str, Any], allowed: Iterable[str] = ()
 ) -> list[str]:
-  """Checks that a directory, if it was begun, was begun with `values`.
+  """Compares a config with that of a directory's run, if there is one.
 
   Args:
     workdir: the directory.
-    values: of a config.
-    allowed: names of values that may be others now: "loss.beta", or "loss"
-      for all in it.
+    values: of the config.
+    allowed: names of fields that may differ: "loss.beta", or "loss" for all in
+      it.
 
   Returns:
-    Lines "config.loss.beta: 1 -> 2" of those that are.
+    Lines "config.loss.beta: 1 -> 2" of those that do.
 
   Raises:
-    ValueError: the directory was begun with other values, all of them named,
-      or holds a config.json that is none.
+    ValueError: other fields differ, all of them named; or config.json is not
+      JSON.
   """
   if not (workdir / "config.json").exists():
     return []
@@ -102,7 +90,7 @@ def refuse_other(
   values: dict[str, Any],
   allowed: Iterable[str] = (),
 ) -> list[str]:
-  """As `check`, of the values that the run at `where` was begun with."""
+  """`check` against the config of a run in a directory or a bucket."""
   what = "--workdir" if isinstance(where, pathlib.Path) else "checkpoint_bucket"
   found = settings.differing(begun_with, json.loads(json.dumps(values)))
   if refused := beyond(found, allowed):
@@ -118,16 +106,12 @@ def refuse_other(
 
 
 def beyond(changed: Iterable[str], allowed: Iterable[str]) -> list[str]:
-  """Of the lines that `check` returns, those about none of `allowed`."""
+  """The lines of `check` that are about none of the `allowed` fields."""
   starts = tuple(f"config.{name}{end}" for name in allowed for end in ":.")
   return [line for line in changed if not line.startswith(starts)]
 
 
 def begun(workdir: pathlib.Path) -> dict[str, Any]:
-  """The values that a directory was begun with; {} for a new one.
-
-  Raises:
-    ValueError: its config.json is not an object in JSON.
-  """
+  """The config of a directory's run, {} of a new one; ValueError if damaged."""
   path = workdir / "config.json"
   return strict_json.read_object(path) if path.exists() else {}

@@ -1,9 +1,8 @@
-"""Safetensors on disk, read slice by slice and written tensor by tensor.
+"""Safetensors: read slice by slice, written tensor by tensor.
 
-The safetensors library checks a file's header and reads it; nothing else is
-ever opened, since pickled weights can run code. It writes only tensors that are
-all in memory, and our layout is a transpose of the stored one, so its
-`save_file` would need a second copy of a model: `write` holds one tensor.
+Weights are read from no other format, since pickles can run code. The library's
+`save_file` needs all tensors in memory, and our layout is a transpose of the
+stored one, so that it would hold a model twice; `write` holds one tensor.
 """
 
 import json
@@ -17,7 +16,7 @@ import safetensors
 
 from dpo_jax.io import strict_json
 
-# Names of NumPy's types in a header; only the first three are of weights.
+# NumPy's types in a header; weights are of the first three.
 _DTYPES = {
   "float32": "F32",
   "float16": "F16",
@@ -30,16 +29,15 @@ WEIGHT_DTYPES = tuple(_DTYPES.values())[:3]
 
 
 def open_file(path: pathlib.Path) -> Any:
-  """An open `safetensors.safe_open` of NumPy arrays.
+  """A `safetensors.safe_open` of NumPy arrays.
 
   Raises:
     ValueError: the file is cut, its header does not describe it, or it is a
-      pointer of git-LFS.
+      Git LFS pointer.
   """
   strict_json.refuse_pointer(path)
   try:
-    # The library compares the header's length, every offset, shape and type
-    # with the file's size, and allocates nothing for the tensors.
+    # The library checks every offset, shape and type against the file's size.
     return safetensors.safe_open(path, framework="np", backend="pread")
   except (safetensors.SafetensorError, OSError) as error:
     raise ValueError(
@@ -59,19 +57,19 @@ def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def find(directory: pathlib.Path, stem: str) -> dict[str, Any]:
-  """The tensors of a directory by name, from one file or from shards.
+  """Tensors of a directory by name, from one file or from shards.
 
   Args:
-    directory: where `<stem>.safetensors` or `<stem>.safetensors.index.json`
-      is; the single file is taken if there are both, as transformers does.
+    directory: of `<stem>.safetensors` or `<stem>.safetensors.index.json`; with
+      both, the single file is read, as by transformers.
     stem: "model" or "adapter_model".
 
   Returns:
     A slice of the safetensors library for each, read where it is indexed.
 
   Raises:
-    ValueError: there are no safetensors, a file is cut or its header lies, or
-      the index and the shards do not name the same tensors.
+    ValueError: there are no safetensors, a file is cut, or index and shards
+      name different tensors.
   """
   single = directory / f"{stem}.safetensors"
   index = directory / f"{stem}.safetensors.index.json"
@@ -105,7 +103,7 @@ def _sharded(index: pathlib.Path) -> dict[str, Any]:
   tensors: dict[str, Any] = {}
   for shard in sorted(set(names.values()), key=str):
     if not isinstance(shard, str) or pathlib.Path(shard).name != shard:
-      raise ValueError(f"{index} names {shard!r}, which is no file beside it")
+      raise ValueError(f"{index} names {shard!r}, which is no file next to it")
     if not (index.parent / shard).is_file():
       raise ValueError(f"{index} names {shard}, which is missing; fetch it")
     found = _slices(index.parent / shard)
@@ -125,18 +123,18 @@ def write(
   arrays: Iterable[np.ndarray],
   metadata: dict[str, str] | None = None,
 ) -> None:
-  """Writes one file, a tensor at a time; whoever moves it into place syncs it.
+  """Writes a file tensor by tensor; the caller syncs it.
 
   Args:
     path: the file.
-    shapes: for each tensor by name, what has its `dtype` and `shape`.
+    shapes: `dtype` and `shape` of each tensor by name.
     arrays: their values in the same order; one is held at a time.
-    metadata: strings kept in the header.
+    metadata: strings of the header.
 
   Raises:
     ValueError: an array has another shape or type, or holds NaN or infinity.
   """
-  # "pt" is how torch's own files are marked; transformers 4 insists on it.
+  # transformers 4 reads only files that are marked as torch's.
   header: dict[str, Any] = {"__metadata__": {"format": "pt"} | (metadata or {})}
   end = 0
   for name, leaf in shapes.items():

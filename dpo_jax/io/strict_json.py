@@ -1,8 +1,8 @@
-"""JSON that this program did not write in the same run.
+"""JSON and JSON lines of foreign files.
 
-Strict UTF-8, strict JSON, finite numbers, and texts that UTF-8 can carry. No
-more than `MAX_BYTES` of a file that is one value, or of one line of a file of
-lines, are held, whatever a gzip would become.
+Strict UTF-8, strict JSON, finite numbers, and texts that UTF-8 can carry. At
+most `MAX_BYTES` of a JSON file, or of a line, are held in memory, compressed or
+not.
 """
 
 import gzip
@@ -13,8 +13,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-# The longest row of 1,812 of HH has 8 kB, published result files 0.2 MiB, the
-# record of a batch of 50,000 questions some 7 MiB.
+# The record of a batch of 50,000 comparisons takes some 7 MiB; rows of HH and
+# result files stay below 0.2 MiB.
 MAX_BYTES = 32 * 2**20
 
 T = TypeVar("T")
@@ -24,7 +24,7 @@ _GZIP = b"\x1f\x8b"
 
 
 class Refused(ValueError):
-  """Bytes that are not taken; `reason` leaves out what is special to them."""
+  """Bytes that are no strict JSON; `reason` is without the file's details."""
 
   def __init__(self, reason: str, detail: str = ""):
     super().__init__(reason + detail)
@@ -33,11 +33,11 @@ class Refused(ValueError):
 
 
 def read(path: str | os.PathLike) -> Any:
-  """The value in a JSON file.
+  """Value of a JSON file.
 
   Raises:
-    ValueError: naming the file, if it cannot be opened, is larger than
-      `MAX_BYTES`, a pointer of git-LFS, or refused by `parse`.
+    ValueError: naming the file, if it cannot be read, is larger than
+      `MAX_BYTES`, a Git LFS pointer, or refused by `parse`.
   """
   data = read_bytes(path)
   try:
@@ -47,7 +47,7 @@ def read(path: str | os.PathLike) -> Any:
 
 
 def read_object(path: str | os.PathLike) -> dict[str, Any]:
-  """As `read`, of a file that must hold an object."""
+  """`read` of a file that must hold an object."""
   value = read(path)
   if not isinstance(value, dict):
     raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
@@ -55,7 +55,7 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
-  """The bytes of a file of at most `MAX_BYTES`; errors as in `read`."""
+  """Bytes of a file of at most `MAX_BYTES`; ValueError as `read`."""
   try:
     if os.path.getsize(path) > MAX_BYTES:
       raise ValueError(f"{path}: longer than {MAX_BYTES >> 20} MiB")
@@ -68,7 +68,7 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 
 
 def refuse_pointer(path: str | os.PathLike) -> None:
-  """Raises ValueError if a file is what git-LFS leaves in a file's place."""
+  """Raises ValueError if a file is a Git LFS pointer."""
   with open(path, "rb") as file:
     _check_start(path, file.read(len(_POINTER)))
 
@@ -76,21 +76,21 @@ def refuse_pointer(path: str | os.PathLike) -> None:
 def _check_start(path: str | os.PathLike, data: bytes) -> None:
   if data.startswith(_POINTER):
     raise ValueError(
-      f"{path} is a pointer of git-LFS and holds nothing of the file itself:"
-      " fetch it with `git lfs pull`"
+      f"{path} is a pointer of git-LFS, without the file's content: fetch it"
+      " with `git lfs pull`"
     )
   if data.startswith(_GZIP) and not str(path).endswith(".gz"):
     raise ValueError(f"{path} is a gzip file: add .gz to its name")
 
 
 def lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
-  """(number, line with its end) of a file of lines, gzip if named `.gz`.
+  """(number, line with its end) of a file, gzip if named `.gz`.
 
-  Lines end with the byte 0x0a alone, since texts hold other line separators
-  (U+2028, U+0085, a carriage return) that belong to them.
+  Only the byte 0x0a ends a line: texts hold other separators (U+2028, U+0085, a
+  carriage return).
 
   Raises:
-    ValueError: the file is a pointer of git-LFS or a gzip of another name, the
+    ValueError: the file is a Git LFS pointer or a gzip of another name, the
       gzip is broken, or a line is longer than `MAX_BYTES`.
   """
   refuse_pointer(path)
@@ -114,22 +114,22 @@ def lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
 def scan(
   path: str | os.PathLike, decode: Callable[[bytes], T]
 ) -> tuple[list[T], bytes, int]:
-  """The lines of a file that is appended to.
+  """Lines of an append-only file.
 
-  A line is committed when its newline is on disk. An interrupted append leaves
-  a last line without one, and everything before it is whole: this is what makes
-  every stage resumable.
+  A line is committed when its newline is on disk: an interrupted append leaves
+  a last line without one, and all lines before it whole. Every stage resumes
+  from this.
 
   Args:
     path: the file.
-    decode: `parse`, or what checks a row, too.
+    decode: of a line, such as `parse`.
 
   Returns:
-    Whole lines, decoded; what follows the last of them, b"" after no
-    interruption; and the bytes of the whole lines.
+    The committed lines, decoded; the bytes after them, b"" without an
+    interruption; and their size in bytes.
 
   Raises:
-    ValueError: `decode` raised it; file and line are named.
+    ValueError: by `decode`, with file and line.
   """
   values, size = [], 0
   for number, line in lines(path):
@@ -144,12 +144,12 @@ def scan(
 
 
 def appended(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
-  """Numbers, from 1, and values of the whole lines of a file; see `scan`."""
+  """(number, value) of the committed lines of a file; see `scan`."""
   return iter(enumerate(scan(path, parse)[0], 1))
 
 
 def parse(data: bytes) -> Any:
-  """The value of some JSON text in UTF-8; a byte order mark may precede it.
+  """Value of JSON text in UTF-8, with or without a byte order mark.
 
   Raises:
     Refused: it is not UTF-8, not JSON, nested deeper than Python's stack, or
@@ -183,9 +183,9 @@ def _finite(digits: str) -> float:
 
 
 def check_texts(value: Any, name: str = "") -> None:
-  """Raises Refused, naming the field, for half of a surrogate pair.
+  """Raises Refused, naming the field, if UTF-8 cannot encode a text.
 
-  JSON can escape one and UTF-8 cannot carry it.
+  JSON can escape half of a surrogate pair.
   """
   if isinstance(value, str):
     try:
