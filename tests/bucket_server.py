@@ -11,6 +11,7 @@ import http.server
 import json
 import threading
 import urllib.parse
+import zlib
 
 TOKEN = "ya29.planted0123456789abcdef"
 BUCKET = "my-bucket"
@@ -180,8 +181,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self._answer(200, json.dumps(page).encode())
 
   def _describe(self, name):
-    size = str(len(self.bucket.objects[name]))
-    return {"name": name, "size": size, "generation": "1"}
+    content = self.bucket.objects[name]
+    generation = str(zlib.crc32(content))
+    return {"name": name, "size": str(len(content)), "generation": generation}
 
   def _refuse(self, code, why):
     error = {"error": {"code": code, "message": why}}

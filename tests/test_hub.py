@@ -17,7 +17,7 @@ import pytest
 import running
 
 from dpo_jax.core import settings as settings_lib
-from dpo_jax.data import sources, tokenizer
+from dpo_jax.data import tokenizer
 from dpo_jax.hub import model_card
 from dpo_jax.hub import push as push_lib
 from dpo_jax.io import remote
@@ -414,14 +414,6 @@ def test_an_adapter_on_a_revision_names_it_as_peft_does():
 
 
 @pytest.mark.parametrize(
-  "name", ["user/name@", "a/b/c", "../x", "user/name@-x", "", "user/na me"]
-)
-def test_names_that_are_no_ids_are_refused(name):
-  with pytest.raises(ValueError, match="neither a directory nor a hub id"):
-    hf.read_config(name)
-
-
-@pytest.mark.parametrize(
   ("changes", "words"),
   [
     ({"repo": "name"}, "push_to_hub='name' must be user/name"),
@@ -440,32 +432,3 @@ def test_the_scripts_flag_is_the_configs_field(whole, tmp_path):
   with pytest.raises(ValueError, match="push_to_hub='no' must be user/name"):
     main(values, tmp_path / "run", "no")
   assert not (tmp_path / "run").exists()
-
-
-def test_a_path_that_is_not_there_is_not_asked_for(tmp_path, monkeypatch):
-  """The mend names the nearest; with a revision it is the hub's."""
-  monkeypatch.chdir(tmp_path)
-  (tmp_path / "runs" / "sft-demo").mkdir(parents=True)
-  monkeypatch.setattr("huggingface_hub.snapshot_download", None)
-  for read in (
-    remote.fetch,
-    tokenizer.load,
-    sources.read_file,
-  ):
-    with pytest.raises(
-      ValueError, match="did you mean 'runs/sft-demo'"
-    ) as found:
-      read("runs/sft-demos")
-    assert "runs/sft-demos@main" in str(found.value)
-  with pytest.raises(ValueError, match="runs holds sft-demo;"):
-    remote.fetch("runs/other")
-  # Asked for: what stands in the library's place cannot be called.
-  for name in ("runs/sft@main", "nobody/sft"):
-    with pytest.raises(ValueError, match="was not fetched"):
-      remote.fetch(name)
-
-
-def test_an_id_with_its_revision():
-  assert remote.split("user/name@step-000100") == ("user/name", "step-000100")
-  assert remote.split("gpt2") == ("gpt2", None)
-  assert remote.split("a/b@refs/pr/1") == ("a/b", "refs/pr/1")

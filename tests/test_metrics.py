@@ -21,22 +21,18 @@ def write(directory, start, rows):
   return writer
 
 
-def test_rows_are_lines_and_come_back(tmp_path):
+def test_rows_are_lines_as_soon_as_they_are_written(tmp_path):
   rows = [{"step": 0, "eval_loss": 0.7}, row(1), row(2, grad_norm=1e-30)]
-  writer = write(tmp_path, 0, rows)
+  writer = metrics.Writer(tmp_path, 0)
+  for values in rows:
+    writer.write(values)
   assert writer.rows == rows
+  # Not closed: the process might be killed now.
   assert metrics.read(tmp_path / metrics.FILE) == rows
+  writer.close()
   data = (tmp_path / metrics.FILE).read_bytes()
   assert [json.loads(line) for line in data.splitlines()] == rows
   assert data.endswith(b"\n")
-
-
-def test_a_row_is_there_when_it_is_written(tmp_path):
-  writer = metrics.Writer(tmp_path, 0)
-  writer.write(row(1))
-  # Not closed: the process might be killed now.
-  assert metrics.read(tmp_path / metrics.FILE) == [row(1)]
-  writer.close()
 
 
 def test_a_resumed_run_drops_what_was_lost(tmp_path):

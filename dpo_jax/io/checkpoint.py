@@ -10,16 +10,15 @@ read.
 """
 
 import argparse
+import contextlib
 import pathlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from dpo_jax.core import console
 from dpo_jax.io import bucket as bucket_lib
 from dpo_jax.io import step_files
-
-# A step's name, its manifest if that is whole, and what is wrong with it.
-_Found = tuple[str, step_files.Manifest | None, str]
 
 
 def main(arguments: list[str]) -> int:
@@ -40,7 +39,7 @@ def main(arguments: list[str]) -> int:
   ):
     parser.error("fetch takes an address and DIR, all else one place")
   try:
-    with bucket_lib.reaching(place):
+    with bucket_lib.reaching(place) if remote else contextlib.nullcontext():
       if directory is not None:
         return _fetch(place, directory)
       find = _in_bucket if remote else _on_disk
@@ -50,20 +49,20 @@ def main(arguments: list[str]) -> int:
     return 2
 
 
-def _print(found: Iterator[_Found], verify: bool) -> int:
+def _print(found: Iterator[Any], verify: bool) -> int:
+  """Prints each (name, manifest or None, problem or ""); 1 if one has any."""
   code = 0
   for name, manifest, problem in found:
+    said, step = problem or "whole", manifest and manifest.step
     code |= bool(problem)
-    said = problem or "whole"
     if manifest and not verify:
       values = [f"{k} {value:.6g}" for k, value in manifest.metrics.items()]
       said = ", ".join([f"{manifest.bytes:,} bytes", *values])
-    step = manifest.step if manifest else None
     console.result(f"{name}: {said}", step=step)
   return code
 
 
-def _on_disk(place: str, verify: bool) -> Iterator[_Found]:
+def _on_disk(place: str, verify: bool) -> Iterator[Any]:
   directory = pathlib.Path(place)
   if (directory / "checkpoints").is_dir():
     directory = directory / "checkpoints"
@@ -80,7 +79,7 @@ def _on_disk(place: str, verify: bool) -> Iterator[_Found]:
     yield f"step {step}", manifest, problem
 
 
-def _in_bucket(address: str, verify: bool) -> Iterator[_Found]:
+def _in_bucket(address: str, verify: bool) -> Iterator[Any]:
   bucket = bucket_lib.connect(address)
   there = _look(bucket, address)
   for name, why in there.damaged.items():
