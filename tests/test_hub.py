@@ -333,8 +333,8 @@ def test_no_directory_of_the_machine_is_named(run, path, known, on_hub):
   card = found["main"]["README.md"]
   assert f"# DPO of {known}\n" in card
   assert ("base_model" in card) == ("datasets" in card) == on_hub
-  told = json.loads(found["main"]["run/config.json"])
-  assert told["tokenizer"] == told["model"]["path"] == known
+  kept = json.loads(found["main"]["run/config.json"])
+  assert kept["tokenizer"] == kept["model"]["path"] == known
   assert json.loads(found["main"]["run/manifest.json"])["base"] == (
     manifest["base"] | {"source": known}
   )
@@ -347,7 +347,7 @@ def test_the_card_says_what_the_files_say(run, whole):
   assert model_card.FIGURE not in files
   front = card.split("---")[1]
   assert "license: mit\n" in front
-  # A local base is no base_model of the hub's, and its place is not told.
+  # A local base is no base_model of the hub's, and its path is not named.
   assert "base_model" not in front
   assert str(whole.files) not in card
   manifest = json.loads((run / "manifest.json").read_text())
