@@ -94,8 +94,6 @@ def training() -> config_dict.ConfigDict:
   c.push_public = False
   # License of the pushed weights, such as "apache-2.0"; "" states none.
   c.push_license = ""
-  # Push the checkpoints too.
-  c.push_checkpoints = True
   # Only write what would be pushed to push/ in the run's directory.
   c.push_dry_run = False
   return c

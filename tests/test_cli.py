@@ -213,6 +213,10 @@ def test_help_may_be_read_in_part():
     ),
     (("--log=loud",), "log='loud' must be one of"),
     ((), "--config is missing"),
+    (
+      ("--config=configs/judge.py", "--workdir=gs://bucket/run"),
+      "neither locks nor renames",
+    ),
   ],
 )
 def test_wrong_flags_exit_with_2(arguments, words, mode, monkeypatch, capfd):

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import running
 
-from dpo_jax.cli import flags
 from dpo_jax.data import sources, tokenizer
 from dpo_jax.io import remote
 from dpo_jax.model import hf
@@ -134,7 +133,6 @@ def test_what_is_not_there_says_what_is_needed(bucket):
 def test_nothing_is_written_to_a_bucket(tmp_path):
   config = running.configs(tmp_path)
   for call in (
-    lambda: flags._directory("gs://bucket/run"),
     lambda: config(**{"data.token_cache": "gs://bucket/cache"}),
     lambda: config(reference_cache="gs://bucket/cache"),
     lambda: remote.refuse_address("output", "s3://bucket/x"),
