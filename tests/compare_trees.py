@@ -41,8 +41,9 @@ LEFT_OUT = (
   ("*/metrics.jsonl", "*_seconds"),
   ("*/metrics.jsonl", "*_per_second"),
   ("*/metrics.jsonl", "time"),
-  # A hash of the oracle's source code, among others.
+  # Hashes of the oracle's source code, among others.
   ("verdicts/*", "key"),
+  ("verdicts/*", "template_hash"),
   # Images hold dates, and training curves are drawn from rows with times.
   ("report/numbers.json", "figures.*sha256"),
   ("report/numbers.json", "figures.training_curves.*"),

@@ -6,9 +6,14 @@ import os
 import pathlib
 import signal
 
-# Ignored in the background of a shell, where tests that send it would hang.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-  signal.signal(signal.SIGINT, signal.default_int_handler)
+# Ignored in the background of a shell or under nohup, where tests that send
+# them would hang.
+for ignored, action in (
+  (signal.SIGINT, signal.default_int_handler),
+  (signal.SIGHUP, signal.SIG_DFL),
+):
+  if signal.getsignal(ignored) is signal.SIG_IGN:
+    signal.signal(ignored, action)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
