@@ -8,12 +8,10 @@ import signal
 
 # Ignored in the background of a shell or under nohup, where tests that send
 # them would hang.
-for ignored, action in (
-  (signal.SIGINT, signal.default_int_handler),
-  (signal.SIGHUP, signal.SIG_DFL),
-):
-  if signal.getsignal(ignored) is signal.SIG_IGN:
-    signal.signal(ignored, action)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+  signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
