@@ -283,7 +283,7 @@ def guards() -> config_dict.ConfigDict:
   """Updates that are not finite, which are never applied."""
   c = config_dict.ConfigDict()
   # If loss or gradient norm is not finite: "stop" the run, or "skip" the
-  # update. Its items are written to skipped_updates.jsonl.
+  # update. Its items are skipped_items in metrics.jsonl.
   c.not_finite = "stop"
   # Stop after more skipped updates than this, over the whole run.
   c.max_skipped = 10

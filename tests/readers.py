@@ -34,7 +34,7 @@ from dpo_jax.judging import batch_api, prompts, verdicts
 from dpo_jax.model import gpt_neox, hf
 from dpo_jax.report import report, verify
 from dpo_jax.sampling import response_files
-from dpo_jax.training import guards, reference, score
+from dpo_jax.training import reference, score
 
 # An error names what is wrong; it does not repeat the file.
 LONGEST_MESSAGE = 10_000
@@ -140,8 +140,6 @@ METRICS = [
   {"step": 2, "loss": "nan", "learning_rate": 1e-6, "eval_items": 200}
   | {"eval_rewards/accuracies": 0.7, "eval_rewards/margins": 0.5},
 ]
-SKIPPED = {"step": 6, "cause": "loss is nan", "loss": "nan", "skipped": 1}
-SKIPPED |= {"grad_norm": "nan", "items": ["044ba5bef89dc888", "e07787d1dfe0fb"]}
 MANIFEST = {
   "objective": "dpo",
   "parameters": {"base": 3, "lora": 1, "trained": 1},
@@ -519,11 +517,6 @@ READERS = {
     "lines",
     _given(_lines(*METRICS)),
     lambda files, data: metrics.read(files.put("metrics.jsonl", data)),
-  ),
-  "skipped updates": Reader(
-    "lines",
-    _given(_lines(SKIPPED, SKIPPED | {"step": 9})),
-    lambda files, data: guards.read_skipped(files.put("skipped.jsonl", data)),
   ),
   **{
     f"report of {name}": Reader(form, _file("run", name), _report(name), True)

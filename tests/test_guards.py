@@ -1,10 +1,8 @@
 """Updates that are skipped and losses that stop a run."""
 
-import json
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import running
@@ -17,13 +15,6 @@ from dpo_jax.model import hf
 from dpo_jax.training import guards, losses, train
 
 LOSS = losses.LossSettings("sigmoid", 0.5, 0.0)
-
-
-@pytest.mark.parametrize("loss", [0.5, -1e30, math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("norm", [0.0, 1e30, math.nan, math.inf])
-def test_an_update_is_applied_where_all_is_finite(loss, norm):
-  found = guards.finite(jnp.float32(loss), jnp.float32(norm))
-  assert bool(found) is (math.isfinite(loss) and math.isfinite(norm))
 
 
 @pytest.mark.parametrize(
@@ -56,26 +47,6 @@ def test_how_near_the_first_loss_must_be(
       return
     with pytest.raises(guards.TrainingError, match="policy and reference"):
       check()
-
-
-def test_rows_of_skipped_updates_are_kept_or_refused(tmp_path):
-  row = {"step": 3, "cause": "loss is nan", "loss": math.nan, "items": ["a"]}
-  guards.drop_skipped_after(tmp_path, 0)
-  assert not list(tmp_path.iterdir())
-  for step in (3, 5):
-    guards.append_skipped(tmp_path, row | {"step": step})
-  path = tmp_path / guards.SKIPPED
-  # A line that a kill cut short.
-  with path.open("a") as file:
-    file.write('{"step": 6, "ca')
-  assert [row["step"] for row in guards.read_skipped(path)] == [3, 5]
-  guards.drop_skipped_after(tmp_path, 4)
-  assert path.read_text() == (
-    '{"step": 3, "cause": "loss is nan", "loss": "nan", "items": ["a"]}\n'
-  )
-  path.write_text(json.dumps({"step": "3"}) + "\n")
-  with pytest.raises(ValueError, match=r"jsonl:1 is not a skipped update with"):
-    guards.drop_skipped_after(tmp_path, 4)
 
 
 # --- whole runs
@@ -133,8 +104,11 @@ def rate(update):
 
 
 def test_a_run_skips_what_is_not_finite(skipping, files):
-  path = skipping / guards.SKIPPED
-  found = {row["step"]: row for row in guards.read_skipped(path)}
+  found = {
+    row["step"]: row["skipped_items"].split()
+    for row in train_rows(skipping)
+    if "skipped_items" in row
+  }
   assert list(found) == [6, 12]
   applied = 0
   for row in train_rows(skipping):
@@ -142,13 +116,9 @@ def test_a_run_skips_what_is_not_finite(skipping, files):
     assert row["learning_rate"] == pytest.approx(rate(applied))
     applied += row["step"] not in found
   loaded = sources.read_file(str(files / "train.jsonl"))
-  for number, (step, one) in enumerate(found.items()):
-    (row,) = [row for row in train_rows(skipping) if row["step"] == step]
-    assert one["cause"] == "loss is nan"
-    assert (one["loss"], one["grad_norm"]) == (row["loss"], row["grad_norm"])
-    assert one["skipped"] == number + 1
-    assert len(one["items"]) == 4
-    assert loaded.rows[poisoned()].id in one["items"]
+  for items in found.values():
+    assert len(items) == 4
+    assert loaded.rows[poisoned()].id in items
   assert (skipping / "finished.json").exists()
 
 
@@ -159,8 +129,6 @@ def test_skipped_updates_are_counted_over_a_stop(
   # One skipped update more than allowed: nothing of it is saved.
   with pytest.raises(guards.TrainingError, match=r"step 6: .*; 1 were, more"):
     train.run(config(**{"guards.max_skipped": 0}), workdir)
-  (first,) = guards.read_skipped(workdir / guards.SKIPPED)
-  assert first["step"] == 6
   more = config(allow_changes=["guards"])
   with monkeypatch.context() as patch:
     running.at_step(patch, 11, running.terminate)
@@ -170,8 +138,6 @@ def test_skipped_updates_are_counted_over_a_stop(
   train.run(more, workdir)
   assert running.read(workdir) == running.read(skipping)
   assert running.weights(workdir) == running.weights(skipping)
-  paths = [directory / guards.SKIPPED for directory in (workdir, skipping)]
-  assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(

@@ -313,14 +313,11 @@ def test_a_full_disk_leaves_the_last_checkpoint(
 
   with monkeypatch.context() as patch:
     running.at_step(patch, 3, fill)
-    with pytest.raises(checkpoints.SaveError, match=r"needs 1,0.* free") as e:
+    with pytest.raises(
+      checkpoints.SaveError, match="4 could not be saved"
+    ) as e:
       train.run(plain, workdir)
   assert str(directory) in str(e.value)
-  with monkeypatch.context() as patch:
-    # As if the disk had filled after it was looked at.
-    patch.setattr(checkpoints, "_MARGIN", -(2**30))
-    with pytest.raises(checkpoints.SaveError, match="4 could not be saved"):
-      train.run(plain, workdir)
   assert step_files.newest(directory)[0] == 2
   (small_disk / "filler").unlink()
   train.run(plain, workdir)
@@ -448,11 +445,6 @@ def test_out_of_memory_names_the_knobs(config, tmp_path):
   large = config(**{"data.row_length": 131072})
   with pytest.raises(Exception, match="out of memory") as error:
     train.run(large, tmp_path / "run")
-  for knob in (
-    "microbatches=2",
-    "data.row_length=131072",
-    "remat",
-    "mesh.fsdp",
-  ):
+  for knob in ("microbatches", "data.row_length", "remat", "mesh.fsdp"):
     assert knob in str(error.value)
   assert "dpo_jax plan" in str(error.value)

@@ -29,7 +29,6 @@ _RECORDS = (
   "config.json",
   "manifest.json",
   "metrics.jsonl",
-  "skipped_updates.jsonl",
   "samples.jsonl",
   "metrics.csv",
   "hub.json",

@@ -29,9 +29,6 @@ from dpo_jax.training import step as step_lib
 
 _log = logging.getLogger(__name__)
 
-# Bytes that a save needs on top of its arrays.
-_MARGIN = 2**20
-
 
 class SaveError(errors.Stopped):
   """A checkpoint could not be written; the one before it is whole."""
@@ -96,20 +93,13 @@ class Checkpoints:
       metrics: of the evaluation at this step; {} if there was none.
 
     Raises:
-      SaveError: the save before it failed, or the disk has no room.
+      SaveError: this save or the one before it failed.
     """
     self._finish()
     step = int(jax.device_get(state.step))
     if step == self._latest:
       return
     arrays = jax.tree.map(_one_copy, _flat(_saved(state, name)))
-    needed = _MARGIN + sum(x.nbytes for x in arrays.values())
-    free = shutil.disk_usage(self._directory).free
-    if free < needed:
-      raise SaveError(
-        f"{self._directory}: a checkpoint needs {needed:,} bytes, but the disk"
-        f" has {free:,} free; make room and run the same command again"
-      )
     try:
       self._orbax.save(
         self._directory / str(step),

@@ -1,8 +1,7 @@
 """Settings of a training run, checked before anything is read."""
 
 import dataclasses
-import operator
-from typing import Any, Literal
+from typing import Literal
 
 from dpo_jax.core import settings, sharding
 from dpo_jax.data import dataset
@@ -12,15 +11,6 @@ from dpo_jax.model import attention, gpt_neox
 from dpo_jax.training import guards, losses, trackers
 from dpo_jax.training import optimizer as optimizer_lib
 
-# Inputs that a checkpoint shares with the run that resumes from it.
-INPUTS = (
-  "train_data",
-  "held_out_data",
-  "tokenizer",
-  "base",
-  "randomness",
-  "position",
-)
 # Fields that do not affect a run's results, and may change when it is resumed.
 FREE = (
   "grace_s",
@@ -33,19 +23,6 @@ FREE = (
   "push_license",
   "push_dry_run",
   "checkpoint_bucket",
-)
-
-# What decides a step's memory.
-_MEMORY = (
-  "microbatches",
-  "batch_size",
-  "eval_batch_size",
-  "data.row_length",
-  "data.max_length",
-  "model.remat",
-  "lora.rank",
-  "mesh.fsdp",
-  "mesh.tensor",
 )
 
 # Evaluation metrics that checkpoints can be ranked by.
@@ -198,12 +175,6 @@ class TrainSettings:
         bucket.check(self.checkpoint_bucket)
       except ValueError as error:
         raise ValueError(f"checkpoint_bucket: {error}") from None
-    for name in self.allow_changes:
-      if name not in INPUTS and name.split(".")[0] not in self.__dict__:
-        raise ValueError(
-          f"allow_changes holds {name!r}: name fields of the config, such as"
-          f" 'loss.beta', or any of {list(INPUTS)}"
-        )
     known = EVAL_METRICS[self.objective]
     if self.best_metric not in known:
       raise ValueError(
@@ -252,11 +223,6 @@ class TrainSettings:
       and not self.lora.rank
       and not self.precompute_reference
     )
-
-  @property
-  def memory(self) -> dict[str, Any]:
-    """The settings that decide a step's memory, by name."""
-    return {name: operator.attrgetter(name)(self) for name in _MEMORY}
 
   def retention(self) -> step_files.Retention:
     return step_files.Retention(

@@ -41,12 +41,11 @@ class StepLog:
     start: int,
   ):
     """Opens the files; `rates` has the learning rate of each update."""
-    self._config, self._workdir = config, workdir
-    self._model, self._mesh, self._rates = model, mesh, rates
+    self._config, self._rates = config, rates
+    self._model, self._mesh = model, mesh
     self._items = _ITEMS[config.objective]
     if distributed.is_main():
       self.writer = trackers.Writer(config.trackers, workdir, start)
-      guards.drop_skipped_after(workdir, start)
     else:
       self.writer = metrics.Silent(workdir, start)
       console.mute()
@@ -67,29 +66,23 @@ class StepLog:
       guards.TrainingError: the first loss is wrong, or the update was skipped
         and the run is to stop.
     """
-    counts = batch.counts
+    config, counts = self._config, batch.counts
     row = {key: float(value) for key, value in jax.device_get(values).items()}
     applied, skipped = bool(row.pop("applied")), int(row.pop("skipped"))
     # The optimizer's schedule counts applied updates.
     earlier = number - skipped - applied
     rates = self._clock(counts.tokens, len(counts.ids))
     rates |= self._mfu(counts, rates["tokens_per_second"])
-    self.writer.write(
-      {"step": number}
-      | row
-      | {
-        "learning_rate": float(self._rates[earlier]),
-        "row_fill": counts.tokens / counts.slots,
-        "data_wait_seconds": batch.waited_s,
-      }
-      | rates
-    )
-    config = self._config
+    about = {
+      "learning_rate": float(self._rates[earlier]),
+      "row_fill": counts.tokens / counts.slots,
+      "data_wait_seconds": batch.waited_s,
+    }
     if not applied:
-      bad = guards.skipped_row(number, row, skipped, counts.ids)
-      if distributed.is_main():
-        guards.append_skipped(self._workdir, bad)
-      guards.skip_or_stop(config.guards, bad)
+      about["skipped_items"] = " ".join(counts.ids)
+    self.writer.write({"step": number} | row | about | rates)
+    if not applied:
+      guards.skip_or_stop(config.guards, number, row, skipped, counts.ids)
     elif earlier == 0 and config.objective == "dpo":
       guards.check_first_loss(
         row["loss"],

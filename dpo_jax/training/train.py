@@ -59,7 +59,7 @@ def run(
       try:
         return _run(config, workdir, watch)
       except (jax.errors.JaxRuntimeError, OSError) as error:
-        if explained := guards.explained(error, workdir, config.memory):
+        if explained := guards.explained(error, workdir):
           raise explained from error
         raise
 
