@@ -5,7 +5,6 @@ Useful flops are those of unpadded tokens, recomputation not counted
 """
 
 import argparse
-import dataclasses
 import math
 import statistics
 import time
@@ -86,18 +85,12 @@ def packed(
     pad_id=1,
     spans_rows=run.spans_rows,
   )
-  one = dataclasses.replace(how, microbatches=1)
   group = run.batch_size // run.microbatches
-  one = batch_shapes.choose(
-    table, one, loader.consecutive(len(table), group), 1
-  )
   how = batch_shapes.choose(
     table, how, map(order.items, range(flags.steps)), run.data.shapes
   )
-  scored = loader.in_order(table, one, batch_size=group)
-  kept = reference.spread(
-    table, reference.token_logps(shape, base, None, scored, mesh)
-  )
+  logps = reference.token_logps(shape, base, None, table, how, group, mesh)
+  kept = reference.spread(table, logps)
   stream = loader.stream(
     table, order, how, start_step=0, steps=flags.steps, reference=kept
   )

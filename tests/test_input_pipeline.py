@@ -7,6 +7,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import types
 
 import feeding
 import jax
@@ -137,28 +138,24 @@ def test_a_run_meets_only_the_shapes_that_were_planned(pipeline, batches):
   assert (sequences >= 0).sum() == 2 * len(pipeline.items.held_out.table)
 
 
-def test_the_report_says_how_an_epoch_is_made_up(values):
-  made = make(values, batch_size=12)
-  size = len(made.items.train.table)
-  report = made.report()
-  assert report["items of an epoch by source"] == [size]
-  assert report["steps of an epoch"] == size // 12
-  assert report["items left out of each epoch"] == size % 12 > 0
-  assert len(report["shapes"]) == len(made.train.shapes)
+def test_waiting_for_data_is_measured(pipeline, monkeypatch):
+  """By a clock that the source takes 7 s of, and placing a batch 1,000."""
+  clock = types.SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
 
+  def later(call, seconds):
+    def slowly(*arguments):
+      clock.now += seconds
+      return call(*arguments)
 
-def test_waiting_for_data_is_measured(pipeline, batches, monkeypatch):
-  """A slow source shows in what the step waited, a fast one does not."""
-  waits = [fed.waited_s for fed in batches]
-  pack = input_pipeline.loader.batch.pack
+    return slowly
 
-  def slowly(*arguments):
-    total = 0
-    # Far longer than a batch takes on its way to the devices.
-    for i in range(3_000_000):
-      total += i
-    return pack(*arguments)
+  def stream(*arguments, original=input_pipeline.loader.stream, **options):
+    source = original(*arguments, **options)
+    while True:
+      yield later(next, 7)(source)
 
-  monkeypatch.setattr(input_pipeline.loader.batch, "pack", slowly)
-  slow = [fed.waited_s for fed in pipeline.train_batches(8)]
-  assert np.median(slow) > 2 * np.median(waits[8:])
+  monkeypatch.setattr(input_pipeline, "time", clock)
+  monkeypatch.setattr(input_pipeline.loader, "stream", stream)
+  placed = later(input_pipeline._to_device, 1000)
+  monkeypatch.setattr(input_pipeline, "_to_device", placed)
+  assert [fed.waited_s for fed in pipeline.train_batches(13)] == [7.0, 7.0]

@@ -14,7 +14,13 @@ import numpy as np
 
 from dpo_jax.core import sharding
 from dpo_jax.data import batch as batch_lib
-from dpo_jax.data import batch_shapes, dataset, loader, packing
+from dpo_jax.data import (
+  batch_shapes,
+  dataset,
+  loader,
+  packing,
+  token_table,
+)
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.training import config as config_lib
 
@@ -145,20 +151,20 @@ def make(
       (schedule.items(int(step)) for step in sampled),
       config.data.shapes,
     ),
-    held_out=in_order(layout, items.held_out, config.eval_batch_size),
+    held_out=in_order(layout, items.held_out.table, config.eval_batch_size),
     eval_batch_size=config.eval_batch_size,
     mesh=mesh,
   )
 
 
 def in_order(
-  layout: packing.Packing, items: dataset.Side, batch_size: int
+  layout: packing.Packing, table: token_table.Table, batch_size: int
 ) -> packing.Packing:
   """The packing of batches in order: one micro-batch, one shape."""
   return batch_shapes.choose(
-    items.table,
+    table,
     dataclasses.replace(layout, microbatches=1),
-    loader.consecutive(len(items.table), batch_size),
+    loader.consecutive(len(table), batch_size),
     1,
   )
 

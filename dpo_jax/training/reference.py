@@ -10,15 +10,13 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
 from dpo_jax.core import console, distributed, sharding
-from dpo_jax.data import batch as batch_lib
-from dpo_jax.data import dataset, loader, token_table
+from dpo_jax.data import dataset, loader, packing, token_table
 from dpo_jax.io import atomic, safetensors
 from dpo_jax.model import gpt_neox
 from dpo_jax.training import input_pipeline, step
@@ -61,12 +59,16 @@ def precompute(
     if distributed.all_gather(path.exists()).all():
       logps = load(path, items.table, fingerprints)
     else:
-      size = pipeline.eval_batch_size
-      how = input_pipeline.in_order(pipeline.held_out, items, size)
-      packed = loader.in_order(items.table, how, batch_size=size)
-      total = -(-len(items.table) // size)
-      bar = console.track(packed, total, f"reference of {side}", "batch")
-      logps = token_logps(model, base, None, bar, pipeline.mesh)
+      logps = token_logps(
+        model,
+        base,
+        None,
+        items.table,
+        pipeline.held_out,
+        pipeline.eval_batch_size,
+        pipeline.mesh,
+        name=f"reference of {side}",
+      )
       if distributed.is_main():
         save(path, logps, fingerprints)
     found[f"{side}_reference"] = spread(items.table, logps)
@@ -77,8 +79,11 @@ def token_logps(
   config: gpt_neox.ModelConfig,
   base: Any,
   lora: Any,
-  packed: Iterable[tuple[batch_lib.Batch, batch_lib.Counts]],
+  table: token_table.Table,
+  layout: packing.Packing,
+  batch_size: int,
   mesh: jax.sharding.Mesh,
+  name: str = "log-probs",
 ) -> np.ndarray:
   """Log-probs of all response tokens in the items' order, float32, in nats.
 
@@ -86,9 +91,15 @@ def token_logps(
     config: the model.
     base: its weights, on the mesh.
     lora: its adapters, on the mesh; None turns them off.
-    packed: batches of one micro-batch with all items in order.
+    table: the items.
+    layout: their packing; its shapes are replaced.
+    batch_size: items of a batch.
     mesh: where the batches are computed.
+    name: of the progress bar.
   """
+  how = input_pipeline.in_order(layout, table, batch_size)
+  packed = loader.in_order(table, how, batch_size=batch_size)
+  total = -(-len(table) // batch_size)
   score = jax.jit(
     functools.partial(step.token_logps, config),
     out_shardings=sharding.replicated(mesh),
@@ -96,7 +107,7 @@ def token_logps(
   )
   found = []
   with jax.set_mesh(mesh):
-    for batch, _ in packed:
+    for batch, _ in console.track(packed, total, name, "batch"):
       placed = sharding.put(batch, mesh, leading=1)
       micro = jax.tree.map(lambda x: x[0], placed)
       logps = jax.device_get(score(base, lora, micro))

@@ -34,14 +34,7 @@ import numpy as np
 
 from dpo_jax.core import console, redaction, sharding
 from dpo_jax.core import settings as settings_lib
-from dpo_jax.data import (
-  batch_shapes,
-  loader,
-  packing,
-  preferences,
-  token_table,
-  tokenization,
-)
+from dpo_jax.data import packing, preferences, token_table, tokenization
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.data.sources import files
 from dpo_jax.io import atomic, remote
@@ -50,9 +43,6 @@ from dpo_jax.training import reference as reference_lib
 
 # Row lengths are multiples of this, so that similar lengths share a shape.
 _ROW_MULTIPLE = 64
-
-# Compiled shapes.
-_SHAPES = 2
 
 # Bad lines that an error lists.
 _LISTED = 20
@@ -91,10 +81,9 @@ def run(settings: ScoreSettings) -> list[dict[str, Any]]:
   """
   remote.refuse_address("output", settings.output)
   output = pathlib.Path(settings.output)
-  if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
-    raise ValueError(f"output={output}: its directory cannot be written")
-  same = output.resolve() == pathlib.Path(settings.pairs).resolve()
-  if output.is_dir() or same:
+  if not os.access(output.parent, os.W_OK) or output.is_dir():
+    raise ValueError(f"output={output} cannot be written: name another file")
+  if output.resolve() == pathlib.Path(settings.pairs).resolve():
     raise ValueError(f"output={output} must be a file other than the pairs")
   tokenizer = tokenizer_lib.load(settings.tokenizer or settings.model)
   rows = read_pairs(settings.pairs, tokenizer)
@@ -202,7 +191,6 @@ def _token_logps(settings, mesh, pairs: token_table.Table):
   None without a reference.
   """
   longest = packing.longest_segment(pairs, "shared")
-  batches = loader.consecutive(len(pairs), settings.batch_size)
   layout = packing.Packing(
     layout="shared",
     row_length=-(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE,
@@ -211,7 +199,6 @@ def _token_logps(settings, mesh, pairs: token_table.Table):
     loss_on_prompt=False,
     pad_id=0,
   )
-  how = batch_shapes.choose(pairs, layout, batches, _SHAPES)
 
   def load(path):
     return hf.load(
@@ -224,9 +211,9 @@ def _token_logps(settings, mesh, pairs: token_table.Table):
     )
 
   def score(config, base, lora, name):
-    packed = loader.in_order(pairs, how, batch_size=settings.batch_size)
-    bar = console.track(packed, len(batches), name, "batch")
-    logps = reference_lib.token_logps(config, base, lora, bar, mesh)
+    logps = reference_lib.token_logps(
+      config, base, lora, pairs, layout, settings.batch_size, mesh, name
+    )
     ends = np.cumsum(pairs.lengths[:, 1:])
     responses = np.split(logps, ends[:-1])
     return list(zip(responses[::2], responses[1::2]))
