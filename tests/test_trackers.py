@@ -57,7 +57,6 @@ def interrupted_at_6_resumed_from_3(directory, *use):
     for row in written:
       writer.write(row)
     writer.close()
-    assert writer.failed == {}
 
 
 def test_csv_has_a_line_a_row_and_a_column_a_metric(directory):
@@ -93,7 +92,9 @@ def events(directory):
 
 
 def test_tensorboard_has_each_step_once(directory):
-  interrupted_at_6_resumed_from_3(directory, "tensorboard")
+  # Events of a run that starts over are dropped.
+  for _ in range(2):
+    interrupted_at_6_resumed_from_3(directory, "tensorboard")
   scalars, texts = events(directory)
   assert scalars.keys() == {
     "loss",
@@ -113,21 +114,11 @@ def test_tensorboard_has_each_step_once(directory):
   assert "0123abcd" in manifest
 
 
-def test_tensorboard_starts_over_with_a_run_that_does(directory):
-  for last in (4, 2):
-    writer = trackers.Writer(settings("tensorboard"), directory, 0)
-    for row in rows(0, last):
-      writer.write(row)
-    writer.close()
-  assert [step for step, _ in events(directory)[0]["loss"]] == [1, 2]
-
-
 def test_tensorboard_shows_tables(directory):
   writer = trackers.Writer(settings("tensorboard"), directory, 0)
   cells = [["one | two\n<b>three</b>", 0.5]]
   writer.table(4, "answers", ["text", "reward"], cells)
   writer.close()
-  assert writer.failed == {}
   _, texts = events(directory)
   ((step, text),) = texts["answers/text_summary"]
   assert step == 4
@@ -203,7 +194,6 @@ writer = test_trackers.trackers.Writer(
   test_trackers.settings("wandb"), path, 6)
 writer.table(6, "answers", ["text", "reward"], [["hello", 0.5]])
 writer.close()
-assert writer.failed == {}, writer.failed
 """
   home = directory.parent / "home"
   home.mkdir()
@@ -243,39 +233,8 @@ assert writer.failed == {}, writer.failed
 # --- faults
 
 
-@pytest.mark.parametrize(
-  ("use", "words"),
-  [
-    (("tensorbord",), "'tensorbord' must be one of"),
-    (("csv", "csv"), "twice"),
-  ],
-)
-def test_wrong_names_are_refused(use, words):
-  with pytest.raises(ValueError, match=words):
-    settings(*use)
-
-
-def test_a_wrong_project_is_refused():
-  with pytest.raises(ValueError, match="wandb_project='a/b'"):
-    trackers.TrackerSettings((), "a/b", "offline")
-
-
-def test_a_missing_library_names_its_extra(monkeypatch):
-  # As `import` itself treats a module that is not to be found.
-  monkeypatch.setitem(sys.modules, "wandb", None)
-  monkeypatch.setattr(sys, "path", [])
-  for name, module in list(sys.modules.items()):
-    if name == "tensorboardX" or name.startswith("tensorboardX."):
-      monkeypatch.delitem(sys.modules, name)
-      del module
-  for use, extra in (("wandb", "wandb"), ("tensorboard", "tb")):
-    with pytest.raises(ValueError, match=rf"pip install 'dpo-jax\[{extra}\]'"):
-      trackers.check(settings("csv", use))
-  trackers.check(settings("csv"))
-
-
 def test_a_tracker_that_fails_is_named_once_and_stops_nothing(
-  directory, caplog, capsys, monkeypatch
+  directory, caplog
 ):
   # tensorboard/ cannot be made where a file of that name lies.
   (directory / "tensorboard").write_text("in the way")
@@ -295,36 +254,16 @@ def test_a_tracker_that_fails_is_named_once_and_stops_nothing(
   assert len(warned) == 2
   assert "tracker tensorboard failed" in warned[0]
   assert "tracker csv failed" in warned[1]
-  said = capsys.readouterr().err
-  assert "tensorboard has nothing after step 3" in said
-  assert "csv has nothing after step 7" in said
 
 
-# --- a run
-
-
-def test_a_run_writes_to_its_trackers(run_files, tmp_path):
-  workdir = tmp_path / "run"
-  config = running.configs(run_files)
-  train.run(config(**{"trackers.use": ["csv", "tensorboard"]}), workdir)
-  wanted = metrics.read(workdir / metrics.FILE)
-  with (workdir / "metrics.csv").open(newline="") as file:
-    found = [float(r["loss"]) for r in csv.DictReader(file) if r["loss"]]
-  assert found == [row["loss"] for row in wanted if "loss" in row]
-  scalars, texts = events(workdir)
-  assert [step for step, _ in scalars["loss"]] == [1, 2, 3, 4, 5, 6, 7]
-  assert [step for step, _ in scalars["eval_loss"]] == [0, 3, 6, 7]
-  # The fingerprints of the data are attached.
-  manifest = json.loads((workdir / "manifest.json").read_text())
-  ((_, text),) = texts["manifest/text_summary"]
-  assert manifest["data"]["train"]["tokens"] in text
-
-
+@pytest.mark.parametrize(
+  ("name", "extra"), [("wandb", "wandb"), ("tensorboard", "tb")]
+)
 def test_a_missing_library_is_refused_before_anything_is_read(
-  run_files, tmp_path, monkeypatch
+  run_files, tmp_path, monkeypatch, name, extra
 ):
-  config = running.configs(run_files)(**{"trackers.use": ["wandb"]})
+  config = running.configs(run_files)(**{"trackers.use": ["csv", name]})
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   monkeypatch.setattr(dataset, "prepare", pytest.fail)
-  with pytest.raises(ValueError, match="wandb is not installed"):
+  with pytest.raises(ValueError, match=rf"pip install 'dpo-jax\[{extra}\]'"):
     train.run(config, tmp_path / "run")

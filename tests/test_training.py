@@ -388,6 +388,8 @@ def test_wrong_input_is_refused_before_the_model_is_read(
     ({"objective": "ppo"}, "config.objective='ppo'"),
     ({"guards.not_finite": "ignore"}, "guards.not_finite='ignore'"),
     ({"guards.max_skipped": -1}, "guards.max_skipped=-1 must not be negative"),
+    ({"samples.top_p": 0.0}, r"samples.top_p=0.0 must be in \(0, 1\]"),
+    ({"trackers.use": ["tensorbord"]}, r"use\[0\]='tensorbord' must be one of"),
   ],
 )
 def test_settings_that_make_no_sense_are_refused(config, changes, words):
