@@ -108,8 +108,8 @@ def test_packing_is_measured(real):
 
 
 def test_layouts_that_the_rows_cannot_hold_are_said_to_be_so(shared):
-  text = inspect(shared, 0, layout="packed", row_length=512)
-  assert "a segment has 722 > 512 tokens" in text
+  text = inspect(shared, 0, layout="packed", row_length=512, max_train=400)
+  assert re.search(r"a segment has \d+ > 512 tokens", text)
   assert "packed (in use)" in text
   assert "\nItems\n" not in text
 
@@ -122,25 +122,12 @@ def test_items_are_shown_with_what_is_learned(real):
   for text in re.findall(r"\[chosen\](.*?)\[/chosen\]", items, re.DOTALL):
     assert text.endswith("<|endoftext|>")
     assert "\n\nHuman:" not in text
-  assert "\x1b" not in real
 
 
 def test_texts_cannot_steer_the_terminal():
   assert console.visible("a\x1b[31mb\r\nc\u202e\x00é👍") == (
     "a\\x1b[31mb\\r\nc\\u202e\\x00é👍"
   )
-
-
-def test_colors_only_on_a_terminal(monkeypatch):
-  class Terminal:
-    def isatty(self):
-      return True
-
-  monkeypatch.setattr(sys, "stdout", Terminal())
-  monkeypatch.delenv("NO_COLOR", raising=False)
-  assert inspect_data._painter()("chosen", "x") == "\x1b[32mx\x1b[0m"
-  monkeypatch.setenv("NO_COLOR", "1")
-  assert inspect_data._painter()("chosen", "x") == "[chosen]x[/chosen]"
 
 
 def test_bad_input_ends_the_command_with_code_2(tmp_path):

@@ -6,17 +6,14 @@ layout, and a few items as the model sees them:
 
   python -m dpo_jax inspect_data --config=configs/dpo.py:pythia-2.8b
 
-No model is read and nothing is compiled. In the items, tokens with a loss are
-green (chosen) or red (rejected) and the prompt is gray; without a terminal, or
-with NO_COLOR set, tags say the same.
+No model is read and nothing is compiled. In the items, tags around the text
+name the part: [prompt], and with a loss [chosen] or [rejected].
 """
 
 import dataclasses
-import os
 import pathlib
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +34,6 @@ from dpo_jax.training import config as config_lib
 _PERCENTILES = (5, 50, 90, 95, 99, 100)
 # Steps that are packed to measure the fill.
 _STEPS = 256
-_STYLES = {"prompt": "90", "chosen": "32", "rejected": "31"}
 
 
 def run(config: config_lib.TrainSettings, rows: int, shards: int) -> str:
@@ -193,7 +189,6 @@ def _items(
   """Items spread over the table, decoded, with their loss masks."""
   if not rows:
     return ""
-  paint = _painter()
   shown = []
   source = config.data.use[0] if len(config.data.use) == 1 else "item"
   indices = np.linspace(0, len(table) - 1, min(rows, len(table)))
@@ -201,20 +196,13 @@ def _items(
     parts = dataclasses.asdict(table[int(index)])
     lines = [f"{source} {parts.pop('id')}"]
     for part, ids in parts.items():
-      style = "chosen" if part == "response" else part
+      tag = "chosen" if part == "response" else part
       if part == "prompt" and config.data.loss_on_prompt:
-        style = "chosen"
+        tag = "chosen"
       text = console.visible(tokenizer.decode(ids))
-      lines.append(f"{part}, {len(ids)} tokens:")
-      lines.append(paint(style, text))
+      lines += [f"{part}, {len(ids)} tokens:", f"[{tag}]{text}[/{tag}]"]
     shown.append("\n".join(lines))
   return "Items\n" + "\n\n".join(shown)
-
-
-def _painter() -> Callable[[str, str], str]:
-  if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
-    return lambda style, text: f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
-  return lambda style, text: f"[{style}]{text}[/{style}]"
 
 
 def _columns(lines: Iterable[Sequence[Any]]) -> str:

@@ -6,7 +6,6 @@ subtree has none.
 """
 
 import dataclasses
-import logging
 from typing import Any, Literal
 
 import jax
@@ -16,8 +15,6 @@ import optax
 
 from dpo_jax.core import settings as settings_lib
 from dpo_jax.core import sharding
-
-_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,21 +57,8 @@ def schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
 
 
 def rates(settings: OptimizerSettings, steps: int) -> np.ndarray:
-  """Learning rate of every update of the run, float32 [steps].
-
-  Warns of a warm-up that is longer than the run.
-  """
-  found = np.asarray(jax.vmap(schedule(settings, steps))(jnp.arange(steps)))
-  if settings.warmup_steps > steps:
-    _log.warning(
-      "optimizer.warmup_steps=%d is more than the run's %d updates: the"
-      " learning rate ends at %.3g and never reaches %.3g",
-      settings.warmup_steps,
-      steps,
-      found[-1],
-      settings.learning_rate,
-    )
-  return found
+  """Learning rate of every update of the run, float32 [steps]."""
+  return np.asarray(jax.vmap(schedule(settings, steps))(jnp.arange(steps)))
 
 
 def make(
