@@ -3,8 +3,6 @@
 import argparse
 import json
 import math
-import platform
-import sys
 
 import numpy as np
 import pytest
@@ -169,18 +167,6 @@ def test_a_call_goes_on_where_the_last_one_ended(tmp_path):
   assert found[0] == [*first, "--search"]
   assert len(found) == 4 + len(rounds)
   assert found[4:] == rounds
-
-
-@pytest.mark.skipif(
-  platform.libc_ver()[0] != "glibc", reason="glibc's allocator alone reads it"
-)
-def test_kept_memory_is_not_faulted_in_again():
-  # 20 blocks of 64 MiB, 16,384 pages of 4 KiB each.
-  code = "for _ in range(20): bytearray(2**26)"
-  command = [sys.executable, "-c", code]
-  given = dpo_step.spawn(command, dpo_step.MALLOC["default"])
-  kept = dpo_step.spawn(command, dpo_step.MALLOC["keeping"])
-  assert kept["page_faults"] < 0.2 * given["page_faults"]
 
 
 @pytest.mark.parametrize(
