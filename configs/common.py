@@ -51,11 +51,9 @@ def training() -> config_dict.ConfigDict:
   c.keep_every = 0
   # Also keep this many with the best `best_metric`; 0: off.
   c.keep_best = 0
-  # "eval_loss"; for DPO also "eval_rewards/accuracies", "eval_rewards/margins"
-  # and the other eval_* of metrics.jsonl.
+  # "eval_loss" or "eval_mean_token_accuracy"; for DPO also
+  # "eval_rewards/accuracies" and "eval_rewards/margins".
   c.best_metric = "eval_loss"
-  # "lowest" or "highest".
-  c.best_is = "lowest"
   # "gs://bucket/path" (extra `gcs`), for this run alone: each checkpoint is
   # uploaded with the run's records, and the model at the end. On a new machine
   # the same command resumes from there. A failed upload stops nothing and is

@@ -41,45 +41,35 @@ def assert_same(workdir, whole):
 # --- signals
 
 
-def signalled(patch, owner, name, number, times=1, when=lambda *_: True):
+def signalled(patch, owner, name, number, times=1):
   """Sends this process a signal as `owner.name` is called the nth time."""
   original = getattr(owner, name)
   left = [times]
 
   def call(*arguments, **options):
-    if when(*arguments):
-      left[0] -= 1
-      if left[0] == 0:
-        os.kill(os.getpid(), number)
+    left[0] -= 1
+    if left[0] == 0:
+      os.kill(os.getpid(), number)
     return original(*arguments, **options)
 
   patch.setattr(owner, name, call)
 
 
-def row_of(step):
-  return lambda writer, row: row["step"] == step and "loss" in row
-
-
 PHASES = [
   # Where the signal comes, what the run then says, and the newest checkpoint.
-  (input_pipeline, "make", {}, "before or after training", None),
-  (hf, "load", {}, "before or after training", None),
+  (input_pipeline, "make", 1, "before or after training", None),
+  (hf, "load", 1, "before or after training", None),
   # Compilation is not interrupted; the first evaluation then asks.
-  (setup, "compile_ahead", {}, "in the evaluation at step 0", None),
-  (loop, "_evaluate", {}, "in the evaluation at step 0", None),
-  # Step 1 is fetched at once; one more is under way when the signal is seen.
-  (
-    metrics.Writer,
-    "write",
-    {"when": row_of(1)},
-    "after step 2, which is saved",
-    2,
-  ),
+  (setup, "compile_ahead", 1, "in the evaluation at step 0", None),
+  (loop, "_evaluate", 1, "in the evaluation at step 0", None),
+  # After the evaluation comes step 1, fetched at once; one more is under way
+  # when the signal is seen.
+  (metrics.Writer, "write", 2, "after step 2, which is saved", 2),
   # The evaluation after step 3 is abandoned, and made up for at the next start.
-  (loop, "_evaluate", {}, "after step 3, which is saved", 3),
-  (checkpoints.Checkpoints, "save", {}, "after step 5, which is saved", 5),
-  (checkpoints.Checkpoints, "close", {}, "at the end of training", 7),
-  (hf, "export", {}, "before or after training", 7),
+  (loop, "_evaluate", 1, "after step 3, which is saved", 3),
+  (checkpoints.Checkpoints, "save", 1, "after step 5, which is saved", 5),
+  (checkpoints.Checkpoints, "close", 1, "at the end of training", 7),
+  (hf, "export", 1, "before or after training", 7),
 ]
 
 
@@ -88,10 +78,10 @@ def test_a_signal_in_any_phase_loses_nothing(
 ):
   workdir = tmp_path / "run"
   handlers = [signal.getsignal(number) for number in preemption.SIGNALS]
-  for turn, (owner, name, options, where, saved) in enumerate(PHASES):
+  for turn, (owner, name, times, where, saved) in enumerate(PHASES):
     number = preemption.SIGNALS[turn % 3]
     with monkeypatch.context() as patch:
-      signalled(patch, owner, name, number, **options)
+      signalled(patch, owner, name, number, times)
       with pytest.raises(preemption.Interrupted) as stopped:
         train.run(config(), workdir)
     assert f"{number.name} {where}" in str(stopped.value), name
@@ -244,7 +234,7 @@ def test_it_goes_on_with_other_devices(whole, config, tmp_path, monkeypatch):
   workdir = tmp_path / "run"
   make = sharding.make_mesh
   with monkeypatch.context() as patch:
-    signalled(patch, metrics.Writer, "write", signal.SIGTERM, when=row_of(2))
+    running.at_step(patch, 2, running.terminate)
     with pytest.raises(preemption.Interrupted):
       train.run(config(), workdir)
   one = jax.devices()[:1]
@@ -387,7 +377,7 @@ def test_a_disk_that_cannot_be_written_is_refused_first(
 def test_what_may_change_is_recorded(whole, config, tmp_path, monkeypatch):
   workdir = tmp_path / "run"
   with monkeypatch.context() as patch:
-    signalled(patch, metrics.Writer, "write", signal.SIGTERM, when=row_of(4))
+    running.at_step(patch, 4, running.terminate)
     with pytest.raises(preemption.Interrupted):
       train.run(config(), workdir)
   changes = {"loss.beta": 0.6, "optimizer.eps": 1e-7}

@@ -46,31 +46,6 @@ def logps(base, pairs):
   return compute(base, pairs)
 
 
-def test_they_are_the_log_probs_of_each_sequence_alone(base, pairs, logps):
-  wanted = []
-  for pair in pairs:
-    for response in (pair.chosen, pair.rejected):
-      whole = np.zeros((1, 24), np.int32)
-      text = pair.prompt + response
-      whole[0, : len(text)] = text
-      logits = np.asarray(plain(base, whole), np.float64)[0]
-      logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
-      at = np.arange(len(pair.prompt) - 1, len(text) - 1)
-      wanted += logits[at, list(response)].tolist()
-  assert logps.dtype == np.float32
-  # Float32 against float64 on logits of a few nats.
-  np.testing.assert_allclose(logps, wanted, rtol=0, atol=2e-5)
-
-
-@jax.jit
-def plain(base, tokens):
-  size = tokens.shape[1]
-  mask = jax.numpy.tril(jax.numpy.ones((1, size, size), bool))
-  places = jax.numpy.arange(size)[None]
-  hidden, _ = gpt_neox.apply(tiny.CONFIG, base, None, tokens, places, mask)
-  return gpt_neox.unembed(base, hidden)
-
-
 def test_layout_mesh_and_batch_change_nothing(base, pairs, logps):
   mesh = sharding.make_mesh(4, 2, 1)
   how = dataclasses.replace(HOW, layout="packed", shards=8)

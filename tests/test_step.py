@@ -52,6 +52,12 @@ def trainer(config, kind, items, seed=0):
   return jax.jit(step), tx
 
 
+@functools.cache
+def evaluator():
+  """The jitted evaluation of pairs, for `pack(..., rows=6)`."""
+  return jax.jit(step_lib.make_eval_step(LORA, objective()))
+
+
 @pytest.fixture(scope="module")
 def weights():
   return tiny.weights(LORA), tiny.adapters(LORA)
@@ -211,7 +217,7 @@ def test_an_update_that_is_refused_changes_not_a_bit():
 def test_evaluation_sums_what_is_there(weights):
   base, adapters = weights
   params = {"base": base, "lora": adapters}
-  evaluate = jax.jit(step_lib.make_eval_step(LORA, objective()))
+  evaluate = evaluator()
   items = tiny.pairs(PAIRS + 3, 4)
   parts = [
     evaluate(params, None, pack(items[:PAIRS], 1, rows=6)),
@@ -235,7 +241,7 @@ def test_evaluation_sums_what_is_there(weights):
 
 def test_spread_and_right_words_of_an_evaluation_by_hand(weights):
   base, adapters = weights
-  evaluate = jax.jit(step_lib.make_eval_step(LORA, objective()))
+  evaluate = evaluator()
   items = tiny.pairs(PAIRS, 4)
   for i in (0, 3):
     # A model of random weights is right where it is made so.

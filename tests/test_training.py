@@ -388,6 +388,14 @@ def test_wrong_input_is_refused_before_the_model_is_read(
     ({"objective": "ppo"}, "config.objective='ppo'"),
     ({"guards.not_finite": "ignore"}, "guards.not_finite='ignore'"),
     ({"guards.max_skipped": -1}, "guards.max_skipped=-1 must not be negative"),
+    (
+      {"best_metric": "eval_reward"},
+      "best_metric='eval_reward' must be one of",
+    ),
+    (
+      {"best_metric": "eval_rewards/margins", "objective": "sft"},
+      "rewards for objective='dpo' alone",
+    ),
     ({"samples.top_p": 0.0}, r"samples.top_p=0.0 must be in \(0, 1\]"),
     ({"trackers.use": ["tensorbord"]}, r"use\[0\]='tensorbord' must be one of"),
   ],
@@ -395,6 +403,14 @@ def test_wrong_input_is_refused_before_the_model_is_read(
 def test_settings_that_make_no_sense_are_refused(config, changes, words):
   with pytest.raises(ValueError, match=words):
     config(**changes)
+
+
+def test_the_best_checkpoint_has_the_lowest_loss_or_the_highest_accuracy(
+  config,
+):
+  assert config(best_metric="eval_loss").retention().best_is == "lowest"
+  best = config(best_metric="eval_rewards/accuracies").retention().best_is
+  assert best == "highest"
 
 
 def test_a_model_that_does_not_fit_is_refused(config, tmp_path):

@@ -25,19 +25,12 @@ FREE = (
   "checkpoint_bucket",
 )
 
-# Evaluation metrics that checkpoints can be ranked by.
-_SFT_METRICS = ("eval_loss", "eval_entropy", "eval_mean_token_accuracy")
-EVAL_METRICS = {
-  "sft": _SFT_METRICS,
-  "dpo": (
-    *_SFT_METRICS,
-    "eval_rewards/chosen",
-    "eval_rewards/rejected",
-    "eval_rewards/margins",
-    "eval_rewards/accuracies",
-    "eval_logps/chosen",
-    "eval_logps/rejected",
-  ),
+# Evaluation metrics that checkpoints can be ranked by, and which end is best.
+_BEST_IS: dict[str, Literal["lowest", "highest"]] = {
+  "eval_loss": "lowest",
+  "eval_mean_token_accuracy": "highest",
+  "eval_rewards/accuracies": "highest",
+  "eval_rewards/margins": "highest",
 }
 
 
@@ -120,7 +113,6 @@ class TrainSettings:
   keep_every: int
   keep_best: int
   best_metric: str
-  best_is: Literal["lowest", "highest"]
   checkpoint_bucket: str
   export_adapters: bool
   precompute_reference: bool
@@ -175,11 +167,11 @@ class TrainSettings:
         bucket.check(self.checkpoint_bucket)
       except ValueError as error:
         raise ValueError(f"checkpoint_bucket: {error}") from None
-    known = EVAL_METRICS[self.objective]
-    if self.best_metric not in known:
+    dpo_only = "rewards" in self.best_metric and self.objective != "dpo"
+    if self.best_metric not in _BEST_IS or dpo_only:
       raise ValueError(
-        f"best_metric={self.best_metric!r} must be one of {list(known)} for"
-        f" objective={self.objective!r}"
+        f"best_metric={self.best_metric!r} must be one of {list(_BEST_IS)},"
+        " rewards for objective='dpo' alone"
       )
     if self.export_adapters and not self.lora.rank:
       raise ValueError(
@@ -230,5 +222,5 @@ class TrainSettings:
       every=self.keep_every,
       best=self.keep_best,
       metric=self.best_metric,
-      best_is=self.best_is,
+      best_is=_BEST_IS[self.best_metric],
     )

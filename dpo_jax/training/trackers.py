@@ -17,7 +17,6 @@ import io
 import json
 import logging
 import pathlib
-import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -58,8 +57,7 @@ class Csv:
       self._begin()
 
   def table(self, step, name, columns, rows) -> None:
-    file_name = re.sub(r"[^\w.-]", "_", name)
-    path = self._directory / "tables" / f"{file_name}-{step:06d}.csv"
+    path = self._directory / "tables" / f"{name}-{step:06d}.csv"
     path.parent.mkdir(exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
       csv.writer(file).writerows([columns, *rows])
