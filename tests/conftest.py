@@ -95,14 +95,20 @@ def run_files(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def whole(run_files, tmp_path_factory) -> pathlib.Path:
-  """The directory of an uninterrupted tiny run, not to be changed either."""
+def config(run_files):
+  """config(**{"loss.beta": 1.0}): settings of a tiny run on those files."""
   import running
 
+  return running.configs(run_files)
+
+
+@pytest.fixture(scope="session")
+def whole(config, tmp_path_factory) -> pathlib.Path:
+  """The directory of an uninterrupted tiny run, not to be changed either."""
   from dpo_jax.training import train
 
   workdir = tmp_path_factory.mktemp("whole") / "run"
-  train.run(running.configs(run_files)(), workdir)
+  train.run(config(), workdir)
   return workdir
 
 

@@ -25,11 +25,6 @@ from dpo_jax.model import hf
 from dpo_jax.training import checkpoints, input_pipeline, loop, setup, train
 
 
-@pytest.fixture(scope="module")
-def config(run_files):
-  return running.configs(run_files)
-
-
 def assert_same(workdir, whole):
   assert running.read(workdir) == running.read(whole)
   assert running.weights(workdir) == running.weights(whole)

@@ -21,11 +21,6 @@ from dpo_jax.training import checkpoints, input_pipeline, loop, setup, train
 from dpo_jax.training import step as step_lib
 
 
-@pytest.fixture(scope="module")
-def config(run_files):
-  return running.configs(run_files)
-
-
 def noted(name, call, found):
   """Appends "name 1", "name 2", ... to `found` as it is called."""
 
@@ -37,44 +32,83 @@ def noted(name, call, found):
   return counted
 
 
-def test_the_order_of_a_run_and_what_it_compiles(
-  config, whole, tmp_path, monkeypatch, caplog
-):
-  """Evaluations after steps 3, 6 and 7, saves after 2, 4, 6 and 7."""
-  jax.clear_caches()
-  caplog.set_level(logging.DEBUG, "jax._src.interpreters.pxla")
-  events, compiled = [], []
-  ahead, original = setup.compile_ahead, loop.train
+class Lines(logging.Handler):
+  """What jax says it compiles."""
 
-  def compiling():
-    lines = (record.getMessage() for record in caplog.records)
-    return [line for line in lines if line.startswith("Compiling")]
+  def __init__(self):
+    super().__init__()
+    self.lines = []
 
-  def compile_ahead(step, arguments, batches):
+  def emit(self, record):
+    if record.getMessage().startswith("Compiling"):
+      self.lines.append(record.getMessage())
+
+
+@pytest.fixture(scope="module")
+def observed(config, tmp_path_factory):
+  """A run with evaluations at 0, 3, 6 and 7 and saves at 2, 4, 6 and 7.
+
+  Its clock goes a second a look, and compiling, evaluating and saving take a
+  thousand. `events` has the calls in order, `compiled` what was compiled before
+  the loop and after it.
+  """
+  workdir = tmp_path_factory.mktemp("observed") / "run"
+  events, compiled, clock = [], [], [0.0]
+  handler, logger = Lines(), logging.getLogger("jax._src.interpreters.pxla")
+
+  def now():
+    clock[0] += 1
+    return clock[0]
+
+  def slow(call):
+    def slowly(*arguments, **named):
+      clock[0] += 1000
+      return call(*arguments, **named)
+
+    return slowly
+
+  def compile_ahead(step, arguments, batches, original=setup.compile_ahead):
     update = isinstance(arguments[0], step_lib.TrainState)
-    step = ahead(step, arguments, batches)
+    step = original(step, arguments, batches)
     return noted("update" if update else "score", step, events)
 
-  def watched(*arguments, **options):
-    compiled.append(compiling())
+  def train_loop(*arguments, original=loop.train, **options):
+    compiled.append([*handler.lines])
     state = original(*arguments, **options)
-    compiled.append(compiling())
+    compiled.append([*handler.lines])
     return state
 
-  for owner, name, event in (
-    (loop, "_add", "add"),
-    (loop.StepLog, "write", "fetch"),
-    (checkpoints.Checkpoints, "save", "save"),
-  ):
-    call = noted(event, getattr(owner, name), events)
-    monkeypatch.setattr(owner, name, call)
-  monkeypatch.setattr(setup, "compile_ahead", compile_ahead)
-  monkeypatch.setattr(loop, "train", watched)
-  train.run(config(), tmp_path / "run")
+  jax.clear_caches()
+  with pytest.MonkeyPatch.context() as patch:
+    for owner, name, event in (
+      (loop, "_add", "add"),
+      (loop.StepLog, "write", "fetch"),
+      (checkpoints.Checkpoints, "save", "save"),
+    ):
+      patch.setattr(owner, name, noted(event, getattr(owner, name), events))
+    patch.setattr(metrics, "time", types.SimpleNamespace(perf_counter=now))
+    patch.setattr(setup, "compile_ahead", slow(compile_ahead))
+    patch.setattr(loop, "train", train_loop)
+    for owner, name in ((loop, "_evaluate"), (checkpoints.Checkpoints, "save")):
+      patch.setattr(owner, name, slow(getattr(owner, name)))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+      train.run(config(), workdir)
+    finally:
+      logger.setLevel(level)
+      logger.removeHandler(handler)
+  return types.SimpleNamespace(
+    workdir=workdir, events=events, compiled=compiled
+  )
+
+
+def test_metrics_are_fetched_a_step_late(observed, whole):
   # Four held-out pairs and two. The sums of a batch are added when the device
   # has the next one.
   evaluation = ["score", "add", "score", "add", "add"]
-  assert [event.split()[0] for event in events] == [
+  assert [event.split()[0] for event in observed.events] == [
     *evaluation,
     # The first loss is known, and fetched at once.
     *("update", "fetch"),
@@ -85,13 +119,23 @@ def test_the_order_of_a_run_and_what_it_compiles(
     *("update", "update", "fetch", "fetch", *evaluation, "save"),
     *("update", "fetch", *evaluation, "save"),
   ]
-  assert running.read(tmp_path / "run") == running.read(whole)
-  assert running.weights(tmp_path / "run") == running.weights(whole)
+  assert running.read(observed.workdir) == running.read(whole)
+  assert running.weights(observed.workdir) == running.weights(whole)
+
+
+def test_nothing_is_compiled_in_the_loop(observed):
   # On eight devices, nothing of it seen before: no step and no save.
-  before, after = compiled
+  before, after = observed.compiled
   for name in ("train_step", "eval_step"):
     assert sum(name in line for line in before) == 1
   assert after == before
+
+
+def test_rates_are_of_steps_alone(observed):
+  rows = metrics.read(observed.workdir / metrics.FILE)
+  rows = [row["pairs_per_second"] for row in rows if "loss" in row]
+  # Four pairs in a second, as no step looks at the clock twice.
+  assert rows == [4.0] * running.STEPS
 
 
 def test_a_batch_that_stayed_on_the_host_is_refused(
@@ -106,35 +150,6 @@ def test_a_batch_that_stayed_on_the_host_is_refused(
   monkeypatch.setattr(input_pipeline, "_to_device", left)
   with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-"):
     train.run(config(), tmp_path / "run")
-
-
-def test_rates_are_of_steps_alone(config, tmp_path, monkeypatch):
-  """By a clock that compiling, evaluating and saving take a thousand s of."""
-  clock = [0.0]
-
-  def now():
-    clock[0] += 1
-    return clock[0]
-
-  def slow(call):
-    def slowly(*arguments, **named):
-      clock[0] += 1000
-      return call(*arguments, **named)
-
-    return slowly
-
-  monkeypatch.setattr(metrics, "time", types.SimpleNamespace(perf_counter=now))
-  for owner, name in (
-    (setup, "compile_ahead"),
-    (loop, "_evaluate"),
-    (checkpoints.Checkpoints, "save"),
-  ):
-    monkeypatch.setattr(owner, name, slow(getattr(owner, name)))
-  train.run(config(), tmp_path / "run")
-  rows = metrics.read(tmp_path / "run" / metrics.FILE)
-  rows = [row["pairs_per_second"] for row in rows if "loss" in row]
-  # Four pairs in a second, as no step looks at the clock twice.
-  assert rows == [4.0] * running.STEPS
 
 
 def test_a_shape_that_was_not_planned_is_compiled_when_it_comes():

@@ -29,16 +29,6 @@ ASKED = {
 }
 
 
-@pytest.fixture(scope="module")
-def files(run_files):
-  return run_files
-
-
-@pytest.fixture(scope="module")
-def config(files):
-  return running.configs(files)
-
-
 @contextlib.contextmanager
 def compiled():
   """The names of the programs that are compiled meanwhile, in order."""
@@ -77,13 +67,13 @@ def rows(workdir):
   return records.read(workdir / eval_samples.FILE, records.Response)
 
 
-def test_the_first_prompts_are_answered_at_every_interval(sampled, files):
-  loaded = sources.read_file(str(files / "test.jsonl")).rows[:3]
+def test_the_first_prompts_are_answered_at_every_interval(sampled, run_files):
+  loaded = sources.read_file(str(run_files / "test.jsonl")).rows[:3]
   found = rows(sampled)
   assert [(row.step, row.prompt_id) for row in found] == [
     (step, one.id) for step in (0, 3, 6, 7) for one in loaded
   ]
-  words = tokenizer.load(files / "tokenizer")
+  words = tokenizer.load(run_files / "tokenizer")
   for row, one in zip(found, loaded * 4, strict=True):
     assert (row.prompt, row.chosen) == (one.prompt, one.chosen)
     assert (row.model, row.temperature, row.seed) == ("dpo", 0.7, 5)
@@ -94,9 +84,9 @@ def test_the_first_prompts_are_answered_at_every_interval(sampled, files):
   assert all(a != b for a, b in itertools.pairwise(logps))
 
 
-def generated(config, base, lora, files, wanted):
-  """The rows with the answers of weights that were read from files."""
-  words = tokenizer.load(files / "tokenizer")
+def generated(config, base, lora, run_files, wanted):
+  """The rows with the answers of weights that were read from run_files."""
+  words = tokenizer.load(run_files / "tokenizer")
   requests = [
     sampler_lib.Request(
       tuple(words.encode(row.prompt)[-16:]),
@@ -123,10 +113,10 @@ def generated(config, base, lora, files, wanted):
   ]
 
 
-def test_the_answers_are_the_policys(sampled, files):
+def test_the_answers_are_the_policys(sampled, run_files):
   """With its adapters, unmerged, as they were at that step."""
   shape, base = hf.load(
-    files / "model",
+    run_files / "model",
     dtype="float32",
     remat="none",
     lora=None,
@@ -140,7 +130,7 @@ def test_the_answers_are_the_policys(sampled, files):
       path = sampled / "adapters" / f"step-{step:06d}"
       adapter, lora = hf.load_adapter(path, shape, base)
       adapted = dataclasses.replace(shape, lora=adapter)
-    assert generated(adapted, base, lora, files, own) == own
+    assert generated(adapted, base, lora, run_files, own) == own
 
 
 def test_training_is_what_it_is_without_them(sampled, programs, whole):

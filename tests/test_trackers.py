@@ -16,7 +16,6 @@ import sys
 import numpy as np
 import planted
 import pytest
-import running
 
 from dpo_jax.data import dataset
 from dpo_jax.io import metrics
@@ -260,10 +259,9 @@ def test_a_tracker_that_fails_is_named_once_and_stops_nothing(
   ("name", "extra"), [("wandb", "wandb"), ("tensorboard", "tb")]
 )
 def test_a_missing_library_is_refused_before_anything_is_read(
-  run_files, tmp_path, monkeypatch, name, extra
+  config, tmp_path, monkeypatch, name, extra
 ):
-  config = running.configs(run_files)(**{"trackers.use": ["csv", name]})
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   monkeypatch.setattr(dataset, "prepare", pytest.fail)
   with pytest.raises(ValueError, match=rf"pip install 'dpo-jax\[{extra}\]'"):
-    train.run(config, tmp_path / "run")
+    train.run(config(**{"trackers.use": ["csv", name]}), tmp_path / "run")

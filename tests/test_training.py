@@ -22,11 +22,6 @@ from dpo_jax.training import train as train_lib
 READ = {"dtype": "float32", "remat": "none", "lora": None}
 
 
-@pytest.fixture(scope="module")
-def config(run_files):
-  return running.configs(run_files)
-
-
 def test_a_run_writes_each_step_once(whole):
   found = running.read(whole)
   train = [row for row in found if "loss" in row]
