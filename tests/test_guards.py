@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import running
@@ -15,6 +16,21 @@ from dpo_jax.model import hf
 from dpo_jax.training import guards, losses, train
 
 LOSS = losses.LossSettings("sigmoid", 0.5, 0.0)
+
+
+@pytest.mark.parametrize(
+  ("loss", "norm", "applied"),
+  [
+    (-1e30, 1e30, True),
+    (math.nan, 0.0, False),
+    (math.inf, 0.0, False),
+    (0.5, math.nan, False),
+    (0.5, math.inf, False),
+  ],
+)
+def test_an_update_is_applied_where_all_is_finite(loss, norm, applied):
+  found = guards.finite(jnp.float32(loss), jnp.float32(norm))
+  assert bool(found) is applied
 
 
 @pytest.mark.parametrize(
