@@ -100,16 +100,6 @@ def test_merged_kernels_by_hand(base, adapters, dtype):
     )
 
 
-def test_merge_refuses_what_does_not_fit(base, adapters):
-  with pytest.raises(ValueError, match=r"config\.lora is None"):
-    lora.merge(CONFIG, base, adapters)
-  wrong = {"blocks": {"dense": adapters["blocks"]["dense_h_to_4h"]}}
-  with pytest.raises(ValueError, match=r"blocks/dense: lora_a \(2, 16, 3\)"):
-    lora.merge(ADAPTED, base, wrong)
-  with pytest.raises(ValueError, match="no blocks/router"):
-    lora.merge(ADAPTED, base, {"blocks": {"router": {}}})
-
-
 def test_count_is_the_sum_over_the_shapes(base, adapters):
   # Embeddings, final norm, and for each layer two norms and four projections.
   layer = 4 * 16 + (16 * 48 + 48) + (16 * 16 + 16) + 2 * 16 * 32 + 32 + 16
@@ -308,11 +298,6 @@ def test_each_layer_projection_and_token_draws_its_own_dropout(
 def test_wrong_configs_are_refused(config, changes, message):
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(config, **changes)
-
-
-def test_a_model_without_lora_has_no_adapters():
-  with pytest.raises(ValueError, match=r"config\.lora is None"):
-    gpt_neox.init_lora(CONFIG, jax.random.key(0))
 
 
 @pytest.mark.parametrize("transposed", [False, True])

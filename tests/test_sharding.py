@@ -35,6 +35,8 @@ PAIRS = 8
 @pytest.mark.parametrize(
   ("asked", "devices", "got"),
   [
+    # All devices and no split of the weights by default.
+    ((), None, (8, 1, 1)),
     ((-1, 1, 1), 8, (8, 1, 1)),
     ((2, 2, 2), 8, (2, 2, 2)),
     ((2, -1, 2), 8, (2, 2, 2)),
@@ -47,10 +49,6 @@ def test_meshes(asked, devices, got):
   assert tuple(mesh.shape.values()) == got
   assert mesh.axis_names == ("data", "fsdp", "tensor")
   assert sharding.data_shards(mesh) == got[0] * got[1]
-
-
-def test_a_mesh_takes_all_devices_by_default():
-  assert sharding.make_mesh().size == jax.device_count() == 8
 
 
 @pytest.mark.parametrize(
@@ -153,11 +151,6 @@ def test_batches_are_split_over_data_and_fsdp():
 def test_constrain_is_nothing_without_a_mesh():
   x = jnp.ones((2, 3))
   assert sharding.constrain(x, "batch", None) is x
-
-
-def test_path_names():
-  tree = {"a": [optax.EmptyState(), optax.ScaleByScheduleState(jnp.ones(()))]}
-  assert list(by_path(tree)) == ["a/1/count"]
 
 
 # --- steps

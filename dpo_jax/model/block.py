@@ -1,8 +1,7 @@
 """A transformer block of GPT-NeoX in Flax NNX, with LoRA on its projections.
 
-NNX defines the layers and their weights; `graph` and `merge` turn a block into
-a function of plain dicts of arrays, which `gpt_neox` stacks and scans. No other
-file imports flax.
+`merge` gives the block of `graph` its weights, plain dicts of arrays, which
+`gpt_neox` stacks and scans. No other file imports flax.
 
 Einsum letters: B batch, T tokens, D width, N heads, H head dim, F mlp, I inputs
 and O outputs of a kernel, flattened, R rank, C the three of q, k, v.
@@ -33,8 +32,8 @@ TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
 
 @functools.lru_cache
-def graph(config: Any, transposed: bool = False) -> tuple[Any, Any]:
-  """The static part of a block and its abstract state.
+def graph(config: Any, transposed: bool = False) -> Any:
+  """A block without its weights.
 
   Args:
     config: a `gpt_neox.ModelConfig`; its `lora` describes the adapters.
@@ -44,12 +43,12 @@ def graph(config: Any, transposed: bool = False) -> tuple[Any, Any]:
   block = nnx.eval_shape(
     lambda: _Block(config, rngs=nnx.Rngs(0), transposed=transposed)
   )
-  return nnx.split(block)
+  return nnx.split(block)[0]
 
 
-def merge(static: Any, *states: Tree) -> Callable[..., Any]:
+def merge(graph: Any, *weights: Tree) -> Callable[..., Any]:
   """The block of `graph` with these weights, the base's first."""
-  return nnx.merge(static, *states)
+  return nnx.merge(graph, *weights)
 
 
 def init(config: Any, key: jax.Array) -> tuple[Tree, Tree]:
@@ -111,8 +110,12 @@ def layer_norm(
   return (y * scale + bias).astype(x.dtype)
 
 
-def fold_in(keys: jax.Array, number: jax.Array | int) -> jax.Array:
-  """`jax.random.fold_in` for a key of each token, [B, T]."""
+def fold_in(
+  keys: jax.Array | None, number: jax.Array | int
+) -> jax.Array | None:
+  """`jax.random.fold_in` for a key of each token, [B, T]; None without keys."""
+  if keys is None:
+    return None
   fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
   return fold(keys, number)
 
@@ -206,9 +209,7 @@ class _Block(nnx.Module):
 
   def __call__(self, x, rotation, attend, memory, dropout_key, adapter):
     """The block's output, and the cache that `memory` returns."""
-    keys = [None] * 4
-    if dropout_key is not None:
-      keys = [fold_in(dropout_key, i) for i in range(4)]
+    keys = [fold_in(dropout_key, i) for i in range(4)]
     qkv = self.query_key_value(self.attention_norm(x), keys[0], adapter)
     qkv = sharding.constrain(qkv, "batch", None, "heads", None, None)
     q, k, v = jnp.unstack(qkv, axis=3)

@@ -1,18 +1,15 @@
 """GPT-NeoX, the architecture of every Pythia, with LoRA.
 
-One block is defined in `block`; here there are plain nested dicts of arrays,
-`base` and `lora`, and `jax.*` transforms. The base path of a weight is the same
-with and without LoRA, so that the reference of DPO is the same base with
-`lora=None`: no second copy of the weights. Layers are stacked on a leading axis
-and run by `lax.scan`.
+`block` defines one transformer block; here layers are stacked on a leading axis
+and run by `lax.scan`. Weights are plain nested dicts, `base` and `lora`. The
+reference of DPO is the same base with `lora=None`: no second copy.
 
 Einsum letters: B batch, T query tokens, S key tokens or cache slots, D width,
 N heads, H head dim, V vocab.
 
 References:
   Black et al., GPT-NeoX-20B, 2022 (arXiv 2204.06745);
-  Biderman et al., Pythia, 2023 (arXiv 2304.01373);
-  Hu et al., LoRA, 2021 (arXiv 2106.09685), Eq. 3.
+  Biderman et al., Pythia, 2023 (arXiv 2304.01373).
 """
 
 import dataclasses
@@ -135,13 +132,7 @@ def init(
 
 
 def init_lora(config: ModelConfig, key: jax.Array) -> Tree:
-  """Fresh float32 adapters, whose branch is zero.
-
-  Raises:
-    ValueError: the config has no LoRA.
-  """
-  if config.lora is None:
-    raise ValueError("config.lora is None: it describes no adapters")
+  """Fresh float32 adapters of `config.lora`; B is zero."""
   return {"blocks": block_lib.init(config, key)[1]}
 
 
@@ -198,7 +189,7 @@ def apply(
   """
   lora_config = config.lora if lora is not None else None
   config = dataclasses.replace(config, lora=lora_config)
-  graph, _ = block_lib.graph(config, transposed=isinstance(cache, tuple))
+  graph = block_lib.graph(config, transposed=isinstance(cache, tuple))
   adapters = lora["blocks"] if lora is not None else {}
   x, rotation = _enter(config, base, tokens, positions)
   attend = attention_lib.bind(config.attention, visible)
@@ -206,9 +197,7 @@ def apply(
   def block(carry, layer, prompts=prompts):
     x, cache = carry
     params, adapters, number = layer
-    key = dropout_key
-    if key is not None:
-      key = block_lib.fold_in(key, number)
+    key = block_lib.fold_in(dropout_key, number)
     params = quantization.restore(params, config.dtype)
     states = (params, adapters) if adapters else (params,)
     memory = _no_memory
@@ -247,18 +236,13 @@ def apply_both(
   *,
   dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """`apply` with the adapters and without them, in one pass over the layers.
+  """Hidden states of `apply` with and without adapters, in one pass.
 
-  Each layer of the base is restored from int8 once and gathered on a mesh once,
-  for both. The base and the second output have no gradient.
-
-  Args: as in `apply`.
-
-  Returns:
-    Hidden states of policy and reference, both [B, T, D] in `config.dtype`.
+  Each layer of the base is dequantized once and gathered on a mesh once for
+  both. The base and the second output have no gradient.
   """
-  with_adapters, _ = block_lib.graph(config)
-  without, _ = block_lib.graph(dataclasses.replace(config, lora=None))
+  with_adapters = block_lib.graph(config)
+  without = block_lib.graph(dataclasses.replace(config, lora=None))
   base = jax.lax.stop_gradient(base)
   x, rotation = _enter(config, base, tokens, positions)
   attend = attention_lib.bind(config.attention, visible)
@@ -267,9 +251,7 @@ def apply_both(
   def block(carry, layer):
     policy, reference = carry
     params, adapters, number = layer
-    key = dropout_key
-    if key is not None:
-      key = block_lib.fold_in(key, number)
+    key = block_lib.fold_in(dropout_key, number)
     params = quantization.restore(params, config.dtype)
     # One cast for both: two would be gathered one by one.
     cast = {

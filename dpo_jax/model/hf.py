@@ -4,9 +4,9 @@ An exported model loads in transformers, an exported adapter in peft; reading
 either gives back our trees bit for bit. A config that we do not compute exactly
 is refused before any weight is read.
 
-Reading never holds a model twice: each device's part of a stacked weight is
-filled layer by layer from the stored tensors. Writing goes one layer at a time
-into a staging directory, which is renamed when it is complete.
+Each device's part of a stacked weight is filled layer by layer from the stored
+tensors, so that no model is in memory twice. A file is written a layer at a
+time in a staging directory, which is renamed when it is complete.
 """
 
 import contextlib
@@ -74,10 +74,7 @@ def load(
   Args:
     path: a directory with config.json and safetensors, or a hub id, with or
       without @revision.
-    dtype: of the config: what the model computes in.
-    remat: of the config: rematerialization policy.
-    lora: of the config; weights of adapters are those of `gpt_neox.init_lora`
-      or `load_adapter`.
+    dtype: of the config, as are `remat` and `lora`.
     param_dtype: of the weights.
     mesh: splits the weights by the rules of `sharding`; None puts them on the
       default device.
@@ -118,7 +115,7 @@ def export(
     directory: created, or replaced if it is an earlier export.
     config: the model's shape.
     base: its weights.
-    tokenizer: a `tokenizer.Tokenizer` to save with it.
+    tokenizer: a `tokenizer.Tokenizer` that is saved too.
 
   Raises:
     ValueError: the directory holds other files, the tokenizer has ids beyond
@@ -202,11 +199,8 @@ def export_adapter(
     base: the base weights or their `fingerprint`, for `load_adapter` to check.
 
   Raises:
-    ValueError: the config has no LoRA, the directory holds other files, or a
-      weight is not finite.
+    ValueError: the directory holds other files, or a weight is not finite.
   """
-  if config.lora is None:
-    raise ValueError("config.lora is None: there is no adapter to export")
   text = hf_layout.adapter_config_json(config.lora, base_name)
   if base is not None and not isinstance(base, str):
     base = fingerprint(base)
@@ -277,15 +271,9 @@ def _read(
   dtype: str,
   mesh: jax.sharding.Mesh | None,
 ) -> Tree:
-  """All weights as a tree, after all names and shapes are checked.
+  """A tree of these shapes, after all names and shapes are checked.
 
-  Args:
-    directory: of the tensors, for messages.
-    weights: the layout.
-    shapes: the tree's shapes.
-    tensors: stored tensors by name, from `safetensors.find`.
-    dtype: of the tree.
-    mesh: as in `load`.
+  `tensors` are of `safetensors.find`; `directory` is for messages.
   """
   expected = {}
   for weight in weights:
@@ -330,16 +318,15 @@ def _read_weight(weight, shape, tensors, dtype, to, problems) -> jax.Array:
     key = tuple(axis.indices(size) for axis, size in zip(index, shape))
     if key in parts:  # Another device has the same part.
       return parts[key]
-    size = tuple(len(range(*axis)) for axis in key)
-    out = parts[key] = np.empty(size, jnp.dtype(dtype))
+    sizes = [len(range(*axis)) for axis in key]
+    out = parts[key] = np.empty(sizes, jnp.dtype(dtype))
     layers, chosen, inner, whole = out[None], names, index, shape
     if weight.stacked:
       layers, chosen = out, names[index[0]]
       inner, whole = index[1:], shape[1:]
     for layer, name in zip(layers, chosen, strict=True):
-      np.copyto(
-        layer, weight.read(tensors[name], whole, inner), casting="unsafe"
-      )
+      stored = weight.read(tensors[name], whole, inner)
+      np.copyto(layer, stored, casting="unsafe")
       if not np.isfinite(layer).all():
         problems.append(f"{name} holds NaN or infinity")
     return out
@@ -367,9 +354,6 @@ def _write(
   """Writes one file of weights, gathered a layer at a time.
 
   A collective: all processes call it, and the first one writes.
-
-  Raises:
-    ValueError: a weight is not finite.
   """
   shapes = {}
   for weight in weights:

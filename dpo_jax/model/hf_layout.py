@@ -3,9 +3,8 @@
 Every weight of ours is a transpose of a stored one with some axes flattened
 together, as `Weight.axes` says. The fused query_key_value rows are ordered
 (head, q/k/v, head dim), so that one rule covers them too. Configs that we do
-not compute exactly are refused. PEFT has dozens of settings that change what an
-adapter computes: of those that we do not read, any that is set is refused, a
-later PEFT's too.
+not compute exactly are refused, and so is any PEFT setting that is set and
+unknown here, a later PEFT's too.
 """
 
 import dataclasses
@@ -135,13 +134,21 @@ def adapter_weights(targets: tuple[str, ...]) -> tuple[Weight, ...]:
   )
 
 
+# ModelConfig's sizes, and their keys in config.json.
+_SIZES = {
+  "vocab_size": "vocab_size",
+  "width": "hidden_size",
+  "layers": "num_hidden_layers",
+  "heads": "num_attention_heads",
+  "mlp_width": "intermediate_size",
+  "max_positions": "max_position_embeddings",
+}
 # config.json keys with the one value that we compute, also if absent.
 _ONLY = {
-  "use_parallel_residual": True,
   "hidden_act": "gelu",
+  "use_parallel_residual": True,
   "tie_word_embeddings": False,
   "attention_bias": True,
-  "quantization_config": None,
 }
 
 
@@ -149,11 +156,7 @@ def model_fields(config: dict[str, Any], origin: str) -> dict[str, Any]:
   """Fields of a ModelConfig from a config.json.
 
   Dropout of the base (hidden_dropout, attention_dropout) is not applied:
-  preference training switches it off.
-
-  Args:
-    config: the parsed config.json.
-    origin: its path, for messages.
+  preference training switches it off. `origin` is the file's path.
 
   Raises:
     ValueError: a key is missing, or asks for what we do not compute.
@@ -164,7 +167,7 @@ def model_fields(config: dict[str, Any], origin: str) -> dict[str, Any]:
       f"{origin}: model_type={kind!r} is not supported; give a gpt_neox model,"
       " such as a Pythia"
     )
-  for key, only in _ONLY.items():
+  for key, only in {**_ONLY, "quantization_config": None}.items():
     if (value := config.get(key, only)) != only:
       raise ValueError(
         f"{origin}: {key}={value!r} is not supported, only {only!r}; choose a"
@@ -172,38 +175,21 @@ def model_fields(config: dict[str, Any], origin: str) -> dict[str, Any]:
       )
   fraction, base = _rotary(config, origin)
   return {
-    "vocab_size": _size(config, "vocab_size", origin),
-    "width": _size(config, "hidden_size", origin),
-    "layers": _size(config, "num_hidden_layers", origin),
-    "heads": _size(config, "num_attention_heads", origin),
-    "mlp_width": _size(config, "intermediate_size", origin),
+    **{ours: _size(config, key, origin) for ours, key in _SIZES.items()},
     "rotary_fraction": fraction,
     "rotary_base": base,
     "norm_eps": _positive(config, "layer_norm_eps", origin),
-    "max_positions": _size(config, "max_position_embeddings", origin),
   }
 
 
 def config_json(
   fields: Any, dtype: str, bos_id: int | None, eos_id: int | None
 ) -> str:
-  """config.json of a ModelConfig, with the keys of transformers 4 and 5.
-
-  Args:
-    fields: the ModelConfig.
-    dtype: of the stored weights, "float32" or "bfloat16".
-    bos_id: the tokenizer's, or None.
-    eos_id: the tokenizer's, or None.
-  """
+  """config.json of a ModelConfig, with the keys of transformers 4 and 5."""
   config = {
     "architectures": ["GPTNeoXForCausalLM"],
     "model_type": "gpt_neox",
-    "vocab_size": fields.vocab_size,
-    "hidden_size": fields.width,
-    "num_hidden_layers": fields.layers,
-    "num_attention_heads": fields.heads,
-    "intermediate_size": fields.mlp_width,
-    "max_position_embeddings": fields.max_positions,
+    **{key: getattr(fields, ours) for ours, key in _SIZES.items()},
     "layer_norm_eps": fields.norm_eps,
     "rotary_pct": fields.rotary_fraction,
     "rotary_emb_base": fields.rotary_base,
@@ -212,10 +198,7 @@ def config_json(
       "rope_theta": fields.rotary_base,
       "partial_rotary_factor": fields.rotary_fraction,
     },
-    "hidden_act": "gelu",
-    "use_parallel_residual": True,
-    "tie_word_embeddings": False,
-    "attention_bias": True,
+    **_ONLY,
     "attention_dropout": 0.0,
     "hidden_dropout": 0.0,
     "initializer_range": 0.02,
@@ -260,8 +243,8 @@ def _rotary(config: dict[str, Any], origin: str) -> tuple[float, float]:
   return values[0], values[1]
 
 
-# PEFT settings that do not change what adapters compute, and those read below.
-_IGNORED = {
+# PEFT settings that do not change what adapters compute, or are read below.
+_KNOWN = {
   "auto_mapping",
   "base_model_name_or_path",
   "inference_mode",
@@ -270,8 +253,6 @@ _IGNORED = {
   "qalora_group_size",
   "revision",
   "task_type",
-}
-_READ = {
   "bias",
   "init_lora_weights",
   "lora_alpha",
@@ -284,11 +265,7 @@ _READ = {
 
 
 def lora_fields(config: dict[str, Any], origin: str) -> dict[str, Any]:
-  """Fields of a LoraConfig from an adapter_config.json.
-
-  Args:
-    config: the parsed adapter_config.json.
-    origin: its path, for messages.
+  """Fields of a LoraConfig from an adapter_config.json; `origin` is its path.
 
   Raises:
     ValueError: a setting is missing, or asks for what we do not compute.
@@ -305,7 +282,7 @@ def lora_fields(config: dict[str, Any], origin: str) -> dict[str, Any]:
       " weights; merge the adapter with peft and load the merged model"
     )
   for key, value in config.items():
-    if value and key not in _IGNORED | _READ:
+    if value and key not in _KNOWN:
       raise ValueError(
         f"{origin}: {key}={value!r} is not supported; merge the adapter with"
         " peft (merge_and_unload) and load the merged model"
@@ -358,18 +335,18 @@ def _targets(names: Any, origin: str) -> tuple[str, ...]:
     raise ValueError(
       f"{origin}: target_modules={names!r} must be a list of names"
     )
-  found = {}
+  known = MODULES.keys() | set(MODULES.values())
   for name in names:
-    for target, module in MODULES.items():
-      if name in (target, module):
-        found[target] = name
-        break
-    else:
+    if not isinstance(name, str) or name not in known:
       raise ValueError(
         f"{origin}: target_modules names {name!r}; supported are"
         f" {list(MODULES)}"
       )
-  return tuple(target for target in MODULES if target in found)
+  return tuple(
+    target
+    for target, module in MODULES.items()
+    if {target, module} & set(names)
+  )
 
 
 def _size(config: dict[str, Any], key: str, origin: str) -> int:

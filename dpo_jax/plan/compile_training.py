@@ -70,13 +70,7 @@ class Compiled:
 def compile_one(
   name: str, lower: Callable[[], Any], resident: int = 0
 ) -> Compiled:
-  """Lowers and compiles a program; out of memory is a result, no error.
-
-  Args:
-    name: of the program.
-    lower: returns the lowered program.
-    resident: see `Memory`.
-  """
+  """Compiles what `lower` returns; out of memory is a result, no error."""
   try:
     compiled = lower().compile()
   except jax.errors.JaxRuntimeError as error:
@@ -109,9 +103,6 @@ def shape_of(
     config: of the run.
     name: a size in configs/models.py; "" if `model.path` is a directory, or it
       or the tokenizer's id names a Pythia.
-
-  Raises:
-    ValueError: the shape is unknown.
   """
   path = config.model.path
   if not name and pathlib.Path(path).is_dir():
@@ -130,11 +121,7 @@ def shape_of(
 
 
 def shape_named(name: str, *ids: str) -> gpt_neox.ModelConfig:
-  """Shape of the Pythia of this size, or if it is "", of the one in `ids`.
-
-  Raises:
-    ValueError: no id names one.
-  """
+  """Shape of the Pythia of this size, or if it is "", of the one in `ids`."""
   sizes = re.findall(r"pythia-([\d.]+[mb])\b", " ".join(ids))
   size = name.removeprefix("pythia-") or next(iter(sizes), "")
   if not size:
@@ -163,15 +150,10 @@ def compile_steps(
   rows: int,
   names: tuple[str, ...] = ("train", "eval"),
 ) -> list[Compiled]:
-  """The run's steps, compiled from shapes alone.
+  """The run's steps, compiled from shapes for the devices of `mesh`.
 
-  Args:
-    config: of the run.
-    shape: its model.
-    mesh: of the devices to compile for.
-    rows: of a training micro-batch on one device; evaluation has no
-      micro-batches.
-    names: which of "train" and "eval".
+  `rows` are those of a training micro-batch on one device; evaluation has no
+  micro-batches.
   """
   setup.check_attention(config, shape, mesh)
   tx = optimizer.make(config.optimizer, 1000, step.trainable(shape))
@@ -182,8 +164,7 @@ def compile_steps(
   state = sharded(state, mesh)
   reference = sharded(base, mesh) if config.keeps_reference else None
   train, evaluate = setup.jit_steps(config, shape, tx, state, mesh)
-  many = config.microbatches
-  at_once = mean_batch.rows_of(
+  eval_rows = mean_batch.rows_of(
     config, config.eval_batch_size, sharding.data_shards(mesh)
   )
   least = bytes_on_device((state, reference))
@@ -199,10 +180,12 @@ def compile_steps(
   with jax.set_mesh(mesh):
     lowered = {
       "train": lambda: train.lower(
-        state, reference, mean_batch.batch_of(config, mesh, rows, many)
+        state,
+        reference,
+        mean_batch.batch_of(config, mesh, rows, config.microbatches),
       ),
       "eval": lambda: evaluate.lower(
-        state.params, reference, mean_batch.batch_of(config, mesh, at_once, 1)
+        state.params, reference, mean_batch.batch_of(config, mesh, eval_rows, 1)
       ),
     }
     with uncached(mesh):

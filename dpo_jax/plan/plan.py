@@ -5,8 +5,8 @@
 compiles the run's own training, evaluation and sampling programs for an absent
 TPU slice, or without --topology for the local devices, and prints bytes per
 device, whether they fit, the most rows that do, and a lower bound of a step's
-time. Nothing runs and no weights or data are read: programs are compiled from
-shapes, with HH's mean lengths for a batch.
+time. Programs are compiled from shapes, with HH's mean lengths for a batch: no
+weights or data are read.
 
 If the config's mesh does not fit, meshes that split the weights further are
 tried, and the first that fits is planned and named. --config can also be a
@@ -43,13 +43,7 @@ SAMPLING = "configs/sample.py:paper"
 def meshes(
   wanted: sharding.MeshSettings, axis: str, devices: list[jax.Device]
 ) -> Iterator[jax.sharding.Mesh]:
-  """The config's mesh, then others with larger powers of two on an axis.
-
-  Args:
-    wanted: sizes of the config's mesh.
-    axis: "fsdp" or "tensor", which split the weights.
-    devices: of the meshes.
-  """
+  """The config's mesh, then others with larger powers of two on an axis."""
   first = sharding.make_mesh(**dataclasses.asdict(wanted), devices=devices)
   yield first
   size = 2 * first.shape[axis]
@@ -103,16 +97,10 @@ def print_most_rows(
   rows: int,
   limit: int,
 ) -> None:
-  """Prints the most rows per device and micro-batch that fit.
+  """Prints the most rows per device and micro-batch that fit, up to `limit`.
 
-  Tried in order are 1, 2, 4, ... and those of a run's widest batches.
-
-  Args:
-    config: of the run; its batch size grows with the rows.
-    shape: its model.
-    mesh: of devices of known memory.
-    rows: known to fit.
-    limit: the most rows to try.
+  Tried are 1, 2, 4, ... and those of a run's widest batches, beyond `rows`,
+  which fit; the batch size grows with them.
   """
   chip = hardware.chip(mesh.devices.flat[0].device_kind)
   shards = sharding.data_shards(mesh)
@@ -120,9 +108,7 @@ def print_most_rows(
   widest = mean_batch.widest_rows(config, items, shards)
   counts = {2**power for power in range(limit.bit_length())}
   refused = ""
-  for count in sorted(counts | {widest}):
-    if not rows < count <= limit:
-      continue
+  for count in sorted(x for x in counts | {widest} if rows < x <= limit):
     items = mean_batch.items_of(config, count, shards) * config.microbatches
     wider = dataclasses.replace(config, batch_size=items)
     (program,) = compile_training.compile_steps(
@@ -190,14 +176,7 @@ def most_sampling_rows(
   mesh: jax.sharding.Mesh,
   limit: int,
 ) -> compile_sampling.Answering | None:
-  """The programs of the most of 8, 16, 32, ... rows per device that fit.
-
-  Args:
-    config: of the sampling run, whose batch size is searched.
-    shape: the model.
-    mesh: of devices of known memory.
-    limit: fewer rows than this are tried.
-  """
+  """The programs of the most of 8, 16, ... < `limit` rows a device that fit."""
   chip = hardware.chip(mesh.devices.flat[0].device_kind)
   most, rows = None, 8
   while rows < limit:
@@ -324,12 +303,12 @@ def _describe_program(
     if memory is not None:
       why = f"{_gib(memory.total)} of {_gib(chip.hbm_bytes)} GiB a device"
     return f"{name}: DOES NOT FIT ({why}). {mend}"
-  room = f" of {_gib(chip.hbm_bytes)}" if chip else ""
+  available = f" of {_gib(chip.hbm_bytes)}" if chip else ""
   parts = ", ".join(
     f"{field.name} {_gib(getattr(memory, field.name))}"
     for field in dataclasses.fields(memory)
   )
-  return f"{name}: {_gib(memory.total)}{room} GiB a device ({parts})"
+  return f"{name}: {_gib(memory.total)}{available} GiB a device ({parts})"
 
 
 def _flags(mesh: jax.sharding.Mesh) -> str:

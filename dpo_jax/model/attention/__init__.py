@@ -3,9 +3,8 @@
 A row holds several segments: a sequence each, or a prompt with two responses
 that see the prompt and not each other. `Segments` has two numbers a token for
 this instead of a mask of T x T, so that an implementation can skip what is
-fully masked. Sampling has a cache and no segments: it passes
-the mask itself, as booleans, or with it which rows share a prompt
-(`shared_prefix`), and these are always attended densely.
+fully masked. Sampling passes a boolean mask over its cache or a
+`shared_prefix.Sharing`; these are always attended densely.
 
 Implementations; `check` refuses one that the devices cannot run:
   dense: scores of all T x T in float32. Runs everywhere.
@@ -69,10 +68,9 @@ def bind(
 ) -> Attend:
   """The attention of one model call, (q, k, v) -> [B, T, N, H] as `v` is.
 
-  Its arguments are queries [B, T, N, H], and keys and values [B, N, S, H], the
-  order in which decoding reads them for each new token. What depends on
-  `visible` alone is made here, once for all layers. A token that sees nothing
-  (padding) gets something finite.
+  Its arguments are queries [B, T, N, H], and keys and values [B, N, S, H].
+  Masks are computed here, once for all layers. The output of a token that sees
+  nothing (padding) is finite.
 
   Args:
     name: how segments are attended; a mask is always attended densely.
@@ -110,37 +108,28 @@ def bind(
 def check(
   name: Name, device: jax.Device, *, dtype: str, head_dim: int, row_length: int
 ) -> None:
-  """Refuses an implementation that cannot run, before anything compiles.
-
-  Args:
-    name: the implementation.
-    device: one of those that will run it, or a description of one.
-    dtype: what the model computes in.
-    head_dim: of the model.
-    row_length: tokens of a row.
+  """Refuses an implementation that `device` cannot run, before compiling.
 
   Raises:
     ValueError: the reason, and what to set instead.
   """
-  if name not in ("cudnn", "flash"):
-    return
   nvidia = "NVIDIA" in device.device_kind
-  where = f"the devices are {device.platform} ({device.device_kind})"
-  largest, reason, mend = 256, "", "model.attention=dense"
-  if name == "flash":
-    if not nvidia and device.platform != "tpu":
-      reason = f"runs on TPUs and NVIDIA GPUs, but {where}"
-  elif not nvidia:
-    reason = f"runs on NVIDIA GPUs, but {where}"
-  elif dtype != "bfloat16":
+  runs = {"cudnn": nvidia, "flash": nvidia or device.platform == "tpu"}
+  if name not in runs:
+    return
+  # cuDNN takes larger heads from Hopper on.
+  hopper = float(getattr(device, "compute_capability", "8.0")) >= 9
+  largest = 256 if name == "flash" or hopper else 128
+  multiple = 8 if name == "cudnn" else 1
+  reason, mend = "", "model.attention=dense"
+  if not runs[name]:
+    reason = f"does not run on {device.platform} ({device.device_kind})"
+  elif name == "cudnn" and dtype != "bfloat16":
     reason = f"computes in bfloat16, but model.dtype={dtype!r}"
     mend = f"model.dtype=bfloat16 or {mend}"
-  elif row_length % 2:
+  elif name == "cudnn" and row_length % 2:
     reason = f"needs an even data.row_length, not {row_length}"
-  elif float(getattr(device, "compute_capability", "8.0")) < 9:
-    largest = 128
-  multiple = 8 if name == "cudnn" else 1
-  if not reason and (head_dim > largest or head_dim % multiple):
+  elif head_dim > largest or head_dim % multiple:
     reason = (
       f"takes head dims up to {largest} that are multiples of {multiple} on"
       f" {device.device_kind}, and the model has {head_dim}"
