@@ -512,16 +512,10 @@ def header_with(**changes):
   "damage",
   [
     lambda data: data[:-1],
-    lambda data: data[:100],
     lambda data: b"",
-    lambda data: data + b"\0",
     lambda data: (2**40).to_bytes(8, "little") + data[8:],
-    lambda data: data[:8] + b"x" + data[9:],
-    header_with(shape=[2**40, 64]),
     header_with(shape=[2**62, 2**62]),
     header_with(data_offsets=[0, 2**50]),
-    header_with(data_offsets=[-8, 8]),
-    header_with(dtype="F16"),
   ],
 )
 def test_damaged_files_are_refused_without_allocating(small_copy, damage):
