@@ -9,12 +9,10 @@ from dpo_jax.report.page import browse
 # Each tries to leave its element, to run, to load, or to hide something.
 HOSTILE = (
   "</script><script>window.hit = 1</script>",
-  "<!-- <script> --> ]]> </style></title>",
-  "<img src=x onerror=window.hit=1><svg onload=window.hit=1>",
+  "<!-- ]]> </style></title> <img src=x onerror=window.hit=1>",
   "&lt;b&gt; &amp; &#60;script&#62; {{data}} {{script}} ${window.hit = 1}",
   "javascript:window.hit=1 \\u003cscript\\u003e \\",
-  "line\u2028separator\u2029paragraph\u0085next\x0bvertical\x00nul\x1besc",
-  "right\u202eto left\u2066 \u200bzero\ufeff",
+  "line\u2028separator\u0085next\x0bvertical\x00nul\u202eto left\u200b",
   "日本語 🙂‍↔️ \u05e9\u05dc\u05d5\u05dd '\" onmouseover=window.hit=1 x='",
 )
 

@@ -40,6 +40,7 @@ def response(model, step, temperature, prompt_id, text=" Beat them."):
 def verdict(row, order, outcome, **changes):
   fields = {
     "key": hashing.content_hash(repr(row), order),
+    "step": row.step,
     "judge": "oracle",
     "judge_returned": "oracle",
     "response_chars": len(row.response),
@@ -52,10 +53,9 @@ def verdict(row, order, outcome, **changes):
     row.prompt_id,
     order,
     model=row.model,
-    step=row.step,
     temperature=row.temperature,
     sample=row.sample_id,
-    **fields | changes,
+    **(fields | changes),
   )
 
 
@@ -111,13 +111,10 @@ def make_run(workdir, text=" Beat them.", missing=0, cells=CELLS):
     for s in range(1, 60)
   ]
   dpo[9] |= {"loss": "nan"}
-  held_out = [
-    {"step": 0, "eval_loss": 0.69, "eval_rewards/accuracies": 0.5},
-    {"step": 59, "eval_loss": 0.5, "eval_rewards/accuracies": 0.725},
-  ]
-  held_out[1] |= {"eval_items": 200, "eval_rewards/margins": 1.5}
-  metrics = [*held_out[:1], *dpo, *held_out[1:]]
-  write_metrics(workdir / "dpo" / "metrics.jsonl", metrics)
+  first = {"step": 0, "eval_loss": 0.69, "eval_rewards/accuracies": 0.5}
+  last = {"step": 59, "eval_loss": 0.5, "eval_rewards/accuracies": 0.725}
+  last |= {"eval_items": 200, "eval_rewards/margins": 1.5}
+  write_metrics(workdir / "dpo" / "metrics.jsonl", [first, *dpo, last])
   manifest = {"data": {"train": {"kept": 990, "quarantined: empty | row": 3}}}
   (workdir / "dpo" / "manifest.json").write_text(json.dumps(manifest))
 

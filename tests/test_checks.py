@@ -1,6 +1,7 @@
 """Flags of a report, each by rows that raise it and rows that just do not."""
 
 import dataclasses
+import itertools
 import json
 
 import judged
@@ -27,12 +28,8 @@ def flags(workdir):
 
 
 def controls(workdir, rows):
-  rows = [
-    dataclasses.replace(
-      row, judge="oracle", judge_returned="oracle", template_hash="t1"
-    )
-    for row in rows
-  ]
+  fields = {"judge": "oracle", "judge_returned": "oracle"}
+  rows = [dataclasses.replace(row, **fields) for row in rows]
   reported.write_rows(workdir / "verdicts" / "controls.jsonl", rows)
 
 
@@ -54,17 +51,14 @@ def gold(right, wrong):
 
 def edit_calls(workdir, **changes):
   """Sets fields of the first calls, each by a list of values."""
-  path = workdir / "verdicts" / "all.jsonl"
-  numbers = iter(range(1000))
+  numbers = itertools.count()
 
   def change(row):
     number = next(numbers)
-    return dataclasses.replace(
-      row,
-      **{k: v[number] for k, v in changes.items() if number < len(v)},
-    )
+    values = {k: v[number] for k, v in changes.items() if number < len(v)}
+    return dataclasses.replace(row, **values)
 
-  reported.edit(path, records.Verdict, change)
+  reported.edit(workdir / "verdicts" / "all.jsonl", records.Verdict, change)
 
 
 def test_flags_are_at_the_top_of_the_report(run):
@@ -90,9 +84,9 @@ def test_a_text_that_beats_itself_is_flagged(run, count):
   controls(run, aa("model", "model", count))
   found = flags(run)
   assert len(found) == (count == 8)
-  if found:
-    assert found[0].startswith("CONTROL: a text against itself won 100.0% [")
-    assert "p = 0.0078" in found[0]
+  for flag in found:
+    assert flag.startswith("CONTROL: a text against itself won 100.0% [")
+    assert "p = 0.0078" in flag
 
 
 def test_an_even_handed_position_bias_is_no_failure_of_the_aa_control(run):
@@ -122,12 +116,11 @@ def test_four_prompts_are_too_few_to_flag_a_first_slot(tmp_path):
   rows = [reported.response("dpo", None, 1.0, f"p{i}") for i in range(4)]
   reported.write_rows(tmp_path / "responses" / "r.jsonl", rows)
   # The first slot wins both calls on three prompts, the second on one: 75%.
+  outcomes = [("model", "chosen")] * 3 + [("chosen", "model")]
   calls = [
-    reported.verdict(
-      row, order, "model" if (order == "model_first") == (i < 3) else "chosen"
-    )
-    for i, row in enumerate(rows)
-    for order in ("model_first", "chosen_first")
+    reported.verdict(row, order, outcome)
+    for row, pair in zip(rows, outcomes)
+    for order, outcome in zip(("model_first", "chosen_first"), pair)
   ]
   reported.write_rows(tmp_path / "verdicts" / "v.jsonl", calls)
   assert flags(tmp_path) == []
@@ -190,15 +183,12 @@ def test_verdicts_about_unknown_responses_are_flagged(run):
 
 
 def test_a_response_that_was_edited_after_judging_is_flagged(run):
-  reported.edit(
-    run / "responses" / "dpo-None-1.0.jsonl",
-    records.Response,
-    lambda row: (
-      dataclasses.replace(row, response="Shorter.")
-      if row.prompt_id == "p00"
-      else row
-    ),
-  )
+  def change(row):
+    first = row.prompt_id == "p00"
+    return dataclasses.replace(row, response="Short.") if first else row
+
+  path = run / "responses" / "dpo-None-1.0.jsonl"
+  reported.edit(path, records.Response, change)
   (flag,) = flags(run)
   assert "2 judge calls are about texts of another length" in flag
 
@@ -226,8 +216,6 @@ def test_a_verdict_that_contradicts_its_reply_is_flagged(run):
     ("missing", "no verdict", "I like both.", False),
     ("refusal", "", "More helpful: A", True),
     ("refusal", "", "I like neither.", False),
-    ("refusal", "", "I'm sorry, I cannot.", False),
-    ("tie", "", "More helpful: tie", False),
     ("tie", "", "reward 0.5 against 0.5", False),
     ("tie", "", "More helpful: B", True),
     ("model", "", "", False),
@@ -243,16 +231,16 @@ def test_verdicts_without_a_winner_against_their_reply(
 @pytest.mark.parametrize(
   ("record", "words"),
   [
-    ({"complete": True}, None),
+    ({"complete": True}, []),
     (
       {"complete": False, "not_dispatched": 7, "missing": 2},
-      "left 7 questions unasked and 2 without",
+      ["left 7 questions unasked and 2 without"],
     ),
-    ({"judge": "another | one"}, "judge is another &#124; one in the judge's"),
-    ({"template_hash": "t0"}, "is t0 in the judge's record"),
-    ({"data_fingerprint": "00"}, "is 00 in the judge's record"),
+    ({"judge": "a | b", "template_hash": "t0"}, ["a &#124; b in", "t0 in"]),
+    ({"data_fingerprint": "00"}, ["is 00 in the judge's record"]),
   ],
 )
 def test_the_judges_own_record_is_compared(run, record, words):
   (run / "verdicts" / "judge.json").write_text(json.dumps(record))
-  assert [words in flag for flag in flags(run)] == ([True] if words else [])
+  for flag, text in zip(flags(run), words, strict=True):
+    assert text in flag

@@ -8,12 +8,10 @@ from dpo_jax.io import strict_json
 @pytest.mark.parametrize(
   ("data", "message"),
   [
-    (b"", "Expecting value"),
     (b'{"a": 1', "Expecting"),
     (b'{"a": NaN}', "NaN is not a JSON number"),
     (b'{"a": "\xff"}', "not UTF-8 at byte 7"),
     (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
-    (b"\xef\xbb\xbf\xef\xbb\xbf{}", "BOM"),
     (b'{"a": 1e999}', "too large to be finite"),
     (b'{"a": [{"b": ["\\ud800"]}]}', "'b' holds a lone surrogate"),
     (b'{"\\uDFFF": 1}', "holds a lone surrogate"),

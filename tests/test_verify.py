@@ -41,82 +41,40 @@ def test_a_report_agrees_with_its_rows(run, capsys):
     assert "all numbers agree" in text
 
 
-def test_edited_numbers_are_named(run, capsys):
+EDITS = {
   # DPO won on 34 of 40 prompts: 85%.
-  edits = [
-    (
-      "numbers.json",
-      '"prompts": 40,',
-      '"prompts": 41,',
-      "41, the rows give 40",
-    ),
-    (
-      "numbers.json",
-      '"win_rate": 0.85,',
-      '"win_rate": 0.8500001,',
-      "0.8500001, the rows give 0.85 (",
-    ),
-    (
-      "win_rates.csv",
-      "sft,,0.25,40",
-      "sft,,0.25,50",
-      ":5: 50, the rows give 40",
-    ),
-    (
-      "win_rates.csv",
-      "dpo,,1.0,40,0.850000",
-      "dpo,,1.0,40,0.850002",
-      ":10: 0.850002, the rows give 0.850000",
-    ),
-    (
-      "report.html",
-      '<td class="number">85.0 [',
-      '<td class="number">95.0 [',
-      "95.0, the rows give 85.0",
-    ),
-    (
-      "report.html",
-      '"model_first", "verdict": "model"',
-      '"model_first", "verdict": "tie"',
-      "the rows give",
-    ),
-    ("report.md", "> **INCOMPLETE**", "> **COMPLETE**", "'> **COMPLETE"),
-    (
-      "report.md",
-      "880 calls on 440",
-      "980 calls on 440",
-      "980, the rows give 880",
-    ),
-    ("report.md", "**Yes**", "**No**", "'**No**: at every"),
-    (
-      "report.md",
-      "| DPO | 1.0 | 40 | 85.0 [",
-      "| DPO | 1.0 | 40 | 95.0 [",
-      "95.0, the rows give 85.0",
-    ),
-    (
-      "report.md",
-      "72.5% of 200 pairs",
-      "72.6% of 200 pairs",
-      "72.6, the rows give 72.5",
-    ),
-    (
-      "report.md",
-      "train, kept | 990",
-      "train, kept | 991",
-      "991, the rows give 990",
-    ),
-  ]
-  for name, old, new, _ in edits:
-    replace(run / "report" / name, old, new)
+  "numbers.json": (
+    ('"prompts": 40,', '"prompts": 41,', "41, the rows give 40"),
+    ('"win_rate": 0.85,', '"win_rate": 0.8500001,', "1, the rows give 0.85 ("),
+  ),
+  "win_rates.csv": (
+    ("sft,,0.25,40", "sft,,0.25,50", ":5: 50, the rows give 40"),
+    ("1.0,40,0.850000", "1.0,40,0.850002", ":10: 0.850002, the rows give 0.85"),
+  ),
+  "report.html": (
+    ('"number">85.0 [', '"number">95.0 [', "95.0, the rows give 85.0"),
+    ('_first", "verdict": "model"', '_first", "verdict": "tie"', "rows give"),
+  ),
+  "report.md": (
+    ("**INCOMPLETE**", "**COMPLETE**", "'> **COMPLETE"),
+    ("880 calls on 440", "980 calls on 440", "980, the rows give 880"),
+    ("| 40 | 85.0 [", "| 40 | 95.0 [", "95.0, the rows give 85.0"),
+    ("train, kept | 990", "train, kept | 991", "991, the rows give 990"),
+  ),
+}
+
+
+def test_edited_numbers_are_named(run, capsys):
+  for name, edits in EDITS.items():
+    for old, new, _ in edits:
+      replace(run / "report" / name, old, new)
   code, _, found = check(capsys, run)
   assert code == 1
-  assert len(found) == len(edits), found
-  for name, _, _, message in edits:
-    assert any(
-      line.startswith(f"{run}/report/{name}:") and message in line
-      for line in found
-    ), message
+  assert len(found) == sum(map(len, EDITS.values())), found
+  for name, edits in EDITS.items():
+    lines = [x for x in found if x.startswith(f"{run}/report/{name}:")]
+    for _, _, message in edits:
+      assert any(message in line for line in lines), message
 
 
 def test_rounding_of_another_machine_is_no_difference(run, capsys):
@@ -133,10 +91,8 @@ def test_rounding_of_another_machine_is_no_difference(run, capsys):
   ("name", "old", "new", "message"),
   [
     ("numbers.json", '"step": null,', '"step": null, "elo": 1,', "elo"),
-    ("numbers.json", '"step": null,', "", '"step": null'),
     ("report.md", "| refusals | 0 |\n", "", "| refusals | 0 |"),
     ("report.md", "## Training\n", "DPO won 99.9%.\n\n## Training\n", "99.9%"),
-    ("win_rates.csv", "base,,0.25", "dpo,,2.0,40,0.9\nbase,,0.25", "dpo,,2.0"),
   ],
 )
 def test_added_and_removed_lines_are_found(
@@ -150,48 +106,31 @@ def test_added_and_removed_lines_are_found(
   assert message in line
 
 
+def edit_last_call(run, **changes):
+  """Edits the last call, "chosen" on p39 of step 100, chosen shown first."""
+  last = ("dpo", 100, "p39", "chosen_first")
+
+  def change(row):
+    found = (row.model, row.step, row.prompt_id, row.order) == last
+    return dataclasses.replace(row, **changes) if found else row
+
+  reported.edit(run / "verdicts" / "all.jsonl", records.Verdict, change)
+
+
 def test_edited_rows_are_found(run, capsys):
-  path = run / "verdicts" / "all.jsonl"
-  # The last checkpoint, step 100, won on 30 prompts of 40: now on one less.
-  reported.edit(
-    path,
-    records.Verdict,
-    lambda row: (
-      dataclasses.replace(row, verdict="chosen")
-      if (row.step, row.prompt_id) == (100, "p00")
-      else row
-    ),
-  )
+  edit_last_call(run, verdict="model")
   code, _, found = check(capsys, run)
   assert code == 1
+  # 30 prompts of 40 at step 100, and now half of one more.
   (line,) = [x for x in found if "win_rates.csv:12: " in x]
-  assert "0.750000, the rows give 0.725000" in line
+  assert "0.750000, the rows give 0.762500" in line
   # The figure of checkpoints shows the old rate; that of final models is right.
-  figures = [x for x in found if x.startswith(f"{run}/report/win_rate_")]
-  assert len(figures) == 1
-  assert "win_rate_step.png: data is" in figures[0]
-
-
-def test_a_removed_row_is_found(run, capsys):
-  path = run / "verdicts" / "all.jsonl"
-  path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:-2]))
-  code, _, found = check(capsys, run)
-  assert code == 1
-  assert any("win_rates.csv:12: 40, the rows give 39" in x for x in found)
+  (line,) = [x for x in found if x.startswith(f"{run}/report/win_rate_")]
+  assert "win_rate_step.png: data is" in line
 
 
 def test_a_verdict_against_its_reply_is_found(run, capsys):
-  # The last call, on p39 of step 100, is chosen_first and "chosen".
-  last = ("dpo", 100, "p39", "chosen_first")
-  reported.edit(
-    run / "verdicts" / "all.jsonl",
-    records.Verdict,
-    lambda row: (
-      dataclasses.replace(row, raw="More helpful: B")
-      if (row.model, row.step, row.prompt_id, row.order) == last
-      else row
-    ),
-  )
+  edit_last_call(run, raw="More helpful: B")
   code, _, found = check(capsys, run)
   assert code == 1
   (line,) = [x for x in found if x.startswith(f"{run}/verdicts: ")]

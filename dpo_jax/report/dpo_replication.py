@@ -26,32 +26,23 @@ _RATES = {
   "Error": "error_rate",
 }
 """Verdict -> field of its rate in the header."""
-_RUN = re.compile(
-  r"(?:eval_)?(?P<stem>.+?)[-_]\d+(?:\.\d+)?_\d{8}_\d{6}", re.DOTALL
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
   """One judged row, with the file's field names."""
 
-  model_response: str
-  chosen_response: str
   presentation_order: Literal["model_first", "chosen_first"]
   verdict: Literal["Model", "Chosen", "Tie", "Error"]
   raw_gpt4_response: str | None = None
 
   @property
-  def slots(self) -> tuple[str, str]:
-    """Verdicts for the text shown first and second."""
-    model_first = self.presentation_order == "model_first"
-    return ("Model", "Chosen") if model_first else ("Chosen", "Model")
-
-  @property
   def reply_verdict(self) -> str:
     """Verdict of the judge's reply, by our parser."""
+    model_first = self.presentation_order == "model_first"
+    slots = ("Model", "Chosen") if model_first else ("Chosen", "Model")
     letter = parser.read(self.raw_gpt4_response)
-    return dict(zip("AB", self.slots)).get(letter, letter)
+    return dict(zip("AB", slots)).get(letter, letter)
 
   @property
   def decided(self) -> bool:
@@ -94,28 +85,11 @@ class EvalFile:
     found = collections.Counter(row.verdict for row in self.rows)
     return {verdict: found[verdict] for verdict in _RATES}
 
-  @property
-  def missed(self) -> list[int]:
-    """Rows without a winner whose reply names one."""
-    return [
-      index
-      for index, row in enumerate(self.rows)
-      if not row.decided and row.reply_verdict in ("Model", "Chosen")
-    ]
-
-  @property
-  def refusals(self) -> list[int]:
-    return [
-      index
-      for index, row in enumerate(self.rows)
-      if row.reply_verdict == "refusal"
-    ]
-
 
 def read_all(paths: Sequence[pathlib.Path]) -> list[EvalFile]:
   """The files by model and temperature.
 
-  Two files of one model and temperature have their file names as model names.
+  Two files of one model and temperature are named by their files instead.
   """
   files = [read(path) for path in paths]
   cells = collections.Counter(file.cell for file in files)
@@ -178,11 +152,9 @@ def _build(cls, value: Any, name: str):
 
 
 def _model(run_name: str) -> str:
-  match = _RUN.fullmatch(run_name)
-  stem = match["stem"] if match else run_name
-  words = re.split(r"[-_]", stem.lower())
+  words = re.split(r"[-_]", run_name.lower())
   named = [model for model in winrates.MODELS if model in words]
-  return named[0] if len(named) == 1 and "checkpoint" not in stem else stem
+  return named[0] if len(named) == 1 and "checkpoint" not in words else run_name
 
 
 def differences(file: EvalFile) -> list[str]:
@@ -212,7 +184,7 @@ def differences(file: EvalFile) -> list[str]:
 
 
 def lines(files: Sequence[EvalFile]) -> list[str]:
-  """The recount for a terminal: a table of win rates, and notes."""
+  """The recount for a terminal: a table of win rates."""
   temperatures = sorted({file.metadata.temperature for file in files})
   cells = {file.cell: _rate(file) for file in files}
   table = [("", *(f"T={t:g}" for t in temperatures))]
@@ -221,20 +193,9 @@ def lines(files: Sequence[EvalFile]) -> list[str]:
     table.append((model[:40], *rates))
   widths = [max(map(len, column)) for column in zip(*table)]
   rows = [row for file in files for row in file.rows]
-  missed = sum(len(file.missed) for file in files)
-  refusals = sum(len(file.refusals) for file in files)
-  same = [
-    row
-    for row in rows
-    if row.model_response.strip() == row.chosen_response.strip()
-  ]
-  gaps = [
-    (row.verdict, len(row.model_response) - len(row.chosen_response))
-    for row in rows
-    if row.decided
-  ]
-  longer = [(verdict == "Model") == (gap > 0) for verdict, gap in gaps if gap]
-  share = f" ({100 * sum(longer) / len(longer):.1f}%)" if longer else ""
+  missed = sum(
+    not row.decided and row.reply_verdict in ("Model", "Chosen") for row in rows
+  )
   return [
     "Wins among all rows, recounted, % [95% Wilson interval]:",
     *(
@@ -242,16 +203,7 @@ def lines(files: Sequence[EvalFile]) -> list[str]:
       for row in table
     ),
     f"{len(rows)} rows in {len(files)} files; {missed} verdicts that the"
-    f" judge's reply states were missed, {refusals} are refusals.",
-    f"{len(same)} rows compare a text with itself; the text shown first won"
-    f" {sum(row.verdict == row.slots[0] for row in same)} of these.",
-    f"The longer text won {sum(longer)} of {len(longer)} decided rows{share}.",
-    *(
-      f"NOTE {file.path}: {len(file.missed)} verdicts missed, in results"
-      f" {file.missed}; {len(file.refusals)} refusals, {file.refusals}"
-      for file in files
-      if file.missed or file.refusals
-    ),
+    " judge's reply states were missed.",
   ]
 
 
