@@ -76,19 +76,13 @@ def test_outputs_are_tidied(monkeypatch):
   ]
 
 
-def test_durations_are_worded_as_in_the_package():
-  package = pathlib.Path(dpo_jax.__file__).parent
-  assert " after {" in (package / "replicate.py").read_text("utf-8")
-
-
 def test_fewer_colors_keep_a_figure():
-  figure = matplotlib.figure.Figure(figsize=(3.25, 2.3))
-  axes = figure.subplots()
+  axes = matplotlib.figure.Figure(figsize=(3.25, 2.3)).subplots()
   for number in range(6):
     axes.plot(range(9), [number * x for x in range(9)], label=str(number))
   axes.legend()
   buffer = io.BytesIO()
-  figure.savefig(buffer, format="png", dpi=300)
+  axes.figure.savefig(buffer, format="png", dpi=300)
   before = buffer.getvalue()
   after = base64.b64decode(execute.smaller(base64.b64encode(before).decode()))
   assert len(after) < len(before) / 2
@@ -96,9 +90,7 @@ def test_fewer_colors_keep_a_figure():
     np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), float)
     for data in (before, after)
   )
-  assert one.shape == two.shape
   # Edges of letters have many grays, on few pixels.
-  assert np.abs(one - two).max(-1).mean() < 1
   assert np.mean(np.abs(one - two).max(-1) > 32) < 0.002
 
 
@@ -118,22 +110,15 @@ def test_outputs_are_there_and_small(source):
 
 
 def test_cells_define_nothing_and_imports_resolve(source):
-  tree = ast.parse(source.read_text("utf-8"))
+  nodes = [*ast.walk(ast.parse(source.read_text("utf-8")))]
   kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-  assert not [node for node in ast.walk(tree) if isinstance(node, kinds)]
+  assert not [node for node in nodes if isinstance(node, kinds)]
   found = {}
-  for node in ast.walk(tree):
-    if isinstance(node, ast.Import):
-      for alias in node.names:
-        importlib.import_module(alias.name)
-    elif isinstance(node, ast.ImportFrom):
-      module = importlib.import_module(node.module)
-      for alias in node.names:
-        if not hasattr(module, alias.name):
-          importlib.import_module(f"{node.module}.{alias.name}")
-        found[alias.asname or alias.name] = getattr(module, alias.name)
+  for node in nodes:
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+      exec(ast.unparse(node), found)
   # Attributes of imported modules exist.
-  for node in ast.walk(tree):
+  for node in nodes:
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
       module = found.get(node.value.id)
       if isinstance(module, types.ModuleType):
@@ -142,12 +127,10 @@ def test_cells_define_nothing_and_imports_resolve(source):
 
 def test_links_lead_to_the_repository(source):
   text = source.read_text("utf-8")
+  links = re.findall(r"https://[^\"\s)]*github[^\"\s)]*", text)
   home = dpo_jax.REPOSITORY.removeprefix("https://github.com/")
-  colab = "https://colab.research.google.com/github/"
-  links = re.findall(re.escape(colab) + r"[^)\s]*", text)
-  assert links == [f"{colab}{home}/blob/main/notebooks/{source.stem}.ipynb"]
-  clones = re.findall(r"https://github\.com/[^\"\s)]*", text)
-  assert clones == [dpo_jax.REPOSITORY]
+  colab = f"https://colab.research.google.com/github/{home}/blob/main/"
+  assert links == [f"{colab}notebooks/{source.stem}.ipynb", dpo_jax.REPOSITORY]
 
 
 def test_on_colab_jax_is_left_as_it_is(source, monkeypatch):
@@ -163,8 +146,7 @@ def test_on_colab_jax_is_left_as_it_is(source, monkeypatch):
   clone, install = ran
   assert clone[:2] == ["git", "clone"]
   assert install[:4] == [sys.executable, "-m", "pip", "install"]
-  assert "--upgrade" not in install
-  assert "-U" not in install
+  assert not {"--upgrade", "-U"} & {*install}
   for name in ("jax", "jaxlib"):
     assert f"{name}=={importlib.metadata.version(name)}" in install
   assert moved == ["dpo_jax/notebooks"]

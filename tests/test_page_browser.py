@@ -22,7 +22,8 @@ BASE, SFT, DPO = ((model, None, 1.0) for model in ("base", "SFT", "DPO"))
 STEP = ("DPO", 50, 0.75)
 
 
-def start(tmp_path, phone=False):
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
   # Needed by browser tests only.
   from selenium import webdriver
   from selenium.webdriver.chrome import service
@@ -30,29 +31,13 @@ def start(tmp_path, phone=False):
   paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
   if None in paths:
     pytest.fail("install Debian's chromium and chromium-driver")
+  profile = tmp_path_factory.mktemp("profile")
   options = webdriver.ChromeOptions()
   options.binary_location = paths[0]
-  for flag in (*FLAGS, f"--user-data-dir={tmp_path}", "--window-size=1280,900"):
+  for flag in (*FLAGS, f"--user-data-dir={profile}", "--window-size=1280,900"):
     options.add_argument(flag)
   options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-  if phone:
-    metrics = {"width": 360, "height": 740, "pixelRatio": 2.0}
-    options.add_experimental_option(
-      "mobileEmulation", {"deviceMetrics": metrics}
-    )
-  return webdriver.Chrome(options, service.Service(paths[1]))
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-  driver = start(tmp_path_factory.mktemp("profile"))
-  yield driver
-  driver.quit()
-
-
-@pytest.fixture(scope="module")
-def phone(tmp_path_factory):
-  driver = start(tmp_path_factory.mktemp("phone"), phone=True)
+  driver = webdriver.Chrome(options, service.Service(paths[1]))
   yield driver
   driver.quit()
 
@@ -214,17 +199,10 @@ def test_models_are_side_by_side(shown):
 
 def test_keys(shown):
   driver = shown(paged.render(small()))
-  for key, expected in (
-    ("j", "beta"),
-    ("j", "gamma"),
-    ("k", "beta"),
-    ("G", "delta"),
-    ("j", "delta"),
-    ("g", "alpha"),
-    ("k", "alpha"),
-  ):
+  names = {"a": "alpha", "b": "beta", "c": "gamma", "d": "delta"}
+  for key, expected in zip("jjkGjgk", "bcbddaa"):
     press(driver, key)
-    assert current(driver) == expected
+    assert current(driver) == names[expected]
   press(driver, "\ue015", "#list")  # the key Down
   assert current(driver) == "beta"
   press(driver, "f")
@@ -261,26 +239,6 @@ def test_a_prompt_has_an_address(shown):
   driver.get("about:blank")
   driver.get(f"{address}#prompt=gamma")
   assert current(driver) == "gamma"
-
-
-def test_light_and_dark(shown):
-  driver = shown(paged.render(small()))
-
-  def paper():
-    return driver.execute_script(
-      "return getComputedStyle(document.body).backgroundColor"
-    )
-
-  prefer(driver, "light")
-  light = paper()
-  prefer(driver, "dark")
-  dark = paper()
-  assert light != dark
-  press(driver, "t")
-  assert paper() == light
-  driver.find_element("id", "theme").click()
-  assert paper() == dark
-  prefer(driver, "light")
 
 
 def test_hostile_texts_are_inert_and_visible(shown):
@@ -366,52 +324,59 @@ def test_five_thousand_prompts_stay_responsive(shown):
   assert 8 <= len(drawn) <= 40
 
 
-def test_a_phone_needs_no_sideways_scroll(phone, tmp_path):
+def test_a_phone_needs_no_sideways_scroll(browser, tmp_path):
   reported.make_run(tmp_path, text=" " + "long" * 300)
-  path = report.write(reported.SETTINGS, tmp_path).with_name("report.html")
-  phone.get(path.as_uri())
-  width, inner = phone.execute_script(
+  text = report.compose(reported.SETTINGS, tmp_path).texts["report.html"]
+  path = tmp_path / "report.html"
+  path.write_text(text, encoding="utf-8")
+  size = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
+  browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+  browser.get(path.as_uri())
+  width, inner = browser.execute_script(
     "return [document.documentElement.scrollWidth, innerWidth]"
   )
   assert (width, inner) == (360, 360)
   # A tap on a prompt scrolls to its responses.
-  phone.execute_script(
+  browser.execute_script(
     "document.documentElement.style.scrollBehavior = 'auto';"
     "list.scrollIntoView()"
   )
-  phone.find_element("id", "row-2").click()
-  phone.execute_async_script("setTimeout(arguments[0], 1000)")
-  top = phone.execute_script(
+  browser.find_element("id", "row-2").click()
+  browser.execute_async_script("setTimeout(arguments[0], 1000)")
+  top = browser.execute_script(
     "return document.getElementById('detail').getBoundingClientRect().top"
   )
   assert 0 <= top < 200
-  assert phone.get_log("browser") == []
+  browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+  browser.get_log("browser")  # images are not inserted
 
 
-def test_figures_follow_the_theme(browser, tmp_path_factory):
+def test_the_page_and_its_figures_follow_the_theme(browser, tmp_path_factory):
   path = reported.written(tmp_path_factory) / "report.html"
 
-  def shown():
-    """Whether each image is its dark one; all must be decoded."""
+  def dark():
+    """Whether the paper and each image are dark; all must be decoded."""
     return browser.execute_async_script(
       """
       const done = arguments[0], images = [...document.images];
+      const paper = getComputedStyle(document.body).backgroundColor;
       requestAnimationFrame(() => setTimeout(() =>
         Promise.all(images.map((image) => image.decode())).then(() => done(
-          images.map((image) => image.currentSrc ===
-            image.parentElement.querySelector("source").srcset))), 50));
+          [paper === "rgb(23, 22, 20)", ...images.map((image) =>
+            image.currentSrc ===
+            image.parentElement.querySelector("source").srcset)])), 50));
       """
     )
 
   prefer(browser, "dark")
   browser.get(path.as_uri())
-  assert shown() == [True, True]
+  assert dark() == [True] * 3
   press(browser, "t")
-  assert shown() == [False, False]
+  assert dark() == [False] * 3
   prefer(browser, "light")
-  assert shown() == [False, False]
-  press(browser, "t")
-  assert shown() == [True, True]
+  assert dark() == [False] * 3
+  browser.find_element("id", "theme").click()
+  assert dark() == [True] * 3
   browser.refresh()
-  assert shown() == [False, False]
+  assert dark() == [False] * 3
   assert browser.get_log("browser") == []

@@ -17,58 +17,64 @@ class Flag:
 
 def flags(data: load.ReportData) -> list[Flag]:
   """All flags: of the rows, then of the judge's controls."""
-  checks = (_rows, _judge_run, _contradicted, _mixed, _controls)
+  checks = (_rows, _judge_run, _mixed, _controls)
   return [flag for check in checks for flag in check(data)]
 
 
 def _rows(data: load.ReportData) -> list[Flag]:
-  """Missing verdicts, and calls that do not match the responses."""
+  """Missing verdicts, and calls that do not match responses or replies."""
   missing = data.health.missing
   calls = collections.Counter(call.unit[:5] for call in data.verdicts)
   # Either both orders of every pair are judged, or one.
   orders = max(calls.values())
   # Responses to prompts with an empty reference are not judged.
   due = {row.unit for row in data.responses if row.chosen.strip()}
-  known = {row.unit: row for row in data.responses}
+  known = {
+    row.unit: (len(row.response), len(row.chosen)) for row in data.responses
+  }
   unasked = sum(max(0, orders - calls[unit]) for unit in due)
   strays = sum(count for unit, count in calls.items() if unit not in known)
   changed = sum(
-    call.unit[:5] in known
-    and (call.response_chars, call.chosen_chars)
-    != (len(known[call.unit[:5]].response), len(known[call.unit[:5]].chosen))
+    (call.response_chars, call.chosen_chars)
+    != known.get(call.unit[:5], (call.response_chars, call.chosen_chars))
     for call in data.verdicts
   )
-  return [
-    Flag(name, text)
-    for count, name, text in (
-      (
-        missing,
-        "INCOMPLETE",
-        f"{missing} of {data.health.calls} judge calls gave no verdict. They"
-        " are excluded from the rates and counted below, with bounds on what"
-        " they could change.",
-      ),
-      (
-        unasked,
-        "INCOMPLETE",
-        f"{unasked} judge calls were never made. Run judge.py again; it asks"
-        " only these.",
-      ),
-      (
-        strays,
-        "INCONSISTENT",
-        f"{strays} judge calls are about responses that responses/ does not"
-        " hold.",
-      ),
-      (
-        changed,
-        "INCONSISTENT",
-        f"{changed} judge calls are about texts of another length than those"
-        " in responses/. Run judge.py again.",
-      ),
-    )
-    if count
-  ]
+  against = len(data.contradicted)
+  first = _short(data.contradicted[0].prompt_id) if against else ""
+  found = (
+    (
+      missing,
+      "INCOMPLETE",
+      f"{missing} of {data.health.calls} judge calls gave no verdict. They are"
+      " excluded from the rates and counted below, with bounds on what they"
+      " could change.",
+    ),
+    (
+      unasked,
+      "INCOMPLETE",
+      f"{unasked} judge calls were never made. Run judge.py again; it asks only"
+      " these.",
+    ),
+    (
+      strays,
+      "INCONSISTENT",
+      f"{strays} judge calls are about responses that responses/ does not"
+      " hold.",
+    ),
+    (
+      changed,
+      "INCONSISTENT",
+      f"{changed} judge calls are about texts of another length than those in"
+      " responses/. Run judge.py again.",
+    ),
+    (
+      against,
+      "INCONSISTENT",
+      f"{against} verdicts are not what the judge's reply says; the first is"
+      f" about prompt {first}.",
+    ),
+  )
+  return [Flag(name, text) for count, name, text in found if count]
 
 
 def _judge_run(data: load.ReportData) -> list[Flag]:
@@ -102,18 +108,6 @@ def _judge_run(data: load.ReportData) -> list[Flag]:
         )
       )
   return result
-
-
-def _contradicted(data: load.ReportData) -> list[Flag]:
-  if not data.contradicted:
-    return []
-  return [
-    Flag(
-      "INCONSISTENT",
-      f"{len(data.contradicted)} verdicts are not what the judge's reply says;"
-      f" the first is about prompt {_short(data.contradicted[0].prompt_id)}.",
-    )
-  ]
 
 
 def _mixed(data: load.ReportData) -> list[Flag]:

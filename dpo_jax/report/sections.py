@@ -6,7 +6,7 @@ come from the report data.
 
 import collections
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -193,36 +193,26 @@ def differences(data: load.ReportData) -> list[str]:
 
 
 def _rate_table(data, rates) -> list[str]:
+  """A column is there only if some rate has it."""
   equal = _length_controlled(data)
-  soft = any(not math.isnan(rate.soft_rate) for rate in data.rates)
-  columns: list[tuple[str, Callable[[winrates.WinRate], str]]] = [
-    ("model", lambda rate: name(rate.model)),
-    *(
-      [("step", lambda r: _step(r.step))]
-      if rates and rates[0].step is not None
-      else []
-    ),
-    ("T", lambda rate: str(rate.temperature)),
-    ("prompts", lambda rate: str(rate.n)),
-    ("win rate %", _rate),
-    *(
-      [("at equal length %", lambda rate: equal.get(_cell(rate), "n/a"))]
-      if equal
-      else []
-    ),
-    *(
-      [("by probabilities %", lambda rate: percent(rate.soft_rate))]
-      if soft
-      else []
-    ),
-    ("ties", lambda rate: str(rate.ties)),
-    ("no verdict", lambda rate: str(rate.missing + rate.refusals)),
-    ("first slot won %", lambda rate: percent(rate.first_slot_rate)),
-  ]
-  return markdown.table(
-    [title for title, _ in columns],
-    [[cell(rate) for _, cell in columns] for rate in rates],
-  )
+  columns = {"model": [name(rate.model) for rate in rates]}
+  if any(rate.step is not None for rate in rates):
+    columns["step"] = [_step(rate.step) for rate in rates]
+  columns |= {
+    "T": [str(rate.temperature) for rate in rates],
+    "prompts": [str(rate.n) for rate in rates],
+    "win rate %": [_rate(rate) for rate in rates],
+  }
+  if equal:
+    columns["at equal length %"] = [equal.get(_cell(r), "n/a") for r in rates]
+  if any(not math.isnan(rate.soft_rate) for rate in data.rates):
+    columns["by probabilities %"] = [percent(rate.soft_rate) for rate in rates]
+  columns |= {
+    "ties": [str(rate.ties) for rate in rates],
+    "no verdict": [str(rate.missing + rate.refusals) for rate in rates],
+    "first slot won %": [percent(rate.first_slot_rate) for rate in rates],
+  }
+  return markdown.table([*columns], zip(*columns.values()))
 
 
 def _length_controlled(data: load.ReportData) -> dict[tuple, str]:
@@ -342,15 +332,16 @@ def reward_accuracy(data: load.ReportData) -> list[str]:
 
 def responses(data: load.ReportData) -> list[str]:
   """Lengths and finish reasons, by model, step and temperature."""
-  cells = collections.defaultdict(list)
-  for row in data.responses:
-    cells[_cell(row)].append(row)
   rates = {_cell(rate): rate for rate in data.rates}
+  # In the order of the rates; what was not judged is last.
+  cells = {cell: [] for cell in rates}
+  for row in data.responses:
+    cells.setdefault(_cell(row), []).append(row)
   rows = []
-  order = [cell for cell in rates if cell in cells]
-  for cell in [*order, *(cell for cell in cells if cell not in rates)]:
-    group, rate = cells[cell], rates.get(cell)
-    model, step, temperature = cell
+  for (model, step, temperature), group in cells.items():
+    if not group:
+      continue
+    rate = rates.get((model, step, temperature))
     finish = collections.Counter(row.finish_reason for row in group)
     logps = [row.mean_logp for row in group if row.mean_logp is not None]
     rows.append(
@@ -381,24 +372,17 @@ def responses(data: load.ReportData) -> list[str]:
 
 def examples(data: load.ReportData) -> list[str]:
   """Randomly chosen prompts with the responses of all final models."""
-  finals = {
-    (row.temperature, row.prompt_id, row.model): row
-    # The lowest sample id is last and is kept.
-    for row in sorted(data.responses, key=lambda row: -row.sample_id)
-    if row.step is None
-  }
-  sampled = {model for _, _, model in finals}
-  judged = dict.fromkeys(rate.model for rate in data.rates)
-  models = [model for model in judged if model in sampled]
-  shared = collections.defaultdict(set)
-  for temperature, prompt_id, _ in finals:
-    if all((temperature, prompt_id, model) in finals for model in models):
-      shared[temperature].add(prompt_id)
+  finals = collections.defaultdict(dict)
+  for row in data.responses:
+    if row.step is None and row.sample_id == 0:
+      finals[row.temperature, row.prompt_id][row.model] = row
+  models = dict.fromkeys(rate.model for rate in data.rates if rate.step is None)
+  shared = [cell for cell in finals if finals[cell].keys() >= models.keys()]
   if not (shared and models and data.settings.examples):
     return []
   # The paper compares at 0.7: the nearest temperature that was sampled.
-  temperature = min(shared, key=lambda t: (abs(t - 0.7), t))
-  ids = sorted(shared[temperature])
+  temperature = min((t for t, _ in shared), key=lambda t: (abs(t - 0.7), t))
+  ids = sorted(prompt_id for t, prompt_id in shared if t == temperature)
   generator = np.random.default_rng(data.settings.seed)
   count = min(data.settings.examples, len(ids))
   chosen = sorted(generator.choice(len(ids), count, replace=False))
@@ -408,7 +392,8 @@ def examples(data: load.ReportData) -> list[str]:
     f" the start of each response, at most {_EXCERPT_CHARS} characters.",
   ]
   for index in chosen:
-    rows = [finals[temperature, ids[index], model] for model in models]
+    found = finals[temperature, ids[index]]
+    rows = [found[model] for model in models]
     lines += ["", *_example(rows, outcomes)]
   return lines
 

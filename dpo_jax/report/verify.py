@@ -10,13 +10,12 @@ agree; 1 some do not; 2 nothing that can be verified.
 """
 
 import argparse
-import collections
 import itertools
 import math
 import pathlib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from dpo_jax.core import console
@@ -45,14 +44,16 @@ def check_report(directory: pathlib.Path) -> list[str]:
   numbers = strict_json.read_object(directory / report.NUMBERS)
   settings = report.recorded(directory / report.NUMBERS)
   composed = report.compose(settings, directory.parent)
-  found = [
-    f"{directory.parent / settings.verdicts}: the verdict on {row.unit} is"
+  verdicts = directory.parent / settings.verdicts
+  wrong = [
+    f"{verdicts}: the verdict on {row.unit} is"
     f" {row.verdict}, the judge's reply says"
     f" {' or '.join(sorted(load.possible_verdicts(row.raw, row.order)))}"
     for row in composed.data.contradicted
   ]
   recorded = numbers.pop("figures", None)
   hashes = report.figure_hashes(composed, directory)
+  found = _first(verdicts, wrong)
   found += _figure_differences(directory, recorded, hashes)
   for name, expected in composed.texts.items():
     text = _text(directory / name)
@@ -60,8 +61,16 @@ def check_report(directory: pathlib.Path) -> list[str]:
       text = report.to_json(numbers)
     elif name == report.PAGE:
       text = page.without_images(text)
-    found += _line_differences(directory / name, text, expected)
+    path = directory / name
+    found += _first(path, _line_differences(path, text, expected))
   return found
+
+
+def _first(path: pathlib.Path, differences: Iterable[str]) -> list[str]:
+  """At most `_SHOWN` differences of a file, and the number of the others."""
+  found = [*differences]
+  more = len(found) - _SHOWN
+  return found[:_SHOWN] + [f"{path}: {more} more differences"] * (more > 0)
 
 
 def _figure_differences(
@@ -157,13 +166,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
       for directory in reports:
         wrong = check_report(directory)
         found += wrong
-        state = f"{len(wrong)} differences" if wrong else "all numbers agree"
-        _print(f"{directory}: {state} with its rows")
+        state = "differs from" if wrong else "all numbers agree with"
+        _print(f"{directory}: {state} its rows")
       if not reports:
         files += _results(path)
     if files:
       evals = dpo_replication.read_all(files)
-      wrong = [dpo_replication.differences(file) for file in evals]
+      wrong = [
+        _first(file.path, dpo_replication.differences(file)) for file in evals
+      ]
       found += [line for lines in wrong for line in lines]
       _print("\n".join(dpo_replication.lines(evals)))
       count = sum(map(bool, wrong))
@@ -171,7 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except (ValueError, OSError) as error:
     console.error(str(error))
     return 2
-  _show(found)
+  for line in found:
+    _print(f"DIFFERS {line}")
   return 1 if found else 0
 
 
@@ -200,20 +212,6 @@ def _results(path: pathlib.Path) -> list[pathlib.Path]:
 def _print(text: str) -> None:
   """Prints text that may hold names from files."""
   console.result(console.visible(text))
-
-
-def _show(found: Sequence[str]) -> None:
-  """Prints the differences, at most `_SHOWN` of each file."""
-  counts = collections.Counter()
-  for line in found:
-    # "path:line: ..." or "path: ..." or "path has ..."; a path may hold ": ".
-    name = line.partition(": ")[0].rstrip("0123456789").rstrip(":")
-    counts[name] += 1
-    if counts[name] <= _SHOWN:
-      _print(f"DIFFERS {line}")
-  for name, count in counts.items():
-    if count > _SHOWN:
-      _print(f"{name}: {count - _SHOWN} more differences")
 
 
 if __name__ == "__main__":

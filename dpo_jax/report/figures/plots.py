@@ -2,7 +2,6 @@
 
 import collections
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -49,66 +48,47 @@ def win_rate_data(rates: Sequence[winrates.WinRate]) -> list[tuple]:
 def win_rate_by_temperature(rates: Sequence[winrates.WinRate]) -> Plot:
   """Win rates of final models against sampling temperature."""
   lines = _group(rates, lambda rate: rate.model)
-  xs = sorted({rate.temperature for rate in rates})
-  figure = style.new()
-  axes = figure.subplots()
   labels = [load.NAMES.get(model, model) for model in lines]
-  _error_bars(
-    axes,
-    lines.values(),
-    labels,
-    lambda rate: rate.temperature,
-    _offset(xs, len(lines)),
-    _looks(lines),
+  xs = sorted({rate.temperature for rate in rates})
+  figure, axes = _win_rates(
+    lines, labels, lambda rate: rate.temperature, _looks(lines), xs
   )
   axes.set_xticks(xs, [str(x) for x in xs])
-  _pad(axes, xs)
   axes.set_xlabel("sampling temperature")
-  _win_rate_axis(axes, len(labels))
   return figure
 
 
 def win_rate_by_step(rates: Sequence[winrates.WinRate]) -> Plot:
   """Win rates of checkpoints against the training step."""
   lines = _group(rates, lambda rate: (rate.model, rate.temperature))
-  xs = sorted({rate.step or 0 for rate in rates})
   models = {load.NAMES.get(model, model) for model, _ in lines}
   labels = [
     (f"{load.NAMES.get(model, model)}, " if len(models) > 1 else "")
     + f"T = {temperature}"
     for model, temperature in lines
   ]
-  figure = style.new()
-  axes = figure.subplots()
+  xs = sorted({rate.step or 0 for rate in rates})
   # From 1: gray is the base model's.
   looks = range(1, 1 + len(lines))
-  offset = _offset(xs, len(lines))
-  _error_bars(
-    axes, lines.values(), labels, lambda rate: rate.step, offset, looks
-  )
+  figure, axes = _win_rates(lines, labels, lambda rate: rate.step, looks, xs)
   if len(xs) <= 8:
     axes.set_xticks(xs)
   else:
     axes.xaxis.set_major_locator(_integers(6))
-  _pad(axes, xs)
   name = f"{models.pop()} " if len(models) == 1 else ""
   axes.set_xlabel(f"{name}training step")
-  _win_rate_axis(axes, len(labels))
   return figure
 
 
 def win_rate_by_length(bins: Sequence[rates_lib.LengthBin]) -> Plot:
   """Win rates against the difference in length, at one temperature."""
   lines = _group(bins, lambda found: found.model)
-  figure = style.new()
-  axes = figure.subplots()
-  axes.axvline(0, **style.guide())
   labels = [load.NAMES.get(model, model) for model in lines]
-  _error_bars(
-    axes, lines.values(), labels, lambda b: b.difference, 0.0, _looks(lines)
+  figure, axes = _win_rates(
+    lines, labels, lambda found: found.difference, _looks(lines)
   )
+  axes.axvline(0, zorder=1.5, **style.guide())
   axes.set_xlabel("response longer than chosen by (characters)")
-  _win_rate_axis(axes, len(labels))
   return figure
 
 
@@ -118,9 +98,26 @@ def _looks(models) -> list[int]:
   return [[*winrates.MODELS, *others].index(model) for model in models]
 
 
-def _error_bars(axes, lines, labels, x_of, offset: float, looks) -> None:
-  """Lines with interval bars, shifted apart by `offset` in x."""
-  for index, (rows, label, look) in enumerate(zip(lines, labels, looks)):
+def _win_rates(lines, labels, x_of, looks, xs: Sequence[float] = ()):
+  """Figure and axes with a line of rates and interval bars for each group.
+
+  Args:
+    lines: key -> rows of a line.
+    labels: of each line in the legend.
+    x_of: function of a row.
+    looks: index of color and marker of each line.
+    xs: positions at which the lines' bars are drawn side by side.
+  """
+  figure = style.new()
+  axes = figure.subplots()
+  gap = min((b - a for a, b in itertools.pairwise(xs)), default=1.0)
+  width = xs[-1] - xs[0] if xs else 0.0
+  # Bars are kept apart, and groups together.
+  offset = min(0.025 * width, 0.8 * gap / len(lines)) if len(xs) > 1 else 0.1
+  offset *= bool(xs)
+  for index, (rows, label, look) in enumerate(
+    zip(lines.values(), labels, looks)
+  ):
     look %= len(style.COLORS)
     rows = sorted(rows, key=x_of)
     rate = np.asarray([row.win_rate for row in rows])
@@ -138,20 +135,19 @@ def _error_bars(axes, lines, labels, x_of, offset: float, looks) -> None:
       elinewidth=0.9,
       label=label,
     )
-
-
-def _win_rate_axis(axes, entries: int) -> None:
-  """The y axis and the legend of plots of win rates."""
+  if xs:
+    room = max(0.05 * width, 0.3 * gap)
+    axes.set_xlim(xs[0] - room, xs[-1] + room)
   axes.axhline(50, zorder=1.5, **style.guide())
   axes.set_ylabel("win rate against chosen (%)")
   # The whole scale, so that figures can be compared side by side.
   axes.set_ylim(0, 100)
   axes.set_yticks(range(0, 101, 10), minor=True)
   axes.set_yticks(range(0, 101, 25))
-  if entries:
-    axes.legend(
-      loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(4, entries)
-    )
+  axes.legend(
+    loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(4, len(labels))
+  )
+  return figure, axes
 
 
 def _group(rows, key_of: Callable[[Any], Any]) -> dict[Any, list]:
@@ -159,24 +155,6 @@ def _group(rows, key_of: Callable[[Any], Any]) -> dict[Any, list]:
   for row in rows:
     groups[key_of(row)].append(row)
   return groups
-
-
-def _gap(xs: Sequence[float]) -> float:
-  return min((b - a for a, b in itertools.pairwise(xs)), default=1.0)
-
-
-def _offset(xs: Sequence[float], lines: int) -> float:
-  """Shift in x between lines that keeps bars apart and groups together."""
-  if len(xs) < 2:
-    return 0.1
-  return min(0.025 * (xs[-1] - xs[0]), 0.8 * _gap(xs) / lines)
-
-
-def _pad(axes, xs: Sequence[float]) -> None:
-  """Room at both ends for shifted bars."""
-  if xs:
-    room = max(0.05 * (xs[-1] - xs[0]), 0.3 * _gap(xs))
-    axes.set_xlim(xs[0] - room, xs[-1] + room)
 
 
 # --- training metrics
@@ -304,17 +282,13 @@ def _curves(
 
 
 def _points(rows: Rows, key: str) -> list[tuple[float, float]]:
-  """(step, value) of the rows with a finite `key`, by step.
-
-  Of a repeated step the later row counts: that run was resumed.
-  """
-  points = {row["step"]: row[key] for row in rows if key in row}
+  """(step, value) of the rows with a finite `key`."""
   # Values that are not finite are recorded as strings.
-  return sorted(
-    (step, value)
-    for step, value in points.items()
-    if isinstance(value, int | float) and math.isfinite(value)
-  )
+  return [
+    (row["step"], row[key])
+    for row in rows
+    if isinstance(row.get(key), int | float)
+  ]
 
 
 def _step_axis(axes) -> None:
@@ -348,17 +322,9 @@ def packing_mask(
     mask: whether a query attends to a key, bool [T, T].
     part_ids: 0 prompt, 1 chosen, 2 rejected, [T].
     tokens: text of each token, shown if there are at most 80, [T].
-
-  Raises:
-    ValueError: the shapes do not agree.
   """
   mask, part_ids = np.asarray(mask, bool), np.asarray(part_ids)
   size = len(tokens)
-  if mask.shape != (size, size) or part_ids.shape != (size,):
-    raise ValueError(
-      f"mask {mask.shape} and part_ids {part_ids.shape} must be of {size}"
-      f" tokens"
-    )
   colors = np.asarray(
     [matplotlib.colors.to_rgb(_PARTS[part][1]) for part in range(3)]
   )
@@ -389,16 +355,11 @@ def sharding(
   Args:
     arrays: name -> (shape, device id -> its slices), as from
       `Sharding.devices_indices_map`.
-
-  Raises:
-    ValueError: an array does not have two axes.
   """
   lines = -(-len(arrays) // 3)
   figure = style.new(style.PAGE_IN, 0.4 + 1.9 * lines)
   grid = figure.subplots(lines, 3, squeeze=False).ravel()
   for axes, (name, (shape, slices)) in zip(grid, arrays.items()):
-    if len(shape) != 2:
-      raise ValueError(f"{name} {tuple(shape)} must have two axes")
     shards = _shards(shape, slices).items()
     for number, ((top, left, height, width), devices) in enumerate(shards):
       color = style.COLORS[number % len(style.COLORS)]
