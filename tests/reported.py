@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import re
 
 import judged
 
 from dpo_jax.io import hashing, jsonl, records
-from dpo_jax.report import report
+from dpo_jax.report import report, verify
 
 SETTINGS = report.ReportSettings(
   title="A small run",
@@ -143,3 +144,10 @@ def tables(text):
   """Cells of all table rows, split as GitHub does: at every bare pipe."""
   lines = [line for line in text.split("\n") if line.startswith("|")]
   return [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+
+
+def check(capsys, *paths):
+  """Exit code, output and differences of `verify`."""
+  code = verify.main([str(path) for path in paths])
+  text = capsys.readouterr().out
+  return code, text, re.findall(r"(?m)^DIFFERS (.*)$", text)

@@ -9,7 +9,7 @@ import pytest
 import reported
 
 from dpo_jax.io import records
-from dpo_jax.report import checks, load, report
+from dpo_jax.report import checks, load
 
 SETTINGS = dataclasses.replace(reported.SETTINGS, runs=())
 CELLS = (("base", None, 1.0, 4), ("dpo", None, 1.0, 34))
@@ -59,14 +59,6 @@ def edit_calls(workdir, **changes):
     return dataclasses.replace(row, **values)
 
   reported.edit(workdir / "verdicts" / "all.jsonl", records.Verdict, change)
-
-
-def test_flags_are_at_the_top_of_the_report(run):
-  edit_calls(run, verdict=["missing"])
-  composed = report.compose(SETTINGS, run)
-  head = composed.texts["report.md"].split("## Win rates")[0]
-  (flag,) = composed.flags
-  assert f"\n> **INCOMPLETE**: {flag.text}\n" in head
 
 
 def test_a_run_without_fault_has_no_flag(run):

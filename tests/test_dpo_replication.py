@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import reported
 
 from dpo_jax.report import verify
 
@@ -15,16 +16,8 @@ dpo   25.3 [19,33]  36.0 [29,44]  46.0 [38,54]  42.0 [34,50]
 """
 
 
-def check(capsys, path):
-  """Exit code, output and differences of `verify`."""
-  code = verify.main([str(path)])
-  text = capsys.readouterr().out
-  lines = text.split("\n")
-  return code, text, [x[8:] for x in lines if x.startswith("DIFFERS ")]
-
-
 def test_real_result_files(shared, capsys):
-  code, text, found = check(capsys, shared / "seed_results")
+  code, text, found = reported.check(capsys, shared / "seed_results")
   assert code == 1
   assert TABLE in text
   files = {re.search(r"/(eval_.*?\.json):", line)[1] for line in found}
@@ -87,7 +80,7 @@ def write(directory, value, name="eval_one.json"):
 def test_a_consistent_file_passes(tmp_path, capsys):
   value = content()
   path = write(tmp_path, value)
-  code, text, found = check(capsys, path)
+  code, text, found = reported.check(capsys, path)
   assert (code, found) == (0, [])
   assert "dpo  25.0 [5,70]" in text
   assert "1 verdicts that the judge's reply states were missed" in text
@@ -95,7 +88,7 @@ def test_a_consistent_file_passes(tmp_path, capsys):
   value["results"][1]["raw_gpt4_response"] = None
   del value["results"][3]["raw_gpt4_response"]
   write(tmp_path, value)
-  assert "0 verdicts that the judge's" in check(capsys, path)[1]
+  assert "0 verdicts that the judge's" in reported.check(capsys, path)[1]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +106,7 @@ def test_a_consistent_file_passes(tmp_path, capsys):
 )
 def test_an_inconsistent_file_is_named(tmp_path, capsys, path, value, message):
   file = write(tmp_path, changed(path, value))
-  code, _, (line,) = check(capsys, file)
+  code, _, (line,) = reported.check(capsys, file)
   assert code == 1
   assert line == f"{file}: {line.partition(': ')[2]}"
   assert message in line
@@ -126,7 +119,7 @@ def test_no_rows_are_no_crash(tmp_path, capsys):
   value["winrates"] = dict.fromkeys(value["winrates"], 0.0)
   value["metadata"]["total_samples_evaluated"] = 0
   write(tmp_path, value)
-  code, text, _ = check(capsys, tmp_path)
+  code, text, _ = reported.check(capsys, tmp_path)
   assert code == 0
   assert "dpo  n/a [0,100]" in text
 
@@ -138,7 +131,7 @@ def test_files_of_one_model_and_checkpoints_have_names_of_their_own(
     write(tmp_path, content(), name)
   value = changed("metadata.run_name", "dpo-checkpoint-50")
   write(tmp_path, value, "eval_three.json")
-  code, text, _ = check(capsys, tmp_path)
+  code, text, _ = reported.check(capsys, tmp_path)
   assert code == 0
   for name in ("eval_one", "eval_two", "dpo-checkpoint-50"):
     assert f"{name.ljust(17)}  25.0 [5,70]" in text

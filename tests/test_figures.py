@@ -181,30 +181,6 @@ def test_a_figure_is_png_and_pdf_of_one_size(tmp_path):
   assert b"/MediaBox [ 0 0 234 165.6 ]" in pdf
 
 
-def test_an_svg_is_of_one_theme_and_the_same_every_time():
-  finals = [rate("dpo", None)]
-  figure = figures.Figure(
-    "x.png",
-    plots.win_rate_data(finals),
-    lambda: plots.win_rate_by_temperature(finals),
-    "",
-  )
-  light, dark, again = (
-    figure.svg(dark=dark).decode().lower() for dark in (False, True, False)
-  )
-  assert light == again
-  # DPO's color of each theme, and the labels'; no background.
-  for svg, has, lacks in (
-    (light, ("#d55e00", "#222222"), ("#f08a3c", "#ebe7de", "#ffffff")),
-    (dark, ("#f08a3c", "#ebe7de"), ("#d55e00", "#222222", "#ffffff")),
-  ):
-    assert all(color in svg for color in has)
-    assert not any(color in svg for color in lacks)
-    assert figure.fingerprint in svg
-    assert "dc:date" not in svg
-    assert 'width="234pt" height="165.6pt"' in svg
-
-
 def test_a_mask_is_colored_by_the_part_of_the_query():
   # Prompt, chosen, rejected: the responses attend to the prompt and themselves.
   mask = np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool)

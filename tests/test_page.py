@@ -245,6 +245,7 @@ def test_figures_are_images_of_the_rows_in_light_and_dark(directory, text):
       xml.etree.ElementTree.fromstring(svg)
       assert numbers["figures"][name]["data"] in svg
       assert f"fill: #{color}" in svg
+      assert "#ffffff" not in svg.lower()  # no background
       assert 'href="http' not in svg
 
 

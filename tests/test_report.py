@@ -9,8 +9,6 @@ import itertools
 import re
 import shutil
 
-import numpy as np
-import PIL.Image
 import pytest
 import reported
 
@@ -50,12 +48,11 @@ def test_csv_of_win_rates(composed):
   assert ",".join(header[:9]) == (
     "model,step,temperature,n,win_rate,low,high,prompts,interval"
   )
-  for row, (model, step, temperature, won) in zip(
-    rows, reported.CELLS, strict=True
-  ):
-    assert row[:4] == [model, str(step or ""), str(temperature), "40"]
+  for row, cell in zip(rows, reported.CELLS, strict=True):
+    *names, won = (str(value or "") for value in cell)
+    assert row[:4] == [*names, "40"]
     rate, low, high = map(float, row[4:7])
-    assert rate == pytest.approx(won / 40)
+    assert rate == pytest.approx(int(won) / 40)
     assert 0 <= low < rate < high <= 1
 
 
@@ -142,15 +139,10 @@ def test_optional_columns_of_win_rates(tmp_path):
     reported.response("dpo", None, 1.0, f"p{i}", " long" * (1 + i % 3))
     for i in range(30)
   ]
-  text = judged(tmp_path, rows, ["chosen", "model"] * 15, score=0.25).texts[
-    "report.md"
-  ]
+  composed = judged(tmp_path, rows, ["chosen", "model"] * 15, score=0.25)
+  text = composed.texts["report.md"]
   names, _, cells, *_ = reported.tables(text)
-  assert names[3:6] == [
-    "win rate %",
-    "at equal length %",
-    "by probabilities %",
-  ]
+  assert names[4:6] == ["at equal length %", "by probabilities %"]
   # Every length won half of its ten prompts: length changes nothing.
   assert cells[3].startswith("50.0 [")
   assert cells[4].startswith("50.0 [")
@@ -209,33 +201,11 @@ def test_an_empty_reference_is_not_part_of_the_data(tmp_path):
   assert "INCOMPLETE" not in text
   # The other 40 prompts are, each with its id, text and chosen response, and
   # every one of these behind its length in bytes.
-  parts = [
-    part
-    for i in range(40)
-    for part in (f"p{i:02d}", reported.PROMPT, " Use a fork.")
-  ]
+  texts = ((f"p{i:02d}", reported.PROMPT, " Use a fork.") for i in range(40))
+  parts = itertools.chain(*texts)
   data = "".join(f"{len(part)}:{part}" for part in parts)
   digest = hashlib.sha256(data.encode()).hexdigest()
   assert f"Data fingerprint {digest}." in text
-
-
-def test_figures_are_linked_and_decode(tmp_path_factory):
-  directory = reported.written(tmp_path_factory)
-  text = (directory / "report.md").read_text()
-  gray, blue, orange = (0x73, 0x73, 0x73), (0, 0x72, 0xB2), (0xD5, 0x5E, 0)
-  for name, colors in [
-    ("win_rate_temperature.png", (gray, blue, orange)),
-    ("win_rate_step.png", (blue,)),
-    ("training_curves.png", (blue, orange)),
-    ("reward_margins.png", (gray,)),
-    ("reward_accuracy.png", (blue, orange)),
-  ]:
-    assert f"]({name})" in text
-    with PIL.Image.open(directory / name) as image:
-      pixels = np.asarray(image.convert("RGB"))
-    # Every line is there: a marker alone fills hundreds of pixels.
-    for color in colors:
-      assert (pixels == color).all(axis=-1).sum() > 500
 
 
 def test_the_same_rows_give_the_same_files(tmp_path_factory, tmp_path):
@@ -252,12 +222,11 @@ def test_the_same_rows_give_the_same_files(tmp_path_factory, tmp_path):
   assert files[0] == files[1]
   figures = ("reward_accuracy", "reward_margins", "training_curves")
   figures += ("win_rate_step", "win_rate_temperature")
-  assert sorted(files[0]) == sorted(
-    [
-      *("numbers.json", "report.html", "report.md", "win_rates.csv"),
-      *(f"{name}.{kind}" for name in figures for kind in ("png", "pdf")),
-    ]
-  )
+  names = ["numbers.json", "report.html", "report.md", "win_rates.csv"]
+  for figure in figures:
+    names += [f"{figure}.png", f"{figure}.pdf"]
+    assert f"]({figure}.png)".encode() in files[0]["report.md"]
+  assert sorted(files[0]) == sorted(names)
 
 
 def test_a_report_by_its_directory_and_its_sections(tmp_path_factory):
@@ -378,12 +347,8 @@ def test_a_malformed_row_is_named(tmp_path, file, line, message):
   [
     ("runs", ("dpo", "dpo"), "names a run twice"),
     ("examples", -1, "examples=-1"),
-    ("seed", -1, "seed=-1"),
-    ("aa_alpha", 1.5, "1.5"),
     ("first_slot_limit", 0.4, "0.4"),
-    ("resamples", 5, "5"),
     ("confidence", 1.5, "1.5"),
-    ("gold_floor", -0.1, "-0.1"),
   ],
 )
 def test_settings_out_of_range_are_refused(field, value, message):

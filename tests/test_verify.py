@@ -20,14 +20,6 @@ def run(tmp_path_factory, tmp_path):
   return shutil.copytree(original, tmp_path / "run")
 
 
-def check(capsys, *paths):
-  """Exit code, output and differences of one call."""
-  code = verify.main([str(path) for path in paths])
-  text = capsys.readouterr().out
-  lines = text.split("\n")
-  return code, text, [x[8:] for x in lines if x.startswith("DIFFERS ")]
-
-
 def replace(path, old, new):
   text = path.read_text()
   assert old in text, old
@@ -36,7 +28,7 @@ def replace(path, old, new):
 
 def test_a_report_agrees_with_its_rows(run, capsys):
   for path in (run, run / "report"):
-    code, text, found = check(capsys, path)
+    code, text, found = reported.check(capsys, path)
     assert (code, found) == (0, [])
     assert "all numbers agree" in text
 
@@ -68,7 +60,7 @@ def test_edited_numbers_are_named(run, capsys):
   for name, edits in EDITS.items():
     for old, new, _ in edits:
       replace(run / "report" / name, old, new)
-  code, _, found = check(capsys, run)
+  code, _, found = reported.check(capsys, run)
   assert code == 1
   assert len(found) == sum(map(len, EDITS.values())), found
   for name, edits in EDITS.items():
@@ -84,7 +76,7 @@ def test_rounding_of_another_machine_is_no_difference(run, capsys):
     '"win_rate": 0.85000000000001,',
   )
   replace(run / "report" / "win_rates.csv", "0.850000", "0.850001")
-  assert check(capsys, run)[0] == 0
+  assert reported.check(capsys, run)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -99,7 +91,7 @@ def test_added_and_removed_lines_are_found(
   run, capsys, name, old, new, message
 ):
   replace(run / "report" / name, old, new)
-  code, _, found = check(capsys, run)
+  code, _, found = reported.check(capsys, run)
   assert code == 1
   (line,) = found
   assert re.search(rf"{name} has \d+ lines, the rows give \d+; line", line)
@@ -119,7 +111,7 @@ def edit_last_call(run, **changes):
 
 def test_edited_rows_are_found(run, capsys):
   edit_last_call(run, verdict="model")
-  code, _, found = check(capsys, run)
+  code, _, found = reported.check(capsys, run)
   assert code == 1
   # 30 prompts of 40 at step 100, and now half of one more.
   (line,) = [x for x in found if "win_rates.csv:12: " in x]
@@ -131,7 +123,7 @@ def test_edited_rows_are_found(run, capsys):
 
 def test_a_verdict_against_its_reply_is_found(run, capsys):
   edit_last_call(run, raw="More helpful: B")
-  code, _, found = check(capsys, run)
+  code, _, found = reported.check(capsys, run)
   assert code == 1
   (line,) = [x for x in found if x.startswith(f"{run}/verdicts: ")]
   assert line.endswith("is chosen, the judge's reply says model")
@@ -140,7 +132,7 @@ def test_a_verdict_against_its_reply_is_found(run, capsys):
 def test_changed_settings_are_changed_numbers(run, capsys):
   path = run / "report" / "numbers.json"
   replace(path, '"confidence": 0.95', '"confidence": 0.8')
-  code, _, found = check(capsys, run)
+  code, _, found = reported.check(capsys, run)
   assert code == 1
   assert any("report.md" in line for line in found)
   # Of each file the first 20 differences are printed.
@@ -157,7 +149,7 @@ def test_changed_figures_are_found(run, capsys):
   swapped.write_bytes((report / "reward_margins.pdf").read_bytes())
   missing = report / "reward_accuracy.pdf"
   missing.unlink()
-  code, _, found = check(capsys, run)
+  code, _, found = reported.check(capsys, run)
   assert code == 1
   lines = [line.partition(": ") for line in sorted(found)]
   assert [path for path, _, _ in lines] == [
@@ -173,7 +165,7 @@ def test_a_figure_without_a_record_is_found(run, capsys):
   figures = numbers["figures"]
   figures["other.png"] = figures.pop("win_rate_step.png")
   path.write_text(json.dumps(numbers))
-  code, _, found = check(capsys, run)
+  code, _, found = reported.check(capsys, run)
   assert code == 1
   assert f"{path}: figures.other.png: not of the rows" in found
   assert any("win_rate_step.png: data is" in line for line in found)
@@ -185,7 +177,7 @@ def test_an_image_of_other_numbers_on_the_page_is_found(run, capsys):
   finals, steps = re.findall(r' src="(data:[^"]*)"', text)
   for other in (steps, "data:image/svg+xml;base64,A"):
     path.write_text(text.replace(finals, other))
-    code, _, found = check(capsys, run)
+    code, _, found = reported.check(capsys, run)
     assert code == 1
     assert len(found) == 1
     assert found[0].startswith(f"{path}:")
