@@ -541,7 +541,7 @@ def test_shards_and_index_must_agree(small, tmp_path):
       hf.load(directory, **NUMERICS)
 
   names = good["weight_map"]
-  refused({**names, "x": "../" + shards[0]}, "no file beside it")
+  refused({**names, "x": "../" + shards[0]}, "no file next to it")
   refused({**names, "x": "missing.safetensors"}, "which is missing")
   refused({**names, "x": shards[0]}, r"disagree about \['x'\]")
   first = {name for name, shard in names.items() if shard == shards[0]}
