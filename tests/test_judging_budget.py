@@ -42,6 +42,12 @@ def bound_of(request: judge_server.Request) -> int:
   return len(request.prompt.encode()) + 64 + 2 * 64
 
 
+def test_a_bound_counts_bytes_and_not_characters():
+  dear = budget.Budget(budget.Price(1e6, 2e6), cap=0.0)
+  # Each character has three bytes.
+  assert dear.bound("日本語", max_tokens=10) == 9 + 64 + 2 * 10
+
+
 def test_nothing_is_sent_beyond_the_budget_and_a_higher_one_continues(tmp_path):
   write(tmp_path, responses(10))
   with judge_server.Server(REPLY) as server:

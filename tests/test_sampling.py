@@ -233,6 +233,16 @@ def test_stops_at_its_length(tok):
   assert sample == sampler.Sample((b,) * 5, "aaaaa", "length")
 
 
+def test_each_response_stops_at_its_own_length(tok):
+  a, b = (tok.encode(text)[0] for text in "?a")
+  requests = [
+    sampler.Request((a,), row, 0, 0.0, 0, 1.0, limit)
+    for row, limit in enumerate((5, 9))
+  ]
+  samples = run(scripted.scripted(tok, [[a, b]]), tok, requests, engine())
+  assert [sample.tokens for sample in samples] == [(b,) * 5, (b,) * 9]
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 8])
 def test_stops_at_a_human_turn_in_any_tokenisation(tok, chunk):
   vocabulary = tok.backend.get_vocab()

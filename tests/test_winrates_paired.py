@@ -258,6 +258,17 @@ def test_two_lengths_give_the_mean_of_the_log_odds():
   assert (row.low, row.high) == pytest.approx(tuple(scipy.special.expit(ends)))
 
 
+def test_the_longer_text_is_counted_where_lengths_differ():
+  # It wins p0 and p1; in p2 neither text is the longer one.
+  calls = [
+    length_call("p0", True, 140),
+    length_call("p1", False, 60),
+    length_call("p2", True, 100),
+  ]
+  (row,) = rates.length_controlled(calls, SETTINGS)
+  assert (row.n, row.longer_rate) == (3, 1.0)
+
+
 def length_call(prompt, won, chars):
   return judged.call(
     "model" if won else "chosen",
