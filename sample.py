@@ -1,9 +1,9 @@
-"""Answers of models to test prompts, into WORKDIR/responses/.
+"""Responses of models to test prompts, into WORKDIR/responses/.
 
   python sample.py --config=configs/sample.py:paper --workdir=runs/paper
 
-The same command goes on after an interruption: answers that are there are
-kept. Started on several hosts, each answers its share of the prompts.
+The same command continues after an interruption; rows on disk are kept. Started
+on several hosts, each samples its share of the prompts.
 """
 
 import pathlib

@@ -1,4 +1,4 @@
-"""Answers of base, SFT and DPO to HH test prompts, at several temperatures.
+"""Responses of base, SFT and DPO to HH test prompts, at several temperatures.
 
 Commands:
   python sample.py --config=configs/sample.py:paper --workdir=runs/paper
@@ -6,27 +6,26 @@ Commands:
     --workdir=runs/dpo-replication \\
     --config.policies.dpo.adapter=runs/dpo/adapters/step-000300
 
-Variants: `paper` draws at plain temperature and answers the single-turn test
-prompts of all four subsets, as in Figure 3 of Rafailov et al., 2023;
-`dpo-replication` is
-the recipe of the dpo-replication system: top_p 0.9, top_k 50, 256 new tokens,
-the first 150 rows of harmless-base.
+Variants: `paper` samples at plain temperature on the single-turn test prompts
+of all four subsets, as in Figure 3 of Rafailov et al., 2023; `dpo-replication`
+is the recipe of the dpo-replication system: top_p 0.9, top_k 50, 256 new
+tokens, the first 150 rows of harmless-base.
 
 Both expect the exports of train.py in runs/sft and runs/dpo: runs/sft/export is
 a model directory, runs/dpo/adapters/step-000300 and its like hold adapters for
-it. `paper` takes the DPO model merged, runs/dpo/export; `seed` takes the SFT
-model with a DPO adapter beside it. Checkpoints are sampled with
-`checkpoints(...)`, as both variants do.
+it. `paper` takes the merged DPO model, runs/dpo/export; `dpo-replication` takes
+the SFT model with a DPO adapter. Checkpoints are sampled with
+`checkpoints(...)`, as in both variants.
 
-Policies of one base are answered together: its weights are read once a step for
-all of their adapters. `best-of-n` draws 16 answers of the DPO model to each
-prompt, from one reading of it; another N is `--config.samples_per_prompt=N`,
-which any variant takes.
+Policies of one base are sampled together: its weights are read once a step for
+all of their adapters. `best-of-n` samples 16 responses of the DPO model to each
+prompt, from one prefill; another N is `--config.samples_per_prompt=N`, for any
+variant.
 
 Made for: one accelerator of 40 GB or more: Pythia-2.8B in bfloat16 is 5.6 GB,
 and the cache of 64 rows of 512 tokens is 11 GB. Hours: not measured.
-Expect: a row for every prompt, temperature and model. The win rates to expect
-of them are in configs/dpo.py.
+Expect: a row for every prompt, temperature and model. Expected win rates are in
+configs/dpo.py.
 """
 
 from ml_collections import config_dict
@@ -66,7 +65,7 @@ def get_config(variant: str = "paper"):
 
 
 def best_of_n() -> config_dict.ConfigDict:
-  """Several answers to each prompt, for whatever ranks them."""
+  """Several responses to each prompt, for ranking."""
   c = sampling()
   c.policies.dpo = policy("dpo", "runs/dpo/export", (1.0,))
   c.samples_per_prompt = 16
@@ -87,36 +86,35 @@ def sampling() -> config_dict.ConfigDict:
   # Draw among the likeliest tokens that together reach this probability; 1.0
   # is off. Applied after temperature and top_k.
   c.top_p = 1.0
-  # Tokens of an answer at most, EOS included.
+  # Most tokens of a response, EOS included.
   c.max_new_tokens = 256
-  # A longer prompt keeps its last so many tokens.
+  # A longer prompt keeps this many of its last tokens.
   c.max_prompt_tokens = 256
-  # Answers to each prompt at each temperature, by sample ids 0, 1, ...
+  # Responses to each prompt at each temperature, by sample ids 0, 1, ...
   c.samples_per_prompt = 1
   # With the prompt's id and the sample id, decides all noise.
   c.seed = 0
-  # Answers decoded at once; 0 takes as many as the cache's memory holds, at
-  # most 512 a device. More is faster until memory ends; it changes no answer
+  # Responses decoded together; 0 takes as many as the cache's memory holds, at
+  # most 512 a device. More is faster while memory lasts; it changes no response
   # (but for ties within rounding).
   c.batch_size = 0
-  # Prompts are read in lengths of a multiple of so many tokens; each length
-  # that occurs is compiled once, so more means fewer compilations and more
-  # padding.
+  # Prompts are padded to multiples of this; each length is compiled once, so
+  # more means fewer compilations and more padding.
   c.length_multiple = 64
-  # Prompt tokens that are read in one call, about.
+  # Prompt tokens of a prefill batch, about.
   c.prefill_tokens = 4096
-  # While answers are short only so much of the cache is attended to, and its
-  # multiples, each compiled once. 0 always attends to the whole, so that a row
-  # is computed with the same roundings whoever its neighbours are.
+  # The KV cache grows and shrinks with the longest row by this many slots; each
+  # size is compiled once. 0 keeps it whole, so that a row's roundings do not
+  # depend on its neighbors.
   c.span = 128
-  # What keys and values are kept in: "model", as dtype says, "float32",
+  # Dtype of keys and values: "model", as dtype says, "float32",
   # "bfloat16" or "int8". int8 halves bfloat16's memory and adds some rounding.
   c.cache = "model"
   # GiB for them on each device, where the device does not tell how much is free
   # (a CPU does not). Where it does, they take 60% of that.
   c.cache_gib = 4.0
-  # Fold each adapter into a copy of the base, and answer one after another.
-  # False keeps adapters beside the base and answers those of one base together;
+  # Merge each adapter into a copy of the base, and sample one after another.
+  # False keeps adapters separate and samples those of one base together;
   # bfloat16 would round away a part of what a merged adapter adds.
   c.merge_adapters = False
   # What weights are kept in and blocks compute in: "float32" or "bfloat16".
@@ -131,7 +129,7 @@ def sampling() -> config_dict.ConfigDict:
 
 def prompts() -> config_dict.ConfigDict:
   c = config_dict.ConfigDict()
-  # Whose held-out side is answered; see configs/data.py.
+  # Its held-out prompts are sampled; see configs/data.py.
   c.source = data.hh()
   c.filters = data.filters()
   # Keep the first so many rows; 0 keeps all.
@@ -156,7 +154,7 @@ def policy(
   # branches: each is sampled into responses/NAME-step-000050.jsonl; "" for
   # none.
   c.steps_of = ""
-  # At each of which every prompt is answered; 0 is greedy.
+  # Every prompt is sampled at each; 0 is greedy.
   c.temperatures = temperatures
   return c
 

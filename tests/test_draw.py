@@ -23,7 +23,7 @@ PARAMETERS = (
   (2.0, 50, 0.5),
   (0.0, 0, 0.8),
 )
-ALL = draw.Ways(candidates=EXISTING, whole=True, nucleus=True)
+ALL = draw.Paths(candidates=EXISTING, whole=True, nucleus=True)
 
 
 def reference(logits, temperature, top_k, top_p):
@@ -41,7 +41,7 @@ def reference(logits, temperature, top_k, top_p):
   return weights / weights.sum()
 
 
-DRAW = jax.jit(draw.draw, static_argnames=("vocab_size", "how"))
+DRAW = jax.jit(draw.draw, static_argnames=("vocab_size", "paths"))
 
 
 def keys_of(count):
@@ -49,7 +49,7 @@ def keys_of(count):
 
 
 def drawn(
-  logits, temperature, top_k, top_p, how, vocab_size=EXISTING, keys=None
+  logits, temperature, top_k, top_p, paths, vocab_size=EXISTING, keys=None
 ):
   tokens, _ = DRAW(
     jnp.asarray(logits, jnp.float32),
@@ -58,7 +58,7 @@ def drawn(
     jnp.asarray(top_k, jnp.int32),
     jnp.asarray(top_p, jnp.float32),
     vocab_size=vocab_size,
-    how=how,
+    paths=paths,
   )
   return np.asarray(tokens)
 
@@ -84,8 +84,8 @@ def chi_square(tokens, expected):
 @pytest.mark.parametrize("parameters", PARAMETERS[:-1])
 def test_drawn_tokens_follow_the_distribution(parameters):
   logits = np.tile(LOGITS, (COUNT, 1))
-  how = draw.ways([parameters], EXISTING)
-  tokens = drawn(logits, *alike(COUNT, *parameters), how)
+  paths = draw.paths([parameters], EXISTING)
+  tokens = drawn(logits, *alike(COUNT, *parameters), paths)
   # The seed is fixed: a right sampler fails one seed in a thousand.
   expected = reference(LOGITS[:EXISTING], *parameters)
   assert chi_square(tokens, expected) > 1e-3
@@ -101,9 +101,9 @@ def test_many_blocks_follow_the_distribution(parameters):
   logits = rng.normal(0, 2, size)
   logits[existing:] = 50
   count = 12_000
-  how = draw.ways([parameters], existing)
+  paths = draw.paths([parameters], existing)
   tokens = drawn(
-    np.tile(logits, (count, 1)), *alike(count, *parameters), how, existing
+    np.tile(logits, (count, 1)), *alike(count, *parameters), paths, existing
   )
   expected = reference(logits[:existing], *parameters)
   assert chi_square(tokens, expected) > 1e-3
@@ -115,9 +115,9 @@ def test_rows_of_a_mixed_batch_are_drawn_as_if_alone():
   keys = keys_of(len(rows))
   mixed = drawn(logits, *rows.T, ALL, keys=keys)
   for at, parameters in enumerate(PARAMETERS):
-    how = draw.ways([parameters], EXISTING)
+    paths = draw.paths([parameters], EXISTING)
     mine = slice(at, None, len(PARAMETERS))
-    alone = drawn(logits[mine], *rows[mine].T, how, keys=keys[mine])
+    alone = drawn(logits[mine], *rows[mine].T, paths, keys=keys[mine])
     np.testing.assert_array_equal(mixed[mine], alone)
 
 
@@ -136,8 +136,8 @@ def test_temperature_zero_is_greedy_and_the_lowest_too():
 def test_of_equals_the_smaller_ids_are_kept():
   logits = np.zeros((4000, 400))
   logits[:, [7, 131, 260, 399]] = 3.0
-  how = draw.ways([(1.0, 3, 1.0)], 400)
-  tokens = drawn(logits, *alike(4000, 1.0, 3, 1.0), how, 400)
+  paths = draw.paths([(1.0, 3, 1.0)], 400)
+  tokens = drawn(logits, *alike(4000, 1.0, 3, 1.0), paths, 400)
   assert set(tokens) == {7, 131, 260}
   assert set(drawn(logits, *alike(4000, 0.0, 0, 1.0), ALL, 400)) == {7}
   # Four equals of weight 1/4: top_p of a half keeps all of them.
@@ -175,7 +175,7 @@ def test_top_k_draws_what_a_full_sort_would():
     for p in (1.0, 0.9, 0.4, 0.05)
   ]
   tokens = drawn(
-    logits, *np.array(parameters).T, draw.ways(parameters, existing), existing
+    logits, *np.array(parameters).T, draw.paths(parameters, existing), existing
   )
   ids = jnp.broadcast_to(jnp.arange(existing)[None], (rows, existing))
   keys = jax.random.split(jax.random.key(11), rows)
@@ -215,7 +215,7 @@ def test_log_probs_are_of_the_model_itself():
     *(jnp.asarray(x) for x in ([0.0, 0.5, 1, 2, 3, 1.0], [0, 3, 0, 4, 0, 0])),
     jnp.full(6, 0.9),
     vocab_size=290,
-    how=draw.Ways(64, True, True),
+    paths=draw.Paths(64, True, True),
   )
   shifted = logits - logits.max(1, keepdims=True)
   expected = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))

@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 
-from dpo_jax.model import block, gpt_neox, lora
+from dpo_jax.model import block, gpt_neox, kv_cache, lora
 
 LORA = gpt_neox.LoraConfig(3, 6.0, 0.0, gpt_neox.TARGETS)
 CONFIG = tiny.CONFIG
@@ -38,7 +38,7 @@ def plain(base):
   return hidden(CONFIG, base, None)
 
 
-apply = jax.jit(gpt_neox.apply, static_argnums=0)
+apply = jax.jit(gpt_neox.apply, static_argnums=0, static_argnames="prefill")
 
 
 def causal(tokens):
@@ -166,30 +166,35 @@ def test_decoding_by_cache_equals_the_whole_sequence(base, adapters):
   expected = hidden(ADAPTED, base, adapters)
   rows, count = TOKENS.shape
   slots, start = 16, 5
-  cache = gpt_neox.init_cache(ADAPTED, rows, slots)
-  assert cache["k"].shape == (2, rows, 2, slots, 8)
-  positions, _ = causal(TOKENS)
-
-  def step(cache, first, last):
-    seen = jnp.arange(slots)[None] <= positions[0, first:last, None]
-    mask = jnp.broadcast_to(seen[None], (rows, last - first, slots))
-    return apply(
+  positions, mask = causal(TOKENS)
+  out, cache = apply(
+    ADAPTED,
+    base,
+    adapters,
+    TOKENS[:, :start],
+    positions[:, :start],
+    mask[:, :start, :start],
+    prefill="float32",
+  )
+  cache = tuple(kv_cache.resize(layer, slots) for layer in cache)
+  assert cache[0]["k"].shape == (rows, 2, 8, slots)
+  # The content of unwritten slots must not matter.
+  for layer in cache:
+    layer["k"] = layer["k"].at[..., start:].set(1e4)
+    layer["v"] = layer["v"].at[:, :, start:].set(1e4)
+  outs = [out]
+  for index in range(start, count):
+    seen = jnp.arange(slots)[None] <= index
+    out, cache = apply(
       ADAPTED,
       base,
       adapters,
-      TOKENS[:, first:last],
-      positions[:, first:last],
-      mask,
+      TOKENS[:, index : index + 1],
+      positions[:, index : index + 1],
+      jnp.broadcast_to(seen[None], (rows, 1, slots)),
       cache=cache,
-      index=jnp.asarray(first),
+      index=jnp.full((rows,), index),
     )
-
-  # What an unwritten slot holds must not matter.
-  cache = jax.tree.map(lambda x: x + 1e4, cache)
-  out, cache = step(cache, 0, start)
-  outs = [out]
-  for index in range(start, count):
-    out, cache = step(cache, index, index + 1)
     outs.append(out)
   # The sums run over 16 slots and not over 12 keys: float32 rounding.
   np.testing.assert_allclose(

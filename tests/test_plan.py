@@ -372,7 +372,7 @@ def test_the_sampler_is_planned_as_it_runs(tmp_path, monkeypatch, sizes):
   mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
   how = sampling_config()
   seen = {
-    n: Watched(getattr(decode_lib, n)) for n in ("read", "enter", "advance")
+    n: Watched(getattr(decode_lib, n)) for n in ("prefill", "insert", "advance")
   }
   for name, watched in seen.items():
     monkeypatch.setattr(decode_lib, name, watched)
@@ -388,7 +388,7 @@ def test_the_sampler_is_planned_as_it_runs(tmp_path, monkeypatch, sizes):
 
   monkeypatch.setattr(compile_training, "compile_one", lowered)
   monkeypatch.setattr(compile_sampling, "TOKENS", tok.vocab_size)
-  compile_sampling.compile_answers(how, config, mesh, None)
+  compile_sampling.compile_programs(how, config, mesh, None)
   for name, watched in seen.items():
     (planned,) = watched.planned
     assert watched.ran
@@ -412,18 +412,18 @@ def test_bytes_of_decoding_by_hand():
   """On this machine's devices, without running: eight rows on each."""
   how = sampling_config(batch_size=64, max_new_tokens=40, dtype="bfloat16")
   mesh = sharding.make_mesh(8, 1, 1)
-  found = compile_sampling.compile_answers(how, SMALL, mesh, None)
+  found = compile_sampling.compile_programs(how, SMALL, mesh, None)
   layers, width, mlp, words, rank = 3, 128, 256, 512, 4
   kernels = layers * (4 * width**2 + 2 * width * mlp)
   adapters = layers * rank * (4 * width + 2 * width + 2 * (width + mlp))
   # A row's slots: 40 new tokens in sixteens. Three prompts a device, for half
   # as many rows again as it has, of five temperatures, 24 tokens in sixteens.
-  together = found.layout.program.shared
-  assert found.layout.program.slots == 48
-  assert (together.prompts, together.places, together.slots) == (24, 5, 32)
+  together = found.shapes.program.shared
+  assert found.shapes.program.slots == 48
+  assert (together.prompts, together.rows, together.slots) == (24, 5, 32)
   # Two prompts of 32 places would be one for two devices: each reads one.
-  reading = found.layout.readings[0]
-  assert (reading.size, reading.padded) == (8, 32)
+  batch = found.shapes.prefills[0]
+  assert (batch.size, batch.padded) == (8, 32)
   # Weights at two bytes but for biases and norms; keys and values of all rows.
   assert found.weights == pytest.approx(
     2 * (kernels + adapters + 2 * width * words), rel=0.03
@@ -431,7 +431,7 @@ def test_bytes_of_decoding_by_hand():
   assert found.cache == 2 * 2 * layers * width * (8 * 48 + 3 * 32)
   text = plan.describe_sampling(found, mesh, "this")
   assert "8 rows a device of 48 slots and 3 prompts of 32, prefill" in text
-  for name in ("read", "enter", "decode"):
+  for name in ("prefill", "insert", "decode"):
     assert re.search(rf"^{name}: \d+\.\d\d GiB a device", text, re.M)
 
 
@@ -484,7 +484,7 @@ def test_a_sampler_that_does_not_fit_is_planned_with_fewer_rows(
   monkeypatch, capsys
 ):
   """As if weights took four of eight GiB, and each row a sixteenth of one."""
-  rows, real = [], compile_sampling.compile_answers
+  rows, real = [], compile_sampling.compile_programs
 
   def noted(config, *arguments):
     rows.append(config.batch_size // 8)
@@ -498,7 +498,7 @@ def test_a_sampler_that_does_not_fit_is_planned_with_fewer_rows(
   chip = hardware.Chip(1e12, 1e12, 8 * 2**30, 1e12, 1e12)
   monkeypatch.setitem(hardware.CHIPS, "cpu", chip)
   monkeypatch.setattr(compile_training, "compile_one", compiled)
-  monkeypatch.setattr(compile_sampling, "compile_answers", noted)
+  monkeypatch.setattr(compile_sampling, "compile_programs", noted)
   how = sampling_config(batch_size=8 * 100)
   assert plan.plan_sampling(how, SMALL, jax.devices(), "it", 1)
   # 100 do not fit; then the powers of two up to those that do not.
@@ -559,15 +559,14 @@ def test_what_a_step_for_a_slice_gathers(variant, monkeypatch):
   assert 1 <= len(words) <= (1 if shape.lora else 2)
 
 
-def test_decoding_eight_bits_with_heads_folded_for_a_slice():
+def test_decoding_with_an_int8_cache_for_a_slice():
   """Half the bytes and a scale a head; unpacked one layer at a time."""
   mesh = sharding.make_mesh(1, 1, 1, devices=topology.devices("v5e:1x1"))
   how = sampling_config(
     batch_size=64, dtype="bfloat16", cache="int8", max_new_tokens=488
   )
   deep = dataclasses.replace(SMALL, layers=12)
-  found = compile_sampling.compile_answers(how, deep, mesh, None)
-  assert found.layout.program.layout == "folded"
+  found = compile_sampling.compile_programs(how, deep, mesh, None)
   *_, decode = found.programs
   assert not decode.refusal
   # Keys and values: 12 layers, 64 rows of 496 slots and 13 prompts of 32, 4
@@ -642,7 +641,7 @@ def test_the_real_sampler_is_planned(name, monkeypatch, request):
   how = settings.build(jobs.SamplingSettings, c.to_dict())
   shape = compile_training.shape_named("2.8b")
   hbm = hardware.chip("TPU v5e").hbm_bytes
-  found = compile_sampling.compile_answers(how, shape, mesh, hbm)
+  found = compile_sampling.compile_programs(how, shape, mesh, hbm)
   for one in found.programs:
     assert not one.refusal
     assert one.memory.total < hbm

@@ -68,32 +68,32 @@ def training(config, packed, kind="dpo"):
 
 
 def sampling(config):
-  """The lowered reading of prompts and decoding, by both layouts."""
+  """The lowered prefill, and decoding with both layouts of the cache."""
   base, adapters = tiny.weights(config), tiny.adapters(config)
-  for layout in ("stacked", "apart"):
+  for unstacked in (False, True):
     program = decode.Program(
       config=config,
       slots=16,
-      room=4,
+      max_new_tokens=4,
       eos_id=0,
       vocab_size=config.vocab_size,
-      ways=draw.Ways(0, False, False),
+      paths=draw.Paths(0, False, False),
       cache=config.dtype,
-      layout=layout,
+      unstacked=unstacked,
     )
     count = jax.ShapeDtypeStruct((4,), jnp.int32)
     prompts = jax.ShapeDtypeStruct((4, 8), jnp.int32)
-    yield decode.read.lower(program, base, adapters, prompts, count, count)
+    yield decode.prefill.lower(program, base, adapters, prompts, count, count)
     state = jax.eval_shape(
       lambda program=program: decode.empty(program, 4, 16, 0)
     )
     number = jax.ShapeDtypeStruct((), jnp.int32)
     table = jax.ShapeDtypeStruct((config.vocab_size, stop.TURN + 1), jnp.int8)
     weights = (base, adapters)
-    if layout == "apart":
-      weights = jax.eval_shape(decode.apart, *weights)
+    if unstacked:
+      weights = jax.eval_shape(decode.unstack, *weights)
     yield decode.advance.lower(
-      program, 16, *weights, state, table, number, number
+      program, (16, 0), *weights, state, table, number, number
     )
 
 

@@ -11,7 +11,7 @@ import running
 import tiny
 
 from dpo_jax.core import sharding
-from dpo_jax.model import attention, gpt_neox, hf, kv_cache, quantization
+from dpo_jax.model import attention, gpt_neox, hf, quantization
 from dpo_jax.training import setup, train
 
 
@@ -53,20 +53,21 @@ def test_each_output_channel_has_a_scale_and_half_of_it_is_the_error():
 
 
 @pytest.mark.parametrize(("bits", "widest"), [(8, 0), (32, 0), (32, 256)])
-def test_layers_apart_decode_as_the_stack_does(bits, widest, monkeypatch):
-  """Their kernels lie turned; the sums are the same in another order."""
+def test_unstacked_weights_decode_as_the_stack_does(bits, widest, monkeypatch):
+  """Their kernels are transposed; the sums are the same in another order."""
   monkeypatch.setattr(gpt_neox, "TURNED_WIDTH", widest)
   config = tiny.CONFIG
   base = tiny.weights(config)
   base = jax.jit(quantization.base)(base) if bits == 8 else base
-  apart = gpt_neox.unstack(base)
-  kernel = apart["blocks"][1]["query_key_value"]["kernel"]
+  unstacked = gpt_neox.unstack(base)
+  kernel = unstacked["blocks"][1]["query_key_value"]["kernel"]
   kernel = kernel.values if bits == 8 else kernel
   assert kernel.shape == (3 * config.width, config.width)
-  assert list(apart["unembed"]) == ["kernel" if widest else "words"]
+  assert list(unstacked["unembed"]) == ["kernel" if widest else "words"]
   cache = gpt_neox.init_cache(config, 2, 4)
   found = []
-  for weights, own in ((base, cache), (apart, kv_cache.unstack(cache))):
+  for weights in (base, unstacked):
+    own = cache
     for place in range(2):
       hidden, own = gpt_neox.apply(
         config,

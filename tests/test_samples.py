@@ -286,7 +286,8 @@ def pointers(tree):
 def test_the_weights_are_those_of_the_step(config, tmp_path, monkeypatch):
   """The very buffers, on the training mesh, and no other of their shapes."""
   changes = ASKED | {"max_steps": 3}
-  write, advance, read = eval_samples.Sampler.write, decode.advance, decode.read
+  write = eval_samples.Sampler.write
+  advance, prefill = decode.advance, decode.prefill
   trained, used, alive = [], [], []
 
   def kernels(tree):
@@ -302,17 +303,17 @@ def test_the_weights_are_those_of_the_step(config, tmp_path, monkeypatch):
 
   def reading(program, base, lora, *arguments):
     used.append(pointers(base) == trained[-1])
-    return read(program, base, lora, *arguments)
+    return prefill(program, base, lora, *arguments)
 
-  def advancing(program, span, base, lora, *arguments):
+  def advancing(program, slots, base, lora, *arguments):
     used.append(pointers(base) == trained[-1])
-    state = advance(program, span, base, lora, *arguments)
+    state = advance(program, slots, base, lora, *arguments)
     jax.block_until_ready(state)
     alive[-1].append(kernels(base))
     return state
 
   monkeypatch.setattr(eval_samples.Sampler, "write", writing)
-  monkeypatch.setattr(decode, "read", reading)
+  monkeypatch.setattr(decode, "prefill", reading)
   monkeypatch.setattr(decode, "advance", advancing)
   train.run(config(**changes), tmp_path / "run")
   # Before the first step, and after the third, the last.

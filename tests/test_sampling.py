@@ -18,7 +18,7 @@ import transformers
 
 from dpo_jax.core import sharding
 from dpo_jax.data import sources, tokenizer
-from dpo_jax.model import attention, hf, kv_cache, lora
+from dpo_jax.model import hf, kv_cache, lora
 from dpo_jax.sampling import capacity, decode, draw, sampler, scheduler, stop
 from dpo_jax.training import score
 
@@ -144,7 +144,7 @@ def test_greedy_equals_transformers_generate(tok, tmp_path):
     expected = greedy(network, tok, request.prompt, 24)
     assert list(sample.tokens) == expected
     lengths.add(len(set(expected)))
-  # The weights do not make every answer a repetition of one token.
+  # The weights do not make every response a repetition of one token.
   assert max(lengths) > 5
 
 
@@ -206,10 +206,10 @@ def test_first_token_of_the_engine_follows_softmax(noisy, tok):
   assert scipy.stats.chisquare(seen, expected).pvalue > 1e-3
 
 
-# Where an answer ends.
+# Where a response ends.
 
 
-def one_answer(tok, chain, limit=24, chunk=8):
+def one_response(tok, chain, limit=24, chunk=8):
   policy = scripted.scripted(tok, [chain])
   request = sampler.Request((chain[0],), 0, 0, 0.0, 0, 1.0, limit)
   (sample,) = run(policy, tok, [request], engine(chunk=chunk))
@@ -218,18 +218,18 @@ def one_answer(tok, chain, limit=24, chunk=8):
 
 def test_stops_at_eos(tok):
   a, b, c = (tok.encode(text)[0] for text in "?ab")
-  sample = one_answer(tok, [a, b, c, tok.eos_id])
+  sample = one_response(tok, [a, b, c, tok.eos_id])
   assert sample == sampler.Sample((b, c, tok.eos_id), "ab", "eos")
 
 
-def test_an_empty_answer_is_an_answer(tok):
-  sample = one_answer(tok, [tok.encode("?")[0], tok.eos_id])
+def test_an_empty_response_is_a_response(tok):
+  sample = one_response(tok, [tok.encode("?")[0], tok.eos_id])
   assert sample == sampler.Sample((tok.eos_id,), "", "eos")
 
 
 def test_stops_at_its_length(tok):
   a, b = (tok.encode(text)[0] for text in "?a")
-  sample = one_answer(tok, [a, b], limit=5)
+  sample = one_response(tok, [a, b], limit=5)
   assert sample == sampler.Sample((b,) * 5, "aaaaa", "length")
 
 
@@ -251,7 +251,7 @@ def test_stops_at_a_human_turn_in_any_tokenisation(tok, chunk):
   start, first, after = (vocabulary[piece] for piece in "?!Z")
   for turn in ([double, human, colon], [double, *letters, colon]):
     assert tok.decode(turn) == "\n\nHuman:"
-    sample = one_answer(tok, [start, first, *turn, after], chunk=chunk)
+    sample = one_response(tok, [start, first, *turn, after], chunk=chunk)
     # What was generated behind the turn in the same chunk is not counted.
     assert sample == sampler.Sample((first, *turn), "!", "turn")
 
@@ -260,11 +260,11 @@ def test_a_turn_before_eos_is_a_turn(tok):
   start, first = tok.encode("?")[0], tok.encode("!")[0]
   vocabulary = tok.backend.get_vocab()
   turn = [vocabulary[piece] for piece in ("ĊĊ", "Human", ":")]
-  sample = one_answer(tok, [start, first, *turn, tok.eos_id])
+  sample = one_response(tok, [start, first, *turn, tok.eos_id])
   assert sample == sampler.Sample((first, *turn), "!", "turn")
 
 
-# What an answer does not depend on.
+# What a response does not depend on.
 
 
 @pytest.fixture(scope="module")
@@ -283,14 +283,14 @@ def grid(tok):
 
 
 @pytest.fixture(scope="module")
-def told(noisy, tok, grid):
+def reference(noisy, tok, grid):
   return run(noisy, tok, grid)
 
 
-def test_samples_differ_where_their_keys_do(tok, grid, told):
+def test_samples_differ_where_their_keys_do(tok, grid, reference):
   drawn = {
     (r.prompt, r.sample_id): s.tokens[:11]
-    for r, s in zip(grid, told)
+    for r, s in zip(grid, reference)
     if r.temperature == 1.3
   }
   assert len(set(drawn.values())) == len(drawn) == 2 * len(PROMPTS)
@@ -305,63 +305,46 @@ def test_samples_differ_where_their_keys_do(tok, grid, told):
   ],
   ids=str,
 )
-def test_tokens_do_not_depend_on_the_engine(noisy, tok, grid, told, changes):
-  assert run(noisy, tok, grid, engine(**changes)) == told
-
-
-@pytest.mark.parametrize("layout", ["stacked", "folded"])
-def test_layers_apart_are_layers_of_a_stack(
-  noisy, tok, grid, told, monkeypatch, layout
+def test_tokens_do_not_depend_on_the_engine(
+  noisy, tok, grid, reference, changes
 ):
-  """What is done on a CPU, and what elsewhere; int8 has scales beside."""
-  small = run(noisy, tok, grid[:9], engine(cache="int8", span=32))
-  monkeypatch.setattr(capacity, "_cache_layout", lambda *_: layout)
-  for ours, how, requests in (
-    (told, engine(), grid),
-    (small, engine(cache="int8", span=32), grid[:9]),
-  ):
-    stacked = run(noisy, tok, requests, how)
-    assert stacked == ours
-    for a, b in zip(stacked, ours, strict=True):
-      np.testing.assert_allclose(a.logps, b.logps, atol=1e-5)
+  assert run(noisy, tok, grid, engine(**changes)) == reference
 
 
-@pytest.mark.parametrize(
-  ("layout", "kind"),
-  [("apart", "float32"), ("stacked", "float32"), ("folded", "int8")],
-)
-def test_rows_that_share_prompts_answer_as_rows_with_their_own(
-  noisy, tok, grid, monkeypatch, layout, kind
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_rows_that_share_prompts_sample_as_rows_with_their_own(
+  noisy, tok, grid, monkeypatch, kind
 ):
-  """Answers of uneven lengths; with one place for prompts rows wait."""
-  monkeypatch.setattr(capacity, "_cache_layout", lambda *_: layout)
-  how = engine(cache=kind, chunk=4)
+  """Responses of uneven lengths; with too few prompt entries rows wait."""
+  settings = engine(cache=kind, chunk=4)
   uneven = [
     dataclasses.replace(request, max_new_tokens=1 + 5 * index % 23)
     for index, request in enumerate(grid)
   ]
-  places = capacity._places
-  monkeypatch.setattr(capacity, "_places", lambda _: (0, 5))
-  own = run(noisy, tok, uneven, how)
+  # Fewer than two rows of a prompt on average: no prompts are shared.
+  alone = [
+    sampler.Request((5,) * length, 0, 0, 0.0, 0, 1.0, 1)
+    for length in range(1, len(grid))
+  ]
+  own = run(noisy, tok, [*uneven, *alone], settings)[: len(grid)]
   assert len({len(sample.tokens) for sample in own}) > 9
-  seated = []
-  take = scheduler.Seating.take
+  assigned = []
+  assign = scheduler.PrefixTable.assign
 
   def watched(self, *arguments):
-    seated.append(take(self, *arguments))
-    return seated[-1]
+    assigned.append(assign(self, *arguments))
+    return assigned[-1]
 
-  monkeypatch.setattr(scheduler.Seating, "take", watched)
-  monkeypatch.setattr(capacity, "_places", places)
-  monkeypatch.setattr(capacity, "_PROMPTS", 1 / 2)
-  told = run(noisy, tok, uneven, how)
-  # Five prompts of seven rows: more rows sit down than prompts are laid.
-  assert 5 <= sum(new for *_, new in seated) < len(uneven) / 2
-  assert (-1, -1, False) in seated
-  assert told == own
+  monkeypatch.setattr(scheduler.PrefixTable, "assign", watched)
+  monkeypatch.setattr(capacity, "_PROMPT_ENTRIES", 1 / 2)
+  shared = run(noisy, tok, uneven, settings)
+  assert None in assigned
+  # Five prompts of seven rows: most rows join a prompt that is there.
+  assert 5 <= sum(one[2] for one in assigned if one) < len(uneven) / 2
+  assert shared == own
   # In eight bits, a key may be rounded to the next step.
   atol = 1e-5 if kind == "float32" else 1e-3
-  for a, b in zip(told, own, strict=True):
+  for a, b in zip(shared, own, strict=True):
     np.testing.assert_allclose(a.logps, b.logps, atol=atol)
 
 
@@ -376,108 +359,120 @@ def test_prompts_are_shared_where_most_are_asked_for_again(noisy, tok):
   ):
     requests = requests_for(tok, temperatures=temperatures)
     requests += requests_for(tok, PROMPTS[:doubled], (1.0,), sample_id=1)
-    found = capacity.layout(
+    found = capacity.shapes(
       config, tok, requests, engine(), None, range(len(requests))
     )
     shared = found.program.shared
-    assert (shared and shared.places) == places
+    assert (shared and shared.rows) == places
 
 
-def test_layers_are_apart_on_one_device_only(noisy):
-  """Over several of a CPU, their collectives could wait for each other."""
-  config, _ = noisy
-  one, eight = (
-    sharding.make_mesh(n, 1, 1, devices=jax.devices()[:n]) for n in (1, 8)
-  )
-  found = [capacity._cache_layout(config, mesh) for mesh in (None, one, eight)]
-  assert found == ["apart", "apart", "stacked"]
-
-
+@pytest.mark.parametrize("unstacked", [True, False])
 @pytest.mark.parametrize("kind", ["float32", "int8"])
-@pytest.mark.parametrize("rows", [6, 24])
-def test_a_layers_own_cache_holds_and_sees_what_the_stack_does(kind, rows):
-  """Keys as columns, by few rows' products and by many rows' sums."""
-  keys = iter(jax.random.split(jax.random.key(0), 5))
-  shape = (rows, 2, 3, 16)
-  old = [jax.random.normal(next(keys), shape) for _ in range(2)]
-  new = [jax.random.normal(next(keys), (rows, 2, 1, 16)) for _ in range(2)]
-  q = jax.random.normal(next(keys), (rows, 1, 2, 16))
-  index = jnp.arange(rows) % 5
-  mask = (jnp.arange(5)[None] <= index[:, None])[:, None]
-  stack = kv_cache.init(1, rows, 2, 6, 16, kind)
-  (own,) = kv_cache.unstack(stack)
-  _, _, stack = kv_cache.remember(stack, 0, 0, *old, span=6)
-  _, _, own = kv_cache.remember(own, None, 0, *old, span=6)
-  *seen, stack = kv_cache.remember(stack, 0, index, *new, span=5)
-  *columns, own = kv_cache.remember(own, None, index, *new, span=5)
-  assert own["k"].shape == (rows, 2, 16, 6)
-  (split,) = kv_cache.unstack(stack)
-  jax.tree.map(np.testing.assert_array_equal, own, split)
-  # Row 4 wrote at 4, which nobody had.
-  assert own["v"][4, :, 4].any()
-  assert not own["v"][0, :, 4].any()
-  np.testing.assert_allclose(
-    attention.dense(q, *columns, mask),
-    attention.dense(q, *seen, mask),
-    atol=1e-6,
-  )
-  longer = kv_cache.resize(own, 9)
-  assert longer["k"].shape == (rows, 2, 16, 9)
-  jax.tree.map(np.testing.assert_array_equal, kv_cache.resize(longer, 6), own)
+def test_the_cache_holds_what_was_written(kind, unstacked):
+  """Rows at slots of their own; int8 within half a step of each vector."""
+  keys = jax.random.split(jax.random.key(0), 2)
+  k, v = (jax.random.normal(key, (5, 2, 1, 16)) for key in keys)
+  cache = kv_cache.init(3, 5, 2, 6, 16, kind, unstacked)
+  index = jnp.array([0, 4, 2, 2, 5])
+  layer, number = (cache[1], None) if unstacked else (cache, jnp.int32(1))
+  written = kv_cache.write(layer, number, index, k, v)
+  keys, values = kv_cache.read(written, number, 6, jnp.float32)
+  if unstacked:
+    keys, values = (
+      jnp.moveaxis(x, axis, 1).reshape(5, 6, 32)
+      for x, axis in ((keys, 3), (values, 2))
+    )
+  for found, wanted in ((keys, k), (values, v)):
+    wanted = np.asarray(wanted[:, :, 0]).reshape(5, 32)
+    rows = np.asarray(found)[np.arange(5), index]
+    step = np.abs(wanted).reshape(5, 2, 16).max(-1).repeat(16, 1) / 127
+    limit = step / 2 + 1e-6 if kind == "int8" else np.zeros_like(step)
+    assert (np.abs(rows - wanted) <= limit).all()
+    # Nothing else was written.
+    assert np.count_nonzero(np.abs(found).sum(-1)) == 5
+  if unstacked:
+    longer = kv_cache.resize(written, 9)
+    assert longer["k"].shape == (5, 2, 16, 9)
+    jax.tree.map(
+      np.testing.assert_array_equal, kv_cache.resize(longer, 6), written
+    )
+  else:
+    assert not any(leaf[::2].any() for leaf in written.values())
+    for one in kv_cache.read(written, number, 3, jnp.float32):
+      assert one.shape == (5, 3, 32)
 
 
 def tpus(**axes):
-  """A mesh of TPUs as far as the choice of shapes looks at one."""
-  sizes = {"data": 1, "fsdp": 1, "tensor": 1} | axes
+  """A mesh of devices that are described only."""
+  sizes = [axes.get(name, 1) for name in ("data", "fsdp", "tensor")]
   device = types.SimpleNamespace(platform="tpu")
-  count = math.prod(sizes.values())
-  return types.SimpleNamespace(
-    shape=sizes, size=count, devices=np.array([device] * count)
-  )
+  devices = np.full(sizes, device, object)
+  return types.SimpleNamespace(devices=devices, shape=axes)
 
 
-def test_a_cache_that_a_tpu_would_pad_is_folded_or_counted(noisy):
-  """Head dim 16 is padded to 128; two layers, two heads, k and v in float32."""
-  config, _ = noisy
-  assert capacity._cache_layout(config, tpus(data=2)) == "folded"
-  assert capacity._cache_layout(config, tpus(tensor=2)) == "stacked"
-  how = engine(batch_size=0, cache_gib=24 * 512 * 64 / 2**30)
-  assert capacity.batch_size(config, how, 64, tpus()) == 24
-  # Of one head a device: 256 B a slot, and 2048 B of its padded copy.
-  how = engine(batch_size=0, cache_gib=8 * 2304 * 64 / 2**30)
-  assert capacity.batch_size(config, how, 64, tpus(tensor=2)) == 8
-  wide = dataclasses.replace(config, width=256)
-  assert capacity._cache_layout(wide, tpus()) == "stacked"
+def test_the_cache_is_unstacked_on_cpus_only():
+  assert capacity.platform(None) == "cpu"
+  assert capacity.platform(sharding.make_mesh(8, 1, 1)) == "cpu"
+  assert capacity.platform(tpus(data=2)) == "tpu"
+
+
+@pytest.mark.parametrize(
+  ("kind", "size"),
+  [("float32", None), ("float32", (2, 2, 2)), ("int8", None)],
+  ids=str,
+)
+def test_both_layouts_of_the_cache_sample_alike(
+  noisy, tok, grid, monkeypatch, kind, size
+):
+  """The folded one of accelerators too, whole and by spans, with its copies."""
+  config, base = noisy
+  mesh = None
+  if size is not None:
+    mesh = sharding.make_mesh(*size)
+    base = jax.device_put(base, sharding.shardings(base, mesh))
+  how = engine(cache=kind, span=32)
+  requests = grid[:9] if kind == "int8" else grid
+  unstacked = run((config, base), tok, requests, how, mesh=mesh)
+  monkeypatch.setattr(capacity, "platform", lambda mesh: "tpu")
+  folded = run((config, base), tok, requests, how, mesh=mesh)
+  assert folded == unstacked
+  for a, b in zip(folded, unstacked, strict=True):
+    np.testing.assert_allclose(a.logps, b.logps, atol=1e-5)
 
 
 @pytest.mark.parametrize("places", [0, 4])
 def test_a_step_copies_no_cache(noisy, tok, places):
-  """Keys and values are written in place, and read where they lie."""
+  """Keys and values are written in place, and read in place."""
   config, base = noisy
-  together = decode.Shared(12, places, 72) if places else None
+  together = decode.SharedPrompts(12, places, 72) if places else None
   program = decode.Program(
     config=config,
     slots=96,
-    room=8,
+    max_new_tokens=8,
     eos_id=tok.eos_id,
     vocab_size=tok.vocab_size,
-    ways=draw.Ways(64, False, False),
+    paths=draw.Paths(64, False, False),
     cache="float32",
-    layout="apart",
+    unstacked=True,
     shared=together,
   )
   state = jax.eval_shape(lambda: decode.empty(program, 32, 96, 72))
   number = jax.ShapeDtypeStruct((), jnp.int32)
   table = jax.ShapeDtypeStruct((tok.vocab_size, stop.TURN + 1), jnp.int8)
-  apart = jax.eval_shape(decode.apart, base, None)
-  seats = None
+  weights = jax.eval_shape(decode.unstack, base, None)
+  prefixes = None
   if together is not None:
-    seats = scheduler.Seating(together, 32).seats(72)
-  arguments = (*apart, state, table, number, number, seats)
-  compiled = decode.advance.lower(program, 96, *arguments).compile()
+    prefixes = scheduler.PrefixTable(together, 32).arrays()
+  arguments = (*weights, state, table, number, number, prefixes)
+  compiled = decode.advance.lower(program, (96, 72), *arguments).compile()
   text = compiled.as_text()
-  # Rows or prompts, heads, and slots and head dim in either order, as a result.
-  shapes = [r"32,2,(96,16|16,96)"] + [r"12,2,(72,16|16,72)"] * bool(places)
+  # Rows or prompts, slots and head dimensions in either order, as a result.
+  shapes = [r"32,HEADS,(96,DIM|DIM,96)"]
+  shapes += [r"12,HEADS,(72,DIM|DIM,72)"] * bool(places)
+  shapes = [
+    one.replace("HEADS", str(config.heads)).replace("DIM", str(config.head_dim))
+    for one in shapes
+  ]
   wholes = [rf"= f32\[{shape}\]\S* " for shape in shapes]
   for whole in wholes:
     assert len(re.findall(whole + "parameter", text)) >= 4
@@ -489,24 +484,26 @@ def test_a_step_copies_no_cache(noisy, tok, places):
       assert " erf(" not in body or body.count(" dot(") == 1
 
 
-def test_tokens_do_not_depend_on_order_or_neighbours(noisy, tok, grid, told):
-  assert run(noisy, tok, grid[::-1]) == told[::-1]
+def test_tokens_do_not_depend_on_order_or_neighbours(
+  noisy, tok, grid, reference
+):
+  assert run(noisy, tok, grid[::-1]) == reference[::-1]
   some = [1, 4, 17, 30]
   alone = run(noisy, tok, [grid[index] for index in some])
-  assert alone == [told[index] for index in some]
+  assert alone == [reference[index] for index in some]
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)], ids=str)
-def test_tokens_do_not_depend_on_the_mesh(noisy, tok, grid, told, sizes):
+def test_tokens_do_not_depend_on_the_mesh(noisy, tok, grid, reference, sizes):
   config, base = noisy
   # The vocabulary is split over the tensor axis, so it must be even.
   assert config.vocab_size % sizes[2] == 0
   mesh = sharding.make_mesh(*sizes)
   base = jax.device_put(base, sharding.shardings(base, mesh))
-  assert run((config, base), tok, grid, mesh=mesh) == told
+  assert run((config, base), tok, grid, mesh=mesh) == reference
 
 
-def test_adapters_beside_the_base_change_answers(noisy, tok, grid, told):
+def test_adapters_beside_the_base_change_responses(noisy, tok, grid, reference):
   config, base = noisy
   config = dataclasses.replace(
     config,
@@ -514,12 +511,14 @@ def test_adapters_beside_the_base_change_answers(noisy, tok, grid, told):
   )
   zero = sampler.gpt_neox.init_lora(config, jax.random.key(0))
   # A fresh adapter has B = 0, which gives the base.
-  assert run((config, base), tok, grid, adapters=zero) == told
+  assert run((config, base), tok, grid, adapters=zero) == reference
   moved = jax.tree.map(lambda x: x + 0.05, zero)
-  assert run((config, base), tok, grid, adapters=moved) != told
+  assert run((config, base), tok, grid, adapters=moved) != reference
 
 
-def test_a_stack_answers_as_its_adapters_do_one_by_one(noisy, tok, grid, told):
+def test_a_stack_samples_as_its_adapters_do_one_by_one(
+  noisy, tok, grid, reference
+):
   """Each row takes its own adapter, and -1 gives exactly the base's tokens."""
   config, base = noisy
   config = dataclasses.replace(
@@ -538,14 +537,14 @@ def test_a_stack_answers_as_its_adapters_do_one_by_one(noisy, tok, grid, told):
     (config, base), tok, mixed, engine(batch_size=16), adapters=stack
   )
   assert decode.advance._cache_size() == before + 1
-  assert together[1::3] == told
+  assert together[1::3] == reference
   for at, adapter in ((0, 2), (2, 0)):
     alone = run((config, base), tok, grid, adapters=own[adapter])
-    assert together[at::3] == alone != told
+    assert together[at::3] == alone != reference
 
 
-def test_log_probs_equal_scoring_the_answer_afterwards(noisy, tok, tmp_path):
-  """A file of answers, scored as a user would: python -m dpo_jax score."""
+def test_log_probs_equal_scoring_the_response_afterwards(noisy, tok, tmp_path):
+  """A file of responses, scored as a user would: python -m dpo_jax score."""
   config, base = noisy
   hf.export(tmp_path / "model", config, base, tok)
   requests = [
@@ -578,60 +577,73 @@ def test_log_probs_equal_scoring_the_answer_afterwards(noisy, tok, tmp_path):
     )
   )
   for logps, row in zip(expected, scored, strict=True):
-    # Behind an answer that reached its length score adds EOS.
+    # Behind a response that reached its length score adds EOS.
     found = row["chosen_token_logps"][: len(logps)]
     np.testing.assert_allclose(logps, found, atol=1e-4)
 
 
-def test_the_cache_may_be_smaller(noisy, tok):
+def test_the_cache_may_be_smaller(noisy, tok, grid, reference):
   """int8 and bfloat16 keys and values give nearly the same log-probs."""
-  requests = requests_for(tok, temperatures=(0.0,), max_new_tokens=1)
-  whole = run(noisy, tok, requests)
+  greedy = [at for at, request in enumerate(grid) if not request.temperature]
+  whole = [reference[at] for at in greedy]
+  requests = [grid[at] for at in greedy]
   for kind, tolerance in (("bfloat16", 0.05), ("int8", 0.1)):
     small = run(noisy, tok, requests, engine(cache=kind))
     for a, b in zip(whole, small, strict=True):
       assert a.logps[0] == pytest.approx(b.logps[0], abs=tolerance)
-  long = requests_for(tok, temperatures=(0.0,))
-  whole, small = (
-    run(noisy, tok, long, engine(cache=kind)) for kind in ("float32", "int8")
-  )
-  assert sum(a.tokens[:4] == b.tokens[:4] for a, b in zip(whole, small)) >= 4
+    same = sum(a.tokens[:4] == b.tokens[:4] for a, b in zip(whole, small))
+    assert same >= 0.8 * len(greedy)
 
 
-def test_says_how_many_slots_and_why(noisy, tok, capsys):
+def test_logs_the_slots_and_their_reason(noisy, tok, capsys):
   capacity._say_once.cache_clear()
   requests = requests_for(tok, temperatures=(0.0,), max_new_tokens=2)
-  for how in (engine(), engine(batch_size=0), engine(batch_size=0)):
-    run(noisy, tok, requests, how)
+  for settings in (engine(), engine(batch_size=0), engine(batch_size=0)):
+    run(noisy, tok, requests, settings)
   # 2 layers, 2 heads, 16 dimensions of k and v, 64 slots: 32 KiB a row.
   rest = "up to 64 tokens each: 0.000244 GiB of cache in float32"
   lines = capsys.readouterr().err.splitlines()
   lines = [line.split("; ")[0] for line in lines if "at once" in line]
   assert lines == [
-    f"8 answers at once (batch_size says so), {rest}",
-    f"8 answers at once (5 are asked for), {rest}",
+    f"8 responses at once (as batch_size says), {rest}",
+    f"8 responses at once (5 are wanted), {rest}",
   ]
 
 
-def test_slots_fit_the_memory(noisy):
+def test_slots_fit_the_memory(noisy, tok):
   """Two of k and v, 2 layers, 2 heads, 16 dimensions: 512 B a slot."""
   config, _ = noisy
-  for gib, rows in ((512 * 64 * 9 / 2**30, 8), (512 * 64 * 3 / 2**30, 3)):
-    how = engine(batch_size=0, cache_gib=gib)
-    assert capacity.batch_size(config, how, 64, None) == rows
+  requests = [
+    sampler.Request((5,) * 60, at, 0, 0.0, 0, 1.0, 4) for at in range(2000)
+  ]
+  requests = [
+    dataclasses.replace(one, prompt=(*one.prompt[1:], at))
+    for at, one in enumerate(requests)
+  ]
+  row = 512 * 64 / 2**30
+
+  def rows(gib, mesh=None, many=requests):
+    settings = engine(batch_size=0, cache_gib=gib)
+    return capacity.shapes(config, tok, many, settings, mesh, []).size
+
+  assert rows(9 * row) == 8
+  assert rows(3 * row) == 3
+  assert rows(1e3 * row) == 512
+  assert rows(1e3 * row, many=requests[:20]) == 24
+  # On each of two shards; of one of two heads a device.
+  assert rows(9 * row, sharding.make_mesh(2, 1, 1, jax.devices()[:2])) == 16
+  assert rows(9 * row, sharding.make_mesh(1, 1, 2, jax.devices()[:2])) == 16
   with pytest.raises(ValueError, match="raise cache_gib"):
-    capacity.batch_size(
-      config, engine(batch_size=0, cache_gib=512 * 63 / 2**30), 64, None
-    )
+    rows(row * 63 / 64)
 
 
 def test_a_policy_of_the_same_shape_is_not_compiled_again(noisy, tok, grid):
   config, base = noisy
   run(noisy, tok, grid)
-  before = decode.read._cache_size(), decode.advance._cache_size()
+  before = decode.prefill._cache_size(), decode.advance._cache_size()
   other = jax.tree.map(lambda x: x * 1.1, base)
   run((config, other), tok, grid, engine(seed=4))
-  after = decode.read._cache_size(), decode.advance._cache_size()
+  after = decode.prefill._cache_size(), decode.advance._cache_size()
   assert after == before
 
 
@@ -646,19 +658,19 @@ def test_plan_groups_rows_of_a_prompt_and_puts_long_prompts_first():
   requests += [request(3, 0, adapter=2), request(4, 9), request(16, 3)]
   how = engine(length_multiple=16, prefill_tokens=48)
   everything = range(len(requests))
-  plans = capacity.plan(requests, how, 1, everything)
+  plans = capacity.prefill_batches(requests, how, 1, everything)
   assert [(r.padded, r.size, r.groups) for r in plans] == [
     (32, 1, ((1,),)),
     (16, 3, ((0, 2), (3, 5), (4,))),
     (16, 3, ((6,),)),
   ]
   # What is left has the shapes of the whole.
-  plans = capacity.plan(requests, how, 1, [6, 2])
+  plans = capacity.prefill_batches(requests, how, 1, [6, 2])
   assert [(r.padded, r.size, r.groups) for r in plans] == [
     (16, 3, ((2,), (6,))),
   ]
   # On two shards an even number of prompts is read.
-  plans = capacity.plan(requests, how, 2, everything)
+  plans = capacity.prefill_batches(requests, how, 2, everything)
   assert [(r.padded, r.size) for r in plans] == [(32, 2), (16, 2), (16, 2)]
 
 

@@ -23,7 +23,7 @@ from dpo_jax.core import settings, sharding
 from dpo_jax.model import attention as attention_lib
 from dpo_jax.model import block as block_lib
 from dpo_jax.model import kv_cache, quantization
-from dpo_jax.model.attention import blockwise, shared_prefix
+from dpo_jax.model.attention import blockwise, decode
 
 Tree = dict[str, Any]
 # Rematerialization policy, by what a block saves for the backward pass: all;
@@ -141,11 +141,11 @@ def init_cache(
   batch: int,
   slots: int,
   kind: kv_cache.Kind | None = None,
-  folded: bool = False,
-) -> Tree:
-  """An empty `kv_cache` of the model, in `config.dtype` if not told."""
+  unstacked: bool = True,
+) -> kv_cache.Cache:
+  """An empty `kv_cache` of the model, by default in `config.dtype`."""
   shape = (config.layers, batch, config.heads, slots, config.head_dim)
-  return kv_cache.init(*shape, kind or config.dtype, folded)
+  return kv_cache.init(*shape, kind or config.dtype, unstacked)
 
 
 def apply(
@@ -154,14 +154,16 @@ def apply(
   lora: Tree | None,
   tokens: jax.Array,
   positions: jax.Array,
-  visible: jax.Array | attention_lib.Segments | shared_prefix.Sharing,
+  visible: jax.Array | attention_lib.Segments | decode.Sharing,
   *,
   dropout_key: jax.Array | None = None,
-  cache: Tree | tuple[Tree, ...] | None = None,
-  prompts: Tree | tuple[Tree, ...] | None = None,
-  index: jax.Array | int | None = None,
+  prefill: kv_cache.Kind | None = None,
+  unstacked: bool = True,
+  cache: kv_cache.Cache | None = None,
+  prompts: kv_cache.Cache | None = None,
+  index: jax.Array | None = None,
   adapter: jax.Array | None = None,
-) -> tuple[jax.Array, Tree | tuple[Tree, ...] | None]:
+) -> tuple[jax.Array, kv_cache.Cache | None]:
   """Hidden states after the final norm.
 
   Args:
@@ -172,57 +174,71 @@ def apply(
     tokens: token ids, [B, T].
     positions: position of each token in its own sequence, [B, T].
     visible: which keys a query sees: the segments of the rows; or a mask, bool
-      [B, T, S]; S is T without a cache; or, with `prompts`, who shares which.
+      [B, T, S]; S is T without a cache; or, with `prompts`, `decode.Sharing`.
     dropout_key: a key for each token, [B, T], of LoRA's dropout; None in
       evaluation and sampling.
-    cache: keys and values of earlier tokens, see `init_cache`; its first S
-      slots are seen. With those of `kv_cache.unstack` `base` and `lora` are of
-      single layers too, as `apart` gives them.
-    prompts: such a cache of prompts that rows share, which is only read.
-    index: the slot, in [0, S), where this call's first token is written; for
-      one token a row it may be a row's own, [B].
+    prefill: the kind of `kv_cache` to return with these tokens' keys and
+      values.
+    unstacked: its layout.
+    cache: keys and values of earlier tokens, for decoding one token a row;
+      with one that is unstacked `base` and `lora` may be those of `unstack`.
+      Its first slots are seen, as many as `visible` has.
+    prompts: the cache of prompts that rows share; read only.
+    index: the slot that each row's token is written to, int32 [B].
     adapter: where `lora` is a stack of `lora.stack`, which of them each row
       takes, int32 [B]; -1 is none of them, exactly the base.
 
   Returns:
-    Hidden states [B, T, D] in `config.dtype`, and the updated cache.
+    Hidden states [B, T, D] in `config.dtype`; and the cache: of these tokens
+    (`prefill`), the updated one (`cache`), or None.
   """
   lora_config = config.lora if lora is not None else None
   config = dataclasses.replace(config, lora=lora_config)
-  graph = block_lib.graph(config, transposed=isinstance(cache, tuple))
+  transposed = isinstance(base["blocks"], tuple)
+  graph = block_lib.graph(config, transposed=transposed)
   adapters = lora["blocks"] if lora is not None else {}
   x, rotation = _enter(config, base, tokens, positions)
-  attend = attention_lib.bind(config.attention, visible)
+  if cache is None:
+    attend = attention_lib.bind(config.attention, visible)
+  else:
+    attend = decode.bind(visible)
 
-  def block(carry, layer, prompts=prompts):
-    x, cache = carry
+  def block(x, layer, memory):
     params, adapters, number = layer
     key = block_lib.fold_in(dropout_key, number)
     params = quantization.restore(params, config.dtype)
     states = (params, adapters) if adapters else (params,)
-    memory = _no_memory
-    if cache is not None:
-      memory = functools.partial(
-        _memory, cache, prompts, number, index, visible
-      )
-    x, cache = block_lib.merge(graph, *states)(
+    return block_lib.merge(graph, *states)(
       x, rotation, attend, memory, key, adapter
     )
-    return (x, cache), None
 
+  layers = (base["blocks"], adapters, jnp.arange(config.layers))
   if cache is None:
-    block = _remat(config, block)
-  if isinstance(cache, tuple):
-    caches = []
+    memory = _no_memory
+    if prefill is not None:
+      memory = functools.partial(_prefilled, prefill, unstacked)
+    block = _remat(config, functools.partial(block, memory=memory))
+    x, cache = jax.lax.scan(block, x, layers)
+    if prefill is not None and unstacked:
+      cache = kv_cache.unstack(cache)
+  elif isinstance(cache, tuple):
+    cache = list(cache)
     for number, own in enumerate(cache):
-      layer = (base["blocks"][number], adapters and adapters[number], None)
-      read = prompts and prompts[number]
-      (x, own), _ = block((x, own), layer, read)
-      caches.append(own)
-    cache = tuple(caches)
+      layer = (_layer(base["blocks"], number), _layer(adapters, number), None)
+      shared = prompts[number] if prompts is not None else None
+      memory = functools.partial(_cached, own, shared, None, index, visible)
+      x, cache[number] = block(x, layer, memory)
+    cache = tuple(cache)
   else:
-    layers = (base["blocks"], adapters, jnp.arange(config.layers))
-    (x, cache), _ = jax.lax.scan(block, (x, cache), layers)
+
+    def step(carry, layer):
+      x, cache = carry
+      memory = functools.partial(
+        _cached, cache, prompts, layer[-1], index, visible
+      )
+      return block(x, layer, memory), None
+
+    (x, cache), _ = jax.lax.scan(step, (x, cache), layers)
   return _leave(config, base, x), cache
 
 
@@ -337,16 +353,33 @@ def _remat(config, block):
   return jax.checkpoint(block, prevent_cse=False, policy=policy)
 
 
-def _memory(cache, prompts, layer, index, visible, k, v):
-  """All keys and values to attend to, and the cache that now holds these."""
+def _layer(blocks, number):
+  """One layer's weights, of `unstack` or of a stack."""
+  if isinstance(blocks, tuple):
+    return blocks[number]
+  return jax.tree.map(lambda leaf: leaf[number], blocks)
+
+
+def _cached(cache, prompts, layer, index, visible, k, v):
+  """All keys and values of a layer after a token's, and the updated cache."""
+  dtype = k.dtype
+  cache = kv_cache.write(cache, layer, index, k, v)
   if prompts is None:
-    return kv_cache.remember(cache, layer, index, k, v, visible.shape[-1])
-  span = visible.mask.shape[-1]
-  *own, cache = kv_cache.remember(cache, layer, index, k, v, span)
-  span = visible.prompt_mask.shape[-1]
-  read = kv_cache.recall(prompts, layer, span, k.dtype)
-  k, v = (shared_prefix.Parts(*both) for both in zip(own, read, strict=True))
+    return *kv_cache.read(cache, layer, visible.shape[-1], dtype), cache
+  own = kv_cache.read(cache, layer, visible.mask.shape[-1], dtype)
+  slots = visible.prompt_mask.shape[-1]
+  shared = kv_cache.read(prompts, layer, slots, dtype)
+  k, v = (decode.Parts(*both) for both in zip(own, shared, strict=True))
   return k, v, cache
+
+
+def _prefilled(kind, unstacked, k, v):
+  """Keys and values as the cache will return them, and as it stores them."""
+  stored = kv_cache.encode(k, v, kind)
+  return (
+    *kv_cache.restore(stored, k.dtype),
+    kv_cache.arrange(stored, unstacked),
+  )
 
 
 def _no_memory(k, v):

@@ -21,18 +21,18 @@ TOKENS = 50_277
 
 
 @dataclasses.dataclass(frozen=True)
-class Answering:
+class SamplingPrograms:
   """The programs of a sampling run, and what they work on.
 
   Attributes:
-    layout: the run's shapes.
+    shapes: the run's shapes.
     rows: rows decoded on one device.
     weights: bytes of the base and adapters on a device.
     cache: bytes of the keys and values on a device.
-    programs: "read", "enter" and "decode".
+    programs: "prefill", "insert" and "decode".
   """
 
-  layout: capacity.Layout
+  shapes: capacity.Shapes
   rows: int
   weights: int
   cache: int
@@ -64,12 +64,12 @@ def stand_ins(
   ]
 
 
-def compile_answers(
+def compile_programs(
   settings: jobs.SamplingSettings,
   shape: gpt_neox.ModelConfig,
   mesh: jax.sharding.Mesh,
   hbm: int | None,
-) -> Answering:
+) -> SamplingPrograms:
   """The programs with which a model would answer.
 
   Args:
@@ -96,15 +96,15 @@ def compile_answers(
   tokenizer = types.SimpleNamespace(
     eos_id=0, vocab_size=min(TOKENS, config.vocab_size)
   )
-  layout = capacity.layout(
+  shapes = capacity.shapes(
     config, tokenizer, requests, engine, mesh, range(len(requests)), free
   )
   with jax.set_mesh(mesh), compile_training.uncached(mesh):
-    state = _state(layout, mesh)
-    found = _compile(layout, base, stack, state, mesh, tokenizer)
-  return Answering(
-    layout=layout,
-    rows=layout.size // shards,
+    state = _state(shapes, mesh)
+    found = _compile(shapes, base, stack, state, mesh, tokenizer)
+  return SamplingPrograms(
+    shapes=shapes,
+    rows=shapes.size // shards,
     weights=weights,
     cache=compile_training.bytes_on_device((state.cache, state.prompts)),
     programs=found,
@@ -126,102 +126,78 @@ def _weights(config, settings, mesh):
   return base, compile_training.sharded(stack, mesh)
 
 
-def _state(layout, mesh) -> decode.State:
-  program, shared = layout.program, layout.program.shared
-  prompt_slots = shared.slots if shared is not None else 0
-  state = jax.eval_shape(
-    lambda: decode.empty(program, layout.size, program.slots, prompt_slots)
-  )
+def _described(tree, mesh):
+  """Shapes with the shardings of a `decode.State` or `decode.Prefix`."""
   return jax.tree.map_with_path(
     lambda path, leaf: jax.ShapeDtypeStruct(
       leaf.shape,
       leaf.dtype,
       sharding=sharding.named(mesh, *decode.axes(path, leaf)),
     ),
-    state,
+    tree,
   )
 
 
-def _compile(layout, base, stack, state, mesh, tokenizer):
-  """The programs, each with what lies beside it meanwhile."""
-  program, reading = layout.program, layout.readings[0]
-  everywhere = sharding.replicated(mesh)
+def _state(shapes, mesh) -> decode.State:
+  program, shared = shapes.program, shapes.program.shared
+  prompt_slots = shared.slots if shared is not None else 0
+  state = jax.eval_shape(
+    lambda: decode.empty(program, shapes.size, program.slots, prompt_slots)
+  )
+  return _described(state, mesh)
 
-  def whole(shape, dtype):
+
+def _compile(shapes, base, stack, state, mesh, tokenizer):
+  """The programs, each with the bytes of what else is on the device."""
+  program, batch = shapes.program, shapes.prefills[0]
+  everywhere = sharding.replicated(mesh)
+  by_rows = sharding.batch_sharding(mesh)
+
+  def whole(shape, dtype=jnp.int32):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
 
   def split(*sizes):
-    lying = sharding.batch_sharding(mesh)
-    return jax.ShapeDtypeStruct(sizes, jnp.int32, sharding=lying)
+    return jax.ShapeDtypeStruct(sizes, jnp.int32, sharding=by_rows)
 
   table = whole((tokenizer.vocab_size, stop.TURN + 1), jnp.int8)
   rows = jax.tree.map(lambda x: whole(x.shape, x.dtype), state.rows)
-  one = reading.size
-  prompts = (split(one, reading.padded), split(one), split(one))
+  prompts = (split(batch.size, batch.padded), split(batch.size))
+  prompts += (split(batch.size),)
   prefix = jax.eval_shape(
-    lambda *args: decode.read(program, *args), base, stack, *prompts
+    lambda *args: decode.prefill(program, *args), base, stack, *prompts
   )
-  # As XLA lays them where nothing is said: rows apart, of the cache heads too.
-  before = 0 if program.apart else 1
-  cache = jax.tree.map_with_path(
-    lambda path, x: jax.ShapeDtypeStruct(
-      x.shape,
-      x.dtype,
-      sharding=sharding.named(mesh, *decode.cache_axes(path, x, before)),
-    ),
-    prefix.cache,
-  )
-  logits = jax.ShapeDtypeStruct(
-    prefix.logits.shape,
-    prefix.logits.dtype,
-    sharding=sharding.named(mesh, "batch", "vocab"),
-  )
-  prefix = decode.Prefix(cache, logits)
+  prefix = _described(prefix, mesh)
   weights, waiting, kept = (
     compile_training.bytes_on_device(x) for x in ((base, stack), state, prefix)
   )
-  int32 = whole((), jnp.int32)
-  laid = seats = None
+  prompt_source = prefixes = None
   if (shared := program.shared) is not None:
-    laid = whole((shared.prompts,), jnp.int32)
-    seats = decode.Seats(
-      members=whole((shared.prompts, shared.places), jnp.int32),
-      place=whole((layout.size,), jnp.int32),
-      length=laid,
-      span=shared.slots,
+    prompt_source = whole((shared.prompts,))
+    prefixes = decode.PrefixTable(
+      prefix_to_rows=whole((shared.prompts, shared.rows)),
+      row_to_prefix=whole((shapes.size,)),
+      length=prompt_source,
     )
-  decoded = (base, stack)
-  if program.apart:
-    decoded = jax.eval_shape(decode.apart, base, stack)
+  decoded, reads = (base, stack), (program.slots, shared.slots if shared else 0)
+  if sampler.unstacks(mesh):
+    decoded = jax.eval_shape(decode.unstack, base, stack)
+  slots = whole((shapes.size,))
+  seed = whole((), jnp.uint32)
   lower = {
-    "read": (
+    "prefill": (
       waiting,
-      lambda: decode.read.lower(program, base, stack, *prompts),
+      lambda: decode.prefill.lower(program, base, stack, *prompts),
     ),
-    "enter": (
+    "insert": (
       weights,
-      lambda: decode.enter.lower(
-        program,
-        state,
-        prefix,
-        whole((layout.size,), jnp.int32),
-        rows,
-        table,
-        whole((), jnp.uint32),
-        laid,
+      lambda: decode.insert.lower(
+        program, state, prefix, slots, rows, table, seed, prompt_source
       ),
     ),
     "decode": (
       kept,
       lambda: decode.advance.lower(
-        program,
-        program.slots,
-        *decoded,
-        state,
-        table,
-        int32,
-        int32,
-        seats,
+        program, reads, *decoded, state, table, whole(()), whole(()), prefixes
       ),
     ),
   }

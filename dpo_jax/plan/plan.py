@@ -148,7 +148,7 @@ def plan_sampling(
   hbm = chip.hbm_bytes if chip else None
   for number, mesh in enumerate(meshes(config.mesh, "tensor", devices)):
     try:
-      found = compile_sampling.compile_answers(config, shape, mesh, hbm)
+      found = compile_sampling.compile_programs(config, shape, mesh, hbm)
     except ValueError as error:
       console.result(f"sampling, {_flags(mesh)}: {error}")
       continue
@@ -162,7 +162,7 @@ def plan_sampling(
       fewer = most_sampling_rows(config, shape, mesh, found.rows)
     if fewer:
       console.result(
-        f"{fewer.rows} rows a device fit: with batch_size={fewer.layout.size}"
+        f"{fewer.rows} rows a device fit: with batch_size={fewer.shapes.size}"
         " in the sampling config,"
       )
       console.result(describe_sampling(fewer, mesh, name))
@@ -175,14 +175,16 @@ def most_sampling_rows(
   shape: gpt_neox.ModelConfig,
   mesh: jax.sharding.Mesh,
   limit: int,
-) -> compile_sampling.Answering | None:
+) -> compile_sampling.SamplingPrograms | None:
   """The programs of the most of 8, 16, ... < `limit` rows a device that fit."""
   chip = hardware.chip(mesh.devices.flat[0].device_kind)
   most, rows = None, 8
   while rows < limit:
     size = rows * sharding.data_shards(mesh)
     fewer = dataclasses.replace(config, batch_size=size)
-    found = compile_sampling.compile_answers(fewer, shape, mesh, chip.hbm_bytes)
+    found = compile_sampling.compile_programs(
+      fewer, shape, mesh, chip.hbm_bytes
+    )
     if not all(one.fits(chip) for one in found.programs):
       break
     most, rows = found, 2 * rows
@@ -272,21 +274,21 @@ def _describe_bound(bound: lower_bound.Bound, chip: hardware.Chip) -> str:
 
 
 def describe_sampling(
-  found: compile_sampling.Answering, mesh: jax.sharding.Mesh, name: str
+  found: compile_sampling.SamplingPrograms, mesh: jax.sharding.Mesh, name: str
 ) -> str:
   """A sampling run's programs and shapes, as text."""
   chip = hardware.chip(mesh.devices.flat[0].device_kind)
-  layout = found.layout
-  reading, shared = layout.readings[0], layout.program.shared
+  program, batch = found.shapes.program, found.shapes.prefills[0]
+  shared = program.shared
   prompts = ""
   if shared is not None:
     each = shared.prompts // shared.shards
     prompts = f" and {each} prompts of {shared.slots}"
   lines = [
     f"sampling as in {name}, mesh {dict(mesh.shape)}: {found.rows} rows a"
-    f" device of {layout.program.slots} slots{prompts}, prefill of"
-    f" {reading.size} prompts of {reading.padded} tokens; {_gib(found.weights)}"
-    f" GiB of weights and {_gib(found.cache)} GiB of {layout.program.cache} KV"
+    f" device of {program.slots} slots{prompts}, prefill of"
+    f" {batch.size} prompts of {batch.padded} tokens; {_gib(found.weights)}"
+    f" GiB of weights and {_gib(found.cache)} GiB of {program.cache} KV"
     " cache a device",
   ]
   mend = "Try fewer rows, --sampling with another file, or its mesh"

@@ -1,8 +1,7 @@
-"""In which shapes requests are served: rows at once, cache, prompts of a call.
+"""Static shapes of sampling: rows decoded together, cache, prefill batches.
 
-All of it is decided before anything compiles, from the requests, the settings
-and the memory of a device, and for devices that are only described as well: the
-planner compiles the same shapes.
+Chosen from the requests, the settings and a device's memory before anything
+compiles, for described devices too: the planner compiles the same shapes.
 """
 
 import dataclasses
@@ -12,38 +11,30 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from dpo_jax.core import console, sharding
 from dpo_jax.model import gpt_neox, kv_cache
 from dpo_jax.sampling import decode, draw
 
-# Share of a device's free memory that the cache may take: prefill, logits and
-# the copy that a refill makes of a part of it need the rest.
+# Share of a device's free memory for the cache; prefill, logits and temporary
+# arrays need the rest.
 CACHE_SHARE = 0.6
 
-# More rows on one shard would gain little and wait long for each other.
+# More rows a shard gain little and wait long for each other.
 MOST_ROWS = 512
 
-# Places for prompts that rows share, for each that would do if all rows of a
-# prompt ended together: it lies there until the last has.
-_PROMPTS = 3 / 2
-
-# Of blocks' weights: decoding with layers apart holds a copy of them, and one
-# of the unembedding.
-_APART_BYTES = 2**29
-
-# A TPU pads the last axis of an array to a multiple of this.
-_LANES = 128
+# Entries of the shared-prompt cache, for each that would do if all rows of a
+# prompt ended together: an entry is in use until its last row has ended.
+_PROMPT_ENTRIES = 3 / 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
-  """Prompts that are read in one call.
+class PrefillBatch:
+  """Prompts prefilled in one call.
 
   Attributes:
-    padded: tokens of each, T.
-    groups: for each prompt, the requests that ask for it.
+    padded: tokens of each with padding, T.
+    groups: indices of the requests of each prompt.
     size: prompts of the call, P; those past `groups` are filler.
   """
 
@@ -53,23 +44,23 @@ class Reading:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-  """All shapes of one serving, for whoever runs or plans it.
+class Shapes:
+  """All shapes of one `sampler.generate`.
 
   Attributes:
-    readings: what is read, in order.
-    program: static shapes.
+    prefills: prefill batches, in order.
+    program: static shapes of the compiled programs.
     size: slots, B.
-    why: what their number comes from.
+    why: reason for that number, for the log.
   """
 
-  readings: list[Reading]
+  prefills: list[PrefillBatch]
   program: decode.Program
   size: int
   why: str
 
 
-def layout(
+def shapes(
   config: gpt_neox.ModelConfig,
   tokenizer: Any,
   requests: Sequence[Any],
@@ -77,88 +68,86 @@ def layout(
   mesh: Any,
   wanted: Sequence[int],
   free: int | None = None,
-) -> Layout:
+) -> Shapes:
   """The shapes that serve these requests.
 
   Args:
-    config: the model's, as `sampling.served` gives it.
+    config: the model's, as `sampler.served` gives it.
     tokenizer: its `eos_id` and `vocab_size` matter.
-    requests: all that were ever asked for.
+    requests: all of them, with those that have responses already.
     engine: the settings.
     mesh: or None.
-    wanted: indices of those that are not answered yet.
-    free: bytes for the cache on each device; `free_bytes` by default.
+    wanted: indices of the requests without a response.
+    free: bytes for the cache on each device; by default measured.
 
   Raises:
     ValueError: the mesh does not divide the rows, or not one of them fits.
   """
   shards = shards_of(engine.batch_size, mesh)
-  slots, prompt_slots = _slots(requests, engine)
-  places, prompts = _places(requests)
-  row = slots
-  if places:
-    # A row's own and its part of its prompt's.
-    slots = _rounded(engine, max(r.max_new_tokens for r in requests))
-    row = slots + math.ceil(prompt_slots * _PROMPTS / places)
+  multiple = engine.length_multiple
+  longest_prompt = _rounded(max(len(r.prompt) for r in requests), multiple)
+  longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
+  new_tokens = max(r.max_new_tokens for r in requests)
+  span = engine.span or multiple
+  prompts = len({(r.prompt, r.adapter) for r in requests})
+  # Rounded down: with few repeated prompts, entries would stay unused.
+  rows_per_prompt = len(requests) // prompts
+  prompt_slots = _rounded(longest_prompt, span)
+  if rows_per_prompt > 1:
+    slots = _rounded(new_tokens, span)
+    # Of one row, with its part of the prompt's entries.
+    row = slots + math.ceil(prompt_slots * _PROMPT_ENTRIES / rows_per_prompt)
+  else:
+    row = slots = _rounded(max(longest, longest_prompt), span)
   size, why = _rows(config, engine, row, mesh, free, len(requests))
   shared = None
-  if places:
+  if rows_per_prompt > 1:
     rows = size // shards
-    places = min(places, rows)
-    prompts = min(prompts, math.ceil(rows * _PROMPTS / places)) * shards
-    shared = decode.Shared(prompts, places, prompt_slots, shards)
+    each = min(rows_per_prompt, rows)
+    entries = min(prompts, math.ceil(rows * _PROMPT_ENTRIES / each))
+    shared = decode.SharedPrompts(entries * shards, each, prompt_slots, shards)
   parameters = {(r.temperature, r.top_k, r.top_p) for r in requests}
   program = decode.Program(
     config=config,
     slots=slots,
-    room=max(r.max_new_tokens for r in requests),
+    max_new_tokens=new_tokens,
     eos_id=tokenizer.eos_id,
     vocab_size=tokenizer.vocab_size,
-    ways=draw.ways(parameters, tokenizer.vocab_size),
+    paths=draw.paths(parameters, tokenizer.vocab_size),
     cache=engine.cache,
-    layout=_cache_layout(config, mesh),
+    unstacked=platform(mesh) == "cpu",
     shared=shared,
   )
-  return Layout(plan(requests, engine, shards, wanted), program, size, why)
+  prefills = prefill_batches(requests, engine, shards, wanted)
+  return Shapes(prefills, program, size, why)
 
 
-def plan(
+def prefill_batches(
   requests: Sequence[Any], engine: Any, shards: int, wanted: Sequence[int]
-) -> list[Reading]:
-  """What is read, in order; each wanted request stands in one group.
+) -> list[PrefillBatch]:
+  """Prefill batches, longest prompts first; each wanted request in one group.
 
   Sizes depend on all requests, not on which of them are wanted.
   """
   buckets: dict[int, dict[Any, list[int]]] = {}
   for index, request in enumerate(requests):
-    multiple = engine.length_multiple
-    padded = -(-len(request.prompt) // multiple) * multiple
+    padded = _rounded(len(request.prompt), engine.length_multiple)
     groups = buckets.setdefault(padded, {})
     groups.setdefault((request.prompt, request.adapter), []).append(index)
   left = set(wanted)
-  readings = []
+  batches = []
   for padded, groups in sorted(buckets.items(), reverse=True):
     most = max(engine.prefill_tokens // padded // shards, 1) * shards
-    size = min(most, -(-len(groups) // shards) * shards)
+    size = min(most, _rounded(len(groups), shards))
     kept = [tuple(i for i in rows if i in left) for rows in groups.values()]
     kept = [rows for rows in kept if rows]
     for at in range(0, len(kept), size):
-      readings.append(Reading(padded, tuple(kept[at : at + size]), size))
-  return readings
-
-
-def free_bytes(engine: Any) -> int:
-  """Bytes for the cache on each device: of what is free, or as configured."""
-  device = jax.local_devices()[0]
-  stats = device.memory_stats() or {}
-  if "bytes_limit" in stats:
-    free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    return int(free * CACHE_SHARE)
-  return int(engine.cache_gib * 2**30)
+      batches.append(PrefillBatch(padded, tuple(kept[at : at + size]), size))
+  return batches
 
 
 def shards_of(batch_size: int, mesh: Any) -> int:
-  """Parts in which a mesh splits rows, 1 without a mesh.
+  """Parts into which a mesh splits rows; 1 without a mesh.
 
   Raises:
     ValueError: they do not divide `batch_size`; 0 is not set.
@@ -172,61 +161,53 @@ def shards_of(batch_size: int, mesh: Any) -> int:
   return shards
 
 
-def batch_size(
-  config: gpt_neox.ModelConfig,
-  engine: Any,
-  cache_slots: int,
-  mesh: Any,
-  free: int | None = None,
-) -> int:
-  """Rows decoded at once: as configured, or as many as memory holds.
+def _rows(config, engine, slots, mesh, free, wanted) -> tuple[int, str]:
+  """Rows decoded together with this many cache slots each, and why.
 
   Raises:
-    ValueError: the mesh does not divide them, or not one of them fits.
+    ValueError: not one row fits.
   """
-  shards = shards_of(engine.batch_size, mesh)
-  tensor = mesh.shape["tensor"] if mesh is not None else 1
   if engine.batch_size:
-    return engine.batch_size
-  shape = (config.layers, config.heads // tensor, cache_slots, config.head_dim)
-  each = kv_cache.bytes_of(*shape, engine.cache)
-  if _platform(mesh) == "tpu" and _cache_layout(config, mesh) == "stacked":
-    each += _padded_bytes(shape, engine.cache)
-  free = free_bytes(engine) if free is None else free
+    return engine.batch_size, "as batch_size says"
+  shards = shards_of(0, mesh)
+  free = _free_bytes(engine) if free is None else free
+  heads = config.heads // (mesh.shape["tensor"] if mesh is not None else 1)
+  each = kv_cache.bytes_of(
+    config.layers, heads, slots, config.head_dim, engine.cache
+  )
   fit = free // each
   if not fit:
     raise ValueError(
-      f"a row's cache of {cache_slots} slots takes {each / 2**30:.2f} GiB of a"
-      f" device, and {free / 2**30:.2f} GiB are to be had: raise"
-      " cache_gib, take cache='int8', or split heads over a tensor axis"
+      f"a row's cache of {slots} slots takes {each / 2**30:.2f} GiB of a device"
+      f" with {free / 2**30:.2f} GiB for it: raise cache_gib, set cache='int8'"
+      " or split heads over a tensor axis"
     )
-  # Whole eights: matrix products round alike in all places of such a batch.
+  # Multiples of eight: matrix products then round alike for every row.
   fit = fit // 8 * 8 if fit >= 8 else fit
-  return min(fit, MOST_ROWS) * shards
-
-
-def _rows(config, engine, row, mesh, free, asked) -> tuple[int, str]:
-  """Rows decoded at once of those that are asked for, and why so many."""
-  size = batch_size(config, engine, row, mesh, free)
-  if engine.batch_size:
-    return size, "batch_size says so"
-  shards = shards_of(0, mesh)
-  # At most as many as are asked for, in whole eights of each shard.
-  most = -(-asked // (8 * shards)) * 8 * shards
-  if most <= size:
-    return most, f"{asked} are asked for"
-  if size == MOST_ROWS * shards:
+  most = _rounded(-(-wanted // shards), 8)
+  size = min(most, fit, MOST_ROWS) * shards
+  if most <= min(fit, MOST_ROWS):
+    return size, f"{wanted} are wanted"
+  if fit >= MOST_ROWS:
     return size, f"more than {MOST_ROWS} a shard gain little"
-  free = free_bytes(engine) if free is None else free
-  return size, f"{free / 2**30:.3g} GiB for the cache hold no more"
+  return size, f"the most that fit {free / 2**30:.3g} GiB of cache"
 
 
-def _padded_bytes(shape, kind) -> int:
-  """Bytes of the padded copy of a row's cache that a TPU decodes with."""
-  *rest, head_dim = shape
-  if head_dim % _LANES == 0:
-    return 0
-  return kv_cache.bytes_of(*rest, -(-head_dim // _LANES) * _LANES, kind)
+def _free_bytes(engine: Any) -> int:
+  """Bytes for the cache on each device: of its free memory, or as set."""
+  device = jax.local_devices()[0]
+  stats = device.memory_stats() or {}
+  if "bytes_limit" in stats:
+    free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return int(free * CACHE_SHARE)
+  return int(engine.cache_gib * 2**30)
+
+
+def platform(mesh: Any) -> str:
+  """Of the mesh's devices, which need not be this machine's; or the default."""
+  if mesh is None:
+    return jax.default_backend()
+  return mesh.devices.flat[0].platform
 
 
 @functools.cache
@@ -234,78 +215,26 @@ def _say_once(text: str) -> None:
   console.say(text, "slots")
 
 
-def say(layout: Layout, engine: Any) -> None:
-  """What was chosen; training samples at intervals, and says it once."""
-  program, size = layout.program, layout.size
-  shape, together = program.config, program.shared
+def say(shapes: Shapes, engine: Any) -> None:
+  """Logs the shapes; once, though training samples at intervals."""
+  program, size = shapes.program, shapes.size
+  config, shared = program.config, program.shared
   slots, what = size * program.slots, f"up to {program.slots} tokens each"
-  if together is not None:
-    slots += together.prompts * together.slots
+  if shared is not None:
+    slots += shared.prompts * shared.slots
     what += (
-      f" after {together.prompts} prompts of up to {together.slots}, each for"
-      f" {together.places} of them"
+      f" after {shared.prompts} prompts of up to {shared.slots}, each shared by"
+      f" {shared.rows} of them"
     )
-  gib = (
-    slots
-    / 2**30
-    * kv_cache.bytes_of(
-      shape.layers, shape.heads, 1, shape.head_dim, program.cache
-    )
+  slot = kv_cache.bytes_of(
+    config.layers, config.heads, 1, config.head_dim, program.cache
   )
   _say_once(
-    f"{size} answers at once ({layout.why}), {what}: {gib:.3g} GiB of cache in"
-    f" {program.cache}; refilled after {engine.chunk} steps at most"
+    f"{size} responses at once ({shapes.why}), {what}:"
+    f" {slots * slot / 2**30:.3g} GiB of cache in {program.cache}; refilled"
+    f" after {engine.chunk} steps at most"
   )
 
 
-def _platform(mesh) -> str:
-  # A plan's devices need not be this machine's.
-  if mesh is not None:
-    return next(iter(mesh.devices.flat)).platform
-  return jax.default_backend()
-
-
-def _cache_layout(config, mesh) -> kv_cache.Layout:
-  """Apart on one CPU, if a copy of the blocks is small; folded on TPUs.
-
-  Not apart over several devices of a CPU: collectives that do not depend on
-  each other, as those of single layers, start there in any order, and have been
-  seen to wait for each other for ever. Not folded where heads are split: the
-  products of a query that is spread over all heads would be summed over the
-  devices.
-  """
-  platform = _platform(mesh)
-  if platform == "tpu" and config.head_dim % _LANES:
-    split = mesh is not None and mesh.shape["tensor"] > 1
-    return "stacked" if split else "folded"
-  if platform != "cpu" or (mesh is not None and mesh.size > 1):
-    return "stacked"
-  return "apart" if _blocks_bytes(config) <= _APART_BYTES else "stacked"
-
-
-def _blocks_bytes(config) -> int:
-  each = config.width * (4 * config.width + 2 * config.mlp_width)
-  return config.layers * each * jnp.dtype(config.dtype).itemsize
-
-
-def _places(requests) -> tuple[int, int]:
-  """How many rows share a prompt, 0 if each has its own, and all prompts.
-
-  Rounded down: of a few prompts that are there twice, places would stay empty.
-  """
-  prompts = len({(r.prompt, r.adapter) for r in requests})
-  places = len(requests) // prompts
-  return places if places > 1 else 0, prompts
-
-
-def _slots(requests, engine) -> tuple[int, int]:
-  """Slots of the longest request and of the longest prompt."""
-  longest = max(len(r.prompt) + r.max_new_tokens for r in requests)
-  padded = max(len(r.prompt) for r in requests)
-  padded = -(-padded // engine.length_multiple) * engine.length_multiple
-  return _rounded(engine, max(longest, padded)), _rounded(engine, padded)
-
-
-def _rounded(engine, tokens) -> int:
-  multiple = engine.span or engine.length_multiple
-  return -(-tokens // multiple) * multiple
+def _rounded(number: int, multiple: int) -> int:
+  return -(-number // multiple) * multiple

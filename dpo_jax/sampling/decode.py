@@ -1,15 +1,16 @@
-"""Device half of sampling: prefill, rows that enter, decoded tokens.
+"""Compiled programs of sampling: prefill, insertion into slots, decoding.
 
 A fixed number of rows is decoded together, each in a slot of the KV cache from
-position 0, so that its arithmetic is the same wherever its neighbours are. Rows
-that end leave their slot to others between two calls. A prompt is read once;
-its keys and values are copied to every row that asks for it, or, where many
-rows have one prompt, to one place of a cache of prompts where all of them look
-(`Shared`): rows then have slots for their answers alone. Each row carries its
-own parameters and adapter as data: one compiled program serves them all.
+position 0, so that its arithmetic does not depend on its slot or neighbors. A
+finished row's slot is given to another between two calls. Each prompt is
+prefilled once; its keys and values are copied to every row that samples from it
+or, where many rows have the same prompt, to one entry of a prompt cache that
+all of them attend to (`SharedPrompts`), so that rows have slots for their
+responses only. Sampling parameters and adapters are data of each row: one
+compiled program serves them all.
 
-Letters: B rows, P prompts, G places of a prompt, T prompt tokens, S cache
-slots, M new tokens, V vocab, L layers, N heads, H head dim.
+Letters: B rows, P prompts, G rows of a prompt, T prompt tokens, S cache slots,
+M new tokens, V vocab.
 """
 
 import dataclasses
@@ -22,68 +23,63 @@ import numpy as np
 
 from dpo_jax.core import precision, sharding
 from dpo_jax.model import gpt_neox, kv_cache
-from dpo_jax.model.attention import shared_prefix
+from dpo_jax.model.attention import decode
 from dpo_jax.sampling import draw, stop
 
 
 @dataclasses.dataclass(frozen=True)
-class Shared:
-  """Where prompts lie that rows share.
+class SharedPrompts:
+  """Shape of the cache of prompts that rows share.
 
   Attributes:
-    prompts: so many, P, in all shards.
-    places: rows of a prompt, G.
-    slots: cache slots of a prompt, T.
-    shards: parts in which rows and prompts are split; a row sits in its own.
+    prompts: prompts in the cache over all shards, P.
+    rows: most rows of one prompt, G.
+    slots: cache slots of a prompt.
+    shards: equal parts of rows and prompts; a row's prompt is of its own part.
   """
 
   prompts: int
-  places: int
+  rows: int
   slots: int
   shards: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """What is compiled in; programs with equal fields are compiled once.
+  """Static shapes; programs with equal fields are compiled once.
 
   Attributes:
     config: the model's shape.
-    slots: cache slots of a row, S.
-    room: new tokens of a row at most, M.
+    slots: most cache slots of a row, S.
+    max_new_tokens: of any row, M.
     eos_id: the token that ends a row.
-    vocab_size: tokens at or past it do not exist and are never drawn.
-    ways: how rows draw.
-    cache: what keys and values are kept in.
-    layout: how the cache lies, see `kv_cache`. "apart": a layer's weights and
-      cache are arrays of their own while tokens are decoded. A CPU copies a
-      slice of a stack before it uses it, at every step; elsewhere a stack is
-      one loop, which is compiled sooner.
-    shared: where prompts lie; None: in the slots of each of their rows.
+    vocab_size: ids at or past it are padding of the unembedding, never drawn.
+    paths: how rows draw.
+    cache: dtype of keys and values.
+    unstacked: the layout of the cache, see `kv_cache`. An unstacked one has the
+      slots that its rows need; a folded one always has all, of which as many
+      are read.
+    shared: the cache of shared prompts; None if prompts are in the rows' slots.
   """
 
   config: gpt_neox.ModelConfig
   slots: int
-  room: int
+  max_new_tokens: int
   eos_id: int
   vocab_size: int
-  ways: draw.Ways
+  paths: draw.Paths
   cache: kv_cache.Kind
-  layout: kv_cache.Layout
-  shared: Shared | None = None
-
-  @property
-  def apart(self) -> bool:
-    return self.layout == "apart"
+  unstacked: bool
+  shared: SharedPrompts | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """What each row was asked for; all [B].
+  """Sampling parameters of each row; all [B].
 
-  `limit` is the new tokens that it may have, `length` those of its prompt;
-  `adapter` is an index of the stack, -1 for none.
+  `limit` is max_new_tokens, `length` the prompt's tokens, `adapter` an index of
+  the adapter stack, -1 for none.
   """
 
   stream: Any
@@ -96,36 +92,29 @@ class Rows:
   adapter: Any
 
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=["members", "place", "length"],
-  meta_fields=["span"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Seats:
-  """Who sits where, and how much of the prompts there is.
+class PrefixTable:
+  """Which rows share which cached prompt; indices count within a shard.
 
   Attributes:
-    members: the row in each place of each prompt, or any, counted in its shard,
-      int32 [P, G].
-    place: the place of each row, counted through its shard's prompts, or any,
-      int32 [B].
-    length: tokens of each prompt; 0 for none, [P].
-    span: slots of a prompt that are attended to; none has more tokens.
+    prefix_to_rows: rows of each prompt, int32 [P, G]; any where it has fewer.
+    row_to_prefix: each row's place in the flattened `prefix_to_rows`, int32
+      [B]; any for a free slot.
+    length: tokens of each prompt; 0 for a free entry, int32 [P].
   """
 
-  members: Any
-  place: Any
+  prefix_to_rows: Any
+  row_to_prefix: Any
   length: Any
-  span: int
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-  """Prompts that were read: their cache of T slots, and logits [P, V]."""
+  """A prefilled batch: its cache of T slots, and last logits [P, V]."""
 
-  cache: Any
+  cache: kv_cache.Cache
   logits: jax.Array
 
 
@@ -135,15 +124,15 @@ class State:
   """All rows between two calls.
 
   Attributes:
-    rows: what they were asked for.
-    keys: a key for each row, [B].
+    rows: sampling parameters.
+    keys: random key of each row, [B].
     tokens: new tokens, int32 [B, M].
     logps: log-prob of each under the model at temperature 1, [B, M].
-    count: how many tokens are new, [B].
-    done: whether the row takes no more; empty slots are done, [B].
-    turn: how much of a human turn its text ends with, see `stop`, [B].
-    cache: see `kv_cache`; a tuple of single layers' if they are apart.
-    prompts: such a cache of the prompts that rows share; None if they do not.
+    count: number of new tokens, [B].
+    done: finished rows and free slots, [B].
+    turn: characters of a human turn that the text ends with, see `stop`, [B].
+    cache: see `kv_cache`.
+    prompts: the cache of shared prompts; None if rows do not share them.
   """
 
   rows: Rows
@@ -153,12 +142,12 @@ class State:
   count: jax.Array
   done: jax.Array
   turn: jax.Array
-  cache: Any
-  prompts: Any = None
+  cache: kv_cache.Cache
+  prompts: kv_cache.Cache | None = None
 
 
 def free_rows(count: int) -> Rows:
-  """Rows that were asked for nothing, in NumPy."""
+  """Parameters of free slots, in NumPy."""
   return Rows(
     stream=np.zeros(count, np.uint32),
     sample_id=np.zeros(count, np.uint32),
@@ -175,117 +164,97 @@ def free_rows(count: int) -> Rows:
 def empty(
   program: Program, batch: int, slots: int, prompt_slots: int = 0
 ) -> State:
-  """A state whose rows are all free.
+  """The state of free slots.
 
   Args:
     program: static shapes.
     batch: rows.
-    slots: cache slots of a row.
-    prompt_slots: of a prompt, where rows share prompts.
+    slots: cache slots of a row, where the cache is unstacked.
+    prompt_slots: of a shared prompt, where it is.
   """
+  if not program.unstacked:
+    slots = program.slots
+    prompt_slots = program.shared.slots if program.shared is not None else 0
   zeros = functools.partial(jnp.zeros, (batch,))
   rows = jax.tree.map(jnp.asarray, free_rows(batch))
-  state = State(
-    rows=rows,
-    keys=_keys(rows, jnp.uint32(0)),
-    tokens=jnp.zeros((batch, program.room), jnp.int32),
-    logps=jnp.zeros((batch, program.room), jnp.float32),
-    count=zeros(jnp.int32),
-    done=jnp.ones((batch,), bool),
-    turn=zeros(jnp.int32),
-    cache=_new_cache(program, batch, slots),
+  cache = functools.partial(
+    gpt_neox.init_cache,
+    program.config,
+    kind=program.cache,
+    unstacked=program.unstacked,
   )
+  prompts = None
   if program.shared is not None:
-    prompts = _new_cache(program, program.shared.prompts, prompt_slots)
-    state = dataclasses.replace(state, prompts=prompts)
-  return _placed(state)
+    prompts = cache(program.shared.prompts, prompt_slots)
+  return _constrained(
+    State(
+      rows=rows,
+      keys=_keys(rows, jnp.uint32(0)),
+      tokens=jnp.zeros((batch, program.max_new_tokens), jnp.int32),
+      logps=jnp.zeros((batch, program.max_new_tokens), jnp.float32),
+      count=zeros(jnp.int32),
+      done=jnp.ones((batch,), bool),
+      turn=zeros(jnp.int32),
+      cache=cache(batch, slots),
+      prompts=prompts,
+    )
+  )
 
 
-def resize(state: State, name: str, slots: int) -> State:
-  """The state with so many slots in a cache, where layers are apart.
+def resize(state: State, slots: int, prompt_slots: int) -> State:
+  """The state with this many slots in its caches, where they are unstacked.
 
-  A layer at a time, each of which is freed before the next one is made.
-
-  Args:
-    state: of all rows.
-    name: "cache" or "prompts".
-    slots: that this cache shall have.
+  One layer at a time, so that at most one exists twice.
   """
-  caches = list(getattr(state, name))
-  state = dataclasses.replace(state, **{name: ()})
-  for at, cache in enumerate(caches):
-    caches[at] = None
-    caches[at] = _resize(cache, slots)
-  return dataclasses.replace(state, **{name: tuple(caches)})
+  for name, size in (("cache", slots), ("prompts", prompt_slots)):
+    cache = getattr(state, name)
+    if isinstance(cache, tuple) and cache[0]["v"].shape[2] != size:
+      layers = list(cache)
+      state = dataclasses.replace(state, **{name: ()})
+      for at, layer in enumerate(layers):
+        layers[at] = None
+        layers[at] = _resized(layer, size)
+      state = dataclasses.replace(state, **{name: tuple(layers)})
+  return state
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _resize(cache, slots):
-  return jax.tree.map_with_path(
-    lambda path, leaf: sharding.constrain(leaf, *cache_axes(path, leaf, 0)),
-    kv_cache.resize(cache, slots),
-  )
-
-
-def _new_cache(program, batch, slots):
-  cache = _stacked_cache(program, batch, slots)
-  return kv_cache.unstack(cache) if program.apart else cache
-
-
-def _stacked_cache(program: Program, batch: int, slots: int) -> kv_cache.Tree:
-  """An empty cache of all layers, for so many rows."""
-  folded = program.layout == "folded"
-  return gpt_neox.init_cache(
-    program.config, batch, slots, program.cache, folded
-  )
-
-
-def _keys(rows: Rows, seed: jax.Array) -> jax.Array:
-  """A key for each row, of (seed, prompt, sample id)."""
-  root = jax.random.key(seed)
-  fold = jax.random.fold_in
-  return jax.vmap(lambda one, two: fold(fold(root, one), two))(
-    rows.stream, rows.sample_id
-  )
+def _resized(layer, slots):
+  return {
+    name: sharding.constrain(leaf, *kv_cache.axes(name, True))
+    for name, leaf in kv_cache.resize(layer, slots).items()
+  }
 
 
 def axes(path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...]:
-  """Logical axes of a leaf of the state.
+  """Logical axes of a leaf of `State` or `Prefix`.
 
-  The cache is split over rows and heads; what the host reads is everywhere.
+  Caches are split over rows and heads; what the host reads is replicated.
   """
   if path[0].name in ("cache", "prompts"):
-    # A layer's own cache has numbers in its path, and no axis of layers.
-    return cache_axes(path, leaf, 1 if len(path) == 2 else 0)
+    # The path of an unstacked layer's array has the layer's number too.
+    return kv_cache.axes(path[-1].key, unstacked=len(path) == 3)
+  if path[0].name == "logits":
+    return ("batch", "vocab")
   return (None,) * leaf.ndim
 
 
-def cache_axes(
-  path: tuple[Any, ...], leaf: Any, before: int
-) -> tuple[str | None, ...]:
-  """Logical axes of a leaf of a cache with so many axes before its rows."""
-  names = kv_cache.axes(path[-1].key, leaf.ndim - before)
-  split = [name if name in ("batch", "heads") else None for name in names]
-  return (*(None,) * before, *split)
-
-
-def _placed(state: State) -> State:
-  """The state as `axes` lay it on the mesh."""
+def _constrained(tree):
   return jax.tree.map_with_path(
-    lambda path, leaf: sharding.constrain(leaf, *axes(path, leaf)), state
+    lambda path, leaf: sharding.constrain(leaf, *axes(path, leaf)), tree
   )
 
 
 @jax.jit
-def apart(
+def unstack(
   base: gpt_neox.Tree, lora: gpt_neox.Tree | None
 ) -> tuple[gpt_neox.Tree, gpt_neox.Tree | None]:
-  """The weights that `advance` takes where layers are apart."""
+  """A copy of the weights in the form that a CPU decodes fastest with."""
   return gpt_neox.unstack(base), gpt_neox.unstack(lora)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def read(
+def prefill(
   program: Program,
   base: gpt_neox.Tree,
   lora: gpt_neox.Tree | None,
@@ -293,20 +262,20 @@ def read(
   length: jax.Array,
   adapter: jax.Array,
 ) -> Prefix:
-  """Reads prompts, each once, for all the rows that will ask for it.
+  """KV cache and last logits of a batch of prompts.
 
   Args:
     program: static shapes.
     base: base weights.
-    lora: adapters: None, one, or a stack.
+    lora: None, one adapter, or a stack.
     prompts: token ids, padded on the right, [P, T].
-    length: of each prompt, at least 1, [P].
-    adapter: of each prompt, [P].
+    length: tokens of each prompt, at least 1, [P].
+    adapter: adapter of each prompt, [P].
   """
   count, size = prompts.shape
-  place = jnp.arange(size)[None]
+  position = jnp.arange(size)[None]
   causal = jnp.broadcast_to(
-    place[:, None] <= place[..., None], (count, size, size)
+    position[:, None] <= position[..., None], (count, size, size)
   )
   with precision.matmul_precision(program.config.dtype):
     hidden, cache = gpt_neox.apply(
@@ -314,21 +283,19 @@ def read(
       base,
       lora,
       prompts,
-      jnp.broadcast_to(place, (count, size)),
+      jnp.broadcast_to(position, (count, size)),
       causal,
-      cache=_stacked_cache(program, count, size),
-      index=0,
-      adapter=_stacked(lora, adapter, ndim=3),
+      prefill=program.cache,
+      unstacked=program.unstacked,
+      adapter=_of_stack(lora, adapter),
     )
     last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
     logits = gpt_neox.unembed(base, last[:, 0])
-  if program.apart:
-    cache = kv_cache.unstack(cache)
-  return Prefix(cache, logits)
+  return _constrained(Prefix(cache, logits))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def enter(
+def insert(
   program: Program,
   state: State,
   prefix: Prefix,
@@ -336,29 +303,31 @@ def enter(
   rows: Rows,
   table: jax.Array,
   seed: jax.Array,
-  laid: jax.Array | None = None,
+  prompt_source: jax.Array | None = None,
 ) -> State:
   """Puts rows into slots and draws their first tokens.
 
   Args:
     program: static shapes.
-    state: is donated; its cache has at least as many slots as the prefix.
-    prefix: the prompts that were read.
-    source: which prompt enters a slot, -1 where the slot stays as it is, [B].
-    rows: parameters, read where a row enters.
+    state: donated; its cache has at least as many slots as the prefix.
+    prefix: the prefilled prompts.
+    source: prompt of the prefix for each slot, -1 to leave the slot, [B].
+    rows: parameters; read where `source` is not -1.
     table: see `stop.table`.
     seed: of all noise, uint32.
-    laid: where rows share prompts, which of the prefix takes the place of each,
-      -1 where the prompt stays as it is, [P].
+    prompt_source: prompt of the prefix for each shared prompt, -1 to leave it,
+      [P]; None if rows do not share prompts.
   """
   enters = source >= 0
-  prompt = jnp.maximum(source, 0)
 
   def merge(new, old):
     return jnp.where(enters, new, old)
 
-  name, taken = ("cache", source) if laid is None else ("prompts", laid)
-  copied = _copied(program, getattr(state, name), prefix.cache, taken)
+  cache, prompts = state.cache, state.prompts
+  if prompt_source is None:
+    cache = _copied(cache, prefix.cache, source)
+  else:
+    prompts = _copied(prompts, prefix.cache, prompt_source)
   rows = jax.tree.map(merge, rows, state.rows)
   state = State(
     rows=rows,
@@ -368,42 +337,40 @@ def enter(
     count=merge(0, state.count),
     done=merge(rows.limit == 0, state.done),
     turn=merge(0, state.turn),
-    cache=state.cache,
-    prompts=state.prompts,
+    cache=cache,
+    prompts=prompts,
   )
-  state = dataclasses.replace(state, **{name: copied})
-  logits = jnp.take(prefix.logits, prompt, axis=0)
-  return _placed(_take(program, state, logits, table, enters))
+  logits = jnp.take(prefix.logits, jnp.maximum(source, 0), axis=0)
+  return _constrained(_take(program, state, logits, table, enters))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def advance(
   program: Program,
-  span: int,
+  slots: tuple[int, int],
   base: gpt_neox.Tree,
   lora: gpt_neox.Tree | None,
   state: State,
   table: jax.Array,
   steps: jax.Array,
   quota: jax.Array,
-  seats: Seats | None = None,
+  prefixes: PrefixTable | None = None,
 ) -> State:
   """Decodes until `steps` tokens were added or `quota` slots are done.
 
   Args:
     program: static shapes.
-    span: slots of a row that are attended to; no row may pass them in this
-      call. Where layers are apart, best all that the cache has.
-    base: base weights; where layers are apart, as `apart` gives them.
-    lora: adapters, like them: None, one, or a stack.
-    state: is donated: its cache is written in place.
+    slots: cache slots to read, of rows and of shared prompts; no row may
+      outgrow them in this call.
+    base: base weights, or those of `unstack`.
+    lora: None, one adapter, or a stack; in the form of `base`.
+    state: donated.
     table: see `stop.table`.
     steps: int32.
     quota: int32.
-    seats: where rows share prompts, who sits where.
+    prefixes: which rows share which prompt; None if they do not.
   """
-  slot = jnp.arange(span)[None]
-  ndim = 2 if program.apart else 3
+  slot = jnp.arange(slots[0])[None]
 
   def unfinished(carry):
     step, state = carry
@@ -411,13 +378,14 @@ def advance(
 
   def step(carry):
     step, state = carry
-    # The token drawn last has not been read yet: it is this step's input.
+    # The last drawn token is not in the cache yet: it is this step's input.
     last = jnp.maximum(state.count - 1, 0)
     position = state.rows.length + last
-    index = jnp.minimum(position if seats is None else last, span - 1)
+    index = position if prefixes is None else last
+    index = jnp.minimum(index, slot.shape[1] - 1)
     visible = (slot <= index[:, None])[:, None]
-    if seats is not None:
-      visible = _sharing(program.shared, seats, visible)
+    if prefixes is not None:
+      visible = _sharing(slots[1], prefixes, visible)
     with precision.matmul_precision(program.config.dtype):
       hidden, cache = gpt_neox.apply(
         program.config,
@@ -429,7 +397,7 @@ def advance(
         cache=state.cache,
         prompts=state.prompts,
         index=index,
-        adapter=_stacked(lora, state.rows.adapter, ndim),
+        adapter=_of_stack(lora, state.rows.adapter),
       )
       logits = gpt_neox.unembed(base, hidden[:, 0])
     state = dataclasses.replace(state, cache=cache)
@@ -437,12 +405,12 @@ def advance(
     return step + 1, state
 
   _, state = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))
-  return _placed(state)
+  return _constrained(state)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def resume(state: State, again: jax.Array) -> State:
-  """Lets rows go on that seemed to have begun a turn, bool [B]."""
+  """Continues rows [B] whose text does not hold the human turn after all."""
   full = state.count >= state.rows.limit
   return dataclasses.replace(
     state,
@@ -451,47 +419,57 @@ def resume(state: State, again: jax.Array) -> State:
   )
 
 
-def _copied(program, cache, new, source):
-  """The cache, where those that `source` [B] names take a prompt of `new`."""
+def _keys(rows: Rows, seed: jax.Array) -> jax.Array:
+  """Random key of each row, from (seed, prompt, sample id)."""
+  root = jax.random.key(seed)
+  fold = jax.random.fold_in
+  return jax.vmap(lambda one, two: fold(fold(root, one), two))(
+    rows.stream, rows.sample_id
+  )
+
+
+def _copied(cache, prefix, source):
+  """The cache, with prompt `source` [B] of the prefix where it is not -1."""
   enters, prompt = source >= 0, jnp.maximum(source, 0)
 
-  def chosen(old, read):
-    own = jnp.expand_dims(enters, (*range(1, read.ndim),))
-    return jnp.where(own, jnp.take(read, prompt, axis=0), old)
-
-  def copy(whole, new):
-    # A layer at a time: of all at once there would be a second cache.
-    def layer(at, whole):
-      start = (at, *(0,) * (new.ndim - 1))
-      size = (1, len(enters), *new.shape[2:])
-      (old,) = jax.lax.dynamic_slice(whole, start, size)
-      read = jax.lax.dynamic_index_in_dim(new, at, keepdims=False)
-      both = chosen(old, read)[None]
-      return jax.lax.dynamic_update_slice(whole, both, start)
-
-    return jax.lax.fori_loop(0, len(new), layer, whole)
-
-  def copy_layer(whole, new):
+  def copy(old, new):
     start = (0,) * new.ndim
-    old = jax.lax.slice(whole, start, (len(enters), *new.shape[1:]))
-    return jax.lax.dynamic_update_slice(whole, chosen(old, new), start)
+    kept = jax.lax.slice(old, start, (len(enters), *new.shape[1:]))
+    own = jnp.expand_dims(enters, (*range(1, new.ndim),))
+    new = jnp.where(own, jnp.take(new, prompt, axis=0), kept)
+    return jax.lax.dynamic_update_slice(old, new, start)
 
-  return jax.tree.map(copy_layer if program.apart else copy, cache, new)
+  def copy_stack(old, new):
+    # One layer at a time, and of it the prefix alone: all at once would be a
+    # second cache.
+    def copy_layer(at, old):
+      start, size = (at, *(0,) * (new.ndim - 1)), (1, *new.shape[1:])
+      (read,) = jax.lax.dynamic_slice(new, start, size)
+      (kept,) = jax.lax.dynamic_slice(
+        old, start, (1, len(enters), *new.shape[2:])
+      )
+      copied = copy(kept, read)[None]
+      return jax.lax.dynamic_update_slice(old, copied, start)
+
+    return jax.lax.fori_loop(0, len(new), copy_layer, old)
+
+  if not isinstance(cache, tuple):
+    return jax.tree.map(copy_stack, cache, prefix)
+  return jax.tree.map(copy, cache, prefix)
 
 
-def _sharing(together, seats, mask):
-  slot = jnp.arange(seats.span)[None]
-  return shared_prefix.Sharing(
+def _sharing(slots, prefixes, mask):
+  slot = jnp.arange(slots)[None]
+  return decode.Sharing(
     mask=mask,
-    prompt_mask=(slot < seats.length[:, None])[:, None],
-    members=sharding.constrain(seats.members, "batch", None),
-    place=sharding.constrain(seats.place, "batch"),
-    shards=together.shards,
+    prompt_mask=(slot < prefixes.length[:, None])[:, None],
+    prefix_to_rows=prefixes.prefix_to_rows,
+    row_to_prefix=prefixes.row_to_prefix,
   )
 
 
 def _take(program, state, logits, table, active):
-  """Draws a token for each active row and writes it down."""
+  """The state with one more token drawn for each active row."""
   rows = state.rows
   token, logp = draw.draw(
     logits,
@@ -500,10 +478,10 @@ def _take(program, state, logits, table, active):
     rows.top_k,
     rows.top_p,
     vocab_size=program.vocab_size,
-    how=program.ways,
+    paths=program.paths,
   )
   active &= ~state.done
-  here = jnp.arange(program.room)[None] == state.count[:, None]
+  here = jnp.arange(program.max_new_tokens)[None] == state.count[:, None]
   here &= active[:, None]
   count = state.count + active
   turn = jnp.where(active, stop.step(table, state.turn, token), state.turn)
@@ -520,8 +498,10 @@ def _take(program, state, logits, table, active):
   )
 
 
-def _stacked(lora, adapter, ndim):
-  """The rows' adapters if `lora`, of so many axes if one, is a stack."""
-  if lora is None or jax.tree.leaves(lora)[0].ndim == ndim:
+def _of_stack(lora, adapter):
+  """The rows' adapters if `lora` is a stack, else None."""
+  if lora is None:
     return None
-  return adapter
+  # A layer axis, unless layers are unstacked, and the kernel's own two.
+  single = 2 if isinstance(lora["blocks"], tuple) else 3
+  return adapter if jax.tree.leaves(lora)[0].ndim > single else None

@@ -1,17 +1,16 @@
 """Drawing the next token of each row: greedy, temperature, top_k, top_p.
 
 A vocabulary of 50,000 is too long to sort, or to draw a number for each word,
-at every step. Three exact short cuts are taken. The k likeliest tokens lie in
+at every step. Three exact shortcuts are taken. The k likeliest tokens are in
 the k blocks with the largest maxima, and of these in the k pieces with the
-largest, so that top_k ranks three short lists. A
-draw from all tokens first draws a block by its total weight and then a token
-of it, both by the Gumbel-max trick: the maximum of a block's perturbed logits
-is itself the block's log-weight with Gumbel noise, so the distribution is that
-of one draw. The set of top_p without top_k is found by bisection on its
-threshold, whose candidates are the positive floats in their own order.
+largest, so that top_k ranks three short lists. A draw from all tokens first
+draws a block by its total weight and then a token of it, both by the Gumbel-max
+trick: the maximum of a block's perturbed logits is itself the block's
+log-weight with Gumbel noise, so the distribution is that of one draw. The
+threshold of top_p without top_k is found by bisection over the positive floats.
 
 The noise of a token is keyed by the row's key and the token's id, so that it
-depends neither on the batch nor on which other tokens are in question.
+depends neither on the batch nor on which other tokens are candidates.
 
 Letters: B rows, V vocab, G blocks, C candidates.
 
@@ -30,25 +29,25 @@ import jax.numpy as jnp
 # Tokens of a block: near the root of Pythia's vocabulary.
 BLOCK = 128
 
-# Of a block; what is ranked last is so many times top_k.
+# Tokens of a piece of a block; the last list ranked is 16 k long.
 _PIECE = 16
 
-# Names how noise is keyed: answers under another name cannot be gone on with.
+# Names how noise is keyed: a run cannot continue under another name.
 SCHEME = "gumbel by token and block of 128"
 
-# Candidates are counted in steps of so many, so that requests of usual top_k
-# rank lists of one length, whatever else is asked for beside them.
+# The number of candidates is rounded up to this, so that requests with the
+# usual top_k rank lists of one length, whatever the other requests are.
 _STEP = 64
 
-# Of the key of a draw among blocks; ids of tokens are smaller.
+# Folded into the key of a draw among blocks; token ids are smaller.
 _BLOCKS = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
-class Ways:
-  """Which ways of drawing a program holds; static.
+class Paths:
+  """Which of the ways to draw a program compiles; static.
 
-  They change what a step costs, never what a row draws.
+  They change a step's cost, never a row's token.
 
   Attributes:
     candidates: how many of the likeliest tokens are ranked; 0 if no row has
@@ -62,13 +61,13 @@ class Ways:
   nucleus: bool
 
 
-def ways(
+def paths(
   parameters: Iterable[tuple[float, int, float]], vocab_size: int
-) -> Ways:
-  """What rows of these (temperature, top_k, top_p) need."""
+) -> Paths:
+  """The paths that rows of these (temperature, top_k, top_p) need."""
   drawn = {(k, p) for t, k, p in parameters if t > 0}
   largest = max((k for k, _ in drawn), default=0)
-  return Ways(
+  return Paths(
     candidates=min(-(-largest // _STEP) * _STEP, vocab_size),
     whole=any(k == 0 for k, _ in drawn),
     nucleus=any(k == 0 and p < 1 for k, p in drawn),
@@ -83,7 +82,7 @@ def draw(
   top_p: jax.Array,
   *,
   vocab_size: int,
-  how: Ways,
+  paths: Paths,
 ) -> tuple[jax.Array, jax.Array]:
   """The next token of each row, int32 [B], and its log-prob, float32 [B].
 
@@ -98,7 +97,7 @@ def draw(
     top_k: int32, 0 is off, [B].
     top_p: float32, 1 is off, [B].
     vocab_size: tokens at or past it do not exist and are never drawn.
-    how: the ways that some row needs.
+    paths: those that some row needs.
 
   Returns:
     The tokens, and their log-probs under the model itself: in nats, at
@@ -110,12 +109,12 @@ def draw(
   best = jnp.max(maxima, axis=-1)
   token = _greedy(blocks, maxima, best, vocab_size)
   cool = jnp.where(temperature > 0, temperature, 1)
-  if how.whole:
+  if paths.whole:
     existing = _existing(blocks, _ids(blocks.shape[1]), vocab_size)
-    drawn = _from_all(existing, best, keys, cool, top_p, how)
+    drawn = _from_all(existing, best, keys, cool, top_p, paths)
     token = jnp.where((temperature > 0) & (top_k == 0), drawn, token)
-  if how.candidates:
-    few = _likeliest(blocks, maxima, how.candidates, vocab_size)
+  if paths.candidates:
+    few = _likeliest(blocks, maxima, paths.candidates, vocab_size)
     drawn = _from_few(*few, best, keys, cool, top_k, top_p)
     token = jnp.where((temperature > 0) & (top_k > 0), drawn, token)
   return token, log_prob(logits, token, jnp.max(every, axis=-1))
@@ -131,9 +130,9 @@ def log_prob(
 
 
 def _blocks(logits):
-  """All logits as [B, G, BLOCK], after the last of them -inf."""
+  """Logits as [B, G, BLOCK], padded with -inf."""
   more = -logits.shape[-1] % BLOCK
-  # Pythia's vocabulary is whole blocks: nothing is copied.
+  # Pythia's vocabulary is a multiple: nothing is copied.
   if more:
     ends = ((0, 0), (0, more))
     logits = jnp.pad(logits, ends, constant_values=-jnp.inf)
@@ -141,7 +140,7 @@ def _blocks(logits):
 
 
 def _ids(blocks):
-  """Ids of the tokens of so many blocks, int32 [1, G, BLOCK]."""
+  """Token ids of the first G blocks, int32 [1, G, BLOCK]."""
   return jnp.arange(blocks * BLOCK, dtype=jnp.int32).reshape(1, -1, BLOCK)
 
 
@@ -153,7 +152,7 @@ def _existing(logits, ids, vocab_size):
 def _existing_maxima(blocks, maxima, vocab_size):
   """The largest of each block, [B, G], over tokens that exist.
 
-  Only the last blocks have others: to mask all would be a copy of all.
+  Only the last blocks have others; masking all would copy all logits.
   """
   whole = vocab_size // BLOCK
   last = _existing(
@@ -163,7 +162,7 @@ def _existing_maxima(blocks, maxima, vocab_size):
 
 
 def _first(x, value):
-  """The first place of `value` in each row of x, int32 [B].
+  """Index of the first `value` in each row of x, int32 [B].
 
   Two plain reductions; XLA's argmax is a hundred times slower on CPU.
   """
@@ -218,10 +217,10 @@ def _from_few(values, ids, best, keys, cool, top_k, top_p):
 def _likeliest(blocks, maxima, count, vocab_size):
   """The `count` largest logits in descending order and their ids, [B, C].
 
-  A token among the `count` likeliest lies in a block whose maximum is among
-  the `count` largest maxima: each of these larger maxima is a likelier token.
-  So it is with the pieces of these blocks. Of equal logits the smaller id
-  comes first: `top_k` takes the first of equals, and ids stay in their order.
+  A token among the `count` likeliest is in a block whose maximum is among the
+  `count` largest maxima, since each larger maximum is a likelier token; and so
+  for the pieces of these blocks. Of equal logits the smaller id comes first:
+  `top_k` takes the first of equals, and ids stay in order.
   """
   rows = len(blocks)
   _, chosen = jax.lax.top_k(maxima, min(count, maxima.shape[-1]))
@@ -240,11 +239,11 @@ def _likeliest(blocks, maxima, count, vocab_size):
   return values, (starts + places % _PIECE).astype(jnp.int32)
 
 
-def _from_all(blocks, best, keys, cool, top_p, how):
+def _from_all(blocks, best, keys, cool, top_p, paths):
   """A draw among all tokens, after top_p, int32 [B]."""
   scores = (blocks - best[:, None, None]) / cool[:, None, None]
   weights = jnp.exp(scores)
-  if how.nucleus:
+  if paths.nucleus:
     lowest = _nucleus(weights, top_p)
     kept = weights >= lowest[:, None, None]
     weights = jnp.where(kept, weights, 0)
@@ -263,16 +262,18 @@ def _from_all(blocks, best, keys, cool, top_p, how):
 
 
 def _nucleus(weights, top_p):
-  """The smallest weight that top_p keeps, [B]: less than top_p lies above it.
+  """The smallest weight that top_p keeps, [B]: those above it sum to less.
 
-  Positive floats stand in the order of their bits, so that 30 halvings find
-  the threshold exactly; each is one pass over the weights.
+  Positive floats are ordered as their bits, so that 30 halvings find the
+  threshold exactly; each is one pass over the weights.
   """
   bits = jax.lax.bitcast_convert_type(weights, jnp.int32)
   goal = jnp.where(top_p < 1, top_p, jnp.inf) * jnp.sum(weights, axis=(1, 2))
 
   def halve(_, bounds):
-    low, high = bounds  # Too much lies above `low`, not so above `high`.
+    low, high = (
+      bounds  # The sum above `low` is too large, above `high` it is not.
+    )
     middle = low + jnp.maximum((high - low) // 2, 1)
     heavier = bits > middle[:, None, None]
     above = jnp.sum(jnp.where(heavier, weights, 0), axis=(1, 2))

@@ -1,17 +1,16 @@
-"""Every policy's answers to the test prompts, one JSONL file a policy.
+"""A sampling run: responses of every policy to the test prompts.
 
-Policies that share a base are answered together: their adapters are stacked,
-and one program decodes all of them, at all temperatures. Other bases, and
-adapters that are merged or of another shape, follow one after another.
+Policies of one base are sampled together: their adapters are stacked, and one
+program decodes all of them, at all temperatures. Other bases, and adapters that
+are merged or of another shape, follow one after another.
 
-Rows are appended as answers end, so that a run that was interrupted goes on
-with what is missing. A finished file stands in the order of prompts,
-temperatures and sample ids and equals, byte for byte, the file of a run that
-nothing interrupted.
+Rows are appended as responses end, so that an interrupted run continues with
+the missing ones. A finished file is in the order of prompts, temperatures and
+sample ids and equals, byte for byte, that of an uninterrupted run.
 
-With several processes each answers a share of the prompts on its own devices
-and needs nothing of the others meanwhile (`response_files`). Or all of them
-answer every prompt together, on one mesh, and the first one writes.
+With several processes each samples a share of the prompts on its own devices,
+independent of the others (`response_files`). Or all of them serve every prompt
+together, on one mesh, and the first one writes.
 """
 
 import contextlib
@@ -36,10 +35,9 @@ from dpo_jax.sampling import jobs as jobs_lib
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-  """Jobs that one set of weights answers together.
+  """Jobs that are sampled together with one set of weights.
 
-  `lora` is a stack of the adapters of `jobs`, in which a job's index is its
-  place in `adapters`, -1 for none.
+  `lora` is a stack of adapters, `adapters` each job's index in it, -1 for none.
   """
 
   jobs: tuple[jobs_lib.Job, ...]
@@ -54,23 +52,23 @@ def run(
 ) -> list[pathlib.Path]:
   """Writes `workdir`/responses/<name>[-step-000050].jsonl for every policy.
 
-  Everything is checked before the first model is loaded. Files that are
-  complete are left alone, others are completed.
+  All inputs are checked before the first model is loaded. Complete files are
+  not touched, others are completed.
 
   Args:
-    settings: what to sample from, on what, and how.
-    workdir: where to write.
+    settings: policies, prompts and sampling parameters.
+    workdir: the run directory.
 
   Returns:
     The files, in the order of the policies and their steps.
 
   Raises:
-    ValueError: an input is wrong, or a file holds answers of other weights,
-      another tokenizer or other parameters than these.
+    ValueError: an input is wrong, or a file holds responses of other weights,
+      another tokenizer or other parameters.
   """
   if not distributed.is_main():
     console.mute()
-  with distributed.raise_on_all("reading what is to be answered"):
+  with distributed.raise_on_all("reading the policies and prompts"):
     mesh, jobs, tokenizer, prompts = _prepare(settings)
     origins = response_files.origins(settings, jobs)
   _agree(settings, origins, prompts)
@@ -90,7 +88,7 @@ def run(
     if not distributed.is_main():
       # The first process reads and removes what the others wrote.
       stack.close()
-    distributed.barrier("all prompts are answered")
+    distributed.barrier("all prompts are sampled")
     rows = []
     with distributed.raise_on_all("merging the response files"):
       if distributed.is_main():
@@ -100,7 +98,7 @@ def run(
     table = summary.summary(rows)
     console.result(
       "\n".join(summary.lines(table)),
-      "answers",
+      "responses",
       lines=[dataclasses.asdict(line) for line in table],
     )
   return [file.path for file in files.values()]
@@ -115,8 +113,8 @@ def _prepare(settings: jobs_lib.SamplingSettings):
   )
   if not (alone or settings.batch_size or jax.process_count() == 1):
     raise ValueError(
-      "batch_size=0 takes what memory each process finds free, but with"
-      " mesh_over='all' all must decode as many answers: set batch_size"
+      "batch_size=0 depends on the free memory of each process, but with"
+      " mesh_over='all' all must decode the same rows: set batch_size"
     )
   capacity.shards_of(settings.batch_size, mesh)
   jobs = jobs_lib.jobs(settings)
@@ -129,7 +127,7 @@ def _prepare(settings: jobs_lib.SamplingSettings):
 
 
 def _agree(settings, origins, prompts) -> None:
-  """Checks that all processes are to answer the same, from the same files."""
+  """Checks that all processes have the same config, files and prompts."""
   distributed.assert_equal(
     "the config", json.dumps(settings_lib.to_dict(settings))
   )
@@ -155,7 +153,7 @@ def _groups(settings, jobs, mesh) -> Iterator[_Group]:
 
 
 def _stacks(settings, jobs, config, base, mesh) -> Iterator[_Group]:
-  """The jobs of one base: in one stack those whose adapters have one shape."""
+  """The jobs of one base, adapters of one shape in one stack."""
   shapes: dict[Any, list[tuple[jobs_lib.Job, Any]]] = {}
   plain = [job for job in jobs if not job.adapter]
   for job in jobs:
@@ -181,7 +179,7 @@ def _stacks(settings, jobs, config, base, mesh) -> Iterator[_Group]:
 
 
 def _generate(settings, group, files, tokenizer, prompts, mesh) -> None:
-  """Answers what the group's files lack, appending rows as answers end."""
+  """Samples what the group's files lack, appending rows as they end."""
   places, requests = [], []
   for job, adapter in zip(group.jobs, group.adapters, strict=True):
     _, own = jobs_lib.wanted(settings, job, prompts, adapter)
@@ -200,7 +198,7 @@ def _generate(settings, group, files, tokenizer, prompts, mesh) -> None:
   with console.Bar(
     len(places) - len(left) + len(missing),
     name,
-    "answer",
+    "response",
     len(places) - len(left),
   ) as bar:
     for ended in sampler.generate(
@@ -221,7 +219,7 @@ def _generate(settings, group, files, tokenizer, prompts, mesh) -> None:
 
 
 def _share(places, left) -> list[int]:
-  """Of the requests that are left, those of this process's prompts."""
+  """This process's share of the requests that are left, by prompt."""
   ids = {at: places[at][0].wanted[places[at][1]].prompt_id for at in left}
   prompts = list(dict.fromkeys(ids.values()))
   mine = set(prompts[jax.process_index() :: jax.process_count()])

@@ -1,4 +1,4 @@
-"""What is to be answered: policies, prompts, temperatures and samples."""
+"""Sampling jobs: policies, prompts, temperatures, samples; their requests."""
 
 import dataclasses
 import logging
@@ -15,8 +15,8 @@ from dpo_jax.sampling import sampler
 
 _log = logging.getLogger(__name__)
 
-# Steps between two looks at which answers have ended, at most; no setting,
-# because it changes neither memory nor any answer.
+# Most decoding steps between two looks at which rows have ended. Not a setting:
+# it changes neither memory nor any response.
 CHUNK = 32
 
 
@@ -25,7 +25,7 @@ class Policy:
   """A model to sample from.
 
   Attributes:
-    name: what its rows and its file are called, such as "dpo".
+    name: of its rows and its file, such as "dpo".
     path: a model directory in Hugging Face form, or a hub id (user/name, or
       user/name@revision).
     adapter: a PEFT directory or hub id; "" for none.
@@ -61,7 +61,7 @@ class Policy:
 
 @dataclasses.dataclass(frozen=True)
 class PromptSettings:
-  """Where prompts and their chosen answers come from."""
+  """Source of the prompts and their chosen responses."""
 
   source: sources.SourceSettings
   filters: sources.FilterSettings
@@ -98,7 +98,7 @@ class SamplingSettings:
     settings_lib.check(self)
 
   def engine(self) -> sampler.Engine:
-    """The shapes and the seed."""
+    """Shapes and seed for the sampler."""
     return sampler.Engine(
       batch_size=self.batch_size,
       length_multiple=self.length_multiple,
@@ -113,7 +113,7 @@ class SamplingSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """One file to write: one policy at one step."""
+  """One response file: a policy at one step."""
 
   policy: Policy
   step: int | None
@@ -127,7 +127,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """A prompt with its chosen answer; its tokens but for the first `cut`."""
+  """A prompt with its chosen response; tokens without the first `cut`."""
 
   comparison: preferences.Comparison
   tokens: tuple[int, ...]
@@ -184,13 +184,13 @@ def encoded(
   longest: int,
   where: str,
 ) -> list[Prompt]:
-  """The prompts of pairs, each id once; what is left out or cut is logged.
+  """The prompts of pairs, each id once; logs how many are left out or cut.
 
   Args:
     pairs: in order.
     tokenizer: the model's; a prompt with one of its special tokens is left out.
     longest: tokens that a prompt keeps, its last ones.
-    where: the pairs come from, for messages.
+    where: source of the pairs, for messages.
 
   Raises:
     ValueError: nothing is left.
@@ -221,7 +221,7 @@ def encoded(
 def wanted(
   settings: SamplingSettings, job: Job, prompts: list[Prompt], adapter: int
 ) -> tuple[list[records.Response], list[sampler.Request]]:
-  """Every row of the file, in order, still without its text; its request."""
+  """All rows of the file in order, without responses, and their requests."""
   rows, requests = [], []
   for prompt in prompts:
     for temperature in job.policy.temperatures:
@@ -242,8 +242,8 @@ def wanted(
   return rows, requests
 
 
-def question(prompt: Prompt, **asked: Any) -> records.Response:
-  """A row without its answer; `asked` are its fields from `model` on."""
+def question(prompt: Prompt, **fields: Any) -> records.Response:
+  """A row without its response; `fields` are those from `model` on."""
   return records.Response(
     prompt_id=prompt.comparison.id,
     prompt=prompt.comparison.prompt,
@@ -254,14 +254,14 @@ def question(prompt: Prompt, **asked: Any) -> records.Response:
     mean_logp=None,
     cut_prompt_tokens=prompt.cut,
     subset=prompt.comparison.subset,
-    **asked,
+    **fields,
   )
 
 
 def request(
   row: records.Response, prompt: Prompt, adapter: int
 ) -> sampler.Request:
-  """What the sampler is asked for a row; `adapter` as in `Request`."""
+  """The sampler's request for a row; `adapter` as in `Request`."""
   return sampler.Request(
     prompt=prompt.tokens,
     stream=sampler.stream(row.prompt_id),
@@ -277,7 +277,7 @@ def request(
 def with_response(
   row: records.Response, sample: sampler.Sample
 ) -> records.Response:
-  """The row with its answer."""
+  """The row with its response."""
   return dataclasses.replace(
     row,
     response=sample.text,

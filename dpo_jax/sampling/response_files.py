@@ -1,13 +1,13 @@
-"""Response files: what is there already, appending to it, merging at the end.
+"""Response files: reading, appending, merging, and refusal of other origins.
 
 Each process appends to a file of its own: the first one to NAME.jsonl itself,
-process k to NAME@k.part beside it. A run that goes on, with however many
-processes, has the rows of all of them; at the end the first process writes
-NAME.jsonl in order and removes the parts.
+process k to NAME@k.part. A continued run, with any number of processes, reads
+the rows of all of them; at the end the first process writes NAME.jsonl in order
+and removes the parts.
 
-A row says which prompt, temperature, sample and parameters it belongs to. What
-it does not say (which weights, which tokenizer) is in NAME.json, as hashes of
-the files' contents. Going on with a file is refused as soon as either differs.
+A row has its prompt, temperature, sample id and parameters. What it depends on
+besides (weights, tokenizer) is in NAME.json as content hashes. A run that
+differs in either is refused.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from dpo_jax.io import atomic, hashing, jsonl, records, remote, strict_json
 from dpo_jax.sampling import draw
 from dpo_jax.sampling import jobs as jobs_lib
 
-# What of a row is the answer, and not the question.
-_ANSWER = ("response", "token_count", "finish_reason", "mean_logp")
+# Fields of a row that are generated.
+_GENERATED = ("response", "token_count", "finish_reason", "mean_logp")
 
 
 @dataclasses.dataclass(eq=False)
@@ -36,9 +36,9 @@ class File:
   Attributes:
     path: NAME.jsonl.
     origin: see `origins`.
-    wanted: every row of the file, in order, without its answer.
+    wanted: every row of the file, in order, without its response.
     done: rows that are on disk, by their index.
-    store: what this process appends to; None if it writes nothing.
+    store: for appending; None if this process writes nothing.
   """
 
   path: pathlib.Path
@@ -59,10 +59,10 @@ def open_all(
 ) -> None:
   """Opens and reads the files; all processes must call it.
 
-  Nobody appends before everybody has read, so that all find the same rows.
+  No process appends before all have read, so that all find the same rows.
 
   Args:
-    stack: holds what this process appends to, locked.
+    stack: closes this process's stores, which are locked.
     files: on return with `done` and `store`.
     writes: whether this process appends rows; the first one must.
 
@@ -103,7 +103,7 @@ def merge(file: File) -> list[records.Response]:
   missing = len(file.wanted) - len(done)
   if missing:
     raise errors.Stopped(
-      f"{file.path} lacks {missing} answers that another process was to give:"
+      f"{file.path} lacks {missing} responses of another process:"
       " run the same command again"
     )
   ordered = [done[index] for index in range(len(file.wanted))]
@@ -132,15 +132,15 @@ def match(
   rows: Sequence[records.Response],
   wanted: Sequence[records.Response],
 ) -> dict[int, records.Response]:
-  """Rows on disk by the index of the wanted row that they answer.
+  """Rows on disk by the index of their wanted row.
 
   Args:
     path: the file, for error messages.
-    rows: what it holds, in any order.
-    wanted: every row that it is to hold, without its answer.
+    rows: of the file, in any order.
+    wanted: every row of a complete file, without its response.
 
   Raises:
-    ValueError: a row is not wanted, or was made with other parameters.
+    ValueError: a row is not wanted, or has other parameters.
   """
   places = {_key(row): index for index, row in enumerate(wanted)}
   done = {}
@@ -148,17 +148,17 @@ def match(
     index = places.get(_key(row))
     if index is None:
       raise ValueError(
-        f"{path} holds an answer to prompt {row.prompt_id} at temperature"
+        f"{path} holds a response to prompt {row.prompt_id} at temperature"
         f" {row.temperature}, sample {row.sample_id}, which these settings do"
         " not ask for: use another --workdir, or move the file away"
       )
     for field in dataclasses.fields(row):
       want = getattr(wanted[index], field.name)
       have = getattr(row, field.name)
-      if field.name in _ANSWER or have == want:
+      if field.name in _GENERATED or have == want:
         continue
       if have is None and field.default is None:
-        # A version that did not write it yet.
+        # Written by a version without this field.
         row = dataclasses.replace(row, **{field.name: want})
       else:
         raise ValueError(
@@ -170,16 +170,15 @@ def match(
 
 
 def claim(path: pathlib.Path, origin: dict[str, Any], begun: bool) -> None:
-  """Writes down what a file's answers come from, or checks it.
+  """Writes the origin of a file's responses, or checks it if there are any.
 
   Args:
-    path: the file of answers; `origin` is kept beside it, ending in .json.
-    origin: what the answers depend on and do not say themselves.
-    begun: whether the file holds answers.
+    path: the response file; its origin is in NAME.json.
+    origin: see `origins`.
+    begun: whether the file holds responses.
 
   Raises:
-    ValueError: the file was begun from something else, or nobody knows what
-      from.
+    ValueError: the file has another origin, or none that can be read.
   """
   manifest = path.with_suffix(".json")
   if not begun:
@@ -189,7 +188,7 @@ def claim(path: pathlib.Path, origin: dict[str, Any], begun: bool) -> None:
     before = strict_json.read_object(manifest)
   except ValueError as error:
     raise ValueError(
-      f"{path} holds answers, but {manifest.name}, which says what they come"
+      f"{path} holds responses, but {manifest.name}, which says what they come"
       f" from, cannot be read ({error}): move the file away"
     ) from error
   changed = settings_lib.differing(before, origin, path.stem)
@@ -204,8 +203,8 @@ def claim(path: pathlib.Path, origin: dict[str, Any], begun: bool) -> None:
 def origins(
   settings: jobs_lib.SamplingSettings, jobs: Sequence[jobs_lib.Job]
 ) -> list[dict[str, Any]]:
-  """What the rows of each job depend on and do not say themselves."""
-  # A base that serves many adapters is read once.
+  """What the rows of each job depend on besides their fields."""
+  # A base of many adapters is hashed once.
   paths = dict.fromkeys(
     x for job in jobs for x in (job.policy.path, job.adapter)
   )

@@ -1,10 +1,10 @@
-"""Where an answer ends by itself: the beginning of a new human turn.
+"""Stop rule: a response ends where its text begins a new human turn.
 
-A model that was trained on transcripts goes on writing the human's part. What
-ends its answer is the text "\\n\\nHuman:", in whatever tokens it is spelt, so
-the device follows the text: it keeps, for each row, how many characters of the
-turn the text ends with, and a table says how a token changes that. The host
-confirms on the text itself.
+A model trained on transcripts continues with the human's part. The stop string
+"\\n\\nHuman:" may be spelled by any tokens, so the device matches text: it has
+for each row the number of the string's characters that the text ends with, and
+a table of the transitions by token (a Knuth-Morris-Pratt automaton). The host
+confirms on the decoded text.
 
 References:
   Knuth, Morris and Pratt, Fast Pattern Matching in Strings, 1977.
@@ -19,15 +19,15 @@ import numpy as np
 from dpo_jax.data import preferences
 from dpo_jax.data import tokenizer as tokenizer_lib
 
-# The state of a text that holds the whole turn; it is never left.
+# State of a text that holds the whole stop string; absorbing.
 TURN = len(preferences.HUMAN)
 
 
 @functools.lru_cache(maxsize=8)
 def table(tokenizer: tokenizer_lib.Tokenizer) -> np.ndarray:
-  """State after each token, int8 [V, TURN + 1], from the states before it.
+  """Next state by token and state, int8 [V, TURN + 1].
 
-  Pythia's takes half a second; training asks for it at every interval.
+  Cached: Pythia's takes half a second, and training samples at intervals.
   """
   texts = tokenizer.decode_each()
   found = np.zeros((len(texts), TURN + 1), np.int8)
@@ -35,7 +35,7 @@ def table(tokenizer: tokenizer_lib.Tokenizer) -> np.ndarray:
   after = {character: _after(character) for character in preferences.HUMAN}
   other = _after("")
   for token, text in enumerate(texts):
-    # No other token leaves a text that ends like the turn's beginning.
+    # Any other token resets the state to 0.
     if not after.keys().isdisjoint(text):
       states = list(range(TURN + 1))
       for character in text:
@@ -46,12 +46,12 @@ def table(tokenizer: tokenizer_lib.Tokenizer) -> np.ndarray:
 
 
 def step(table: jax.Array, state: jax.Array, token: jax.Array) -> jax.Array:
-  """States after a token each, int32 [B]."""
+  """Next states of rows, int32 [B]."""
   return table[token, state].astype(jnp.int32)
 
 
 def turn_end(tokenizer: tokenizer_lib.Tokenizer, tokens: list[int]) -> int:
-  """How many tokens it took to begin a new human turn; 0 if there is none."""
+  """Number of tokens up to the end of the first human turn; 0 if none."""
   if preferences.HUMAN not in tokenizer.decode(tokens):
     return 0
   low, high = 0, len(tokens)
@@ -65,7 +65,7 @@ def turn_end(tokenizer: tokenizer_lib.Tokenizer, tokens: list[int]) -> int:
 
 
 def _after(character: str) -> list[int]:
-  """The state after a character from each state; "" is any other one."""
+  """Next state by state for a character; "" is any outside the string."""
   turn = preferences.HUMAN
   if not character:
     return [0] * TURN + [TURN]

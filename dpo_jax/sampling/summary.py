@@ -1,7 +1,6 @@
-"""A table of answers: how long they are, and how many look wrong.
+"""Table of responses: lengths, and counts of suspicious ones.
 
-An answer loops if it says the same words again and again: of the triples of
-consecutive words of an answer of some length, less than half are distinct.
+A response loops if less than half of its word trigrams are distinct.
 """
 
 import dataclasses
@@ -10,14 +9,14 @@ from collections.abc import Iterable
 
 from dpo_jax.io import records
 
-# Fewer triples than these do not make a loop.
-_LEAST = 8
+# Shorter texts do not count as loops.
+_FEWEST_TRIGRAMS = 8
 _DISTINCT = 0.5
 
 _HEADER = (
   "model",
   "T",
-  "answers",
+  "responses",
   "tokens: mean",
   "median",
   "most",
@@ -30,36 +29,36 @@ _HEADER = (
 
 
 def distinct_trigrams(text: str) -> float:
-  """Share of distinct triples of words among all of them; 1 of a short text."""
+  """Share of distinct word trigrams; 1 for a short text."""
   words = text.split()
-  triples = list(zip(words, words[1:], words[2:]))
-  if len(triples) < _LEAST:
+  trigrams = list(zip(words, words[1:], words[2:]))
+  if len(trigrams) < _FEWEST_TRIGRAMS:
     return 1.0
-  return len(set(triples)) / len(triples)
+  return len(set(trigrams)) / len(trigrams)
 
 
 def loops(text: str) -> bool:
-  """Whether an answer says the same words again and again."""
+  """Whether a response repeats itself."""
   return distinct_trigrams(text) < _DISTINCT
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-  """The answers of one model and step at one temperature.
+  """The responses of one model and step at one temperature.
 
   Attributes:
     model: its name; `step` is None for a final model.
-    answers: how many there are.
-    mean_tokens: of an answer; `median_tokens` and `most_tokens` likewise.
-    empty: answers that hold no word; `looping`, those that loop; `cut`, those
-      that max_new_tokens ended; `human_turn`, those that a human turn ended.
-    mean_logp: mean over answers of their mean log-probs, of those that say it.
+    responses: their number.
+    mean_tokens: of a response; `median_tokens` and `most_tokens` likewise.
+    empty: responses without a word; `looping`, those that loop; `cut`, those
+      ended by max_new_tokens; `human_turn`, those ended by a human turn.
+    mean_logp: mean of the responses' mean log-probs, where a row has one.
   """
 
   model: str
   step: int | None
   temperature: float
-  answers: int
+  responses: int
   mean_tokens: float
   median_tokens: float
   most_tokens: int
@@ -79,7 +78,7 @@ def summary(rows: Iterable[records.Response]) -> list[Line]:
 
 
 def lines(table: Iterable[Line]) -> list[str]:
-  """The table as aligned text, below a line of names."""
+  """The table as aligned text, with a header."""
   cells = [_HEADER, *map(_cells, table)]
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   return [
@@ -98,7 +97,7 @@ def _line(model, step, temperature, rows) -> Line:
     model=model,
     step=step,
     temperature=temperature,
-    answers=len(rows),
+    responses=len(rows),
     mean_tokens=statistics.fmean(lengths),
     median_tokens=statistics.median(lengths),
     most_tokens=max(lengths),
@@ -114,7 +113,7 @@ def _cells(line: Line) -> tuple[str, ...]:
   return (
     line.model if line.step is None else f"{line.model}, step {line.step}",
     f"{line.temperature:g}",
-    str(line.answers),
+    str(line.responses),
     f"{line.mean_tokens:.1f}",
     f"{line.median_tokens:g}",
     str(line.most_tokens),

@@ -3,8 +3,8 @@
 A row holds several segments: a sequence each, or a prompt with two responses
 that see the prompt and not each other. `Segments` has two numbers a token for
 this instead of a mask of T x T, so that an implementation can skip what is
-fully masked. Sampling passes a boolean mask over its cache or a
-`shared_prefix.Sharing`; these are always attended densely.
+fully masked. Prefill passes the mask itself, as booleans, and is always
+attended densely; decoding has an attention of its own (`decode`).
 
 Implementations; `check` refuses one that the devices cannot run:
   dense: scores of all T x T in float32. Runs everywhere.
@@ -22,14 +22,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dpo_jax.core import sharding
-from dpo_jax.model.attention import blockwise, decode, flash, shared_prefix
+from dpo_jax.model.attention import blockwise, flash
 
 PROMPT = 0
 
@@ -63,9 +63,7 @@ class Segments:
     return causal & same_segment & visible & (self.segment_ids > 0)[:, None, :]
 
 
-def bind(
-  name: Name, visible: jax.Array | Segments | shared_prefix.Sharing
-) -> Attend:
+def bind(name: Name, visible: jax.Array | Segments) -> Attend:
   """The attention of one model call, (q, k, v) -> [B, T, N, H] as `v` is.
 
   Its arguments are queries [B, T, N, H], and keys and values [B, N, S, H].
@@ -74,14 +72,11 @@ def bind(
 
   Args:
     name: how segments are attended; a mask is always attended densely.
-    visible: segments, for which S is T; or a mask, bool [B, T, S]; or, where
-      keys and values are `shared_prefix.Parts`, who shares which.
+    visible: segments, for which S is T; or a mask, bool [B, T, S].
 
   Raises:
     ValueError: segments cross rows and `name` is not "blocks", or vice versa.
   """
-  if isinstance(visible, shared_prefix.Sharing):
-    return functools.partial(shared_prefix.attend, sharing=visible)
   if not isinstance(visible, Segments):
     return functools.partial(dense, mask=visible)
   if (name == "blocks") != (visible.block_pairs is not None):
@@ -138,16 +133,18 @@ def check(
     raise ValueError(f"model.attention={name!r} {reason}; set {mend}")
 
 
-def dense(q: jax.Array, k: Any, v: Any, mask: jax.Array) -> jax.Array:
-  """`attend` by a mask, bool [B, T, S]; scores and softmax in float32.
-
-  Keys and values may be in any form of `decode`.
-  """
-  scores = decode.scores(q, k) / math.sqrt(q.shape[-1])
+def dense(
+  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+) -> jax.Array:
+  """`attend` by a mask, bool [B, T, S]; scores and softmax in float32."""
+  scores = jnp.einsum(
+    "BTNH,BNSH->BNTS", q, k, preferred_element_type=jnp.float32
+  )
+  scores = scores / math.sqrt(q.shape[-1])
   # A finite floor: a row that sees nothing (padding) stays free of NaN.
   scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  return decode.attended(weights, k, v)
+  return jnp.einsum("BNTS,BNSH->BTNH", weights, v)
 
 
 def cudnn(

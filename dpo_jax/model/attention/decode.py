@@ -1,87 +1,184 @@
-"""Scores and sums of a row's queries over keys and values, however these lie.
+"""Attention of decoding: one query a row, over the cache and shared prompts.
 
-A cache gives keys and values in one of three forms:
+A row attends to its own slots and, where rows share prompts, to its prompt's
+slots, which are read once for all of its rows. The softmax is one over both,
+from its two parts: their larger maximum, and the sums that both have above it.
+Row and prompt are on the same device, and heads too: no device reads another's.
 
-  heads apart: both [B, N, S, H].
-  folded: both [B, S, C], where a TPU would pad a head dim of its own.
-  `Columns`: keys [B, N, H, S] and values [B, N, S, H], made for CPUs.
+Keys and values have the axes of the cache's layout (`kv_cache`), which says how
+they are computed: unstacked, keys [B, N, H, S] and values [B, N, S, H] by sums
+that a CPU's cores share; folded, both [B, S, C] with the heads in C = N H, by
+one product.
 
-A product of one query with its keys is too small for XLA to share among a CPU's
-cores, and it runs such products one after another. Written as sums of products
-over an axis that is not the last, all rows' are one loop over memory, which all
-cores share and whose innermost axis is a vector: the slots for the scores, the
-head's dimensions for what is attended to.
+Letters: B rows, T queries of a row, P prompts, G rows of a prompt, S slots,
+N heads, H head dim.
 
-Letters: B rows, T queries of a row, S keys, N heads, H head dim, C = N H.
+References:
+  Juravsky et al., Hydragen, 2024 (arXiv 2402.05099), Section 3.
 """
 
-from typing import Any, NamedTuple
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from dpo_jax.core import sharding as sharding_lib
 
 # Of fewer queries the loop is slower than products one after another.
 _FEWEST_QUERIES = 16
 
 
-class Columns(NamedTuple):
-  """Keys as columns, [B, N, H, S]: told by their type from [B, N, S, H]."""
+class Parts(NamedTuple):
+  """Keys or values of rows and of their prompts.
 
-  keys: jax.Array
+  Attributes:
+    own: of each row's own slots, B of them.
+    prompt: of the prompts, P of them.
+  """
 
-
-def scores(q: jax.Array, k: Any) -> jax.Array:
-  """Products of queries [B, T, N, H] and keys in float32, [B, N, T, S]."""
-  if isinstance(k, Columns):
-    return _column_scores(q, k.keys)
-  if k.ndim == 3:
-    return jnp.einsum(
-      "BTNC,BSC->BNTS", _spread(q), k, preferred_element_type=jnp.float32
-    )
-  return jnp.einsum("BTNH,BNSH->BNTS", q, k, preferred_element_type=jnp.float32)
+  own: jax.Array
+  prompt: jax.Array
 
 
-def attended(weights: jax.Array, k: Any, v: jax.Array) -> jax.Array:
-  """Sums of values by their weights [B, N, T, S], [B, T, N, H].
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sharing:
+  """Which rows share which prompt; indices count within a shard.
+
+  Attributes:
+    mask: own slots that a row sees, bool [B, 1, S].
+    prompt_mask: slots of a prompt that hold its tokens, bool [P, 1, S].
+    prefix_to_rows: rows of each prompt, int32 [P, G]; any row where it has
+      fewer.
+    row_to_prefix: each row's place in the flattened `prefix_to_rows`, int32
+      [B]; any for a row without a prompt, whose output is finite.
+  """
+
+  mask: jax.Array
+  prompt_mask: jax.Array
+  prefix_to_rows: jax.Array
+  row_to_prefix: jax.Array
+
+
+def bind(visible: jax.Array | Sharing) -> Callable[..., jax.Array]:
+  """Attention of one model call, (q, k, v) -> [B, 1, N, H].
 
   Args:
-    weights: in the dtype of `v`, which the sums have too.
-    k: keys, which say in what form `v` is.
-    v: values.
+    visible: slots that each row sees, bool [B, 1, S]; or `Sharing`, for which
+      keys and values are `Parts`.
   """
-  if isinstance(k, Columns):
-    return _columns_attended(weights, v)
-  if v.ndim == 3:
-    heads = weights.shape[1]
-    every = jnp.einsum("BNTS,BSC->BTNC", weights, v)
-    every = every.reshape(*every.shape[:3], heads, -1)
-    # Only one term of each sum is not zero.
-    return jnp.sum(every * _own_head(heads, v.dtype), axis=3)
-  return jnp.einsum("BNTS,BNSH->BTNH", weights, v)
+  attend = _attend_shared if isinstance(visible, Sharing) else _attend
+  if jax.sharding.get_abstract_mesh().empty:
+    return lambda q, k, v: attend(q, k, v, visible)
+  # Indices of `Sharing` count within a shard, and heads stay where they are.
+  rows, heads = (sharding_lib.RULES[name] for name in ("batch", "heads"))
+  query = PartitionSpec(rows, None, heads)
+
+  def split(q, k, v):
+    folded = jax.tree.leaves(k)[0].ndim == 3
+    cached = query if folded else PartitionSpec(rows, heads)
+    return jax.shard_map(
+      attend,
+      in_specs=(query, cached, cached, PartitionSpec(rows)),
+      out_specs=query,
+      check_vma=False,
+    )(q, k, v, visible)
+
+  return split
 
 
-def _spread(q):
-  """A query over C, [B, T, N, C], with zeros where the other heads are.
+def _attend(q, k, v, mask):
+  """To a row's own slots, q [B, T, N, H]; scores and softmax in float32."""
+  weights = jax.nn.softmax(_masked_scores(q, k, mask), axis=-1)
+  return _weighted_values(weights.astype(v.dtype), v)
 
-  And of what each head gets all but its own part is left out. That is N times
-  the products, but keys and values are read where and as they lie: decoding
-  waits for memory.
-  """
-  rows, queries, heads, head_dim = q.shape
-  wide = q[:, :, :, None] * _own_head(heads, q.dtype)
-  return wide.reshape(rows, queries, heads, heads * head_dim)
+
+def _attend_shared(q, k, v, sharing):
+  """To a row's prompt and its own slots, q [B, 1, N, H], as `_attend`."""
+
+  def by_prompt(x):
+    """[B, 1, ...] to [P, G, ...]."""
+    return x[:, 0][sharing.prefix_to_rows]
+
+  def by_row(x):
+    """[P, G, ...] to [B, 1, ...]."""
+    return x.reshape(-1, *x.shape[2:])[sharing.row_to_prefix][:, None]
+
+  own = _masked_scores(q, k.own, sharing.mask)
+  prompt = _masked_scores(by_prompt(q), k.prompt, sharing.prompt_mask)
+  # [B, 1, N] and [P, G, N].
+  own_max, prompt_max = (
+    jnp.swapaxes(jnp.max(x, axis=-1), 1, 2) for x in (own, prompt)
+  )
+  row_max = jnp.maximum(own_max, by_row(prompt_max))
+  # Equal to `row_max` at a row's place; finite at a place without a row.
+  prompt_max = jnp.maximum(prompt_max, by_prompt(row_max))
+  own_sum, own_total = _exp_sums(own, row_max, v.own)
+  prompt_sum, prompt_total = _exp_sums(prompt, prompt_max, v.prompt)
+  total = own_total + by_row(prompt_total)
+  out = (own_sum + by_row(prompt_sum)) / total[..., None]
+  return out.astype(q.dtype)
+
+
+def _masked_scores(q, k, mask):
+  scores = _scores(q, k) / math.sqrt(q.shape[-1])
+  # A finite floor: a row that sees nothing stays free of NaN.
+  return jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+
+
+def _exp_sums(scores, maximum, v):
+  """Sums of exp(scores - maximum), over values and alone, float32."""
+  weights = jnp.exp(scores - jnp.swapaxes(maximum, 1, 2)[..., None])
+  total = jnp.swapaxes(jnp.sum(weights, axis=-1), 1, 2)
+  values = _weighted_values(weights.astype(v.dtype), v)
+  return values.astype(jnp.float32), total
+
+
+def _scores(q, k):
+  """Products of queries [B, T, N, H] and keys in float32, [B, N, T, S]."""
+  if k.ndim == 4:
+    return _summed_scores(q, k)
+  # Queries are zero outside their own head. That is N times the products, but
+  # reads the keys as they are: decoding waits for memory.
+  wide = q[:, :, :, None] * _own_head(q.shape[2], q.dtype)
+  wide = wide.reshape(*q.shape[:3], -1)
+  return jnp.einsum(
+    "BTNC,BSC->BNTS", wide, k, preferred_element_type=jnp.float32
+  )
+
+
+def _weighted_values(weights, v):
+  """Sums of values by weights [B, N, T, S], [B, T, N, H] in their dtype."""
+  if v.ndim == 4:
+    return _summed_values(weights, v)
+  heads = weights.shape[1]
+  every = jnp.einsum("BNTS,BSC->BTNC", weights, v)
+  every = every.reshape(*every.shape[:3], heads, -1)
+  # Only one term of each sum is not zero.
+  return jnp.sum(every * _own_head(heads, v.dtype), axis=3)
 
 
 def _own_head(heads, dtype):
   return jnp.eye(heads, dtype=dtype)[None, None, :, :, None]
 
 
-def _column_scores(q, keys):
-  if _few(q.shape[0] * q.shape[1]):
+def _summed_scores(q, k):
+  """Sums of products over an axis that is not the last.
+
+  A product of one query with its keys is too small for XLA to share among a
+  CPU's cores, and it runs such products one after another. Written so, all
+  rows' are one loop over memory, which all cores share and whose innermost axis
+  is a vector: the slots here, the head's dimensions for the values.
+  """
+  if q.shape[0] * q.shape[1] < _FEWEST_QUERIES:
     return jnp.einsum(
-      "BTNH,BNHS->BNTS", q, keys, preferred_element_type=jnp.float32
+      "BTNH,BNHS->BNTS", q, k, preferred_element_type=jnp.float32
     )
-  q, keys = (x.astype(jnp.float32) for x in (q, keys))
+  q, keys = (x.astype(jnp.float32) for x in (q, k))
   if q.shape[1] == 1:
     # An axis of one makes XLA's loop tens of times slower.
     return jnp.sum(q[:, 0, :, :, None] * keys, axis=2)[:, :, None]
@@ -89,24 +186,20 @@ def _column_scores(q, keys):
   return jnp.sum(q * keys[:, :, None], axis=3)
 
 
-def _columns_attended(weights, v):
-  if _few(weights.shape[0] * weights.shape[2]):
+def _summed_values(weights, v):
+  """As `_summed_scores`."""
+  queries = weights.shape[2]
+  if len(v) * queries < _FEWEST_QUERIES:
     return jnp.einsum("BNTS,BNSH->BTNH", weights, v)
   dtype = v.dtype
   weights, v = (x.astype(jnp.float32) for x in (weights[..., None], v))
-  if weights.shape[2] == 1:
+  if queries == 1:
     sums = jnp.sum(weights[:, :, 0] * v, axis=2)
   else:
     sums = jnp.sum(weights * v[:, :, None], axis=3)
   # Joined with the projection that follows, both are slower.
   sums = _no_fuse(sums.astype(dtype))
-  if weights.shape[2] == 1:
-    return sums[:, None]
-  return jnp.swapaxes(sums, 1, 2)
-
-
-def _few(queries):
-  return queries < _FEWEST_QUERIES
+  return sums[:, None] if queries == 1 else jnp.swapaxes(sums, 1, 2)
 
 
 def _no_fuse(x: jax.Array) -> jax.Array:

@@ -22,10 +22,10 @@ class Fused:
   pieces = ("", "\n\nHu", "man: yes", "ok", "\n\n\nHuman:", "\n")
 
   def decode(self, ids):
-    return "".join(self.segment_ids[token] for token in ids)
+    return "".join(self.pieces[token] for token in ids)
 
   def decode_each(self):
-    return list(self.segment_ids)
+    return list(self.pieces)
 
 
 def followed(tokenizer, tokens):

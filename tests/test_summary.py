@@ -1,4 +1,4 @@
-"""The table of answers, against counts made by hand."""
+"""The table of responses, against counts made by hand."""
 
 import dataclasses
 

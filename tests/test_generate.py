@@ -1,4 +1,4 @@
-"""Files of answers: made, interrupted, gone on with, and refused."""
+"""Files of responses: made, interrupted, continued, and refused."""
 
 import dataclasses
 import json
@@ -174,16 +174,16 @@ def test_going_on_after_sigkill_gives_the_same_file(
   assert 1 < committed < 12
   assert not left.endswith(b"\n")
   entered = []
-  enter = decode.enter
+  insert = decode.insert
 
   def counting(program, state, prefix, source, *args):
     entered.extend(place for place in source.tolist() if place >= 0)
-    return enter(program, state, prefix, source, *args)
+    return insert(program, state, prefix, source, *args)
 
-  monkeypatch.setattr(decode, "enter", counting)
+  monkeypatch.setattr(decode, "insert", counting)
   generate_lib.run(world.build(), tmp_path)
   assert path.read_bytes() == whole.read_bytes()
-  # No answer that was there is generated again.
+  # No response that was there is generated again.
   assert len(entered) == 12 - committed
 
 
@@ -216,19 +216,19 @@ def test_a_signal_ends_sampling_and_whole_rows_are_kept(world, whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("over", "devices", "begun", "answered"),
+  ("over", "devices", "begun", "sampled"),
   [
-    # Each answers three of the six prompts, with as many devices as here: the
+    # Each responses three of the six prompts, with as many devices as here: the
     # same shapes, so the same roundings.
     ("process", "8", False, " 6/6 ["),
-    # Two answers are there, and a part of one: the first has five to give.
+    # Two responses are there, and a part of one: the first has five to give.
     pytest.param("process", "8", True, " 7/7 [", marks=pytest.mark.slow),
-    # Both answer all of them, with half of these devices each.
+    # Both response all of them, with half of these devices each.
     pytest.param("all", "4", True, " 12/12 [", marks=pytest.mark.slow),
   ],
 )
 def test_two_processes_write_what_one_writes(
-  world, whole, tmp_path, over, devices, begun, answered
+  world, whole, tmp_path, over, devices, begun, sampled
 ):
   directory = tmp_path / "run" / "responses"
   if begun:
@@ -270,9 +270,9 @@ def test_two_processes_write_what_one_writes(
   names = {path.name for path in directory.iterdir()}
   assert names == {"sft.jsonl", "sft.json"}
   # One speaks for both.
-  assert answered in said[0][1]
+  assert sampled in said[0][1]
   assert str(directory / "sft.jsonl") in said[0][0]
-  for text in ("answers", "sft.jsonl"):
+  for text in ("responses", "sft.jsonl"):
     assert text not in said[1][0] + said[1][1]
 
 
@@ -308,7 +308,7 @@ def test_rows_of_processes_that_were_killed_are_merged(
 def test_rows_of_other_weights_are_refused_where_another_process_wrote_them(
   world, whole, tmp_path
 ):
-  """Even where the first process had no answer yet."""
+  """Even where the first process had no response yet."""
   path = tmp_path / "responses" / "sft.jsonl"
   path.parent.mkdir()
   origin = json.loads(whole.with_suffix(".json").read_text())
@@ -325,7 +325,7 @@ def test_an_incomplete_file_is_not_merged(whole, tmp_path):
   path, part = tmp_path / "sft.jsonl", tmp_path / "sft@1.part"
   part.write_bytes(records.encode(rows[1]))
   file = response_files.File(path, {}, rows, dict(enumerate(rows[3:], 3)))
-  with pytest.raises(errors.Stopped, match="lacks 2 answers"):
+  with pytest.raises(errors.Stopped, match="lacks 2 responses"):
     response_files.merge(file)
   assert list(tmp_path.iterdir()) == [part]
 
@@ -379,7 +379,7 @@ def test_samples_of_a_prompt_differ(world, tmp_path):
 
 
 def test_best_of_n_is_a_few_lines(world, tmp_path):
-  """N different answers to each prompt, told apart by their ids."""
+  """N different responses to each prompt, with ids of their own."""
   values = sample_config.get_config("best-of-n").to_dict()
   (policy,) = values["policies"].values()
   assert (policy["temperatures"], values["samples_per_prompt"]) == ((1.0,), 16)
@@ -408,7 +408,7 @@ def test_best_of_n_is_a_few_lines(world, tmp_path):
   ]
 
 
-def test_empty_answers_and_turns_are_kept(world, tmp_path):
+def test_empty_responses_and_turns_are_kept(world, tmp_path):
   tok = scripted.small_tokenizer(tmp_path / "tokenizer")
   (colon,) = tok.encode(":")
   config, base = scripted.scripted(tok, [[colon, tok.eos_id]])
@@ -473,7 +473,7 @@ def test_refuses_to_mix_settings_in_one_file(world, whole, changes, message):
   assert whole.read_bytes() == before
 
 
-def test_goes_on_with_a_file_that_names_no_subset(world, whole, tmp_path):
+def test_continues_a_file_that_names_no_subset(world, whole, tmp_path):
   """Of a version that did not write it: what it lacks is filled in."""
   path = tmp_path / "responses" / "sft.jsonl"
   path.parent.mkdir()
@@ -552,14 +552,14 @@ def test_refuses_two_policies_of_one_file(world, tmp_path):
     # Of a prompt: base, SFT and DPO at four temperatures each, and a
     # checkpoint at two.
     ("paper", 17, 3 + 17, 3 * 4 + 17 * 2),
-    ("seed", 9, 3 + 9, 3 * 4 + 9 * 2),
+    ("dpo-replication", 9, 3 + 9, 3 * 4 + 9 * 2),
     ("best-of-n", 0, 1, 16),
   ],
 )
 def test_configs_ask_for_the_papers_experiments(
   world, tmp_path, monkeypatch, variant, steps, files, rows
 ):
-  """How many files there are, and how many answers to three prompts."""
+  """How many files there are, and how many responses to three prompts."""
   for step in range(steps):
     name = f"runs/dpo/adapters/step-{300 * (step + 1):06d}"
     (tmp_path / name).mkdir(parents=True)
@@ -576,7 +576,7 @@ def test_configs_ask_for_the_papers_experiments(
     for name in ("base", "sft", "dpo"):
       assert grids[name, None] == (0.25, 0.5, 0.75, 1.0)
     assert grids["dpo", 300 * steps] == (0.7, 1.0)
-  # Every answer of a file is one of its own.
+  # Every response of a file is one of its own.
   for own in asked:
     keys = {(one.stream, one.sample_id, one.temperature) for one in own}
     assert len(keys) == len(own)
