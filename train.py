@@ -1,4 +1,4 @@
-"""SFT or DPO; the same command goes on where it was stopped.
+"""SFT or DPO; the same command resumes where it stopped.
 
 python train.py --config=configs/dpo.py:pythia-2.8b --workdir=runs/dpo
 """

@@ -4,7 +4,7 @@ A step holds exactly `batch_size` items in data order under every layout, so
 that the layout changes the speed and never the numbers. A segment is what must
 stay contiguous: one sequence (prompt and response), or a pair
 `[prompt | chosen | rejected]` in which both responses see the prompt and
-neither sees the other; `attention.Segments` is the mask. `packing` gives each
+neither sees the other; `packing_mask` has the mask. `packing` gives each
 segment its row and offset; here tokens are copied, in a few array operations.
 
 Letters: M micro-batches, B rows, T tokens of a row, S shards of rows,
@@ -19,9 +19,9 @@ import numpy as np
 
 from dpo_jax.data import packing as packing_lib
 from dpo_jax.data import token_table
-from dpo_jax.model import attention
+from dpo_jax.model.attention import packing_mask
 
-PROMPT, CHOSEN, REJECTED = attention.PROMPT, 1, 2
+PROMPT, CHOSEN, REJECTED = packing_mask.PROMPT, 1, 2
 
 
 @jax.tree_util.register_dataclass

@@ -226,8 +226,8 @@ def describe_training(
     less = "more --config.microbatches"
     if program.name == "eval":
       less = "a lower --config.eval_batch_size"
-    mend = f"Try a greater --config.mesh.fsdp or .tensor, or {less}"
-    lines.append(_describe_program(program, chip, mend))
+    fix = f"Try a greater --config.mesh.fsdp or .tensor, or {less}"
+    lines.append(_describe_program(program, chip, fix))
   if chip is None:
     lines.append(
       f"no bound and no more rows: {device.device_kind!r} is not in"
@@ -291,20 +291,20 @@ def describe_sampling(
     f" GiB of weights and {_gib(found.cache)} GiB of {program.cache} KV"
     " cache a device",
   ]
-  mend = "Try fewer rows, --sampling with another file, or its mesh"
-  lines += [_describe_program(one, chip, mend) for one in found.programs]
+  fix = "Try fewer rows, --sampling with another file, or its mesh"
+  lines += [_describe_program(one, chip, fix) for one in found.programs]
   return "\n".join(lines)
 
 
 def _describe_program(
-  program: compile_training.Compiled, chip: hardware.Chip | None, mend: str
+  program: compile_training.Compiled, chip: hardware.Chip | None, fix: str
 ) -> str:
   memory, name = program.memory, program.name
   if not program.fits(chip):
     why = program.refusal
     if memory is not None:
       why = f"{_gib(memory.total)} of {_gib(chip.hbm_bytes)} GiB a device"
-    return f"{name}: DOES NOT FIT ({why}). {mend}"
+    return f"{name}: DOES NOT FIT ({why}). {fix}"
   available = f" of {_gib(chip.hbm_bytes)}" if chip else ""
   parts = ", ".join(
     f"{field.name} {_gib(getattr(memory, field.name))}"

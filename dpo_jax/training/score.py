@@ -127,7 +127,7 @@ def read_pairs(
     more = len(bad) - _LISTED
     listed = "".join(bad[:_LISTED]) + (f"\n  and {more} more" * (more > 0))
     raise ValueError(
-      f"{len(bad)} lines cannot be scored; mend or remove them:{listed}"
+      f"{len(bad)} lines cannot be scored; fix or remove them:{listed}"
     )
   if not rows:
     raise ValueError(f"pairs={path} holds no row")
@@ -179,7 +179,7 @@ def _tokenized(
     lost = [row.id for row in rows if row.id not in kept]
     raise ValueError(
       f"pairs={settings.pairs}: {len(lost)} pairs cannot be scored"
-      f" ({found.counts}), the first is {lost[0]}; mend or remove them"
+      f" ({found.counts}), the first is {lost[0]}; fix or remove them"
     )
   return found.table, found.cut
 

@@ -1,9 +1,7 @@
-"""Attention masks of packed rows, and attention by the name in the config.
+"""Attention by the name in the config.
 
-A row holds several segments: a sequence each, or a prompt with two responses
-that see the prompt and not each other. `Segments` has two numbers a token for
-this instead of a mask of T x T, so that an implementation can skip what is
-fully masked. Prefill passes the mask itself, as booleans, and is always
+Training passes `packing_mask.Segments`, from which an implementation can tell
+what is fully masked and skip it. Prefill passes a boolean mask and is always
 attended densely; decoding has an attention of its own (`decode`).
 
 Implementations; `check` refuses one that the devices cannot run:
@@ -18,7 +16,6 @@ Implementations; `check` refuses one that the devices cannot run:
 Letters: B rows, T queries, S keys, N heads, H head dim.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -29,38 +26,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dpo_jax.core import sharding
-from dpo_jax.model.attention import blockwise, flash
+from dpo_jax.model.attention import blockwise, flash, packing_mask
 
-PROMPT = 0
+Segments = packing_mask.Segments
 
 Name = Literal["dense", "blocks", "cudnn", "flash", "flash_interpreted"]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Segments:
-  """Segment and part of each token, which decide what sees what; int32 [B, T].
-
-  Attributes:
-    segment_ids: from 1; 0 is padding.
-    part_ids: PROMPT, or the number of a response in its segment.
-    block_pairs: for rows that segments cross, the pairs of rows that see each
-      other, see `blockwise`; None where segments are whole in their rows.
-  """
-
-  segment_ids: jax.Array
-  part_ids: jax.Array
-  block_pairs: jax.Array | None = None
-
-  def mask(self) -> jax.Array:
-    """bool [B, T, T]: same segment, causal, key in the prompt or own part."""
-    size = self.segment_ids.shape[-1]
-    causal = jnp.tril(jnp.ones((1, size, size), bool))
-    same_segment = self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
-    key_part, query_part = self.part_ids[:, None, :], self.part_ids[:, :, None]
-    visible = (key_part == PROMPT) | (key_part == query_part)
-    return causal & same_segment & visible & (self.segment_ids > 0)[:, None, :]
 
 
 def bind(name: Name, visible: jax.Array | Segments) -> Attend:
@@ -116,12 +87,12 @@ def check(
   hopper = float(getattr(device, "compute_capability", "8.0")) >= 9
   largest = 256 if name == "flash" or hopper else 128
   multiple = 8 if name == "cudnn" else 1
-  reason, mend = "", "model.attention=dense"
+  reason, fix = "", "model.attention=dense"
   if not runs[name]:
     reason = f"does not run on {device.platform} ({device.device_kind})"
   elif name == "cudnn" and dtype != "bfloat16":
     reason = f"computes in bfloat16, but model.dtype={dtype!r}"
-    mend = f"model.dtype=bfloat16 or {mend}"
+    fix = f"model.dtype=bfloat16 or {fix}"
   elif name == "cudnn" and row_length % 2:
     reason = f"needs an even data.row_length, not {row_length}"
   elif head_dim > largest or head_dim % multiple:
@@ -130,7 +101,7 @@ def check(
       f" {device.device_kind}, and the model has {head_dim}"
     )
   if reason:
-    raise ValueError(f"model.attention={name!r} {reason}; set {mend}")
+    raise ValueError(f"model.attention={name!r} {reason}; set {fix}")
 
 
 def dense(
