@@ -184,7 +184,7 @@ def as_exported(flags, kept: str) -> dict[str, np.ndarray]:
 
 def answer(flags) -> dict[str, np.ndarray]:
   """True reward of one answer of each export to each prompt, [seeds, n]."""
-  c = demo.responses()
+  c = demo.sampling()
   c.policies = {
     f"{kept}_{seed}": sample.policy(
       f"{kept}-{seed}",
