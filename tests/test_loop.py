@@ -89,6 +89,8 @@ def observed(config, tmp_path_factory):
     patch.setattr(metrics, "time", types.SimpleNamespace(perf_counter=now))
     patch.setattr(setup, "compile_ahead", slow(compile_ahead))
     patch.setattr(loop, "train", train_loop)
+    # As on an accelerator, where a step's call returns before it is computed.
+    patch.setattr(loop, "_is_synchronous", lambda: False)
     for owner, name in ((loop, "_evaluate"), (checkpoints.Checkpoints, "save")):
       patch.setattr(owner, name, slow(getattr(owner, name)))
     level = logger.level
@@ -121,6 +123,21 @@ def test_metrics_are_fetched_a_step_late(observed, whole):
   ]
   assert running.read(observed.workdir) == running.read(whole)
   assert running.weights(observed.workdir) == running.weights(whole)
+
+
+def test_a_cpu_fetches_at_once(config, tmp_path, monkeypatch):
+  """Where a step is computed at its call, a later fetch would time others."""
+  events = []
+  for owner, name, event in (
+    (checkpoints.Checkpoints, "check", "update"),
+    (loop.StepLog, "write", "fetch"),
+  ):
+    monkeypatch.setattr(owner, name, noted(event, getattr(owner, name), events))
+  train.run(
+    config(max_steps=4, eval_every=0, checkpoint_every=0), tmp_path / "r"
+  )
+  kinds = [event.split()[0] for event in events]
+  assert kinds[:8] == ["update", "fetch"] * 4
 
 
 def test_nothing_is_compiled_in_the_loop(observed):

@@ -177,7 +177,8 @@ def train(
     stop = watch.requested()
     evaluates, saves = due(number, eval_every), due(number, save_every)
     samples = sampler.due(number)
-    if not (number == 1 or evaluates or saves or samples or stop):
+    at_once = number == 1 or _is_synchronous()
+    if not (at_once or evaluates or saves or samples or stop):
       continue
     log.write(*pending)
     pending, evaluated = None, {}
@@ -192,6 +193,12 @@ def train(
       raise watch.interrupted(f"after step {number}, which is saved")
     log.restart_clock()
   return state
+
+
+def _is_synchronous() -> bool:
+  """Whether a step is computed when its call returns: nothing to wait for."""
+  dispatches = jax.config.read("jax_cpu_enable_async_dispatch")
+  return jax.default_backend() == "cpu" and not dispatches
 
 
 def _evaluate(
