@@ -95,7 +95,7 @@ def _run(
       finished = (workdir / "finished.json").exists()
       if finished and (late := rundir.beyond(changed, config_lib.FREE)):
         raise ValueError(
-          f"{workdir} is finished; these changes would have no effect:\n  "
+          f"{workdir} is finished, so these would have no effect:\n  "
           + "\n  ".join(late)
           + "\nuse another --workdir"
         )
