@@ -1,8 +1,8 @@
 """Report on a training run's data: python -m dpo_jax inspect_data --config=...
 
 Reads and tokenizes the data of a training config as the run would, and prints
-rows by reason of rejection, lengths, truncation, the fill of rows under each
-layout, and a few items as the model sees them:
+rows by reason of rejection, lengths, truncation, the fill of rows, and a few
+items as the model sees them:
 
   python -m dpo_jax inspect_data --config=configs/dpo.py:pythia-2.8b
 
@@ -12,61 +12,49 @@ name the part: [prompt], and with a loss [chosen] or [rejected].
 
 import dataclasses
 import pathlib
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from dpo_jax.cli import flags
-from dpo_jax.core import console, settings
-from dpo_jax.data import (
-  batch,
-  batch_shapes,
-  dataset,
-  loader,
-  packing,
-  token_table,
-)
+from dpo_jax.core import console, settings, sharding
+from dpo_jax.data import batch, dataset, token_table
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.training import config as config_lib
+from dpo_jax.training import input_pipeline
 
 _PERCENTILES = (5, 50, 90, 95, 99, 100)
 # Steps that are packed to measure the fill.
 _STEPS = 256
 
 
-def run(config: config_lib.TrainSettings, rows: int, shards: int) -> str:
-  """The report.
-
-  Args:
-    config: of a training run.
-    rows: items to show.
-    shards: data shards of the target mesh.
+def run(config: config_lib.TrainSettings, rows: int) -> str:
+  """The report, with so many items as `rows`.
 
   Raises:
-    ValueError: as in `dataset.prepare`.
+    ValueError: as in `input_pipeline.make`.
   """
-  if rows < 0 or shards < 1:
-    raise ValueError(
-      f"rows={rows} must be 0 or more, shards={shards} 1 or more"
-    )
+  if rows < 0:
+    raise ValueError(f"rows={rows} must be 0 or more")
   tokenizer = tokenizer_lib.load(config.tokenizer)
-  prepared = dataset.prepare(config.data, config.objective, tokenizer)
-  plan = prepared.schedule(
-    batch_size=config.batch_size, seed=config.seed, epochs=config.epochs
-  )
+  mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  pipeline = input_pipeline.make(config, tokenizer, mesh)
   parts = [
-    _heading(config, plan),
-    _counts(prepared),
-    _lengths(prepared),
-    _packing(config, prepared.train.table, plan, tokenizer.pad_id, shards),
-    _items(config, prepared.train.table, tokenizer, rows),
+    _heading(config, pipeline),
+    _counts(pipeline.items),
+    _lengths(pipeline.items),
+    _items(config, pipeline.items.train.table, tokenizer, rows),
   ]
   return "\n\n".join(part for part in parts if part)
 
 
-def _heading(config: config_lib.TrainSettings, plan: loader.Schedule) -> str:
+def _heading(
+  config: config_lib.TrainSettings, pipeline: input_pipeline.InputPipeline
+) -> str:
+  """Steps, sources, and how full rows are on one device."""
+  plan = pipeline.schedule
   lines = [
     f"{config.objective} on {', '.join(config.data.use)}, tokenization"
     f" {config.data.tokenization!r}: {plan.per_epoch} steps of"
@@ -77,6 +65,19 @@ def _heading(config: config_lib.TrainSettings, plan: loader.Schedule) -> str:
     lines.append(
       f"  {name}: {size} items, {share} in an epoch ({share / total:.1%})"
     )
+  packed = [
+    batch.pack(
+      pipeline.items.train.table.take(plan.items(step)), pipeline.train
+    )
+    for step in range(min(pipeline.steps, _STEPS))
+  ]
+  tokens = sum(counts.tokens for _, counts in packed)
+  slots = sum(counts.slots for _, counts in packed)
+  items = len(packed) * config.batch_size
+  lines.append(
+    f"  layout {config.data.layout!r}: {tokens / items:.1f} tokens and"
+    f" {slots / items:.1f} slots an item, rows {tokens / slots:.1%} full"
+  )
   return "\n".join(lines)
 
 
@@ -86,14 +87,11 @@ def _counts(prepared: dataset.Prepared) -> str:
   lines: list[Sequence[Any]] = [("", "train", "held out")]
   for name in sides[0]["sources"]:
     counts = [side["sources"][name]["counts"] for side in sides]
-    lines.append((name, "", ""))
+    lines.append((name,))
     for reason in dict.fromkeys(key for count in counts for key in count):
       lines.append((f"  {reason}", *(c.get(reason, 0) for c in counts)))
-    prints = [side["sources"][name]["fingerprint"] for side in sides]
-    lines.append(("  fingerprint", *prints))
   leaks = sides[1]["held-out prompts also trained on"]
   lines.append(("held-out prompts also trained on", "", leaks))
-  lines.append(("items' fingerprint", *(side["tokens"] for side in sides)))
   return "Rows by outcome\n" + _columns(lines)
 
 
@@ -121,63 +119,6 @@ def _lengths(prepared: dataset.Prepared) -> str:
       share = counts.get(reason, 0) / kept
       lines.append((f"  {reason}", f"{share:.1%}"))
   return "Tokens\n" + _columns(lines)
-
-
-def _packing(
-  config: config_lib.TrainSettings,
-  table: token_table.Table,
-  plan: loader.Schedule,
-  pad_id: int,
-  shards: int,
-) -> str:
-  """Tokens an item, fill, shapes and speed of each layout."""
-  steps = [plan.items(step) for step in range(min(plan.steps, _STEPS))]
-  layouts: list[packing.Layout] = ["padded", "packed"]
-  if table.parts == 3:
-    layouts.append("shared")
-  lines: list[Sequence[Any]] = [
-    ("layout", "tokens an item", "slots an item", "fill", "items/s", "rows")
-  ]
-  for layout in layouts:
-    how = packing.Packing(
-      layout=layout,
-      # A padded row holds one sequence.
-      row_length=config.data.max_length
-      if layout == "padded"
-      else config.row_length,
-      shards=shards,
-      microbatches=config.microbatches,
-      loss_on_prompt=config.data.loss_on_prompt,
-      pad_id=pad_id,
-      spans_rows=config.spans_rows and layout != "padded",
-    )
-    longest = packing.longest_segment(table, layout)
-    if longest > how.row_length and not how.spans_rows:
-      # Not the layout in use, which `dataset.prepare` has checked.
-      rows = f"a segment has {longest} > {how.row_length} tokens"
-      lines.append((layout, "-", "-", "-", "-", rows))
-      continue
-    how = batch_shapes.choose(table, how, steps, config.data.shapes)
-    tokens = slots = 0
-    started = time.perf_counter()
-    for indices in steps:
-      _, counts = batch.pack(table.take(indices), how)
-      tokens, slots = tokens + counts.tokens, slots + counts.slots
-    seconds = time.perf_counter() - started
-    items = len(steps) * config.batch_size
-    mark = " (in use)" if layout == config.data.layout else ""
-    lines.append(
-      (
-        layout + mark,
-        f"{tokens / items:.1f}",
-        f"{slots / items:.1f}",
-        f"{tokens / slots:.1%}",
-        f"{items / seconds:,.0f}",
-        f"{'/'.join(str(s.rows) for s in how.shapes)} x {how.row_length}",
-      )
-    )
-  note = f"over {len(steps)} steps, {shards} data shard(s), on this machine"
-  return f"Packing, {note}\n" + _columns(lines)
 
 
 def _items(
@@ -221,19 +162,12 @@ def _columns(lines: Iterable[Sequence[Any]]) -> str:
   )
 
 
-def main(
-  config: dict[str, Any], workdir: pathlib.Path, rows: int, shards: int
-) -> int:
+def main(config: dict[str, Any], workdir: pathlib.Path, rows: int) -> int:
   del workdir  # Nothing is written.
   built = settings.build(config_lib.TrainSettings, config)
-  console.result(run(built, rows, shards))
+  console.result(run(built, rows))
   return 0
 
 
 if __name__ == "__main__":
-  flags.run(
-    main,
-    example="configs/dpo.py",
-    rows=(3, "items to show"),
-    shards=(1, "data shards of the target mesh"),
-  )
+  flags.run(main, example="configs/dpo.py", rows=(3, "items to show"))
