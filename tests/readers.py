@@ -34,7 +34,7 @@ from dpo_jax.judging import batch_api, prompts, verdicts
 from dpo_jax.model import gpt_neox, hf
 from dpo_jax.report import report, verify
 from dpo_jax.sampling import response_files
-from dpo_jax.training import reference, score
+from dpo_jax.training import reference
 
 # An error names what is wrong; it does not repeat the file.
 LONGEST_MESSAGE = 10_000
@@ -303,10 +303,6 @@ def _pairs(kind, name="rows.jsonl"):
   return read
 
 
-def _score(files, data):
-  score.read_pairs(str(files.put("score.jsonl", data)), files.tokenizer)
-
-
 def _tensors(files, data):
   arrays, metadata = safetensors.read(files.put("a.safetensors", data))
   json.dumps(metadata)
@@ -476,7 +472,6 @@ READERS = {
   "shp": Reader("lines", _given(_lines(SHP, SHP)), _pairs("shp")),
   "stack exchange": Reader("lines", _given(_lines(SE, SE)), _pairs("se")),
   "tl;dr": Reader("lines", _given(_lines(TLDR, TLDR)), _pairs("tldr")),
-  "pairs to score": Reader("lines", lambda files: [b"".join(files.hh)], _score),
   "safetensors": Reader("tensors", _WEIGHTS, _tensors),
   "reference": Reader("tensors", _reference_file, _reference),
   "token cache": Reader("tensors", _token_file, _tokens),

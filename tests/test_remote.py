@@ -17,7 +17,6 @@ from dpo_jax.data import sources, tokenizer
 from dpo_jax.io import remote
 from dpo_jax.model import hf
 from dpo_jax.sampling import response_files
-from dpo_jax.training import score
 
 HERE = f"gs://{bucket_server.BUCKET}/files"
 
@@ -68,7 +67,6 @@ def test_models_tokenizers_and_data_are_those_of_the_files(bucket, tmp_path):
   assert len(hashes) == 1
   pairs = sources.read_file(f"{HERE}/train.jsonl")
   assert pairs.rows == sources.read_file(str(files / "train.jsonl")).rows
-  assert len(score.read_pairs(f"{HERE}/train.jsonl", words)) == 30
 
 
 def test_an_object_is_copied_again_only_when_it_changed(bucket):

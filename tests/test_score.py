@@ -1,6 +1,8 @@
 """Scores of real rows, against transformers, peft and torch."""
 
 import json
+import pathlib
+import re
 
 import numpy as np
 import peft
@@ -108,9 +110,8 @@ def test_scores_equal_torch_on_real_rows(models, rows, pairs, tmp_path):
   assert [row["id"] for row in out] == [row.id for row in rows]
   for row, given in zip(out, rows, strict=True):
     prompt = theirs(given.prompt)["input_ids"]
-    assert row["prompt_token_count"] == len(prompt)
-    assert row["cut"] is False
-    rewards = {}
+    assert (row["prompt_token_count"], row["cut"]) == (len(prompt), False)
+    wanted = {}
     for side in ("chosen", "rejected"):
       response = [*theirs(getattr(given, side))["input_ids"], 0]
       expected = torch_logps(policy, prompt, response)
@@ -118,17 +119,13 @@ def test_scores_equal_torch_on_real_rows(models, rows, pairs, tmp_path):
       np.testing.assert_allclose(
         row[f"{side}_token_logps"], expected, rtol=0, atol=TOLERANCE
       )
-      assert row[f"{side}_logps"] == pytest.approx(
-        expected.sum(), abs=TOLERANCE
-      )
-      other = torch_logps(reference, prompt, response)
-      rewards[side] = 0.3 * (expected.sum() - other.sum())
-      assert row[f"{side}_reward"] == pytest.approx(
-        rewards[side], abs=TOLERANCE
-      )
-    margin = rewards["chosen"] - rewards["rejected"]
-    assert row["margin"] == pytest.approx(margin, abs=TOLERANCE)
-    assert abs(margin) > 0.1
+      wanted[f"{side}_logps"] = expected.sum()
+      other = torch_logps(reference, prompt, response).sum()
+      wanted[f"{side}_reward"] = 0.3 * (expected.sum() - other)
+    wanted["margin"] = wanted["chosen_reward"] - wanted["rejected_reward"]
+    for name, value in wanted.items():
+      assert row[name] == pytest.approx(value, abs=TOLERANCE), name
+    assert abs(wanted["margin"]) > 0.1
 
 
 @PEFT_WARNS
@@ -210,32 +207,29 @@ def test_texts_are_tokenized_and_cut_by_the_rule_that_is_named(
   assert not all(cut)
 
 
-def test_bad_rows_are_named_before_the_model_is_read(models, pairs, tmp_path):
+def test_rows_that_cannot_be_scored_are_named(models, pairs, tmp_path):
   directory, _ = models["policy"]
-  lines = pairs.read_text().splitlines()
-  lines[2] = lines[2][:-5]
-  lines[4] = json.dumps(
-    {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " a"}
-  )
-  lines[5] = json.dumps({"prompt": "a", "chosen": " b", "rejected": 7})
-  lines[7] = json.dumps(
-    {"prompt": "a", "chosen": " b<|endoftext|>", "rejected": " c"}
-  )
-  pairs.write_text("\n".join(lines) + "\n")
-  # Weights that would be refused: they have not been looked at.
+  # Weights that would be refused: they are not looked at.
   empty = tmp_path / "model"
   tokenizer.load(directory).save(empty)
-  with pytest.raises(ValueError, match="4 lines") as error:
-    scored(tmp_path, pairs, f"--model={empty}")
-  text = str(error.value)
-  for number, cause in (
-    (3, ""),
-    (5, "'rejected' is missing"),
-    (6, "'rejected' is not a string"),
-    (8, "chosen holds the special token '<|endoftext|>'"),
+  (empty / "config.json").write_bytes(
+    pathlib.Path(directory, "config.json").read_bytes()
+  )
+  lines = pairs.read_text().splitlines()
+  special = {"prompt": "a", "chosen": " b<|endoftext|>", "rejected": " c"}
+  same = {"prompt": "a", "chosen": " b", "rejected": " b"}
+  for bad, said in (
+    (lines[2][:-5], f"{pairs}:3: not JSON"),
+    (
+      json.dumps({"prompt": "a", "chosen": " b", "rejected": 7}),
+      f"{pairs}:3: ",
+    ),
+    (json.dumps(special), "'holds a special token': 1"),
+    (json.dumps(same), "'quarantined: identical responses': 1"),
   ):
-    assert f"{pairs}:{number}: " in text
-    assert cause in text
+    pairs.write_text("\n".join([*lines[:2], bad, *lines[3:]]) + "\n")
+    with pytest.raises(ValueError, match=re.escape(said)):
+      scored(tmp_path, pairs, f"--model={empty}")
   assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -251,12 +245,11 @@ def test_settings_that_cannot_be_met_are_refused(
 
   refused("max_length=513 is more than the model's 512", "--max_length=513")
   refused("beta=0", "--beta=0")
-  refused("batch_size=0", "--batch_size=0")
   no_prompt_length = ("--tokenization=trl", "--max_prompt_length=9")
   refused("max_prompt_length=9 has no meaning in", *no_prompt_length)
   refused("out.jsonl cannot be written", f"--output={tmp_path}/no/out.jsonl")
   refused("other than the pairs", f"--output={pairs}")
-  refused("cannot be read", f"--pairs={tmp_path / 'none.jsonl'}")
+  refused("is neither a file", f"--pairs={tmp_path / 'none.jsonl'}")
   small = tmp_path / "small"
   tokenizer.train(["a b"], 260, small)
   config = json.loads((tmp_path / directory / "config.json").read_text())

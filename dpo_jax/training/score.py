@@ -34,18 +34,14 @@ import numpy as np
 
 from dpo_jax.core import console, redaction, sharding
 from dpo_jax.core import settings as settings_lib
-from dpo_jax.data import packing, preferences, token_table, tokenization
+from dpo_jax.data import packing, sources, token_table, tokenization
 from dpo_jax.data import tokenizer as tokenizer_lib
-from dpo_jax.data.sources import files
 from dpo_jax.io import atomic, remote
 from dpo_jax.model import hf
 from dpo_jax.training import reference as reference_lib
 
 # Row lengths are multiples of this, so that similar lengths share a shape.
 _ROW_MULTIPLE = 64
-
-# Bad lines that an error lists.
-_LISTED = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +71,8 @@ def run(settings: ScoreSettings) -> list[dict[str, Any]]:
   """Scores every pair, writes the output file, and returns its rows.
 
   Raises:
-    ValueError: a line is no comparison (file and line are named), holds a
-      special token, or a setting does not fit the model; all before weights
-      are read.
+    ValueError: a row cannot be scored, or a setting does not fit the model; all
+      before weights are read.
   """
   remote.refuse_address("output", settings.output)
   output = pathlib.Path(settings.output)
@@ -86,8 +81,7 @@ def run(settings: ScoreSettings) -> list[dict[str, Any]]:
   if output.resolve() == pathlib.Path(settings.pairs).resolve():
     raise ValueError(f"output={output} must be a file other than the pairs")
   tokenizer = tokenizer_lib.load(settings.tokenizer or settings.model)
-  rows = read_pairs(settings.pairs, tokenizer)
-  pairs, cut = _tokenized(settings, tokenizer, rows)
+  pairs, cut = _tokenized(settings, tokenizer)
   mesh = sharding.make_mesh(-1, settings.fsdp, settings.tensor)
   policy, reference = _token_logps(settings, mesh, pairs)
   scored = [
@@ -99,49 +93,14 @@ def run(settings: ScoreSettings) -> list[dict[str, Any]]:
   return scored
 
 
-def read_pairs(
-  path: str, tokenizer: tokenizer_lib.Tokenizer
-) -> list[preferences.Comparison]:
-  """All comparisons of a file.
-
-  Raises:
-    ValueError: lines that cannot be scored, each with file, number and cause.
-  """
-  rows, bad = [], []
-  try:
-    local = remote.fetch_objects(path, ()) if remote.is_address(path) else path
-    for where, raw in files.rows(pathlib.Path(local), {}):
-      try:
-        if isinstance(raw, ValueError):
-          raise raw
-        row = preferences.parse(raw)
-        for name in ("prompt", "chosen", "rejected"):
-          if special := tokenizer.special_in(getattr(row, name)):
-            raise ValueError(f"{name} holds the special token {special!r}")
-        rows.append(row)
-      except ValueError as error:
-        bad.append(f"\n  {where}: {error}")
-  except OSError as error:
-    raise ValueError(f"pairs={path} cannot be read: {error}") from error
-  if bad:
-    more = len(bad) - _LISTED
-    listed = "".join(bad[:_LISTED]) + (f"\n  and {more} more" * (more > 0))
-    raise ValueError(
-      f"{len(bad)} lines cannot be scored; fix or remove them:{listed}"
-    )
-  if not rows:
-    raise ValueError(f"pairs={path} holds no row")
-  return rows
-
-
 def _tokenized(
-  settings, tokenizer, rows
+  settings: ScoreSettings, tokenizer: tokenizer_lib.Tokenizer
 ) -> tuple[token_table.Table, np.ndarray]:
   """A table of the pairs in order, and which of them were cut, bool [N].
 
   Raises:
     ValueError: tokenizer or lengths do not fit the model or its reference, or
-      a pair cannot be scored.
+      a row cannot be scored.
   """
   sizes = [hf.read_config(settings.model)]
   if settings.reference:
@@ -167,19 +126,20 @@ def _tokenized(
       f"max_length={max_length} is more than the model's {room} positions"
     )
   half = 0 if settings.tokenization == "trl" else max_length // 2
+  loaded = sources.read_file(settings.pairs)
   found = tokenization.tokenize(
     tokenizer,
-    rows,
+    loaded.rows,
     rules=settings.tokenization,
     max_length=max_length,
     max_prompt_length=settings.max_prompt_length or half,
   )
-  if len(found.table) < len(rows):
-    kept = set(found.table.ids)
-    lost = [row.id for row in rows if row.id not in kept]
+  kept = set(found.table.ids)
+  lost = [row.id for row in loaded.rows if row.id not in kept]
+  if len(found.table) < loaded.counts["read"]:
     raise ValueError(
-      f"pairs={settings.pairs}: {len(lost)} pairs cannot be scored"
-      f" ({found.counts}), the first is {lost[0]}; fix or remove them"
+      f"pairs={settings.pairs}: rows cannot be scored, fix or remove them:"
+      f" {loaded.counts}, {found.counts}; ids {lost[:20]}"
     )
   return found.table, found.cut
 
