@@ -17,7 +17,7 @@ from benchmarks import gpu_case
 from dpo_jax.core import sharding
 from dpo_jax.data import batch as batch_lib
 from dpo_jax.data import batch_shapes, loader, packing, token_table
-from dpo_jax.model import flops, gpt_neox
+from dpo_jax.model import attention, flops, gpt_neox
 from dpo_jax.training import config, optimizer, reference, setup, step
 
 # Updates left out of the times.
@@ -32,14 +32,22 @@ def measure(flags: argparse.Namespace) -> dict:
   """
   run = gpu_case.config(flags, flags.attention)
   shape, mesh = gpu_case.shape_of(flags, run), gpu_case.alone()
-  setup.check_attention(run, shape, mesh)
+  attention.check(
+    shape.attention,
+    mesh.devices.flat[0],
+    dtype=shape.dtype,
+    head_dim=shape.head_dim,
+    row_length=run.row_length,
+  )
   table = gpu_case.pairs(flags.steps * run.batch_size, shape.vocab_size)
   base, _ = gpu_case.weights(run, shape)
   ready = packed(flags, run, shape, table, base)
   tx = optimizer.make(run.optimizer, flags.steps, step.trainable(shape))
   start = jax.jit(setup.initial_state(shape, tx), donate_argnums=0)
   state = start(base, jax.random.key(1))
-  update, _ = setup.jit_steps(run, shape, tx, state, mesh)
+  update, _ = setup.jit_steps(
+    shape, run.step_objective(), run.eval_batch_size, tx, run.seed, state, mesh
+  )
   seconds, losses = [], []
   with jax.set_mesh(mesh):
     # Each shape is compiled before the clock starts.

@@ -47,13 +47,6 @@ def training() -> config_dict.ConfigDict:
   c.checkpoint_every = 300
   # Keep this many of the newest checkpoints; 0: all.
   c.keep_checkpoints = 2
-  # Also keep steps that are multiples of this; 0: off.
-  c.keep_every = 0
-  # Also keep this many with the best `best_metric`; 0: off.
-  c.keep_best = 0
-  # "eval_loss" or "eval_mean_token_accuracy"; for DPO also
-  # "eval_rewards/accuracies" and "eval_rewards/margins".
-  c.best_metric = "eval_loss"
   # "gs://bucket/path" (extra `gcs`), for this run alone: each checkpoint is
   # uploaded with the run's records, and the model at the end. On a new machine
   # the same command resumes from there. A failed upload stops nothing and is
@@ -69,9 +62,6 @@ def training() -> config_dict.ConfigDict:
   # Directory of those log-probs, shared by runs with the same pairs and
   # reference; "" is the run's own.
   c.reference_cache = ""
-  # Directory of compiled programs, so that a run starts faster the next time;
-  # "" keeps none. JAX_COMPILATION_CACHE_DIR takes precedence.
-  c.compilation_cache = "~/.cache/dpo_jax/xla"
   # Seconds after SIGTERM, SIGINT or SIGHUP within which a run saves and stops
   # by itself, before it is ended. A Spot VM is gone after 30.
   c.grace_s = 25.0
@@ -122,11 +112,6 @@ def samples() -> config_dict.ConfigDict:
   c.every = 100
   # 0 is greedy.
   c.temperature = 1.0
-  # Sample among the k likeliest tokens; 0 is off.
-  c.top_k = 0
-  # Sample among the likeliest tokens that together reach this probability; 1.0
-  # is off.
-  c.top_p = 1.0
   # Most tokens of a response, EOS included.
   c.max_new_tokens = 128
   # A longer prompt keeps its last tokens.

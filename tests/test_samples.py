@@ -1,10 +1,7 @@
 """Responses during training: the policy's own, and without effect on it."""
 
-import contextlib
-import csv
 import dataclasses
 import itertools
-import json
 import os
 import signal
 
@@ -12,10 +9,10 @@ import jax
 import pytest
 import running
 
-from dpo_jax.data import preferences, sources, tokenizer
-from dpo_jax.io import metrics, records
+from dpo_jax.data import sources, tokenizer
+from dpo_jax.io import records
 from dpo_jax.model import hf
-from dpo_jax.sampling import decode, jobs
+from dpo_jax.sampling import decode
 from dpo_jax.sampling import sampler as sampler_lib
 from dpo_jax.training import eval_samples, train
 
@@ -29,37 +26,26 @@ ASKED = {
 }
 
 
-@contextlib.contextmanager
-def compiled():
-  """The names of the programs that are compiled meanwhile, in order."""
-  names = []
-
-  def listen(event, seconds, **about):
-    if event == "/jax/core/compile/backend_compile_duration":
-      names.append(about["fun_name"])
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  try:
-    yield names
-  finally:
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 @pytest.fixture(scope="module")
 def programs():
-  """What the run of `sampled` compiled."""
+  """The names of the programs that the run of `sampled` compiled."""
   return []
 
 
 @pytest.fixture(scope="module")
 def sampled(config, programs, tmp_path_factory):
   """An uninterrupted run with samples."""
+
+  def listen(event, seconds, **about):
+    if event == "/jax/core/compile/backend_compile_duration":
+      programs.append(about["fun_name"])
+
   workdir = tmp_path_factory.mktemp("sampled") / "run"
-  with compiled() as names:
-    train.run(
-      config(**ASKED, **{"trackers.use": ["csv", "tensorboard"]}), workdir
-    )
-  programs += names
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    train.run(config(**ASKED), workdir)
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
   return workdir
 
 
@@ -84,36 +70,7 @@ def test_the_first_prompts_are_answered_at_every_interval(sampled, run_files):
   assert all(a != b for a, b in itertools.pairwise(logps))
 
 
-def generated(config, base, lora, run_files, wanted):
-  """The rows with the answers of weights that were read from run_files."""
-  words = tokenizer.load(run_files / "tokenizer")
-  requests = [
-    sampler_lib.Request(
-      tuple(words.encode(row.prompt)[-16:]),
-      sampler_lib.stream(row.prompt_id),
-      0,
-      0.7,
-      0,
-      1.0,
-      6,
-    )
-    for row in wanted
-  ]
-  engine = sampler_lib.Engine(8, 64, 4096, 32, 0, "float32", 1.0, 5)
-  made = {}
-  for ended in sampler_lib.generate(
-    config, base, lora, words, requests, engine
-  ):
-    made |= dict(ended)
-  return [
-    dataclasses.replace(
-      row, response=made[at].text, token_count=len(made[at].tokens)
-    )
-    for at, row in enumerate(wanted)
-  ]
-
-
-def test_the_answers_are_the_policys(sampled, run_files):
+def test_the_responses_are_the_policys(sampled, run_files):
   """With its adapters, unmerged, as they were at that step."""
   shape, base = hf.load(
     run_files / "model",
@@ -122,15 +79,38 @@ def test_the_answers_are_the_policys(sampled, run_files):
     lora=None,
     param_dtype="float32",
   )
-  found = rows(sampled)
-  for step in (0, 6, 7):
-    own = [row for row in found if row.step == step]
+  words = tokenizer.load(run_files / "tokenizer")
+  engine = sampler_lib.Engine(8, 64, 4096, 32, 0, "float32", 1.0, 5)
+  for step in (0, 7):
+    own = [row for row in rows(sampled) if row.step == step]
     adapted, lora = shape, None
     if step:
       path = sampled / "adapters" / f"step-{step:06d}"
       adapter, lora = hf.load_adapter(path, shape, base)
       adapted = dataclasses.replace(shape, lora=adapter)
-    assert generated(adapted, base, lora, run_files, own) == own
+    requests = [
+      sampler_lib.Request(
+        tuple(words.encode(row.prompt)[-16:]),
+        sampler_lib.stream(row.prompt_id),
+        0,
+        0.7,
+        0,
+        1.0,
+        6,
+      )
+      for row in own
+    ]
+    found = dict(
+      itertools.chain.from_iterable(
+        sampler_lib.generate(adapted, base, lora, words, requests, engine)
+      )
+    )
+    for index, row in enumerate(own):
+      sample = found[index]
+      assert (row.response, row.token_count) == (
+        sample.text,
+        len(sample.tokens),
+      )
 
 
 def test_training_is_what_it_is_without_them(sampled, programs, whole):
@@ -143,26 +123,6 @@ def test_training_is_what_it_is_without_them(sampled, programs, whole):
   assert not (whole / eval_samples.FILE).exists()
   assert running.read(sampled) == running.read(whole)
   assert running.weights(sampled) == running.weights(whole)
-
-
-def test_trackers_get_metrics_manifest_and_tables(sampled):
-  wanted = metrics.read(sampled / metrics.FILE)
-  with (sampled / "metrics.csv").open(newline="") as file:
-    found = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
-  assert found == [row["loss"] for row in wanted if "loss" in row]
-  (events,) = (sampled / "tensorboard").iterdir()
-  manifest = json.loads((sampled / "manifest.json").read_text())
-  assert manifest["data"]["train"]["tokens"].encode() in events.read_bytes()
-  for step in (0, 3, 6, 7):
-    path = sampled / "tables" / f"samples-{step:06d}.csv"
-    with path.open(newline="") as file:
-      head, *lines = csv.reader(file)
-    assert tuple(head) == eval_samples.COLUMNS
-    own = [row for row in rows(sampled) if row.step == step]
-    assert [line[:4] for line in lines] == [
-      [row.prompt, row.response, row.chosen, str(row.token_count)]
-      for row in own
-    ]
 
 
 # --- going on
@@ -226,11 +186,9 @@ def test_what_a_run_that_goes_on_finds(
   lines = (sampled / eval_samples.FILE).read_bytes().splitlines(keepends=True)
   path = tmp_path / eval_samples.FILE
   path.write_bytes(b"".join(lines[:left]) + b"".join(lines[left:])[:40])
-  prompts = [
-    jobs.Prompt(preferences.Comparison(row.prompt_id, "", "", ""), (2,), 0)
-    for row in rows(sampled)[:3]
-  ]
-  assert eval_samples.trim(path, tuple(prompts), start) is there
+  own = [dataclasses.replace(row, step=None) for row in rows(sampled)[:3]]
+  found = eval_samples.Sampler(path, tuple(own), *[None] * 7)
+  assert found._trim(start) is there
   assert path.read_bytes() == b"".join(lines[:kept])
 
 
@@ -260,9 +218,6 @@ def test_stopped_between_two_answers(sampled, config, tmp_path, monkeypatch):
   ).read_bytes()
 
 
-# --- refused
-
-
 def test_lengths_that_the_model_does_not_have_are_refused(config, tmp_path):
   long = ASKED | {"samples.max_prompt_tokens": 59}
   with pytest.raises(ValueError, match="pass the model's 64 positions"):
@@ -272,53 +227,39 @@ def test_lengths_that_the_model_does_not_have_are_refused(config, tmp_path):
   assert not (tmp_path / "run" / eval_samples.FILE).exists()
 
 
-# --- what is shared
-
-
-def pointers(tree):
-  return [
-    shard.data.unsafe_buffer_pointer()
-    for leaf in jax.tree.leaves(tree)
-    for shard in leaf.addressable_shards
-  ]
-
-
 def test_the_weights_are_those_of_the_step(config, tmp_path, monkeypatch):
-  """The very buffers, on the training mesh, and no other of their shapes."""
-  changes = ASKED | {"max_steps": 3}
-  write = eval_samples.Sampler.write
-  advance, prefill = decode.advance, decode.prefill
-  trained, used, alive = [], [], []
+  """The very buffers of the training mesh."""
 
-  def kernels(tree):
-    shapes = {leaf.shape for leaf in jax.tree.leaves(tree)}
-    return sum(leaf.shape in shapes for leaf in jax.live_arrays())
+  def pointers(tree):
+    return [
+      shard.data.unsafe_buffer_pointer()
+      for leaf in jax.tree.leaves(tree)
+      for shard in leaf.addressable_shards
+    ]
 
-  def writing(self, step, params, *arguments):
+  write, prefill, advance = (
+    eval_samples.Sampler.write,
+    decode.prefill,
+    decode.advance,
+  )
+  trained, used = [], []
+
+  def writing(self, step, params, watch):
     trained.append(pointers(params["base"]))
-    alive.append([kernels(params["base"])])
-    done = write(self, step, params, *arguments)
-    alive[-1].append(kernels(params["base"]))
-    return done
+    return write(self, step, params, watch)
 
-  def reading(program, base, lora, *arguments):
+  def reading(program, base, *arguments):
     used.append(pointers(base) == trained[-1])
-    return prefill(program, base, lora, *arguments)
+    return prefill(program, base, *arguments)
 
-  def advancing(program, slots, base, lora, *arguments):
+  def advancing(program, slots, base, *arguments):
     used.append(pointers(base) == trained[-1])
-    state = advance(program, slots, base, lora, *arguments)
-    jax.block_until_ready(state)
-    alive[-1].append(kernels(base))
-    return state
+    return advance(program, slots, base, *arguments)
 
   monkeypatch.setattr(eval_samples.Sampler, "write", writing)
   monkeypatch.setattr(decode, "prefill", reading)
   monkeypatch.setattr(decode, "advance", advancing)
-  train.run(config(**changes), tmp_path / "run")
+  train.run(config(**ASKED, max_steps=3), tmp_path / "run")
   # Before the first step, and after the third, the last.
   assert len(trained) == 2
   assert used == [True] * 4
-  for counts in alive:
-    assert len(counts) == 3
-    assert len(set(counts)) == 1

@@ -184,22 +184,15 @@ def test_a_precomputed_reference_gives_the_same_run_and_is_never_stale(
   train_lib.run(config(**cache, **other, max_steps=1), tmp_path / "other")
   for path in (tmp_path / "r").iterdir():
     assert path.stat().st_mtime_ns == kept[path.name].st_mtime_ns
-  # Another precision, other pairs and other weights do not: here one row of the
-  # embedding that no item reads.
+  # Other weights do not: here one row of the embedding that no item reads.
   base = tiny.weights(running.SHAPE)
   kernel = base["embed"]["kernel"].at[-1].mul(2.0)
   words = tokenizer.load(run_files / "tokenizer")
   changed = base | {"embed": {"kernel": kernel}}
   hf.export(tmp_path / "model", running.SHAPE, changed, words)
-  for changes, name in (
-    ({"model.dtype": "bfloat16"}, "dtype"),
-    ({"data.max_train": 29}, "data"),
-    ({"model.path": str(tmp_path / "model")}, "model"),
-  ):
-    with pytest.raises(
-      ValueError, match=rf"made with {name}=.*delete train\.safe"
-    ):
-      train_lib.run(config(**cache, **changes), tmp_path / f"run-{name}")
+  other = config(**cache, **{"model.path": str(tmp_path / "model")})
+  with pytest.raises(ValueError, match=r"made with model=.*delete train\.safe"):
+    train_lib.run(other, tmp_path / "run-of-other")
 
 
 def test_a_policy_that_is_not_its_reference_is_not_trained(
@@ -363,13 +356,7 @@ def test_wrong_input_is_refused_before_the_model_is_read(
   ("changes", "words"),
   [
     ({"batch_size": 5}, "batch_size=5 must be a multiple of microbatches=2"),
-    ({"batch_size": 0}, "batch_size=0"),
-    ({"epochs": 0}, "epochs=0"),
-    ({"seed": 2**32}, r"seed=4294967296 must be in \[0, 2\*\*32\)"),
-    ({"eval_every": -1}, "eval_every=-1"),
     ({"lora.rank": 0}, "export_adapters=True needs adapters"),
-    ({"lora.rank": -1}, "lora.rank=-1 must not be negative"),
-    ({"lora.dropout": 1.0}, "lora.dropout=1.0"),
     ({"lora.targets": ["qkv"]}, "lora.targets"),
     (
       {
@@ -379,33 +366,12 @@ def test_wrong_input_is_refused_before_the_model_is_read(
       },
       "updates need float32 weights",
     ),
-    ({"model.dtype": "float16"}, "config.model.dtype='float16'"),
-    ({"objective": "ppo"}, "config.objective='ppo'"),
-    ({"guards.not_finite": "ignore"}, "guards.not_finite='ignore'"),
-    ({"guards.max_skipped": -1}, "guards.max_skipped=-1 must not be negative"),
-    (
-      {"best_metric": "eval_reward"},
-      "best_metric='eval_reward' must be one of",
-    ),
-    (
-      {"best_metric": "eval_rewards/margins", "objective": "sft"},
-      "rewards for objective='dpo' alone",
-    ),
-    ({"samples.top_p": 0.0}, r"samples.top_p=0.0 must be in \(0, 1\]"),
     ({"trackers.use": ["tensorbord"]}, r"use\[0\]='tensorbord' must be one of"),
   ],
 )
 def test_settings_that_make_no_sense_are_refused(config, changes, words):
   with pytest.raises(ValueError, match=words):
     config(**changes)
-
-
-def test_the_best_checkpoint_has_the_lowest_loss_or_the_highest_accuracy(
-  config,
-):
-  assert config(best_metric="eval_loss").retention().best_is == "lowest"
-  best = config(best_metric="eval_rewards/accuracies").retention().best_is
-  assert best == "highest"
 
 
 def test_a_model_that_does_not_fit_is_refused(config, tmp_path):

@@ -28,7 +28,7 @@ from dpo_jax.io import bucket as bucket_lib
 from dpo_jax.io import checkpoint, step_files, strict_json, upload
 from dpo_jax.training import train
 
-KEEP = step_files.Retention(1, 0, 0, "eval_loss", "lowest")
+KEEP = 1
 OF_MANIFEST = re.compile(r"/(\d{6}|finished)\.json$")
 
 
@@ -133,13 +133,13 @@ def assert_nothing_is_left_over(address):
 # --- the uploader alone
 
 
-def make_step(workdir, step, content=b"weights", metrics=None):
+def make_step(workdir, step, content=b"weights"):
   file = workdir / "checkpoints" / str(step) / "d" / "weights"
   file.parent.mkdir(parents=True)
   file.write_bytes(content)
   (workdir / "config.json").write_text("{}")
   (workdir / "metrics.jsonl").write_text("row\n" * step)
-  step_files.complete(workdir / "checkpoints", step, metrics or {})
+  step_files.complete(workdir / "checkpoints", step)
 
 
 def make_finished(workdir, step):
@@ -168,8 +168,7 @@ UPLOADS = """
 import pathlib, sys
 from dpo_jax.io import step_files, upload
 address, workdir = sys.argv[1], pathlib.Path(sys.argv[2])
-retention = step_files.Retention(1, 0, 0, "eval_loss", "lowest")
-with upload.Uploader(address, workdir, retention) as uploader:
+with upload.Uploader(address, workdir, 1) as uploader:
   steps = step_files.steps(workdir / "checkpoints")
   if not steps:
     uploader.fetch({}, ())
@@ -520,7 +519,7 @@ def test_a_run_is_listed_verified_and_fetched(kept, whole, capsys):
   printed = capsys.readouterr().out.splitlines()
   names = ["step 2", "step 4", "step 6", "step 7", "finished at step 7"]
   assert [line.partition(":")[0] for line in printed] == names
-  assert "eval_loss" in printed[2]
+  assert "bytes" in printed[2]
   assert checkpoint.main(["verify", address]) == 0
   assert checkpoint.main(["fetch", address, str(workdir)]) == 0
   assert_same(workdir, whole)
@@ -539,19 +538,17 @@ def test_a_run_is_listed_verified_and_fetched(kept, whole, capsys):
 
 
 def test_retention_by_hand(memory, tmp_path):
-  """Steps that no rule keeps go, and objects of no manifest but newer ones."""
+  """Older steps go, and objects of no manifest but newer ones."""
   bucket = bucket_lib.connect(memory)
-  retention = step_files.Retention(1, 2, 1, "eval_loss", "lowest")
   for folder in ("000001-aaaaaaaaaaaa", "000009-aaaaaaaaaaaa"):
     bucket.pipe_file(f"{folder}/cut", b"of an upload that was cut")
   seen = []
-  with upload.Uploader(memory, tmp_path, retention) as uploader:
+  with upload.Uploader(memory, tmp_path, 2) as uploader:
     for step in range(1, 6):
-      make_step(tmp_path, step, metrics={"eval_loss": abs(step - 3)})
+      make_step(tmp_path, step)
       push(uploader, step)
       seen.append([*look(memory).steps])
-  # The last, those that 2 divides, and the best, which is 1, 2, then 3.
-  assert seen == [[1], [2], [2, 3], [2, 3, 4], [2, 3, 4, 5]]
+  assert seen == [[1], [1, 2], [2, 3], [3, 4], [4, 5]]
   there = look(memory)
   live = {f"{m.folder}/{x}" for m in there.manifests.values() for x in m.files}
   spared = {"000009-aaaaaaaaaaaa/cut"}
@@ -562,18 +559,6 @@ def test_retention_by_hand(memory, tmp_path):
   assert (again / name).read_bytes() == (tmp_path / name).read_bytes()
   assert (again / "metrics.jsonl").read_text() == "row\n" * 4
   assert step_files.problem(again / "checkpoints", 4) == ""
-
-
-def test_an_evaluation_after_the_upload_counts(memory, tmp_path):
-  retention = step_files.Retention(1, 0, 1, "eval_loss", "lowest")
-  with upload.Uploader(memory, tmp_path, retention) as uploader:
-    make_step(tmp_path, 1)
-    push(uploader, 1)
-    step_files.note(tmp_path / "checkpoints", 1, {"eval_loss": 0.5})
-    for step in (2, 3):
-      make_step(tmp_path, step, metrics={"eval_loss": 0.7})
-      push(uploader, step)
-  assert [*look(memory).steps] == [1, 3]
 
 
 def test_a_step_on_its_way_stays_on_the_disk(gcs, address, tmp_path):
@@ -597,14 +582,13 @@ def test_a_step_on_its_way_stays_on_the_disk(gcs, address, tmp_path):
 def test_a_second_writer_of_a_step_is_refused(memory, tmp_path, caplog):
   """Both go on; the first's step stays, and the second's end says so."""
   first, second = tmp_path / "first", tmp_path / "second"
-  keep_all = step_files.Retention(0, 0, 0, "eval_loss", "lowest")
   with contextlib.ExitStack() as stack:
     for workdir in (first, second):
       for step in (1, 2, 3):
         make_step(workdir, step, str(workdir).encode())
       make_finished(workdir, 3)
     runs = [
-      stack.enter_context(upload.Uploader(memory, workdir, keep_all))
+      stack.enter_context(upload.Uploader(memory, workdir, 0))
       for workdir in (first, second)
     ]
     # The last was seen there before it was tried.
@@ -656,9 +640,7 @@ def test_a_manifest_cannot_name_a_file_elsewhere(memory, name):
   files = {name: step_files.File(0, "")}
   bucket = bucket_lib.connect(memory)
   for folder in ("000001-aaaaaaaaaaaa", name):
-    manifest = step_files.Manifest(
-      1, {}, files if folder != name else {}, folder
-    )
+    manifest = step_files.Manifest(1, files if folder != name else {}, folder)
     bucket.pipe_file("000001.json", step_files.encode(manifest))
     there = look(memory)
     assert not there.manifests

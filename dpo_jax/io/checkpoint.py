@@ -1,12 +1,11 @@
 """A run's checkpoints: python -m dpo_jax checkpoint COMMAND PLACE [DIR].
 
 PLACE is a run's directory, its checkpoints/, or an address that a run had as
-checkpoint_bucket. `list` prints each step with its size and evaluation.
-`verify` compares every file with its hash and fails if one differs. `fetch`
-makes DIR what the run's directory was at the newest whole step of an address,
-with the final model if the run is finished. Nothing is written to a bucket.
-Exit codes: 0 all whole; 1 a step is not; 2 there is nothing, or it cannot be
-read.
+checkpoint_bucket. `list` prints each step with its size. `verify` compares
+every file with its hash and fails if one differs. `fetch` makes DIR what the
+run's directory was at the newest whole step of an address, with the final model
+if the run is finished. Nothing is written to a bucket. Exit codes: 0 all whole;
+1 a step is not; 2 there is nothing, or it cannot be read.
 """
 
 import argparse
@@ -56,8 +55,7 @@ def _print(found: Iterator[Any], verify: bool) -> int:
     said, step = problem or "whole", manifest and manifest.step
     code |= bool(problem)
     if manifest and not verify:
-      values = [f"{k} {value:.6g}" for k, value in manifest.metrics.items()]
-      said = ", ".join([f"{manifest.bytes:,} bytes", *values])
+      said = f"{manifest.bytes:,} bytes"
     console.result(f"{name}: {said}", step=step)
   return code
 

@@ -1,4 +1,4 @@
-"""Checkpoint directories of a run: manifests, verification and retention.
+"""Checkpoint directories of a run: manifests, verification and deletion.
 
 A step is a directory named by its number. Its manifest.json, written last,
 holds the size and SHA-256 of every other file, and its own SHA-256. A step
@@ -11,11 +11,10 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import pathlib
 import shutil
 from collections.abc import Set
-from typing import Any, Literal
+from typing import Any
 
 from dpo_jax.core import settings
 from dpo_jax.io import atomic, hashing, strict_json
@@ -26,7 +25,7 @@ _DELETING = ".deleting"
 _REJECTED = ".rejected"
 # Orbax's name for a step that it is still writing.
 _WRITING = ".orbax-checkpoint-tmp"
-_FORMAT = 3
+_FORMAT = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,48 +40,17 @@ class Manifest:
 
   Attributes:
     step: number of updates.
-    metrics: of the evaluation at the step, for retention.
     files: by their paths in the folder.
     folder: name of the folder in a bucket (see `bucket`), "" on a disk.
   """
 
   step: int
-  metrics: dict[str, float]
   files: dict[str, File]
   folder: str = ""
 
   @property
   def bytes(self) -> int:
     return sum(file.bytes for file in self.files.values())
-
-
-@dataclasses.dataclass(frozen=True)
-class Retention:
-  """Which steps are kept: those that any rule keeps.
-
-  The rules are the `newest` steps (0: all), multiples of `every` (0: none), and
-  the `best` steps by an evaluation's `metric`; of equals the earlier is better,
-  and steps where it is missing or not finite are not among the best.
-  """
-
-  newest: int
-  every: int
-  best: int
-  metric: str
-  best_is: Literal["lowest", "highest"]
-
-  def kept(self, found: dict[int, dict[str, float]]) -> set[int]:
-    """The steps to keep, of steps with their metrics."""
-    kept = set(sorted(found)[-self.newest :])
-    if self.every:
-      kept |= {step for step in found if step % self.every == 0}
-    sign = 1 if self.best_is == "lowest" else -1
-    ranked = sorted(
-      (sign * metrics[self.metric], step)
-      for step, metrics in found.items()
-      if math.isfinite(metrics.get(self.metric, math.nan))
-    )
-    return kept | {step for _, step in ranked[: self.best]}
 
 
 def steps(directory: pathlib.Path) -> list[int]:
@@ -131,33 +99,14 @@ def manifest(directory: pathlib.Path, step: int) -> Manifest:
   return found
 
 
-def _write(directory: pathlib.Path, manifest: Manifest) -> None:
-  text = encode(manifest).decode()
-  atomic.write_text(directory / str(manifest.step) / MANIFEST, text)
-  atomic.sync(directory)
-
-
-def complete(
-  directory: pathlib.Path, step: int, metrics: dict[str, float]
-) -> None:
-  """Writes a step's manifest, once all its files are written.
-
-  `metrics` are of the evaluation at the step, for retention.
-  """
+def complete(directory: pathlib.Path, step: int) -> None:
+  """Writes a step's manifest, once all its files are written."""
   path = directory / str(step)
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
     list(pool.map(atomic.sync, [*path.rglob("*"), path]))
-  _write(directory, Manifest(step, _finite(metrics), _described(path)))
-
-
-def note(directory: pathlib.Path, step: int, metrics: dict[str, float]) -> None:
-  """Puts the evaluation of a whole step into its manifest."""
-  found = manifest(directory, step)
-  _write(directory, dataclasses.replace(found, metrics=_finite(metrics)))
-
-
-def _finite(metrics: dict[str, float]) -> dict[str, float]:
-  return {name: x for name, x in metrics.items() if math.isfinite(x)}
+  text = encode(Manifest(step, _described(path))).decode()
+  atomic.write_text(path / MANIFEST, text)
+  atomic.sync(directory)
 
 
 def problem(directory: pathlib.Path, step: int) -> str:
@@ -241,21 +190,20 @@ def tidy(directory: pathlib.Path, latest: int | None) -> None:
 
 
 def prune(
-  directory: pathlib.Path,
-  retention: Retention,
-  held: Set[int] = frozenset(),
+  directory: pathlib.Path, keep: int, held: Set[int] = frozenset()
 ) -> None:
-  """Deletes the completed steps that retention does not keep, but `held`."""
-  found = {}
+  """Deletes completed steps but the `keep` newest (0: all) and `held`."""
+  found = []
   for step in steps(directory):
     # One that is damaged neither counts nor is deleted.
     with contextlib.suppress(ValueError):
-      found[step] = manifest(directory, step).metrics
-  for step in sorted(found.keys() - retention.kept(found) - held):
-    gone = directory / f"{step}{_DELETING}"
-    (directory / str(step)).rename(gone)
-    atomic.sync(directory)
-    shutil.rmtree(gone)
+      found.append(manifest(directory, step).step)
+  for step in found[:-keep]:
+    if step not in held:
+      gone = directory / f"{step}{_DELETING}"
+      (directory / str(step)).rename(gone)
+      atomic.sync(directory)
+      shutil.rmtree(gone)
 
 
 def _reject(path: pathlib.Path) -> None:

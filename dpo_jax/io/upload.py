@@ -48,7 +48,7 @@ class Uploader:
   """Keeps a run's directory in a bucket; a context manager.
 
   Only the first process of a run has one. `completed` and `held` are for the
-  run's checkpoints.
+  run's checkpoints. Of its steps the `keep` newest stay there, 0 for all.
 
   Raises:
     ValueError: on entering, when the bucket cannot be read and written.
@@ -58,10 +58,10 @@ class Uploader:
     self,
     address: str,
     workdir: pathlib.Path,
-    retention: step_files.Retention,
+    keep: int,
   ):
     self._address, self._workdir = address.rstrip("/"), workdir
-    self._directory, self._retention = workdir / "checkpoints", retention
+    self._directory, self._keep = workdir / "checkpoints", keep
     self._worker = concurrent.futures.ThreadPoolExecutor(1, "upload")
     # The step that is being uploaded, and those that wait.
     self._steps: list[int] = []
@@ -168,23 +168,21 @@ class Uploader:
     files: dict[str, step_files.File | None] = {
       f"{place}/{name}": file for name, file in manifest.files.items()
     }
-    # The evaluation may still be noted in it.
     files[f"{place}/{step_files.MANIFEST}"] = None
     name = bucket_lib.manifest_name(step)
-    self._upload(name, step, manifest.metrics, files)
+    self._upload(name, step, files)
 
   def _upload_finished(self) -> None:
     step = max(step_files.steps(self._directory))
     self._upload_step(step)
     names = _files(self._workdir, ("export", bucket_lib.FINISHED))
     files = {name: step_files.describe(self._workdir / name) for name in names}
-    self._upload(bucket_lib.FINISHED, step, {}, files)
+    self._upload(bucket_lib.FINISHED, step, files)
 
   def _upload(
     self,
     name: str,
     step: int,
-    metrics: dict[str, float],
     files: Mapping[str, step_files.File | None],
   ) -> None:
     """Uploads files and the records, then creates their manifest.
@@ -208,7 +206,7 @@ class Uploader:
 
       sent = [*records, *files]
       described = dict(zip(sent, bucket_lib.each(send, sent)))
-      manifest = step_files.Manifest(step, metrics, described, folder)
+      manifest = step_files.Manifest(step, described, folder)
       mode = "overwrite" if name in there.damaged else "create"
       try:
         self._bucket.pipe_file(name, step_files.encode(manifest), mode=mode)
@@ -235,12 +233,7 @@ class Uploader:
   def _prune(self) -> None:
     """Deletes steps that are not kept, then objects of no manifest."""
     there = self._there = bucket_lib.look(self._bucket, self._there)
-    found = {step: manifest.metrics for step, manifest in there.steps.items()}
-    for step in found.keys() & set(step_files.steps(self._directory)):
-      # Its evaluation may have come after its upload.
-      with contextlib.suppress(OSError, ValueError):
-        found[step] = step_files.manifest(self._directory, step).metrics
-    for step in found.keys() - self._retention.kept(found):
+    for step in sorted(there.steps)[: -self._keep]:
       name = bucket_lib.manifest_name(step)
       bucket_lib.delete(self._bucket, [name])
       del there.manifests[name]

@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from dpo_jax.cli import help as help_lib
 from dpo_jax.core import hardware, sharding
-from dpo_jax.model import gpt_neox, hf, quantization
+from dpo_jax.model import attention, gpt_neox, hf, quantization
 from dpo_jax.plan import mean_batch
 from dpo_jax.training import config as config_lib
 from dpo_jax.training import optimizer, setup, step
@@ -155,7 +155,13 @@ def compile_steps(
   `rows` are those of a training micro-batch on one device; evaluation has no
   micro-batches.
   """
-  setup.check_attention(config, shape, mesh)
+  attention.check(
+    shape.attention,
+    mesh.devices.flat[0],
+    dtype=shape.dtype,
+    head_dim=shape.head_dim,
+    row_length=config.row_length,
+  )
   tx = optimizer.make(config.optimizer, 1000, step.trainable(shape))
   key = jax.eval_shape(lambda: jax.random.key(0))
   kept = config.model.param_dtype
@@ -163,7 +169,15 @@ def compile_steps(
   state = jax.eval_shape(setup.initial_state(shape, tx), base, key)
   state = sharded(state, mesh)
   reference = sharded(base, mesh) if config.keeps_reference else None
-  train, evaluate = setup.jit_steps(config, shape, tx, state, mesh)
+  train, evaluate = setup.jit_steps(
+    shape,
+    config.step_objective(),
+    config.eval_batch_size,
+    tx,
+    config.seed,
+    state,
+    mesh,
+  )
   eval_rows = mean_batch.rows_of(
     config, config.eval_batch_size, sharding.data_shards(mesh)
   )

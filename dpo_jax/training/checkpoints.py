@@ -6,7 +6,7 @@ classes of the optimizer that wrote it.
 
 Orbax writes in the background and makes a step visible once it is whole; a
 thread then hashes its files, writes its manifest, and only after that deletes
-the steps that retention does not keep. Not by Orbax's CheckpointManager: it
+the steps that are not kept. Not by Orbax's CheckpointManager: it
 deletes in place, so that a kill leaves half a step under its name, and reports
 a past step to jax's preemption service from a thread.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from dpo_jax.core import distributed, errors, sharding
+from dpo_jax.core import distributed, errors, settings, sharding
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.io import step_files, upload
 from dpo_jax.training import input_pipeline
@@ -40,7 +40,7 @@ class Checkpoints:
   def __init__(
     self,
     directory: pathlib.Path,
-    retention: step_files.Retention,
+    keep: int,
     uploader: upload.Uploader | None = None,
   ):
     """Opens or makes `directory` and finds its newest whole step.
@@ -49,14 +49,14 @@ class Checkpoints:
 
     Args:
       directory: of the checkpoints.
-      retention: which steps are kept.
+      keep: the number of newest steps that are kept; 0 for all.
       uploader: of the first process; copies each whole step to a bucket.
 
     Raises:
       ValueError: a step was whole once, but none is now; or the directory
         holds foreign files.
     """
-    self._directory, self._retention = directory.resolve(), retention
+    self._directory, self._keep = directory.resolve(), keep
     self._uploader = uploader
     latest = None
     with distributed.raise_on_all("looking at the checkpoints"):
@@ -82,7 +82,6 @@ class Checkpoints:
     state: step_lib.TrainState,
     name: str,
     meta: dict[str, Any],
-    metrics: dict[str, float],
   ) -> None:
     """Saves a state in the background, under its step.
 
@@ -90,7 +89,6 @@ class Checkpoints:
       state: of the run.
       name: the trained subtree, "base" or "lora".
       meta: JSON values: inputs, config, versions, position in the data.
-      metrics: of the evaluation at this step; {} if there was none.
 
     Raises:
       SaveError: this save or the one before it failed.
@@ -113,18 +111,18 @@ class Checkpoints:
     except Exception as error:
       raise self._failed(step, error) from error
     self._latest = step
-    self._completing = self._completer.submit(self._complete, step, metrics)
+    self._completing = self._completer.submit(self._complete, step)
 
-  def _complete(self, step: int, metrics: dict[str, float]) -> None:
+  def _complete(self, step: int) -> None:
     try:
       self._orbax.wait_until_finished()
       if distributed.is_main():
-        step_files.complete(self._directory, step, metrics)
+        step_files.complete(self._directory, step)
         held = frozenset()
         if self._uploader is not None:
           self._uploader.completed(step)
           held = self._uploader.held()
-        step_files.prune(self._directory, self._retention, held)
+        step_files.prune(self._directory, self._keep, held)
     except Exception as error:
       raise self._failed(step, error) from error
 
@@ -134,14 +132,6 @@ class Checkpoints:
       f"{self._directory / str(step)} could not be saved ({free:,} bytes are"
       f" free): {type(error).__name__}: {error}"
     )
-
-  def note(self, metrics: dict[str, float]) -> None:
-    """Adds the evaluation of the newest step to its manifest."""
-    self._finish()
-    if distributed.is_main() and self._latest is not None:
-      step_files.note(self._directory, self._latest, metrics)
-      if self._uploader is not None:
-        self._uploader.completed(self._latest)
 
   def check(self) -> None:
     """Raises the error of the last save, without waiting for it."""
@@ -170,7 +160,14 @@ class Checkpoints:
     wanted = _flat(jax.tree.map(ocp.utils.to_shape_dtype_struct, saved))
     json = ocp.args.Composite(meta=ocp.args.JsonRestore())
     meta = self._orbax.restore(path, args=json)["meta"]
-    _refuse_others(path, meta["arrays"], _described(wanted))
+    # Orbax does not name arrays of other shapes and dtypes.
+    others = settings.differing(meta["arrays"], _described(wanted), "arrays")
+    if others:
+      raise ValueError(
+        f"{path} holds other arrays than this config trains:\n  "
+        + "\n  ".join(others[:8])
+        + "\nuse the config that it was made with, or another --workdir"
+      )
     found = self._orbax.restore(
       path, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(wanted))
     )["arrays"]
@@ -219,17 +216,15 @@ def changed_inputs(
   wanted: dict[str, Any],
   allowed: tuple[str, ...],
 ) -> list[str]:
-  """Lines "tokenizer: a -> b" of the run's inputs that differ and may.
+  """Lines "inputs.tokenizer: a -> b" of the run's inputs that differ and may.
 
   Raises:
     ValueError: inputs that are not `allowed` to differ from the checkpoint's.
   """
-  lines = [
-    f"{key}: {found.get(key)} -> {value}"
-    for key, value in wanted.items()
-    if found.get(key) != value
+  lines = settings.differing(found, wanted, "inputs")
+  refused = [
+    line for line in lines if line.split(".")[1].split(":")[0] not in allowed
   ]
-  refused = [line for line in lines if line.split(":")[0] not in allowed]
   if refused:
     raise ValueError(
       f"{workdir}: the checkpoint was made with other inputs:\n  "
@@ -262,17 +257,3 @@ def _one_copy(array: jax.Array) -> jax.Array:
 
 def _described(arrays: dict[str, Any]) -> dict[str, str]:
   return {path: f"{x.dtype}{list(x.shape)}" for path, x in arrays.items()}
-
-
-def _refuse_others(
-  path: pathlib.Path, found: dict[str, str], wanted: dict[str, str]
-) -> None:
-  """Names arrays of other shapes and dtypes, which Orbax does not."""
-  differ = sorted({name for name, _ in found.items() ^ wanted.items()})
-  if differ:
-    lines = [f"{x}: {found.get(x)} -> {wanted.get(x)}" for x in differ[:8]]
-    raise ValueError(
-      f"{path} holds other arrays than this config trains:\n  "
-      + "\n  ".join(lines)
-      + "\nuse the config that it was made with, or another --workdir"
-    )

@@ -6,9 +6,9 @@ from typing import Literal
 from dpo_jax.core import settings, sharding
 from dpo_jax.data import dataset
 from dpo_jax.hub import push as push_lib
-from dpo_jax.io import bucket, remote, step_files
+from dpo_jax.io import bucket, remote
 from dpo_jax.model import attention, gpt_neox
-from dpo_jax.training import guards, losses, trackers
+from dpo_jax.training import guards, losses, step, trackers
 from dpo_jax.training import optimizer as optimizer_lib
 
 # Fields that do not affect a run's results, and may change when it is resumed.
@@ -17,21 +17,12 @@ FREE = (
   "heartbeat_s",
   "allow_changes",
   "trackers",
-  "compilation_cache",
   "push_to_hub",
   "push_public",
   "push_license",
   "push_dry_run",
   "checkpoint_bucket",
 )
-
-# Evaluation metrics that checkpoints can be ranked by, and which end is best.
-_BEST_IS: dict[str, Literal["lowest", "highest"]] = {
-  "eval_loss": "lowest",
-  "eval_mean_token_accuracy": "highest",
-  "eval_rewards/accuracies": "highest",
-  "eval_rewards/margins": "highest",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +69,6 @@ class SampleSettings:
   prompts: int
   every: int
   temperature: float
-  top_k: int
-  top_p: float
   max_new_tokens: int
   max_prompt_tokens: int
 
@@ -110,14 +99,10 @@ class TrainSettings:
   eval_batch_size: int
   checkpoint_every: int
   keep_checkpoints: int
-  keep_every: int
-  keep_best: int
-  best_metric: str
   checkpoint_bucket: str
   export_adapters: bool
   precompute_reference: bool
   reference_cache: str
-  compilation_cache: str
   grace_s: float
   heartbeat_s: int
   allow_changes: tuple[str, ...]
@@ -167,12 +152,6 @@ class TrainSettings:
         bucket.check(self.checkpoint_bucket)
       except ValueError as error:
         raise ValueError(f"checkpoint_bucket: {error}") from None
-    dpo_only = "rewards" in self.best_metric and self.objective != "dpo"
-    if self.best_metric not in _BEST_IS or dpo_only:
-      raise ValueError(
-        f"best_metric={self.best_metric!r} must be one of {list(_BEST_IS)},"
-        " rewards for objective='dpo' alone"
-      )
     if self.export_adapters and not self.lora.rank:
       raise ValueError(
         "export_adapters=True needs adapters, but lora.rank=0; set it to False"
@@ -189,6 +168,12 @@ class TrainSettings:
       license=self.push_license,
       dry_run=self.push_dry_run,
     )
+
+  def step_objective(self) -> step.Objective:
+    """What a training step minimizes."""
+    loss = self.loss if self.objective == "dpo" else None
+    items = self.batch_size // self.microbatches
+    return step.Objective(self.objective, loss, items)
 
   @property
   def spans_rows(self) -> bool:
@@ -214,13 +199,4 @@ class TrainSettings:
       self.objective == "dpo"
       and not self.lora.rank
       and not self.precompute_reference
-    )
-
-  def retention(self) -> step_files.Retention:
-    return step_files.Retention(
-      newest=self.keep_checkpoints,
-      every=self.keep_every,
-      best=self.keep_best,
-      metric=self.best_metric,
-      best_is=_BEST_IS[self.best_metric],
     )

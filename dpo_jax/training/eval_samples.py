@@ -25,31 +25,37 @@ from dpo_jax.training import config as config_lib
 
 FILE = "samples.jsonl"
 
-COLUMNS = ("prompt", "response", "chosen", "tokens", "ended", "mean log-prob")
-
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-  """Samples the policy of a run; never with `prompts` ()."""
+  """Samples the policy of a run; never with `rows` ().
+
+  Attributes:
+    path: of the file.
+    rows: a row a prompt, without step and response.
+    requests: of the rows.
+    engine: a slot for each prompt, rounded up to the mesh's data shards.
+    every: updates between samplings; 0: only at the first step and the last.
+    steps: updates of the run.
+  """
 
   path: pathlib.Path
-  prompts: tuple[jobs.Prompt, ...]
+  rows: tuple[records.Response, ...]
+  requests: list[sampler.Request]
+  engine: sampler.Engine
+  every: int
   steps: int
-  config: config_lib.TrainSettings
   model: gpt_neox.ModelConfig
   tokenizer: tokenizer_lib.Tokenizer
   mesh: jax.sharding.Mesh
 
   def due(self, step: int) -> bool:
     """Whether to sample after this many updates."""
-    if not self.prompts:
-      return False
-    every = self.config.samples.every
-    return step in (0, self.steps) or bool(every and step % every == 0)
+    ends = step in (0, self.steps)
+    on_time = bool(self.every) and step % self.every == 0
+    return bool(self.rows) and (ends or on_time)
 
-  def catch_up(
-    self, start: int, params: Any, writer: Any, watch: preemption.Watch
-  ) -> None:
+  def catch_up(self, start: int, params: Any, watch: preemption.Watch) -> None:
     """Prepares the file where a run starts or resumes at step `start`.
 
     Drops the rows of later steps, and samples at `start` if that is due and
@@ -60,31 +66,24 @@ class Sampler:
       preemption.Interrupted: a signal came meanwhile.
       errors.Stopped: another process could not read the file.
     """
-    if not self.prompts:
+    if not self.rows:
       return
     complete = False
     with distributed.raise_on_all(f"reading {self.path.name}"):
       if distributed.is_main():
-        complete = trim(self.path, self.prompts, start)
+        complete = self._trim(start)
     # The first process has the file, and decides.
     if distributed.all_gather(complete)[0] or not self.due(start):
       return
-    if not self.write(start, params, writer, watch):
+    if not self.write(start, params, watch):
       raise watch.interrupted(f"in the samples at step {start}")
 
-  def write(
-    self, step: int, params: Any, writer: Any, watch: preemption.Watch
-  ) -> bool:
+  def write(self, step: int, params: Any, watch: preemption.Watch) -> bool:
     """Appends the policy's responses; False if a signal came before.
 
-    All processes must call it; the first one writes. `writer` takes the table
-    for the trackers.
+    All processes must call it; the first one writes.
     """
-    rows = [self._question(prompt, step) for prompt in self.prompts]
-    requests = [
-      jobs.request(row, prompt, -1)
-      for row, prompt in zip(rows, self.prompts, strict=True)
-    ]
+    rows = [dataclasses.replace(row, step=step) for row in self.rows]
     lora = params["lora"] if self.model.lora is not None else None
     # Prompts and responses cross between host and device; they are small.
     with jax.transfer_guard("allow"):
@@ -93,8 +92,8 @@ class Sampler:
         params["base"],
         lora,
         self.tokenizer,
-        requests,
-        self._engine(),
+        self.requests,
+        self.engine,
         self.mesh,
       ):
         for index, sample in ended:
@@ -104,37 +103,22 @@ class Sampler:
     if distributed.is_main():
       with jsonl.Store(self.path, records.Response) as store:
         store.append_many(rows)
-    writer.table(step, "samples", COLUMNS, [_cells(row) for row in rows])
     return True
 
-  def _question(self, prompt: jobs.Prompt, step: int) -> records.Response:
-    how = self.config.samples
-    return jobs.question(
-      prompt,
-      model=self.config.objective,
-      step=step,
-      temperature=how.temperature,
-      top_k=how.top_k,
-      top_p=how.top_p,
-      max_new_tokens=how.max_new_tokens,
-      seed=self.config.seed,
-      sample_id=0,
-    )
-
-  def _engine(self) -> sampler.Engine:
-    """A slot for each prompt, rounded up to the mesh's data shards."""
-    shards = sharding.data_shards(self.mesh)
-    return sampler.Engine(
-      batch_size=-(-len(self.prompts) // shards) * shards,
-      length_multiple=64,
-      prefill_tokens=4096,
-      chunk=jobs.CHUNK,
-      span=0,
-      cache=self.config.model.dtype,
-      # Without effect where the batch size is given.
-      cache_gib=1.0,
-      seed=self.config.seed,
-    )
+  def _trim(self, start: int) -> bool:
+    """Drops rows after step `start`; whether its own are complete."""
+    with jsonl.Store(self.path, records.Response) as store:
+      found = store.rows
+    wanted = [row.prompt_id for row in self.rows]
+    own = [row.prompt_id for row in found if row.step == start]
+    # A run that starts at step 0 starts over.
+    complete = start > 0 and own == wanted
+    last = start if complete else start - 1
+    kept = [row for row in found if start and (row.step or 0) <= last]
+    if len(kept) < len(found):
+      text = b"".join(map(records.encode, kept)).decode()
+      atomic.write_text(self.path, text)
+    return complete
 
 
 def make(
@@ -157,38 +141,48 @@ def make(
     loaded = dataset.load(config.data, "eval", config.data.max_eval)
     # One of each source in turn.
     turns = itertools.zip_longest(*(one.rows for one in loaded.values()))
-    rows = [row for turn in turns for row in turn if row is not None]
-    first = list({row.id: row for row in rows}.values())[: how.prompts]
+    pairs = [pair for turn in turns for pair in turn if pair is not None]
+    first = list({pair.id: pair for pair in pairs}.values())[: how.prompts]
     where = f"held-out rows of {', '.join(config.data.use)}"
     prompts = jobs.encoded(first, tokenizer, how.max_prompt_tokens, where)
-  path = workdir / FILE
-  return Sampler(path, tuple(prompts), steps, config, model, tokenizer, mesh)
-
-
-def trim(
-  path: pathlib.Path, prompts: tuple[jobs.Prompt, ...], start: int
-) -> bool:
-  """Drops rows after step `start`; whether its own are complete."""
-  with jsonl.Store(path, records.Response) as store:
-    rows = store.rows
-  wanted = [prompt.comparison.id for prompt in prompts]
-  own = [row.prompt_id for row in rows if row.step == start]
-  # A run that starts at step 0 starts over.
-  complete = start > 0 and own == wanted
-  last = start if complete else start - 1
-  kept = [row for row in rows if start and (row.step or 0) <= last]
-  if len(kept) < len(rows):
-    text = b"".join(map(records.encode, kept)).decode()
-    atomic.write_text(path, text)
-  return complete
-
-
-def _cells(row: records.Response) -> tuple:
-  return (
-    row.prompt,
-    row.response,
-    row.chosen,
-    row.token_count,
-    row.finish_reason,
-    row.mean_logp,
+  rows = [
+    jobs.question(
+      prompt,
+      model=config.objective,
+      step=None,
+      temperature=how.temperature,
+      top_k=0,
+      top_p=1.0,
+      max_new_tokens=how.max_new_tokens,
+      seed=config.seed,
+      sample_id=0,
+    )
+    for prompt in prompts
+  ]
+  requests = [
+    jobs.request(row, prompt, -1)
+    for row, prompt in zip(rows, prompts, strict=True)
+  ]
+  shards = sharding.data_shards(mesh)
+  engine = sampler.Engine(
+    batch_size=-(-max(len(rows), 1) // shards) * shards,
+    length_multiple=64,
+    prefill_tokens=4096,
+    chunk=jobs.CHUNK,
+    span=0,
+    cache=config.model.dtype,
+    # Without effect where the batch size is given.
+    cache_gib=1.0,
+    seed=config.seed,
+  )
+  return Sampler(
+    workdir / FILE,
+    tuple(rows),
+    requests,
+    engine,
+    how.every,
+    steps,
+    model,
+    tokenizer,
+    mesh,
   )

@@ -4,7 +4,6 @@ Metrics are fetched one step late, so that the device never waits for the host;
 nothing else crosses between the two inside the loop.
 """
 
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,44 +11,42 @@ import jax
 import numpy as np
 
 from dpo_jax.core import console, distributed, hardware, preemption
-from dpo_jax.data import batch as batch_lib
 from dpo_jax.io import metrics
-from dpo_jax.model import flops, gpt_neox
+from dpo_jax.model import flops
 from dpo_jax.training import checkpoints as checkpoints_lib
-from dpo_jax.training import config as config_lib
-from dpo_jax.training import (
-  eval_samples,
-  guards,
-  input_pipeline,
-  step,
-  trackers,
-)
-
-_ITEMS = {"sft": "examples", "dpo": "pairs"}
+from dpo_jax.training import eval_samples, guards, input_pipeline, step
 
 
 class StepLog:
-  """metrics.jsonl, trackers and progress bar, written by the first process."""
+  """Rows of metrics.jsonl, and the progress bar.
+
+  Args:
+    writer: of the rows.
+    rates: the learning rate of each update.
+    start: updates of earlier starts.
+    what: of the bar, such as "dpo run1".
+    items: of a batch, "pairs" or "examples".
+    settings: of updates that are skipped.
+    check_first: checks the loss of the first update.
+    flops_of: model flops of an update.
+    devices: that it runs on.
+  """
 
   def __init__(
     self,
-    config: config_lib.TrainSettings,
-    workdir: pathlib.Path,
-    model: gpt_neox.ModelConfig,
-    mesh: jax.sharding.Mesh,
+    writer: Any,
     rates: np.ndarray,
     start: int,
+    what: str,
+    items: str,
+    settings: guards.GuardSettings,
+    check_first: Callable[[float], None],
+    flops_of: Callable[[flops.Work], float],
+    devices: np.ndarray,
   ):
-    """Opens the files; `rates` has the learning rate of each update."""
-    self._config, self._rates = config, rates
-    self._model, self._mesh = model, mesh
-    self._items = _ITEMS[config.objective]
-    if distributed.is_main():
-      self.writer = trackers.Writer(config.trackers, workdir, start)
-    else:
-      self.writer = metrics.Silent(workdir, start)
-      console.mute()
-    what = f"{config.objective} {workdir.name}"
+    self.writer, self._rates, self._items = writer, rates, items
+    self._settings, self._check_first = settings, check_first
+    self._flops_of, self._devices = flops_of, devices.flat
     self._bar = console.Bar(len(rates), what, "step", start)
     self.restart_clock()
 
@@ -66,13 +63,22 @@ class StepLog:
       guards.TrainingError: the first loss is wrong, or the update was skipped
         and the run is to stop.
     """
-    config, counts = self._config, batch.counts
+    counts = batch.counts
     row = {key: float(value) for key, value in jax.device_get(values).items()}
     applied, skipped = bool(row.pop("applied")), int(row.pop("skipped"))
     # The optimizer's schedule counts applied updates.
     earlier = number - skipped - applied
-    rates = self._clock(counts.tokens, len(counts.ids))
-    rates |= self._mfu(counts, rates["tokens_per_second"])
+    speed = self._clock(counts.tokens, len(counts.ids))
+    per_second = speed["tokens_per_second"]
+    work = flops.Work(counts.tokens, counts.completion_tokens, counts.visible)
+    mfu = hardware.mfu(
+      self._flops_of(work),
+      counts.tokens / per_second,
+      len(self._devices),
+      hardware.chip(self._devices[0].device_kind),
+    )
+    if mfu is not None:
+      speed["mfu"] = mfu
     about = {
       "learning_rate": float(self._rates[earlier]),
       "row_fill": counts.tokens / counts.slots,
@@ -80,38 +86,12 @@ class StepLog:
     }
     if not applied:
       about["skipped_items"] = " ".join(counts.ids)
-    self.writer.write({"step": number} | row | about | rates)
+    self.writer.write({"step": number} | row | about | speed)
     if not applied:
-      guards.skip_or_stop(config.guards, number, row, skipped, counts.ids)
-    elif earlier == 0 and config.objective == "dpo":
-      guards.check_first_loss(
-        row["loss"],
-        config.loss,
-        config.model.dtype,
-        precomputed=config.precompute_reference,
-      )
-    shown = {
-      "loss": row["loss"],
-      "tokens/s": rates["tokens_per_second"],
-      f"{self._items}/s": rates[f"{self._items}_per_second"],
-    }
-    if "mfu" in rates:
-      shown["MFU"] = rates["mfu"]
-    self._bar.update(1, shown)
-
-  def _mfu(
-    self, counts: batch_lib.Counts, tokens_per_second: float
-  ) -> dict[str, float]:
-    """The step's MFU; {} on devices whose peak is unknown."""
-    peak = hardware.chip(self._mesh.devices.flat[0].device_kind)
-    if peak is None:
-      return {}
-    config = self._config
-    work = flops.Work(counts.tokens, counts.completion_tokens, counts.visible)
-    reference = config.objective == "dpo" and not config.precompute_reference
-    useful = flops.step(self._model, work, reference=reference)
-    seconds = counts.tokens / tokens_per_second
-    return {"mfu": hardware.mfu(useful, seconds, self._mesh.size, peak)}
+      guards.skip_or_stop(self._settings, number, row, skipped, counts.ids)
+    elif earlier == 0:
+      self._check_first(row["loss"])
+    self._bar.update(1, {"loss": row["loss"], "tokens/s": per_second})
 
   def close(self) -> None:
     self._bar.close()
@@ -126,7 +106,7 @@ def train(
   log: StepLog,
   sampler: eval_samples.Sampler,
   checkpoints: checkpoints_lib.Checkpoints,
-  save: Callable[[step.TrainState, int, dict[str, float], bool], None],
+  save: Callable[[step.TrainState, int, bool], None],
   watch: preemption.Watch,
   *,
   eval_every: int,
@@ -134,8 +114,7 @@ def train(
 ) -> step.TrainState:
   """Trains from the state's step to the last one.
 
-  `save` takes the state, its step, the metrics of an evaluation there or {},
-  and whether to export, too.
+  `save` takes the state, its step, and whether to export, too.
 
   Raises:
     preemption.Interrupted: a signal came, and the state is saved.
@@ -150,18 +129,14 @@ def train(
   def evaluate(number):
     return _evaluate(number, state.params, eval_step, pipeline, log, watch)
 
-  evaluated = {}
   # The evaluation before the first update, or one that was interrupted; the
   # first process has the file, and decides.
   found = any("eval_items" in row for row in log.writer.at(start))
   found = distributed.all_gather(found)[0]
-  if not found and (start == 0 or due(start, eval_every)):
-    evaluated = evaluate(start)
-    if evaluated is None:
-      raise watch.interrupted(f"in the evaluation at step {start}")
-    if start:
-      checkpoints.note(evaluated)
-  sampler.catch_up(start, state.params, log.writer, watch)
+  missing = not found and (start == 0 or due(start, eval_every))
+  if missing and not evaluate(start):
+    raise watch.interrupted(f"in the evaluation at step {start}")
+  sampler.catch_up(start, state.params, watch)
 
   batches = pipeline.train_batches(start)
   batch, pending = next(batches, None), None
@@ -181,14 +156,13 @@ def train(
     if not (at_once or evaluates or saves or samples or stop):
       continue
     log.write(*pending)
-    pending, evaluated = None, {}
+    pending = None
     if evaluates and not stop:
-      evaluated = evaluate(number)
-      stop = evaluated is None
+      stop = not evaluate(number)
     if samples and not stop:
-      stop = not sampler.write(number, state.params, log.writer, watch)
+      stop = not sampler.write(number, state.params, watch)
     if saves or stop:
-      save(state, number, evaluated or {}, saves)
+      save(state, number, saves)
     if stop:
       raise watch.interrupted(f"after step {number}, which is saved")
     log.restart_clock()
@@ -208,10 +182,10 @@ def _evaluate(
   pipeline: input_pipeline.InputPipeline,
   log: StepLog,
   watch: preemption.Watch,
-) -> dict[str, float] | None:
-  """Writes and returns means over all held-out items, as eval_* metrics.
+) -> bool:
+  """Writes means over all held-out items, as eval_* metrics.
 
-  None if it was abandoned for a signal.
+  False if it was abandoned for a signal.
   """
   totals: dict[str, float] = {}
   pending: step.Metrics = {}
@@ -221,12 +195,12 @@ def _evaluate(
     _add(totals, pending)
     pending = sums
     if watch.requested():
-      return None
+      return False
   _add(totals, pending)
   row = {f"eval_{key}": value for key, value in step.means(totals).items()}
   count = {"eval_items": len(pipeline.items.held_out.table)}
   log.writer.write({"step": number} | row | count)
-  return row
+  return True
 
 
 def _add(totals: dict[str, float], sums: step.Metrics) -> None:

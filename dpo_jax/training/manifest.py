@@ -65,20 +65,15 @@ def write(
     "starts": [*starts, start],
   }
   atomic.write_text(path, json.dumps(manifest, indent=2) + "\n")
-  kind = mesh.devices.flat[0].device_kind
   axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-  mib = {name: f"{size / 2**20:,.1f} MiB" for name, size in sizes.items()}
   console.say(
-    f"{workdir.name}: {mesh.size} x {kind} in {jax.process_count()}"
-    f" process(es), mesh {axes}; {sum(counts.values()):,} parameters,"
-    f" {trained:,} trainable; weights {mib['weights']}, optimizer"
-    f" {mib['optimizer']}, {mib['a_device']} a device before activations;"
+    f"{workdir.name}: {mesh.size} x {mesh.devices.flat[0].device_kind} in"
+    f" {jax.process_count()} process(es), mesh {axes};"
+    f" {sum(counts.values()):,} parameters, {trained:,} trainable;"
+    f" {sizes['a_device'] / 2**20:,.1f} MiB a device before activations;"
     f" {pipeline.steps:,} steps of {config.batch_size}",
     "run",
-    **{
-      key: manifest[key]
-      for key in ("devices", "mesh", "parameters", "bytes", "steps")
-    },
+    **{key: manifest[key] for key in ("parameters", "bytes", "steps")},
   )
 
 

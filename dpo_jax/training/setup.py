@@ -6,18 +6,22 @@ planned is what runs.
 
 import ctypes
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
-from dpo_jax.core import sharding
+from dpo_jax.core import console, distributed, sharding
 from dpo_jax.data import batch as batch_lib
 from dpo_jax.data import tokenizer as tokenizer_lib
-from dpo_jax.model import attention, gpt_neox, hf, quantization
+from dpo_jax.io import metrics
+from dpo_jax.model import attention, flops, gpt_neox, hf, quantization
 from dpo_jax.training import config as config_lib
+from dpo_jax.training import guards, loop, trackers
 from dpo_jax.training import step as step_lib
 
 Tree = dict[str, Any]
@@ -38,13 +42,13 @@ def keep_freed_memory() -> None:
   jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
-def use_compilation_cache(directory: str) -> None:
-  """Keeps compiled programs in a directory from run to run; "" keeps none.
+def use_compilation_cache() -> None:
+  """Keeps compiled programs from run to run, so that the next starts faster.
 
-  JAX_COMPILATION_CACHE_DIR takes precedence.
+  In JAX_COMPILATION_CACHE_DIR, by default ~/.cache/dpo_jax/xla.
   """
-  if directory and jax.config.jax_compilation_cache_dir is None:
-    path = pathlib.Path(directory).expanduser()
+  if jax.config.jax_compilation_cache_dir is None:
+    path = pathlib.Path("~/.cache/dpo_jax/xla").expanduser()
     jax.config.update("jax_compilation_cache_dir", str(path))
 
 
@@ -69,7 +73,13 @@ def load_model(
     logit_chunk=config.model.logit_chunk,
     vocab_tile=config.model.vocab_tile,
   )
-  check_attention(config, model, mesh)
+  attention.check(
+    model.attention,
+    mesh.devices.flat[0],
+    dtype=model.dtype,
+    head_dim=model.head_dim,
+    row_length=config.row_length,
+  )
   if tokenizer.vocab_size > model.vocab_size:
     raise ValueError(
       f"tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens,"
@@ -119,25 +129,6 @@ def reload_base(
   return base
 
 
-def check_attention(
-  config: config_lib.TrainSettings,
-  model: gpt_neox.ModelConfig,
-  mesh: jax.sharding.Mesh,
-) -> None:
-  """Checks that the mesh's devices can run model.attention.
-
-  Raises:
-    ValueError: not on these devices, or not with this head dim or dtype.
-  """
-  attention.check(
-    config.model.attention,
-    mesh.devices.flat[0],
-    dtype=config.model.dtype,
-    head_dim=model.head_dim,
-    row_length=config.row_length,
-  )
-
-
 def quantize(base: Tree, mesh: jax.sharding.Mesh) -> Tree:
   """`quantization.base`, sharded over the mesh."""
   shapes = jax.eval_shape(quantization.base, base)
@@ -178,35 +169,72 @@ def make_state(
 
 
 def jit_steps(
-  config: config_lib.TrainSettings,
   model: gpt_neox.ModelConfig,
+  objective: step_lib.Objective,
+  eval_items: int,
   tx: optax.GradientTransformation,
+  seed: int,
   state: step_lib.TrainState,
   mesh: jax.sharding.Mesh,
 ) -> tuple[Callable, Callable]:
   """The training and the evaluation step under jax.jit.
 
-  `state` may be shapes instead of arrays.
+  `state` may be shapes instead of arrays. `eval_items` are those of an
+  evaluation batch.
   """
-  objective = step_lib.Objective(
-    config.objective,
-    config.loss if config.objective == "dpo" else None,
-    config.batch_size // config.microbatches,
-  )
   replicated = sharding.replicated(mesh)
   train_step = jax.jit(
-    step_lib.make_train_step(model, objective, tx, config.seed),
+    step_lib.make_train_step(model, objective, tx, seed),
     donate_argnums=0,
     out_shardings=(sharding.shardings(state, mesh), replicated),
     compiler_options=step_lib.COMPILER_OPTIONS,
   )
-  evaluated = dataclasses.replace(objective, items=config.eval_batch_size)
+  evaluated = dataclasses.replace(objective, items=eval_items)
   eval_step = jax.jit(
     step_lib.make_eval_step(model, evaluated),
     out_shardings=replicated,
     compiler_options=step_lib.COMPILER_OPTIONS,
   )
   return train_step, eval_step
+
+
+def step_log(
+  config: config_lib.TrainSettings,
+  workdir: pathlib.Path,
+  model: gpt_neox.ModelConfig,
+  mesh: jax.sharding.Mesh,
+  rates: np.ndarray,
+  start: int,
+) -> loop.StepLog:
+  """The log of a run's steps after `start`; the first process writes it."""
+  if distributed.is_main():
+    writer = trackers.Writer(config.trackers, workdir, start)
+  else:
+    writer = metrics.Silent(workdir, start)
+    console.mute()
+  is_dpo = config.objective == "dpo"
+  return loop.StepLog(
+    writer,
+    rates,
+    start,
+    f"{config.objective} {workdir.name}",
+    "pairs" if is_dpo else "examples",
+    config.guards,
+    functools.partial(
+      guards.check_first_loss,
+      settings=config.loss,
+      dtype=config.model.dtype,
+      precomputed=config.precompute_reference,
+    )
+    if is_dpo
+    else lambda loss: None,
+    functools.partial(
+      flops.step,
+      model,
+      reference=is_dpo and not config.precompute_reference,
+    ),
+    mesh.devices,
+  )
 
 
 def compile_ahead(

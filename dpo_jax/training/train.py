@@ -50,7 +50,7 @@ def run(
     errors.Stopped: for any other reason; what was saved is whole.
   """
   setup.keep_freed_memory()
-  setup.use_compilation_cache(config.compilation_cache)
+  setup.use_compilation_cache()
   with preemption.watching(config.grace_s) as watch:
     with distributed.raise_on_all("preparing the directory"):
       if distributed.is_main():
@@ -87,7 +87,9 @@ def _run(
     with distributed.raise_on_all("looking at the bucket"):
       if config.checkpoint_bucket and distributed.is_main():
         uploader = stack.enter_context(
-          upload.Uploader(config.checkpoint_bucket, workdir, config.retention())
+          upload.Uploader(
+            config.checkpoint_bucket, workdir, config.keep_checkpoints
+          )
         )
         uploader.fetch(values, config.changeable)
     with distributed.raise_on_all("looking at the directory"):
@@ -123,7 +125,7 @@ def _train(
 ) -> None:
   """Mesh, tokenizer, data, model, reference, state, steps, loop, export."""
   checkpoints = checkpoints_lib.Checkpoints(
-    workdir / "checkpoints", config.retention(), uploader
+    workdir / "checkpoints", config.keep_checkpoints, uploader
   )
   with distributed.raise_on_all("reading the data"):
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
@@ -152,7 +154,15 @@ def _train(
     model, base, tx, config.seed, mesh, donate=reference is None
   )
   del base
-  train_step, eval_step = setup.jit_steps(config, model, tx, state, mesh)
+  train_step, eval_step = setup.jit_steps(
+    model,
+    config.step_objective(),
+    config.eval_batch_size,
+    tx,
+    config.seed,
+    state,
+    mesh,
+  )
 
   inputs = functools.partial(
     checkpoints_lib.inputs, pipeline, tokenizer, base_hash, config.seed
@@ -176,9 +186,9 @@ def _train(
     # Not before: settings that were refused must not bind the directory.
     rundir.claim(workdir, settings.to_dict(config), config.changeable)
 
-  log = loop.StepLog(config, workdir, model, mesh, rates, start)
+  log = setup.step_log(config, workdir, model, mesh, rates, start)
 
-  def save(state, number, metrics, export):
+  def save(state, number, export):
     params, name = state.params, f"step-{number:06d}"
     meta = {
       "inputs": inputs(number),
@@ -193,7 +203,7 @@ def _train(
         hf.export_adapter(path, model, params["lora"], source, fingerprint)
       # A checkpoint must not outlive the rows of its steps.
       log.writer.sync()
-      checkpoints.save(state, trainable, meta, metrics)
+      checkpoints.save(state, trainable, meta)
     if export and publisher and distributed.is_main():
       publisher.checkpoint()
 
