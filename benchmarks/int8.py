@@ -216,22 +216,18 @@ def answer(flags) -> dict[str, np.ndarray]:
   }
 
 
-def scoring(path, pairs, output, reference, length) -> score.ScoreSettings:
-  return score.ScoreSettings(
-    model=str(path),
-    reference=reference,
-    adapter="",
-    tokenizer="",
-    pairs=str(pairs),
-    output=str(output),
-    beta=demo.dpo().loss.beta,
-    tokenization=demo.dpo().data.tokenization,
-    max_length=length,
-    max_prompt_length=0,
-    batch_size=32,
-    dtype="float32",
-    fsdp=1,
-    tensor=1,
+def scoring(path, pairs, output, reference, length) -> argparse.Namespace:
+  return score.parse(
+    [
+      f"--model={path}",
+      f"--reference={reference}",
+      f"--pairs={pairs}",
+      f"--output={output}",
+      f"--beta={demo.dpo().loss.beta}",
+      f"--tokenization={demo.dpo().data.tokenization}",
+      f"--max_length={length}",
+      "--batch_size=32",
+    ]
   )
 
 

@@ -1,8 +1,4 @@
-"""Every field of a training run, with its meaning.
-
-configs/sft.py, configs/dpo.py and configs/demo.py start from `training()`. Any
-field is a flag: `--config.loss.beta=0.2`.
-"""
+"""Every field of a training run; any is a flag: --config.loss.beta=0.2."""
 
 from ml_collections import config_dict
 
@@ -47,17 +43,16 @@ def training() -> config_dict.ConfigDict:
   c.checkpoint_every = 300
   # Keep this many of the newest checkpoints; 0: all.
   c.keep_checkpoints = 2
-  # "gs://bucket/path" (extra `gcs`), for this run alone: each checkpoint is
-  # uploaded with the run's records, and the model at the end. On a new machine
-  # the same command resumes from there. A failed upload stops nothing and is
-  # retried. "" uploads nothing.
+  # "gs://bucket/path" (extra `gcs`), for this run alone: checkpoints, the run's
+  # records and the model are uploaded, and a new machine resumes from there. A
+  # failed upload stops nothing and is retried. "" uploads nothing.
   c.checkpoint_bucket = ""
   # Write a PEFT adapter directory at every checkpoint, to sample from or to
   # push; never deleted. Needs LoRA.
   c.export_adapters = False
-  # DPO only: compute the reference's log-probs once, before training. Steps are
-  # faster, and full fine-tuning needs no second copy of the weights. Equal in
-  # float32; in bfloat16 a pair's log-ratio may differ by some tenths of a nat.
+  # DPO only: compute the reference's log-probs once, before training. Faster
+  # steps, no second copy of the weights in full fine-tuning. Equal in float32;
+  # in bfloat16 a pair's log-ratio may differ by some tenths of a nat.
   c.precompute_reference = False
   # Directory of those log-probs, shared by runs with the same pairs and
   # reference; "" is the run's own.
@@ -68,15 +63,14 @@ def training() -> config_dict.ConfigDict:
   # Whole seconds without a heartbeat after which the other processes of a run
   # end.
   c.heartbeat_s = 100
-  # What may differ from the directory's earlier starts when a run resumes:
-  # fields, ("loss.beta",), or inputs: "train_data", "held_out_data",
-  # "tokenizer", "base", "position" (the order of items), "randomness". Each
-  # change is recorded in manifest.json.
+  # What may differ from earlier starts when a run resumes: fields,
+  # ("loss.beta",), or inputs: "train_data", "held_out_data", "tokenizer",
+  # "base", "position" (the order of items), "randomness".
   c.allow_changes = ()
   c.trackers = trackers()
-  # "user/name" on the Hugging Face hub: the model is pushed there at the end,
-  # with a card, and the adapters of export_adapters to branches step-NNNNNN. A
-  # failed push stops nothing and is retried at the end. "" pushes nothing.
+  # "user/name" on the Hugging Face hub: the model is pushed at the end, with a
+  # card, and the adapters of export_adapters to branches step-NNNNNN. A failed
+  # push stops nothing and is retried. "" pushes nothing.
   c.push_to_hub = ""
   # Whether a new repository is public.
   c.push_public = False
@@ -125,19 +119,17 @@ def model() -> config_dict.ConfigDict:
   # Directory in Hugging Face form (safetensors), user/name or
   # user/name@revision on the hub, or gs://bucket/path.
   c.path = "EleutherAI/pythia-2.8b"
-  # Compute dtype of the blocks: "float32" or "bfloat16". Norms, softmax,
-  # log-probs and losses are float32 in any case. Float32 products are exact on
-  # every device, unless JAX_DEFAULT_MATMUL_PRECISION says otherwise, and cost a
-  # TPU six of bfloat16. Gradients of the blocks' weights have this dtype, also
-  # when summed over devices; sums over micro-batches, moments and updates are
-  # float32.
+  # Compute dtype of the blocks and their gradients: "float32" or "bfloat16".
+  # Norms, softmax, log-probs, losses, sums over micro-batches, moments and
+  # updates are float32 in any case. Float32 products are exact on every device,
+  # unless JAX_DEFAULT_MATMUL_PRECISION says otherwise, and cost a TPU six of
+  # bfloat16.
   c.dtype = "bfloat16"
   # Dtype of the stored base weights. Full fine-tuning needs "float32". With
   # LoRA "bfloat16" halves their memory, and "int8" takes about a quarter:
-  # kernels of blocks in eight bits with a scale per output channel, embeddings
-  # in bfloat16. Policy and reference share the rounded base; adapters are
-  # merged into the weights as read ("bfloat16": rounded). benchmarks/int8.md
-  # has the loss of quality, of a small model only.
+  # kernels of blocks in eight bits, embeddings in bfloat16. Policy and
+  # reference share the rounded base; adapters are merged into the weights as
+  # read ("bfloat16": rounded). See benchmarks/int8.md.
   c.param_dtype = "float32"
   # Rematerialization: "none" recomputes nothing in the backward pass;
   # "save_projections" saves the outputs of the four frozen projections per
@@ -145,24 +137,21 @@ def model() -> config_dict.ConfigDict:
   # numbers are equal.
   c.remat = "full"
   # "dense" runs everywhere and holds row_length x row_length scores per row and
-  # head; all recipes for TPUs and GPUs use it, as the others have not run there
-  # yet. "blocks" packs segments across rows of `attention_block` tokens and
+  # head. "blocks" packs segments across rows of `attention_block` tokens and
   # computes only pairs of rows with visible entries: the fastest on a CPU.
   # "flash", for TPUs and NVIDIA GPUs, holds no scores and skips masked blocks.
   # "cudnn" is NVIDIA's, in bfloat16. "flash_interpreted" checks flash on any
-  # device, slowly. What the devices cannot run is refused before anything
-  # compiles. See benchmarks/attention.md.
+  # device, slowly. See benchmarks/attention.md.
   c.attention = "dense"
   # Tokens of a row under "blocks"; 64 and 128 are equally fast on a CPU.
   c.attention_block = 64
   # Completion tokens per device whose logits exist at one time, 8 bytes each
-  # per vocabulary entry: 0.4 GB for Pythia at 1,024. Changes memory and speed,
-  # not the numbers; 128 to 512 are fast on a CPU.
+  # per vocabulary entry: 0.4 GB for Pythia at 1,024. 128 to 512 are fast on a
+  # CPU.
   c.logit_chunk = 1024
   # Vocabulary entries whose logits exist at one time; 0 is all, as required
   # where mesh.tensor splits the vocabulary. About 1,000, with logit_chunk in
-  # the thousands, is fast and lean on a CPU: the unembedding is read once for
-  # all tokens.
+  # the thousands, is fast and lean on a CPU.
   c.vocab_tile = 0
   return c
 

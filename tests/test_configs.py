@@ -17,7 +17,6 @@ from dpo_jax.judging import runner
 from dpo_jax.model import gpt_neox
 from dpo_jax.sampling import jobs, sampler
 from dpo_jax.training import config as config_lib
-from dpo_jax.training import score
 
 SIZES = tuple(models.PYTHIA)
 RECIPES = tuple(
@@ -52,24 +51,19 @@ def test_every_file_is_known():
   assert {file.stem for file in files} == {*CONFIGS, *PARTS}
 
 
+def kinds(values):
+  """The type of every field."""
+  if isinstance(values, dict):
+    return {key: kinds(value) for key, value in values.items()}
+  return type(values)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_variant_builds_its_settings(name):
   for variant in CONFIGS[name][1]:
     # A float field that holds an int would refuse a fraction as a flag.
-    stack = [
-      (
-        name,
-        get(name, variant).to_dict(),
-        settings.to_dict(build(name, variant)),
-      )
-    ]
-    while stack:
-      where, raw, typed = stack.pop()
-      for key, value in typed.items():
-        if isinstance(value, dict):
-          stack.append((f"{where}.{key}", raw[key], value))
-        else:
-          assert type(raw[key]) is type(value), f"{variant} {where}.{key}"
+    built = settings.to_dict(build(name, variant))
+    assert kinds(get(name, variant).to_dict()) == kinds(built), variant
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -115,72 +109,83 @@ def test_pythias(size):
   assert config.max_positions == 2048
 
 
-def check(values, wanted):
-  """Compares values with {"a.b": 1}."""
+# Of SFT and DPO; RMSprop's b2 and eps are torch's own alpha and eps.
+PAPER = {
+  "lora.rank": 0,
+  "optimizer.name": "rmsprop",
+  "optimizer.learning_rate": 5e-7,
+  "optimizer.warmup_steps": 150,
+  "optimizer.schedule": "constant",
+  "optimizer.clip_norm": 10,
+  "optimizer.b2": 0.99,
+  "optimizer.eps": 1e-8,
+  "batch_size": 64,
+  "epochs": 1,
+  "data.max_length": 512,
+  "data.max_prompt_length": 256,
+}
+DPO_REPLICATION = {
+  "lora.rank": 16,
+  "lora.alpha": 32.0,
+  "lora.dropout": 0.1,
+  "lora.targets": gpt_neox.TARGETS,
+  "optimizer.name": "adamw",
+  "optimizer.schedule": "cosine",
+  "optimizer.warmup_steps": 100,
+  "optimizer.weight_decay": 0.01,
+  "optimizer.b1": 0.9,
+  "optimizer.b2": 0.999,
+  "data.max_length": 512,
+  "data.max_prompt_length": 358,
+  "data.sources.hh.subsets": ("harmless-base",),
+  "checkpoint_every": 100,
+  "epochs": 1,
+}
+
+
+@pytest.mark.parametrize(
+  ("name", "variant", "wanted"),
+  [
+    # About 20,000 pairs between two checkpoints.
+    (
+      "sft",
+      "pythia-2.8b",
+      PAPER | {"objective": "sft", "checkpoint_every": 300},
+    ),
+    (
+      "dpo",
+      "pythia-2.8b",
+      PAPER
+      | {"objective": "dpo", "loss.kind": "sigmoid", "loss.beta": 0.1}
+      | {"loss.label_smoothing": 0, "checkpoint_every": 300},
+    ),
+    (
+      "sft",
+      "pythia-2.8b-lora",
+      DPO_REPLICATION
+      | {"optimizer.learning_rate": 2e-5, "batch_size": 64, "microbatches": 8},
+    ),
+    (
+      "dpo",
+      "pythia-2.8b-lora",
+      DPO_REPLICATION
+      | {"optimizer.learning_rate": 1e-5, "batch_size": 16, "microbatches": 4}
+      | {"loss.beta": 0.2},
+    ),
+    (
+      "sample",
+      "dpo-replication",
+      {"top_k": 50, "top_p": 0.9, "max_new_tokens": 256, "data.limit": 150},
+    ),
+  ],
+)
+def test_a_recipe_is_the_published_one(name, variant, wanted):
+  values = settings.to_dict(build(name, variant))
   for path, value in wanted.items():
     found = values
     for key in path.split("."):
       found = found[key]
     assert found == value, path
-
-
-def test_the_papers_recipe():
-  for name in ("sft", "dpo"):
-    values = settings.to_dict(build(name, "pythia-2.8b"))
-    wanted = {
-      "objective": name,
-      "lora.rank": 0,
-      "optimizer.name": "rmsprop",
-      "optimizer.learning_rate": 5e-7,
-      "optimizer.warmup_steps": 150,
-      "optimizer.schedule": "constant",
-      "optimizer.clip_norm": 10,
-      # torch.optim.RMSprop's own alpha and eps.
-      "optimizer.b2": 0.99,
-      "optimizer.eps": 1e-8,
-      "batch_size": 64,
-      "epochs": 1,
-      "data.max_length": 512,
-      "data.max_prompt_length": 256,
-    }
-    check(values, wanted)
-    every = values["checkpoint_every"] * values["batch_size"]
-    assert every == pytest.approx(20000, rel=0.1)
-  check(values["loss"], {"kind": "sigmoid", "beta": 0.1, "label_smoothing": 0})
-
-
-def test_the_re_implemented_systems_recipe():
-  runs = {
-    "sft": {"optimizer.learning_rate": 2e-5, "batch_size": 64},
-    "dpo": {
-      "optimizer.learning_rate": 1e-5,
-      "batch_size": 16,
-      "loss.beta": 0.2,
-    },
-  }
-  for name, own in runs.items():
-    wanted = {
-      "lora.rank": 16,
-      "lora.alpha": 32.0,
-      "lora.dropout": 0.1,
-      "lora.targets": gpt_neox.TARGETS,
-      "optimizer.name": "adamw",
-      "optimizer.schedule": "cosine",
-      "optimizer.warmup_steps": 100,
-      "optimizer.weight_decay": 0.01,
-      "optimizer.b1": 0.9,
-      "optimizer.b2": 0.999,
-      "data.max_length": 512,
-      "data.max_prompt_length": 358,
-      "data.sources.hh.subsets": ("harmless-base",),
-      "checkpoint_every": 100,
-      "epochs": 1,
-      "microbatches": {"sft": 8, "dpo": 4}[name],
-    }
-    check(settings.to_dict(build(name, "pythia-2.8b-lora")), wanted | own)
-  sample = settings.to_dict(build("sample", "dpo-replication"))
-  wanted = {"top_k": 50, "top_p": 0.9, "max_new_tokens": 256, "data.limit": 150}
-  check(sample, wanted)
 
 
 def test_rows_always_hold_a_pair():
@@ -217,7 +222,6 @@ def test_every_class_checks_the_ranges_of_its_fields():
     *within(build("judge", "openai")),
     build("sample").engine(),
     sampler.Request((1,), 0, 0, 1.0, 0, 1.0, 8),
-    score.parse(["--model=m", "--pairs=p", "--output=o"]),
     *(tiny.CONFIG, gpt_neox.LoraConfig(1, 1.0, 0.0, gpt_neox.TARGETS)),
   ]
   unused = set(settings.RANGES)

@@ -5,15 +5,12 @@ Real processes, each with some CPU devices, that communicate over gloo.
 
 import contextlib
 import dataclasses
-import functools
-import http.server
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 
 import jax
 import numpy as np
@@ -169,8 +166,7 @@ def test_two_processes_do_what_one_does(config, alone, tmp_path, monkeypatch):
   whole, run = tmp_path / "whole", tmp_path / "run"
   train.run(config(), whole)
   with monkeypatch.context() as patch:
-    terminate = functools.partial(signal.raise_signal, signal.SIGTERM)
-    running.at_step(patch, 1, terminate)
+    running.at_step(patch, 1, running.terminate)
     with pytest.raises(preemption.Interrupted, match="after step 2"):
       train.run(config(), run)
   run_pair(tmp_path / "pair", config(), run, slurm())
@@ -187,14 +183,10 @@ def test_two_processes_do_what_one_does(config, alone, tmp_path, monkeypatch):
     for key in a:
       # Sums in another order.
       assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-5), key
-  assert abs(one[-2]["rewards/margins"]) > 1e-3
   # Sampled by both together, written by process 0.
   a_rows, b_rows = (
     records.read(d / eval_samples.FILE, records.Response) for d in (whole, run)
   )
-  assert [row.step for row in b_rows] == [
-    s for s in (0, 3, 6, 7) for _ in "abc"
-  ]
   for a, b in zip(a_rows, b_rows, strict=True):
     assert b.mean_logp == pytest.approx(a.mean_logp, abs=1e-4)
     assert dataclasses.replace(b, mean_logp=a.mean_logp) == a
@@ -207,13 +199,6 @@ def test_two_processes_do_what_one_does(config, alone, tmp_path, monkeypatch):
     np.testing.assert_allclose(
       moved(name, weights[1][name]), moved(name, value), rtol=0, atol=1e-4
     )
-  # One resumes from the last step of two: only the export is left.
-  (run / "finished.json").unlink()
-  train.run(config(), run)
-  assert running.read(run) == two
-  again = safetensors.numpy.load_file(run / "export" / "model.safetensors")
-  for name, value in again.items():
-    np.testing.assert_array_equal(value, weights[1][name])
 
 
 @pytest.fixture(scope="module")
@@ -361,7 +346,6 @@ ALL = {"local_device_ids": []}
     ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None),
     # One task a node, with all of its GPUs.
     (SLURM | {"SLURM_STEP_NUM_NODES": "2"}, ALL),
-    (SLURM | {"SLURM_STEP_NUM_NODES": "1"}, {}),
     # Two that see the same GPUs, or each its own.
     (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1"}, {}),
     (SLURM | {"CUDA_VISIBLE_DEVICES": "0"}, ALL),
@@ -370,15 +354,12 @@ ALL = {"local_device_ids": []}
       ALL,
     ),
     (SLURM | {"SLURM_STEP_NUM_NODES": "2", "JAX_LOCAL_DEVICE_IDS": "3"}, {}),
-    ({"OMPI_COMM_WORLD_SIZE": "2"}, {}),
     ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, {}),
     ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, ALL),
-    ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
     # mpirun in a job of Slurm, whose step is its daemon's.
     (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "OMPI_COMM_WORLD_SIZE": "2"}, {}),
     ({"TPU_WORKER_HOSTNAMES": "a,b"}, None),
     ({"TPU_ML_PLATFORM": "JAX", "TPU_WORKER_HOSTNAMES": "a,b"}, {}),
-    ({"TPU_ML_PLATFORM": "JAX", "TPU_PROCESS_ADDRESSES": "a:1,b:1"}, {}),
     ({"TPU_ML_PLATFORM": "JAX", "TPU_WORKER_HOSTNAMES": "localhost"}, None),
     ({"TPU_ML_PLATFORM": "JAX"}, {}),
     ({"TPU_ML_PLATFORM": "JAX", "TPU_SKIP_MDS_QUERY": "1"}, None),
@@ -392,7 +373,6 @@ def test_arguments_by_environment(environ, wanted):
   "environ",
   [
     {"JAX_COORDINATOR_ADDRESS": "host:1234"},
-    {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
     explicit()[0] | {"JAX_NUM_PROCESSES": "two"},
   ],
 )
@@ -401,40 +381,10 @@ def test_an_incomplete_environment_is_refused(environ):
     distributed.initialize_arguments(environ)
 
 
-@contextlib.contextmanager
-def metadata(rank):
-  """Address of a Cloud TPU host's metadata server."""
-  values = {
-    "agent-worker-number": str(rank),
-    "worker-network-endpoints": ",".join(["unknown:unknown:127.0.0.1"] * 2),
-    "tpu-env": "ZONE: 'nowhere'",
-  }
-
-  class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-      text = values[self.path.rpartition("/")[2]].encode()
-      self.send_response(200)
-      self.send_header("Content-Length", str(len(text)))
-      self.end_headers()
-      self.wfile.write(text)
-
-    def log_message(self, *_):
-      pass
-
-  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
 FOUND = """
-import os
 import jax
 from dpo_jax.core import distributed
 
-# Without TPUs jax sets this itself.
-if "JAX_FORCE_TPU_INIT" in os.environ:
-  del os.environ["TPU_SKIP_MDS_QUERY"]
 with distributed.initialized():
   print(
     distributed.all_gather(jax.process_index()).tolist(),
@@ -443,24 +393,10 @@ with distributed.initialized():
 """
 
 
-@pytest.mark.parametrize(
-  ("launcher", "gpus"), [("mpirun", ("all", "1")), ("TPU", ("all", "all"))]
-)
-def test_jax_detects_the_processes_and_their_gpus(launcher, gpus):
-  with contextlib.ExitStack() as stack:
-    environments = open_mpi()
-    if launcher == "TPU":
-      port = str(free_port())
-      environments = [
-        {
-          "GCE_METADATA_IP": stack.enter_context(metadata(rank)),
-          "JAX_COORDINATOR_PORT": port,
-          "JAX_FORCE_TPU_INIT": "1",
-        }
-        for rank in range(2)
-      ]
-    ended = python_pair(environments, FOUND)
-  for (child, output, error), own in zip(ended, gpus):
+def test_jax_detects_the_processes_of_mpirun_and_their_gpus():
+  """The only task of its node has all GPUs, one of two its own."""
+  ended = python_pair(open_mpi(), FOUND)
+  for (child, output, error), own in zip(ended, ("all", "1")):
     assert child.returncode == 0, error
     assert output.splitlines()[-1] == f"[0, 1] {own}"
 

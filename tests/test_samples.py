@@ -187,7 +187,7 @@ def test_what_a_run_that_goes_on_finds(
   path = tmp_path / eval_samples.FILE
   path.write_bytes(b"".join(lines[:left]) + b"".join(lines[left:])[:40])
   own = [dataclasses.replace(row, step=None) for row in rows(sampled)[:3]]
-  found = eval_samples.Sampler(path, tuple(own), *[None] * 7)
+  found = eval_samples.Sampler(path, tuple(own), *[None] * 6)
   assert found._trim(start) is there
   assert path.read_bytes() == b"".join(lines[:kept])
 

@@ -45,13 +45,10 @@ def config(tmp_path_factory):
 @pytest.mark.parametrize(
   ("name", "phase"),
   [
-    pytest.param(
-      name,
-      phase,
-      marks=() if (name, phase) == ("SIGINT", "save") else pytest.mark.slow,
-    )
-    for name in CODES
-    for phase in PHASES
+    pytest.param("SIGTERM", "compile", marks=pytest.mark.slow),
+    pytest.param("SIGHUP", "step", marks=pytest.mark.slow),
+    pytest.param("SIGTERM", "evaluation", marks=pytest.mark.slow),
+    ("SIGINT", "save"),
   ],
 )
 def test_a_signal_ends_the_run_and_what_was_made_is_saved(
@@ -201,7 +198,7 @@ except errors.Stopped as error:
 @pytest.mark.parametrize(
   ("name", "sigint"),
   # SIGINT is ignored in the background of a shell script.
-  [*((name, "heard") for name in CODES), ("SIGTERM", "ignored")],
+  [("SIGINT", "heard"), ("SIGHUP", "heard"), ("SIGTERM", "ignored")],
 )
 def test_an_interruptible_block_is_cleaned_up(name, sigint):
   with child(INTERRUPTIBLE, sigint) as process:

@@ -74,9 +74,6 @@ class Silent:
   def write(self, row: dict[str, Any]) -> None:
     del row
 
-  def table(self, step: int, name: str, columns: Any, rows: Any) -> None:
-    del step, name, columns, rows
-
   def at(self, step: int) -> list[dict[str, Any]]:
     del step
     return []

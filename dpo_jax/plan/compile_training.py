@@ -109,15 +109,7 @@ def shape_of(
     shape = hf.read_config(path)
   else:
     shape = shape_named(name, path, config.tokenizer)
-  return dataclasses.replace(
-    shape,
-    dtype=config.model.dtype,
-    remat=config.model.remat,
-    lora=config.lora.config(),
-    attention=config.model.attention,
-    logit_chunk=config.model.logit_chunk,
-    vocab_tile=config.model.vocab_tile,
-  )
+  return config.computing(shape)
 
 
 def shape_named(name: str, *ids: str) -> gpt_neox.ModelConfig:

@@ -1,6 +1,6 @@
 """A run's checkpoints: trained weights, optimizer state and position.
 
-The frozen base is not saved: its source and hash are in the metadata. The
+The frozen base is not saved: its hash is among the inputs. The
 arrays are one flat dict by path, so that a checkpoint does not depend on the
 classes of the optimizer that wrote it.
 
@@ -81,14 +81,14 @@ class Checkpoints:
     self,
     state: step_lib.TrainState,
     name: str,
-    meta: dict[str, Any],
+    inputs: dict[str, Any],
   ) -> None:
     """Saves a state in the background, under its step.
 
     Args:
       state: of the run.
       name: the trained subtree, "base" or "lora".
-      meta: JSON values: inputs, config, versions, position in the data.
+      inputs: of the run at this step; see `inputs`.
 
     Raises:
       SaveError: this save or the one before it failed.
@@ -104,7 +104,7 @@ class Checkpoints:
         args=ocp.args.Composite(
           arrays=ocp.args.StandardSave(arrays),
           meta=ocp.args.JsonSave(
-            meta | {"step": step, "arrays": _described(arrays)}
+            {"inputs": inputs, "arrays": _described(arrays)}
           ),
         ),
       )
@@ -146,7 +146,7 @@ class Checkpoints:
   def restore(
     self, state: step_lib.TrainState, name: str
   ) -> tuple[step_lib.TrainState, dict[str, Any]]:
-    """The newest checkpoint, sharded like `state`, and its meta.
+    """The newest checkpoint, sharded like `state`, and its inputs.
 
     Args:
       state: of step 0; all but its frozen weights are replaced.
@@ -175,7 +175,7 @@ class Checkpoints:
       jax.tree.structure(saved), [found[key] for key in wanted]
     )
     params = state.params | restored.params
-    return dataclasses.replace(restored, params=params), meta
+    return dataclasses.replace(restored, params=params), meta["inputs"]
 
   def close(self) -> None:
     """Waits for the save in progress and raises its error."""

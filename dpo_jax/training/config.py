@@ -169,6 +169,18 @@ class TrainSettings:
       dry_run=self.push_dry_run,
     )
 
+  def computing(self, shape: gpt_neox.ModelConfig) -> gpt_neox.ModelConfig:
+    """A model of this shape with the run's precision, adapters and kernels."""
+    return dataclasses.replace(
+      shape,
+      dtype=self.model.dtype,
+      remat=self.model.remat,
+      lora=self.lora.config(),
+      attention=self.model.attention,
+      logit_chunk=self.model.logit_chunk,
+      vocab_tile=self.model.vocab_tile,
+    )
+
   def step_objective(self) -> step.Objective:
     """What a training step minimizes."""
     loss = self.loss if self.objective == "dpo" else None

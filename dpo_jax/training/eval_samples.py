@@ -36,7 +36,6 @@ class Sampler:
     requests: of the rows.
     engine: a slot for each prompt, rounded up to the mesh's data shards.
     every: updates between samplings; 0: only at the first step and the last.
-    steps: updates of the run.
   """
 
   path: pathlib.Path
@@ -44,21 +43,16 @@ class Sampler:
   requests: list[sampler.Request]
   engine: sampler.Engine
   every: int
-  steps: int
   model: gpt_neox.ModelConfig
   tokenizer: tokenizer_lib.Tokenizer
   mesh: jax.sharding.Mesh
 
-  def due(self, step: int) -> bool:
-    """Whether to sample after this many updates."""
-    ends = step in (0, self.steps)
-    on_time = bool(self.every) and step % self.every == 0
-    return bool(self.rows) and (ends or on_time)
-
-  def catch_up(self, start: int, params: Any, watch: preemption.Watch) -> None:
+  def catch_up(
+    self, start: int, due: bool, params: Any, watch: preemption.Watch
+  ) -> None:
     """Prepares the file where a run starts or resumes at step `start`.
 
-    Drops the rows of later steps, and samples at `start` if that is due and
+    Drops the rows of later steps, and samples at `start` if that is `due` and
     its rows are not complete.
 
     Raises:
@@ -66,14 +60,12 @@ class Sampler:
       preemption.Interrupted: a signal came meanwhile.
       errors.Stopped: another process could not read the file.
     """
-    if not self.rows:
-      return
     complete = False
     with distributed.raise_on_all(f"reading {self.path.name}"):
       if distributed.is_main():
         complete = self._trim(start)
     # The first process has the file, and decides.
-    if distributed.all_gather(complete)[0] or not self.due(start):
+    if distributed.all_gather(complete)[0] or not due:
       return
     if not self.write(start, params, watch):
       raise watch.interrupted(f"in the samples at step {start}")
@@ -126,7 +118,6 @@ def make(
   model: gpt_neox.ModelConfig,
   tokenizer: tokenizer_lib.Tokenizer,
   mesh: jax.sharding.Mesh,
-  steps: int,
   workdir: pathlib.Path,
 ) -> Sampler:
   """The sampler of a run, with its prompts.
@@ -181,7 +172,6 @@ def make(
     requests,
     engine,
     how.every,
-    steps,
     model,
     tokenizer,
     mesh,

@@ -27,7 +27,7 @@ class StepLog:
     what: of the bar, such as "dpo run1".
     items: of a batch, "pairs" or "examples".
     settings: of updates that are skipped.
-    check_first: checks the loss of the first update.
+    check_first: checks the loss of the first update, or None.
     flops_of: model flops of an update.
     devices: that it runs on.
   """
@@ -40,7 +40,7 @@ class StepLog:
     what: str,
     items: str,
     settings: guards.GuardSettings,
-    check_first: Callable[[float], None],
+    check_first: Callable[[float], None] | None,
     flops_of: Callable[[flops.Work], float],
     devices: np.ndarray,
   ):
@@ -89,7 +89,7 @@ class StepLog:
     self.writer.write({"step": number} | row | about | speed)
     if not applied:
       guards.skip_or_stop(self._settings, number, row, skipped, counts.ids)
-    elif earlier == 0:
+    elif earlier == 0 and self._check_first:
       self._check_first(row["loss"])
     self._bar.update(1, {"loss": row["loss"], "tokens/s": per_second})
 
@@ -136,7 +136,9 @@ def train(
   missing = not found and (start == 0 or due(start, eval_every))
   if missing and not evaluate(start):
     raise watch.interrupted(f"in the evaluation at step {start}")
-  sampler.catch_up(start, state.params, watch)
+  if sampler.rows:
+    wanted = start == 0 or due(start, sampler.every)
+    sampler.catch_up(start, wanted, state.params, watch)
 
   batches = pipeline.train_batches(start)
   batch, pending = next(batches, None), None
@@ -151,7 +153,7 @@ def train(
     batch = next(batches, None)
     stop = watch.requested()
     evaluates, saves = due(number, eval_every), due(number, save_every)
-    samples = sampler.due(number)
+    samples = bool(sampler.rows) and due(number, sampler.every)
     at_once = number == 1 or _is_synchronous()
     if not (at_once or evaluates or saves or samples or stop):
       continue

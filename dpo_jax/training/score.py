@@ -27,7 +27,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -44,36 +44,16 @@ from dpo_jax.training import reference as reference_lib
 _ROW_MULTIPLE = 64
 
 
-@dataclasses.dataclass(frozen=True)
-class ScoreSettings:
-  """The flags of the command; `parse` explains each."""
-
-  model: str
-  reference: str
-  adapter: str
-  tokenizer: str
-  pairs: str
-  output: str
-  beta: float
-  tokenization: tokenization.Rules
-  max_length: int
-  max_prompt_length: int
-  batch_size: int
-  dtype: Literal["float32", "bfloat16"]
-  fsdp: int
-  tensor: int
-
-  def __post_init__(self):
-    settings_lib.check(self)
-
-
-def run(settings: ScoreSettings) -> list[dict[str, Any]]:
+def run(settings: argparse.Namespace) -> list[dict[str, Any]]:
   """Scores every pair, writes the output file, and returns its rows.
+
+  `settings` are those of `parse`.
 
   Raises:
     ValueError: a row cannot be scored, or a setting does not fit the model; all
       before weights are read.
   """
+  settings_lib.check(settings)
   remote.refuse_address("output", settings.output)
   output = pathlib.Path(settings.output)
   if not os.access(output.parent, os.W_OK) or output.is_dir():
@@ -94,7 +74,7 @@ def run(settings: ScoreSettings) -> list[dict[str, Any]]:
 
 
 def _tokenized(
-  settings: ScoreSettings, tokenizer: tokenizer_lib.Tokenizer
+  settings: argparse.Namespace, tokenizer: tokenizer_lib.Tokenizer
 ) -> tuple[token_table.Table, np.ndarray]:
   """A table of the pairs in order, and which of them were cut, bool [N].
 
@@ -219,7 +199,7 @@ def _sum(logps: np.ndarray) -> float:
   return float(logps.sum(dtype=np.float64))
 
 
-def parse(arguments: Sequence[str] | None = None) -> ScoreSettings:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   """The settings of a command line."""
   parser = argparse.ArgumentParser(
     prog="python -m dpo_jax score",
@@ -250,7 +230,7 @@ def parse(arguments: Sequence[str] | None = None) -> ScoreSettings:
   number("--fsdp", default=1, help="devices that split the width")
   number("--tensor", default=1, help="devices that split heads and vocabulary")
   console.add_flag(parser)
-  return ScoreSettings(**vars(parser.parse_args(arguments)))
+  return parser.parse_args(arguments)
 
 
 def main() -> int:

@@ -64,15 +64,7 @@ def load_model(
       devices, the tokenizer or data.max_length.
   """
   path = config.model.path
-  model = dataclasses.replace(
-    hf.read_config(path),
-    dtype=config.model.dtype,
-    remat=config.model.remat,
-    lora=config.lora.config(),
-    attention=config.model.attention,
-    logit_chunk=config.model.logit_chunk,
-    vocab_tile=config.model.vocab_tile,
-  )
+  model = config.computing(hf.read_config(path))
   attention.check(
     model.attention,
     mesh.devices.flat[0],
@@ -213,6 +205,13 @@ def step_log(
     writer = metrics.Silent(workdir, start)
     console.mute()
   is_dpo = config.objective == "dpo"
+  live = is_dpo and not config.precompute_reference
+  check_first = functools.partial(
+    guards.check_first_loss,
+    settings=config.loss,
+    dtype=config.model.dtype,
+    precomputed=config.precompute_reference,
+  )
   return loop.StepLog(
     writer,
     rates,
@@ -220,19 +219,8 @@ def step_log(
     f"{config.objective} {workdir.name}",
     "pairs" if is_dpo else "examples",
     config.guards,
-    functools.partial(
-      guards.check_first_loss,
-      settings=config.loss,
-      dtype=config.model.dtype,
-      precomputed=config.precompute_reference,
-    )
-    if is_dpo
-    else lambda loss: None,
-    functools.partial(
-      flops.step,
-      model,
-      reference=is_dpo and not config.precompute_reference,
-    ),
+    check_first if is_dpo else None,
+    functools.partial(flops.step, model, reference=live),
     mesh.devices,
   )
 

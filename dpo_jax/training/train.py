@@ -18,7 +18,6 @@ from dpo_jax.core import (
   preemption,
   settings,
   sharding,
-  versions,
 )
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.hub import push as push_lib
@@ -76,10 +75,10 @@ def _run(
     distributed.require_shared(workdir / "lock")
     rundir.refuse_foreign(workdir)
     rundir.check(workdir, values, config.changeable)
+    trackers.check(config.trackers)
     if (push := config.push()) and distributed.is_main():
       push_lib.check(push)
   distributed.assert_equal("the config", json.dumps(values))
-  trackers.check(config.trackers)
   with contextlib.ExitStack() as stack:
     publisher = uploader = None
     if push:
@@ -167,17 +166,16 @@ def _train(
   inputs = functools.partial(
     checkpoints_lib.inputs, pipeline, tokenizer, base_hash, config.seed
   )
+  start = 0
   if checkpoints.latest() is not None:
-    state, meta = checkpoints.restore(state, trainable)
+    state, found = checkpoints.restore(state, trainable)
+    start = int(jax.device_get(state.step))
     changed = changed + checkpoints_lib.changed_inputs(
-      workdir, meta["inputs"], inputs(meta["step"]), config.allow_changes
+      workdir, found, inputs(start), config.allow_changes
     )
-  start = int(jax.device_get(state.step))
 
   with distributed.raise_on_all("reading the prompts of samples"):
-    sampler = eval_samples.make(
-      config, model, tokenizer, mesh, pipeline.steps, workdir
-    )
+    sampler = eval_samples.make(config, model, tokenizer, mesh, workdir)
   rates = optimizer.rates(config.optimizer, pipeline.steps)
   if distributed.is_main():
     manifest.write(
@@ -190,12 +188,6 @@ def _train(
 
   def save(state, number, export):
     params, name = state.params, f"step-{number:06d}"
-    meta = {
-      "inputs": inputs(number),
-      "base": {"source": config.model.path, "hash": base_hash},
-      "config": settings.to_dict(config),
-      "versions": versions.versions(),
-    }
     with jax.transfer_guard("allow"):
       if export and config.export_adapters:
         path = workdir / "adapters" / name
@@ -203,7 +195,7 @@ def _train(
         hf.export_adapter(path, model, params["lora"], source, fingerprint)
       # A checkpoint must not outlive the rows of its steps.
       log.writer.sync()
-      checkpoints.save(state, trainable, meta)
+      checkpoints.save(state, trainable, inputs(number))
     if export and publisher and distributed.is_main():
       publisher.checkpoint()
 
