@@ -1,9 +1,7 @@
 """Sources of preference pairs: known datasets and the fields of any other.
 
-`data.use` names the sources to read, so that one flag changes the dataset:
-`--config.data.use="('shp',)"`. Several are mixed by their weights:
-`--config.data.use="('hh','shp')" --config.data.sources.shp.weight=0.5`. Each
-field is a flag: `--config.data.sources.hh.train_path=DIR`.
+`data.use` names those to read: `--config.data.use="('shp',)"`. Several are
+mixed: `--config.data.use="('hh','shp')" --config.data.sources.shp.weight=0.5`.
 """
 
 from ml_collections import config_dict
@@ -17,7 +15,7 @@ def source() -> config_dict.ConfigDict:
   # functions below. "tfds": HH as written by
   # `python -m dpo_jax.data.sources.hh_tfds`.
   c.kind = "pairs"
-  # A .jsonl or .jsonl.gz file; a directory of <subset>/<split>.jsonl(.gz), of
+  # A .jsonl(.gz) file; a directory of <subset>/<split>.jsonl(.gz), of
   # <split>.jsonl(.gz), or of parquet files; a hub id, user/name or
   # user/name@revision. For "tfds", the data_dir of the command.
   c.train_path = "pairs/train.jsonl"
@@ -119,10 +117,9 @@ def shp() -> config_dict.ConfigDict:
 
 
 def se() -> config_dict.ConfigDict:
-  """StackExchange; without a test split, 1% of its questions are held out.
+  """StackExchange, 22 GB, with 1% of its questions held out.
 
-  DPO's official code takes 1% too, but by a shuffle. The dataset has 22 GB; one
-  site is `subsets=("data/ai.stackexchange.com",)`.
+  One site is `subsets=("data/ai.stackexchange.com",)`.
   """
   c = source()
   c.kind = "se"
@@ -137,13 +134,12 @@ def se() -> config_dict.ConfigDict:
 def tldr() -> config_dict.ConfigDict:
   """Reddit posts and pairs of summaries (Stiennon et al. 2020).
 
-  From the hub's own conversion, since the dataset is defined by a script. News
-  articles in its validation split are left out.
+  From the hub's own conversion, since the dataset is defined by a script.
   """
   c = source()
   c.kind = "tldr"
-  c.train_path = "openai/summarize_from_feedback@refs/convert/parquet"
-  c.eval_path = "openai/summarize_from_feedback@refs/convert/parquet"
+  path = "openai/summarize_from_feedback@refs/convert/parquet"
+  c.train_path = c.eval_path = path
   c.eval_split = "validation"
   c.subsets = ("comparisons",)
   return c

@@ -304,7 +304,6 @@ def test_what_may_change_is_recorded(whole, config, tmp_path, monkeypatch):
     train.run(config(**changes, allow_changes=["loss"]), workdir)
   with pytest.raises(ValueError, match=r"lora_a: 'float32\[.*, 2\]' -> "):
     train.run(config(**{"lora.rank": 4}, allow_changes=["lora"]), workdir)
-  # Other pairs under the same name, too.
   other = tmp_path / "other.jsonl"
   running.write(other, list(running.rows(30, 4)))
   source = {"data.sources.files.train_path": str(other)}

@@ -164,34 +164,6 @@ def test_going_on_gives_the_same_file(
   assert len(asked) == 2
 
 
-@pytest.mark.parametrize(
-  ("left", "start", "kept", "there"),
-  [
-    # All rows of the step are there, and those of later ones are dropped.
-    (12, 6, 9, True),
-    (9, 6, 9, True),
-    # One of three and a part of another: all three are made again.
-    (7, 6, 6, False),
-    (6, 6, 6, False),
-    # A step without samples.
-    (9, 4, 6, False),
-    (0, 3, 0, False),
-    # A run that starts at step 0 starts over.
-    (9, 0, 0, False),
-  ],
-)
-def test_what_a_run_that_goes_on_finds(
-  sampled, tmp_path, left, start, kept, there
-):
-  lines = (sampled / eval_samples.FILE).read_bytes().splitlines(keepends=True)
-  path = tmp_path / eval_samples.FILE
-  path.write_bytes(b"".join(lines[:left]) + b"".join(lines[left:])[:40])
-  own = [dataclasses.replace(row, step=None) for row in rows(sampled)[:3]]
-  found = eval_samples.Sampler(path, tuple(own), *[None] * 6)
-  assert found._trim(start) is there
-  assert path.read_bytes() == b"".join(lines[:kept])
-
-
 @pytest.mark.slow
 def test_stopped_between_two_answers(sampled, config, tmp_path, monkeypatch):
   """A request to stop during samples loses neither a row nor the step."""

@@ -11,6 +11,7 @@ checkpoint, as in metrics.jsonl.
 import dataclasses
 import itertools
 import pathlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -33,19 +34,14 @@ class Sampler:
   Attributes:
     path: of the file.
     rows: a row a prompt, without step and response.
-    requests: of the rows.
-    engine: a slot for each prompt, rounded up to the mesh's data shards.
     every: updates between samplings; 0: only at the first step and the last.
+    generate: the rows' samples under params, as from `sampler.generate`.
   """
 
   path: pathlib.Path
   rows: tuple[records.Response, ...]
-  requests: list[sampler.Request]
-  engine: sampler.Engine
   every: int
-  model: gpt_neox.ModelConfig
-  tokenizer: tokenizer_lib.Tokenizer
-  mesh: jax.sharding.Mesh
+  generate: Callable[[Any], Iterator[list[tuple[int, sampler.Sample]]]]
 
   def catch_up(
     self, start: int, due: bool, params: Any, watch: preemption.Watch
@@ -76,18 +72,9 @@ class Sampler:
     All processes must call it; the first one writes.
     """
     rows = [dataclasses.replace(row, step=step) for row in self.rows]
-    lora = params["lora"] if self.model.lora is not None else None
     # Prompts and responses cross between host and device; they are small.
     with jax.transfer_guard("allow"):
-      for ended in sampler.generate(
-        self.model,
-        params["base"],
-        lora,
-        self.tokenizer,
-        self.requests,
-        self.engine,
-        self.mesh,
-      ):
+      for ended in self.generate(params):
         for index, sample in ended:
           rows[index] = jobs.with_response(rows[index], sample)
         if watch.requested():
@@ -150,11 +137,8 @@ def make(
     )
     for prompt in prompts
   ]
-  requests = [
-    jobs.request(row, prompt, -1)
-    for row, prompt in zip(rows, prompts, strict=True)
-  ]
   shards = sharding.data_shards(mesh)
+  # A slot for each prompt, rounded up to the mesh's data shards.
   engine = sampler.Engine(
     batch_size=-(-max(len(rows), 1) // shards) * shards,
     length_multiple=64,
@@ -166,13 +150,15 @@ def make(
     cache_gib=1.0,
     seed=config.seed,
   )
-  return Sampler(
-    workdir / FILE,
-    tuple(rows),
-    requests,
-    engine,
-    how.every,
-    model,
-    tokenizer,
-    mesh,
-  )
+
+  def generate(params):
+    requests = [
+      jobs.request(row, prompt, -1)
+      for row, prompt in zip(rows, prompts, strict=True)
+    ]
+    lora = params["lora"] if model.lora is not None else None
+    return sampler.generate(
+      model, params["base"], lora, tokenizer, requests, engine, mesh
+    )
+
+  return Sampler(workdir / FILE, tuple(rows), how.every, generate)
