@@ -164,6 +164,22 @@ def test_going_on_gives_the_same_file(
   assert len(asked) == 2
 
 
+@pytest.mark.parametrize(
+  ("left", "start", "kept", "there"),
+  # All rows of step 6 are there; some are; it has none; all is started over.
+  [(12, 6, 9, True), (7, 6, 6, False), (9, 4, 6, False), (9, 0, 0, False)],
+)
+def test_what_a_run_that_goes_on_finds(
+  sampled, tmp_path, left, start, kept, there
+):
+  lines = (sampled / eval_samples.FILE).read_bytes().splitlines(keepends=True)
+  path = tmp_path / eval_samples.FILE
+  path.write_bytes(b"".join(lines[:left]) + b"".join(lines[left:])[:40])
+  found = eval_samples.Sampler(path, tuple(rows(sampled)[:3]), 3, iter)
+  assert found._trim(start) is there
+  assert path.read_bytes() == b"".join(lines[:kept])
+
+
 @pytest.mark.slow
 def test_stopped_between_two_answers(sampled, config, tmp_path, monkeypatch):
   """A request to stop during samples loses neither a row nor the step."""

@@ -33,6 +33,38 @@ def test_the_newest_are_kept(tmp_path, keep, left):
   assert {path.name for path in tmp_path.iterdir()} == set(left)
 
 
+def test_what_was_put_aside_goes_once_a_step_as_late_is_whole(tmp_path):
+  for step in (1, 2, 3):
+    make(tmp_path, step)
+  (tmp_path / "2").rename(tmp_path / "2.rejected")
+  (tmp_path / "3").rename(tmp_path / "4.rejected")
+  step_files.prune(tmp_path, 0)
+  assert {path.name for path in tmp_path.iterdir()} == {
+    "1",
+    "2.rejected",
+    "4.rejected",
+  }
+  make(tmp_path, 3)
+  step_files.prune(tmp_path, 0)
+  assert {path.name for path in tmp_path.iterdir()} == {"1", "3", "4.rejected"}
+
+
+def test_another_format_is_refused_and_no_damage(tmp_path):
+  for step in (1, 2):
+    make(tmp_path, step)
+  path = tmp_path / "2" / step_files.MANIFEST
+  values = json.loads(path.read_text())
+  del values["sha256"]
+  values |= {"format": values["format"] + 1, "shards": 4}
+  path.write_text(json.dumps(values | {"sha256": step_files._own_hash(values)}))
+  with pytest.raises(
+    step_files.OtherFormat,
+    match=r"2: a checkpoint of format \d+, .* the version",
+  ):
+    step_files.newest(tmp_path)
+  assert step_files.steps(tmp_path) == [1, 2]
+
+
 def test_a_temporary_of_the_manifest_is_no_damage(tmp_path):
   make(tmp_path, 4)
   (tmp_path / "4" / ".manifest.json.0123456789ab.tmp").write_text("{")

@@ -645,3 +645,15 @@ def test_a_manifest_cannot_name_a_file_elsewhere(memory, name):
     there = look(memory)
     assert not there.manifests
     assert list(there.damaged) == ["000001.json"]
+
+
+def test_another_format_is_refused_and_stays(memory):
+  bucket = bucket_lib.connect(memory)
+  manifest = step_files.Manifest(1, {}, "000001-aaaaaaaaaaaa")
+  values = json.loads(step_files.encode(manifest))
+  del values["sha256"]
+  values["format"] += 1
+  values["sha256"] = step_files._own_hash(values)
+  bucket.pipe_file("000001.json", json.dumps(values).encode())
+  with pytest.raises(ValueError, match=r"000001.json: a checkpoint of format"):
+    look(memory)

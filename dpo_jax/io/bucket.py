@@ -171,6 +171,8 @@ def look(bucket: Any, known: Listing | None = None) -> Listing:
     else:
       try:
         there.manifests[name] = _decode(name, bucket.cat_file(name))
+      except step_files.OtherFormat as error:
+        raise ValueError(f"{name}: {error}") from None
       except ValueError as error:
         there.damaged[name] = str(error)
   return there

@@ -28,6 +28,10 @@ _WRITING = ".orbax-checkpoint-tmp"
 _FORMAT = 4
 
 
+class OtherFormat(ValueError):
+  """A whole manifest that another version of this package wrote."""
+
+
 @dataclasses.dataclass(frozen=True)
 class File:
   bytes: int
@@ -67,14 +71,22 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def decode(data: bytes) -> Manifest:
-  """The manifest that `encode` wrote; ValueError if it was changed since."""
+  """The manifest that `encode` wrote.
+
+  Raises:
+    OtherFormat: another version wrote it; it is no damage.
+    ValueError: it was changed since.
+  """
   values = strict_json.parse(data)
   if not isinstance(values, dict) or (
     values.pop("sha256", None) != _own_hash(values)
   ):
     raise ValueError(f"{MANIFEST} is not what was written")
   if (found := values.pop("format", None)) != _FORMAT:
-    raise ValueError(f"{MANIFEST} has format {found}, not {_FORMAT}")
+    raise OtherFormat(
+      f"a checkpoint of format {found!r:.20}, and this version reads format"
+      f" {_FORMAT}: resume with the version that wrote it"
+    )
   manifest = settings.build(Manifest, values, "manifest")
   for name in manifest.files:
     if "\0" in name or {"", ".", ".."} & {*name.split("/")}:
@@ -110,12 +122,18 @@ def complete(directory: pathlib.Path, step: int) -> None:
 
 
 def problem(directory: pathlib.Path, step: int) -> str:
-  """What is wrong with a step, every file hashed; "" if it is whole."""
+  """What is wrong with a step, every file hashed; "" if it is whole.
+
+  Raises:
+    OtherFormat: see `decode`.
+  """
   path = directory / str(step)
   if not (path / MANIFEST).is_file():
     return f"it has no {MANIFEST}: its save was interrupted"
   try:
     wanted, found = manifest(directory, step).files, _described(path)
+  except OtherFormat as error:
+    raise OtherFormat(f"{path}: {error}") from None
   except (OSError, ValueError) as error:
     return str(error)
   wrong = sorted({name for name, _ in wanted.items() ^ found.items()})
@@ -151,7 +169,8 @@ def newest(directory: pathlib.Path) -> tuple[int | None, list[str]]:
   """The newest whole step, and what is wrong with those after it.
 
   Raises:
-    ValueError: a step was whole once, but none is now.
+    ValueError: a step was whole once, but none is now; or one is of
+      `OtherFormat`.
   """
   problems = []
   completed = False
@@ -192,7 +211,10 @@ def tidy(directory: pathlib.Path, latest: int | None) -> None:
 def prune(
   directory: pathlib.Path, keep: int, held: Set[int] = frozenset()
 ) -> None:
-  """Deletes completed steps but the `keep` newest (0: all) and `held`."""
+  """Deletes completed steps but the `keep` newest (0: all) and `held`.
+
+  Steps that were put aside go once one as late is whole.
+  """
   found = []
   for step in steps(directory):
     # One that is damaged neither counts nor is deleted.
@@ -204,6 +226,10 @@ def prune(
       (directory / str(step)).rename(gone)
       atomic.sync(directory)
       shutil.rmtree(gone)
+  for path in directory.glob(f"*{_REJECTED}"):
+    step = path.name.removesuffix(_REJECTED)
+    if step.isdecimal() and int(step) <= max(found, default=-1):
+      shutil.rmtree(path)
 
 
 def _reject(path: pathlib.Path) -> None:

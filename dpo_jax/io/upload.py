@@ -10,7 +10,6 @@ the last one at the end.
 """
 
 import concurrent.futures
-import contextlib
 import hashlib
 import logging
 import pathlib
@@ -91,10 +90,14 @@ class Uploader:
     Raises:
       ValueError: the bucket holds another run, or no whole step.
     """
-    there, here = self._there, None
-    # Where every step on the disk is damaged, the bucket may have a whole one.
-    with contextlib.suppress(ValueError):
+    there = self._there
+    try:
       here = step_files.newest(self._directory)[0]
+    except step_files.OtherFormat:
+      raise
+    except ValueError:
+      # Every step on the disk is damaged; the bucket may have a whole one.
+      here = None
     with bucket_lib.reaching(self._address):
       here = bucket_lib.fetch(
         self._bucket,
