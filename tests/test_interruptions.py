@@ -6,6 +6,7 @@ In the end each leaves bit for bit what an uninterrupted run leaves.
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import jax
 import pytest
 import running
 
-from dpo_jax.core import preemption, settings, sharding
+from dpo_jax.core import preemption, settings, sharding, versions
 from dpo_jax.data import dataset
 from dpo_jax.io import metrics, step_files
 from dpo_jax.model import hf
@@ -149,7 +150,8 @@ def test_killed_in_a_save_it_ends_where_it_would_have(whole, config, tmp_path):
   train.run(one, workdir)
   starts = json.loads((workdir / "manifest.json").read_text())["starts"]
   assert [begun["step"] for begun in starts] == [0, 4, 6]
-  assert found() == {"7", "7.rejected"}
+  # What was put aside is gone, as its step is whole again.
+  assert found() == {"7"}
   assert_same(workdir, whole)
 
 
@@ -269,7 +271,6 @@ def test_a_last_save_that_fails_is_not_swallowed(
   train.run(config(), workdir)
   assert "6 is not used: " in caplog.text
   assert "resuming from step 4" in caplog.text
-  assert (directory / "6.rejected").is_dir()
   assert_same(workdir, whole)
 
 
@@ -290,15 +291,47 @@ def test_a_disk_that_cannot_be_written_is_refused_first(
     train.run(config(), disk / "run")
 
 
+LIMITED = """
+import os, sys
+limit, *command = sys.argv[1:]
+shell = f'ulimit {limit}; exec "$0" "$@"'
+os.execvp("bash", ["bash", "-c", shell, sys.executable, *command])
+"""
+
+
+@pytest.mark.parametrize(
+  ("limit", "code", "words"),
+  [
+    ("-n 40", 2, "only 40 files may be open at a time: raise the limit to 64"),
+    ("-f 60", 1, "File too large; .* raise the largest size of a file"),
+  ],
+)
+def test_limits_of_the_shell_are_named(config, tmp_path, limit, code, words):
+  plain = config(export_adapters=False, max_steps=1)
+  arguments = tmp_path / "child", plain, tmp_path / "run"
+  command = ("-c", LIMITED, limit, "train.py")
+  with running.Child(*arguments, command) as child:
+    assert child.end() == code
+    printed = child.printed()
+  assert re.search(f"error: .*{words}", printed)
+  assert "Traceback" not in printed
+
+
 # --- changes on the way
 
 
-def test_what_may_change_is_recorded(whole, config, tmp_path, monkeypatch):
+def test_what_may_change_is_recorded(
+  whole, config, tmp_path, monkeypatch, caplog
+):
   workdir = tmp_path / "run"
   with monkeypatch.context() as patch:
     running.at_step(patch, 4, running.terminate)
+    # As if it had been begun with another jax.
+    older = versions.versions() | {"jax": "0.10.1"}
+    patch.setattr(versions, "versions", lambda: older)
     with pytest.raises(preemption.Interrupted):
       train.run(config(), workdir)
+  (workdir / ".config.json.0123456789ab.tmp").write_text("of a kill")
   changes = {"loss.beta": 0.6, "optimizer.eps": 1e-7}
   with pytest.raises(ValueError, match=r"config.optimizer.eps: 1e-08 -> 1e-07"):
     train.run(config(**changes, allow_changes=["loss"]), workdir)
@@ -323,6 +356,8 @@ def test_what_may_change_is_recorded(whole, config, tmp_path, monkeypatch):
     "inputs.train_data",
   ]
   assert last["versions"]["jax"] == jax.__version__
+  assert f"versions.jax: '0.10.1' -> '{jax.__version__}'" in caplog.text
+  assert not list(workdir.rglob("*.tmp"))
   # From now on this is the run's config; the one it was begun with is another.
   with pytest.raises(ValueError, match=r"config.loss.beta: 0.6 -> 0.5"):
     train.run(config(), workdir)

@@ -151,6 +151,28 @@ def test_a_run_that_does_not_stop_is_ended(name, where):
   assert f"not stopped 0.5 s after {name}" in stderr
 
 
+LEFT = """
+import threading
+from dpo_jax.cli import flags
+from dpo_jax.core import console, errors
+
+def main(config, workdir):
+  # As Orbax's is left by a save that got no further threads.
+  threading.Thread(target=threading.Event().wait).start()
+  console.result("ready")
+  raise errors.Stopped("can't start new thread")
+
+flags.run(main, example="configs/dpo.py")
+"""
+
+
+def test_a_thread_that_never_ends_does_not_keep_a_failed_process():
+  with child(LEFT, "--config=configs/dpo.py") as process:
+    _, stderr = process.communicate(timeout=60)
+  assert process.returncode == 1
+  assert stderr.endswith("error: can't start new thread\n")
+
+
 IGNORING = """
 import signal
 from dpo_jax.core import preemption

@@ -207,7 +207,15 @@ def test_a_policy_that_is_not_its_reference_is_not_trained(
 # --- what a directory was begun with
 
 
-def test_a_finished_run_is_not_run_again(whole, config, monkeypatch):
+@pytest.fixture
+def begun(whole, tmp_path):
+  """A copy of the run, as it was before it was finished."""
+  shutil.copytree(whole, tmp_path / "run")
+  (tmp_path / "run" / "finished.json").unlink()
+  return tmp_path / "run"
+
+
+def test_a_finished_run_is_not_run_again(whole, begun, config, monkeypatch):
   monkeypatch.setattr(dataset, "prepare", pytest.fail)
   before = (whole / metrics.FILE).stat().st_mtime_ns
   assert train_lib.run(config(), whole) == whole / "export"
@@ -216,6 +224,12 @@ def test_a_finished_run_is_not_run_again(whole, config, monkeypatch):
     ValueError, match=r"(?s)is finished, .*config.loss.beta: 0.5 -> 0.6"
   ):
     train_lib.run(config(**late), whole)
+  for text in ("", "{", "[]", "{}", '{"step": "7"}'):
+    (begun / "finished.json").write_text(text)
+    with pytest.raises(
+      ValueError, match=r"finished\.json is damaged \(.*delete"
+    ):
+      train_lib.run(config(), begun)
   # What does not affect the model may be changed.
   train_lib.run(config(grace_s=7.0), whole)
   assert (whole / metrics.FILE).stat().st_mtime_ns == before
@@ -243,14 +257,6 @@ def test_another_config_is_refused_by_every_key(whole, config):
   ]
   assert "config.loss.beta: 0.5 -> 0.6" in str(error.value)
   assert "in --config.allow_changes" in str(error.value)
-
-
-@pytest.fixture
-def begun(whole, tmp_path):
-  """A copy of the run, as it was before it was finished."""
-  shutil.copytree(whole, tmp_path / "run")
-  (tmp_path / "run" / "finished.json").unlink()
-  return tmp_path / "run"
 
 
 def test_other_files_under_the_same_names_are_refused(begun, tmp_path):

@@ -8,10 +8,12 @@ Exit codes:
 """
 
 import faulthandler
+import os
 import pathlib
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -80,6 +82,14 @@ def run(
   except errors.Stopped as error:
     console.error(str(error))
     code = error.code
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if code and any(
+    not thread.daemon and thread is not threading.main_thread()
+    for thread in threading.enumerate()
+  ):
+    # After a failed save a thread of Orbax may wait for ever.
+    os._exit(code)
   sys.exit(code)
 
 

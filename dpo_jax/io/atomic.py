@@ -68,6 +68,13 @@ def sync(path: pathlib.Path) -> None:
     os.close(fd)
 
 
+def clear(directory: pathlib.Path) -> None:
+  """Removes what killed writers left beneath a directory with no other user."""
+  for path in directory.rglob(".*.tmp"):
+    if _TEMPORARY.fullmatch(path.name):
+      path.unlink(missing_ok=True)
+
+
 def _sweep(directory: pathlib.Path) -> None:
   """Removes temporaries that are a day old."""
   oldest = time.time() - _LEFT_S

@@ -5,6 +5,7 @@ A run starts by writing config.json; it resumes only with the same values.
 
 import json
 import pathlib
+import resource
 import tempfile
 from collections.abc import Iterable
 from typing import Any
@@ -12,9 +13,22 @@ from typing import Any
 from dpo_jax.core import settings
 from dpo_jax.io import atomic, strict_json
 
+# Checkpoints are written to many files at a time.
+_OPEN_FILES = 64
+
 
 def prepare(workdir: pathlib.Path, *names: str) -> None:
-  """Creates a directory, and others in it; ValueError if one is read-only."""
+  """Creates a directory, and others in it.
+
+  Raises:
+    ValueError: one is read-only, or too few files may be open.
+  """
+  limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+  if 0 <= limit < _OPEN_FILES:
+    raise ValueError(
+      f"only {limit} files may be open at a time: raise the limit to"
+      f" {_OPEN_FILES} or more (ulimit -n)"
+    )
   for directory in (workdir, *(workdir / name for name in names)):
     try:
       directory.mkdir(parents=True, exist_ok=True)
@@ -109,6 +123,27 @@ def beyond(changed: Iterable[str], allowed: Iterable[str]) -> list[str]:
   """The lines of `check` that are about none of the `allowed` fields."""
   starts = tuple(f"config.{name}{end}" for name in allowed for end in ":.")
   return [line for line in changed if not line.startswith(starts)]
+
+
+def finished(workdir: pathlib.Path) -> bool:
+  """Whether a directory's training run is finished.
+
+  Raises:
+    ValueError: finished.json is not what a run writes.
+  """
+  path = workdir / "finished.json"
+  if not path.exists():
+    return False
+  try:
+    if type(strict_json.read_object(path).get("step")) is int:
+      return True
+    cause = "it holds no step"
+  except ValueError as error:
+    cause = str(error)
+  raise ValueError(
+    f"{path} is damaged ({cause}): delete it, and the same command exports the"
+    " model again from the newest checkpoint"
+  )
 
 
 def begun(workdir: pathlib.Path) -> dict[str, Any]:

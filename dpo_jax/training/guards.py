@@ -33,6 +33,15 @@ START_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2}
 # precomputed in other batches, whose shapes round otherwise.
 PRECOMPUTED_ROUNDING = {"float32": 1e-4, "bfloat16": 0.1}
 
+# What to do where the system refuses to write or to open a file.
+_FIXES = {
+  errno.ENOSPC: "make room",
+  errno.EDQUOT: "make room",
+  errno.EFBIG: "raise the largest size of a file (ulimit -f)",
+  errno.EMFILE: "raise the number of open files (ulimit -n)",
+  errno.ENFILE: "close other programs' files",
+}
+
 
 class TrainingError(errors.Stopped):
   """The run had to stop; its last checkpoint is whole."""
@@ -102,14 +111,15 @@ def skip_or_stop(
 
 
 def explained(error: Exception, workdir: pathlib.Path) -> TrainingError | None:
-  """The error to raise for a lack of memory or disk; None for any other."""
+  """The error to raise for a lack of memory, disk or files; else None."""
   if isinstance(error, OSError):
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    fix = _FIXES.get(error.errno or 0)
+    if fix is None:
       return None
     free = shutil.disk_usage(workdir).free
     return TrainingError(
       f"{error.filename or workdir}: {error.strerror}; {free:,} bytes are free."
-      " What was committed is whole: make room and run the same command again"
+      f" What was committed is whole: {fix} and run the same command again"
     )
   if "RESOURCE_EXHAUSTED" not in str(error):
     return None

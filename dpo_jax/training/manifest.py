@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import logging
 import pathlib
 import shlex
 import sys
@@ -9,11 +10,13 @@ from typing import Any
 
 import jax
 
-from dpo_jax.core import console, redaction, versions
+from dpo_jax.core import console, redaction, settings, versions
 from dpo_jax.io import atomic, strict_json
 from dpo_jax.model import lora
 from dpo_jax.training import config as config_lib
 from dpo_jax.training import input_pipeline, step
+
+_log = logging.getLogger(__name__)
 
 
 def write(
@@ -32,6 +35,16 @@ def write(
   """
   path, mesh = workdir / "manifest.json", pipeline.mesh
   starts = strict_json.read(path).get("starts", []) if path.exists() else []
+  now = versions.versions()
+  if starts and (
+    other := settings.differing(starts[-1]["versions"], now, "versions")
+  ):
+    _log.warning(
+      "%s resumes with other software, whose numbers may differ in their last"
+      " digits:\n  %s",
+      workdir.name,
+      "\n  ".join(other),
+    )
   counts = {key: lora.count(state.params[key]) for key in ("base", "lora")}
   trained = counts["lora" if config.lora.rank else "base"]
   start = {
@@ -41,7 +54,7 @@ def write(
     "devices": [str(device) for device in mesh.devices.flat],
     "processes": jax.process_count(),
     "mesh": dict(mesh.shape),
-    "versions": versions.versions(),
+    "versions": now,
     "changed": changed,
   }
   sizes = {

@@ -56,6 +56,8 @@ def run(
         rundir.prepare(workdir, "checkpoints")
     with distributed.on_main(locks.Lock(workdir / "lock")):
       try:
+        if distributed.is_main():
+          atomic.clear(workdir)
         return _run(config, workdir, watch)
       except (jax.errors.JaxRuntimeError, OSError) as error:
         if explained := guards.explained(error, workdir):
@@ -93,7 +95,7 @@ def _run(
         uploader.fetch(values, config.changeable)
     with distributed.raise_on_all("looking at the directory"):
       changed = rundir.check(workdir, values, config.changeable)
-      finished = (workdir / "finished.json").exists()
+      finished = rundir.finished(workdir)
       if finished and (late := rundir.beyond(changed, config_lib.FREE)):
         raise ValueError(
           f"{workdir} is finished, so these would have no effect:\n  "
