@@ -10,14 +10,13 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import jax
 import pytest
 import running
 
-from dpo_jax.core import preemption, settings, sharding, versions
+from dpo_jax.core import preemption, sharding, versions
 from dpo_jax.data import dataset
 from dpo_jax.io import metrics, step_files
 from dpo_jax.model import hf
@@ -91,59 +90,24 @@ def test_a_signal_in_any_phase_loses_nothing(
 # --- kill -9
 
 
-KILLED_AT = """
-import json, os, pathlib, shutil, signal, sys
-from dpo_jax.core import settings
-from dpo_jax.io import step_files
-from dpo_jax.training import config, train
-
-def kill(owner, name, when, before=lambda path: None):
-  original = getattr(owner, name)
-  def call(path, *arguments, **options):
-    if when(path, *arguments):
-      before(path)
-      os.kill(os.getpid(), signal.SIGKILL)
-    return original(path, *arguments, **options)
-  setattr(owner, name, call)
-
-where, values, workdir = sys.argv[1:]
-if where == "amid the deletes":
-  kill(
-    shutil,
-    "rmtree",
-    lambda path: str(path).endswith("2.deleting"),
-    lambda path: next(path.rglob("d/*")).unlink(),
-  )
-else:
-  kill(step_files, "complete", lambda path, step: step == 7)
-values = settings.build(config.TrainSettings, json.loads(values))
-train.run(values, pathlib.Path(workdir))
-"""
-
-
 def test_killed_in_a_save_it_ends_where_it_would_have(whole, config, tmp_path):
   workdir = tmp_path / "run"
   directory = workdir / "checkpoints"
   # The only checkpoint to resume from, once those before it are deleted.
-  one = config(keep_checkpoints=1)
-  values = json.dumps(settings.to_dict(one))
+  one = config(keep_checkpoints=1, export_adapters=False)
 
   def found():
     return {path.name for path in directory.iterdir()}
 
-  for where, left, start in (
-    ("amid the deletes", {"2.deleting", "4"}, 4),
+  for call, left, start in (
+    # A step is renamed and about to be deleted.
+    (("shutil:rmtree", "1"), {"2.deleting", "4"}, 4),
     # The arrays are committed, but not their manifest.
-    ("before the manifest", {"6", "7"}, 6),
+    (("dpo_jax.io.step_files:complete", "2"), {"6", "7"}, 6),
   ):
-    done = subprocess.run(
-      [sys.executable, "-c", KILLED_AT, where, values, str(workdir)],
-      cwd=running.ROOT,
-      capture_output=True,
-      text=True,
-      timeout=180,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    command = ("tests/signalled.py", "train.py", *call, "SIGKILL", "0")
+    with running.Child(tmp_path / str(start), one, workdir, command) as child:
+      assert child.end() == -signal.SIGKILL, child.printed()
     assert found() == left
     assert step_files.newest(directory)[0] == start
   assert not (directory / "7" / step_files.MANIFEST).exists()
@@ -152,7 +116,9 @@ def test_killed_in_a_save_it_ends_where_it_would_have(whole, config, tmp_path):
   assert [begun["step"] for begun in starts] == [0, 4, 6]
   # What was put aside is gone, as its step is whole again.
   assert found() == {"7"}
-  assert_same(workdir, whole)
+  assert running.read(workdir) == running.read(whole)
+  exports = [running.weights(path / "export") for path in (workdir, whole)]
+  assert exports[0] == exports[1]
 
 
 # --- other devices
