@@ -158,7 +158,7 @@ def test_a_precomputed_reference_needs_no_second_tree(config, full, tmp_path):
   assert (tmp_path / "run" / "reference" / "train.safetensors").exists()
   assert_same_metrics(tmp_path / "run", whole)
   sizes = [
-    json.loads((path / "manifest.json").read_text())["bytes"]["a_device"]
+    json.loads((path / "manifest.json").read_text())["bytes_on_a_device"]
     for path in (tmp_path / "run", whole)
   ]
   assert sizes[0] < 0.7 * sizes[1]

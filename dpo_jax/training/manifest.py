@@ -57,23 +57,18 @@ def write(
     "versions": now,
     "changed": changed,
   }
-  sizes = {
-    "weights": _bytes(state.params),
-    "optimizer": _bytes(state.opt_state),
-    "a_device": sum(
-      leaf.addressable_shards[0].data.nbytes
-      for leaf in jax.tree.leaves((state, reference))
-    ),
-  }
+  on_a_device = sum(
+    leaf.addressable_shards[0].data.nbytes
+    for leaf in jax.tree.leaves((state, reference))
+  )
   manifest = {
     "objective": config.objective,
     "steps": pipeline.steps,
-    "devices": start["devices"],
     "mesh": start["mesh"],
     "parameters": counts | {"trained": trained},
     "base": {"source": config.model.path, "hash": base_hash},
     "versions": start["versions"],
-    "bytes": sizes,
+    "bytes_on_a_device": on_a_device,
     "data": pipeline.items.report | {"packing": pipeline.report()},
     "starts": [*starts, start],
   }
@@ -83,10 +78,10 @@ def write(
     f"{workdir.name}: {mesh.size} x {mesh.devices.flat[0].device_kind} in"
     f" {jax.process_count()} process(es), mesh {axes};"
     f" {sum(counts.values()):,} parameters, {trained:,} trainable;"
-    f" {sizes['a_device'] / 2**20:,.1f} MiB a device before activations;"
+    f" {on_a_device / 2**20:,.1f} MiB a device before activations;"
     f" {pipeline.steps:,} steps of {config.batch_size}",
     "run",
-    **{key: manifest[key] for key in ("parameters", "bytes", "steps")},
+    **{key: manifest[key] for key in ("parameters", "steps")},
   )
 
 
@@ -97,7 +92,3 @@ def _command() -> str:
   installed = pathlib.Path(script).name == "dpo-jax"
   words = ["dpo-jax", *rest] if installed else ["python", script, *rest]
   return redaction.clean(shlex.join(words))
-
-
-def _bytes(tree: Any) -> int:
-  return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
