@@ -160,51 +160,38 @@ def test_an_adapter_is_scored_against_the_model_without_it(
     assert row["chosen_reward"] == pytest.approx(reward, abs=TOLERANCE)
 
 
-@pytest.mark.parametrize(
-  ("tokenization", "length", "prompt_length"),
-  [("paper", 60, 40), ("dpo-replication", 60, 0), ("trl", 70, 0)],
-)
 def test_texts_are_tokenized_and_cut_by_the_rule_that_is_named(
-  tokenization, length, prompt_length, models, rows, pairs, tmp_path
+  models, rows, pairs, tmp_path
 ):
-  """ "dpo-replication" strips responses, so that their first token is another;
-  "trl" keeps the first tokens of each whole text."""
+  """Here responses are stripped, so that their first token is another."""
   directory, policy = models["policy"]
   out = scored(
     tmp_path,
     pairs,
     f"--model={directory}",
-    f"--tokenization={tokenization}",
-    f"--max_length={length}",
-    f"--max_prompt_length={prompt_length}",
+    "--tokenization=dpo-replication",
+    "--max_length=60",
   )
   theirs = transformers.AutoTokenizer.from_pretrained(directory)
-  cut = []
   for row, given in zip(out, rows, strict=True):
-    prompt = theirs(given.prompt)["input_ids"]
-    texts = given.chosen, given.rejected
-    if tokenization == "dpo-replication":
-      texts = [text.strip() for text in texts]
-    chosen, rejected = ([*theirs(text)["input_ids"], 0] for text in texts)
-    over = len(prompt) + max(len(chosen), len(rejected)) - length
-    if tokenization == "paper" and over > 0:
-      prompt, chosen = prompt[-prompt_length:], chosen[: length - prompt_length]
-    elif tokenization == "dpo-replication":
-      # Half of it by default, and less before a long response.
-      prompt = prompt[-(length // 2) :]
-      over = len(prompt) + max(len(chosen), len(rejected)) - length
-      prompt = prompt[max(0, over) :]
-    elif tokenization == "trl":
-      chosen = chosen[: length - len(prompt)]
-    cut.append(row["cut"])
-    expected = torch_logps(policy, prompt, chosen)
-    np.testing.assert_allclose(
-      row["chosen_token_logps"], expected, rtol=0, atol=TOLERANCE
+    whole = theirs(given.prompt)["input_ids"]
+    chosen, rejected = (
+      [*theirs(text.strip())["input_ids"], 0]
+      for text in (given.chosen, given.rejected)
     )
-    assert tokenization != "paper" or row["cut"] == (over > 0)
+    # Half of max_length by default, and less before a long response.
+    prompt = whole[-30:]
+    over = len(prompt) + max(len(chosen), len(rejected)) - 60
+    prompt = prompt[max(0, over) :]
+    assert row["cut"] == (prompt != whole)
+    np.testing.assert_allclose(
+      row["chosen_token_logps"],
+      torch_logps(policy, prompt, chosen),
+      rtol=0,
+      atol=TOLERANCE,
+    )
     assert not {"margin", "chosen_reward"} & row.keys()
-  assert any(cut)
-  assert not all(cut)
+  assert {row["cut"] for row in out} == {True, False}
 
 
 def test_rows_that_cannot_be_scored_are_named(models, pairs, tmp_path):
