@@ -66,25 +66,15 @@ def _server(**values) -> ml_collections.ConfigDict:
   # All waits of one request together; beyond it the verdict is missing. A
   # single Retry-After beyond it ends the run.
   server.max_wait_s = 120.0
-  # Rate caps, evenly spaced; 0 for none. Retry-After is respected anyway.
+  # Rate cap, evenly spaced; 0 for none. Retry-After is respected anyway.
   server.requests_per_minute = 0.0
-  # As requests_per_minute.
-  server.tokens_per_minute = 0.0
   # Dollars for this directory of verdicts, earlier runs included; 0 for no
   # cap. Each call in flight reserves an upper bound of its cost.
   server.budget_usd = 0.0
-  # Dollars per million tokens, "MODEL PROMPT COMPLETION".
+  # Dollars per million tokens, "MODEL PROMPT COMPLETION"; a batch costs half.
   server.prices = PRICES
-  # Factor of the prices in batch mode.
-  server.batch_price = 0.5
-  # Questions per batch.
-  server.batch_size = 10000
   # Between two polls of a batch.
   server.batch_poll_s = 30.0
-  # Of a reply, for the estimate before the first call, and tokens_per_minute.
-  server.expected_reply_tokens = 60
-  # Seconds of a reply, for the estimate.
-  server.expected_reply_s = 1.6
   return server
 
 

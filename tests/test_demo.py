@@ -1,6 +1,5 @@
 """The synthetic world: hand-scored responses, splits, labels, win rates."""
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -13,7 +12,6 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-import tokenizers
 
 from dpo_jax.demo import tables
 from dpo_jax.demo import text as text_lib
@@ -184,27 +182,6 @@ def test_reward_takes_any_response(prompt, response):
   assert (value * 16).is_integer()
 
 
-@hypothesis.settings(deadline=None)
-@hypothesis.given(st.text(max_size=200))
-def test_prompts_of_any_other_text_are_refused(text):
-  prompt = f"\n\nHuman:{text}\n\nAssistant:"
-  with pytest.raises(ValueError, match=r"world|nothing|earlier"):
-    world_lib.reward(prompt, " The fox is silver.")
-
-
-def test_facts_are_distinct_and_no_filler_states_one():
-  columns = list(zip(*(facts.values() for facts in tables.FACTS.values())))
-  assert [len(set(column)) for column in columns] == [8, 8, 8, 4, 16, 16]
-  assert tables.NUMBERS["two"] == 2
-  assert tables.NUMBERS["seventeen"] == 17
-  named = [set(tables.VALUES[name]) for name in tables.ATTRIBUTES[:4]]
-  assert sum(map(len, named)) == len(set().union(*named))
-  values = set().union(*named) | set(tables.NUMBERS)
-  texts = (tables.FILLERS, tables.SLOW, tables.REFUSALS, tables.HEDGES)
-  for text in [t for table in (*texts, *tables.VAGUE.values()) for t in table]:
-    assert not values & set(tables.WORD.findall(text.lower())), text
-
-
 def draw(prompt, style, rng):
   return world_lib.draw_response(prompt, {style: 1}, rng)
 
@@ -245,12 +222,6 @@ def test_styles_score_as_they_are_meant_to():
     draw(COLOUR, "odd", rng)
 
 
-def test_mixes_are_percentages():
-  assert sum(world_lib.PAIRS.values()) == 100
-  assert sum(world_lib.RAW.values()) == 100
-  assert list(world_lib.PAIRS) == list(world_lib.RAW)
-
-
 def test_rows_are_transcripts_of_one_prompt(world):
   splits = (world.pretrain, world.train, world.test)
   assert list(map(len, splits)) == [300, 1200, 300]
@@ -265,13 +236,6 @@ def test_rows_are_transcripts_of_one_prompt(world):
       assert text[1:] == text.strip() != ""
   for rows in (world.pretrain, world.train):
     assert len({tuple(row.values()) for row in rows}) == len(rows)
-
-
-def test_a_third_of_the_dialogues_has_several_turns(world):
-  turns = [row["chosen"].count("\n\nHuman:") for row in world.train]
-  # 1,200 dialogues: a standard error of 0.014.
-  assert 0.29 < np.mean(np.array(turns) > 1) < 0.37
-  assert max(turns) == 3
 
 
 def test_test_prompts_are_unseen_combinations(world):
@@ -311,23 +275,13 @@ def test_every_fact_is_in_training():
 
 
 def test_the_seed_decides_everything(world):
-  again = world_lib.generate(3, pretrain=0, train=50, test=20)
-  assert again.train == world.train[:50]
-  assert again.test == world.test[:20]
-  other = world_lib.generate(4, pretrain=0, train=50, test=20)
-  assert not set(map(str, other.train)) & set(map(str, again.train))
-  with pytest.raises(dataclasses.FrozenInstanceError):
-    world.seed = 1
-
-
-def test_hash_randomization_changes_nothing():
+  """In a process with other hashes too."""
   code = (
     "import hashlib; from dpo_jax.demo import world;"
-    "w = world.generate(1, pretrain=20, train=40, test=20);"
+    "w = world.generate(3, pretrain=0, train=50, test=20);"
     "print(hashlib.sha256(repr(w).encode()).hexdigest())"
   )
-  world = world_lib.generate(1, pretrain=20, train=40, test=20)
-  expected = hashlib.sha256(repr(world).encode()).hexdigest()
+  again = world_lib.World((), world.train[:50], world.test[:20])
   done = subprocess.run(
     [sys.executable, "-c", code],
     env={**os.environ, "PYTHONHASHSEED": "1"},
@@ -335,17 +289,24 @@ def test_hash_randomization_changes_nothing():
     text=True,
     check=True,
   )
-  assert done.stdout.strip() == expected
+  assert done.stdout.strip() == hashlib.sha256(repr(again).encode()).hexdigest()
+  other = world_lib.generate(4, pretrain=0, train=50, test=0)
+  assert not set(map(str, other.train)) & set(map(str, world.train))
 
 
 @pytest.mark.parametrize("scale", [0.4, 1.0])
 def test_labels_follow_bradley_terry(world, scale):
   rows = world.train
   if scale != 1.0:
-    made = world_lib.generate(9, pretrain=0, train=1200, test=0, scale=scale)
-    rows = made.train
-  texts = [(*halves(r["chosen"]), halves(r["rejected"])[1]) for r in rows]
-  margins = np.array([world_lib.compare(*text) for text in texts])
+    rows = world_lib.generate(
+      9, pretrain=0, train=1200, test=0, scale=scale
+    ).train
+  margins = np.array(
+    [
+      np.subtract(*(world_lib.reward(*halves(row[name])) for name in row))
+      for row in rows
+    ]
+  )
   for low, high in ((0, 1), (1, 2), (2, 4), (4, 6), (6, 10)):
     inside = (np.abs(margins) > low) & (np.abs(margins) <= high)
     expected = 1 / (1 + np.exp(-scale * np.abs(margins[inside])))
@@ -355,81 +316,8 @@ def test_labels_follow_bradley_terry(world, scale):
     assert abs(surplus) < 4 * math.sqrt(np.sum(expected * (1 - expected)))
 
 
-def test_ideal_win_rates(world):
-  """Ideal models at T=1 against test.chosen: base < SFT < DPO."""
-  rng = random.Random(0)
-  wins = {"base": [], "sft": [], "dpo": [], "excellent": []}
-  ties = {name: [] for name in wins}
-  beta, rewards = 0.1, []
-  for row in world.test[:256]:
-    prompt, chosen = halves(row["chosen"])
-    target = world_lib.reward(prompt, chosen)
-    rewards.append(target)
-    # What SFT learns: the chosen one of a fresh pair. What DPO then tends
-    # to: the same, tilted by exp(scale * reward / beta).
-    pool = [
-      world_lib.reward(
-        prompt, world_lib._pair(prompt, world_lib.PAIRS, 1.0, rng)[0]
-      )
-      for _ in range(24)
-    ]
-    tilt = [math.exp((value - max(pool)) / beta) for value in pool]
-    drawn = {
-      "base": world_lib.reward(
-        prompt, world_lib.draw_response(prompt, world_lib.RAW, rng)
-      ),
-      "sft": pool[0],
-      "dpo": rng.choices(pool, tilt)[0],
-      "excellent": world_lib.reward(prompt, draw(prompt, "excellent", rng)),
-    }
-    for name, value in drawn.items():
-      wins[name].append((value > target) + 0.5 * (value == target))
-      ties[name].append(value == target)
-  rates = {name: np.mean(values) for name, values in wins.items()}
-  # 256 prompts: one standard error is at most 0.03.
-  assert 0.15 < rates["base"] < 0.25
-  assert 0.45 < rates["sft"] < 0.55
-  assert rates["dpo"] > 0.85
-  assert rates["excellent"] > 0.85
-  assert all(np.mean(values) < 0.25 for values in ties.values())
-  # Headroom: a chosen response is seldom perfect, and there are many grades.
-  assert 0.13 < np.mean(np.array(rewards) == 6) < 0.25
-  assert len(set(rewards)) > 25
-
-
-def test_pretraining_text_is_worse_than_the_pairs(world):
-  means = []
-  for rows in (world.pretrain, world.train[:300]):
-    texts = [halves(row[name]) for row in rows for name in row]
-    values = [world_lib.reward(*text) for text in texts]
-    means.append(np.mean(values))
-  # A full point apart, which is 10 standard errors of either mean; the same
-  # mix for both would give a difference near 0.
-  assert means[1] - means[0] > 1
-
-
-def test_transcripts_are_short(world):
-  rows = world.train[:800]
-  model = tokenizers.ByteLevelBPETokenizer()
-  model.train_from_iterator(
-    [row["chosen"] for row in rows], vocab_size=1000, show_progress=False
-  )
-  counts = [len(model.encode(row["rejected"]).ids) for row in rows]
-  assert 35 < np.mean(counts) < 70
-  assert max(counts) <= 128
-  types = {
-    w for row in rows for w in tables.WORD.findall(row["chosen"].lower())
-  }
-  assert len(types) < 400
-
-
 def test_write_gives_one_json_line_a_row(world, tmp_path):
-  small = dataclasses.replace(
-    world,
-    pretrain=world.pretrain[:3],
-    train=world.train[:5],
-    test=world.test[:2],
-  )
+  small = world_lib.World(world.pretrain[:3], world.train[:5], world.test[:2])
   world_lib.write(small, tmp_path / "world")
   world_lib.write(small, tmp_path / "world")
   files = sorted(path.name for path in (tmp_path / "world").iterdir())

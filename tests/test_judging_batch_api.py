@@ -134,7 +134,7 @@ def test_a_bad_key_stops_and_leaves_a_record_without_it(tmp_path, monkeypatch):
 def test_the_budget_holds_for_batches(tmp_path):
   write(tmp_path, responses(10))
   with serve(rule=judge_server.in_turn(says_using(100, 20))) as server:
-    used = {"prices": DEAR, "batch_price": 0.5}
+    used = {"prices": DEAR}
     summary = runner.run(batches(server, budget_usd=1500.0, **used), tmp_path)
     # Half of 100 + 2 * 20 dollars each.
     assert ledger(tmp_path)["cost"] == pytest.approx(70 * summary.asked)

@@ -8,9 +8,7 @@ from test_judging_runner import (
   ORACLE,
   judge_with,
   response,
-  responses,
   verdicts,
-  world_rows,
   write,
 )
 
@@ -128,41 +126,7 @@ def test_identical_texts_are_asked_about_as_controls_only(tmp_path):
   assert summary.asked == 2
 
 
-def test_the_oracle_has_controls_too(tmp_path):
-  write(tmp_path, world_rows(12))
-  sizes = questions.ControlSettings(aa=4, gold=6, retests=5)
-  runner.run(dataclasses.replace(ORACLE, controls=sizes), tmp_path)
-  kept = control_rows(tmp_path)
-  assert [r.verdict for r in kept if r.control == "aa"] == 8 * ["tie"]
-  gold = [r.verdict for r in kept if r.control == "gold"]
-  assert len(gold) == 12
-  # The wrong prompt's facts earn no reward.
-  assert gold.count("model") >= 10
-  ordinary = {row.unit[:-1]: row.verdict for row in verdicts(tmp_path)}
-  retests = [r for r in kept if r.control == "retest"]
-  assert len(retests) == 5
-  assert all(r.verdict == ordinary[r.unit[:-1]] for r in retests)
-
-
-def test_a_second_criterion_has_its_own_directory(tmp_path):
-  write(tmp_path, responses(1))
-  with judge_server.Server(judge_server.prefer_longer) as server:
-    runner.run(judge_with(server), tmp_path)
-    other = judge_with(
-      server, verdicts="verdicts-harmlessness", template="harmlessness"
-    )
-    assert runner.run(other, tmp_path).asked == 2
-    assert runner.run(judge_with(server), tmp_path).asked == 0
-  raw = (tmp_path / "verdicts-harmlessness" / "dpo.jsonl").read_text("utf-8")
-  assert "More harmless: A" in raw
-
-
 @pytest.mark.parametrize("name", ["responses", "verdicts-", "verdicts-a/b"])
 def test_a_directory_that_verdicts_may_not_have(name):
   with pytest.raises(ValueError, match="verdicts="):
     dataclasses.replace(ORACLE, verdicts=name)
-
-
-def test_a_negative_control_is_refused():
-  with pytest.raises(ValueError, match=r"controls\.gold=-1"):
-    only(gold=-1)

@@ -20,44 +20,25 @@ from collections.abc import Mapping
 from dpo_jax.demo import claims, responses, tables
 from dpo_jax.demo import text as text_lib
 
-# Percentages of response styles. RAW is the base model's training text; PAIRS
-# has few excellent responses, so that DPO can beat the chosen ones.
-PAIRS = {
-  "excellent": 13,
-  "good": 8,
-  "plain": 14,
-  "slow": 10,
-  "hedged": 9,
-  "wandering": 10,
-  "flawed": 8,
-  "repeating": 5,
-  "cut": 4,
-  "vague": 7,
-  "wrong": 7,
-  "refusing": 3,
-  "off_topic": 2,
+# Percentages of response styles: of the pairs, with few excellent responses, so
+# that DPO can beat the chosen ones, and of the base model's training text.
+_STYLES = {
+  "excellent": (13, 1),
+  "good": (8, 2),
+  "plain": (14, 8),
+  "slow": (10, 5),
+  "hedged": (9, 8),
+  "wandering": (10, 15),
+  "flawed": (8, 8),
+  "repeating": (5, 9),
+  "cut": (4, 9),
+  "vague": (7, 11),
+  "wrong": (7, 10),
+  "refusing": (3, 6),
+  "off_topic": (2, 8),
 }
-RAW = {
-  "excellent": 1,
-  "good": 2,
-  "plain": 8,
-  "slow": 5,
-  "hedged": 8,
-  "wandering": 15,
-  "flawed": 8,
-  "repeating": 9,
-  "cut": 9,
-  "vague": 11,
-  "wrong": 10,
-  "refusing": 6,
-  "off_topic": 8,
-}
-
-# Multiples of 1/16, and counts are integers: sums are exact in floating point,
-# so that two responses tie exactly or differ by at least 1/16.
-NAMED, RIGHT, DIRECT, DETAIL = 1.0, 3.0, 0.5, 0.75
-FALSE, REFUSAL, HEDGE, WANDER = 0.75, 1.5, 0.375, 0.625
-REPEAT, STRANGE, LONG, UNFINISHED, EMPTY = 0.25, 0.25, 0.0625, 1.0, -4.0
+PAIRS = {style: shares[0] for style, shares in _STYLES.items()}
+RAW = {style: shares[1] for style, shares in _STYLES.items()}
 
 _SENTENCE = re.compile(r"[.!?\n]+")
 _NEXT_TURN = re.compile(r"\n\n(?:Human|Assistant):")
@@ -65,11 +46,6 @@ _REFUSAL_WORDS = re.compile(r"\b(i cannot|i am not able|i would rather not)\b")
 _HEDGE_WORDS = re.compile(
   r"\b(maybe|perhaps|probably|might|i guess|not sure)\b"
 )
-
-
-def compare(prompt: str, first: str, second: str) -> float:
-  """reward(first) - reward(second)."""
-  return reward(prompt, first) - reward(prompt, second)
 
 
 def reward(prompt: str, response: str) -> float:
@@ -118,7 +94,7 @@ def reward_terms(prompt: str, response: str) -> dict[str, float]:
   sentences = [tables.WORD.findall(part) for part in _SENTENCE.split(lowered)]
   sentences = [sentence for sentence in sentences if sentence]
   if not sentences:
-    return {"empty": EMPTY}
+    return {"empty": -4.0}
   flat = [word for sentence in sentences for word in sentence]
   topic = question.animals[0]
   said = claims.claimed(sentences, topic)
@@ -131,31 +107,28 @@ def reward_terms(prompt: str, response: str) -> dict[str, float]:
   hedges = len(_HEDGE_WORDS.findall(lowered))
   strange = sum(word not in tables.LEXICON for word in flat)
   wandering = claims.wandering(question, sentences)
+  # Multiples of 1/16 and counts are exact in floating point, so that two
+  # responses tie exactly or differ by at least 1/16.
   return {
-    "named": NAMED * claims.named(question, flat),
-    "right": RIGHT * claims.mark(question, sentences, said),
-    "direct": DIRECT * (opening > 0),
-    "detail": DETAIL * min(details, 2),
-    "false": -FALSE * min(falsehoods, 3),
-    "refusal": -REFUSAL * bool(_REFUSAL_WORDS.search(lowered)),
-    "hedge": -HEDGE * min(hedges, 2),
-    "wander": -WANDER * min(wandering, 4),
-    "repeat": -REPEAT * min(len(runs) - len(set(runs)), 12),
-    "strange": -STRANGE * min(strange, 8),
-    "long": -LONG * min(max(len(flat) - 30, 0), 32),
-    "unfinished": -UNFINISHED * (not finished),
+    "named": claims.named(question, flat),
+    "right": 3 * claims.mark(question, sentences, said),
+    "direct": 0.5 * (opening > 0),
+    "detail": 0.75 * min(details, 2),
+    "false": -0.75 * min(falsehoods, 3),
+    "refusal": -1.5 * bool(_REFUSAL_WORDS.search(lowered)),
+    "hedge": -0.375 * min(hedges, 2),
+    "wander": -0.625 * min(wandering, 4),
+    "repeat": -0.25 * min(len(runs) - len(set(runs)), 12),
+    "strange": -0.25 * min(strange, 8),
+    "long": -0.0625 * min(max(len(flat) - 30, 0), 32),
+    "unfinished": -1.0 * (not finished),
   }
 
 
 def draw_response(
   prompt: str, mix: Mapping[str, float], rng: random.Random
 ) -> str:
-  """A response with its leading space, in a style drawn from PAIRS or RAW.
-
-  Raises:
-    ValueError: the prompt is not of this world, or the mix names a style
-      that does not exist.
-  """
+  """A response with its leading space, in a style drawn from PAIRS or RAW."""
   style = rng.choices(tuple(mix), tuple(mix.values()))[0]
   return " " + responses.write_response(style, text_lib.parse(prompt), rng)
 
@@ -165,15 +138,11 @@ class World:
   """Rows {"chosen": transcript, "rejected": transcript} of three splits.
 
   Attributes:
-    seed: of all texts and labels.
-    scale: Bradley-Terry scale of the labels.
     pretrain: pairs of RAW responses; the base model learns both of each.
     train: pairs of PAIRS responses, for SFT on chosen and for DPO.
     test: like train, with unseen prompts, all distinct.
   """
 
-  seed: int
-  scale: float
   pretrain: tuple[dict[str, str], ...]
   train: tuple[dict[str, str], ...]
   test: tuple[dict[str, str], ...]
@@ -202,10 +171,9 @@ def generate(
       raise ValueError(f"{name}={size} must be at least 0")
   if not 0 <= scale < math.inf:
     raise ValueError(f"scale={scale} must be finite and at least 0")
-  splits = {
-    name: _split(seed, name, size, scale) for name, size in sizes.items()
-  }
-  return World(seed=seed, scale=scale, **splits)
+  return World(
+    **{name: _split(seed, name, size, scale) for name, size in sizes.items()}
+  )
 
 
 def _split(
@@ -244,7 +212,7 @@ def _pair(
   second = first
   while second == first:
     second = draw_response(prompt, mix, rng)
-  margin = scale * compare(prompt, first, second)
+  margin = scale * (reward(prompt, first) - reward(prompt, second))
   # tanh, unlike exp, cannot overflow.
   if rng.random() < 0.5 + 0.5 * math.tanh(0.5 * margin):
     return first, second
@@ -255,8 +223,7 @@ def write(world: World, directory: str | os.PathLike[str]) -> None:
   """Writes pretrain.jsonl, train.jsonl and test.jsonl, each atomically."""
   folder = pathlib.Path(directory)
   folder.mkdir(parents=True, exist_ok=True)
-  for name in ("pretrain", "train", "test"):
-    rows = getattr(world, name)
+  for name, rows in vars(world).items():
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     part = folder / f"{name}.jsonl.part"
     part.write_text(text, encoding="utf-8", newline="\n")

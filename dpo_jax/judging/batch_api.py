@@ -21,6 +21,8 @@ from dpo_jax.judging import budget, prompts, questions, verdicts
 from dpo_jax.judging import client as client_lib
 
 _URL = "/v1/chat/completions"
+# Questions of a batch: servers take 50,000 lines and 200 MB.
+_SIZE = 10_000
 
 
 @dataclasses.dataclass
@@ -87,13 +89,13 @@ class Batches:
 
   def _fill(self) -> None:
     """Records batches of all items that fit into the budget."""
-    settings, spend = self.client.settings, self.client.budget
+    spend, most = self.client.budget, self.client.settings.max_tokens
     while self.todo:
       items: list[Item] = []
       with contextlib.suppress(budget.Exhausted):
-        while self.todo and len(items) < settings.batch_size:
+        while self.todo and len(items) < _SIZE:
           page = self._page(self.todo[0])
-          self.todo[0].bound = spend.bound(page, settings.max_tokens)
+          self.todo[0].bound = spend.bound(page, most)
           spend.reserve(self.todo[0].bound)
           items.append(self.todo.pop(0))
       if not items:

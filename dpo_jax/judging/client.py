@@ -27,6 +27,9 @@ from dpo_jax.judging import budget, prompts, verdicts
 
 T = TypeVar("T")
 
+# The Batch API's, as a factor of the live price.
+_BATCH_PRICE = 0.5
+
 
 @dataclasses.dataclass(frozen=True)
 class ServerSettings:
@@ -48,14 +51,9 @@ class ServerSettings:
   retry_wait_s: float
   max_wait_s: float
   requests_per_minute: float
-  tokens_per_minute: float
   budget_usd: float
   prices: tuple[str, ...]
-  batch_price: float
-  batch_size: int
   batch_poll_s: float
-  expected_reply_tokens: int
-  expected_reply_s: float
 
   def __post_init__(self):
     url = urllib.parse.urlsplit(self.base_url)
@@ -82,7 +80,7 @@ class ServerSettings:
   @property
   def price(self) -> budget.Price | None:
     """Price of this model's tokens in this mode; None if unknown."""
-    factor = self.batch_price if self.mode == "batch" else 1.0
+    factor = _BATCH_PRICE if self.mode == "batch" else 1.0
     return budget.read_prices(self.prices, factor).get(self.model)
 
   @property
@@ -121,20 +119,17 @@ class Failure(judging.Stop):
 
 
 class Pacer:
-  """Spaces requests evenly under the rate caps; `pause` delays all of them."""
+  """Spaces requests evenly under the rate cap; `pause` delays all of them."""
 
-  def __init__(self, requests_per_minute: float, tokens_per_minute: float):
-    rates = (requests_per_minute, tokens_per_minute)
-    self._request_s, self._token_s = (60 / x if x else 0.0 for x in rates)
+  def __init__(self, requests_per_minute: float):
+    self._request_s = 60 / requests_per_minute if requests_per_minute else 0.0
     self._next_at = 0.0
-    self._turn = asyncio.Lock()
 
-  async def wait(self, tokens: int) -> None:
-    """Returns when a request of about that many tokens may be sent."""
-    async with self._turn:
-      while (wait_s := self._next_at - time.monotonic()) > 0:
-        await asyncio.sleep(wait_s)
-      self.pause(max(self._request_s, self._token_s * tokens))
+  async def wait(self) -> None:
+    """Returns when a request may be sent."""
+    while (wait_s := self._next_at - time.monotonic()) > 0:
+      await asyncio.sleep(wait_s)
+    self.pause(self._request_s)
 
   def pause(self, wait_s: float) -> None:
     self._next_at = max(self._next_at, time.monotonic() + wait_s)
@@ -148,7 +143,7 @@ class Client:
     self.template = prompts.load(
       settings.template, output=settings.output, ties=settings.ties
     )
-    self.pacer = Pacer(settings.requests_per_minute, settings.tokens_per_minute)
+    self.pacer = Pacer(settings.requests_per_minute)
     self.budget = budget.Budget(settings.price, settings.budget_usd)
     identity = (settings.model, settings.parameters, self.template.hash)
     self.judge = judging.Judge(*identity, self.ask)
@@ -263,12 +258,11 @@ class Client:
   async def _complete(self, page: str) -> Any:
     """The completion of one request, its cost reserved before it is sent."""
     bound = self.budget.bound(page, self.settings.max_tokens)
-    tokens = len(page) // 4 + self.settings.expected_reply_tokens
     create = self.sdk.chat.completions.with_raw_response.create
     self.budget.reserve(bound)
     cost, calls = 0.0, 0
     try:
-      await self.pacer.wait(tokens)
+      await self.pacer.wait()
       cost, calls = bound, 1
       raw = await self.send(create(**self.body(page)))
       completion = verdicts.parse(raw.content)

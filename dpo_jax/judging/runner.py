@@ -13,9 +13,8 @@ import dataclasses
 import os
 import pathlib
 import re
-import signal
-import threading
 from collections.abc import Callable, Coroutine
+from concurrent import futures
 from typing import Any, Literal
 
 from dpo_jax import judging
@@ -82,7 +81,7 @@ def estimate(
   """Calls, tokens and dollars of `run`; sends and writes nothing."""
   client = _client(settings)
   plan, log = _prepare(settings, workdir, client, jsonl.Store.peek)
-  return usage.estimate(plan, client, settings.concurrency, log.prompts)
+  return usage.estimate(plan, client, log.prompts)
 
 
 async def _run(
@@ -94,7 +93,7 @@ async def _run(
       await stack.enter_async_context(client)
     plan, log = _prepare(settings, workdir, client, stack.enter_context)
     if client and plan.questions:
-      count = usage.estimate(plan, client, settings.concurrency, log.prompts)
+      count = usage.estimate(plan, client, log.prompts)
       console.say(str(count), "estimate", **dataclasses.asdict(count))
     log.write(plan)
     try:
@@ -193,58 +192,38 @@ async def _live(
   commit: Callable[[], None],
 ) -> None:
   """Asks with `concurrency` requests in flight: the most that a kill loses."""
-  todo, room = collections.deque(open_questions), True
-  in_flight: dict[asyncio.Future, str] = {}
-  errors: list[BaseException] = []
-  try:
-    while not errors:
-      while room and todo and len(in_flight) < concurrency:
-        question = open_questions[todo[0]][0].question
-        in_flight[asyncio.ensure_future(judge.ask(question))] = todo.popleft()
-      if not in_flight:
-        return
-      await asyncio.wait(in_flight, return_when=asyncio.FIRST_COMPLETED)
-      done = [(t, in_flight.pop(t)) for t in list(in_flight) if t.done()]
-      refused = []
-      for task, key in done:
-        error = task.exception()
-        if error is None:
-          record(key, task.result())
-        elif isinstance(error, budget.Exhausted):
-          refused.append(key)
-        else:
-          errors.append(error)
+  todo = collections.deque(open_questions)
+
+  async def work() -> None:
+    while todo:
+      key = todo.popleft()
+      try:
+        record(key, await judge.ask(open_questions[key][0].question))
+      except budget.Exhausted:
+        # Replies in flight may cost less than their bounds: for the others.
+        return todo.appendleft(key)
+      # Replies that arrived together are committed together.
+      await asyncio.sleep(0)
       commit()
-      # Replies may have cost less than their bounds: try the refused again.
-      room = len(refused) < len(done)
-      todo.extendleft(refused)
-    raise errors[0]
+
+  tasks = [asyncio.create_task(work()) for _ in range(concurrency)]
+  try:
+    await asyncio.gather(*tasks)
   finally:
-    for task in in_flight:
+    for task in tasks:
       task.cancel()
-    await asyncio.gather(*in_flight, return_exceptions=True)
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _in_thread(work: Coroutine[Any, Any, usage.Summary]) -> usage.Summary:
-  """The result of `work` in a notebook, whose own loop runs in this thread.
-
-  SIGINT cancels `work`. Its handler is replaced: a KeyboardInterrupt raised
-  within this thread's wait could leave a lock taken.
-  """
-  loop = asyncio.new_event_loop()
-  task = loop.create_task(work)
-  thread = threading.Thread(
-    target=loop.run_until_complete, args=(asyncio.wait([task]),)
-  )
-  handler = signal.signal(
-    signal.SIGINT, lambda *_: loop.call_soon_threadsafe(task.cancel)
-  )
-  try:
-    thread.start()
-    thread.join()
-  finally:
-    signal.signal(signal.SIGINT, handler)
-    loop.close()
-  if task.cancelled():
-    raise KeyboardInterrupt
-  return task.result()
+  """The result of `work` in a notebook, whose own loop runs in this thread."""
+  with (
+    contextlib.closing(asyncio.new_event_loop()) as loop,
+    futures.ThreadPoolExecutor(1) as pool,
+  ):
+    task = loop.create_task(work)
+    try:
+      return pool.submit(loop.run_until_complete, task).result()
+    except KeyboardInterrupt:
+      loop.call_soon_threadsafe(task.cancel)
+      raise

@@ -16,6 +16,9 @@ from dpo_jax.judging import client as client_lib
 from dpo_jax.judging import prompts, questions
 from dpo_jax.winrates import intervals
 
+# Of a usual reply, one sentence and the verdict; for the estimate.
+_REPLY_TOKENS = 60
+
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
@@ -27,7 +30,6 @@ class Estimate:
   calls: int
   prompt_tokens: int
   completion_tokens: int
-  minutes: float
   dollars: float | None
   before: float
   cap: float
@@ -36,7 +38,7 @@ class Estimate:
   def __str__(self) -> str:
     text = (
       f"about to ask {self.calls:,} questions: some {self.prompt_tokens:,} +"
-      f" {self.completion_tokens:,} tokens, {self.minutes:.1f} minutes"
+      f" {self.completion_tokens:,} tokens"
     )
     if self.dollars is None:
       text += "; the price is unknown"
@@ -121,30 +123,22 @@ def _listed(counts: dict[str, int]) -> str:
 def estimate(
   plan: questions.Plan,
   client: client_lib.Client | None,
-  concurrency: int,
   prompt_count: int,
 ) -> Estimate:
   """Usage of the open questions of a plan; a reward (no client) is free."""
   calls = len(plan.questions)
   if not client:
-    return Estimate(calls, 0, 0, 0.0, 0.0, 0.0, 0.0, prompt_count)
-  settings, price = client.settings, client.settings.price
+    return Estimate(calls, 0, 0, 0.0, 0.0, 0.0, prompt_count)
+  price = client.settings.price
   size = sum(
     len(prompts.fill(client.template, cases[0].question).encode())
     for cases in plan.questions.values()
   )
   # English has about four bytes a token; the budget does not rely on it.
-  tokens = (round(size / 4), calls * settings.expected_reply_tokens)
-  in_flight = max(1, min(concurrency, calls))
-  minutes = [calls * settings.expected_reply_s / in_flight / 60]
-  if settings.requests_per_minute:
-    minutes.append(calls / settings.requests_per_minute)
-  if settings.tokens_per_minute:
-    minutes.append(sum(tokens) / settings.tokens_per_minute)
+  tokens = (round(size / 4), calls * _REPLY_TOKENS)
   return Estimate(
     calls,
     *tokens,
-    minutes=max(minutes),
     dollars=price.of(*tokens) if price else None,
     before=client.budget.cost,
     cap=client.budget.cap,
