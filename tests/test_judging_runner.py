@@ -375,28 +375,6 @@ def test_a_second_judge_is_refused(tmp_path):
     assert server.requests == []
 
 
-def test_a_run_through_every_fault_completes(tmp_path):
-  write(tmp_path, responses(60))
-  faulty = in_turn("500 later reset half html junk garbage empty refusal 503")
-
-  def rule(request, number):
-    if number % 4:
-      return judge_server.prefer_longer(request, number)
-    return faulty(request, number // 4 % 10)
-
-  with judge_server.Server(rule) as server:
-    used = judge_with(server, max_retries=8, max_wait_s=30.0)
-    counts = runner.run(used, tmp_path).outcomes
-    server.rule = judge_server.prefer_longer
-    whole = runner.run(used, tmp_path)
-  assert sum(counts.values()) == 120
-  assert set(counts) <= {"model", "chosen", "missing", "refusal"}
-  assert counts["refusal"] > 0
-  assert whole.missing == 0
-  for row in verdicts(tmp_path):
-    assert (row.verdict == "missing") == bool(row.error)
-
-
 @pytest.mark.parametrize("status", [301, 307])
 @pytest.mark.parametrize("mode", ["live", "batch"])
 def test_a_redirect_is_refused(status, mode, tmp_path, monkeypatch):
@@ -496,22 +474,6 @@ def test_the_oracle_prefers_the_higher_reward_in_either_order(tmp_path):
   assert set(summary.outcomes) >= {"model", "chosen"}
   assert summary.missing == 0
   assert runner.run(ORACLE, tmp_path).asked == 0
-
-
-def test_length_prefers_the_longer_text_of_any_prompt(tmp_path):
-  texts = [(" abc", " ab"), (" a", " ab"), (" ab", " cd")]
-  write(tmp_path, [response(n, *pair) for n, pair in enumerate(texts)])
-  used = dataclasses.replace(ORACLE, kind="length")
-  assert runner.run(used, tmp_path).asked == 6
-  rows = {(row.prompt_id, row.order): row for row in verdicts(tmp_path)}
-  assert {unit: row.verdict for unit, row in rows.items()} == {
-    (f"p{number}", order): outcome
-    for number, outcome in enumerate(["model", "chosen", "tie"])
-    for order in questions.ORDERS
-  }
-  row = rows["p0", "chosen_first"]
-  assert row.raw == "reward 3 against 4"
-  assert (row.judge, row.judge_returned) == ("length", "length")
 
 
 def test_a_prompt_of_another_world_ends_an_oracle_run(tmp_path):

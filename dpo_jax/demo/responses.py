@@ -1,15 +1,19 @@
 """Responses of the synthetic world, in styles from excellent to a refusal."""
 
 import random
+from collections.abc import Mapping
 
 from dpo_jax.demo import tables
 from dpo_jax.demo import text as text_lib
 
 
-def write_response(
-  style: str, question: text_lib.Question, rng: random.Random
-) -> str:
-  """A response of one style; choices within it are uniform."""
+def draw(prompt: str, mix: Mapping[str, float], rng: random.Random) -> str:
+  """A response with its leading space, in a style drawn from a mix of them."""
+  style = rng.choices(tuple(mix), tuple(mix.values()))[0]
+  return " " + _write(style, text_lib.parse(prompt), rng)
+
+
+def _write(style: str, question: text_lib.Question, rng: random.Random) -> str:
   core = _core(question, rng, right=style != "wrong")
   few = _details(question, rng, rng.randrange(2))
   match style:
@@ -43,9 +47,8 @@ def write_response(
       return core + few
     case "refusing":
       return tables.fill(rng.choice(tables.REFUSALS), question.animals)
-    case "off_topic":
+    case _:  # off_topic
       return _elsewhere(question, rng, rng.randint(1, 2)).lstrip()
-  raise ValueError(f"style {style!r} is not one of `world.PAIRS`")
 
 
 def _core(question: text_lib.Question, rng: random.Random, right: bool) -> str:

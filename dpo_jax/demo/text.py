@@ -48,12 +48,6 @@ class Question:
 def _index() -> dict[str, tuple[str, str, str, int]]:
   """(kind, attribute, claim, phrasing) by the question's skeleton."""
   index = {}
-
-  def add(skeleton, kind, attribute, claim, phrasing):
-    if skeleton in index:
-      raise ValueError(f"two questions share the skeleton {skeleton!r}")
-    index[skeleton] = (kind, attribute, claim, phrasing)
-
   for kind, table in (
     ("fact", tables.FACT_QUESTIONS),
     ("compare", tables.COMPARE_QUESTIONS),
@@ -61,18 +55,18 @@ def _index() -> dict[str, tuple[str, str, str, int]]:
   ):
     for attribute, templates in table.items():
       for phrasing, template in enumerate(templates):
-        add(template, kind, attribute, "", phrasing)
+        index[template] = (kind, attribute, "", phrasing)
   for kind, templates in (
     *tables.HOW_QUESTIONS.items(),
     ("same", tables.SAME_QUESTIONS),
   ):
     for phrasing, template in enumerate(templates):
-      add(template, kind, "", "", phrasing)
+      index[template] = (kind, "", "", phrasing)
   for phrasing, template in enumerate(tables.CHECK_QUESTIONS):
     for attribute in tables.ATTRIBUTES:
       for value in tables.VALUES[attribute]:
         said = template.replace("%", tables.clause(attribute, value))
-        add(said, "check", attribute, value, phrasing)
+        index[said] = ("check", attribute, value, phrasing)
   return index
 
 

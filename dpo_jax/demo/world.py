@@ -125,14 +125,6 @@ def reward_terms(prompt: str, response: str) -> dict[str, float]:
   }
 
 
-def draw_response(
-  prompt: str, mix: Mapping[str, float], rng: random.Random
-) -> str:
-  """A response with its leading space, in a style drawn from PAIRS or RAW."""
-  style = rng.choices(tuple(mix), tuple(mix.values()))[0]
-  return " " + responses.write_response(style, text_lib.parse(prompt), rng)
-
-
 @dataclasses.dataclass(frozen=True)
 class World:
   """Rows {"chosen": transcript, "rejected": transcript} of three splits.
@@ -162,15 +154,9 @@ def generate(
       gives random labels, 100 nearly noiseless ones.
 
   Raises:
-    ValueError: a negative size, a negative or infinite scale, or more rows
-      than this world has.
+    ValueError: more rows than this world has.
   """
   sizes = {"pretrain": pretrain, "train": train, "test": test}
-  for name, size in sizes.items():
-    if size < 0:
-      raise ValueError(f"{name}={size} must be at least 0")
-  if not 0 <= scale < math.inf:
-    raise ValueError(f"scale={scale} must be finite and at least 0")
   return World(
     **{name: _split(seed, name, size, scale) for name, size in sizes.items()}
   )
@@ -208,10 +194,10 @@ def _pair(
   prompt: str, mix: Mapping[str, float], scale: float, rng: random.Random
 ) -> tuple[str, str]:
   """(chosen, rejected): two different responses with a Bradley-Terry label."""
-  first = draw_response(prompt, mix, rng)
+  first = responses.draw(prompt, mix, rng)
   second = first
   while second == first:
-    second = draw_response(prompt, mix, rng)
+    second = responses.draw(prompt, mix, rng)
   margin = scale * (reward(prompt, first) - reward(prompt, second))
   # tanh, unlike exp, cannot overflow.
   if rng.random() < 0.5 + 0.5 * math.tanh(0.5 * margin):
