@@ -94,6 +94,18 @@ def test_calls_in_flight_are_reserved(tmp_path):
   assert ledger(tmp_path)["cost"] <= 5000
 
 
+def test_what_does_not_fit_waits_for_cheaper_replies(tmp_path):
+  write(tmp_path, [response(0)])
+  with judge_server.Server(REPLY) as server:
+    runner.run(judge_with(server, verdicts="verdicts-free"), tmp_path)
+    bound = bound_of(server.requests[0])
+    # Room for one bound at a time, and for both replies.
+    used = judge_with(
+      server, budget_usd=bound + 140.0, prices=DEAR, concurrency=2
+    )
+    assert runner.run(used, tmp_path).asked == 2
+
+
 def test_a_call_without_a_count_costs_its_bound_in_later_runs_too(tmp_path):
   write(tmp_path, [response(0)])
   counted = says_using(1, 1)
