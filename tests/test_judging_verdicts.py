@@ -48,6 +48,18 @@ FORMS = {
     'Preferred: "A"',
     "More helpful: A\nComparison: B is vague.",
     'The text says "More helpful: B".\nMore helpful: A',
+    "More helpful: Assistant A",
+    "More helpful: the AI assistant A",
+    "More helpful: Model A",
+    "More helpful: A<|im_end|>",
+    "More helpful: A</s>\n",
+    "More helpful: A\n<|eot_id|><|endoftext|>",
+    "More helpful: A<｜end▁of▁sentence｜>",
+    "<answer>More helpful: A</answer>",
+    "A</s>",
+    "My choice is B.\nMore helpful: A",
+    "More helpful: A because B is not better.",
+    "B is not more helpful than A.\nMore helpful: A",
   ],
   "missing": [
     None,
@@ -72,6 +84,15 @@ FORMS = {
     "More helpful: A1",
     "More helpful: A+",
     "More helpful: not A",
+    "Not more helpful: A",
+    "This isn't the more helpful: A",
+    "More helpful: A\nActually, my final choice is B.",
+    "More helpful: A because it is short. Actually, my final choice is B",
+    "More helpful: A\nMy final verdict: B",
+    "More helpful: A\nI would rather go with candidate B.",
+    "More helpful: A\nOn reflection, B is the better one.",
+    "More helpful: A\nWait, that is wrong.",
+    "More helpful: A. No, wait.",
     "More helpful: A More helpful: B",
     "Less helpful: A",
     "More helpful: A\nMore helpful: unclear",
@@ -90,6 +111,55 @@ FORMS = {
     "As an AI model I cannot do so.",
   ],
 }
+
+
+# What precedes and follows thinking, in the marks of servers and templates.
+THINKING = (
+  ("<think>", "</think>"),
+  ("<thinking>", "</thinking>"),
+  ("<THOUGHT>\n", "\n</THOUGHT>"),
+  ("<reasoning effort='high'>", "</reasoning>"),
+  ("<seed:think>", "</seed:think>"),
+  ("[THINK]", "[/THINK]"),
+  ("◁think▷", "◁/think▷"),
+  ("<|begin_of_thought|>", "<|end_of_thought|>"),
+  ("<|START_THINKING|>", "<|END_THINKING|><|START_RESPONSE|>"),
+  (
+    "<|channel|>analysis<|message|>",
+    "<|end|><|start|>assistant<|channel|>final<|message|>",
+  ),
+  ("analysis", "assistantfinal"),
+  ("<|channel>thought\n", "<channel|>"),
+  ("<unused94>thought\n", "<unused95>"),
+  ("<|inner_prefix|>", "<|inner_suffix|>"),
+  ("Here is my thought process:\n", "\nHere is my response:\n"),
+  ('<details type="reasoning" done="true">', "</details>"),
+)
+
+
+@pytest.mark.parametrize(("opened", "closed"), THINKING)
+def test_thinking_is_no_part_of_a_reply(opened, closed):
+  thought = "I like it.\nMore helpful: A\nI am sorry, I cannot say.\n"
+  for before in (opened, "", f"{opened}Hm.{closed}{opened}"):
+    start = f"{before}{thought}{closed}"
+    for text, letter in (
+      ("\nComparison: kinder.\nMore helpful: B", "B"),
+      ("B", "B"),
+      ("I am sorry, but I cannot compare these texts.", "refusal"),
+      ("", "missing"),
+    ):
+      assert verdicts.read(start + text) == letter, start + text
+    assert verdicts.read_json(f'{start}{{"choice": "B"}}') == "B"
+  # Never closed, after a verdict too.
+  assert verdicts.read(opened + thought) == "missing"
+  tokens = [opened, thought, closed, "More helpful:", " B"]
+  value = completion(None, shares=(4, {"A": 0.2, "B": 0.8}), tokens=tokens)
+  assert read(value).score == pytest.approx(0.2)
+  content = f'{opened}"choice": "A"{closed}{{"choice": "'
+  value = completion(
+    None, shares=(1, {"A": 0.2, "B": 0.8}), tokens=[content, "B", '"}']
+  )
+  assert read(value, "json_schema").score == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("letter", FORMS)
@@ -163,7 +233,10 @@ def test_a_tie_is_read_only_where_it_is_allowed(found):
 
 @pytest.mark.parametrize(
   "junk",
-  ["[", '"', " ", "*\n", "More helpful: ", "A ", "sorry ", "(A", "i'm ", "A\n"],
+  [
+    *("[", '"', " ", "*\n", "More helpful: ", "A ", "sorry ", "(A", "i'm "),
+    *("A\n", "<think>", "a</think>", "not ", "choice ", "</s>", "[/a]", "<|"),
+  ],
 )
 def test_a_long_reply_of_junk_is_read_in_no_time(junk):
   text = junk * (200_000 // len(junk))
@@ -330,6 +403,19 @@ def test_no_reply_of_any_shape_breaks_the_reader(value, output):
     assert reply.choice in ("missing", "refusal")
     assert bool(reply.error) == (reply.choice == "missing")
     assert reply.prompt_tokens >= 0
+
+
+def test_content_as_a_list_of_parts():
+  parts = [
+    {"type": "thinking", "thinking": [{"type": "text", "text": "B?"}]},
+    {"type": "text", "text": "Comparison: x.\nMore "},
+    {"type": "text", "text": "helpful: A"},
+  ]
+  assert read(completion(parts)).text == "Comparison: x.\nMore helpful: A"
+  assert read(completion(parts)).choice == "first"
+  refused = [{"type": "refusal", "refusal": "I will not compare these."}]
+  assert read(completion(refused)).choice == "refusal"
+  assert read(completion(parts[:1])).choice == "missing"
 
 
 def test_half_a_surrogate_pair_can_be_kept():

@@ -1,7 +1,7 @@
 """Parser of a judge's reply: a table of verdict forms, and no guesses.
 
-Only the last line that states a verdict counts. An ambiguous or misplaced one
-is missing; a refusal is a class of its own.
+Only the last line that states a verdict counts. An ambiguous or revised one is
+missing; a refusal is a class of its own. Thinking is no part of a reply.
 """
 
 import contextlib
@@ -14,13 +14,18 @@ from typing import Any, Literal
 
 from dpo_jax import judging
 
+# Types of the parts of a content that is a list.
+_SPOKEN = ("text", "output_text")
 Letter = Literal["A", "B", "tie", "missing", "refusal"]
 Output = Literal["text", "json_schema"]
 
 # Quotes, emphasis and brackets around a label or a letter. Bounded, against
 # quadratic matching of a reply that consists of them.
 _DECORATION = r"[\s\"'“”„‘’«»`*_~\[\](){}<>|#]{0,20}"
-_NOUN = r"(?:(?:the|response|answer|candidate|option|choice|reply)\b)?"
+_NOUN = (
+  r"(?:(?:the|ai|response|answer|candidate|option|choice|reply|assistant|model"
+  r"|output|text|summary|completion|message|version)\b[\s\"'*_]{0,4}){0,3}"
+)
 
 # Labels that a letter follows. "More helpful:" and "more harmless:" may end a
 # line of prose; the other words are too common for that, and must start their
@@ -58,6 +63,53 @@ _UNDECIDED = re.compile(
   r"\b(?:or|either|neither|both|tie|tied|equal|equally)\b", re.IGNORECASE
 )
 
+# Before a label, on its line.
+_NOT = re.compile(
+  r"(?:\b(?:not|never|no|neither|hardly|cannot)|n't)\s{1,4}"
+  r"(?:(?:the|a|any|really|much)\s{1,4}){0,2}\Z",
+  re.IGNORECASE,
+)
+
+# After a verdict, a decision in other words, or a second thought.
+_REVISION = re.compile(
+  r"(?:\b(?:choice|decision|verdict|answer|pick|preference|vote|winner"
+  r"|conclusion|judge?ment)\b[^.!?\n]{0,40}?(?:\b(?:is|be|to|for)\b|[:=])"
+  r"|\b(?:choose|pick|prefer|select|(?:go|going) with|(?:change|switch) to)\b)"
+  rf"{_DECORATION}{_NOUN}{_DECORATION}(?-i:(?P<after>[AB]))\b"
+  r"|\b(?-i:(?P<before>[AB]))\b[\s\"'*_)\]]{0,4}(?:is|wins)\b(?! not| no| less)"
+  r"[^.!?\n]{0,20}?\b(?:better|more helpful|more harmless|preferred|winner)\b"
+  r"|(?:^|[.!?])\s{0,4}(?:no, )?(?:wait|actually|correction|scratch that"
+  r"|on second thoughts?|i take (?:that|it) back|i changed? my mind)\b",
+  re.IGNORECASE | re.MULTILINE,
+)
+
+# Marks of thinking, which is no part of a reply: <think> and its relatives,
+# [THINK], <|begin_of_thought|>, <|START_THINKING|>, channels of gpt-oss (with
+# and without its control tokens) and Gemma, Granite's phrases, and others.
+_THOUGHT = (
+  r"(?:\w{1,20}[:_])?(?:think|thinking|thoughts?|reason|reasoning|reflection"
+  r"|analysis|scratchpad|monologue)(?:\s[^<>\n]{0,60})?"
+)
+_THINKING = re.compile(
+  r"(?P<close>"
+  rf"[<◁]\|?\s?(?:/|end_(?:of_)?)\s?{_THOUGHT}\|?[>▷]|\[/think\]|</details>"
+  r"|<\|channel\|>\s*final\b[^<]{0,40}<\|message\|>|assistantfinal"
+  r"|<channel\|>|<unused95>|<\|inner_suffix\|>|^here is my response:)"
+  rf"|[<◁]\|?\s?(?:start_|begin_(?:of_)?)?{_THOUGHT}\|?[>▷]|\[think\]"
+  r"|<details type=\"reasoning\"[^>]{0,80}>"
+  r"|<\|channel\|>\s*(?:analysis|commentary)\b|\A\s{0,4}analysis(?=\w)"
+  r"|<\|channel>thought|<unused94>|<\|inner_prefix\|>"
+  r"|^here is my thought process:",
+  re.IGNORECASE | re.MULTILINE,
+)
+
+# Control tokens and tags that a server left at either end.
+_TOKENS = (
+  r"(?:\s{0,4}(?:<\|[^<>|\n]{1,40}\|>|</\w{1,20}>|<(?:eos|end_of_turn)>"
+  r"|\[/\w{1,20}\])){1,9}\s{0,9}"
+)
+_EDGES = re.compile(rf"\A{_TOKENS}|{_TOKENS}\Z")
+
 # A tie instead of a letter, in plain words only.
 _TIE = re.compile(
   rf"{_DECORATION}(?:a )?(?:tie|tied|draw)(?![^\W_])"
@@ -86,7 +138,7 @@ def read(text: str | None, *, ties: bool = False) -> Letter:
   if alone != "missing":
     return alone
   for form in _LABELS:
-    for line in reversed(lines):
+    for index, line in reversed([*enumerate(lines)]):
       labels = list(form.finditer(line))
       if labels:
         ends = [label.start() for label in labels[1:]] + [len(line)]
@@ -94,21 +146,42 @@ def read(text: str | None, *, ties: bool = False) -> Letter:
           _letter(line[label.end() : end], ties)
           for label, end in zip(labels, ends, strict=True)
         }
-        return found.pop() if len(found) == 1 else "missing"
+        letter = found.pop() if len(found) == 1 else "missing"
+        after = "\n".join([line[labels[-1].end() :], *lines[index + 1 :]])
+        denied = any(
+          _NOT.search(line[max(0, label.start() - 40) : label.start()])
+          for label in labels
+        )
+        return "missing" if denied or _revised(letter, after) else letter
   return "refusal" if _REFUSAL.match(text) else "missing"
 
 
+def _revised(letter: Letter, after: str) -> bool:
+  """Whether the text after a verdict takes it back."""
+  named = ({*match.groups()} - {None} for match in _REVISION.finditer(after))
+  return any(letters != {letter} for letters in named)
+
+
 def _plain(text: str) -> str:
+  """The reply without thinking, marks of its end and unusual characters."""
   text = unicodedata.normalize("NFKC", text).replace("’", "'")
-  return "".join(c for c in text if unicodedata.category(c) != "Cf")
+  text = "".join(c for c in text if unicodedata.category(c) != "Cf")
+  said, start, thinking = "", 0, False
+  for mark in _THINKING.finditer(text):
+    if mark["close"]:
+      # What nothing opened began with the reply.
+      said, start, thinking = said if thinking else "", mark.end(), False
+    elif not thinking:
+      said, thinking = said + text[start : mark.start()], True
+  return _EDGES.sub("", said if thinking else said + text[start:])
 
 
 def read_json(text: str | None, *, ties: bool = False) -> Letter:
   """The choice of a JSON reply in the form of `prompts.schema`, exactly."""
-  value = parse(text or "")
+  text = _plain(text or "")
+  value = parse(text)
   if value is None:
-    plain = _plain(text or "").strip()
-    return "refusal" if _REFUSAL.match(plain) else "missing"
+    return "refusal" if _REFUSAL.match(text.strip()) else "missing"
   choice = as_dict(value).get("choice")
   if choice == "A" or choice == "B":
     return choice
@@ -159,12 +232,17 @@ def read_completion(
   if "choices" not in fields:
     error = "the reply is not a chat completion"
     return dataclasses.replace(judging.NOTHING, error=error)
-  choices = fields["choices"]
-  choice = as_dict(choices[0] if isinstance(choices, list) and choices else 0)
+  choice = _first(fields)
   if not isinstance(choice.get("message"), dict):
     return dataclasses.replace(reply, error="the reply has no choices")
-  refused = _text(choice["message"].get("refusal"))
-  text = _text(choice["message"].get("content")) or refused
+  content = choice["message"].get("content")
+  # A list has thinking in parts of other types.
+  parts = [*map(as_dict, content)] if isinstance(content, list) else []
+  refused = "".join(
+    _text(x.get("refusal")) for x in [choice["message"], *parts]
+  )
+  spoken = [x.get("text") for x in parts if x.get("type") in _SPOKEN]
+  text = _text(content) or "".join(map(_text, spoken)) or refused
   reply = dataclasses.replace(reply, text=text)
   finish = choice.get("finish_reason")
   if refused or finish == "content_filter":
@@ -181,6 +259,24 @@ def read_completion(
     choice={"A": "first", "B": "second", "tie": "tie"}[letter],
     score=_score(choice.get("logprobs"), letter, output, ties),
   )
+
+
+def error(completion: Any) -> dict:
+  """The error object that a reply with status 200 has instead, or {}."""
+  fields = as_dict(completion)
+  found = fields.get("error") or _first(fields).get("error")
+  return (
+    found
+    if isinstance(found, dict)
+    else {"message": str(found)}
+    if found
+    else {}
+  )
+
+
+def _first(fields: dict) -> dict:
+  choices = fields.get("choices")
+  return as_dict(choices[0] if isinstance(choices, list) and choices else 0)
 
 
 def usage(completion: Any) -> dict[str, int]:
@@ -222,7 +318,7 @@ def _place(
       text = "".join(tokens[:index])
       # The JSON object is still open here: look for the key.
       if output == "json_schema":
-        found = re.search(r'"choice"\s*:\s*"?\s*\Z', text)
+        found = re.search(r'"choice"\s*:\s*"?\s*\Z', _plain(text))
       else:
         after = read(text + tokens[index], ties=ties)
         found = read(text, ties=ties) != letter == after
