@@ -30,10 +30,13 @@ PRICES = (
 
 def _server(**values) -> ml_collections.ConfigDict:
   server = ml_collections.ConfigDict()
-  # URL of the API, without /chat/completions.
+  # URL of the API, without /chat/completions. With ?api-version=, as Azure has
+  # it, the key is sent as Azure's api-key.
   server.base_url = values["base_url"]
   # Name of the environment variable with the key; "" sends none.
   server.api_key_env = values["api_key_env"]
+  # Sends the key over http:// to hosts other than this machine.
+  server.allow_http = False
   # Pinned: a dated name where the server has one. Part of a verdict's key.
   server.model = values["model"]
   # The judge's own sampling; 0 is the most repeatable. Part of the key.
@@ -43,6 +46,9 @@ def _server(**values) -> ml_collections.ConfigDict:
   # Its name in a request: "max_tokens", which every server knows, or
   # "max_completion_tokens", which newer OpenAI models require.
   server.max_tokens_name = "max_tokens"
+  # Parameters to leave out, for models that refuse them: "temperature",
+  # "max_tokens", or both. Part of the key.
+  server.omit = ()
   # dialogue, harmlessness, summary or summary-concise; or a file with
   # {prompt}, {first} and {second}, and {ending} for the form of the reply.
   server.template = "dialogue"

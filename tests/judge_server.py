@@ -53,6 +53,7 @@ class Reply:
 class Request:
   headers: dict[str, str]
   body: dict
+  path: str = ""
 
   @property
   def prompt(self) -> str:
@@ -368,7 +369,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     path = urllib.parse.urlsplit(self.path).path
     if path == "/v1/chat/completions":
       headers = {name.lower(): value for name, value in self.headers.items()}
-      return self.server.complete(Request(headers, json.loads(data)))
+      request = Request(headers, json.loads(data), self.path)
+      return self.server.complete(request)
     if path.startswith(("/v1/files", "/v1/batches")):
       kind = self.headers.get("content-type", "")
       return self.server.batches.reply(self.command, path, kind, data)

@@ -87,6 +87,30 @@ def test_what_fails_for_ever_is_missing_with_its_cause(tmp_path, end, cause):
   assert [row.error for row in verdicts(tmp_path)] == [cause, cause]
 
 
+@pytest.mark.parametrize(
+  ("reply", "outcome"),
+  [
+    (judge_server.fails(400, "no", code="content_filter"), "2 refusal"),
+    (
+      judge_server.fails(400, "'temperature' is not supported"),
+      "set server.omit",
+    ),
+    (judge_server.Reply(body=b'{"error": {"message": "upset"}}'), "2: upset"),
+  ],
+)
+def test_an_error_of_a_line_is_read_as_in_live_mode(
+  tmp_path, capsys, reply, outcome
+):
+  write(tmp_path, [response(0)])
+  with serve(rule=judge_server.in_turn(reply)) as server:
+    try:
+      runner.run(batches(server, max_retries=0, omit=("max_tokens",)), tmp_path)
+    except judging.Stop as error:
+      print(error)
+    assert outcome in capsys.readouterr().out
+    assert "max_tokens" not in server.requests[0].body
+
+
 def test_an_unreadable_reply_is_asked_for_once_more(tmp_path):
   write(tmp_path, [response(0)])
   # The first attempt is garbage in both orders, the second in one.

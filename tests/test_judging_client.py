@@ -23,10 +23,12 @@ def settings(url, **changes) -> client.ServerSettings:
   values = {
     "base_url": url,
     "api_key_env": "",
+    "allow_http": False,
     "model": "judge-as-asked",
     "temperature": 0.0,
     "max_tokens": 64,
     "max_tokens_name": "max_tokens",
+    "omit": (),
     "template": "dialogue",
     "output": "text",
     "ties": False,
@@ -122,10 +124,40 @@ def test_only_the_proxy_is_taken_from_the_environment(monkeypatch):
     assert reply.choice == "first"
     assert proxy.requests[0].headers["host"] == "judge.invalid"
     assert KEY not in str(proxy.requests[0].headers)
+    monkeypatch.setenv("HTTPS_PROXY", proxy.url.removesuffix("/v1"))
+    (reply,) = ask(settings("https://judge.invalid/v1", max_retries=0))
+    # The server is no proxy for tunnels.
+    assert "501" in reply.error
     with judge_server.Server(judge_server.prefer_longer) as direct:
       monkeypatch.setenv("NO_PROXY", "127.0.0.1")
       ask(settings(direct.url))
     assert (len(direct.requests), len(proxy.requests)) == (1, 1)
+
+
+def test_azure_gets_its_version_and_its_key(monkeypatch):
+  monkeypatch.setenv("JKEY", KEY)
+  with judge_server.Server(judge_server.prefer_longer) as server:
+    url = f"{server.url}?api-version=2024-10-21"
+    (reply,) = ask(settings(url, api_key_env="JKEY"))
+  assert reply.choice == "first"
+  (request,) = server.requests
+  assert request.path == "/v1/chat/completions?api-version=2024-10-21"
+  assert request.headers["api-key"] == KEY
+  assert "authorization" not in request.headers
+
+
+@pytest.mark.parametrize(
+  ("omit", "left"),
+  [
+    ((), {"temperature", "max_tokens"}),
+    (("temperature",), {"max_tokens"}),
+    (("temperature", "max_tokens"), set()),
+  ],
+)
+def test_a_parameter_can_be_left_out(omit, left):
+  with judge_server.Server(judge_server.prefer_longer) as server:
+    ask(settings(server.url, omit=omit))
+  assert server.requests[0].body.keys() - {"model", "messages"} == left
 
 
 # --- retries and waits
@@ -137,6 +169,7 @@ def test_only_the_proxy_is_taken_from_the_environment(monkeypatch):
     {"retry_after": "0.3"},
     {"retry_after_ms": "300", "retry_after": "9"},
     {"retry_after": "date"},
+    {"retry_after_ms": "-1", "retry_after": "0.3"},
   ],
 )
 def test_retry_after_is_waited_for_by_every_question(headers):
@@ -170,6 +203,18 @@ def test_retry_after_is_waited_for_by_every_question(headers):
   assert len(asked_at) == 3
   if headers["retry_after"] != "date":
     assert min(asked_at[1:]) - asked_at[0] >= 0.29
+
+
+@pytest.mark.parametrize(
+  "header", ["retry_after", "x_ratelimit_reset_requests"]
+)
+def test_a_time_since_1970_is_no_wait_of_decades(header):
+  """It is the end of Retry-After's wait; other headers ask for none."""
+  reset = {header: str(int(time.time()) + 1)}
+  busy = judge_server.fails(429, **reset)
+  with judge_server.Server(judge_server.in_turn(busy, GOOD)) as server:
+    (reply,) = ask(settings(server.url))
+  assert reply.choice == "second"
 
 
 def test_a_wait_beyond_the_cap_ends_the_run():
@@ -229,6 +274,29 @@ REPLIES = {
   "null": judge_server.says(None),
   "unsure": judge_server.says("Comparison: alike.\nMore helpful: A or B"),
   "cut": judge_server.says("More helpful: A\nMore", finish_reason="length"),
+  "error": judge_server.Reply(
+    body=b'{"error": {"message": "no", "code": 502}}'
+  ),
+  "said": judge_server.Reply(body=b'{"error": "overloaded"}'),
+  "inside": judge_server.says(
+    None, choices=[{"error": {"message": "cut off"}}]
+  ),
+  "parts": judge_server.says(
+    [
+      {"type": "thinking", "thinking": "More helpful: B"},
+      {"type": "text", "text": "More helpful: A"},
+    ]
+  ),
+  "thought": judge_server.says(
+    "<think>\nMore helpful: A\n</think>\n\nSorry, no."
+  ),
+  "prohibited": judge_server.fails(400, "filtered", code="content_filter"),
+  "flagged": judge_server.Reply(
+    403, b'{"error": {"message": "flagged", "metadata": {"flagged_input": ""}}}'
+  ),
+  "long": judge_server.fails(
+    400, "max_tokens is too large for this model's maximum context length"
+  ),
   "choiceless": judge_server.says("More helpful: A", choices=[]),
   "echo": echo,
   "refusal": judge_server.says("I'm sorry, but I can't assist with that."),
@@ -241,7 +309,7 @@ REPLIES = {
   "reset": struck(reset=True),
   "hang": struck(hold_s=3600.0),
   "drip": struck(drip_s=0.02),
-  "later": judge_server.fails(429, retry_after="0.05"),
+  "later": judge_server.fails(429, retry_after="0.02"),
 } | {str(status): judge_server.fails(status) for status in STATUSES}
 
 
@@ -282,6 +350,15 @@ ROWS = {
   "tie": ({}, "missing", "no verdict in the reply", 2),
   "cut": ({}, "missing", "cut at max_tokens", 2),
   "choiceless": ({}, "missing", "the reply has no choices", 2),
+  "error": ({}, "missing", "HTTP 502: no", 3),
+  "said longer": ({}, "first", "", 2),
+  "said": ({}, "missing", "overloaded", 3),
+  "inside": ({}, "missing", "cut off", 3),
+  "parts": ({}, "first", "", 1),
+  "thought": ({}, "refusal", "", 1),
+  "prohibited": ({}, "refusal", "", 1),
+  "flagged": ({}, "refusal", "", 1),
+  "long": ({}, "missing", "maximum context length", 1),
   "refusal": ({}, "refusal", "", 1),
   "refused": ({}, "refusal", "", 1),
   "filtered": ({}, "refusal", "", 1),
@@ -308,6 +385,20 @@ def test_a_fault_and_its_outcome(names):
       judge_server.fails(429, "spent", code="insufficient_quota"),
       "quota is exhausted",
     ),
+    (
+      judge_server.fails(400, f"{'x' * 400} 'temperature' is not supported"),
+      r"supported \(set server\.omit=temperature\)",
+    ),
+    (
+      judge_server.fails(400, "Use 'max_completion_tokens', not 'max_tokens'."),
+      r"server\.omit=max_tokens or .*_name=max_completion_tokens",
+    ),
+    (judge_server.fails(422, "body: response_format"), r"server\.output=text"),
+    (judge_server.fails(400, "logprobs: no"), r"server\.top_logprobs=0"),
+    (
+      judge_server.fails(400, "The model `m` does not exist."),
+      r"server\.model, now 'judge-as-asked'",
+    ),
   ],
 )
 def test_a_hopeless_run_stops_at_once_without_the_key(monkeypatch, reply, hint):
@@ -316,7 +407,7 @@ def test_a_hopeless_run_stops_at_once_without_the_key(monkeypatch, reply, hint):
     judge_server.Server(judge_server.in_turn(reply)) as server,
     pytest.raises(judging.Stop, match=hint) as caught,
   ):
-    ask(settings(server.url, api_key_env="JKEY"))
+    ask(settings(server.url, api_key_env="JKEY"), [QUESTION] * 9)
   assert len(server.requests) == 1
   error = caught.value
   while error is not None:
@@ -324,7 +415,60 @@ def test_a_hopeless_run_stops_at_once_without_the_key(monkeypatch, reply, hint):
     error = error.__cause__ or error.__context__
 
 
+def ask_in_turn(used, count, concurrency=1) -> list[judging.Reply]:
+  """Replies to groups of `concurrency` questions."""
+
+  async def go():
+    async with client.Client(used, concurrency) as judge:
+      groups = [range(concurrency)] * (count // concurrency)
+      return [
+        await asyncio.gather(*(judge.ask(QUESTION) for _ in group))
+        for group in groups
+      ]
+
+  return [reply for group in asyncio.run(go()) for reply in group]
+
+
+@pytest.mark.parametrize(("concurrency", "most"), [(30, 20), (8, 8), (1, 4)])
+def test_a_silent_judge_stops_the_run_after_one_timeout(
+  concurrency, most, monkeypatch
+):
+  """One at a time, after more than a question with its two retries."""
+  monkeypatch.setattr(client, "_ALONE_S", 0.05)
+  message = f"{most} attempts in a row.*no reply within 0.5 s.*the same command"
+  with judge_server.Server(in_turn("hang")) as server:
+    used = settings(server.url, timeout_s=0.5, retry_wait_s=0.2)
+    with pytest.raises(judging.Stop, match=message):
+      ask_in_turn(used, 60, concurrency)
+  assert len(server.requests) == max(concurrency, most)
+
+
+def test_a_dead_judge_stops_the_run():
+  """Retries counted: two for each question."""
+  replies = ask_in_turn(settings(NOWHERE), 6)
+  assert {reply.choice for reply in replies} == {"missing"}
+  with pytest.raises(judging.Stop, match=r"20 attempts.*connection failed"):
+    ask_in_turn(settings(NOWHERE), 7)
+  # A judge that replies once, or asks for patience, is not dead.
+  with judge_server.Server(in_turn("500 " * 19 + "longer 500")) as server:
+    replies = ask_in_turn(settings(server.url), 12)
+  assert [reply.choice for reply in replies].index("first") == 6
+  with judge_server.Server(in_turn("later " * 25 + "longer")) as server:
+    used = settings(server.url, max_retries=40)
+    assert ask(used)[0].choice == "first"
+
+
 # --- settings
+
+
+def test_a_key_may_go_in_clear_to_this_machine_or_if_allowed():
+  for host in ("localhost", "127.0.0.1", "[::1]", "a.localhost"):
+    settings(f"http://{host}:8000/v1", api_key_env="JKEY")
+  settings("http://10.0.0.1/v1", api_key_env="JKEY", allow_http=True)
+  settings("http://10.0.0.1/v1")
+  for host in ("10.0.0.1", "127.0.0.1.example.com", "localhost.example.com"):
+    with pytest.raises(ValueError, match="unencrypted"):
+      settings(f"http://{host}/v1", api_key_env="JKEY")
 
 
 @pytest.mark.parametrize(
@@ -335,6 +479,18 @@ def test_a_hopeless_run_stops_at_once_without_the_key(monkeypatch, reply, hint):
     ({"api_key_env": KEY}, "must be the name of an environment variable"),
     ({"model": ""}, "model"),
     ({"max_tokens": 0}, "max_tokens=0"),
+    (
+      {"base_url": "http://example.com/v1", "api_key_env": "JKEY"},
+      "unencrypted to 'example.com'.*allow_http=True",
+    ),
+    (
+      {
+        "omit": ("max_tokens",),
+        "budget_usd": 1.0,
+        "prices": ("judge-as-asked 1 1",),
+      },
+      "max_tokens in omit",
+    ),
     ({"budget_usd": 1.0}, r"budget_usd=1 cannot.*'judge-as-asked'"),
   ],
 )
@@ -344,7 +500,9 @@ def test_settings_that_make_no_sense(changes, message):
   assert KEY not in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [None, "", " \n", "clé", "a\nb"])
+@pytest.mark.parametrize(
+  "value", [None, "", " \n", "clé", "a\nb", f'"{KEY}"', f"Bearer {KEY}"]
+)
 def test_a_key_that_is_none(monkeypatch, value):
   monkeypatch.delenv("JKEY", raising=False)
   if value is not None:
@@ -361,9 +519,10 @@ def test_the_identity_of_a_judge_has_all_that_a_reply_depends_on():
     settings(NOWHERE, temperature=0.5),
     settings(NOWHERE, max_tokens=65),
     settings(NOWHERE, template="summary"),
+    settings(NOWHERE, omit=("temperature",)),
     # Where and how patiently a judge is asked changes no reply.
     settings("http://127.0.0.1:10/v1", timeout_s=1.0, max_retries=0),
   ]
   found = [client.Client(used).judge.identity for used in variants]
-  assert len(set(found)) == 5
+  assert len(set(found)) == 6
   assert found[0] == found[-1]

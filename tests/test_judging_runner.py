@@ -103,9 +103,12 @@ def test_judges_from_a_notebook_until_it_is_interrupted(tmp_path, monkeypatch):
       ended.append(True)
 
   monkeypatch.setattr(runner, "_run", endless)
-  with pytest.raises(KeyboardInterrupt):
-    in_a_running_loop(lambda: runner.run(ORACLE, tmp_path))
-  assert ended == [True]
+  # Many turns, so that it meets the waiting thread in many places.
+  for turn in range(1, 51):
+    with pytest.raises(KeyboardInterrupt):
+      in_a_running_loop(lambda: runner.run(ORACLE, tmp_path))
+    assert ended == [True] * turn
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # --- orders and rows
@@ -346,6 +349,18 @@ def test_missing_verdicts_are_reported_and_asked_again(tmp_path):
   path = tmp_path / "verdicts" / "dpo.jsonl"
   assert path.read_bytes().count(b"\n") == 8
   assert len(verdicts(tmp_path)) == 6
+
+
+def test_a_judges_escapes_are_not_printed_raw(tmp_path, capsys):
+  write(tmp_path, [response(0)])
+  rude = judge_server.fails(400, "\x1b]0;title\x07\x1b[2J")
+  with (
+    judge_server.Server(judge_server.in_turn(rude)) as server,
+    pytest.raises(judging.Stop),
+  ):
+    runner.run(judge_with(server), tmp_path)
+  assert r"HTTP 400: \x1b]0;title\x07" in (out := capsys.readouterr().out)
+  assert "\x1b" not in out
 
 
 def test_refusals_are_kept_and_not_asked_again(tmp_path):

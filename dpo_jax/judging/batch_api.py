@@ -156,15 +156,17 @@ class Batches:
     """Records the reply in a result, or queues the item for another batch."""
     response, client = verdicts.as_dict(result.get("response")), self.client
     body, status = response.get("body"), response.get("status_code")
-    if status == 200:
+    error = result.get("error") or verdicts.error(body)
+    if status == 200 and not error:
       failure, reply = None, client.read(body)
       cost = client.budget.cost_of(verdicts.usage(body), item.bound)
       item.ask += 1
       again = reply.choice == "missing" and item.ask < 2
     else:
-      error = result.get("error") or verdicts.as_dict(body).get("error")
-      failure, cost = client.failure(status, verdicts.as_dict(error)), 0.0
-      reply = dataclasses.replace(judging.NOTHING, error=failure.cause)
+      error = verdicts.as_dict(error)
+      status = error.get("code") if status == 200 else status
+      failure, cost = client.failure(status, error), 0.0
+      reply = client_lib.failed(judging.NOTHING, failure)
       item.failures += 1
       retries = client.settings.max_retries
       again = failure.retryable and item.failures <= retries

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import email.utils
 import functools
+import ipaddress
 import json
 import math
 import os
@@ -29,6 +30,32 @@ T = TypeVar("T")
 
 # The Batch API's, as a factor of the live price.
 _BATCH_PRICE = 0.5
+# Attempts in a row without a reply, over all questions, that end a run.
+_DEAD = 20
+# The first request is alone this long: what fails for all is sent once.
+_ALONE_S = 1.0
+
+# What to set if a server refuses a parameter, by a name in its message.
+_OMIT = "set server.omit=max_tokens or server.max_tokens_name="
+_REMEDIES = {
+  "temperature": "set server.omit=temperature",
+  "max_tokens": f"{_OMIT}max_completion_tokens",
+  "max_completion_tokens": f"{_OMIT}max_tokens",
+  "response_format": "set server.output=text",
+  "json_schema": "set server.output=text",
+  "logprobs": "set server.top_logprobs=0",
+  "top_logprobs": "set server.top_logprobs=0",
+}
+_UNKNOWN_MODEL = re.compile(
+  r"\bmodel\b.{0,99}\b(?:not (?:exist|found|available)|unknown|invalid)\b", re.I
+)
+# Of one question, whatever parameter the message names.
+_TOO_LONG = re.compile(r"context.(?:length|window)|input tokens|too long", re.I)
+# As OpenAI, Azure, OpenRouter and DashScope name what their filters refuse.
+_FILTERED = re.compile(
+  r"content_filter|content_policy|ResponsibleAIPolicy|flagged_input"
+  r"|data_inspection"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +64,12 @@ class ServerSettings:
 
   base_url: str
   api_key_env: str
+  allow_http: bool
   model: str
   temperature: float
   max_tokens: int
   max_tokens_name: Literal["max_tokens", "max_completion_tokens"]
+  omit: tuple[Literal["temperature", "max_tokens"], ...]
   template: str
   output: verdicts.Output
   ties: bool
@@ -68,6 +97,13 @@ class ServerSettings:
         "api_key_env must be the name of an environment variable, in capitals,"
         " digits and '_', not a key; '' for a server without keys"
       )
+    host = url.hostname or ""
+    encrypted = url.scheme == "https" or not self.api_key_env
+    if not (encrypted or self.allow_http or _loopback(host)):
+      raise ValueError(
+        f"base_url would send the key of {self.api_key_env} unencrypted to"
+        f" {host!r}: use https://, or set api_key_env='' or allow_http=True"
+      )
     if not self.model:
       raise ValueError("model='' must name the judge's model")
     settings_lib.check(self)
@@ -75,6 +111,11 @@ class ServerSettings:
       raise ValueError(
         f"budget_usd={self.budget_usd:g} cannot be kept: the price of"
         f" {self.model!r} is not in prices; add it, or set budget_usd=0"
+      )
+    if self.budget_usd and "max_tokens" in self.omit:
+      raise ValueError(
+        f"budget_usd={self.budget_usd:g} cannot be kept with max_tokens in"
+        " omit, where a reply has any cost: set budget_usd=0, or omit less"
       )
 
   @property
@@ -87,20 +128,28 @@ class ServerSettings:
   def parameters(self) -> str:
     """The sampling settings that a reply depends on, as JSON."""
     names = ("temperature", "max_tokens", "output", "ties", "top_logprobs")
-    return json.dumps({name: getattr(self, name) for name in names})
+    return json.dumps(
+      {name: getattr(self, name) for name in names if name not in self.omit}
+    )
 
   def read_key(self) -> str:
     """The key from the environment; ValueError if there is none."""
     if not self.api_key_env:
       return ""
     key = os.environ.get(self.api_key_env, "").strip()
-    if not (key and key.isascii() and key.isprintable()):
+    if not re.fullmatch("[!-~]+", key) or re.search("[\"'`]", key):
       raise ValueError(
-        f"the environment variable {self.api_key_env} is not set, or is no key:"
-        " export the server's key as it, or set api_key_env='' for a server"
-        " without keys"
+        f"the environment variable {self.api_key_env} is not set, or is no key"
+        " (it has quotes, spaces or other such characters): export the"
+        " server's key as it, or set api_key_env='' for a server without keys"
       )
     return key
+
+
+def _loopback(host: str) -> bool:
+  with contextlib.suppress(ValueError):
+    return ipaddress.ip_address(host).is_loopback
+  return host == "localhost" or host.endswith(".localhost")
 
 
 @dataclasses.dataclass(eq=False)
@@ -108,7 +157,8 @@ class Failure(judging.Stop):
   """A request without a completion.
 
   `billed` if the server may have charged for it, `fatal` if every other request
-  would fail too. `wait_s` is that of Retry-After.
+  would fail too, `refused` by a content filter, `silent` until the time-out.
+  `wait_s` is that of Retry-After.
   """
 
   cause: str
@@ -116,6 +166,8 @@ class Failure(judging.Stop):
   wait_s: float | None = None
   billed: bool = False
   fatal: bool = False
+  refused: bool = False
+  silent: bool = False
 
 
 class Pacer:
@@ -136,10 +188,13 @@ class Pacer:
 
 
 class Client:
-  """A judge on one server; an async context manager around requests."""
+  """A judge on one server; an async context manager around requests.
 
-  def __init__(self, settings: ServerSettings):
-    self.settings = settings
+  `concurrency` is the number of requests in flight.
+  """
+
+  def __init__(self, settings: ServerSettings, concurrency: int = 1):
+    self.settings, self.concurrency = settings, concurrency
     self.template = prompts.load(
       settings.template, output=settings.output, ties=settings.ties
     )
@@ -148,19 +203,34 @@ class Client:
     identity = (settings.model, settings.parameters, self.template.hash)
     self.judge = judging.Judge(*identity, self.ask)
     self._key = ""
+    self._failures = 0
+    self._fatal: Failure | None = None
+    self._asked, self._first_over = False, asyncio.Event()
 
   async def __aenter__(self) -> "Client":
     import openai
 
     self._key = self.settings.read_key()
+    base_url, _, query = self.settings.base_url.partition("?")
+    query = dict(urllib.parse.parse_qsl(query))
+
+    async def authorize(request):
+      # Azure's form; other servers take a bearer token.
+      if "api-version" in query:
+        del request.headers["authorization"]
+        request.headers["api-key"] = self._key
+
     # The budget would not see the SDK's own retries, and a redirect could send
     # key and texts to another host.
     self.sdk = openai.AsyncOpenAI(
       api_key=self._key or "none",
-      base_url=self.settings.base_url,
+      base_url=base_url,
+      default_query=query,
       timeout=self.settings.timeout_s,
       max_retries=0,
-      http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
+      http_client=openai.DefaultAsyncHttpxClient(
+        follow_redirects=False, event_hooks={"request": [authorize]}
+      ),
     )
     return self
 
@@ -181,7 +251,7 @@ class Client:
       except Failure as failure:
         if failure.fatal:
           raise
-        return dataclasses.replace(reply, error=failure.cause)
+        return failed(reply, failure)
       reply = self.read(completion, reply)
       if reply.choice != "missing":
         break
@@ -193,9 +263,11 @@ class Client:
     body: dict[str, Any] = {
       "model": settings.model,
       "messages": [{"role": "user", "content": page}],
-      "temperature": settings.temperature,
-      settings.max_tokens_name: settings.max_tokens,
     }
+    if "temperature" not in settings.omit:
+      body["temperature"] = settings.temperature
+    if "max_tokens" not in settings.omit:
+      body[settings.max_tokens_name] = settings.max_tokens
     if settings.output == "json_schema":
       schema = prompts.schema(ties=settings.ties)
       named = {"name": "verdict", "strict": True, "schema": schema}
@@ -231,9 +303,12 @@ class Client:
     settings, failures, waited = self.settings, 0, 0.0
     while True:
       try:
-        return await call()
+        result = await call()
+        self._failures = 0
+        return result
       except Failure as error:
         failure = error
+      self._count(failure)
       if not failure.retryable or failures == settings.max_retries:
         raise failure
       wait = failure.wait_s
@@ -255,6 +330,33 @@ class Client:
         )
       await asyncio.sleep(wait)
 
+  def _count(self, failure: Failure) -> None:
+    """Raises judging.Stop if the server seems to be dead."""
+    # A server that asks for patience is alive.
+    alive = not failure.retryable or failure.wait_s is not None
+    self._failures = 0 if alive else self._failures + 1
+    most = _DEAD
+    if failure.silent:
+      # All in flight, but more than one question with its retries.
+      most = min(most, max(self.concurrency, self.settings.max_retries + 2))
+    if self._failures >= most:
+      raise judging.Stop(
+        f"{self._failures} attempts in a row brought no reply from"
+        f" {self.settings.base_url}, the last: {failure}; start the server, or"
+        " correct base_url or timeout_s, and run the same command again"
+      )
+
+  async def _turn(self) -> None:
+    """Returns when a request may be sent; raises what ended the run."""
+    if self._asked:
+      with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_ALONE_S):
+          await self._first_over.wait()
+    self._asked = True
+    await self.pacer.wait()
+    if self._fatal:
+      raise self._fatal
+
   async def _complete(self, page: str) -> Any:
     """The completion of one request, its cost reserved before it is sent."""
     bound = self.budget.bound(page, self.settings.max_tokens)
@@ -262,19 +364,23 @@ class Client:
     self.budget.reserve(bound)
     cost, calls = 0.0, 0
     try:
-      await self.pacer.wait()
+      await self._turn()
       cost, calls = bound, 1
       raw = await self.send(create(**self.body(page)))
       completion = verdicts.parse(raw.content)
       if completion is None:
         cause = "the reply is not a chat completion"
         raise Failure(cause, retryable=True, billed=True)
+      if error := verdicts.error(completion):
+        raise self.failure(error.get("code"), error)
       cost = self.budget.cost_of(verdicts.usage(completion), bound)
       return completion
     except Failure as failure:
       cost = bound if failure.billed else 0.0
+      self._fatal = failure if failure.fatal else self._fatal
       raise
     finally:
+      self._first_over.set()
       self.budget.settle(bound, cost, calls)
 
   async def send(self, call: Awaitable[T]) -> T:
@@ -292,7 +398,7 @@ class Client:
       failure = self.failure(error.status_code, body, error.response.headers)
     except (openai.APITimeoutError, TimeoutError):
       cause = f"no reply within {timeout_s:g} s"
-      failure = Failure(cause, retryable=True, billed=True)
+      failure = Failure(cause, retryable=True, billed=True, silent=True)
     except openai.APIConnectionError as error:
       origin = error.__cause__ or error
       cause = f"connection failed: {origin or type(origin).__name__}"
@@ -312,9 +418,20 @@ class Client:
     status = status if type(status) is int else 0
     text = f"HTTP {status}: " if status else ""
     text += str(error.get("message") or error.get("code"))
-    cause = " ".join(self.clean(text).split())[:300]
+    cause = " ".join(self.clean(text).split())[:2000]
+    kinds = str(
+      [error.get(x) for x in ("code", "type", "innererror", "metadata")]
+    )
+    if _FILTERED.search(kinds):
+      return Failure(cause, refused=True)
     hint = ""
-    if status in (401, 403):
+    if status in (0, 400, 422) and not _TOO_LONG.search(text):
+      named = {*re.findall(r"\w+", f"{error.get('param')} {text}")}
+      found = [hint for name, hint in _REMEDIES.items() if name in named]
+      unknown = error.get("param") == "model" or _UNKNOWN_MODEL.search(text)
+      model = f"set server.model, now {self.settings.model!r}"
+      hint = found[0] if found else model if unknown else ""
+    elif status in (401, 403):
       hint = f"check the key in {self.settings.api_key_env or 'api_key_env'}"
     elif "insufficient_quota" in (error.get("code"), error.get("type")):
       hint = "the account's quota is exhausted; add credit and run again"
@@ -330,12 +447,22 @@ class Client:
     return Failure(cause, retryable=retryable, wait_s=wait_s)
 
 
+def failed(reply: judging.Reply, failure: Failure) -> judging.Reply:
+  """The reply for a question whose request failed."""
+  if failure.refused:
+    return dataclasses.replace(reply, choice="refusal", text=failure.cause)
+  return dataclasses.replace(reply, error=failure.cause)
+
+
 def _retry_after(headers: Mapping[str, str]) -> float | None:
   """Seconds of a Retry-After header; None without a valid one."""
   for name, unit_s in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
     with contextlib.suppress(ValueError):
       wait = unit_s * float(headers.get(name, ""))
-      return wait if 0 <= wait < math.inf else None
+      # Decades are a time since 1970.
+      wait -= time.time() if wait > 1e9 else 0.0
+      if 0 <= wait < math.inf:
+        return wait
   with contextlib.suppress(TypeError, ValueError):
     date = email.utils.parsedate_to_datetime(headers.get("retry-after", ""))
     return max(0.0, date.timestamp() - time.time())

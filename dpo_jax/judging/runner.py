@@ -13,8 +13,9 @@ import dataclasses
 import os
 import pathlib
 import re
+import signal
+import threading
 from collections.abc import Callable, Coroutine
-from concurrent import futures
 from typing import Any, Literal
 
 from dpo_jax import judging
@@ -104,7 +105,8 @@ async def _run(
 
 
 def _client(settings: JudgeSettings) -> client_lib.Client | None:
-  return client_lib.Client(settings.server) if settings.server else None
+  server, concurrency = settings.server, settings.concurrency
+  return client_lib.Client(server, concurrency) if server else None
 
 
 def _prepare(
@@ -216,14 +218,25 @@ async def _live(
 
 
 def _in_thread(work: Coroutine[Any, Any, usage.Summary]) -> usage.Summary:
-  """The result of `work` in a notebook, whose own loop runs in this thread."""
-  with (
-    contextlib.closing(asyncio.new_event_loop()) as loop,
-    futures.ThreadPoolExecutor(1) as pool,
-  ):
-    task = loop.create_task(work)
-    try:
-      return pool.submit(loop.run_until_complete, task).result()
-    except KeyboardInterrupt:
-      loop.call_soon_threadsafe(task.cancel)
-      raise
+  """The result of `work` in a notebook, whose own loop runs in this thread.
+
+  SIGINT cancels `work`. Its handler is replaced: a KeyboardInterrupt raised
+  within this thread's wait could leave a lock taken.
+  """
+  loop = asyncio.new_event_loop()
+  task = loop.create_task(work)
+  thread = threading.Thread(
+    target=loop.run_until_complete, args=(asyncio.wait([task]),)
+  )
+  handler = signal.signal(
+    signal.SIGINT, lambda *_: loop.call_soon_threadsafe(task.cancel)
+  )
+  try:
+    thread.start()
+    thread.join()
+  finally:
+    signal.signal(signal.SIGINT, handler)
+    loop.close()
+  if task.cancelled():
+    raise KeyboardInterrupt
+  return task.result()

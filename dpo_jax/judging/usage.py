@@ -10,6 +10,7 @@ import json
 import pathlib
 
 from dpo_jax import judging
+from dpo_jax.core import console
 from dpo_jax.core import settings as settings_lib
 from dpo_jax.io import atomic, records, strict_json
 from dpo_jax.judging import client as client_lib
@@ -108,7 +109,8 @@ class Summary:
       )
     if self.missing:
       causes = list(self.causes.items())[:3]
-      why = "; ".join(f"{count}: {cause:.100}" for cause, count in causes)
+      why = "; ".join(f"{count}: {cause:.200}" for cause, count in causes)
+      why = console.visible(why)
       lines.append(
         f"INCOMPLETE: {self.missing} of {total} verdicts are missing"
         f"{f' ({why})' if why else ''}; the same command asks for them again"
