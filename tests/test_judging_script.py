@@ -10,6 +10,7 @@ import sys
 
 import judge_server
 import planted
+import pytest
 from test_judging_client import in_turn
 from test_judging_runner import judge_with, response, verdicts, write
 
@@ -75,17 +76,18 @@ def test_kills_bill_no_answered_question_twice(tmp_path):
   assert 80 <= len(server.requests) <= 80 + kills * concurrency
 
 
-def test_a_signal_keeps_the_verdicts_so_far(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_keeps_the_verdicts_so_far(number, tmp_path):
   write(tmp_path, [response(n, f" text {n}") for n in range(20)])
   with (
     judge_server.Server(judge_server.held(after=12)) as server,
     script(tmp_path, server.url, "--config.concurrency=2") as child,
   ):
     server.wait_for(14)
-    child.send_signal(signal.SIGTERM)
+    child.send_signal(number)
     _, err = child.communicate(timeout=30)
-  assert child.returncode == 128 + signal.SIGTERM
-  assert "error: stopped by SIGTERM" in err
+  assert child.returncode == 128 + number
+  assert f"error: stopped by {number.name}" in err
   assert "Traceback" not in err
   assert len(verdicts(tmp_path)) == 12
   assert sorted(os.listdir(tmp_path / "verdicts")) == [
