@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import re
+import unicodedata
 
 import hypothesis
 import pytest
@@ -220,6 +221,11 @@ ON_TMP = hypothesis.settings(
 )
 
 
+def visible(text):
+  """What is left of a text without format characters and outer white space."""
+  return "".join(x for x in text if unicodedata.category(x) != "Cf").strip()
+
+
 @ON_TMP
 @hypothesis.given(
   st.lists(st.tuples(ANY_TEXT, ANY_TEXT, ANY_TEXT, st.booleans()), min_size=1)
@@ -234,10 +240,7 @@ def test_every_row_is_kept_or_counted_and_none_is_changed(write, rows):
   wanted = [
     (prompt, chosen, rejected)
     for prompt, chosen, rejected, _ in rows
-    if prompt.strip()
-    and chosen.strip()
-    and rejected.strip()
-    and chosen != rejected
+    if all(map(visible, (prompt, chosen, rejected))) and chosen != rejected
   ]
   assert texts(loaded)[:-1] == wanted
   assert loaded.counts["read"] == len(rows) + 1
@@ -522,3 +525,37 @@ def test_every_row_read_is_kept_or_counted_once(
     },
   ).counts
   assert counts["read"] == len(rows) == left_out(counts) + counts["kept"]
+
+
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [
+    ("fullconv", "in 24 of 24 pairs both responses begin with their prompt"),
+    ("jsonstr", "in 24 of 24 pairs chosen and rejected hold lists of messages"),
+    ("strlist", "in 24 of 24 pairs chosen and rejected hold lists of messages"),
+  ],
+)
+def test_rows_of_another_form_than_they_seem_are_refused(shared, name, message):
+  with pytest.raises(ValueError, match=message):
+    sources.read_file(str(shared / "cases" / "data" / f"{name}.jsonl"))
+
+
+def test_a_single_row_may_look_like_another_form(tmp_path):
+  rows = [
+    {"prompt": "A", "chosen": "A pen.", "rejected": "A."},
+    {"prompt": "B", "chosen": '[{"role": 1}]', "rejected": "[{'role': 2}]"},
+    {"prompt": "C", "chosen": "yes", "rejected": "no"},
+  ]
+  path = tmp_path / "rows.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  assert len(sources.read_file(str(path)).rows) == 3
+
+
+def test_responses_of_invisible_characters_alone_are_empty(shared):
+  # Every second of 24 is two zero-width spaces.
+  loaded = sources.read_file(str(shared / "cases" / "data" / "zw.jsonl"))
+  assert loaded.counts == {
+    "read": 24,
+    "quarantined: empty chosen response": 12,
+    "kept": 12,
+  }

@@ -152,17 +152,25 @@ def test_broken_files_are_refused(copy, name, text):
     tokenizer.load(copy)
 
 
-@pytest.mark.parametrize(
-  ("fields", "message"),
-  [
-    ({"eos_token": None}, "end of text is id None"),
-    ({"pad_token": "<|endoftext|>"}, "padding id 0; both must exist and"),
-  ],
-)
-def test_end_of_text_and_padding_must_differ(copy, edit, fields, message):
-  edit(CONFIG, fields)
-  with pytest.raises(ValueError, match=message):
+def test_a_tokenizer_without_end_of_text_is_refused(copy, edit):
+  edit(CONFIG, {"eos_token": None})
+  with pytest.raises(ValueError, match="no end of text; set eos_token"):
     tokenizer.load(copy)
+
+
+def test_padding_saved_as_end_of_text_is_the_vocabularys_own(copy, edit):
+  edit(CONFIG, {"pad_token": "<|endoftext|>"})
+  words = tokenizer.load(copy)
+  assert (words.eos_id, words.pad_id) == (0, 1)
+
+
+def test_without_a_padding_token_the_end_of_text_pads(copy, edit):
+  # The vocabulary of a tokenizer that has none, as SmolLM2's.
+  edit(CONFIG, {"pad_token": "<|endoftext|>"})
+  path = copy / "tokenizer.json"
+  path.write_text(path.read_text("utf-8").replace("<|padding|>", "<|other|>"))
+  words = tokenizer.load(copy)
+  assert (words.eos_id, words.pad_id) == (0, 0)
 
 
 def test_code_beside_a_tokenizer_is_never_run(copy, edit, monkeypatch):

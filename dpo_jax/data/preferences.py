@@ -10,6 +10,7 @@ them. `sources` reads the rows.
 
 import dataclasses
 import hashlib
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
@@ -74,17 +75,24 @@ def pair(
   Raises:
     Quarantined: a text is empty, or both responses are the same.
   """
-  if not prompt.strip():
+  if _is_blank(prompt):
     raise Quarantined("empty prompt")
-  if not chosen.strip():
+  if _is_blank(chosen):
     raise Quarantined("empty chosen response")
-  if not rejected.strip():
+  if _is_blank(rejected):
     raise Quarantined("empty rejected response")
   if chosen == rejected:
     raise Quarantined("identical responses")
   return Comparison(
     content_id(prompt, chosen, rejected), prompt, chosen, rejected, subset
   )
+
+
+def _is_blank(text: str) -> bool:
+  """Whether nothing of a text is visible: white space and format characters,
+  such as a zero-width space, alone.
+  """
+  return all(x.isspace() or unicodedata.category(x) == "Cf" for x in text)
 
 
 def texts(row: Any) -> tuple[str, str, str]:

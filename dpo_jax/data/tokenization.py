@@ -26,8 +26,10 @@ dpo-replication: the dpo-replication system, which strips both responses and
   what the longer one needs. A pair without room for any token of its prompt is
   dropped.
 
-A pair with the text of a special token is dropped under every rule: as text it
-cannot be distinguished from control.
+Dropped under every rule: a pair with the text of a special token, which as text
+cannot be distinguished from control, and a pair whose responses have the same
+tokens once stripped, normalized and truncated, of which nothing can be learned
+(TRL keeps those).
 
 Letters: N pairs of three parts, prompt, chosen and rejected.
 
@@ -50,7 +52,7 @@ Rules = Literal["paper", "trl", "dpo-replication"]
 Keep = Literal["end", "start"]
 
 # Part of every cache key: increase it when a rule gives other ids or counts.
-VERSION = 2
+VERSION = 3
 
 # Rows tokenized at a time, which bounds the memory of Python lists of ids.
 _BATCH = 1024
@@ -167,20 +169,22 @@ def _batch(tokenizer, rows, rules, max_length, max_prompt_length, prompt_keeps):
     whole[:, 1:] -= shared[:, None]
     whole[:, 0] = shared
   left = _RULES[rules](whole, max_length, max_prompt_length)
+  equal = _equal_responses(tokens, starts, left)
   # Responses lose their end, and prompts their start but for posts.
   if rules != "paper" or prompt_keeps == "end":
     starts[:, 0] += whole[:, 0] - left[:, 0]
-  room = (left > 0).all(1)
+  fits = (left > 0).all(1)
+  room = fits & ~equal
   dropped = {
     "dropped: the prompt has no token of its own": whole[:, 0] == 0,
-    "dropped: no room for prompt and response": (whole[:, 0] > 0) & ~room,
+    "dropped: no room for prompt and response": (whole[:, 0] > 0) & ~fits,
+    "dropped: both responses have the same tokens": fits & equal,
   }
   prompt_cut = room & (left[:, 0] < whole[:, 0])
   response_cut = room & (left[:, 1:] < whole[:, 1:]).any(1)
   table = _table([row.id for row in kept], tokens, starts, left, room)
   reasons = dropped | {"prompt cut": prompt_cut, "response cut": response_cut}
   counts |= {reason: int(which.sum()) for reason, which in reasons.items()}
-  counts["responses equal once cut"] = _equal_responses(table)
   return Tokenized(table, (prompt_cut | response_cut)[room], counts)
 
 
@@ -274,8 +278,10 @@ def _table(ids, tokens, starts, lengths, room):
   )
 
 
-def _equal_responses(table) -> int:
-  alike = table.lengths[:, 1] == table.lengths[:, 2]
-  return sum(
-    table[i].chosen == table[i].rejected for i in np.flatnonzero(alike)
-  )
+def _equal_responses(tokens, starts, lengths):
+  """Whether both responses of a row have the same tokens, bool [N]."""
+  equal = lengths[:, 1] == lengths[:, 2]
+  for row in np.flatnonzero(equal):
+    chosen, rejected = starts[row, 1:, None] + np.arange(lengths[row, 1])
+    equal[row] = np.array_equal(tokens[chosen], tokens[rejected])
+  return equal

@@ -1,7 +1,7 @@
 """Tokenizer: text to token ids and back.
 
-Padding never uses the end-of-text id: Pythia has its own `<|padding|>`, and a
-model that is trained to stop must distinguish the two.
+Padding uses the end-of-text id only where the vocabulary has no padding token:
+attention and losses mask it, so that no result depends on its id.
 """
 
 import dataclasses
@@ -122,8 +122,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
   """The tokenizer of a local directory or of a hub id, user/name@revision.
 
   Raises:
-    ValueError: there is none, it is a slow one, or it lacks separate
-      end-of-text and padding tokens.
+    ValueError: there is none, it is a slow one, or it has no end of text.
   """
   import transformers
 
@@ -219,14 +218,13 @@ def _wrap(backend: Any, name: str) -> Tokenizer:
   if not backend.is_fast:
     raise ValueError(f"{name} has no fast tokenizer (tokenizer.json)")
   eos, pad = backend.eos_token_id, backend.pad_token_id
-  if pad is None:
-    # Pythia's own config names no padding token, but its vocabulary has one.
-    pad = backend.get_vocab().get(PADDING)
-  if eos is None or pad is None or eos == pad:
+  if eos is None:
     raise ValueError(
-      f"{name}: end of text is id {eos} and padding id {pad}; both must exist"
-      " and differ"
+      f"{name}: no end of text; set eos_token in tokenizer_config.json"
     )
+  if pad is None or pad == eos:
+    # Pythia's own config names no padding token, but its vocabulary has one.
+    pad = backend.get_vocab().get(PADDING, eos)
   # A file may ask for both; truncation is for `tokenization`, which counts it.
   backend.backend_tokenizer.no_truncation()
   backend.backend_tokenizer.no_padding()

@@ -14,6 +14,7 @@ row and pair is either kept or counted under the reason why not:
 import dataclasses
 import itertools
 import pathlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
@@ -143,6 +144,7 @@ def load(
   counts: Counter[str] = Counter()
   pairs = _left(_parsed(source, side, filters, counts), source, filters, counts)
   kept = tuple(itertools.islice(pairs, limit) if limit else pairs)
+  _refuse_misread(kept, _place(source, side)[0])
   counts["kept"] = len(kept)
   counts.update(_notable(kept))
   if not kept:
@@ -308,6 +310,36 @@ def _reason(pair: preferences.Comparison, filters: FilterSettings) -> str:
   if 0 < filters.max_response_chars < max(lengths):
     return f"response longer than {filters.max_response_chars} characters"
   return ""
+
+
+# `[{"role": ...` as JSON or as Python prints it.
+_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
+
+
+def _refuse_misread(
+  kept: tuple[preferences.Comparison, ...], path: str
+) -> None:
+  """Refuses pairs most of which are of another form than they were read as.
+
+  A single text may look like either by chance.
+  """
+  repeating = stored = 0
+  for pair in kept:
+    responses = pair.chosen, pair.rejected
+    repeating += all(x.startswith(pair.prompt) for x in responses)
+    stored += all(map(_MESSAGES_AS_TEXT.match, responses))
+  if 2 * repeating > len(kept):
+    raise ValueError(
+      f"{path}: in {repeating} of {len(kept)} pairs both responses begin with"
+      " their prompt, which would be trained on twice; remove it from chosen"
+      " and rejected"
+    )
+  if 2 * stored > len(kept):
+    raise ValueError(
+      f"{path}: in {stored} of {len(kept)} pairs chosen and rejected hold lists"
+      " of messages written as text; store them as lists (json.loads, or"
+      " ast.literal_eval for Python's form)"
+    )
 
 
 def _notable(kept: tuple[preferences.Comparison, ...]) -> dict[str, int]:
