@@ -121,6 +121,18 @@ def test_rows_of_a_mixed_batch_are_drawn_as_if_alone():
     np.testing.assert_array_equal(mixed[mine], alone)
 
 
+@pytest.mark.parametrize("top_k", [EXISTING, EXISTING + 1, 10**6])
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_top_k_of_the_whole_vocabulary_is_off(top_k, top_p):
+  paths = draw.paths([(1.0, top_k, top_p)], EXISTING)
+  assert paths == draw.paths([(1.0, 0, top_p)], EXISTING)
+  logits = np.tile(LOGITS, (64, 1))
+  np.testing.assert_array_equal(
+    drawn(logits, *alike(64, 1.0, top_k, top_p), paths),
+    drawn(logits, *alike(64, 1.0, 0, top_p), paths),
+  )
+
+
 def test_temperature_zero_is_greedy_and_the_lowest_too():
   rows = np.array(
     [

@@ -65,7 +65,7 @@ def paths(
   parameters: Iterable[tuple[float, int, float]], vocab_size: int
 ) -> Paths:
   """The paths that rows of these (temperature, top_k, top_p) need."""
-  drawn = {(k, p) for t, k, p in parameters if t > 0}
+  drawn = {(k if k < vocab_size else 0, p) for t, k, p in parameters if t > 0}
   largest = max((k for k, _ in drawn), default=0)
   return Paths(
     candidates=min(-(-largest // _STEP) * _STEP, vocab_size),
@@ -94,7 +94,7 @@ def draw(
     logits: float32, [B, V].
     keys: one typed key a row, [B].
     temperature: float32, 0 is greedy, [B].
-    top_k: int32, 0 is off, [B].
+    top_k: int32, 0 or `vocab_size` and above is off, [B].
     top_p: float32, 1 is off, [B].
     vocab_size: tokens at or past it do not exist and are never drawn.
     paths: those that some row needs.
@@ -103,6 +103,7 @@ def draw(
     The tokens, and their log-probs under the model itself: in nats, at
     temperature 1, over all V, before top_k and top_p.
   """
+  top_k = jnp.where(top_k < vocab_size, top_k, 0)
   blocks = _blocks(logits)
   every = jnp.max(blocks, axis=-1)
   maxima = _existing_maxima(blocks, every, vocab_size)
