@@ -56,6 +56,14 @@ def test_csv_of_win_rates(composed):
     assert 0 <= low < rate < high <= 1
 
 
+@pytest.mark.parametrize("name", ["=1+1", "+dpo", "-dpo", "@dpo", "d=p"])
+def test_no_name_in_the_csv_is_a_formula(tmp_path, name):
+  reported.make_run(tmp_path, cells=((name, None, 1.0, 34),))
+  table = report.compose(reported.SETTINGS, tmp_path).texts["win_rates.csv"]
+  _, row = csv.reader(io.StringIO(table))
+  assert row[0] == ("d=p" if name == "d=p" else "'" + name)
+
+
 def test_content_of_a_report(text):
   assert text.startswith("# A small run\n")
   assert "Judge oracle, template t1: 880 calls on 440 comparisons" in text

@@ -271,14 +271,18 @@ def _table(rates: Sequence[winrates.WinRate]) -> str:
   writer = csv.writer(buffer, lineterminator="\n")
   writer.writerow(columns)
   for rate in rates:
-    # The step of a final model, None, is an empty cell.
-    writer.writerow(
-      f"{value:.6f}"
-      if isinstance(value, float) and column != "temperature"
-      else value
-      for column, value in ((c, getattr(rate, c)) for c in columns)
-    )
+    writer.writerow(_cell(column, getattr(rate, column)) for column in columns)
   return buffer.getvalue()
+
+
+def _cell(column: str, value: Any) -> Any:
+  """A cell of the CSV; None, the step of a final model, is empty."""
+  if isinstance(value, float) and column != "temperature":
+    return f"{value:.6f}"
+  # A spreadsheet would compute such a name as a formula.
+  if isinstance(value, str) and value.startswith(("=", "+", "-", "@")):
+    return f"'{value}"
+  return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
