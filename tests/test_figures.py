@@ -101,7 +101,7 @@ def axes_of(plot, *arguments, **keywords):
 def test_a_column_for_each_run_and_no_panel_without_rows():
   plain = [{"step": step, "loss": 1 / step} for step in range(1, 9)]
   axes = axes_of(plots.training_curves, {"sft": plain, "dpo": rows()})
-  titles = [a.get_title(loc="left") for a in axes if a.axison]
+  titles = [a.get_title(loc="left") for a in axes]
   assert titles == [
     "SFT: loss",
     "DPO: loss",
@@ -113,7 +113,7 @@ def test_a_column_for_each_run_and_no_panel_without_rows():
   assert list(x) == list(range(1, 9))
   assert list(y) == pytest.approx([1 / step for step in range(1, 9)])
   labelled = [a for a in axes if a.get_xlabel() == "step"]
-  assert labelled == [axes[0], axes[7]]
+  assert labelled == [axes[0], axes[4]]
 
 
 def test_margins_are_chosen_less_rejected():
@@ -124,6 +124,19 @@ def test_margins_are_chosen_less_rejected():
     if line.get_linewidth() > 1
   ]
   assert means == pytest.approx([0.25, -0.5, 0.75])
+
+
+def test_held_out_rewards_are_rings_with_a_key():
+  last = {"step": 60, "eval_rewards/chosen": 0.2, "eval_rewards/rejected": -0.4}
+  with style.style():
+    figure = plots.reward_margins([*rows(), last])
+  (legend,) = figure.legends
+  keys = [text.get_text() for text in legend.get_texts()]
+  assert keys == ["chosen", "rejected", "margin", "held out"]
+  rings = [x for x in figure.axes[0].lines if x.get_marker() == "o"]
+  assert [list(ring.get_ydata()) for ring in rings] == [[0.2], [-0.4]]
+  for line in (*rings, legend.legend_handles[-1]):
+    assert line.get_markerfacecolor() == line.get_linestyle().lower() == "none"
 
 
 def test_accuracy_has_a_wilson_interval():

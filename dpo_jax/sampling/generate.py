@@ -192,9 +192,8 @@ def _generate(settings, group, files, tokenizer, prompts, mesh) -> None:
   if settings.mesh_over == "process":
     missing = _share(places, left)
   started, tokens = time.perf_counter(), 0
-  name = group.jobs[0].stem
-  if len(group.jobs) > 1:
-    name += f" and {len(group.jobs) - 1} more"
+  names = [job.stem for job in group.jobs]
+  name = ", ".join(names) if len(names) < 4 else f"{len(names)} models"
   with console.Bar(
     len(places) - len(left) + len(missing),
     name,

@@ -148,7 +148,7 @@ def _rewards(data: load.ReportData) -> list[Figure]:
       plots.metric_data(rows, keys),
       functools.partial(plots.reward_margins, rows),
       f"Implicit rewards of {name}. Pale: every step; dark: running mean;"
-      " points: held out.",
+      " rings: held out.",
     ),
     Figure(
       NAMES[5],

@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib.colors
 import matplotlib.figure
+import matplotlib.lines
 import matplotlib.ticker
 import numpy as np
 
@@ -23,10 +24,15 @@ _PANELS = (
   ("loss", "loss"),
   ("grad_norm", "gradient norm"),
   ("learning_rate", "learning rate"),
-  # Last, since runs without rewards then leave no gap among the panels.
   ("rewards/accuracies", "reward accuracy"),
 )
 _TRAIN, _HELD_OUT = style.COLORS[1], style.COLORS[2]
+_HOLLOW = {
+  "marker": "o",
+  "markersize": 4,
+  "markerfacecolor": "none",
+  "linestyle": "none",
+}
 _PARTS = {
   0: ("prompt", style.COLORS[0]),
   1: ("chosen", style.COLORS[3]),
@@ -174,33 +180,27 @@ def has(rows: Rows, key: str) -> bool:
 def training_curves(runs: Mapping[str, Rows]) -> Plot:
   """Loss, gradient norm, learning rate, reward accuracy; a column a run.
 
-  Metrics that no run has are left out.
+  Each column holds the metrics that its run has, at equal heights.
   """
-  panels = [
-    (key, title)
-    for key, title in _PANELS
-    if key == "loss" or any(has(rows, key) for rows in runs.values())
-  ]
-  columns = max(1, len(runs))
+  panels = {
+    run: [(k, title) for k, title in _PANELS if k == "loss" or has(rows, k)]
+    for run, rows in runs.items()
+  }
+  counts = [len(found) for found in panels.values()]
   figure = style.new(
-    style.COLUMN_IN if columns == 1 else style.PAGE_IN,
-    0.35 + 1.25 * len(panels),
+    style.COLUMN_IN if len(runs) == 1 else style.PAGE_IN,
+    0.35 + 1.25 * max(counts),
   )
-  grid = figure.subplots(len(panels), columns, squeeze=False)
+  columns = figure.add_gridspec(1, len(runs))
   handles = {}
-  lowest = {}
-  for line, (key, title) in zip(grid, panels):
-    for axes, (run, rows) in zip(line, runs.items()):
-      if not has(rows, key) and key != "loss":
-        axes.set_axis_off()
-        continue
+  for column, (run, found) in zip(columns, panels.items()):
+    for place, (key, title) in zip(column.subgridspec(len(found), 1), found):
+      axes = figure.add_subplot(place)
       if key == "rewards/accuracies":
         axes.axhline(0.5, **style.guide())
-      handles |= _curves(axes, rows, key)
+      handles |= _curves(axes, runs[run], key)
       axes.set_title(f"{load.NAMES.get(run, run)}: {title}")
       axes.xaxis.set_major_locator(_integers(5))
-      lowest[run] = axes
-  for axes in lowest.values():
     axes.set_xlabel("step")
   _legend(figure, handles)
   return figure
@@ -211,7 +211,7 @@ def reward_margins(rows: Rows) -> Plot:
   figure = style.new()
   axes = figure.subplots()
   axes.axhline(0, **style.guide())
-  handles = {}
+  handles, held_out = {}, None
   for key, label, color in (
     ("rewards/chosen", "chosen", style.COLORS[3]),
     ("rewards/rejected", "rejected", style.COLORS[4]),
@@ -220,6 +220,12 @@ def reward_margins(rows: Rows) -> Plot:
     found = _curves(axes, rows, key, color, color)
     if found:
       handles[label] = next(iter(found.values()))
+    if "held out" in found:
+      held_out = found["held out"]
+  if held_out:
+    handles["held out"] = matplotlib.lines.Line2D(
+      [], [], color=style.COLORS[0], **_HOLLOW
+    )
   axes.set_ylabel("implicit reward (nats)")
   _step_axis(axes)
   _legend(figure, handles)
@@ -275,8 +281,10 @@ def _curves(
     (handles["training"],) = axes.plot(steps, values, color=train_color)
   if held_out:
     steps, values = np.asarray(held_out).T
+    # Over a training line of the same color, rings that a line does not join.
+    look = _HOLLOW if held_color == train_color else {"markersize": 3}
     (handles["held out"],) = axes.plot(
-      steps, values * scale, color=held_color, marker="o", markersize=3
+      steps, values * scale, **{"color": held_color, "marker": "o"} | look
     )
   return handles
 
