@@ -155,13 +155,17 @@ def _stages(
   built: ReplicateSettings, workdir: pathlib.Path
 ) -> dict[str, Callable[[], Any]]:
   """The call of each stage, in order."""
+
+  def train(name):
+    return train_lib.run(getattr(built, name), workdir / name, workdir)
+
   return {
     "world": lambda: _world(built.world, workdir / "world"),
     "vocabulary": lambda: _vocabulary(built.vocabulary),
     "init": lambda: _init(built.init),
-    "pretrain": lambda: train_lib.run(built.pretrain, workdir / "pretrain"),
-    "sft": lambda: train_lib.run(built.sft, workdir / "sft"),
-    "dpo": lambda: train_lib.run(built.dpo, workdir / "dpo"),
+    "pretrain": lambda: train("pretrain"),
+    "sft": lambda: train("sft"),
+    "dpo": lambda: train("dpo"),
     "sample": lambda: generate.run(built.sample, workdir),
     "judge": lambda: runner.run(built.judge, workdir),
     "report": lambda: report.write(built.report, workdir),

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -103,6 +104,20 @@ def whole(world, tmp_path_factory):
   (path,) = generate_lib.run(world.build(), workdir)
   assert path == workdir / "responses" / "sft.jsonl"
   return path
+
+
+def test_an_adapters_hash_is_not_of_where_its_base_was(world, tmp_path):
+  adapter = world.root / "adapters" / "step-000020"
+  moved = shutil.copytree(adapter, tmp_path / "moved")
+  config = json.loads((moved / "adapter_config.json").read_text())
+  found = response_files.weights(str(adapter))
+  for changes, same in (
+    ({"base_model_name_or_path": "/elsewhere/model"}, True),
+    ({"lora_alpha": 1 + config["lora_alpha"]}, False),
+  ):
+    text = json.dumps(config | changes)
+    (moved / "adapter_config.json").write_text(text)
+    assert (response_files.weights(str(moved)) == found) == same
 
 
 def test_writes_a_row_for_every_prompt_and_temperature(world, whole):

@@ -271,6 +271,7 @@ PLANTED = "/data/pe ople/jo"
     (f"{PLANTED}/runs/sft/export", "sft"),
     ("~jo/my models/base", "base"),
     ("../../jo/sft/export/", "sft"),
+    ("{workdir}/sft/export", "sft"),
     ("runs/base", "base"),
     (f"config.cache: '{PLANTED}/e' -> '~/jo/f'", "config.cache: 'e' -> 'f'"),
     (f"('{PLANTED}/c',)", "('c',)"),

@@ -75,7 +75,7 @@ def run(
     workdir = given["workdir"].value or f"runs/{stem}"
     remote.refuse_address("--workdir", workdir)
     values = {key: given[key].value for key in options}
-    code = main(config, pathlib.Path(workdir).absolute(), **values)
+    code = main(config, pathlib.Path(workdir).resolve(), **values)
   except (flags.Error, ValueError) as error:
     console.error(str(error))
     code = 2

@@ -30,8 +30,9 @@ from dpo_jax.io import atomic, hashing, metrics, remote, strict_json
 
 _log = logging.getLogger(__name__)
 
-# Within a text, an absolute path, or one from a home or a parent directory.
-_LOCAL = re.compile(r"(?<![\w./:~-])(?:~\w*|\.\.)?/[^'\",()\[\]]*")
+# Within a text, an absolute path, or one from a home, a parent or a working
+# directory.
+_LOCAL = re.compile(r"(?<![\w./:~-])(?:~\w*|\.\.|\{workdir\})?/[^'\",()\[\]]*")
 
 # The files of a branch by their names there: their paths, or their texts.
 Files = dict[str, pathlib.Path | str]

@@ -119,6 +119,20 @@ def refuse_other(
   return found
 
 
+def portable(values: Any, root: pathlib.Path) -> Any:
+  """`values` with {workdir} for `root` at the start of every path below it.
+
+  A directory that was moved, or is reached by another path, is then the same.
+  """
+  if isinstance(values, dict):
+    return {key: portable(value, root) for key, value in values.items()}
+  if isinstance(values, list | tuple):
+    return type(values)(portable(value, root) for value in values)
+  if isinstance(values, str) and f"{values}/".startswith(f"{root}/"):
+    return "{workdir}" + values.removeprefix(str(root))
+  return values
+
+
 def beyond(changed: Iterable[str], allowed: Iterable[str]) -> list[str]:
   """The lines of `check` that are about none of the `allowed` fields."""
   starts = tuple(f"config.{name}{end}" for name in allowed for end in ":.")

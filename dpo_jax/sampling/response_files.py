@@ -226,10 +226,18 @@ def origins(
 
 
 def weights(path: str) -> str:
-  """Hash of a model's or an adapter's weights and their config."""
-  return _digest(
-    remote.fetch(path), ("*.safetensors", "config.json", "adapter_config.json")
-  )
+  """Hash of a model's or an adapter's weights and their config.
+
+  Not of an adapter's path to its base, which may have moved.
+  """
+  directory = remote.fetch(path)
+  found = _digest(directory, ("*.safetensors", "config.json"))
+  config = directory / "adapter_config.json"
+  if not config.is_file():
+    return found
+  values = strict_json.read_object(config)
+  values.pop("base_model_name_or_path", None)
+  return hashing.content_hash(found, json.dumps(values, sort_keys=True))
 
 
 def tokenizer(path: str) -> str:

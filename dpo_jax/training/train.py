@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+from typing import Any
 
 import jax
 
@@ -40,9 +41,14 @@ from dpo_jax.training import reference as reference_lib
 
 
 def run(
-  config: config_lib.TrainSettings, workdir: pathlib.Path
+  config: config_lib.TrainSettings,
+  workdir: pathlib.Path,
+  root: pathlib.Path | None = None,
 ) -> pathlib.Path:
   """Trains, or resumes, in `workdir`; returns the exported model's directory.
+
+  Paths of the config below `root`, by default `workdir`, may be others at the
+  next start if `root` was moved.
 
   Raises:
     ValueError: settings or input are wrong; nothing was compiled.
@@ -58,7 +64,8 @@ def run(
       try:
         if distributed.is_main():
           atomic.clear(workdir)
-        return _run(config, workdir, watch)
+        values = rundir.portable(settings.to_dict(config), root or workdir)
+        return _run(config, values, workdir, watch)
       except (jax.errors.JaxRuntimeError, OSError) as error:
         if explained := guards.explained(error, workdir):
           raise explained from error
@@ -67,11 +74,11 @@ def run(
 
 def _run(
   config: config_lib.TrainSettings,
+  values: dict[str, Any],
   workdir: pathlib.Path,
   watch: preemption.Watch,
 ) -> pathlib.Path:
   """`run` in a locked directory: what it holds, the bucket, the hub."""
-  values = settings.to_dict(config)
   export = workdir / "export"
   with distributed.raise_on_all("looking at the directory"):
     distributed.require_shared(workdir / "lock")
@@ -106,7 +113,7 @@ def _run(
       text = f"{workdir.name} is finished: its model is in {export}"
       console.say(text, "finished", path=str(export))
     else:
-      _train(config, workdir, watch, changed, publisher, uploader)
+      _train(config, values, workdir, watch, changed, publisher, uploader)
     try:
       if publisher and distributed.is_main():
         publisher.finish()
@@ -118,6 +125,7 @@ def _run(
 
 def _train(
   config: config_lib.TrainSettings,
+  values: dict[str, Any],
   workdir: pathlib.Path,
   watch: preemption.Watch,
   changed: list[str],
@@ -184,7 +192,7 @@ def _train(
       workdir, config, state, reference, pipeline, base_hash, changed
     )
     # Not before: settings that were refused must not bind the directory.
-    rundir.claim(workdir, settings.to_dict(config), config.changeable)
+    rundir.claim(workdir, values, config.changeable)
 
   log = setup.step_log(config, workdir, model, mesh, rates, start)
 
