@@ -6,7 +6,6 @@ that processes may share a directory, and holds a hash of its content, which is
 checked when it is read.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -38,7 +37,8 @@ def tokenize(
 ) -> tokenization.Tokenized:
   """`tokenization.tokenize`, from the cache if it has the same arguments.
 
-  A damaged entry is named in a warning and written again.
+  A damaged entry is named in a warning and written again; so is a directory
+  that cannot be written, and nothing is kept.
 
   Args:
     directory: of the entries, created if it is missing; "" for no cache.
@@ -47,7 +47,7 @@ def tokenize(
     rules: as in `tokenization.tokenize`, like the lengths and `prompt_keeps`.
 
   Raises:
-    ValueError: as `tokenization.tokenize`, or an entry cannot be written.
+    ValueError: as `tokenization.tokenize`.
   """
   settings = {
     "rules": rules,
@@ -71,27 +71,18 @@ def tokenize(
       return _read(path, key)
     except (OSError, ValueError) as error:
       _log.warning("%s: %s; it is written again", path, error)
-  with contextlib.ExitStack() as stack:
-    # A directory that cannot be written is an error before minutes of work.
-    with _naming(directory):
-      path.parent.mkdir(parents=True, exist_ok=True)
-      temporary = stack.enter_context(atomic.replacing(path))
-    done = tokenization.tokenize(tokenizer, rows, **settings)
-    with _naming(directory):
-      _write(temporary, done, key)
-      stack.close()
-  return done
-
-
-@contextlib.contextmanager
-def _naming(directory):
+  done = tokenization.tokenize(tokenizer, rows, **settings)
   try:
-    yield
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.replacing(path) as temporary:
+      _write(temporary, done, key)
   except OSError as error:
-    raise ValueError(
-      f"data.token_cache={directory} cannot be written: {error}; name another"
-      " directory, or '' for no cache"
-    ) from error
+    _log.warning(
+      "data.token_cache=%s cannot be written: %s; tokens are not kept",
+      directory,
+      error,
+    )
+  return done
 
 
 def _fingerprint(rows: Iterable[preferences.Comparison]) -> str:
