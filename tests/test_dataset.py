@@ -188,7 +188,7 @@ def test_settings_of_the_other_objective_are_refused(
     ({"use": ("hh",)}, r"data.use=\('hh',\) must name"),
     ({"use": ("files", "files")}, "each once"),
     ({"shapes": 0}, "data.shapes=0"),
-    ({"row_length": 47}, "data.row_length=47 .*max_length=48"),
+    ({"row_length": 47}, "max_length=48 .*row_length=47"),
     ({"max_train": -1}, "data.max_train=-1"),
   ],
 )

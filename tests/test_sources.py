@@ -286,8 +286,8 @@ def test_broken_gzip_is_refused(write):
 @pytest.mark.parametrize(
   ("data", "words"),
   [
-    (b"", "no comparison is left"),
-    (b"\n\n", "no comparison is left"),
+    (b"", "no rows"),
+    (b"\n\n", "no rows"),
     (line({"chosen": "a"}), "no comparison is left"),
     (2 * line(apart("p", "", " b")), "empty chosen response': 2"),
   ],

@@ -58,8 +58,8 @@ class DataSettings:
     )
     if self.row_length < self.max_length:
       raise ValueError(
-        f"data.row_length={self.row_length} must be at least"
-        f" data.max_length={self.max_length}"
+        f"data.max_length={self.max_length} is more than data.row_length="
+        f"{self.row_length}: lower it, or raise row_length"
       )
     settings_lib.check(self, "data.")
     remote.refuse_address("data.token_cache", self.token_cache)

@@ -144,13 +144,13 @@ def load(
   counts: Counter[str] = Counter()
   pairs = _left(_parsed(source, side, filters, counts), source, filters, counts)
   kept = tuple(itertools.islice(pairs, limit) if limit else pairs)
-  _refuse_misread(kept, _place(source, side)[0])
+  path = _place(source, side)[0]
+  _refuse_misread(kept, path)
   counts["kept"] = len(kept)
   counts.update(_notable(kept))
   if not kept:
-    raise ValueError(
-      f"{_place(source, side)[0]}: no comparison is left of {dict(counts)}"
-    )
+    left = f"no comparison is left of {dict(counts)}"
+    raise ValueError(f"{path}: {left if counts['read'] else 'no rows'}")
   return preferences.Loaded(kept, dict(counts), preferences.fingerprint(kept))
 
 
