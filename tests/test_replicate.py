@@ -44,18 +44,19 @@ def lines(path):
 def test_the_embedded_default_runs_whole_and_again_does_nothing(
   tmp_path, capsys
 ):
-  flags = ("--config=configs/demo.py:tiny", f"--workdir={tmp_path}")
+  workdir = tmp_path / "begun"
+  flags = ("--config=configs/demo.py:tiny", f"--workdir={workdir}")
   # A setting of a stage that is not done may still be changed.
   config = demo.get_config("tiny").to_dict()
   wrong = config | {
     "vocabulary": config["vocabulary"] | {"texts": "nowhere.jsonl"}
   }
   with pytest.raises(ValueError, match=r"nowhere\.jsonl"):
-    replicate_lib.run(wrong, tmp_path)
-  assert (tmp_path / "world" / "test.jsonl").is_file()
+    replicate_lib.run(wrong, workdir)
+  assert (workdir / "world" / "test.jsonl").is_file()
   done = replicate(*flags)
   assert done.returncode == 0, done.stderr
-  table = rates(tmp_path)
+  table = rates(workdir)
   final = {(r["model"], r["temperature"]) for r in table if r["step"] == ""}
   assert final == {
     (model, temperature)
@@ -65,26 +66,28 @@ def test_the_embedded_default_runs_whole_and_again_does_nothing(
   steps = {(r["step"], r["temperature"]) for r in table if r["step"]}
   assert steps == {(s, t) for s in ("2", "3") for t in ("0.7", "1.0")}
   assert all(r["n"] == "12" for r in table)
-  first = [r for r in lines(tmp_path / "dpo" / "metrics.jsonl") if "loss" in r]
+  first = [r for r in lines(workdir / "dpo" / "metrics.jsonl") if "loss" in r]
   assert abs(first[0]["loss"] - 0.6931471805599453) < 1e-6
 
   def stamps():
     return {
-      path: path.stat().st_mtime_ns
+      path.relative_to(workdir): path.stat().st_mtime_ns
       for folder in ("world", "tokenizer", "init", "pretrain", "sft", "dpo")
-      for path in (tmp_path / folder).rglob("*")
+      for path in (workdir / folder).rglob("*")
       if path.is_file() and path.name != "lock" and "push" not in path.parts
     }
 
   before = stamps()
-  responses = (tmp_path / "responses" / "dpo.jsonl").read_bytes()
-  # What may change though a stage is done: where its model is pushed to.
+  responses = (workdir / "responses" / "dpo.jsonl").read_bytes()
+  # What may change though a stage is done: where the directory is, and where a
+  # model is pushed to.
+  workdir = workdir.rename(tmp_path / "moved")
   config["dpo"] |= {"push_to_hub": "user/x", "push_dry_run": True}
-  replicate_lib.run(config, tmp_path)
+  replicate_lib.run(config, workdir)
   assert "0 questions asked" in capsys.readouterr().out
   assert stamps() == before
-  assert (tmp_path / "responses" / "dpo.jsonl").read_bytes() == responses
-  pushed = tmp_path / "dpo" / "push" / "main"
+  assert (workdir / "responses" / "dpo.jsonl").read_bytes() == responses
+  pushed = workdir / "dpo" / "push" / "main"
   card = (pushed / "README.md").read_text("utf-8")
   for row in table:
     if row["step"] == "":
@@ -95,13 +98,13 @@ def test_the_embedded_default_runs_whole_and_again_does_nothing(
         f"| {row['model']} | {float(row['temperature']):g} | 12 | {share}"
         f" | &#91;{low}, {high}&#93; |"
       ) in card
-  figure = tmp_path / "report" / "win_rate_temperature.png"
+  figure = workdir / "report" / "win_rate_temperature.png"
   assert (pushed / figure.name).read_bytes() == figure.read_bytes()
   assert "dpo_jax.replicate --config=configs/demo.py:tiny" in card
   config["dpo"]["loss"]["beta"] = 0.3
   with pytest.raises(ValueError, match=r"config.dpo.loss.beta: 0.2 -> 0.3"):
-    replicate_lib.run(config, tmp_path)
-  planted.search(tmp_path)
+    replicate_lib.run(config, workdir)
+  planted.search(workdir)
 
 
 def test_real_rows_and_tokenizer_go_through_the_whole_line(shared, tmp_path):
