@@ -13,8 +13,9 @@ import tiny
 
 from dpo_jax.core import settings
 from dpo_jax.data import dataset, tokenizer
-from dpo_jax.io import locks, metrics
+from dpo_jax.io import checkpoint, locks, metrics, rundir
 from dpo_jax.model import gpt_neox, hf
+from dpo_jax.report import load
 from dpo_jax.training import guards
 from dpo_jax.training import train as train_lib
 
@@ -55,8 +56,10 @@ def test_a_run_writes_each_step_once(whole):
 def test_a_run_leaves_what_the_next_stages_read(whole, config):
   written = json.loads((whole / "config.json").read_text())
   assert written == json.loads(json.dumps(settings.to_dict(config())))
-  finished = json.loads((whole / "finished.json").read_text())
-  assert finished == {"step": running.STEPS}
+  finished = rundir.finished(whole)
+  assert finished.step == running.STEPS
+  names = {"metrics.jsonl", "export/model.safetensors", "export/config.json"}
+  assert names < finished.files.keys()
   manifest = json.loads((whole / "manifest.json").read_text())
   assert manifest["steps"] == running.STEPS
   assert manifest["data"]["train"]["counts"]["kept"] == 30
@@ -233,6 +236,38 @@ def test_a_finished_run_is_not_run_again(whole, begun, config, monkeypatch):
   # What does not affect the model may be changed.
   train_lib.run(config(grace_s=7.0), whole)
   assert (whole / metrics.FILE).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+  ("name", "read"),
+  [
+    ("export/model.safetensors", "model"),
+    ("export/config.json", "model"),
+    ("metrics.jsonl", "report"),
+  ],
+)
+def test_a_flipped_byte_of_a_finished_run_is_found(
+  whole, tmp_path, capsys, name, read
+):
+  run = shutil.copytree(whole, tmp_path / "dpo")
+
+  def check():
+    if read == "model":
+      loading = {"dtype": "float32", "remat": "none", "param_dtype": "float32"}
+      hf.load(run / "export", lora=None, **loading)
+    else:
+      load.run_metrics(run)
+    return checkpoint.main(["verify", str(run)])
+
+  assert check() == 0
+  assert f"finished at step {running.STEPS}: whole" in capsys.readouterr().out
+  data = bytearray((run / name).read_bytes())
+  data[len(data) // 2] ^= 1
+  (run / name).write_bytes(data)
+  with pytest.raises(ValueError, match=f"dpo/{name} is not what its run wrote"):
+    check()
+  assert checkpoint.main(["verify", str(run)]) == 1
+  assert "is not what its run wrote" in capsys.readouterr().out
 
 
 def test_another_config_is_refused_by_every_key(whole, config):

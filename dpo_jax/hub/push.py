@@ -26,7 +26,7 @@ from typing import Any
 
 from dpo_jax.core import console, errors, redaction
 from dpo_jax.hub import model_card
-from dpo_jax.io import atomic, hashing, metrics, remote, strict_json
+from dpo_jax.io import atomic, hashing, metrics, remote, rundir, strict_json
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def branches(
       adapter: _json(about),
       "README.md": model_card.make(*run, branch)[0],
     }
-  if (directory / "finished.json").is_file():
+  if (directory / rundir.FINISHED).is_file():
     text, figure = model_card.make(*run, "main")
     found["main"] = {
       **_files(directory / "export"),

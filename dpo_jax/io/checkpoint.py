@@ -17,7 +17,7 @@ from typing import Any
 
 from dpo_jax.core import console
 from dpo_jax.io import bucket as bucket_lib
-from dpo_jax.io import step_files
+from dpo_jax.io import rundir, step_files
 
 
 def main(arguments: list[str]) -> int:
@@ -75,6 +75,14 @@ def _on_disk(place: str, verify: bool) -> Iterator[Any]:
     if verify:
       problem = step_files.problem(directory, step)
     yield f"step {step}", manifest, problem
+  if manifest := rundir.finished(directory.parent):
+    problem = ""
+    if verify:
+      try:
+        rundir.refuse_damaged(directory.parent)
+      except ValueError as error:
+        problem = str(error)
+    yield f"finished at step {manifest.step}", manifest, problem
 
 
 def _in_bucket(address: str, verify: bool) -> Iterator[Any]:

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from dpo_jax.core import settings
-from dpo_jax.io import atomic, strict_json
+from dpo_jax.io import atomic, metrics, step_files, strict_json
 
+FINISHED = "finished.json"
 # Checkpoints are written to many files at a time.
 _OPEN_FILES = 64
 
@@ -139,25 +140,51 @@ def beyond(changed: Iterable[str], allowed: Iterable[str]) -> list[str]:
   return [line for line in changed if not line.startswith(starts)]
 
 
-def finished(workdir: pathlib.Path) -> bool:
-  """Whether a directory's training run is finished.
+def finish(workdir: pathlib.Path, step: int) -> None:
+  """Writes finished.json, the manifest of the export and the metrics."""
+  found = [workdir / metrics.FILE, *sorted((workdir / "export").iterdir())]
+  files = {
+    file.relative_to(workdir).as_posix(): step_files.describe(file)
+    for file in found
+  }
+  text = step_files.encode(step_files.Manifest(step, files)).decode()
+  atomic.write_text(workdir / FINISHED, text)
+
+
+def finished(workdir: pathlib.Path) -> step_files.Manifest | None:
+  """What `finish` wrote, or None of a run that is not finished.
 
   Raises:
     ValueError: finished.json is not what a run writes.
   """
-  path = workdir / "finished.json"
+  path = workdir / FINISHED
   if not path.exists():
-    return False
+    return None
   try:
-    if type(strict_json.read_object(path).get("step")) is int:
-      return True
-    cause = "it holds no step"
+    return step_files.decode(strict_json.read_bytes(path))
   except ValueError as error:
-    cause = str(error)
-  raise ValueError(
-    f"{path} is damaged ({cause}): delete it, and the same command exports the"
-    " model again from the newest checkpoint"
-  )
+    raise ValueError(
+      f"{path} is damaged ({error}): delete it, and the same command exports"
+      " the model again from the newest checkpoint"
+    ) from error
+
+
+def refuse_damaged(workdir: pathlib.Path, part: str = "") -> None:
+  """Compares files of a finished run, or below `part`, with finished.json.
+
+  Raises:
+    ValueError: one of them is missing or differs.
+  """
+  manifest = finished(workdir)
+  for name, wanted in manifest.files.items() if manifest else ():
+    file = workdir / name
+    if f"{name}/".startswith(part) and not (
+      file.is_file() and step_files.describe(file) == wanted
+    ):
+      raise ValueError(
+        f"{file} is not what its run wrote: copy it back, or delete"
+        f" {workdir / FINISHED} and run the same command again"
+      )
 
 
 def begun(workdir: pathlib.Path) -> dict[str, Any]:

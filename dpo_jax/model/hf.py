@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.core import distributed, sharding
-from dpo_jax.io import atomic, remote, safetensors, strict_json
+from dpo_jax.io import atomic, remote, rundir, safetensors, strict_json
 from dpo_jax.model import gpt_neox, hf_layout
 
 Tree = dict[str, Any]
@@ -81,9 +81,12 @@ def load(
 
   Raises:
     ValueError: the model is not one that we compute, or a tensor is missing,
-      superfluous, of another shape, or not finite; all of them are named.
+      superfluous, of another shape, or not finite; all of them are named. Or a
+      run's export is not what the run wrote.
   """
   directory = remote.fetch(path)
+  if directory.name == "export":
+    rundir.refuse_damaged(directory.parent, "export/")
   config = dataclasses.replace(
     read_config(directory), dtype=dtype, remat=remat, lora=lora
   )

@@ -10,7 +10,7 @@ from typing import Any
 
 from dpo_jax import winrates
 from dpo_jax.core import settings as settings_lib
-from dpo_jax.io import metrics, records, strict_json
+from dpo_jax.io import metrics, records, rundir, strict_json
 from dpo_jax.judging import questions
 from dpo_jax.judging import verdicts as parser
 from dpo_jax.winrates import controls, intervals, paired
@@ -143,7 +143,7 @@ def read(settings: ReportSettings, workdir: str | os.PathLike) -> ReportData:
     settings=settings,
     verdicts=ordinary,
     responses=responses,
-    metrics={run: _metrics(workdir / run) for run in settings.runs},
+    metrics={run: run_metrics(workdir / run) for run in settings.runs},
     manifests={
       run: _object(workdir / run / "manifest.json") for run in settings.runs
     },
@@ -250,10 +250,11 @@ def _rows(directory: pathlib.Path, cls) -> list:
   ]
 
 
-def _metrics(run: pathlib.Path) -> list[dict]:
+def run_metrics(run: pathlib.Path) -> list[dict]:
   path = run / metrics.FILE
   if not path.is_file():
     raise ValueError(f"{path} is missing: train {run.name} or leave it out")
+  rundir.refuse_damaged(run, metrics.FILE)
   return metrics.read(path)
 
 

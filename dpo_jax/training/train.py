@@ -249,6 +249,5 @@ def _train(
     base = lora.merge(model, base, state.params["lora"])
   hf.export(workdir / "export", model, base, tokenizer)
   if distributed.is_main():
-    finished = json.dumps({"step": pipeline.steps}) + "\n"
-    atomic.write_text(workdir / "finished.json", finished)
+    rundir.finish(workdir, pipeline.steps)
   distributed.barrier("finished")
