@@ -4,6 +4,7 @@ The exit codes of train, sample and judge are tested where these are, signals in
 test_signals.
 """
 
+import errno
 import json
 import os
 import re
@@ -227,6 +228,33 @@ def test_wrong_flags_exit_with_2(arguments, words, mode, monkeypatch, capfd):
   (line,) = capfd.readouterr().err.splitlines()
   assert words in line
   assert line.startswith("{" if "--log=json" in arguments else "error: ")
+
+
+@pytest.mark.parametrize(
+  ("error", "code", "words"),
+  [
+    (
+      OSError(errno.ENOSPC, "No space left on device", "responses/x.jsonl"),
+      1,
+      "responses/x.jsonl: No space left .* bytes are free.*make room",
+    ),
+    (OSError(errno.EMFILE, "Too many open files"), 1, r"\(ulimit -n\)"),
+    (KeyboardInterrupt(), 130, "stopped by SIGINT .*the same command again"),
+  ],
+)
+def test_what_stops_any_command_has_no_traceback(
+  error, code, words, mode, monkeypatch, capfd, tmp_path
+):
+  def main(config, workdir):
+    raise error
+
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, "argv", ["x.py", "--config=configs/demo.py"])
+  with pytest.raises(SystemExit) as found:
+    flags.run(main, "configs/demo.py")
+  assert found.value.code == code
+  *_, line = capfd.readouterr().err.splitlines()
+  assert re.match(f"error: .*{words}", line)
 
 
 # --- commands without --config

@@ -121,6 +121,18 @@ def test_a_damaged_step_is_not_used(tmp_path, fault):
   assert step_files.newest(tmp_path) == (2, [])
 
 
+def test_hidden_files_of_the_system_are_passed_over(tmp_path, caplog):
+  path = make(tmp_path, 1)
+  strays = path / ".DS_Store", path / "trainable" / ".nfs0000", tmp_path / ".x"
+  for stray in strays:
+    stray.write_text("")
+  assert step_files.newest(tmp_path) == (1, [])
+  for stray in strays[:2]:
+    assert f"{stray} is passed over" in caplog.text
+  step_files.tidy(tmp_path, 1)
+  assert all(stray.exists() for stray in strays)
+
+
 def test_any_flipped_bit_of_a_manifest_is_found(tmp_path):
   path = make(tmp_path, 1) / "manifest.json"
   whole = path.read_bytes()

@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dpo_jax.cli import help as help_lib
-from dpo_jax.core import console, errors, redaction
+from dpo_jax.core import console, errors, preemption, redaction
 from dpo_jax.io import remote
 
 _DEFINE = {
@@ -75,7 +75,7 @@ def run(
     workdir = given["workdir"].value or f"runs/{stem}"
     remote.refuse_address("--workdir", workdir)
     values = {key: given[key].value for key in options}
-    code = main(config, pathlib.Path(workdir).resolve(), **values)
+    code = _call(main, config, pathlib.Path(workdir).resolve(), values)
   except (flags.Error, ValueError) as error:
     console.error(str(error))
     code = 2
@@ -91,6 +91,20 @@ def run(
     # After a failed save a thread of Orbax may wait for ever.
     os._exit(code)
   sys.exit(code)
+
+
+def _call(main, config, workdir: pathlib.Path, values: dict[str, Any]) -> int:
+  """Calls a command, with what stops any of them as `errors.Stopped`."""
+  try:
+    return main(config, workdir, **values)
+  except OSError as error:
+    if limit := errors.limit(error, workdir):
+      raise limit from error
+    raise
+  except KeyboardInterrupt:
+    raise preemption.Interrupted(
+      signal.SIGINT, "with nothing half-written"
+    ) from None
 
 
 def _config(name: str, arguments: list[str], others: Iterable[str]) -> dict:

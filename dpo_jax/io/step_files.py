@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import pathlib
 import shutil
 from collections.abc import Set
@@ -18,6 +19,8 @@ from typing import Any
 
 from dpo_jax.core import settings
 from dpo_jax.io import atomic, hashing, strict_json
+
+_log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 # A step being deleted: a killed deletion must not look like a damaged step.
@@ -136,6 +139,11 @@ def problem(directory: pathlib.Path, step: int) -> str:
     raise OtherFormat(f"{path}: {error}") from None
   except (OSError, ValueError) as error:
     return str(error)
+  for name in found.keys() - wanted.keys():
+    if any(part.startswith(".") for part in name.split("/")):
+      # A file manager's or a network file system's.
+      _log.warning("%s is passed over: its step does not list it", path / name)
+      del found[name]
   wrong = sorted({name for name, _ in wanted.items() ^ found.items()})
   if wrong:
     return f"it differs from its manifest in {', '.join(wrong[:3])}"
@@ -201,7 +209,7 @@ def tidy(directory: pathlib.Path, latest: int | None) -> None:
     elif path.name.isdecimal():
       if latest is None or int(path.name) > latest:
         _reject(path)
-    elif not path.name.endswith(_REJECTED):
+    elif not path.name.endswith(_REJECTED) and path.name[0] != ".":
       raise ValueError(
         f"{path} is no checkpoint: move it away, or use another directory"
       )

@@ -7,11 +7,9 @@ as configured.
 """
 
 import dataclasses
-import errno
 import logging
 import math
 import pathlib
-import shutil
 from collections.abc import Sequence
 from typing import Literal
 
@@ -32,15 +30,6 @@ START_TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2}
 # By how many nats the mean h may be off where the reference's log-probs were
 # precomputed in other batches, whose shapes round otherwise.
 PRECOMPUTED_ROUNDING = {"float32": 1e-4, "bfloat16": 0.1}
-
-# What to do where the system refuses to write or to open a file.
-_FIXES = {
-  errno.ENOSPC: "make room",
-  errno.EDQUOT: "make room",
-  errno.EFBIG: "raise the largest size of a file (ulimit -f)",
-  errno.EMFILE: "raise the number of open files (ulimit -n)",
-  errno.ENFILE: "close other programs' files",
-}
 
 
 class TrainingError(errors.Stopped):
@@ -110,17 +99,10 @@ def skip_or_stop(
   raise TrainingError(f"{text}. Its items: {', '.join(ids)}")
 
 
-def explained(error: Exception, workdir: pathlib.Path) -> TrainingError | None:
+def explained(error: Exception, workdir: pathlib.Path) -> errors.Stopped | None:
   """The error to raise for a lack of memory, disk or files; else None."""
   if isinstance(error, OSError):
-    fix = _FIXES.get(error.errno or 0)
-    if fix is None:
-      return None
-    free = shutil.disk_usage(workdir).free
-    return TrainingError(
-      f"{error.filename or workdir}: {error.strerror}; {free:,} bytes are free."
-      f" What was committed is whole: {fix} and run the same command again"
-    )
+    return errors.limit(error, workdir)
   if "RESOURCE_EXHAUSTED" not in str(error):
     return None
   return TrainingError(
