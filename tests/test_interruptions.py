@@ -286,6 +286,33 @@ def test_limits_of_the_shell_are_named(config, tmp_path, limit, code, words):
 # --- changes on the way
 
 
+def test_another_batch_size_trains_on_each_item_of_the_epoch_once(
+  config, tmp_path, monkeypatch
+):
+  ids, write = [], loop.StepLog.write
+
+  def recorded(self, number, metrics, batch):
+    write(self, number, metrics, batch)
+    ids.append(batch.counts.ids)
+
+  monkeypatch.setattr(loop.StepLog, "write", recorded)
+  plain = {"eval_every": 0, "export_adapters": False}
+  with monkeypatch.context() as patch:
+    running.at_step(patch, 3, running.terminate)
+    with pytest.raises(preemption.Interrupted):
+      train.run(config(**plain), tmp_path)
+  smaller = config(
+    **plain,
+    batch_size=2,
+    microbatches=1,
+    allow_changes=["batch_size", "microbatches", "position"],
+  )
+  train.run(smaller, tmp_path)
+  # 30 items: four steps of four, then the other 14 in seven of two.
+  assert [len(step) for step in ids] == [4] * 4 + [2] * 7
+  assert len({item for step in ids for item in step}) == 30
+
+
 def test_what_may_change_is_recorded(
   whole, config, tmp_path, monkeypatch, caplog
 ):

@@ -145,16 +145,42 @@ def test_an_epoch_of_fewer_items_than_a_batch_is_refused():
 
 def test_the_state_is_small_json_with_the_position():
   order = schedule((10, 8), (1.0, 0.5), batch_size=4, epochs=2)
-  assert json.loads(json.dumps(order.state(4))) == {
+  assert order.state(4) == {
     "sizes": [10, 8],
     "weights": [1.0, 0.5],
     "batch_size": 4,
     "seed": 3,
     "epochs": 2,
+    "origin": [0, 0, 0],
     "step": 4,
     "epoch": 1,
-    "step_of_epoch": 1,
+    "item": 4,
   }
+
+
+@pytest.mark.parametrize("sizes", [(4, 8), (8, 4), (4, 3, 6), (4, 4)])
+def test_no_item_of_an_epoch_is_taken_twice_whatever_the_batch_sizes(sizes):
+  def made(size):
+    return schedule((24, 24), (1.0, 0.5), batch_size=size, epochs=3)
+
+  order, taken = made(sizes[0]), []
+  for number, size in enumerate(sizes):
+    # As a checkpoint's JSON, saved twice under the same batch size.
+    for _ in range(2):
+      state = json.loads(json.dumps(order.state(2 * number)))
+      order = made(size).resumed(state)
+    last = order.steps if size is sizes[-1] and number else 2 * number + 2
+    taken += [
+      (order.state(step)["epoch"], order.items(step))
+      for step in range(2 * number, last)
+    ]
+  whole = made(1)
+  for epoch in range(3):
+    items = np.concatenate([items for at, items in taken if at == epoch])
+    # In the epoch's own order, but for the last incomplete batch.
+    assert 36 - sizes[-1] < len(items) <= 36
+    assert list(items) == list(epoch_of(whole, epoch)[: len(items)])
+  assert [epoch for epoch, _ in taken] == sorted(epoch for epoch, _ in taken)
 
 
 # --- batches

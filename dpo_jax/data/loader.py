@@ -1,12 +1,13 @@
 """Data order and prefetching: the items of each step, packed in a thread.
 
-The order is a function of (seed, epoch, step) alone: a run resumes at any step
+The order is a function of (seed, epoch, item) alone: a run resumes anywhere
 without state, and all hosts see one global order. Every host packs the whole
 batch, which takes about a millisecond, and places the rows of its own devices.
 """
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -33,6 +34,8 @@ class Schedule:
     batch_size: items of a step.
     seed: of the order, with the epoch.
     epochs: their number.
+    origin: (step, epoch, item of the epoch) from which batches have this size;
+      see `resumed`.
   """
 
   sizes: tuple[int, ...]
@@ -40,6 +43,7 @@ class Schedule:
   batch_size: int
   seed: int
   epochs: int
+  origin: tuple[int, int, int] = (0, 0, 0)
 
   def __post_init__(self):
     if not self.per_epoch:
@@ -68,24 +72,50 @@ class Schedule:
 
   @property
   def steps(self) -> int:
-    return self.per_epoch * self.epochs
+    """Steps of the run, those before `origin` included."""
+    step, epoch, _ = self.origin
+    later = max(0, self.epochs - epoch - 1)
+    return step + self._first_steps + later * self.per_epoch
+
+  @property
+  def _first_steps(self) -> int:
+    """Steps from `origin` to the end of its epoch."""
+    return max(0, sum(self.shares) - self.origin[2]) // self.batch_size
+
+  def _position(self, step: int) -> tuple[int, int]:
+    """The epoch of a step from `origin` on, and its first item's place."""
+    first_step, epoch, item = self.origin
+    done = step - first_step
+    if done < self._first_steps:
+      return epoch, item + done * self.batch_size
+    later, place = divmod(done - self._first_steps, self.per_epoch)
+    return epoch + 1 + later, place * self.batch_size
 
   def items(self, step: int) -> np.ndarray:
     """Indices of a step's items, [batch_size]; steps count from 0."""
-    epoch, place = divmod(step, self.per_epoch)
-    start = place * self.batch_size
+    epoch, start = self._position(step)
     return _epoch_order(self, epoch)[start : start + self.batch_size]
 
   def state(self, step: int) -> dict[str, Any]:
     """The position before a step as a JSON value, for a checkpoint."""
-    epoch, place = divmod(step, self.per_epoch)
-    return dataclasses.asdict(self) | {
-      "sizes": list(self.sizes),
-      "weights": list(self.weights),
+    epoch, item = self._position(step)
+    values = dataclasses.asdict(self) | {
       "step": step,
       "epoch": epoch,
-      "step_of_epoch": place,
+      "item": item,
     }
+    return json.loads(json.dumps(values))
+
+  def resumed(self, state: dict[str, Any]) -> "Schedule":
+    """The schedule after a checkpoint's `state`.
+
+    With another batch size it begins at the first item that is not trained on
+    yet, so that each item of that epoch is taken once.
+    """
+    origin = state["origin"]
+    if state["batch_size"] != self.batch_size:
+      origin = (state["step"], state["epoch"], state["item"])
+    return dataclasses.replace(self, origin=tuple(origin))
 
 
 @functools.lru_cache(maxsize=2)

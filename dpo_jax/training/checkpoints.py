@@ -73,10 +73,6 @@ class Checkpoints:
     self._completer = concurrent.futures.ThreadPoolExecutor(1, "complete")
     self._completing: concurrent.futures.Future | None = None
 
-  def latest(self) -> int | None:
-    """The newest step, saved or being saved, or None."""
-    return self._latest
-
   def save(
     self,
     state: step_lib.TrainState,
@@ -143,10 +139,20 @@ class Checkpoints:
       completing, self._completing = self._completing, None
       completing.result()
 
+  def inputs(self) -> dict[str, Any] | None:
+    """What the newest checkpoint was saved with; None without any."""
+    return None if self._latest is None else self._meta()["inputs"]
+
+  def _meta(self) -> dict[str, Any]:
+    json = ocp.args.Composite(meta=ocp.args.JsonRestore())
+    return self._orbax.restore(self._directory / str(self._latest), args=json)[
+      "meta"
+    ]
+
   def restore(
     self, state: step_lib.TrainState, name: str
-  ) -> tuple[step_lib.TrainState, dict[str, Any]]:
-    """The newest checkpoint, sharded like `state`, and its inputs.
+  ) -> step_lib.TrainState:
+    """The newest checkpoint, sharded like `state`.
 
     Args:
       state: of step 0; all but its frozen weights are replaced.
@@ -158,10 +164,10 @@ class Checkpoints:
     path = self._directory / str(self._latest)
     saved = _saved(state, name)
     wanted = _flat(jax.tree.map(ocp.utils.to_shape_dtype_struct, saved))
-    json = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    meta = self._orbax.restore(path, args=json)["meta"]
     # Orbax does not name arrays of other shapes and dtypes.
-    others = settings.differing(meta["arrays"], _described(wanted), "arrays")
+    others = settings.differing(
+      self._meta()["arrays"], _described(wanted), "arrays"
+    )
     if others:
       raise ValueError(
         f"{path} holds other arrays than this config trains:\n  "
@@ -175,7 +181,7 @@ class Checkpoints:
       jax.tree.structure(saved), [found[key] for key in wanted]
     )
     params = state.params | restored.params
-    return dataclasses.replace(restored, params=params), meta["inputs"]
+    return dataclasses.replace(restored, params=params)
 
   def close(self) -> None:
     """Waits for the save in progress and raises its error."""

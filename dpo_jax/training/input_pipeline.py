@@ -120,8 +120,11 @@ def make(
   config: config_lib.TrainSettings,
   tokenizer: tokenizer_lib.Tokenizer,
   mesh: jax.sharding.Mesh,
+  position: dict[str, Any] | None = None,
 ) -> InputPipeline:
   """Reads and tokenizes all items, and chooses the shapes of batches.
+
+  `position` is that of a checkpoint, see `loader.Schedule.resumed`.
 
   Raises:
     ValueError: see `dataset.prepare`; or an epoch has fewer items than a batch.
@@ -130,6 +133,8 @@ def make(
   schedule = items.schedule(
     batch_size=config.batch_size, seed=config.seed, epochs=config.epochs
   )
+  if position is not None:
+    schedule = schedule.resumed(position)
   steps = min(schedule.steps, config.max_steps or schedule.steps)
   layout = packing.Packing(
     layout=config.data.layout,
@@ -140,7 +145,9 @@ def make(
     pad_id=tokenizer.pad_id,
     spans_rows=config.spans_rows,
   )
-  sampled = np.linspace(0, steps - 1, min(steps, _SAMPLED_STEPS)).astype(int)
+  first = min(schedule.origin[0], steps - 1)
+  count = min(steps - first, _SAMPLED_STEPS)
+  sampled = np.linspace(first, steps - 1, count).astype(int)
   return InputPipeline(
     items=items,
     schedule=schedule,

@@ -136,10 +136,12 @@ def _train(
   checkpoints = checkpoints_lib.Checkpoints(
     workdir / "checkpoints", config.keep_checkpoints, uploader
   )
+  found = checkpoints.inputs()
   with distributed.raise_on_all("reading the data"):
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     tokenizer = tokenizer_lib.load(config.tokenizer)
-    pipeline = input_pipeline.make(config, tokenizer, mesh)
+    position = found["position"] if found else None
+    pipeline = input_pipeline.make(config, tokenizer, mesh, position)
   distributed.assert_equal("the data", json.dumps(pipeline.items.report))
 
   with distributed.raise_on_all("reading the model"):
@@ -177,8 +179,8 @@ def _train(
     checkpoints_lib.inputs, pipeline, tokenizer, base_hash, config.seed
   )
   start = 0
-  if checkpoints.latest() is not None:
-    state, found = checkpoints.restore(state, trainable)
+  if found is not None:
+    state = checkpoints.restore(state, trainable)
     start = int(jax.device_get(state.step))
     changed = changed + checkpoints_lib.changed_inputs(
       workdir, found, inputs(start), config.allow_changes
