@@ -80,7 +80,7 @@ setuptools.setup(
     # Of huggingface_hub's model cards, which does not install it.
     "jinja2>=3.1",
     "markdown-it-py>=3",
-    "matplotlib>=3.9",
+    "matplotlib>=3.10.7",
     "ml-collections>=1.1",
     "numpy>=2.0",
     "openai>=3",

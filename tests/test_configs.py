@@ -12,7 +12,7 @@ import tiny
 
 from configs import models
 from dpo_jax import replicate
-from dpo_jax.core import settings
+from dpo_jax.core import settings, sharding
 from dpo_jax.judging import runner
 from dpo_jax.model import gpt_neox
 from dpo_jax.sampling import jobs, sampler
@@ -202,8 +202,14 @@ def test_rows_always_hold_a_pair():
 def test_tiles_of_a_vocabulary_that_a_mesh_splits_are_refused():
   c = get("dpo", "pythia-14m-lora")
   c.mesh.tensor = 2
+  built = settings.build(config_lib.TrainSettings, c.to_dict())
+  # On one device that is what to say first.
+  with pytest.raises(ValueError, match="'tensor': 2} needs 2 devices, but"):
+    sharding.make_mesh(
+      **dataclasses.asdict(built.mesh), devices=jax.devices()[:1]
+    )
   with pytest.raises(ValueError, match=r"vocab_tile=1048 with mesh\.tensor=2"):
-    settings.build(config_lib.TrainSettings, c.to_dict())
+    built.computing(gpt_neox.ModelConfig(**models.pythia("14m").to_dict()))
 
 
 def within(built):

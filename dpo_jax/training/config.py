@@ -125,12 +125,6 @@ class TrainSettings:
         "model.attention='blocks' with data.layout='padded', one sequence a"
         " row: set data.layout to 'packed' or 'shared'"
       )
-    if self.model.vocab_tile and self.mesh.tensor != 1:
-      raise ValueError(
-        f"model.vocab_tile={self.model.vocab_tile} with"
-        f" mesh.tensor={self.mesh.tensor}, which splits the vocabulary: set"
-        " model.vocab_tile to 0"
-      )
     if self.model.param_dtype != "float32" and not self.lora.rank:
       raise ValueError(
         f"model.param_dtype={self.model.param_dtype!r} with lora.rank=0: all"
@@ -170,7 +164,20 @@ class TrainSettings:
     )
 
   def computing(self, shape: gpt_neox.ModelConfig) -> gpt_neox.ModelConfig:
-    """A model of this shape with the run's precision, adapters and kernels."""
+    """A model of this shape with the run's precision, adapters and kernels.
+
+    Called once the mesh is made, as a mesh without its devices is the first
+    thing to correct.
+
+    Raises:
+      ValueError: the kernels do not work on the mesh.
+    """
+    if self.model.vocab_tile and self.mesh.tensor != 1:
+      raise ValueError(
+        f"model.vocab_tile={self.model.vocab_tile} with"
+        f" mesh.tensor={self.mesh.tensor}, which splits the vocabulary: set"
+        " model.vocab_tile to 0"
+      )
     return dataclasses.replace(
       shape,
       dtype=self.model.dtype,
