@@ -502,6 +502,16 @@ def test_continues_a_file_that_names_no_subset(world, whole, tmp_path):
   assert path.read_bytes() == whole.read_bytes()
 
 
+def test_weights_whose_log_probs_overflow_are_named(world, tmp_path):
+  words = tokenizer.load(world.values["tokenizer"])
+  config, base = scripted.noisy(words.vocab_size + 8)
+  base["unembed"]["kernel"] = base["unembed"]["kernel"] * 1e38
+  hf.export(tmp_path / "huge", config, base)
+  policies = {"sft": world.policy(path=str(tmp_path / "huge"))}
+  with pytest.raises(ValueError, match=r"'sft' .* prompt \w+ is nan: .*large"):
+    generate_lib.run(world.build(policies=policies), tmp_path)
+
+
 def test_refuses_to_go_on_with_other_weights(world, whole):
   adapter = str(world.root / "adapters" / "step-000020")
   policies = {"sft": world.policy(adapter=adapter)}

@@ -1,5 +1,6 @@
 """Scores of real rows, against transformers, peft and torch."""
 
+import copy
 import json
 import pathlib
 import re
@@ -192,6 +193,19 @@ def test_texts_are_tokenized_and_cut_by_the_rule_that_is_named(
     )
     assert not {"margin", "chosen_reward"} & row.keys()
   assert {row["cut"] for row in out} == {True, False}
+
+
+def test_weights_whose_log_probs_overflow_are_named(models, pairs, tmp_path):
+  directory, module = models["policy"]
+  huge = tmp_path / "huge"
+  tokenizer.load(directory).save(huge)
+  large = copy.deepcopy(module)
+  with torch.no_grad():
+    large.get_output_embeddings().weight *= 1e38
+  large.save_pretrained(huge)
+  with pytest.raises(ValueError, match=r"huge: log-probs of .* pair .*float32"):
+    scored(tmp_path, pairs, f"--model={huge}")
+  assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_rows_that_cannot_be_scored_are_named(models, pairs, tmp_path):

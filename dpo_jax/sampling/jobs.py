@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -277,7 +278,18 @@ def request(
 def with_response(
   row: records.Response, sample: sampler.Sample
 ) -> records.Response:
-  """The row with its response."""
+  """The row with its response.
+
+  Raises:
+    ValueError: the model's log-probs are not finite, as its weights are too
+      large.
+  """
+  if not math.isfinite(sample.mean_logp):
+    raise ValueError(
+      f"model {row.model!r} at step {row.step}: the log-prob of its response to"
+      f" prompt {row.prompt_id} is {sample.mean_logp}: its weights are too"
+      " large for the dtype"
+    )
   return dataclasses.replace(
     row,
     response=sample.text,

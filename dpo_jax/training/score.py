@@ -150,11 +150,18 @@ def _token_logps(settings, mesh, pairs: token_table.Table):
       mesh=mesh,
     )
 
-  def score(config, base, lora, name):
+  def score(config, base, lora, name, path):
     logps = reference_lib.token_logps(
       config, base, lora, pairs, layout, settings.batch_size, mesh, name
     )
     ends = np.cumsum(pairs.lengths[:, 1:])
+    if (bad := np.flatnonzero(~np.isfinite(logps))).size:
+      # By its weights, which are finite, or `hf.load` had refused them.
+      pair = pairs.ids[np.searchsorted(ends, bad[0], "right") // 2]
+      raise ValueError(
+        f"{path}: log-probs of {bad.size} tokens are not finite, the first in"
+        f" pair {pair}: its weights are too large for dtype={settings.dtype!r}"
+      )
     responses = np.split(logps, ends[:-1])
     return list(zip(responses[::2], responses[1::2]))
 
@@ -164,14 +171,15 @@ def _token_logps(settings, mesh, pairs: token_table.Table):
     lora_config, lora = hf.load_adapter(settings.adapter, config, base)
     lora = jax.device_put(lora, sharding.shardings(lora, mesh))
     adapted = dataclasses.replace(config, lora=lora_config)
-    policy = score(adapted, base, lora, "model")
+    policy = score(adapted, base, lora, "model", settings.adapter)
     if not settings.reference:
-      without = score(config, base, None, "without adapter")
+      without = score(config, base, None, "without adapter", settings.model)
   else:
-    policy = score(config, base, None, "model")
+    policy = score(config, base, None, "model", settings.model)
   if settings.reference:
     del base
-    without = score(*load(settings.reference), None, "reference")
+    path = settings.reference
+    without = score(*load(path), None, "reference", path)
   return policy, without
 
 
