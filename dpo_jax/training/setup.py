@@ -38,8 +38,17 @@ def keep_freed_memory() -> None:
   if hasattr(libc, "mallopt"):
     libc.mallopt(-4, 0)  # M_MMAP_MAX
     libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    # More arenas would each keep what a compiler's thread has freed.
+    libc.mallopt(-8, 2)  # M_ARENA_MAX
   # Steps on the calling thread: arenas of others do not hold large blocks.
   jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def release_freed_memory() -> None:
+  """Returns freed memory to the system now, under glibc."""
+  libc = ctypes.CDLL(None)
+  if hasattr(libc, "malloc_trim"):
+    libc.malloc_trim(ctypes.c_size_t(0))
 
 
 def use_compilation_cache() -> None:
@@ -235,9 +244,12 @@ def compile_ahead(
   `arguments` come before the batch; they and `batches` may be arrays or shapes.
   A batch of another shape is compiled when it comes.
   """
+  # The compiler's memory and that of the steps are then not added up.
+  release_freed_memory()
   compiled = {
     _shapes(batch): step.lower(*arguments, batch).compile() for batch in batches
   }
+  release_freed_memory()
 
   def call(*arguments):
     return compiled.get(_shapes(arguments[-1]), step)(*arguments)
