@@ -34,7 +34,9 @@ def write(
   and the config fields and inputs that changed since the start before.
   """
   path, mesh = workdir / "manifest.json", pipeline.mesh
-  starts = strict_json.read(path).get("starts", []) if path.exists() else []
+  starts = (
+    strict_json.read_object(path).get("starts", []) if path.exists() else []
+  )
   now = versions.versions()
   if starts and (
     other := settings.differing(starts[-1]["versions"], now, "versions")
