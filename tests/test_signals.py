@@ -20,7 +20,7 @@ CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129}
 # The function, and its call, before which the signal is sent.
 PHASES = {
   "compile": ("jax.stages:Lowered.compile", "1"),
-  "step": ("dpo_jax.io.metrics:Writer.write", "3"),
+  "step": ("dpo_jax.training.loop:StepLog.write", "3"),
   "evaluation": (
     "dpo_jax.training.input_pipeline:InputPipeline.eval_batches",
     "2",
