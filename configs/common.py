@@ -217,13 +217,17 @@ def data() -> config_dict.ConfigDict:
 def loss() -> config_dict.ConfigDict:
   """The preference loss."""
   c = config_dict.ConfigDict()
-  # DPO only. "sigmoid" is DPO; "ipo_sum" is IPO on summed log-probs, as in the
-  # official code; "ipo_mean" on their means over tokens, as in TRL; "hinge".
+  # DPO only. "sigmoid" is DPO; or "robust", "ipo", "hinge", "exo_pair",
+  # "nca_pair", "sppo_hard", "apo_zero", "apo_down", "discopop": docs/losses.md.
   c.kind = "sigmoid"
   # Strength of the KL penalty towards the reference.
   c.beta = 0.1
-  # Assumed rate of flipped labels (conservative DPO); sigmoid only.
+  # Assumed rate of swapped labels; sigmoid (conservative DPO), robust and
+  # exo_pair only.
   c.label_smoothing = 0.0
+  # Divide log-ratios by their responses' tokens: for "ipo" as in TRL, for
+  # "sigmoid" as in Tulu 3.
+  c.per_token = False
   return c
 
 

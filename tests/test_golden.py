@@ -108,7 +108,7 @@ def ours(config, base, adapters, pairs, pad_id, settings):
   """One dict of metrics for each step."""
   tx = optimizer_lib.make(settings, STEPS, step_lib.trainable(config))
   objective = step_lib.Objective(
-    "dpo", losses.LossSettings("sigmoid", BETA, 0.0), BATCH // 2
+    "dpo", losses.LossSettings("sigmoid", BETA, 0.0, False), BATCH // 2
   )
   # Room for all that two pairs may hold: one shape for all batches.
   one = (packing.Shape(1, 128),)

@@ -15,7 +15,7 @@ from dpo_jax.data import sources, tokenizer
 from dpo_jax.model import hf
 from dpo_jax.training import guards, losses, train
 
-LOSS = losses.LossSettings("sigmoid", 0.5, 0.0)
+LOSS = losses.LossSettings("sigmoid", 0.5, 0.0, False)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,8 @@ def test_how_near_the_first_loss_must_be(
 
   def check():
     loss = math.log(2) + off
-    guards.check_first_loss(loss, LOSS, "float32", precomputed=precomputed)
+    start = losses.at_start(LOSS)
+    guards.check_first_loss(loss, start, "float32", precomputed=precomputed)
 
   with jax.default_matmul_precision(precision):
     if passes:

@@ -1,6 +1,7 @@
 """Preference losses against hand arithmetic and the paper's own gradient."""
 
 import math
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,33 +10,42 @@ import pytest
 
 from dpo_jax.training import losses
 
-# Two pairs. Policy margins are 2 and -1, the reference's 0.5 and 1, so that h,
-# what the losses see, is 1.5 and -2. All are exact in binary.
-POLICY = losses.PairLogps(
-  jnp.array([-4.0, -9.0]),
-  jnp.array([-6.0, -8.0]),
-  jnp.array([4.0, 3.0]),
-  jnp.array([2.0, 4.0]),
-)
-REFERENCE = losses.PairLogps(
-  jnp.array([-5.0, -7.0]),
-  jnp.array([-5.5, -8.0]),
-  jnp.array([4.0, 3.0]),
-  jnp.array([2.0, 4.0]),
-)
-H = (1.5, -2.0)
+KINDS = get_args(losses.Kind)
+BETA = 0.5
 
 
-def settings(kind="sigmoid", beta=0.5, label_smoothing=0.0):
-  return losses.LossSettings(kind, beta, label_smoothing)
+def pair_of(policy, reference, lengths=((4.0, 3.0), (2.0, 4.0))):
+  """A Pair of (chosen, rejected) log-probs and lengths."""
+  policy, reference, lengths = (
+    losses.Responses(*map(jnp.float32, x)) for x in (policy, reference, lengths)
+  )
+  ratios = jax.tree.map(jnp.subtract, policy, reference)
+  return losses.Pair(policy, reference, ratios, lengths)
 
 
-def loss(policy=POLICY, reference=REFERENCE, **values):
-  return losses.preference_loss(settings(**values), policy, reference)
+# Two pairs. Log-ratios of chosen are 1 and -2, of rejected -0.5 and 0, so that
+# h is 1.5 and -2. All are exact in binary.
+PAIR = pair_of(((-4, -9), (-6, -8)), ((-5, -7), (-5.5, -8)))
+SAME = pair_of(PAIR.policy, PAIR.policy)
+A, B, H = (1.0, -2.0), (-0.5, 0.0), (1.5, -2.0)
+
+
+def settings(kind="sigmoid", beta=BETA, label_smoothing=None, per_token=False):
+  if label_smoothing is None:
+    label_smoothing = 1e-3 if kind == "exo_pair" else 0.0
+  return losses.LossSettings(kind, beta, label_smoothing, per_token)
+
+
+def loss(pair=PAIR, **values):
+  return losses.preference_loss(settings(**values), pair)
 
 
 def sigmoid(x):
   return 1 / (1 + math.exp(-x))
+
+
+def logistic(x):
+  return -math.log(sigmoid(x))
 
 
 # Float32 keeps seven digits of values of this size.
@@ -43,10 +53,13 @@ def close(values):
   return pytest.approx(values, rel=1e-6)
 
 
+def test_the_table_has_every_kind():
+  assert losses.LOSSES.keys() == {*KINDS}
+
+
 def test_sigmoid():
   # -log sigmoid(0.75) and -log sigmoid(-1).
   assert list(loss()) == close([0.38687101, 1.31326169])
-  assert list(loss()) == close([-math.log(sigmoid(0.5 * h)) for h in H])
 
 
 def test_conservative_dpo():
@@ -63,16 +76,32 @@ def test_conservative_dpo():
   assert float(slope(at - 1)[0]) < 0 < float(slope(at + 1)[0])
 
 
-def test_ipo_of_sums():
+def test_robust_is_unbiased_under_swapped_labels():
+  # (0.9 L(h) - 0.1 L(-h)) / 0.8; L as in conservative DPO.
+  by_hand = [
+    (0.9 * 0.38687101 - 0.1 * 1.13687101) / 0.8,
+    (0.9 * 1.31326169 - 0.1 * 0.31326169) / 0.8,
+  ]
+  assert list(loss(kind="robust", label_smoothing=0.1)) == close(by_hand)
+  # The mean over labels of which a tenth is swapped is the clean loss.
+  swapped = losses.Pair(*(losses.Responses(*x[::-1]) for x in PAIR))
+  kept, other = (
+    loss(x, kind="robust", label_smoothing=0.1) for x in (PAIR, swapped)
+  )
+  assert (0.9 * kept + 0.1 * other).tolist() == close(loss().tolist())
+
+
+def test_ipo():
   # (1.5 - 1)^2 and (-2 - 1)^2.
-  assert list(loss(kind="ipo_sum")) == close([0.25, 9.0])
+  assert list(loss(kind="ipo")) == close([0.25, 9.0])
 
 
-def test_ipo_of_means():
-  # h of means: (-4/4 + 6/2) - (-5/4 + 5.5/2) = 0.5;
-  # (-9/3 + 8/4) - (-7/3 + 8/4) = -2/3.
+def test_log_ratios_per_token():
+  # Of means: 1/4 + 0.5/2 = 0.5 and -2/3.
   wanted = [(0.5 - 1) ** 2, (-2 / 3 - 1) ** 2]
-  assert list(loss(kind="ipo_mean")) == close(wanted)
+  assert list(loss(kind="ipo", per_token=True)) == close(wanted)
+  wanted = [logistic(0.5 * 0.5), logistic(0.5 * -2 / 3)]
+  assert list(loss(per_token=True)) == close(wanted)
 
 
 def test_hinge():
@@ -81,32 +110,81 @@ def test_hinge():
   assert list(loss(kind="hinge", beta=2.0)) == close([0.0, 5.0])
 
 
+def test_exo_is_a_kl_divergence():
+  def divergence(h, e):
+    p = sigmoid(BETA * h)
+    return p * math.log(p / (1 - e)) + (1 - p) * math.log((1 - p) / e)
+
+  found = loss(kind="exo_pair", label_smoothing=0.01)
+  assert list(found) == close([divergence(h, 0.01) for h in H])
+
+
 @pytest.mark.parametrize(
-  ("kind", "wanted"),
-  [("sigmoid", math.log(2)), ("ipo_sum", 1.0), ("ipo_mean", 1.0), ("hinge", 1)],
+  ("kind", "by_hand"),
+  [
+    (
+      "nca_pair",
+      lambda a, b: (
+        logistic(BETA * a) + (logistic(-BETA * a) + logistic(-BETA * b)) / 2
+      ),
+    ),
+    ("sppo_hard", lambda a, b: (a - 1) ** 2 + (b + 1) ** 2),
+    ("apo_zero", lambda a, b: 1 - sigmoid(BETA * a) + sigmoid(BETA * b)),
+    ("apo_down", lambda a, b: 1 + sigmoid(BETA * a) - sigmoid(BETA * (a - b))),
+    (
+      "discopop",
+      lambda a, b: (
+        logistic(BETA * (a - b)) * (1 - sigmoid(BETA * (a - b) / 0.05))
+        + math.exp(-BETA * (a - b)) * sigmoid(BETA * (a - b) / 0.05)
+      ),
+    ),
+  ],
 )
-def test_losses_at_the_start(kind, wanted):
-  assert losses.loss_at_start(settings(kind)) == wanted
-  found = loss(reference=POLICY, kind=kind)
-  assert list(found) == close([wanted] * 2)
-  smooth = settings(label_smoothing=0.3)
-  assert losses.loss_at_start(smooth) == math.log(2)
-  same = losses.preference_loss(smooth, POLICY, POLICY)
-  assert list(same) == close([math.log(2)] * 2)
+def test_losses_of_both_log_ratios(kind, by_hand):
+  assert list(loss(kind=kind)) == close([by_hand(a, b) for a, b in zip(A, B)])
 
 
-@pytest.mark.parametrize("kind", ["sigmoid", "ipo_sum", "ipo_mean", "hinge"])
-@pytest.mark.parametrize("beta", [0.1, 2.0])
-def test_slope_at_the_start(kind, beta):
-  """By a difference quotient, one nat on a token of its own."""
-  used = settings(kind, beta=beta)
-  zero = losses.PairLogps(*np.float32([[0.0], [0.0], [1.0], [1.0]]))
-  moved = losses.PairLogps(*np.float32([[1e-3], [0.0], [1.0], [1.0]]))
-  before, after = (
-    float(losses.preference_loss(used, pair, zero)[0]) for pair in (zero, moved)
-  )
-  found = abs(after - before) / 1e-3
-  assert losses.slope_at_start(used) == pytest.approx(found, rel=2e-2)
+# Value, and the slopes in the log-ratios of chosen and rejected, at equality.
+AT_START = {
+  "sigmoid": (math.log(2), BETA / 2),
+  "robust": (math.log(2), BETA / 2),
+  # h - 1 / (2 beta) is -1, twice that its slope.
+  "ipo": (1.0, 2.0),
+  "hinge": (1.0, BETA),
+  # p = 1/2: log(p / (1 - e)) and log(p / e) by halves; beta p (1 - p) times
+  # the difference of the two.
+  "exo_pair": (
+    (math.log(0.5 / 0.999) + math.log(0.5 / 0.001)) / 2,
+    BETA / 4 * math.log(999),
+  ),
+  "nca_pair": (2 * math.log(2), BETA / 4),
+  "sppo_hard": (2.0, 2.0),
+  "apo_zero": (1.0, BETA / 4),
+  # In chosen the two slopes cancel.
+  "apo_down": (1.0, BETA / 4),
+  # Half of each loss, and of each slope, and their difference times m's slope.
+  "discopop": (
+    (math.log(2) + 1) / 2,
+    BETA * (0.5 * 0.5 + 0.5 * 1 - (1 - math.log(2)) / (4 * 0.05)),
+  ),
+}
+
+
+@pytest.mark.parametrize("kind", AT_START)
+def test_losses_and_slopes_at_the_start(kind):
+  value, slope = AT_START[kind]
+  assert list(loss(SAME, kind=kind)) == close([value] * 2)
+  assert losses.at_start(settings(kind)) == close((value, abs(slope)))
+  if kind != "exo_pair":
+    assert losses.at_start(settings(kind, per_token=True))[0] == close(value)
+
+
+def test_a_loss_of_the_policy_alone_has_no_value_at_the_start(monkeypatch):
+  def length_normalized(pair, settings):
+    return -jax.nn.log_sigmoid(settings.beta * pair.policy.margin)
+
+  monkeypatch.setitem(losses.LOSSES, "sigmoid", length_normalized)
+  assert losses.at_start(settings()) is None
 
 
 def test_gradient_is_the_papers():
@@ -136,22 +214,23 @@ def test_gradient_is_the_papers():
   np.testing.assert_allclose(found[1], beta * weight, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["sigmoid", "ipo_sum", "ipo_mean", "hinge"])
-def test_no_margin_gives_nan(kind):
-  huge = jnp.array([3e4, -3e4])
-  policy = losses.PairLogps(huge, -huge, jnp.ones(2), jnp.zeros(2))
-  reference = losses.PairLogps(*[jnp.zeros(2)] * 4)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("per_token", [False, True])
+def test_no_margin_gives_nan(kind, per_token):
+  huge = [[3e4, -3e4, 1e4], [-3e4, 3e4, 1e4]]
+  pair = pair_of(huge, np.zeros((2, 3)), [[1, 1, 0]] * 2)
 
-  def total(policy):
-    return jnp.sum(losses.preference_loss(settings(kind), policy, reference))
+  def total(ratios):
+    used = pair._replace(ratios=ratios)
+    return jnp.sum(loss(used, kind=kind, per_token=per_token))
 
-  value, grads = jax.value_and_grad(total)(policy)
+  value, grads = jax.value_and_grad(total)(pair.ratios)
   assert np.isfinite(value)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
 def test_reward_metrics():
-  found = losses.reward_metrics(POLICY, REFERENCE, beta=0.5)
+  found = losses.reward_metrics(PAIR, beta=0.5)
   assert {key: list(value) for key, value in found.items()} == {
     "rewards/chosen": [0.5, -1.0],
     "rewards/rejected": [-0.25, 0.0],
@@ -161,22 +240,20 @@ def test_reward_metrics():
     "logps/rejected": [-6.0, -8.0],
   }
   # Before training nothing is told apart: chance, not zero.
-  same = losses.reward_metrics(POLICY, POLICY, beta=0.5)
+  same = losses.reward_metrics(SAME, beta=0.5)
   assert list(same["rewards/accuracies"]) == [0.5, 0.5]
   # Nor is a margin smaller than what rounding makes of equal log-probs.
-  ratios = losses.PairLogps(
-    jnp.array([5e-5, 2e-4]), jnp.zeros(2), jnp.ones(2), jnp.ones(2)
-  )
-  zero = jax.tree.map(jnp.zeros_like, ratios)
-  near = losses.reward_metrics(ratios, zero, beta=10.0)
-  assert list(near["rewards/accuracies"]) == [0.5, 1.0]
+  near = pair_of(((5e-5, 2e-4), (0, 0)), ((0, 0), (0, 0)))
+  found = losses.reward_metrics(near, beta=10.0)
+  assert list(found["rewards/accuracies"]) == [0.5, 1.0]
 
 
 @pytest.mark.parametrize(
   ("values", "words"),
   [
     ({"beta": 0.0}, "loss.beta=0.0 must be positive and finite"),
-    ({"kind": "hinge", "label_smoothing": 0.1}, "sigmoid"),
+    ({"kind": "hinge", "label_smoothing": 0.1}, "kinds sigmoid, robust, exo"),
+    ({"kind": "exo_pair", "label_smoothing": 0.0}, "set it to 1e-3"),
   ],
 )
 def test_settings_that_make_no_sense_are_refused(values, words):

@@ -14,7 +14,7 @@ from dpo_jax.model import gpt_neox
 from dpo_jax.sampling import decode, draw, stop
 from dpo_jax.training import losses, optimizer, step
 
-LOSS = losses.LossSettings("sigmoid", 0.5, 0.0)
+LOSS = losses.LossSettings("sigmoid", 0.5, 0.0, False)
 OPTIMIZER = optimizer.OptimizerSettings(
   "adamw", 0.01, "constant", 0, 0.1, 0.9, 0.99, 1e-8, 1.0
 )

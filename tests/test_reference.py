@@ -58,7 +58,7 @@ def test_layout_mesh_and_batch_change_nothing(base, pairs, logps):
 def test_a_step_gives_the_same_with_them(base, pairs, logps, with_lora):
   config = LORA if with_lora else tiny.CONFIG
   objective = step_lib.Objective(
-    "dpo", losses.LossSettings("sigmoid", 0.5, 0.0), 4
+    "dpo", losses.LossSettings("sigmoid", 0.5, 0.0, False), 4
   )
   tx = optimizer.make(
     optimizer.OptimizerSettings(
@@ -185,7 +185,7 @@ def test_in_bfloat16_they_are_those_of_the_step():
   logps = reference.token_logps(config, base, None, table, how, 4, mesh)
   kept = reference.spread(table, logps)
   batch, _ = batch_lib.pack(table, how, kept)
-  loss = losses.LossSettings("sigmoid", 5.0, 0.0)
+  loss = losses.LossSettings("sigmoid", 5.0, 0.0, False)
   evaluate = jax.jit(
     step_lib.make_eval_step(lora, step_lib.Objective("dpo", loss, 4)),
     compiler_options=step_lib.COMPILER_OPTIONS,

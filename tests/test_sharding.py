@@ -180,7 +180,7 @@ def step_of(config, mesh=None):
     dict.fromkeys(("base", "lora"), "freeze") | {name: "train"},
   )
   objective = step_lib.Objective(
-    "dpo", losses.LossSettings("sigmoid", 0.5, 0.0), PAIRS // 2
+    "dpo", losses.LossSettings("sigmoid", 0.5, 0.0, False), PAIRS // 2
   )
   step = step_lib.make_train_step(config, objective, tx, 0)
   how = packing.Packing("shared", 40, 8, 2, False, 1)

@@ -20,7 +20,7 @@ from dpo_jax.training import step as step_lib
 LORA = dataclasses.replace(
   tiny.CONFIG, lora=gpt_neox.LoraConfig(2, 4.0, 0.0, gpt_neox.TARGETS)
 )
-LOSS = losses.LossSettings("sigmoid", 0.5, 0.0)
+LOSS = losses.LossSettings("sigmoid", 0.5, 0.0, False)
 OPTIMIZER = optimizer.OptimizerSettings(
   "adamw", 0.01, "constant", 0, 0.1, 0.9, 0.99, 1e-8, 1.0
 )
@@ -198,7 +198,7 @@ def test_a_loss_that_is_not_finite_changes_nothing():
 def test_an_update_that_is_refused_changes_not_a_bit():
   """The loss is finite, but the gradient is not."""
   base = tiny.weights(tiny.CONFIG)
-  loss = losses.LossSettings("sigmoid", 1e22, 0.0)
+  loss = losses.LossSettings("sigmoid", 1e22, 0.0, False)
   share = step_lib.Objective("dpo", loss, PAIRS)
   tx = optimizer.make(OPTIMIZER, 9, "base")
   step = jax.jit(step_lib.make_train_step(tiny.CONFIG, share, tx, 0))
@@ -413,7 +413,7 @@ def test_in_bfloat16_policy_and_reference_start_equal():
   )
   pairs = tiny.pairs(4, 0, (32, 64), (32, 64), config)
   batch = pack(pairs, 1, row_length=256, rows=4)
-  loss = losses.LossSettings("sigmoid", 5.0, 0.0)
+  loss = losses.LossSettings("sigmoid", 5.0, 0.0, False)
   tx = optimizer.make(OPTIMIZER, 9, "lora")
   step = jax.jit(
     step_lib.make_train_step(config, step_lib.Objective("dpo", loss, 4), tx, 0),

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 
 from dpo_jax.core import errors, precision
 from dpo_jax.core import settings as settings_lib
-from dpo_jax.training import losses
 
 _log = logging.getLogger(__name__)
 
@@ -53,24 +52,25 @@ def finite(loss: jax.Array, grad_norm: jax.Array) -> jax.Array:
 
 
 def check_first_loss(
-  loss: float, settings: losses.LossSettings, dtype: str, *, precomputed: bool
+  loss: float, start: tuple[float, float], dtype: str, *, precomputed: bool
 ) -> None:
-  """Checks the DPO loss of step 0, where the policy is its reference.
+  """Checks the loss before the first update, where policy and reference agree.
 
-  `precomputed` allows for the rounding of log-probs from other batches.
+  `start` is `losses.at_start`; `precomputed` allows for the rounding of
+  log-probs from other batches.
 
   Raises:
     TrainingError: it is not the loss of equal models.
   """
-  expected = losses.loss_at_start(settings)
+  expected, slope = start
   dtype = precision.matmul_dtype(dtype)
   tolerance = START_TOLERANCE[dtype] * max(expected, 1)
   if precomputed:
-    tolerance += losses.slope_at_start(settings) * PRECOMPUTED_ROUNDING[dtype]
+    tolerance += slope * PRECOMPUTED_ROUNDING[dtype]
   if abs(loss - expected) > tolerance:
     raise TrainingError(
-      f"the loss of step 0 is {loss:.8f}, not {expected:.8f}: policy and"
-      " reference differ before training, so their rewards mean nothing"
+      f"the first loss is {loss:.8f}, not {expected:.8f}: policy and reference"
+      " differ before training, so their rewards mean nothing"
     )
 
 

@@ -21,7 +21,7 @@ from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.io import metrics
 from dpo_jax.model import attention, flops, gpt_neox, hf, quantization
 from dpo_jax.training import config as config_lib
-from dpo_jax.training import guards, loop, trackers
+from dpo_jax.training import guards, loop, losses, trackers
 from dpo_jax.training import step as step_lib
 
 Tree = dict[str, Any]
@@ -214,10 +214,11 @@ def step_log(
     writer = metrics.Silent(workdir, start)
     console.mute()
   is_dpo = config.objective == "dpo"
+  at_start = losses.at_start(config.loss) if is_dpo else None
   live = is_dpo and not config.precompute_reference
   check_first = functools.partial(
     guards.check_first_loss,
-    settings=config.loss,
+    start=at_start,
     dtype=config.model.dtype,
     precomputed=config.precompute_reference,
   )
@@ -228,7 +229,7 @@ def step_log(
     f"{config.objective} {workdir.name}",
     "pairs" if is_dpo else "examples",
     config.guards,
-    check_first if is_dpo else None,
+    check_first if at_start else None,
     functools.partial(flops.step, model, reference=live),
     mesh.devices,
   )

@@ -328,26 +328,22 @@ def _objective_sums(objective, batch, policy, reference):
     )
     return {"loss": -jnp.sum(sums)}, jnp.sum(lengths)
 
-  def pair_logps(per_token):
-    """Sequences 2i and 2i + 1 as chosen and rejected of pair i."""
-    (chosen, rejected), (chosen_length, rejected_length) = (
-      x.reshape(-1, 2).T
+  def responses(per_token):
+    """Sums and lengths; sequences 2i and 2i + 1 are a pair's responses."""
+    return (
+      losses.Responses(*x.reshape(-1, 2).T)
       for x in logprobs.sequence_sums(
         per_token, batch.sequence_ids, 2 * objective.items
       )
     )
-    return losses.PairLogps(chosen, rejected, chosen_length, rejected_length)
 
-  # Subtracted token by token: the difference of two sums of a thousand nats
-  # would keep no more digits than the rounding of those sums.
-  ratios = pair_logps(policy - reference)
-  zero = jax.tree.map(jnp.zeros_like, ratios)
-  policy = pair_logps(policy)
-  real = (policy.chosen_length > 0).astype(jnp.float32)
-  values = losses.reward_metrics(ratios, zero, beta=objective.loss.beta) | {
-    "loss": losses.preference_loss(objective.loss, ratios, zero),
-    "logps/chosen": policy.chosen,
-    "logps/rejected": policy.rejected,
+  ratios, lengths = responses(policy - reference)
+  policy_sums, _ = responses(policy)
+  reference_sums, _ = responses(reference)
+  pair = losses.Pair(policy_sums, reference_sums, ratios, lengths)
+  real = (lengths.chosen > 0).astype(jnp.float32)
+  values = losses.reward_metrics(pair, beta=objective.loss.beta) | {
+    "loss": losses.preference_loss(objective.loss, pair)
   }
   sums = {key: jnp.sum(value * real) for key, value in values.items()}
   return sums, jnp.sum(real)
