@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dpo_jax.data import batch as batch_lib
 from dpo_jax.data import packing, token_table
-from dpo_jax.model import attention, gpt_neox
+from dpo_jax.model import gpt_neox
 from dpo_jax.model.attention import blockwise
 from dpo_jax.training import step as step_lib
 
@@ -25,9 +25,6 @@ BLOCKS = dataclasses.replace(WHOLE, row_length=4, spans_rows=True)
 LORA = dataclasses.replace(
   tiny.CONFIG, lora=gpt_neox.LoraConfig(2, 4.0, 0.0, gpt_neox.TARGETS)
 )
-
-
-# --- which rows see which
 
 
 @hypothesis.settings(max_examples=50, deadline=None)
@@ -167,41 +164,6 @@ def test_layouts_and_shards_give_the_numbers_of_dense(layout, shards):
   items = tiny.pairs(6, 9)
   how = dataclasses.replace(BLOCKS, layout=layout, shards=shards)
   assert_same(run("blocks", how, items), run("dense", WHOLE, items))
-
-
-def test_gradients_of_queries_keys_and_values():
-  """Random cotangents for every token, against dense attention of one row."""
-  rng = np.random.default_rng(0)
-  length, size, heads, dim = 4, 12, 2, 8
-  segment_ids = np.array([[1] * 7 + [2] * 3 + [0] * 2], np.int32)
-  part_ids = np.array([[0, 0, 1, 1, 2, 2, 2, 0, 1, 2, 0, 0]], np.int32)
-  q, k, v, grad = rng.normal(size=(4, 1, size, heads, dim)).astype(np.float32)
-  # Padding sees nothing; dense attention gives it a value.
-  grad[:, segment_ids[0] == 0] = 0
-  mask = attention.Segments(segment_ids, part_ids).mask()
-  k, v = np.swapaxes(k, 1, 2), np.swapaxes(v, 1, 2)
-  # A pair that is not there is masked, wherever it is listed.
-  pairs = [[[0, 0], [-1, -1], [1, 0], [1, 1], [2, 1], [2, 2]]]
-
-  def cut(x):
-    return x.reshape(-1, length, *x.shape[2:])
-
-  def dense(q, k, v):
-    return jnp.sum(attention.dense(q, k, v, mask) * grad)
-
-  def blocks(q, k, v):
-    segments = attention.Segments(
-      cut(segment_ids), cut(part_ids), np.array(pairs, np.int32)
-    )
-    k, v = (jnp.swapaxes(cut(jnp.swapaxes(x, 1, 2)), 1, 2) for x in (k, v))
-    out = attention.bind("blocks", segments)(cut(q), k, v)
-    return jnp.sum(out * cut(grad))
-
-  wanted = jax.jit(jax.grad(dense, (0, 1, 2)))(q, k, v)
-  found = jax.jit(jax.grad(blocks, (0, 1, 2)))(q, k, v)
-  for a, b in zip(found, wanted, strict=True):
-    assert float(jnp.abs(b).max()) > 0.1
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_padding_attends_to_nothing_and_stays_finite():

@@ -17,9 +17,7 @@ import pytest
 
 from benchmarks import gpu, gpu_answers, gpu_case, gpu_step
 from dpo_jax.data import batch as batch_lib
-from dpo_jax.data import token_table
 from dpo_jax.model import flops, gpt_neox
-from dpo_jax.training import setup
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -84,53 +82,6 @@ def test_rates_of_updates_by_hand():
   assert found["median_step_seconds"] == 2.5
   useful = flops.step(shape, flops.Work(80, 18, 200), reference=False)
   assert found["useful_flops_per_second"] == useful / 5
-
-
-def test_shapes_of_as_many_rows_are_told_apart(monkeypatch):
-  """As with real lengths: updates of 64 pairs have three shapes of 4 rows."""
-
-  def pairs(count, words):
-    rng = np.random.default_rng(0)
-
-    def text(size):
-      return tuple(map(int, rng.integers(2, words, size)))
-
-    sizes = [(9, 5, 6), (8, 50, 40)]
-    # Two long ones predict 180 tokens, other twos fewer than 128: in one row.
-    return token_table.from_items(
-      [
-        token_table.Pair(f"pair-{i}", *map(text, sizes[i % 2]))
-        for i in range(count)
-      ]
-    )
-
-  monkeypatch.setattr(gpu_case, "pairs", pairs)
-  changes = {
-    "data.row_length": 256,
-    "data.max_length": 128,
-    "data.max_prompt_length": 64,
-  }
-  flags = argparse.Namespace(
-    size="tiny",
-    batch_size=2,
-    microbatches=1,
-    steps=6,
-    attention="dense",
-    set=json.dumps(changes),
-    profile=None,
-  )
-  compiled, ahead = [], setup.compile_ahead
-
-  def noted(step, arguments, batches):
-    compiled.extend(batch.target.shape for batch in batches)
-    return ahead(step, arguments, batches)
-
-  monkeypatch.setattr(setup, "compile_ahead", noted)
-  found = gpu_step.measure(flags)
-  assert found["shapes"] == ["(1, 1, 256)"]
-  assert sorted(compiled) == [(1, 1, 128), (1, 1, 256)]
-  assert len(found["losses"]) == 6
-  assert found["losses"][0] == pytest.approx(np.log(2), abs=1e-3)
 
 
 def test_ratios_by_hand():

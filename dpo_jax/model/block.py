@@ -71,7 +71,7 @@ def transpose(block: Tree) -> Tree:
   def transpose_part(name, part):
     part = dict(part)
     if "kernel" in part:
-      inputs = len(quantization.INPUTS[name])
+      inputs = quantization.input_axes(part)
       part["kernel"] = jax.tree.map(
         lambda leaf: leaf.reshape(math.prod(leaf.shape[:inputs]), -1).T,
         part["kernel"],

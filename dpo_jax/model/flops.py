@@ -11,8 +11,12 @@ block's too, though nothing needs it.
 """
 
 import dataclasses
+import functools
+import math
 
-from dpo_jax.model import gpt_neox
+import jax
+
+from dpo_jax.model import gpt_neox, lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,22 +72,17 @@ def backward(config: gpt_neox.ModelConfig, work: Work) -> float:
   )
 
 
+@functools.cache
 def _kernels(config: gpt_neox.ModelConfig) -> int:
   """Multiplications per token in the kernels of all blocks."""
-  layer = 4 * config.width**2 + 2 * config.width * config.mlp_width
-  return config.layers * layer
+  base = jax.eval_shape(lambda: gpt_neox.init(config, jax.random.key(0)))
+  parts = base["blocks"].values()
+  return sum(math.prod(x["kernel"].shape) for x in parts if "kernel" in x)
 
 
+@functools.cache
 def _adapters(config: gpt_neox.ModelConfig) -> int:
   """Multiplications per token in the adapters of all blocks."""
-  if config.lora is None:
-    return 0
-  width, mlp = config.width, config.mlp_width
-  sizes = {
-    "query_key_value": width + 3 * width,
-    "dense": width + width,
-    "dense_h_to_4h": width + mlp,
-    "dense_4h_to_h": mlp + width,
-  }
-  layer = sum(sizes[name] for name in config.lora.targets)
-  return config.layers * config.lora.rank * layer
+  return lora.count(
+    jax.eval_shape(lambda: gpt_neox.init_lora(config, jax.random.key(0)))
+  )

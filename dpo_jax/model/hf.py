@@ -238,32 +238,14 @@ def _first_rows(base: Tree) -> Tree:
 
 
 def content_hash(base: Tree) -> str:
-  """Sixteen hex digits of every bit of a model's weights.
-
-  They hash wrapping sums of mixed words, which do not depend on the mesh; one
-  weight at a time is mixed, on the device.
-  """
+  """Sixteen hex digits of every bit of a model's weights, on any mesh."""
   digest = hashlib.sha256()
-  mix = jax.jit(_mixed_sum)
-  for leaf in jax.tree.leaves(base):
+  for path, leaf in jax.tree.leaves_with_path(base):
     digest.update(f"{leaf.dtype} {leaf.shape}".encode())
-    for odd in (0x9E3779B1, 0x85EBCA77):
-      digest.update(distributed.fetch(mix(leaf, jnp.uint32(odd))).tobytes())
+    stacked = sharding.path_name(path).startswith("blocks/")
+    for layer in _layers(leaf, stacked):
+      digest.update(layer.tobytes())
   return digest.hexdigest()[:16]
-
-
-def _mixed_sum(leaf: jax.Array, odd: jax.Array) -> jax.Array:
-  """Sum of a weight's words, each mixed with its index times `odd`, uint32."""
-  width = jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32
-  bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
-  index = jnp.zeros(leaf.shape, jnp.uint32)
-  for axis in range(leaf.ndim):
-    index = index * jnp.uint32(leaf.shape[axis] % 2**32)
-    index += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-  mixed = bits + index * odd
-  for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-    mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
-  return jnp.sum(mixed, dtype=jnp.uint32)
 
 
 def _read(
@@ -368,17 +350,22 @@ def _write(
     for weight in weights:
       leaf = _leaf(tree, weight.path)
       shape = weight.stored_shape(leaf.shape)
-      if leaf.is_fully_addressable:
-        leaf = jax.device_get(leaf)
-      layers = (leaf[i] for i in range(len(leaf))) if weight.stacked else [leaf]
-      for layer in layers:
-        yield weight.stored(distributed.fetch(layer), shape)
+      for layer in _layers(leaf, weight.stacked):
+        yield weight.stored(layer, shape)
 
   if distributed.is_main():
     safetensors.write(path, shapes, arrays(), metadata)
   else:
     for _ in arrays():
       pass
+
+
+def _layers(leaf: jax.Array, stacked: bool) -> Iterator[np.ndarray]:
+  """A weight, or the layers of a stack, gathered one at a time; collective."""
+  if leaf.is_fully_addressable:
+    leaf = jax.device_get(leaf)
+  layers = (leaf[i] for i in range(len(leaf))) if stacked else [leaf]
+  return map(distributed.fetch, layers)
 
 
 def _leaf(tree: Tree, path: str) -> Any:

@@ -19,14 +19,6 @@ import jax.numpy as jnp
 
 Tree = dict[str, Any]
 
-# Input axes of each kernel, after the axis of layers.
-INPUTS = {
-  "query_key_value": (1,),
-  "dense": (1, 2),
-  "dense_h_to_4h": (1,),
-  "dense_4h_to_h": (1,),
-}
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +37,23 @@ def quantize(kernel: jax.Array, inputs: tuple[int, ...]) -> Kernel:
   return Kernel(jnp.round(kernel / scale).astype(jnp.int8), scale)
 
 
+def input_axes(part: Tree) -> int:
+  """Number of a kernel's input axes; its output axes are those of its bias."""
+  return jax.tree.leaves(part["kernel"])[0].ndim - part["bias"].ndim
+
+
 def base(tree: Tree) -> Tree:
   """Base weights of `gpt_neox.init` with int8 kernels."""
 
   def embedding(part):
     return {"kernel": part["kernel"].astype(jnp.bfloat16)}
 
+  def projection(part):
+    inputs = tuple(range(1, 1 + input_axes(part)))  # After that of layers.
+    return {**part, "kernel": quantize(part["kernel"], inputs)}
+
   blocks = {
-    name: {**part, "kernel": quantize(part["kernel"], INPUTS[name])}
-    if name in INPUTS
-    else part
+    name: projection(part) if "kernel" in part else part
     for name, part in tree["blocks"].items()
   }
   ends = {name: embedding(tree[name]) for name in ("embed", "unembed")}

@@ -134,7 +134,6 @@ def plan_sampling(
   shape: gpt_neox.ModelConfig,
   devices: list[jax.Device],
   name: str,
-  search: int,
 ) -> bool:
   """Prints the plan of a sampling run; False if no mesh fits.
 
@@ -157,38 +156,7 @@ def plan_sampling(
     console.result(describe_sampling(found, mesh, name))
     if all(one.fits(chip) for one in found.programs):
       return True
-    fewer = None
-    if search and chip:
-      fewer = most_sampling_rows(config, shape, mesh, found.rows)
-    if fewer:
-      console.result(
-        f"{fewer.rows} rows a device fit: with batch_size={fewer.shapes.size}"
-        " in the sampling config,"
-      )
-      console.result(describe_sampling(fewer, mesh, name))
-      return True
   return False
-
-
-def most_sampling_rows(
-  config: jobs.SamplingSettings,
-  shape: gpt_neox.ModelConfig,
-  mesh: jax.sharding.Mesh,
-  limit: int,
-) -> compile_sampling.SamplingPrograms | None:
-  """The programs of the most of 8, 16, ... < `limit` rows a device that fit."""
-  chip = hardware.chip(mesh.devices.flat[0].device_kind)
-  most, rows = None, 8
-  while rows < limit:
-    size = rows * sharding.data_shards(mesh)
-    fewer = dataclasses.replace(config, batch_size=size)
-    found = compile_sampling.compile_programs(
-      fewer, shape, mesh, chip.hbm_bytes
-    )
-    if not all(one.fits(chip) for one in found.programs):
-      break
-    most, rows = found, 2 * rows
-  return most
 
 
 def describe_training(
@@ -239,7 +207,6 @@ def describe_training(
 
 
 def _describe_split(config, bound, shards: int, rows: int, chip) -> str:
-  """How a batch is split, and a setting that would waste less."""
   many = config.microbatches
   text = (
     f"{many} micro-batch(es) of {config.batch_size / many / shards:.3g} item(s)"
@@ -249,13 +216,6 @@ def _describe_split(config, bound, shards: int, rows: int, chip) -> str:
   )
   if chip is not None:
     text += f"; at best {bound.utilization(chip):.0%} of peak"
-  for fewer in range(1, many):
-    items, rest = divmod(config.batch_size, fewer)
-    if not rest and mean_batch.rows_of(config, items, shards) <= rows:
-      text += f". --config.microbatches={fewer} takes no more rows a device"
-      return text
-  if bound.fill < 0.5:
-    text += ". Fewer devices or a greater --config.batch_size fill the rows"
   return text
 
 
@@ -291,7 +251,7 @@ def describe_sampling(
     f" GiB of weights and {_gib(found.cache)} GiB of {program.cache} KV"
     " cache a device",
   ]
-  fix = "Try fewer rows, --sampling with another file, or its mesh"
+  fix = "Try a lower batch_size in the sampling config, or its mesh"
   lines += [_describe_program(one, chip, fix) for one in found.programs]
   return "\n".join(lines)
 
@@ -330,7 +290,7 @@ def main(config: dict[str, Any], workdir: pathlib.Path, **options: Any) -> int:
   if "policies" in config:
     built = settings.build(jobs.SamplingSettings, config)
     shape = compile_training.shape_named(name, built.tokenizer)
-    fits = plan_sampling(built, shape, devices, "the config", search)
+    fits = plan_sampling(built, shape, devices, "the config")
     return 0 if fits else 1
   built = settings.build(config_lib.TrainSettings, config)
   shape = compile_training.shape_of(built, name)
@@ -338,7 +298,7 @@ def main(config: dict[str, Any], workdir: pathlib.Path, **options: Any) -> int:
   if options["sampling"]:
     values = help_lib.load(options["sampling"]).to_dict()
     sampling = settings.build(jobs.SamplingSettings, values)
-    fits &= plan_sampling(sampling, shape, devices, options["sampling"], search)
+    fits &= plan_sampling(sampling, shape, devices, options["sampling"])
   return 0 if fits else 1
 
 

@@ -213,24 +213,8 @@ def _call(name, lowering, scale, rows, *arrays):
     out_specs=tuple(map(blocks, outputs)),
     compiler_params=params,
     interpret=lowering == "interpret",
-    cost_estimate=_cost(name, arrays, outputs, size),
     name=f"flash_{name}",
   )(lists, rows.codes, *arrays)
-
-
-def _cost(name, arrays, outputs, size) -> pl.CostEstimate:
-  """An upper bound: that of rows with one segment. What is masked is data."""
-  batch, heads, length, dim = arrays[0].shape
-  blocks = length // size
-  scores = batch * heads * size**2 * blocks * (blocks + 1) // 2
-  products = {"forward": 2, "queries": 3, "keys": 4}[name]
-  return pl.CostEstimate(
-    flops=2 * products * scores * dim,
-    transcendentals=scores,
-    bytes_accessed=sum(
-      math.prod(x.shape) * x.dtype.itemsize for x in (*arrays, *outputs)
-    ),
-  )
 
 
 # The kernels. Their first arguments are shared by the heads of a row: the block
