@@ -15,26 +15,22 @@ import shutil
 from collections.abc import Callable
 
 import mutating
-import numpy as np
 import reported
 import sourcing
 import tiny
 
-from dpo_jax.data import preferences, token_cache, token_table, tokenizer
+from dpo_jax.data import preferences, token_cache, tokenizer
 from dpo_jax.io import (
   jsonl,
-  metrics,
   records,
   rundir,
   safetensors,
   step_files,
-  strict_json,
 )
 from dpo_jax.judging import batch_api, prompts, verdicts
 from dpo_jax.model import gpt_neox, hf
 from dpo_jax.report import report, verify
 from dpo_jax.sampling import response_files
-from dpo_jax.training import reference
 
 # An error names what is wrong; it does not repeat the file.
 LONGEST_MESSAGE = 10_000
@@ -53,7 +49,7 @@ class Reader:
   slow: bool = False
 
   def check(self, files, data):
-    """Reads `data`; an error that is no plain ValueError goes through."""
+    """Reads `data`; an error that is no plain ValueError is raised."""
     try:
       self.read(files, data)
     except ValueError as error:
@@ -230,7 +226,6 @@ EVAL = {
     )
   ],
 }
-TABLE = token_table.from_items([token_table.Pair("a", (1, 2), (3,), (4, 5))])
 
 
 # --- valid bytes
@@ -248,12 +243,6 @@ def _lines(*rows):
 
 def _file(root, name):
   return lambda files: [(getattr(files, root) / name).read_bytes()]
-
-
-def _reference_file(files):
-  path = files.directory / "reference.safetensors"
-  reference.save(path, np.zeros(3, np.float32), {"items": "a"})
-  return [path.read_bytes()]
 
 
 def _token_file(files):
@@ -281,7 +270,7 @@ def _tokenize(files):
 
 def _step_manifest(files):
   directory = files.put("whole/3/a", b"abc").parent.parent
-  step_files.complete(directory, 3, {"eval_loss": 0.5})
+  step_files.complete(directory, 3)
   return [(directory / "3" / "manifest.json").read_bytes()]
 
 
@@ -316,12 +305,9 @@ def _model(name):
   return read
 
 
-def _adapter(name):
-  def read(files, data):
-    path = files.replaced(files.adapter, name, data)
-    hf.load_adapter(path, files.config, files.base)
-
-  return read
+def _adapter_config(files, data):
+  path = files.replaced(files.adapter, "adapter_config.json", data)
+  hf.load_adapter(path, files.config, files.base)
 
 
 def _tokenizer_config(files, data):
@@ -329,10 +315,6 @@ def _tokenizer_config(files, data):
   words = tokenizer.load(path)
   words.decode(words.encode("a pen, \0 שלום 👩‍👩‍👧"))
   assert len(words.fingerprint) == 16
-
-
-def _reference(files, data):
-  reference.load(files.put("own.safetensors", data), TABLE, {"items": "a"})
 
 
 def _tokens(files, data):
@@ -432,17 +414,6 @@ def _step(files, data):
   step_files.manifest(directory, 3)
 
 
-def _rehashed_manifest(files, data):
-  # Whoever writes to a bucket can give a manifest the right hash.
-  with contextlib.suppress(ValueError, AttributeError, TypeError):
-    values = strict_json.parse(data)
-    values.pop("sha256", None)
-    own = step_files._own_hash(values)
-    data = json.dumps(values | {"sha256": own}).encode()
-  manifest = step_files.decode(data)
-  assert step_files.decode(step_files.encode(manifest)) == manifest
-
-
 def _template(files, data):
   path = str(files.put("template.txt", data))
   prompts.load(path, output="text", ties=False)
@@ -460,7 +431,6 @@ _BATCH = [
   for name in "abc"
 ]
 _WEIGHTS = _file("model", "model.safetensors")
-_LORA = "adapter_model.safetensors"
 
 READERS = {
   "hh rows, gzip": Reader(
@@ -473,7 +443,6 @@ READERS = {
   "stack exchange": Reader("lines", _given(_lines(SE, SE)), _pairs("se")),
   "tl;dr": Reader("lines", _given(_lines(TLDR, TLDR)), _pairs("tldr")),
   "safetensors": Reader("tensors", _WEIGHTS, _tensors),
-  "reference": Reader("tensors", _reference_file, _reference),
   "token cache": Reader("tensors", _token_file, _tokens),
   "weights": Reader(
     "tensors", _WEIGHTS, _model("model.safetensors"), slow=True
@@ -490,11 +459,8 @@ READERS = {
   "adapter_config.json": Reader(
     "json",
     _file("adapter", "adapter_config.json"),
-    _adapter("adapter_config.json"),
+    _adapter_config,
     slow=True,
-  ),
-  "adapter weights": Reader(
-    "tensors", _file("adapter", _LORA), _adapter(_LORA), slow=True
   ),
   "verdict text": Reader("bytes", _given(*_REPLIES), _verdict_text),
   "completion": Reader("json", _given(COMPLETION), _completion),
@@ -508,16 +474,9 @@ READERS = {
   "verdicts": Reader(
     "lines", _file("run", "verdicts/all.jsonl"), _rows(records.Verdict)
   ),
-  "metrics": Reader(
-    "lines",
-    _given(_lines(*METRICS)),
-    lambda files, data: metrics.read(files.put("metrics.jsonl", data)),
-  ),
   **{
     f"report of {name}": Reader(form, _file("run", name), _report(name), True)
     for form, name in (
-      ("lines", "responses/all.jsonl"),
-      ("lines", "verdicts/all.jsonl"),
       ("lines", "dpo/metrics.jsonl"),
       ("json", "dpo/manifest.json"),
       ("json", "verdicts/judge.json"),
@@ -527,17 +486,11 @@ READERS = {
     "json", _given({"a": {"b": [1, 2.0, None]}, "c": "d"}), _config
   ),
   "origin of responses": Reader("json", _given({"model": "a", "n": 1}), _claim),
-  "manifest of a bucket": Reader("json", _step_manifest, _rehashed_manifest),
   "manifest of a step": Reader("json", _step_manifest, _step),
   "a template": Reader(
     "bytes",
     _given(b"{prompt} {first} {second} {fence} {ending} {x}"),
     _template,
-  ),
-  "any json": Reader(
-    "json",
-    _given(EVAL, [1, [2, {}], None], {}),
-    lambda files, data: strict_json.read(files.put("any.json", data)),
   ),
 }
 
