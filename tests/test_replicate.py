@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 
-import compare_trees
+import comparing
 import numpy as np
 import planted
 import pytest
@@ -183,8 +183,7 @@ def test_twenty_kills_over_all_stages_change_nothing(tmp_path):
     flags = ("--config=configs/demo.py:tiny", f"--workdir={workdir}")
     done = replicate(*flags)
     assert done.returncode == 0, done.stderr
-    found = compare_trees.collect(workdir)
-    return {f"demo/{file}": rows for file, rows in found.items()}
+    return comparing.collect(workdir)
 
   untouched = whole("untouched")
   delays = np.random.default_rng(0)
@@ -197,6 +196,6 @@ def test_twenty_kills_over_all_stages_change_nothing(tmp_path):
       delay_s = delays.uniform(0, 2)
       kills += killed(tmp_path / f"killed{number}", stage, delay_s)
     after = whole(f"killed{number}")
-    assert compare_trees.compare(untouched, after) == []
+    assert comparing.compare(untouched, after) == []
     if kills == 20:
       break
