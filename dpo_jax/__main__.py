@@ -18,7 +18,7 @@ _MODULES = {
   "score": "dpo_jax.training.score",
   "plan": "dpo_jax.plan.plan",
   "inspect_data": "dpo_jax.training.inspect_data",
-  "checkpoint": "dpo_jax.io.checkpoint",
+  "checkpoint": "dpo_jax.cli.checkpoint",
 }
 
 

@@ -182,11 +182,10 @@ def _push(built: ReplicateSettings, workdir: pathlib.Path) -> None:
   for name in _TRAININGS:
     stage = getattr(built, name)
     if stage is not None and (push := stage.push()):
-      with push_lib.Publisher(push, workdir / name) as publisher:
-        try:
-          publisher.finish()
-        except push_lib.NotPushed as error:
-          failed.append(str(error))
+      try:
+        push_lib.push(push, workdir / name)
+      except push_lib.NotPushed as error:
+        failed.append(str(error))
   if failed:
     raise push_lib.NotPushed("\n".join(failed))
 

@@ -35,21 +35,6 @@ class Hub:
     self.objects = {}
     self.broken = lambda method, path: False
     self.address = ""
-    self._open = threading.Event()
-    self._open.set()
-    self._asked = threading.Event()
-
-  def hang(self):
-    """Answers nothing until `go_on`; the event that somebody has asked."""
-    self._open.clear()
-    return self._asked
-
-  def go_on(self):
-    self._open.set()
-
-  def hold(self):
-    self._asked.set()
-    self._open.wait()
 
 
 @contextlib.contextmanager
@@ -85,7 +70,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if self.headers.get("Transfer-Encoding") == "chunked":
       body = b"".join(self._chunks())
     path = urllib.parse.urlparse(self.path).path
-    self.hub.hold()
     if self.hub.broken(self.command, path):
       return self._answer(500, b"out of order")
     signed = self.headers.get("Authorization") == f"Bearer {TOKEN}"
@@ -154,9 +138,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if kind in ("preupload", "commit", "tree", "revision") and found is None:
       return self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
     if kind == "preupload":
-      return self._json(
-        {"files": [_mode(f) for f in json.loads(body)["files"]]}
-      )
+      asked = json.loads(body)["files"]
+      return self._json({"files": [_mode(f, branches[found]) for f in asked]})
     if kind == "commit":
       return self._commit(repo, found, body)
     if kind == "tree":
@@ -223,10 +206,16 @@ def _sha(branch):
   return hashlib.sha1(branch.encode()).hexdigest()
 
 
-def _mode(file):
-  lfs = file["path"].endswith(".safetensors")
-  mode = "lfs" if lfs else "regular"
-  return {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
+def _mode(file, files):
+  """How a file is sent, and the hash of what is there: Git's, or LFS's."""
+  path, data = file["path"], files.get(file["path"])
+  lfs = path.endswith(".safetensors")
+  about = {"path": path, "uploadMode": "lfs" if lfs else "regular"}
+  if data is not None and lfs:
+    about["oid"] = hashlib.sha256(data).hexdigest()
+  elif data is not None:
+    about["oid"] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+  return about | {"shouldIgnore": False}
 
 
 def _entry(name, data):

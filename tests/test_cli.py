@@ -17,10 +17,9 @@ import test_configs
 import test_console
 
 from dpo_jax import __main__
-from dpo_jax.cli import flags
+from dpo_jax.cli import checkpoint, flags
 from dpo_jax.cli import help as help_lib
 from dpo_jax.core import console
-from dpo_jax.io import checkpoint
 from dpo_jax.report import report, verify
 from dpo_jax.training import score
 

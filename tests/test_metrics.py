@@ -71,6 +71,13 @@ def test_what_json_has_no_number_for_is_a_word(tmp_path, value):
   assert found["grad_norm"] == str(value)
 
 
+def test_without_a_directory_nothing_is_written(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  writer = write(None, 3, [row(4)])
+  assert writer.at(3) == []
+  assert not list(tmp_path.iterdir())
+
+
 def test_throughput(monkeypatch):
   times = iter([10.0, 12.0, 12.5])
   clock = types.SimpleNamespace(perf_counter=lambda: next(times))

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from dpo_jax.io import checkpoint, step_files
+from dpo_jax.cli import checkpoint
+from dpo_jax.io import step_files
 
 
 def make(directory, step, complete=True):

@@ -11,9 +11,10 @@ import pytest
 import running
 import tiny
 
+from dpo_jax.cli import checkpoint
 from dpo_jax.core import settings
 from dpo_jax.data import dataset, tokenizer
-from dpo_jax.io import checkpoint, locks, metrics, rundir
+from dpo_jax.io import locks, metrics, rundir
 from dpo_jax.model import gpt_neox, hf
 from dpo_jax.report import load
 from dpo_jax.training import guards

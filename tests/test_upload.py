@@ -23,9 +23,10 @@ import pytest
 import running
 from fsspec import config as fsspec_config
 
+from dpo_jax.cli import checkpoint
 from dpo_jax.data import dataset
 from dpo_jax.io import bucket as bucket_lib
-from dpo_jax.io import checkpoint, step_files, strict_json, upload
+from dpo_jax.io import step_files, strict_json, upload
 from dpo_jax.training import train
 
 KEEP = 1

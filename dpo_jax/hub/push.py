@@ -1,21 +1,19 @@
 """Push a run's models to the Hugging Face hub.
 
 What is pushed follows from the run's directory alone, so that a push can be
-repeated at any time and sends only what is missing:
+repeated at any time; the library sends only what differs:
 
   branch main         export/ of a finished run: the model, its adapters merged,
                       with the run's card, config and metrics
   branch step-000100  adapters/step-000100, see export_adapters
 
-No pushed file names a directory of this machine, see `portable`. hub.json holds
-the hash of each branch's content: without it all is sent again. No token is
+No pushed file names a directory of this machine, see `portable`. No token is
 read here: huggingface_hub takes it from HF_TOKEN, or from its own store.
 """
 
 import dataclasses
 import json
 import logging
-import multiprocessing
 import os
 import pathlib
 import re
@@ -24,9 +22,9 @@ import shutil
 import tempfile
 from typing import Any
 
-from dpo_jax.core import console, errors, redaction
+from dpo_jax.core import console, errors
 from dpo_jax.hub import model_card
-from dpo_jax.io import atomic, hashing, metrics, remote, rundir, strict_json
+from dpo_jax.io import metrics, remote, rundir, strict_json
 
 _log = logging.getLogger(__name__)
 
@@ -127,8 +125,8 @@ def _json(content: dict[str, Any]) -> str:
   return json.dumps(content, indent=2) + "\n"
 
 
-def push(settings: PushSettings, directory: pathlib.Path) -> list[str]:
-  """Pushes the branches that changed; returns those that failed."""
+def push(settings: PushSettings, directory: pathlib.Path) -> None:
+  """Pushes all branches; raises NotPushed, naming those that failed."""
   import huggingface_hub.utils
 
   huggingface_hub.utils.disable_progress_bars()
@@ -138,29 +136,23 @@ def push(settings: PushSettings, directory: pathlib.Path) -> list[str]:
       if settings.dry_run:
         _stage(files, directory / "push" / branch)
       else:
-        _push(settings, directory, branch, files)
+        _push(settings, branch, files)
     # The library, the network and the hub have exceptions of their own.
     except Exception as error:
       failed.append(branch)
       _log.warning("%s was not pushed to %s: %r", branch, settings.repo, error)
-  return failed
+  if failed:
+    raise NotPushed(
+      f"the run is finished, but {', '.join(failed)} not pushed to"
+      f" {settings.repo}; the same command pushes what is missing"
+    )
 
 
-def _push(
-  settings: PushSettings, directory: pathlib.Path, branch: str, files: Files
-) -> None:
-  """Makes a branch hold the files and no others, unless hub.json says so."""
+def _push(settings: PushSettings, branch: str, files: Files) -> None:
+  """Makes a branch hold the files and no others."""
   import huggingface_hub
 
-  repo, note = settings.repo, directory / "hub.json"
-  pushed = strict_json.read_object(note) if note.is_file() else {}
-  parts = [part for item in sorted(files.items()) for part in item]
-  content = hashing.content_hash(
-    *(x if isinstance(x, str) else hashing.file_hash(x) for x in parts)
-  )
-  if pushed.setdefault(repo, {}).get(branch) == content:
-    return
-  api = huggingface_hub.HfApi()
+  repo, api = settings.repo, huggingface_hub.HfApi()
   api.create_repo(repo, private=not settings.public, exist_ok=True)
   if branch != "main":
     api.create_branch(repo, branch=branch, exist_ok=True)
@@ -173,8 +165,6 @@ def _push(
       delete_patterns="*",
       commit_message=f"{branch} of a dpo_jax run",
     )
-  pushed[repo][branch] = content
-  atomic.write_text(note, _json(pushed))
   console.say(f"pushed {branch} to {repo}", "pushed", repo=repo, branch=branch)
 
 
@@ -187,48 +177,3 @@ def _stage(files: Files, directory: pathlib.Path) -> None:
       path.write_text(content, encoding="utf-8")
     else:
       path.symlink_to(content.absolute())
-
-
-class Publisher:
-  """Pushes a run's models during and after training; a context manager.
-
-  Only the first process of a run may push. Pushes during training are a child
-  process, which leaving the context kills: requests have no timeout, and a
-  thread that waits for one would keep this process from ending.
-  """
-
-  def __init__(self, settings: PushSettings, directory: pathlib.Path):
-    self._work = settings, directory
-    self._child: Any = None
-
-  def __enter__(self) -> "Publisher":
-    return self
-
-  def __exit__(self, *exc_info) -> None:
-    if self._child is not None:
-      self._child.kill()
-      self._child.join()
-
-  def checkpoint(self) -> None:
-    """Starts to push new adapters, unless a push is in progress."""
-    if self._child is None or not self._child.is_alive():
-      spawn = multiprocessing.get_context("spawn")
-      arguments = (*self._work, console.mode())
-      self._child = spawn.Process(target=_push_in_child, args=arguments)
-      self._child.start()
-
-  def finish(self) -> None:
-    """Pushes what is missing; raises NotPushed if that fails."""
-    if self._child is not None:
-      self._child.join()
-    if failed := push(*self._work):
-      raise NotPushed(
-        f"the run is finished, but {', '.join(failed)} not pushed to"
-        f" {self._work[0].repo}; the same command pushes what is missing"
-      )
-
-
-def _push_in_child(settings, directory, mode) -> None:
-  redaction.install()
-  console.set_mode(mode)
-  push(settings, directory)

@@ -36,22 +36,25 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 class Writer:
-  """Appends rows to a run's metrics.jsonl."""
+  """Appends rows to a run's metrics.jsonl; without a directory to nothing."""
 
-  def __init__(self, directory: pathlib.Path, start_step: int):
+  def __init__(self, directory: pathlib.Path | None, start_step: int):
     """Opens the file and keeps rows up to `start_step`; at 0 it keeps none."""
+    self.rows: list[dict[str, Any]] = []
+    self._file = None
+    if directory is None:
+      return
     path = directory / FILE
-    kept = []
     if start_step and path.exists():
-      kept = [row for row in read(path) if row["step"] <= start_step]
-    atomic.write_text(path, "".join(map(encode, kept)))
-    self.rows = kept
+      self.rows = [row for row in read(path) if row["step"] <= start_step]
+    atomic.write_text(path, "".join(map(encode, self.rows)))
     self._file = path.open("a", encoding="utf-8")
 
   def write(self, row: dict[str, Any]) -> None:
-    self.rows.append(row)
-    self._file.write(encode(row))
-    self._file.flush()
+    if self._file:
+      self.rows.append(row)
+      self._file.write(encode(row))
+      self._file.flush()
 
   def at(self, step: int) -> list[dict[str, Any]]:
     """The rows of a step."""
@@ -59,30 +62,12 @@ class Writer:
 
   def sync(self) -> None:
     """Makes all rows survive a power cut."""
-    os.fsync(self._file.fileno())
+    if self._file:
+      os.fsync(self._file.fileno())
 
   def close(self) -> None:
-    self._file.close()
-
-
-class Silent:
-  """Writer of all processes of a run but the first: it writes nothing."""
-
-  def __init__(self, directory: pathlib.Path, start_step: int):
-    del directory, start_step
-
-  def write(self, row: dict[str, Any]) -> None:
-    del row
-
-  def at(self, step: int) -> list[dict[str, Any]]:
-    del step
-    return []
-
-  def sync(self) -> None:
-    pass
-
-  def close(self) -> None:
-    pass
+    if self._file:
+      self._file.close()
 
 
 class Throughput:

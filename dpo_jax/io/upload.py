@@ -30,7 +30,6 @@ _RECORDS = (
   "metrics.jsonl",
   "samples.jsonl",
   "metrics.csv",
-  "hub.json",
   "wandb_run.json",
   "adapters",
   "reference",

@@ -211,7 +211,7 @@ def step_log(
   if distributed.is_main():
     writer = trackers.Writer(config.trackers, workdir, start)
   else:
-    writer = metrics.Silent(workdir, start)
+    writer = metrics.Writer(None, start)
     console.mute()
   is_dpo = config.objective == "dpo"
   at_start = losses.at_start(config.loss) if is_dpo else None

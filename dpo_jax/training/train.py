@@ -89,9 +89,7 @@ def _run(
       push_lib.check(push)
   distributed.assert_equal("the config", json.dumps(values))
   with contextlib.ExitStack() as stack:
-    publisher = uploader = None
-    if push:
-      publisher = stack.enter_context(push_lib.Publisher(push, workdir))
+    uploader = None
     with distributed.raise_on_all("looking at the bucket"):
       if config.checkpoint_bucket and distributed.is_main():
         uploader = stack.enter_context(
@@ -113,10 +111,10 @@ def _run(
       text = f"{workdir.name} is finished: its model is in {export}"
       console.say(text, "finished", path=str(export))
     else:
-      _train(config, values, workdir, watch, changed, publisher, uploader)
+      _train(config, values, workdir, watch, changed, uploader)
     try:
-      if publisher and distributed.is_main():
-        publisher.finish()
+      if push and distributed.is_main():
+        push_lib.push(push, workdir)
     finally:
       if uploader:
         uploader.finish()
@@ -129,7 +127,6 @@ def _train(
   workdir: pathlib.Path,
   watch: preemption.Watch,
   changed: list[str],
-  publisher: push_lib.Publisher | None,
   uploader: upload.Uploader | None,
 ) -> None:
   """Mesh, tokenizer, data, model, reference, state, steps, loop, export."""
@@ -208,8 +205,6 @@ def _train(
       # A checkpoint must not outlive the rows of its steps.
       log.writer.sync()
       checkpoints.save(state, trainable, inputs(number))
-    if export and publisher and distributed.is_main():
-      publisher.checkpoint()
 
   try:
     with (
