@@ -238,6 +238,7 @@ def test_wrong_flags_exit_with_2(arguments, words, mode, monkeypatch, capfd):
       "responses/x.jsonl: No space left .* bytes are free.*make room",
     ),
     (OSError(errno.EMFILE, "Too many open files"), 1, r"\(ulimit -n\)"),
+    (OSError(errno.EACCES, "Permission denied", "x"), 1, "Permission .*'x'"),
     (KeyboardInterrupt(), 130, "stopped by SIGINT .*the same command again"),
   ],
 )
@@ -254,6 +255,28 @@ def test_what_stops_any_command_has_no_traceback(
   assert found.value.code == code
   *_, line = capfd.readouterr().err.splitlines()
   assert re.match(f"error: .*{words}", line)
+
+
+@pytest.mark.parametrize(
+  "command", [("judge.py",), ("-m", "dpo_jax", "verify")]
+)
+def test_a_path_that_cannot_be_encoded_is_named(command, tmp_path):
+  (tmp_path / "é").mkdir()
+  path = f"{tmp_path}/é"
+  if "judge.py" in command:
+    path = f"--workdir={path}"
+    command += ("--config=judge:oracle",)
+  for utf8, words in (("1", "é.* no "), ("0", r"udcc3.*set PYTHONUTF8=1$")):
+    done = subprocess.run(
+      [sys.executable, *command, path],
+      cwd=ROOT,
+      env=os.environ
+      | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": utf8},
+      capture_output=True,
+    )
+    *_, line = done.stderr.decode().splitlines()
+    assert done.returncode == 2
+    assert re.search(f"^error: .*{words}", line)
 
 
 # --- commands without --config
@@ -306,6 +329,26 @@ def test_wrong_input_is_code_2_and_one_json_line(
   with pytest.raises(SystemExit) as error:
     call(name, ["--nonsense=1"], monkeypatch)
   assert error.value.code == 2
+
+
+@pytest.mark.parametrize(
+  ("name", "place"),
+  [
+    ("report", (report, "write")),
+    ("verify", (verify, "_reports")),
+    ("checkpoint", (checkpoint, "_print")),
+    ("score", (score, "run")),
+  ],
+)
+def test_a_command_stopped_by_hand_has_no_traceback(
+  name, place, mode, monkeypatch, capsys
+):
+  def stop(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(*place, stop)
+  assert call(name, REFUSED[name], monkeypatch) == 130
+  assert "stopped by SIGINT" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -107,6 +107,16 @@ def test_a_pointer_in_the_place_of_a_shard_is_named(files):
     load_model(weights)
 
 
+@pytest.mark.parametrize("end", [4, 8])
+def test_a_name_given_twice_to_tensors_is_refused_with_its_file(tmp_path, end):
+  about = '{"dtype":"F32","shape":[1],"data_offsets":[%d,%d]}'
+  header = f'{{"a":{about % (0, 4)},"a":{about % (4, 8)}}}'.encode()
+  path = tmp_path / "model.safetensors"
+  path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * end)
+  with pytest.raises(ValueError, match=r"model\.safetensors is not a whole"):
+    safetensors.find(tmp_path, "model")
+
+
 # --- sizes
 
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from dpo_jax.cli import flags
 from dpo_jax.core import console
 from dpo_jax.io import bucket as bucket_lib
 from dpo_jax.io import rundir, step_files
@@ -37,15 +38,15 @@ def main(arguments: list[str]) -> int:
     directory is not None and not remote
   ):
     parser.error("fetch takes an address and DIR, all else one place")
-  try:
+
+  def call():
     with bucket_lib.reaching(place) if remote else contextlib.nullcontext():
       if directory is not None:
         return _fetch(place, directory)
       find = _in_bucket if remote else _on_disk
       return _print(find(place, command == "verify"), command == "verify")
-  except ValueError as error:
-    console.error(str(error))
-    return 2
+
+  return flags.checked(call)
 
 
 def _print(found: Iterator[Any], verify: bool) -> int:

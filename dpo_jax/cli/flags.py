@@ -52,36 +52,7 @@ def run(
   """
   redaction.install()
   faulthandler.enable()
-  given = flags.FlagValues()
-  given.set_gnu_getopt(True)
-  for name, (default, text) in (_FLAGS | options).items():
-    short = "h" if name == "help" else None
-    _DEFINE[type(default)](
-      name, default, text, flag_values=given, short_name=short
-    )
-  # Its value is optional.
-  given["help"].boolean = True
-  try:
-    try:
-      rest = given(sys.argv, known_only=True)
-    finally:
-      console.set_mode(given["log"].value)
-    name = given["config"].value
-    if given["help"].value:
-      _print_help(given, name or example)
-      sys.exit()
-    config = _config(name, rest, given)
-    stem = pathlib.Path(name.partition(":")[0]).stem
-    workdir = given["workdir"].value or f"runs/{stem}"
-    remote.refuse_address("--workdir", workdir)
-    values = {key: given[key].value for key in options}
-    code = _call(main, config, pathlib.Path(workdir).resolve(), values)
-  except (flags.Error, ValueError) as error:
-    console.error(str(error))
-    code = 2
-  except errors.Stopped as error:
-    console.error(str(error))
-    code = error.code
+  code = checked(lambda: _run(main, example, options))
   sys.stdout.flush()
   sys.stderr.flush()
   if code and any(
@@ -93,18 +64,61 @@ def run(
   sys.exit(code)
 
 
-def _call(main, config, workdir: pathlib.Path, values: dict[str, Any]) -> int:
-  """Calls a command, with what stops any of them as `errors.Stopped`."""
+def checked(
+  call: Callable[[], int], workdir: pathlib.Path = pathlib.Path()
+) -> int:
+  """Exit code of a command; logs what needs no traceback."""
   try:
-    return main(config, workdir, **values)
+    for text in (*sys.argv, os.getcwd()):
+      if text != text.encode(errors="ignore").decode():
+        raise ValueError(
+          f"{text!a} is not in the encoding of this environment,"
+          f" {sys.getfilesystemencoding()}: set PYTHONUTF8=1"
+        )
+    return call()
+  except (flags.Error, ValueError) as error:
+    said, code = str(error), 2
+  except errors.Stopped as error:
+    said, code = str(error), error.code
   except OSError as error:
-    if limit := errors.limit(error, workdir):
-      raise limit from error
-    raise
+    limit = errors.limit(error, workdir)
+    if not limit and not error.filename:
+      raise
+    said, code = str(limit or error), 1
   except KeyboardInterrupt:
-    raise preemption.Interrupted(
-      signal.SIGINT, "with nothing half-written"
-    ) from None
+    stopped = preemption.Interrupted(signal.SIGINT, "with nothing half-written")
+    said, code = str(stopped), stopped.code
+  console.error(said)
+  return code
+
+
+def _run(
+  main: Callable[..., int], example: str, options: dict[str, tuple[Any, str]]
+) -> int:
+  given = flags.FlagValues()
+  given.set_gnu_getopt(True)
+  for name, (default, text) in (_FLAGS | options).items():
+    short = "h" if name == "help" else None
+    _DEFINE[type(default)](
+      name, default, text, flag_values=given, short_name=short
+    )
+  # Its value is optional.
+  given["help"].boolean = True
+  try:
+    rest = given(sys.argv, known_only=True)
+  finally:
+    console.set_mode(given["log"].value)
+  name = given["config"].value
+  if given["help"].value:
+    _print_help(given, name or example)
+    return 0
+  config = _config(name, rest, given)
+  stem = pathlib.Path(name.partition(":")[0]).stem
+  workdir = given["workdir"].value or f"runs/{stem}"
+  remote.refuse_address("--workdir", workdir)
+  workdir = pathlib.Path(workdir).resolve()
+  values = {key: given[key].value for key in options}
+  return checked(lambda: main(config, workdir, **values), workdir)
 
 
 def _config(name: str, arguments: list[str], others: Iterable[str]) -> dict:

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpo_jax import winrates
+from dpo_jax.cli import flags as flags_lib
 from dpo_jax.core import console, errors, settings
 from dpo_jax.io import atomic, hashing, markdown, strict_json
 from dpo_jax.report import checks, figures, load, page
@@ -292,20 +293,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for field in dataclasses.fields(ReportSettings)
     if getattr(flags, field.name) is not None
   }
-  try:
+
+  def call():
     base = _settings(flags.directory, flags.verdicts or _DEFAULTS.verdicts)
     values = dataclasses.asdict(base) | given
     path = write(
       settings.build(ReportSettings, values, "report"), flags.directory
     )
-  except (ValueError, OSError) as error:
-    console.error(str(error))
-    return 2
-  except errors.Stopped as error:
-    console.error(str(error))
-    return 1
-  console.result(str(path), path=str(path))
-  return 0
+    console.result(str(path), path=str(path))
+    return 0
+
+  return flags_lib.checked(call)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from dpo_jax.cli import flags
 from dpo_jax.core import console
 from dpo_jax.io import strict_json
 from dpo_jax.report import dpo_replication, load, page, report
@@ -157,31 +158,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
   )
   parser.add_argument("path", nargs="+", help="see the module's docstring")
   console.add_flag(parser)
-  flags = parser.parse_args(arguments)
+  paths = parser.parse_args(arguments).path
+  return flags.checked(lambda: _verify(map(pathlib.Path, paths)))
+
+
+def _verify(paths: Iterable[pathlib.Path]) -> int:
   found, files = [], []
-  try:
-    for name in flags.path:
-      path = pathlib.Path(name)
-      reports = _reports(path)
-      for directory in reports:
-        wrong = check_report(directory)
-        found += wrong
-        state = "differs from" if wrong else "all numbers agree with"
-        _print(f"{directory}: {state} its rows")
-      if not reports:
-        files += _results(path)
-    if files:
-      evals = dpo_replication.read_all(files)
-      wrong = [
-        _first(file.path, dpo_replication.differences(file)) for file in evals
-      ]
-      found += [line for lines in wrong for line in lines]
-      _print("\n".join(dpo_replication.lines(evals)))
-      count = sum(map(bool, wrong))
-      _print(f"{count} of {len(evals)} files disagree with their own rows.")
-  except (ValueError, OSError) as error:
-    console.error(str(error))
-    return 2
+  for path in paths:
+    reports = _reports(path)
+    for directory in reports:
+      wrong = check_report(directory)
+      found += wrong
+      state = "differs from" if wrong else "all numbers agree with"
+      _print(f"{directory}: {state} its rows")
+    if not reports:
+      files += _results(path)
+  if files:
+    evals = dpo_replication.read_all(files)
+    wrong = [
+      _first(file.path, dpo_replication.differences(file)) for file in evals
+    ]
+    found += [line for lines in wrong for line in lines]
+    _print("\n".join(dpo_replication.lines(evals)))
+    count = sum(map(bool, wrong))
+    _print(f"{count} of {len(evals)} files disagree with their own rows.")
   for line in found:
     _print(f"DIFFERS {line}")
   return 1 if found else 0

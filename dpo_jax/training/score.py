@@ -32,6 +32,7 @@ from typing import Any, get_args
 import jax
 import numpy as np
 
+from dpo_jax.cli import flags
 from dpo_jax.core import console, redaction, sharding
 from dpo_jax.core import settings as settings_lib
 from dpo_jax.data import packing, sources, token_table, tokenization
@@ -243,15 +244,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
   redaction.install()
-  try:
+
+  def call():
     settings = parse()
     rows = run(settings)
-  except ValueError as error:
-    console.error(str(error))
-    return 2
-  text = f"{len(rows)} rows in {settings.output}"
-  console.result(text, path=settings.output, rows=len(rows))
-  return 0
+    text = f"{len(rows)} rows in {settings.output}"
+    console.result(text, path=settings.output, rows=len(rows))
+    return 0
+
+  return flags.checked(call)
 
 
 if __name__ == "__main__":
