@@ -177,8 +177,12 @@ class Uploader:
   def _upload_finished(self) -> None:
     step = max(step_files.steps(self._directory))
     self._upload_step(step)
-    names = _files(self._workdir, ("export", bucket_lib.FINISHED))
-    files = {name: step_files.describe(self._workdir / name) for name in names}
+    files: dict[str, step_files.File | None] = {
+      name: step_files.describe(self._workdir / name)
+      for name in _files(self._workdir, ("export",))
+    }
+    # A run that made its last steps again has the same model, in other seconds.
+    files[bucket_lib.FINISHED] = None
     self._upload(bucket_lib.FINISHED, step, files)
 
   def _upload(
