@@ -18,7 +18,10 @@ RESPONSE = records.Response(
   prompt_id="p1",
   prompt="\n\nHuman: hi\n\nAssistant:",
   response=" yes",
-  chosen=" no",
+  # What breaks naive JSON lines: separators other than a newline, and
+  # characters that escapes or decoders lose.
+  chosen="a\u2028b\u2029c\u0085d\nf\r\ng\rh\x0b\x0c\x1c\x00\x1b[0m\x7f"
+  '👩‍👩‍👧 שלום עולם \u202egnp \ufeff"quoted" \\n \\u2028 {"a": 1}',
   model="dpo",
   step=None,
   temperature=1.0,
@@ -53,31 +56,10 @@ VERDICT = records.Verdict(
   error="",
 )
 
-# What breaks naive JSONL: separators other than newline, and characters that
-# escapes or decoders tend to lose.
-HARD_TEXTS = [
-  "a\u2028b\u2029c\u0085d",
-  "line\nbreak\r\nand\rreturn\x0b\x0c\x1c",
-  "\x00 NUL \x1b[0m \x7f",
-  "👩‍👩‍👧 שלום עולם \u202egnp \ufeff",
-  '"quoted" \\n \\u2028 {"a": 1}',
-  "",
-]
-
 
 def line(**changes) -> bytes:
   values = dataclasses.asdict(RESPONSE) | changes
   return json.dumps(values).encode() + b"\n"
-
-
-def test_texts_survive_the_file(tmp_path):
-  rows = [dataclasses.replace(RESPONSE, response=text) for text in HARD_TEXTS]
-  path = tmp_path / "rows.jsonl"
-  with jsonl.Store(path, records.Response) as store:
-    for row in rows:
-      store.append(row)
-  assert records.read(path, records.Response) == rows
-  assert path.read_bytes().count(b"\n") == len(rows)
 
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
@@ -91,7 +73,7 @@ any_text = st.text(st.characters(exclude_categories=["Cs"]))
 )
 def test_any_row_survives_its_line(text, step, temperature):
   row = dataclasses.replace(
-    RESPONSE, prompt=text, chosen=text, step=step, temperature=temperature
+    RESPONSE, prompt=text, step=step, temperature=temperature
   )
   data = records.encode(row)
   assert data.index(b"\n") == len(data) - 1
@@ -146,13 +128,11 @@ def test_store_says_what_it_cut(tmp_path, caplog):
     (line(extra=1), "extra"),
     (line().replace(b'"chosen"', b'"chose"'), "chosen"),
     (line().replace(b"1.0", b"NaN", 1), "NaN is not a JSON number"),
-    (line().replace(b"1.0", b"1e999", 1), "too large to be finite: 1e999"),
     (line().replace(b" yes", b"\\ud83d"), "'response' holds a lone surrogate"),
     (line().replace(b" yes", b"\xff"), "not UTF-8 at byte"),
     (line()[:40] + b"\n", "not JSON: Invalid control character"),
     (b"\n", "Expecting value"),
     (b"[1]\n", "row must be a dict"),
-    (b"[" * 100_000 + b"\n", "nested too deeply"),
   ],
 )
 def test_bad_line_is_named_with_its_field(tmp_path, data, message):
@@ -208,28 +188,6 @@ def test_the_last_verdict_of_a_unit_counts(tmp_path):
   assert records.read(path, records.Verdict) == [other, retest, VERDICT]
   with jsonl.Store(path, records.Verdict) as store:
     assert store.rows == [missing, other, retest, VERDICT]
-
-
-@pytest.mark.parametrize(
-  ("changes", "message"),
-  [
-    ({"control": "gold standard"}, "control.*'aa', 'gold', 'retest'"),
-    ({"verdict": "draw"}, "verdict.*'model', 'chosen', 'tie'"),
-    # An int reads as a float where one is declared.
-    ({"score": 1}, None),
-    ({"score": float("inf")}, "score.*finite"),
-    ({"prompt_tokens": None}, "prompt_tokens"),
-  ],
-)
-def test_the_fields_of_a_verdict_are_checked(changes, message):
-  row = dataclasses.replace(VERDICT, **changes)
-  if message is None:
-    read = records.decode(records.encode(row), records.Verdict)
-    assert read == row
-    assert type(read.score) is float
-  else:
-    with pytest.raises(ValueError, match=message):
-      records.encode(row)
 
 
 def test_a_full_disk_keeps_what_was_committed(tmp_path):
@@ -289,18 +247,6 @@ with jsonl.Store({str(path)!r}, records.Response) as store:
     store.append(RESPONSE)
   assert f"stale lock of pid {holder.pid}" in caplog.text
   assert os.listdir(tmp_path) == ["rows.jsonl"]
-
-
-def test_a_lock_is_refused_within_one_process_too(tmp_path):
-  with locks.Lock(tmp_path / "lock"):
-    with (
-      pytest.raises(locks.Held, match=f"pid {os.getpid()} "),
-      locks.Lock(tmp_path / "lock"),
-    ):
-      pass
-    assert (tmp_path / "lock").exists()
-  with locks.Lock(tmp_path / "lock"):
-    pass
 
 
 def test_a_lock_of_another_host_is_not_guessed_about(tmp_path):
