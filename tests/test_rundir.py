@@ -23,6 +23,22 @@ def test_paths_below_the_directory_are_stored_from_it(value, stored):
   assert rundir.portable(value, pathlib.Path("/runs/a")) == stored
 
 
+def test_hidden_files_are_no_part_of_a_finished_run(tmp_path):
+  (tmp_path / "export").mkdir()
+  for name in ("metrics.jsonl", "export/model.safetensors", "export/.DS_Store"):
+    (tmp_path / name).write_text(name)
+  rundir.finish(tmp_path, 3)
+  (tmp_path / "export" / ".DS_Store").unlink()
+  rundir.refuse_damaged(tmp_path)
+  assert rundir.finished(tmp_path).step == 3
+  (tmp_path / "export" / "model.safetensors").write_text("other")
+  rundir.refuse_damaged(tmp_path, "metrics.jsonl")
+  with pytest.raises(
+    ValueError, match=r"model\.safetensors is not what its run"
+  ):
+    rundir.refuse_damaged(tmp_path, "export/")
+
+
 def test_a_moved_directory_has_the_same_config(tmp_path):
   begun, moved = tmp_path / "begun", tmp_path / "moved"
 

@@ -142,7 +142,9 @@ def beyond(changed: Iterable[str], allowed: Iterable[str]) -> list[str]:
 
 def finish(workdir: pathlib.Path, step: int) -> None:
   """Writes finished.json, the manifest of the export and the metrics."""
-  found = [workdir / metrics.FILE, *sorted((workdir / "export").iterdir())]
+  # Not the hidden files of a system.
+  export = sorted((workdir / "export").glob("[!.]*"))
+  found = [workdir / metrics.FILE, *export]
   files = {
     file.relative_to(workdir).as_posix(): step_files.describe(file)
     for file in found
