@@ -394,6 +394,14 @@ def test_a_fault_and_its_outcome(names):
       r"server\.omit=max_tokens or .*_name=max_completion_tokens",
     ),
     (judge_server.fails(422, "body: response_format"), r"server\.output=text"),
+    (
+      judge_server.Reply(
+        422,
+        b'{"detail": [{"loc": ["body", "logprobs"], "msg": "no", "input":'
+        b' {"temperature": 0}}]}',
+      ),
+      r"server\.top_logprobs=0",
+    ),
     (judge_server.fails(400, "logprobs: no"), r"server\.top_logprobs=0"),
     (
       judge_server.fails(400, "The model `m` does not exist."),
@@ -435,7 +443,7 @@ def test_a_silent_judge_stops_the_run_after_one_timeout(
 ):
   """One at a time, after more than a question with its two retries."""
   monkeypatch.setattr(client, "_ALONE_S", 0.05)
-  message = f"{most} attempts in a row.*no reply within 0.5 s.*the same command"
+  message = f"{most} requests in a row.*no reply within 0.5 s.*the same command"
   with judge_server.Server(in_turn("hang")) as server:
     used = settings(server.url, timeout_s=0.5, retry_wait_s=0.2)
     with pytest.raises(judging.Stop, match=message):
@@ -447,15 +455,23 @@ def test_a_dead_judge_stops_the_run():
   """Retries counted: two for each question."""
   replies = ask_in_turn(settings(NOWHERE), 6)
   assert {reply.choice for reply in replies} == {"missing"}
-  with pytest.raises(judging.Stop, match=r"20 attempts.*connection failed"):
+  with pytest.raises(judging.Stop, match=r"20 requests.*connection failed"):
     ask_in_turn(settings(NOWHERE), 7)
   # A judge that replies once, or asks for patience, is not dead.
   with judge_server.Server(in_turn("500 " * 19 + "longer 500")) as server:
     replies = ask_in_turn(settings(server.url), 12)
   assert [reply.choice for reply in replies].index("first") == 6
-  with judge_server.Server(in_turn("later " * 25 + "longer")) as server:
-    used = settings(server.url, max_retries=40)
+  with judge_server.Server(in_turn("429 later " * 12 + "longer")) as server:
+    used = settings(server.url, max_retries=40, retry_wait_s=0.0)
     assert ask(used)[0].choice == "first"
+  # Nor if it takes a question for too long, as any other 400 would show.
+  with judge_server.Server(in_turn("long")) as server:
+    assert len(ask_in_turn(settings(server.url), 25)) == 25
+  with (
+    judge_server.Server(in_turn("400")) as server,
+    pytest.raises(judging.Stop, match=r"20 requests.*HTTP 400: no"),
+  ):
+    ask_in_turn(settings(server.url), 25)
 
 
 # --- settings

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 # The Batch API's, as a factor of the live price.
 _BATCH_PRICE = 0.5
-# Attempts in a row without a reply, over all questions, that end a run.
+# Failures in a row, over all questions, that end a run.
 _DEAD = 20
 # The first request is alone this long: what fails for all is sent once.
 _ALONE_S = 1.0
@@ -49,7 +49,6 @@ _REMEDIES = {
 _UNKNOWN_MODEL = re.compile(
   r"\bmodel\b.{0,99}\b(?:not (?:exist|found|available)|unknown|invalid)\b", re.I
 )
-# Of one question, whatever parameter the message names.
 _TOO_LONG = re.compile(r"context.(?:length|window)|input tokens|too long", re.I)
 # As OpenAI, Azure, OpenRouter and DashScope name what their filters refuse.
 _FILTERED = re.compile(
@@ -157,8 +156,8 @@ class Failure(judging.Stop):
   """A request without a completion.
 
   `billed` if the server may have charged for it, `fatal` if every other request
-  would fail too, `refused` by a content filter, `silent` until the time-out.
-  `wait_s` is that of Retry-After.
+  would fail too, `refused` by a content filter, `alone` if it shows nothing of
+  other requests, `silent` until the time-out. `wait_s` is that of Retry-After.
   """
 
   cause: str
@@ -167,6 +166,7 @@ class Failure(judging.Stop):
   billed: bool = False
   fatal: bool = False
   refused: bool = False
+  alone: bool = False
   silent: bool = False
 
 
@@ -332,16 +332,14 @@ class Client:
 
   def _count(self, failure: Failure) -> None:
     """Raises judging.Stop if the server seems to be dead."""
-    # A server that asks for patience is alive.
-    alive = not failure.retryable or failure.wait_s is not None
-    self._failures = 0 if alive else self._failures + 1
+    self._failures = 0 if failure.alone else self._failures + 1
     most = _DEAD
     if failure.silent:
       # All in flight, but more than one question with its retries.
       most = min(most, max(self.concurrency, self.settings.max_retries + 2))
     if self._failures >= most:
       raise judging.Stop(
-        f"{self._failures} attempts in a row brought no reply from"
+        f"{self._failures} requests in a row brought no reply from"
         f" {self.settings.base_url}, the last: {failure}; start the server, or"
         " correct base_url or timeout_s, and run the same command again"
       )
@@ -394,7 +392,8 @@ class Client:
       async with asyncio.timeout(timeout_s):
         return await call
     except openai.APIStatusError as error:
-      body = {"message": error.message} | verdicts.as_dict(error.body)
+      said = {"message": str(error.body or error.message)}
+      body = said | verdicts.as_dict(error.body)
       failure = self.failure(error.status_code, body, error.response.headers)
     except (openai.APITimeoutError, TimeoutError):
       cause = f"no reply within {timeout_s:g} s"
@@ -423,14 +422,12 @@ class Client:
       [error.get(x) for x in ("code", "type", "innererror", "metadata")]
     )
     if _FILTERED.search(kinds):
-      return Failure(cause, refused=True)
+      return Failure(cause, refused=True, alone=True)
+    # Of one question, whatever parameter the message names.
+    alone = bool(_TOO_LONG.search(text))
     hint = ""
-    if status in (0, 400, 422) and not _TOO_LONG.search(text):
-      named = {*re.findall(r"\w+", f"{error.get('param')} {text}")}
-      found = [hint for name, hint in _REMEDIES.items() if name in named]
-      unknown = error.get("param") == "model" or _UNKNOWN_MODEL.search(text)
-      model = f"set server.model, now {self.settings.model!r}"
-      hint = found[0] if found else model if unknown else ""
+    if status in (0, 400, 422) and not alone:
+      hint = self._remedy(str(error.get("param") or ""), text)
     elif status in (401, 403):
       hint = f"check the key in {self.settings.api_key_env or 'api_key_env'}"
     elif "insufficient_quota" in (error.get("code"), error.get("type")):
@@ -442,9 +439,26 @@ class Client:
       hint = f"it redirects to {location:.200}: set base_url to the API itself"
     if hint:
       return Failure(f"{cause} ({hint})", fatal=True)
-    retryable = status in (0, 408, 409, 429) or status >= 500
     wait_s = _retry_after(headers)
-    return Failure(cause, retryable=retryable, wait_s=wait_s)
+    return Failure(
+      cause,
+      retryable=status in (0, 408, 409, 429) or status >= 500,
+      wait_s=wait_s,
+      # A server that asks for patience is alive.
+      alone=alone or status == 429 or wait_s is not None,
+    )
+
+  def _remedy(self, param: str, text: str) -> str:
+    """What to set if a server refuses a parameter of every request, or ""."""
+    # Without the request that some servers repeat.
+    text = re.split("[\"']input[\"']", text)[0]
+    named = re.findall(r"\w+", param or text)
+    for name, remedy in _REMEDIES.items():
+      if name in named:
+        return remedy
+    if param == "model" or _UNKNOWN_MODEL.search(text):
+      return f"set server.model, now {self.settings.model!r}"
+    return ""
 
 
 def failed(reply: judging.Reply, failure: Failure) -> judging.Reply:
