@@ -297,6 +297,9 @@ REPLIES = {
   "long": judge_server.fails(
     400, "max_tokens is too large for this model's maximum context length"
   ),
+  "unfit": judge_server.Reply(
+    400, b'{"error": {"message": "a temperature?", "param": "messages"}}'
+  ),
   "choiceless": judge_server.says("More helpful: A", choices=[]),
   "echo": echo,
   "refusal": judge_server.says("I'm sorry, but I can't assist with that."),
@@ -359,6 +362,7 @@ ROWS = {
   "prohibited": ({}, "refusal", "", 1),
   "flagged": ({}, "refusal", "", 1),
   "long": ({}, "missing", "maximum context length", 1),
+  "unfit": ({}, "missing", "a temperature?", 1),
   "refusal": ({}, "refusal", "", 1),
   "refused": ({}, "refusal", "", 1),
   "filtered": ({}, "refusal", "", 1),

@@ -155,11 +155,10 @@ def test_thinking_is_no_part_of_a_reply(opened, closed):
   tokens = [opened, thought, closed, "More helpful:", " B"]
   value = completion(None, shares=(4, {"A": 0.2, "B": 0.8}), tokens=tokens)
   assert read(value).score == pytest.approx(0.2)
-  content = f'{opened}"choice": "A"{closed}{{"choice": "'
-  value = completion(
-    None, shares=(1, {"A": 0.2, "B": 0.8}), tokens=[content, "B", '"}']
-  )
-  assert read(value, "json_schema").score == pytest.approx(0.2)
+  # A score of the thinking is none of the verdict's.
+  tokens = [f'{opened}"choice": "', "B", closed, '{"choice": "B"}']
+  value = completion(None, shares=(1, {"A": 0.2, "B": 0.8}), tokens=tokens)
+  assert read(value, "json_schema").score is None
 
 
 @pytest.mark.parametrize("letter", FORMS)
@@ -410,6 +409,7 @@ def test_content_as_a_list_of_parts():
     {"type": "thinking", "thinking": [{"type": "text", "text": "B?"}]},
     {"type": "text", "text": "Comparison: x.\nMore "},
     {"type": "text", "text": "helpful: A"},
+    {"type": "reasoning", "text": "\nMore helpful: B"},
   ]
   assert read(completion(parts)).text == "Comparison: x.\nMore helpful: A"
   assert read(completion(parts)).choice == "first"

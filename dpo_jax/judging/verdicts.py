@@ -97,7 +97,7 @@ _THINKING = re.compile(
   r"|<channel\|>|<unused95>|<\|inner_suffix\|>|^here is my response:)"
   rf"|[<◁]\|?\s?(?:start_|begin_(?:of_)?)?{_THOUGHT}\|?[>▷]|\[think\]"
   r"|<details type=\"reasoning\"[^>]{0,80}>"
-  r"|<\|channel\|>\s*(?:analysis|commentary)\b|\A\s{0,4}analysis(?=\w)"
+  r"|<\|channel\|>\s*(?:analysis|commentary)\b|\A\s{0,4}analysis(?=[^\s,.:;])"
   r"|<\|channel>thought|<unused94>|<\|inner_prefix\|>"
   r"|^here is my thought process:",
   re.IGNORECASE | re.MULTILINE,
@@ -169,8 +169,8 @@ def _plain(text: str) -> str:
   said, start, thinking = "", 0, False
   for mark in _THINKING.finditer(text):
     if mark["close"]:
-      # What nothing opened began with the reply.
-      said, start, thinking = said if thinking else "", mark.end(), False
+      # What nothing opened began with the reply, or with the last mark.
+      start, thinking = mark.end(), False
     elif not thinking:
       said, thinking = said + text[start : mark.start()], True
   return _EDGES.sub("", said if thinking else said + text[start:])
