@@ -35,20 +35,17 @@ _DEAD = 20
 # The first request is alone this long: what fails for all is sent once.
 _ALONE_S = 1.0
 
-# What to set if a server refuses a parameter, by a name in its message.
-_OMIT = "set server.omit=max_tokens or server.max_tokens_name="
+# What to set if a server's message refuses a parameter of every request.
 _REMEDIES = {
-  "temperature": "set server.omit=temperature",
-  "max_tokens": f"{_OMIT}max_completion_tokens",
-  "max_completion_tokens": f"{_OMIT}max_tokens",
-  "response_format": "set server.output=text",
-  "json_schema": "set server.output=text",
-  "logprobs": "set server.top_logprobs=0",
-  "top_logprobs": "set server.top_logprobs=0",
+  r"\btemperature\b": "omit=temperature",
+  r"\bmax_(?:completion_)?tokens\b": "omit=max_tokens, or server."
+  "max_tokens_name=max_completion_tokens or max_tokens",
+  r"\b(?:response_format|json_schema)\b": "output=text",
+  r"\b(?:top_)?logprobs\b": "top_logprobs=0",
+  r"^model$|\b(?:unknown|invalid) model\b"
+  r"|\bmodel\b.{0,99}\bnot (?:exist|found|available)\b": "model to one that the"
+  " server has",
 }
-_UNKNOWN_MODEL = re.compile(
-  r"\bmodel\b.{0,99}\b(?:not (?:exist|found|available)|unknown|invalid)\b", re.I
-)
 _TOO_LONG = re.compile(r"context.(?:length|window)|input tokens|too long", re.I)
 # As OpenAI, Azure, OpenRouter and DashScope name what their filters refuse.
 _FILTERED = re.compile(
@@ -427,7 +424,7 @@ class Client:
     alone = bool(_TOO_LONG.search(text))
     hint = ""
     if status in (0, 400, 422) and not alone:
-      hint = self._remedy(str(error.get("param") or ""), text)
+      hint = _remedy(str(error.get("param") or ""), text)
     elif status in (401, 403):
       hint = f"check the key in {self.settings.api_key_env or 'api_key_env'}"
     elif "insufficient_quota" in (error.get("code"), error.get("type")):
@@ -448,17 +445,13 @@ class Client:
       alone=alone or status == 429 or wait_s is not None,
     )
 
-  def _remedy(self, param: str, text: str) -> str:
-    """What to set if a server refuses a parameter of every request, or ""."""
-    # Without the request that some servers repeat.
-    text = re.split("[\"']input[\"']", text)[0]
-    named = re.findall(r"\w+", param or text)
-    for name, remedy in _REMEDIES.items():
-      if name in named:
-        return remedy
-    if param == "model" or _UNKNOWN_MODEL.search(text):
-      return f"set server.model, now {self.settings.model!r}"
-    return ""
+
+def _remedy(param: str, text: str) -> str:
+  """What to set if a server refuses a parameter of every request, or ""."""
+  # Without the request that some servers repeat.
+  where = param or re.split("[\"']input[\"']", text)[0]
+  found = [x for form, x in _REMEDIES.items() if re.search(form, where, re.I)]
+  return f"set server.{found[0]}" if found else ""
 
 
 def failed(reply: judging.Reply, failure: Failure) -> judging.Reply:

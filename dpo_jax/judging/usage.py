@@ -23,17 +23,12 @@ _REPLY_TOKENS = 60
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """Usage of a run without errors; `dollars` is None without a price.
-
-  `before` are the dollars of earlier runs, `cap` the budget or 0.
-  """
+  """Usage of a run without errors; `dollars` is None without a price."""
 
   calls: int
   prompt_tokens: int
   completion_tokens: int
   dollars: float | None
-  before: float
-  cap: float
   prompts: int
 
   def __str__(self) -> str:
@@ -45,12 +40,6 @@ class Estimate:
       text += "; the price is unknown"
     else:
       text += f", {self.dollars:.4f} dollars"
-      if self.before:
-        text += f" after {self.before:.4f} of earlier runs"
-      if self.cap:
-        text += f", of a budget of {self.cap:g}"
-        if self.before + self.dollars > self.cap:
-          text += ", which is not enough for all of them"
     difference = intervals.detectable_difference(self.prompts)
     if difference is not None:
       text += (
@@ -130,7 +119,7 @@ def estimate(
   """Usage of the open questions of a plan; a reward (no client) is free."""
   calls = len(plan.questions)
   if not client:
-    return Estimate(calls, 0, 0, 0.0, 0.0, 0.0, prompt_count)
+    return Estimate(calls, 0, 0, 0.0, prompt_count)
   price = client.settings.price
   size = sum(
     len(prompts.fill(client.template, cases[0].question).encode())
@@ -142,8 +131,6 @@ def estimate(
     calls,
     *tokens,
     dollars=price.of(*tokens) if price else None,
-    before=client.budget.cost,
-    cap=client.budget.cap,
     prompts=prompt_count,
   )
 
