@@ -202,7 +202,7 @@ def test_a_policy_that_is_not_its_reference_is_not_trained(
     return jax.tree.map(lambda leaf: leaf + 0.01, original(*arguments))
 
   monkeypatch.setattr(gpt_neox, "init_lora", moved)
-  with pytest.raises(guards.TrainingError, match=r"step 0 is 0\.\d+, not 0.69"):
+  with pytest.raises(guards.TrainingError, match=r"loss is 0\.\d+, not 0.69"):
     train_lib.run(config(), tmp_path / "run")
   assert not list((tmp_path / "run" / "checkpoints").iterdir())
   assert not (tmp_path / "run" / "export").exists()
