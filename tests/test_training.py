@@ -244,6 +244,7 @@ def test_a_finished_run_is_not_run_again(whole, begun, config, monkeypatch):
   [
     ("export/model.safetensors", "model"),
     ("export/config.json", "model"),
+    ("adapters/step-000004/adapter_model.safetensors", "adapter"),
     ("metrics.jsonl", "report"),
   ],
 )
@@ -253,11 +254,13 @@ def test_a_flipped_byte_of_a_finished_run_is_found(
   run = shutil.copytree(whole, tmp_path / "dpo")
 
   def check():
-    if read == "model":
-      loading = {"dtype": "float32", "remat": "none", "param_dtype": "float32"}
-      hf.load(run / "export", lora=None, **loading)
-    else:
+    if read == "report":
       load.run_metrics(run)
+    else:
+      loading = {"dtype": "float32", "remat": "none", "param_dtype": "float32"}
+      shape, _ = hf.load(run / "export", lora=None, **loading)
+    if read == "adapter":
+      hf.load_adapter((run / name).parent, shape)
     return checkpoint.main(["verify", str(run)])
 
   assert check() == 0

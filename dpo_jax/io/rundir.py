@@ -141,10 +141,11 @@ def beyond(changed: Iterable[str], allowed: Iterable[str]) -> list[str]:
 
 
 def finish(workdir: pathlib.Path, step: int) -> None:
-  """Writes finished.json, the manifest of the export and the metrics."""
-  # Not the hidden files of a system.
-  export = sorted((workdir / "export").glob("[!.]*"))
-  found = [workdir / metrics.FILE, *export]
+  """Writes finished.json, the manifest of models, adapters and metrics."""
+  found = [workdir / metrics.FILE]
+  for models in ("export", "adapters/step-*"):
+    # Not the hidden files of a system.
+    found += sorted(workdir.glob(f"{models}/[!.]*"))
   files = {
     file.relative_to(workdir).as_posix(): step_files.describe(file)
     for file in found

@@ -157,10 +157,14 @@ def load_adapter(
       fingerprint; PEFT's have none, and only shapes are compared.
 
   Raises:
-    ValueError: the adapter has settings that we do not compute, or belongs to
-      a model of another shape or with other weights.
+    ValueError: the adapter has settings that we do not compute, belongs to a
+      model of another shape or with other weights, or is not what its run
+      wrote.
   """
   directory = remote.fetch(directory)
+  if directory.parent.name == "adapters":
+    run = directory.parent.parent
+    rundir.refuse_damaged(run, f"adapters/{directory.name}/")
   origin = directory / "adapter_config.json"
   lora = gpt_neox.LoraConfig(
     **hf_layout.lora_fields(strict_json.read_object(origin), str(origin))
