@@ -105,6 +105,13 @@ def test_a_cut_anywhere_loses_only_the_line_it_cuts(
   assert path.read_bytes() == b"".join(lines[:kept]) + records.encode(RESPONSE)
 
 
+def test_what_may_be_unknown_may_be_missing():
+  values = json.loads(line())
+  del values["mean_logp"], values["subset"]
+  data = json.dumps(values).encode()
+  assert records.decode(data, records.Response) == RESPONSE
+
+
 def test_store_says_what_it_cut(tmp_path, caplog):
   path = tmp_path / "rows.jsonl"
   path.write_bytes(line() + line()[:30])

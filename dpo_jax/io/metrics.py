@@ -23,7 +23,8 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
     ValueError: naming file and line, if one is no object with an integer step.
   """
   rows = []
-  for number, row in strict_json.appended(path):
+  values, _, _ = strict_json.scan(path, strict_json.parse)
+  for number, row in enumerate(values, 1):
     if not isinstance(row, dict) or type(row.get("step")) is not int:
       raise ValueError(f"{path}:{number} is not a row of metrics with a step")
     for name, value in row.items():

@@ -5,11 +5,10 @@ A row is committed when its line, newline included, is on disk; see
 """
 
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Iterable
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from dpo_jax.core import settings
 from dpo_jax.io import strict_json
@@ -130,7 +129,7 @@ def encode(row: Response | Verdict) -> bytes:
     ValueError: a field has a wrong type, is not finite, or holds half of a
       surrogate pair; or the line would be too long to be read.
   """
-  values = vars(_typed(type(row), vars(row)))
+  values = vars(settings.build(type(row), vars(row), "row"))
   strict_json.check_texts(values)
   line = json.dumps(values, ensure_ascii=False).encode() + b"\n"
   if len(line) > strict_json.MAX_BYTES:
@@ -143,23 +142,13 @@ def encode(row: Response | Verdict) -> bytes:
 
 def decode(line: bytes, cls: type[Row]) -> Row:
   """Row of a line; ValueError names the field that is wrong."""
-  return _typed(cls, strict_json.parse(line))
-
-
-def _typed(cls: type[Row], values: Any) -> Row:
-  # Fields with a default may be missing.
+  values = strict_json.parse(line)
   if isinstance(values, dict):
-    values = _defaults(cls) | values
+    # Fields with a default, an attribute of the class, may be missing.
+    for field in dataclasses.fields(cls):
+      if hasattr(cls, field.name):
+        values.setdefault(field.name, field.default)
   return settings.build(cls, values, "row")
-
-
-@functools.cache
-def _defaults(cls: type) -> dict[str, Any]:
-  return {
-    field.name: field.default
-    for field in dataclasses.fields(cls)
-    if field.default is not dataclasses.MISSING
-  }
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:

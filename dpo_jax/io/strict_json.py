@@ -143,11 +143,6 @@ def scan(
   return values, b"", size
 
 
-def appended(path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
-  """(number, value) of the committed lines of a file; see `scan`."""
-  return iter(enumerate(scan(path, parse)[0], 1))
-
-
 def parse(data: bytes) -> Any:
   """Value of JSON text in UTF-8, with or without a byte order mark.
 
