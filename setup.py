@@ -67,7 +67,7 @@ setuptools.setup(
     "dpo_jax.report.figures": ["*.mplstyle"],
     "dpo_jax.report.page": ["*.html", "*.css", "*.js"],
   },
-  # The oldest versions that the suite passed with, tests/test_floors.py.
+  # The oldest versions that tests/test_floors.py runs the pipeline with.
   install_requires=[
     "absl-py>=2.1",
     "beautifulsoup4>=4.12",
