@@ -383,16 +383,6 @@ def test_steps_of_a_run_are_policies_of_their_own(world, whole, tmp_path):
       assert dataclasses.replace(row, mean_logp=other.mean_logp) == other
 
 
-def test_samples_of_a_prompt_differ(world, tmp_path):
-  policies = {"sft": world.policy(temperatures=(1.0,))}
-  (path,) = generate_lib.run(
-    world.build(policies=policies, samples_per_prompt=2), tmp_path
-  )
-  rows = records.read(path, records.Response)
-  assert [row.sample_id for row in rows] == [0, 1] * 6
-  assert all(a.response != b.response for a, b in zip(rows[::2], rows[1::2]))
-
-
 def test_best_of_n_is_a_few_lines(world, tmp_path):
   """N different responses to each prompt, with ids of their own."""
   values = sample_config.get_config("best-of-n").to_dict()
@@ -486,20 +476,6 @@ def test_refuses_to_mix_settings_in_one_file(world, whole, changes, message):
   with pytest.raises(ValueError, match=message):
     generate_lib.run(world.build(**changes), whole.parent.parent)
   assert whole.read_bytes() == before
-
-
-def test_continues_a_file_that_names_no_subset(world, whole, tmp_path):
-  """Of a version that did not write it: what it lacks is filled in."""
-  path = tmp_path / "responses" / "sft.jsonl"
-  path.parent.mkdir()
-  path.with_suffix(".json").write_bytes(whole.with_suffix(".json").read_bytes())
-  rows = [json.loads(line) for line in whole.read_bytes().splitlines()[:4]]
-  for row in rows:
-    assert row.pop("subset") == ""
-    del row["cut_prompt_tokens"]
-  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  generate_lib.run(world.build(), tmp_path)
-  assert path.read_bytes() == whole.read_bytes()
 
 
 def test_weights_whose_log_probs_overflow_are_named(world, tmp_path):
