@@ -217,17 +217,26 @@ def data() -> config_dict.ConfigDict:
 def loss() -> config_dict.ConfigDict:
   """The preference loss."""
   c = config_dict.ConfigDict()
-  # DPO only. "sigmoid" is DPO; or "robust", "ipo", "hinge", "exo_pair",
-  # "nca_pair", "sppo_hard", "apo_zero", "apo_down", "discopop": docs/losses.md.
+  # DPO only. "sigmoid" is DPO; docs/losses.md has all kinds. A weighted sum is
+  # "sigmoid+0.2*sft".
   c.kind = "sigmoid"
   # Strength of the KL penalty towards the reference.
   c.beta = 0.1
-  # Assumed rate of swapped labels; sigmoid (conservative DPO), robust and
-  # exo_pair only.
+  # Assumed rate of swapped labels: in "sigmoid", conservative DPO.
   c.label_smoothing = 0.0
   # Divide log-ratios by their responses' tokens: for "ipo" as in TRL, for
   # "sigmoid" as in Tulu 3.
   c.per_token = False
+  # SimPO's target margin of rewards.
+  c.gamma = 0.0
+  # "reverse_kl", "forward_kl", "js_divergence" or "alpha_divergence".
+  c.divergence = "reverse_kl"
+  # Of the alpha-divergence; 1 is the reverse KL.
+  c.divergence_alpha = 0.5
+  # LD-DPO: the weight of tokens past the length of the pair's shorter response.
+  c.ld_alpha = 1.0
+  # WPO: weigh each pair by how likely the policy is to write its responses.
+  c.wpo = False
   return c
 
 

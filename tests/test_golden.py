@@ -21,7 +21,6 @@ import transformers
 from dpo_jax.data import batch as batch_lib
 from dpo_jax.data import packing, tokenization, tokenizer
 from dpo_jax.model import gpt_neox, hf
-from dpo_jax.training import losses
 from dpo_jax.training import optimizer as optimizer_lib
 from dpo_jax.training import step as step_lib
 
@@ -73,6 +72,8 @@ REPORTED = (
   "rewards/accuracies",
   "logps/chosen",
   "logps/rejected",
+  "logps/chosen_per_token",
+  "logps/rejected_per_token",
 )
 
 
@@ -107,9 +108,7 @@ def groups(pairs):
 def ours(config, base, adapters, pairs, pad_id, settings):
   """One dict of metrics for each step."""
   tx = optimizer_lib.make(settings, STEPS, step_lib.trainable(config))
-  objective = step_lib.Objective(
-    "dpo", losses.LossSettings("sigmoid", BETA, 0.0, False), BATCH // 2
-  )
+  objective = step_lib.Objective("dpo", tiny.loss(beta=BETA), BATCH // 2)
   # Room for all that two pairs may hold: one shape for all batches.
   one = (packing.Shape(1, 128),)
   how = packing.Packing("shared", 384, 1, 2, False, pad_id, one)
@@ -151,6 +150,7 @@ def torch_loop(policy, reference, pairs, pad_id, optimizer, scheduler, clip):
   for group in groups(pairs):
     prompts = [pair.prompt for pair in group] * 2
     responses = [pair.chosen for pair in group] + [p.rejected for p in group]
+    lengths = torch.tensor([len(x) for x in responses])
     chosen, rejected = torch_logps(policy, prompts, responses, pad_id).split(
       BATCH
     )
@@ -176,6 +176,8 @@ def torch_loop(policy, reference, pairs, pad_id, optimizer, scheduler, clip):
         "rewards/accuracies": 0.5 * (1 + torch.sign(good - bad)).mean(),
         "logps/chosen": chosen.mean(),
         "logps/rejected": rejected.mean(),
+        "logps/chosen_per_token": (chosen / lengths[:BATCH]).mean(),
+        "logps/rejected_per_token": (rejected / lengths[BATCH:]).mean(),
       }
     )
   return [{k: v.item() for k, v in row.items()} for row in history]

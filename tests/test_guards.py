@@ -15,7 +15,7 @@ from dpo_jax.data import sources, tokenizer
 from dpo_jax.model import hf
 from dpo_jax.training import guards, losses, train
 
-LOSS = losses.LossSettings("sigmoid", 0.5, 0.0, False)
+LOSS = tiny.loss(beta=0.5)
 
 
 @pytest.mark.parametrize(
@@ -54,9 +54,9 @@ def test_how_near_the_first_loss_must_be(
   monkeypatch.setattr(jax, "default_backend", lambda: platform)
 
   def check():
-    loss = math.log(2) + off
+    metrics = {"loss": math.log(2) + off}
     start = losses.at_start(LOSS)
-    guards.check_first_loss(loss, start, "float32", precomputed=precomputed)
+    guards.check_first_loss(metrics, start, "float32", precomputed=precomputed)
 
   with jax.default_matmul_precision(precision):
     if passes:

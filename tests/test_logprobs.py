@@ -51,18 +51,20 @@ def torchs(inputs, source, target):
   row = torch.as_tensor(row + 3 * np.arange(len(source))[:, None])
   at, target = torch.as_tensor(at), torch.as_tensor(target)
   top = logps.argmax(-1)[row, at]
+  squares = (2 * logps.detach()).logsumexp(-1)[row, at]
   logps, entropy = logps[row, at, target], entropy[row, at]
   (logps * torch.tensor(factors(source.shape))).sum().backward()
   grads = [x.grad.numpy() for x in inputs]
-  return (logps.detach(), entropy.detach(), top), grads
+  return (logps.detach(), entropy.detach(), squares, top), grads
 
 
 def assert_close(found, wanted):
   # Sums of 23 exponentials in float32.
-  for a, b in zip((found.logps, found.entropy), wanted[:2], strict=True):
+  stats = (found.logps, found.entropy, found.log_square_sum)
+  for a, b in zip(stats, wanted[:3], strict=True):
     assert a.dtype == jnp.float32
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-  assert found.top.tolist() == wanted[2].tolist()
+  assert found.top.tolist() == wanted[3].tolist()
 
 
 # The unembedding is frozen, trained, or trained alone. Less than a chunk of

@@ -1,16 +1,15 @@
 """Preference losses against hand arithmetic and the paper's own gradient."""
 
 import math
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from dpo_jax.training import losses
 
-KINDS = get_args(losses.Kind)
 BETA = 0.5
 
 
@@ -30,14 +29,15 @@ SAME = pair_of(PAIR.policy, PAIR.policy)
 A, B, H = (1.0, -2.0), (-0.5, 0.0), (1.5, -2.0)
 
 
-def settings(kind="sigmoid", beta=BETA, label_smoothing=None, per_token=False):
-  if label_smoothing is None:
-    label_smoothing = 1e-3 if kind == "exo_pair" else 0.0
-  return losses.LossSettings(kind, beta, label_smoothing, per_token)
+def settings(**values):
+  smoothing = 1e-3 if values.get("kind") == "exo_pair" else 0.0
+  return tiny.loss(**({"beta": BETA, "label_smoothing": smoothing} | values))
 
 
 def loss(pair=PAIR, **values):
-  return losses.preference_loss(settings(**values), pair)
+  """The loss of every pair of one kind."""
+  (found,) = losses.preference_losses(settings(**values), pair).values()
+  return found
 
 
 def sigmoid(x):
@@ -51,10 +51,6 @@ def logistic(x):
 # Float32 keeps seven digits of values of this size.
 def close(values):
   return pytest.approx(values, rel=1e-6)
-
-
-def test_the_table_has_every_kind():
-  assert losses.LOSSES.keys() == {*KINDS}
 
 
 def test_sigmoid():
@@ -84,7 +80,7 @@ def test_robust_is_unbiased_under_swapped_labels():
   ]
   assert list(loss(kind="robust", label_smoothing=0.1)) == close(by_hand)
   # The mean over labels of which a tenth is swapped is the clean loss.
-  swapped = losses.Pair(*(losses.Responses(*x[::-1]) for x in PAIR))
+  swapped = losses.Pair(*(losses.Responses(*x[::-1]) for x in PAIR[:4]))
   kept, other = (
     loss(x, kind="robust", label_smoothing=0.1) for x in (PAIR, swapped)
   )
@@ -128,6 +124,7 @@ def test_exo_is_a_kl_divergence():
         logistic(BETA * a) + (logistic(-BETA * a) + logistic(-BETA * b)) / 2
       ),
     ),
+    ("bco_pair", lambda a, b: logistic(BETA * a) + logistic(-BETA * b)),
     ("sppo_hard", lambda a, b: (a - 1) ** 2 + (b + 1) ** 2),
     ("apo_zero", lambda a, b: 1 - sigmoid(BETA * a) + sigmoid(BETA * b)),
     ("apo_down", lambda a, b: 1 + sigmoid(BETA * a) - sigmoid(BETA * (a - b))),
@@ -144,6 +141,127 @@ def test_losses_of_both_log_ratios(kind, by_hand):
   assert list(loss(kind=kind)) == close([by_hand(a, b) for a, b in zip(A, B)])
 
 
+@pytest.mark.parametrize("kind", ["aot", "aot_unpaired"])
+def test_sorted_losses(kind):
+  # "aot": margins of the policy 2, -1 and of the reference 0.5, 1; the first is
+  # the greater of the policy's, the second the smaller. "aot_unpaired": log-
+  # ratios of chosen 1, -2 and of rejected -0.5, 0.
+  differences = (2 - 1, -1 - 0.5) if kind == "aot" else (1 - 0, -2 + 0.5)
+  wanted = [logistic(BETA * x) for x in differences]
+  assert list(loss(kind=kind)) == close(wanted)
+  # A pair that fills up the batch has no rank.
+  more = jax.tree.map(lambda x: jnp.append(0.0, x), PAIR)
+  assert list(loss(more, kind=kind)[1:]) == close(wanted)
+  smooth = loss(kind=kind, label_smoothing=0.1)
+  wanted = [
+    0.9 * a + 0.1 * logistic(-BETA * x) for a, x in zip(wanted, differences)
+  ]
+  assert list(smooth) == close(wanted)
+
+
+def log_odds(mean):
+  return mean - math.log(1 - math.exp(mean))
+
+
+@pytest.mark.parametrize(
+  ("kind", "wanted"),
+  [
+    # Margins of 2 and -1 nats.
+    ("cpo", [logistic(BETA * 2), logistic(-BETA)]),
+    # Means -4/4 and -9/3 of chosen, -6/2 and -8/4 of rejected.
+    ("simpo", [logistic(BETA * 2), logistic(-BETA)]),
+    (
+      "orpo",
+      [
+        BETA * logistic(log_odds(-1) - log_odds(-3)),
+        BETA * logistic(log_odds(-3) - log_odds(-2)),
+      ],
+    ),
+    ("sft", [4, 9]),
+    ("unlikelihood", [-6, -8]),
+  ],
+)
+def test_losses_of_the_policy_alone(kind, wanted):
+  alone = PAIR._replace(reference=None, ratios=PAIR.policy)
+  assert settings(kind=kind).reference_free
+  assert list(loss(alone, kind=kind)) == close(wanted)
+  assert losses.at_start(settings(kind=kind)) == {}
+  # A reference, which another kind of a sum may need, changes nothing.
+  assert list(loss(kind=kind)) == close(wanted)
+
+
+def test_simpo_of_other_lengths_and_margins():
+  pair = PAIR._replace(lengths=losses.Responses(*jnp.float32([[8, 3], [2, 2]])))
+  # Means -0.5 and -3, -3 and -4: margins 2.5 and 1, times 2 less 0.6.
+  found = loss(pair, kind="simpo", beta=2.0, gamma=0.6)
+  assert list(found) == close([logistic(4.4), logistic(1.4)])
+
+
+@pytest.mark.parametrize(
+  ("values", "score", "slope"),
+  [
+    ({"divergence": "forward_kl"}, lambda x: 1 - math.exp(-x), 1),
+    (
+      {"divergence": "js_divergence"},
+      lambda x: math.log(2 * math.exp(x) / (1 + math.exp(x))),
+      0.5,
+    ),
+    (
+      {"divergence": "alpha_divergence", "divergence_alpha": 0.25},
+      lambda x: (math.exp(-0.75 * x) - 1) / -0.75,
+      1,
+    ),
+    (
+      {"divergence": "alpha_divergence", "divergence_alpha": 1.0},
+      lambda x: x,
+      1,
+    ),
+  ],
+)
+def test_divergences(values, score, slope):
+  wanted = [logistic(BETA * (score(a) - score(b))) for a, b in zip(A, B)]
+  assert list(loss(**values)) == close(wanted)
+  start = losses.at_start(settings(**values))
+  assert start == {"loss": close((math.log(2), slope * BETA / 2))}
+
+
+def test_weights_of_tokens():
+  """LD-DPO: three tokens of four are those that the other response has."""
+  found = losses.token_weights(
+    settings(ld_alpha=0.25), jnp.arange(4), jnp.array(3)
+  )
+  assert list(found) == [1, 1, 1, 0.25]
+
+
+def test_wpo_weighs_pairs_without_a_gradient():
+  on_policy = losses.Responses(*jnp.float32([[-0.5, 0.25], [-1.0, 0.5]]))
+
+  def weighed(policy):
+    pair = PAIR._replace(on_policy=policy)
+    return losses.preference_losses(settings(kind="hinge+sft", wpo=True), pair)
+
+  found = weighed(on_policy)
+  wanted = [0.25 * math.exp(-1.5), 2 * math.exp(0.75)]
+  assert list(found["hinge"]) == close(wanted)
+  assert list(found["sft"]) == [4, 9]
+  slopes = jax.grad(lambda x: jnp.sum(weighed(x)["hinge"]))(on_policy)
+  assert not np.any(slopes)
+  assert losses.at_start(settings(wpo=True)) == {}
+
+
+def test_a_sum_of_kinds():
+  used = settings(kind="0.5*sigmoid + bco_pair+ 2*sft")
+  assert used.weights == {"sigmoid": 0.5, "bco_pair": 1.0, "sft": 2.0}
+  assert not used.reference_free
+  found = losses.preference_losses(used, PAIR)
+  for kind, values in found.items():
+    assert list(values) == list(loss(kind=kind))
+  # The parts that are known before training.
+  start = losses.at_start(used)
+  assert start.keys() == {"loss/sigmoid", "loss/bco_pair"}
+  assert start["loss/bco_pair"] == close((2 * math.log(2), BETA / 2))
+
+
 # Value, and the slopes in the log-ratios of chosen and rejected, at equality.
 AT_START = {
   "sigmoid": (math.log(2), BETA / 2),
@@ -158,6 +276,9 @@ AT_START = {
     BETA / 4 * math.log(999),
   ),
   "nca_pair": (2 * math.log(2), BETA / 4),
+  "bco_pair": (2 * math.log(2), BETA / 2),
+  "aot": (math.log(2), BETA / 2),
+  "aot_unpaired": (math.log(2), BETA / 2),
   "sppo_hard": (2.0, 2.0),
   "apo_zero": (1.0, BETA / 4),
   # In chosen the two slopes cancel.
@@ -174,17 +295,11 @@ AT_START = {
 def test_losses_and_slopes_at_the_start(kind):
   value, slope = AT_START[kind]
   assert list(loss(SAME, kind=kind)) == close([value] * 2)
-  assert losses.at_start(settings(kind)) == close((value, abs(slope)))
+  start = losses.at_start(settings(kind=kind))
+  assert start == {"loss": close((value, abs(slope)))}
   if kind != "exo_pair":
-    assert losses.at_start(settings(kind, per_token=True))[0] == close(value)
-
-
-def test_a_loss_of_the_policy_alone_has_no_value_at_the_start(monkeypatch):
-  def length_normalized(pair, settings):
-    return -jax.nn.log_sigmoid(settings.beta * pair.policy.margin)
-
-  monkeypatch.setitem(losses.LOSSES, "sigmoid", length_normalized)
-  assert losses.at_start(settings()) is None
+    start = losses.at_start(settings(kind=kind, per_token=True))
+    assert start["loss"][0] == close(value)
 
 
 def test_gradient_is_the_papers():
@@ -214,23 +329,58 @@ def test_gradient_is_the_papers():
   np.testing.assert_allclose(found[1], beta * weight, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("per_token", [False, True])
-def test_no_margin_gives_nan(kind, per_token):
-  huge = [[3e4, -3e4, 1e4], [-3e4, 3e4, 1e4]]
+@pytest.mark.parametrize(
+  "values",
+  [
+    *({"kind": kind} for kind in losses.LOSSES),
+    *({"divergence": x} for x in ("forward_kl", "js_divergence")),
+    {"divergence": "alpha_divergence"},
+  ],
+  ids=lambda values: "".join(values.values()),
+)
+def test_no_margin_gives_nan(values, per_token):
+  huge = jnp.float32([[3e4, -3e4, 1e4], [-3e4, 3e4, 1e4]])
   pair = pair_of(huge, np.zeros((2, 3)), [[1, 1, 0]] * 2)
 
   def total(ratios):
-    used = pair._replace(ratios=ratios)
-    return jnp.sum(loss(used, kind=kind, per_token=per_token))
+    used = pair._replace(policy=ratios, ratios=ratios)
+    return jnp.sum(loss(used, per_token=per_token, **values))
 
   value, grads = jax.value_and_grad(total)(pair.ratios)
   assert np.isfinite(value)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.parametrize("kind", losses.LOSSES)
+def test_slopes_are_those_of_the_values(kind):
+  """By central differences in float64."""
+  with jax.enable_x64(True):
+    policy = losses.Responses(*np.float64([[-4, -9, -2.25], [-6, -8, -5]]))
+    zeros = losses.Responses(*np.float64([[-5, -7, -3], [-5.5, -8, -4]]))
+    lengths = losses.Responses(*np.float64([[4, 3, 2], [2, 4, 2]]))
+
+    @jax.jit
+    def value(policy):
+      ratios = jax.tree.map(jnp.subtract, policy, zeros)
+      pair = losses.Pair(policy, zeros, ratios, lengths)
+      return jnp.sum(loss(pair, kind=kind))
+
+    slopes = jax.grad(value)(policy)
+    for side in range(2):
+      for i in range(3):
+        step = np.zeros((2, 3))
+        step[side, i] = 1e-5
+        near, far = (
+          value(losses.Responses(*(policy + sign * step))) for sign in (1, -1)
+        )
+        assert float(slopes[side][i]) == pytest.approx(
+          float(near - far) / 2e-5, abs=1e-8
+        )
+
+
 def test_reward_metrics():
-  found = losses.reward_metrics(PAIR, beta=0.5)
+  found = losses.reward_metrics(PAIR, settings())
   assert {key: list(value) for key, value in found.items()} == {
     "rewards/chosen": [0.5, -1.0],
     "rewards/rejected": [-0.25, 0.0],
@@ -238,13 +388,20 @@ def test_reward_metrics():
     "rewards/accuracies": [1.0, 0.0],
     "logps/chosen": [-4.0, -9.0],
     "logps/rejected": [-6.0, -8.0],
+    "logps/chosen_per_token": [-1.0, -3.0],
+    "logps/rejected_per_token": [-3.0, -2.0],
   }
+  # Without a reference, of log-probs; SimPO's of their means.
+  alone = PAIR._replace(reference=None, ratios=PAIR.policy)
+  for kind, wanted in (("cpo", [-2.0, -4.5]), ("simpo+sft", [-0.5, -1.5])):
+    found = losses.reward_metrics(alone, settings(kind=kind))
+    assert list(found["rewards/chosen"]) == wanted
   # Before training nothing is told apart: chance, not zero.
-  same = losses.reward_metrics(SAME, beta=0.5)
+  same = losses.reward_metrics(SAME, settings())
   assert list(same["rewards/accuracies"]) == [0.5, 0.5]
   # Nor is a margin smaller than what rounding makes of equal log-probs.
   near = pair_of(((5e-5, 2e-4), (0, 0)), ((0, 0), (0, 0)))
-  found = losses.reward_metrics(near, beta=10.0)
+  found = losses.reward_metrics(near, settings(beta=10.0))
   assert list(found["rewards/accuracies"]) == [0.5, 1.0]
 
 
@@ -252,8 +409,19 @@ def test_reward_metrics():
   ("values", "words"),
   [
     ({"beta": 0.0}, "loss.beta=0.0 must be positive and finite"),
-    ({"kind": "hinge", "label_smoothing": 0.1}, "kinds sigmoid, robust, exo"),
+    (
+      {"kind": "hinge", "label_smoothing": 0.1},
+      "not defined for 'hinge' but for sigmoid, robust, exo_pair",
+    ),
     ({"kind": "exo_pair", "label_smoothing": 0.0}, "set it to 1e-3"),
+    ({"gamma": 0.5}, "not defined for 'sigmoid' but for simpo.*set it to 0.0"),
+    ({"kind": "bco_pair", "divergence": "forward_kl"}, "set it to 'reverse_kl"),
+    ({"kind": "simpo+ipo", "ld_alpha": 0.5}, "not defined for 'simpo'"),
+    ({"kind": "aot", "wpo": True}, "loss.wpo=True.*set it to False"),
+    ({"kind": "dpo"}, "'dpo' is no sum such as 'sigmoid.0.2.sft' of sigmoid"),
+    ({"kind": "ipo+-1*sft"}, "give 'sft' once, with a positive weight"),
+    ({"kind": "ipo+ipo"}, "give 'ipo' once"),
+    ({"kind": "x*ipo"}, "give 'ipo' once, with a positive weight"),
   ],
 )
 def test_settings_that_make_no_sense_are_refused(values, words):

@@ -12,9 +12,9 @@ from dpo_jax.data import batch as batch_lib
 from dpo_jax.data import packing
 from dpo_jax.model import gpt_neox
 from dpo_jax.sampling import decode, draw, stop
-from dpo_jax.training import losses, optimizer, step
+from dpo_jax.training import optimizer, step
 
-LOSS = losses.LossSettings("sigmoid", 0.5, 0.0, False)
+LOSS = tiny.loss(beta=0.5)
 OPTIMIZER = optimizer.OptimizerSettings(
   "adamw", 0.01, "constant", 0, 0.1, 0.9, 0.99, 1e-8, 1.0
 )

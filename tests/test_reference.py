@@ -12,7 +12,7 @@ from dpo_jax.data import batch as batch_lib
 from dpo_jax.data import packing, token_table
 from dpo_jax.io import safetensors
 from dpo_jax.model import gpt_neox
-from dpo_jax.training import losses, optimizer, reference
+from dpo_jax.training import optimizer, reference
 from dpo_jax.training import step as step_lib
 
 LORA = dataclasses.replace(
@@ -57,9 +57,7 @@ def test_layout_mesh_and_batch_change_nothing(base, pairs, logps):
 @pytest.mark.parametrize("with_lora", [True, False])
 def test_a_step_gives_the_same_with_them(base, pairs, logps, with_lora):
   config = LORA if with_lora else tiny.CONFIG
-  objective = step_lib.Objective(
-    "dpo", losses.LossSettings("sigmoid", 0.5, 0.0, False), 4
-  )
+  objective = step_lib.Objective("dpo", tiny.loss(beta=0.5), 4)
   tx = optimizer.make(
     optimizer.OptimizerSettings(
       "adamw", 0.01, "constant", 0, 0.0, 0.9, 0.99, 1e-8, 1.0
@@ -185,7 +183,7 @@ def test_in_bfloat16_they_are_those_of_the_step():
   logps = reference.token_logps(config, base, None, table, how, 4, mesh)
   kept = reference.spread(table, logps)
   batch, _ = batch_lib.pack(table, how, kept)
-  loss = losses.LossSettings("sigmoid", 5.0, 0.0, False)
+  loss = tiny.loss(beta=5.0)
   evaluate = jax.jit(
     step_lib.make_eval_step(lora, step_lib.Objective("dpo", loss, 4)),
     compiler_options=step_lib.COMPILER_OPTIONS,

@@ -20,7 +20,7 @@ from dpo_jax.core import sharding
 from dpo_jax.data import batch as batch_lib
 from dpo_jax.data import packing
 from dpo_jax.model import gpt_neox
-from dpo_jax.training import losses, optimizer
+from dpo_jax.training import optimizer
 from dpo_jax.training import step as step_lib
 
 # Five layers: an array of all of them is recognized by its size.
@@ -179,9 +179,7 @@ def step_of(config, mesh=None):
     {"train": keep_gradients(), "freeze": optax.set_to_zero()},
     dict.fromkeys(("base", "lora"), "freeze") | {name: "train"},
   )
-  objective = step_lib.Objective(
-    "dpo", losses.LossSettings("sigmoid", 0.5, 0.0, False), PAIRS // 2
-  )
+  objective = step_lib.Objective("dpo", tiny.loss(beta=0.5), PAIRS // 2)
   step = step_lib.make_train_step(config, objective, tx, 0)
   how = packing.Packing("shared", 40, 8, 2, False, 1)
   batch, _ = batch_lib.pack(tiny.pairs(PAIRS, 3), how)

@@ -7,20 +7,21 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import operations
 import pytest
 import tiny
 
 from dpo_jax.core import sharding
 from dpo_jax.data import batch as batch_lib
 from dpo_jax.data import packing, token_table
-from dpo_jax.model import gpt_neox
+from dpo_jax.model import gpt_neox, logprobs
 from dpo_jax.training import losses, optimizer
 from dpo_jax.training import step as step_lib
 
 LORA = dataclasses.replace(
   tiny.CONFIG, lora=gpt_neox.LoraConfig(2, 4.0, 0.0, gpt_neox.TARGETS)
 )
-LOSS = losses.LossSettings("sigmoid", 0.5, 0.0, False)
+LOSS = tiny.loss(beta=0.5)
 OPTIMIZER = optimizer.OptimizerSettings(
   "adamw", 0.01, "constant", 0, 0.1, 0.9, 0.99, 1e-8, 1.0
 )
@@ -198,7 +199,7 @@ def test_a_loss_that_is_not_finite_changes_nothing():
 def test_an_update_that_is_refused_changes_not_a_bit():
   """The loss is finite, but the gradient is not."""
   base = tiny.weights(tiny.CONFIG)
-  loss = losses.LossSettings("sigmoid", 1e22, 0.0, False)
+  loss = tiny.loss(beta=1e22)
   share = step_lib.Objective("dpo", loss, PAIRS)
   tx = optimizer.make(OPTIMIZER, 9, "base")
   step = jax.jit(step_lib.make_train_step(tiny.CONFIG, share, tx, 0))
@@ -268,14 +269,165 @@ def test_spread_and_right_words_of_an_evaluation_by_hand(weights):
   assert float(found["entropy"]) == pytest.approx(spread, rel=1e-5)
 
 
+# Every kind that one program can hold, and what the others need.
+SUMS = {
+  "every": {
+    "kind": "+".join(
+      kind
+      for kind, loss in losses.LOSSES.items()
+      if kind != "exo_pair" and not loss.whole_batch
+    )
+  },
+  "sorted": {"kind": "aot+0.5*aot_unpaired+0.2*sft"},
+  "tokens": {
+    "kind": "sigmoid+exo_pair+0.3*sft",
+    "label_smoothing": 0.1,
+    "per_token": True,
+    "divergence": "forward_kl",
+    "ld_alpha": 0.25,
+    "wpo": True,
+  },
+}
+
+
+def responses_by_numpy(config, base, adapters, items):
+  """For each response: (logps, their log square sums) of its tokens."""
+  found = []
+  for item in items:
+    for response in (item.chosen, item.rejected):
+      logps, at = sequence(config, base, item.prompt, response, adapters)
+      rows = logps[at].astype(np.float64)
+      picked = rows[np.arange(len(response)), list(response)]
+      found.append((picked, np.log(np.exp(2 * rows).sum(-1))))
+  return found
+
+
+def pair_by_numpy(settings, policy, reference):
+  """A `losses.Pair` of those log-probs."""
+  count = len(policy) // 2
+
+  def both(values):
+    return losses.Responses(*jnp.float32(values).reshape(count, 2).T)
+
+  lengths = np.array([len(x) for x, _ in policy])
+  shorter = np.repeat(lengths.reshape(-1, 2).min(1), 2)
+  ratios = [
+    ((x - y)[:n].sum() + settings.ld_alpha * (x - y)[n:].sum())
+    for (x, _), (y, _), n in zip(policy, reference, shorter)
+  ]
+  return losses.Pair(
+    both([x.sum() for x, _ in policy]),
+    both([x.sum() for x, _ in reference]),
+    both(ratios),
+    both(lengths),
+    both([(x - squares).mean() for x, squares in policy])
+    if settings.wpo
+    else None,
+  )
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_losses_of_a_step_are_those_of_plain_log_probs(weights, name):
+  base, adapters = weights
+  settings = tiny.loss(beta=0.5, **SUMS[name])
+  items = tiny.pairs(PAIRS - 3, 4)
+  policy = responses_by_numpy(LORA, base, adapters, items)
+  reference = responses_by_numpy(LORA, base, None, items)
+  pair = pair_by_numpy(settings, policy, reference)
+  parts = losses.preference_losses(settings, pair)
+  wanted = {kind: float(jnp.mean(x)) for kind, x in parts.items()}
+  wanted["sft"] *= len(items) / float(jnp.sum(pair.lengths.chosen))
+  share = step_lib.Objective("dpo", settings, PAIRS)
+  evaluate = jax.jit(step_lib.make_eval_step(LORA, share))
+  params = {"base": base, "lora": adapters}
+  # A batch that is not full, of pairs in several shards.
+  sums = evaluate(params, None, pack(items, 1, rows=6))
+  found = share.means({key: float(value) for key, value in sums.items()})
+  for kind, value in wanted.items():
+    assert found[f"loss/{kind}"] == pytest.approx(value, rel=1e-4), kind
+  total = sum(w * wanted[kind] for kind, w in settings.weights.items())
+  assert found["loss"] == pytest.approx(total, rel=1e-4)
+
+
+def first_update(name, config, microbatches, layout, mesh=None):
+  """Metrics of an update by a loss of `SUMS`, and the weights after it."""
+  full = config.lora is None
+  base = tiny.weights(config)
+  reference = tiny.weights(config, 7) if full else None
+  settings = tiny.loss(beta=0.5, **SUMS[name])
+  share = step_lib.Objective("dpo", settings, PAIRS // microbatches)
+  tx = optimizer.make(OPTIMIZER, 9, step_lib.trainable(config))
+  step = step_lib.make_train_step(config, share, tx, 0)
+  lora = {} if full else tiny.adapters(config)
+  state = step_lib.init_state(base, lora, tx)
+  batch = pack(tiny.pairs(PAIRS, 2), microbatches, layout, rows=8)
+  if mesh is None:
+    return jax.jit(step)(state, reference, batch)
+  sharded = sharding.shardings(jax.eval_shape(lambda: state), mesh)
+  step = jax.jit(step, out_shardings=(sharded, sharding.replicated(mesh)))
+  with jax.set_mesh(mesh):
+    return step(
+      jax.device_put(state, sharded),
+      reference,
+      jax.device_put(batch, sharding.batch_sharding(mesh, leading=1)),
+    )
+
+
+@pytest.mark.parametrize(
+  ("name", "config", "other"),
+  [
+    ("every", LORA, (2, "packed")),
+    ("tokens", tiny.CONFIG, (4, "padded")),
+    ("sorted", LORA, (1, "packed", (2, 2, 2))),
+  ],
+)
+def test_losses_do_not_depend_on_how_they_are_computed(name, config, other):
+  microbatches, layout, *sizes = other
+  mesh = sharding.make_mesh(*sizes[0]) if sizes else None
+  state, metrics = first_update(name, config, 1, "shared")
+  found = first_update(name, config, microbatches, layout, mesh)
+  # Float32 sums in another order.
+  assert_close(found[1], metrics, rtol=2e-5, atol=2e-6)
+  after, before = (
+    leaves(x.params[step_lib.trainable(config)]) for x in (found[0], state)
+  )
+  # See `assert_trained_alike`.
+  for leaf in after.keys() - {"blocks/query_key_value/bias"}:
+    np.testing.assert_allclose(after[leaf], before[leaf], 0, 1e-4, err_msg=leaf)
+
+
+def test_a_loss_of_the_policy_alone_computes_no_reference():
+  batch = pack(tiny.pairs(PAIRS, 1), 1, rows=8)
+  known = dataclasses.replace(
+    batch, reference=np.zeros(batch.target.shape, np.float32)
+  )
+
+  def flops(kind, config, batch):
+    share = step_lib.Objective("dpo", tiny.loss(kind=kind), PAIRS)
+    base = tiny.weights(config)
+    tx = optimizer.make(OPTIMIZER, 9, step_lib.trainable(config))
+    lora = tiny.adapters(config) if config.lora else {}
+    step = step_lib.make_train_step(config, share, tx, 0)
+    reference = None if config.lora or kind == "simpo" else base
+    state = step_lib.init_state(base, lora, tx)
+    return operations.flops(jax.make_jaxpr(step)(state, reference, batch).jaxpr)
+
+  for config in (LORA, tiny.CONFIG):
+    alone = flops("simpo", config, batch)
+    assert alone == flops("sigmoid", config, known)
+    assert alone < 0.8 * flops("sigmoid", config, batch)
+
+
 def test_means_by_hand():
-  sums = {"loss": 6.0, "weight": 3.0, "entropy": 8.0, "tokens": 4.0}
+  sums = {"weight": 3.0, "entropy": 8.0, "tokens": 4.0}
   sums |= {"mean_token_accuracy": 1.0, "chosen_tokens": 2.0}
-  assert step_lib.means(sums) == {
-    "loss": 2.0,
-    "entropy": 2.0,
-    "mean_token_accuracy": 0.5,
-  }
+  means = {"entropy": 2.0, "mean_token_accuracy": 0.5}
+  assert objective().means(sums | {"loss": 6.0}) == means | {"loss": 2.0}
+  # The SFT term is a mean over chosen tokens.
+  mixed = dataclasses.replace(objective(), loss=tiny.loss(kind="ipo+0.2*sft"))
+  parts = {"loss/ipo": 6.0, "loss/sft": 5.0}
+  wanted = {"loss/ipo": 2.0, "loss/sft": 2.5, "loss": 2.5}
+  assert mixed.means(sums | parts) == means | wanted
 
 
 def test_evaluation_of_sft_sums_over_tokens():
@@ -300,22 +452,24 @@ def nll(config, base, item):
   return -logps[at, list(item.response)].sum()
 
 
-def sequence(config, base, prompt, response):
+def sequence(config, base, prompt, response, adapters=None):
   """All log-probs of a row, [T, V], and which of them predict the response."""
   tokens = np.zeros((1, 16), np.int32)
   whole = prompt + response
   tokens[0, : len(whole)] = whole
-  logits = np.asarray(plain_logits(config, base, tokens), np.float64)[0]
+  logits = np.asarray(plain_logits(config, base, adapters, tokens), np.float64)[
+    0
+  ]
   logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   return logps, np.arange(len(prompt) - 1, len(whole) - 1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def plain_logits(config, base, tokens):
+def plain_logits(config, base, adapters, tokens):
   size = tokens.shape[1]
   mask = jnp.tril(jnp.ones((1, size, size), bool))
   hidden, _ = gpt_neox.apply(
-    config, base, None, tokens, jnp.arange(size)[None], mask
+    config, base, adapters, tokens, jnp.arange(size)[None], mask
   )
   return gpt_neox.unembed(base, hidden)
 
@@ -413,7 +567,7 @@ def test_in_bfloat16_policy_and_reference_start_equal():
   )
   pairs = tiny.pairs(4, 0, (32, 64), (32, 64), config)
   batch = pack(pairs, 1, row_length=256, rows=4)
-  loss = losses.LossSettings("sigmoid", 5.0, 0.0, False)
+  loss = tiny.loss(beta=5.0)
   tx = optimizer.make(OPTIMIZER, 9, "lora")
   step = jax.jit(
     step_lib.make_train_step(config, step_lib.Objective("dpo", loss, 4), tx, 0),
@@ -438,8 +592,9 @@ def test_sums_of_a_pair_by_hand():
   # difference of sums, each a million nats, would keep nothing of it.
   policy = jnp.where(is_chosen, -1000.0, -2000.0)
   other = policy - jnp.where(is_chosen, 2.0**-10, 0.0)
+  stats = logprobs.TokenStats(policy, *[jnp.zeros_like(policy)] * 3)
   sums, weight = step_lib._objective_sums(
-    objective(items=1), micro, policy, other
+    objective(items=1), micro, stats, other
   )
   assert float(weight) == 1
   # Beta is a half, and a thousand and twenty-four 2^-10 are one nat.

@@ -41,6 +41,8 @@ def test_a_run_writes_each_step_once(whole):
     "rewards/accuracies",
     "logps/chosen",
     "logps/rejected",
+    "logps/chosen_per_token",
+    "logps/rejected_per_token",
     "row_fill",
   }
   assert train[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)

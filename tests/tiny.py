@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.core import sharding
+from configs import common
+from dpo_jax.core import settings, sharding
 from dpo_jax.data import token_table
 from dpo_jax.model import gpt_neox
+from dpo_jax.training import losses
 
 # Head dim 8, of which 4 are rotated: both kinds of dimension exist. Every axis
 # that a mesh splits is a multiple of eight.
@@ -52,6 +54,12 @@ def adapters(config, seed=1):
     lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32),
     shapes,
   )
+
+
+def loss(**values):
+  """Loss settings of configs/common.py, but for these."""
+  defaults = common.loss().to_dict()
+  return settings.build(losses.LossSettings, defaults | values, "loss")
 
 
 def pairs(count, seed=0, prompt=(2, 9), response=(1, 7), vocab=CONFIG):

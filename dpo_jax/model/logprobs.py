@@ -41,11 +41,14 @@ class TokenStats:
     logps: log p(target | everything before it), float32, in nats.
     entropy: of that distribution, float32, in nats; it has no gradient.
     top: its most likely token, int32.
+    log_square_sum: log of the sum of its squared probabilities, float32; it has
+      no gradient.
   """
 
   logps: jax.Array
   entropy: jax.Array
   top: jax.Array
+  log_square_sum: jax.Array
 
 
 def token_stats(
@@ -95,8 +98,8 @@ def sequence_sums(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _stats(rows, kernel, target, chunk, tile):
-  """(logps, entropy, top) of gathered rows [S, C, D]."""
-  return _forward_stats(rows, kernel, target, chunk, tile)[:3]
+  """(logps, entropy, top, log square sum) of gathered rows [S, C, D]."""
+  return _forward_stats(rows, kernel, target, chunk, tile)[:4]
 
 
 def _forward_stats(rows, kernel, target, chunk, tile):
@@ -113,12 +116,12 @@ def _forward(rows, kernel, target, chunk, tile):
   rows, kernel, target = rows.value, kernel.value, target.value
   if trained:
     stats = _forward_stats(rows, kernel, target, chunk, tile)
-    return stats[:3], (rows, kernel, target, stats[3])
+    return stats[:4], (rows, kernel, target, stats[4])
   kernel = _replicated_width(kernel, rows.dtype)
 
   def stats_and_gradient(rows, target):
     stats, gradient = _chunk(rows, kernel, target, tile)
-    return stats[:3], (gradient,)
+    return stats[:4], (gradient,)
 
   return _map_chunks(stats_and_gradient, chunk, rows, target)
 
@@ -189,8 +192,8 @@ def _chunk(rows, kernel, target, tile):
   """Statistics of a chunk, and the gradient of its log-probs by the rows.
 
   Returns:
-    (logps, entropy, top, log sum exp of the logits), [S, C]; d logps / d rows,
-    [S, C, D].
+    (logps, entropy, top, log square sum, log sum exp of the logits), [S, C];
+    d logps / d rows, [S, C, D].
   """
   if tile >= kernel.shape[1]:
     return _full_softmax(rows, kernel, target)
@@ -205,8 +208,9 @@ def _full_softmax(rows, kernel, target):
   total = jnp.sum(weights, axis=-1)
   picked = jnp.take_along_axis(shifted, target[:, :, None], axis=-1)[..., 0]
   weighted = jnp.sum(weights * shifted, axis=-1)
+  squares = jnp.sum(jnp.square(weights), axis=-1)
   top = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  stats = _normalized(peak, total, weighted, picked, top)
+  stats = _normalized(peak, total, weighted, squares, picked, top)
   # Unnormalized: the most likely token's weight is exactly one in any dtype, so
   # that a confident prediction keeps its small gradient.
   mean = _columns(weights, kernel)
@@ -218,7 +222,7 @@ def _online_softmax(rows, kernel, target, tile):
   shards, count, _ = rows.shape
 
   def add_tile(carry, number):
-    before, total, weighted, picked, top, mean = carry
+    before, total, weighted, squares, picked, top, mean = carry
     part, start = _tile(kernel, number, tile)
     logits = _logits(rows, part)
     if kernel.shape[1] % tile:
@@ -232,28 +236,34 @@ def _online_softmax(rows, kernel, target, tile):
     weighted = scale * (weighted + drop * total)
     weighted += jnp.sum(weights * shifted, axis=-1)
     total = scale * total + jnp.sum(weights, axis=-1)
+    squares = jnp.square(scale) * squares
+    squares += jnp.sum(jnp.square(weights), axis=-1)
     mean = scale[:, :, None] * mean + _columns(weights, part)
     at = jnp.clip(target - start, 0, tile - 1)
     here = jnp.take_along_axis(logits, at[:, :, None], axis=-1)[..., 0]
     picked = jnp.where(target // tile == number, here, picked)
     highest = start + jnp.argmax(logits, axis=-1).astype(jnp.int32)
     top = jnp.where(peak > before, highest, top)
-    return (peak, total, weighted, picked, top, mean), None
+    return (peak, total, weighted, squares, picked, top, mean), None
 
   zero = jnp.zeros((shards, count), jnp.float32)
-  start = (zero + _FLOOR, zero, zero, zero, jnp.zeros_like(target))
+  start = (zero + _FLOOR, zero, zero, zero, zero, jnp.zeros_like(target))
   start += (jnp.zeros(rows.shape, jnp.float32),)
   end, _ = jax.lax.scan(add_tile, start, _tile_numbers(kernel, tile))
-  peak, total, weighted, picked, top, mean = end
-  stats = _normalized(peak, total, weighted, picked - peak, top)
+  peak, total, weighted, squares, picked, top, mean = end
+  stats = _normalized(peak, total, weighted, squares, picked - peak, top)
   return stats, _gradient(total, mean, kernel, target, rows.dtype)
 
 
-def _normalized(peak, total, weighted, picked, top):
-  """Statistics from sums of exp(logit - peak), alone and times logit - peak."""
+def _normalized(peak, total, weighted, squares, picked, top):
+  """Statistics from sums of exp(logit - peak).
+
+  `weighted` is the sum of each times logit - peak, `squares` that of squares.
+  """
   log_total = jnp.log(total)
   entropy = log_total - weighted / total
-  return picked - log_total, entropy, top, peak + log_total
+  square_sum = jnp.log(squares) - 2 * log_total
+  return picked - log_total, entropy, top, square_sum, peak + log_total
 
 
 def _gradient(total, mean, kernel, target, dtype):

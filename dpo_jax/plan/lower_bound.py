@@ -75,7 +75,8 @@ def of_step(
   if config.model.attention == "dense":
     scores = batch.tokens.size * batch.tokens.shape[-1]
   padded = flops.Work(batch.tokens.size, batch.target.size, scores)
-  reference = config.objective == "dpo" and not config.precompute_reference
+  objective = config.step_objective()
+  reference = objective.has_reference and not config.precompute_reference
   read, own = _weights(config, shape, mesh)
   trees = 2 if config.keeps_reference else 1
   return Bound(

@@ -135,10 +135,18 @@ class TrainSettings:
         "model.param_dtype='int8' with model.remat='none', which would keep"
         " dequantized kernels for the backward pass: set model.remat='full'"
       )
-    if self.precompute_reference and self.objective != "dpo":
+    objective = self.step_objective()
+    if self.precompute_reference and not objective.has_reference:
       raise ValueError(
-        f"precompute_reference=True with objective={self.objective!r}: only DPO"
-        " has a reference; set it to False"
+        f"precompute_reference=True with objective={self.objective!r} and"
+        f" loss.kind={self.loss.kind!r}, which has no reference; set it to"
+        " False"
+      )
+    is_split = self.objective == "dpo" and self.microbatches > 1
+    if is_split and self.loss.whole_batch:
+      raise ValueError(
+        f"microbatches={self.microbatches} with loss.kind={self.loss.kind!r},"
+        " which compares all pairs of an update: set microbatches to 1"
       )
     remote.refuse_address("reference_cache", self.reference_cache)
     if self.checkpoint_bucket:
@@ -213,9 +221,9 @@ class TrainSettings:
 
   @property
   def keeps_reference(self) -> bool:
-    """Whether the reference is a second tree of weights: DPO of all weights."""
+    """Whether the reference is a second tree of weights."""
     return (
-      self.objective == "dpo"
+      self.step_objective().has_reference
       and not self.lora.rank
       and not self.precompute_reference
     )

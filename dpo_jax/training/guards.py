@@ -52,7 +52,11 @@ def finite(loss: jax.Array, grad_norm: jax.Array) -> jax.Array:
 
 
 def check_first_loss(
-  loss: float, start: tuple[float, float], dtype: str, *, precomputed: bool
+  metrics: dict[str, float],
+  start: dict[str, tuple[float, float]],
+  dtype: str,
+  *,
+  precomputed: bool,
 ) -> None:
   """Checks the loss before the first update, where policy and reference agree.
 
@@ -62,16 +66,18 @@ def check_first_loss(
   Raises:
     TrainingError: it is not the loss of equal models.
   """
-  expected, slope = start
   dtype = precision.matmul_dtype(dtype)
-  tolerance = START_TOLERANCE[dtype] * max(expected, 1)
-  if precomputed:
-    tolerance += slope * PRECOMPUTED_ROUNDING[dtype]
-  if abs(loss - expected) > tolerance:
-    raise TrainingError(
-      f"the first loss is {loss:.8f}, not {expected:.8f}: policy and reference"
-      " differ before training, so their rewards mean nothing"
-    )
+  for name, (expected, slope) in start.items():
+    found = metrics[name]
+    tolerance = START_TOLERANCE[dtype] * max(expected, 1)
+    if precomputed:
+      tolerance += slope * PRECOMPUTED_ROUNDING[dtype]
+    if abs(found - expected) > tolerance:
+      raise TrainingError(
+        f"the first {name} is {found:.8f}, not {expected:.8f}:"
+        " policy and reference differ before training, so their rewards mean"
+        " nothing"
+      )
 
 
 def skip_or_stop(

@@ -27,7 +27,7 @@ class StepLog:
     what: of the bar, such as "dpo run1".
     items: of a batch, "pairs" or "examples".
     settings: of updates that are skipped.
-    check_first: checks the loss of the first update, or None.
+    check_first: checks the metrics of the first update.
     flops_of: model flops of an update.
     devices: that it runs on.
   """
@@ -40,7 +40,7 @@ class StepLog:
     what: str,
     items: str,
     settings: guards.GuardSettings,
-    check_first: Callable[[float], None] | None,
+    check_first: Callable[[dict[str, float]], None],
     flops_of: Callable[[flops.Work], float],
     devices: np.ndarray,
   ):
@@ -89,8 +89,8 @@ class StepLog:
     self.writer.write({"step": number} | row | about | speed)
     if not applied:
       guards.skip_or_stop(self._settings, number, row, skipped, counts.ids)
-    elif earlier == 0 and self._check_first:
-      self._check_first(row["loss"])
+    elif earlier == 0:
+      self._check_first(row)
     self._bar.update(1, {"loss": row["loss"], "tokens/s": per_second})
 
   def close(self) -> None:
@@ -102,6 +102,7 @@ def train(
   state: step.TrainState,
   train_step: Callable[[step.TrainState, Any], tuple[step.TrainState, Any]],
   eval_step: Callable[[step.Tree, Any], step.Metrics],
+  objective: step.Objective,
   pipeline: input_pipeline.InputPipeline,
   log: StepLog,
   sampler: eval_samples.Sampler,
@@ -127,7 +128,9 @@ def train(
     return number == last or bool(every and number % every == 0)
 
   def evaluate(number):
-    return _evaluate(number, state.params, eval_step, pipeline, log, watch)
+    return _evaluate(
+      number, state.params, eval_step, objective, pipeline, log, watch
+    )
 
   # The evaluation before the first update, or one that was interrupted; the
   # first process has the file, and decides.
@@ -181,6 +184,7 @@ def _evaluate(
   number: int,
   params: step.Tree,
   eval_step: Callable[[step.Tree, Any], step.Metrics],
+  objective: step.Objective,
   pipeline: input_pipeline.InputPipeline,
   log: StepLog,
   watch: preemption.Watch,
@@ -199,7 +203,8 @@ def _evaluate(
     if watch.requested():
       return False
   _add(totals, pending)
-  row = {f"eval_{key}": value for key, value in step.means(totals).items()}
+  means = objective.means(totals)
+  row = {f"eval_{key}": value for key, value in means.items()}
   count = {"eval_items": len(pipeline.items.held_out.table)}
   log.writer.write({"step": number} | row | count)
   return True

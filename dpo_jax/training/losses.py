@@ -1,12 +1,13 @@
 """Preference losses and reward metrics: pure functions of log-probs.
 
 A log-prob is the sum over a response's tokens of log pi(token | before), in
-nats and float32. A loss is a function of a `Pair` and its settings, in the
-table `LOSSES`. h is the policy's margin log pi(chosen|x) - log pi(rejected|x)
-less the reference's.
+nats and float32. A loss is an entry of the table `LOSSES`: a function of a
+`Pair` and the settings, and its traits. a and b are the log-ratios of policy to
+reference of the chosen and the rejected response, h = a - b.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -24,43 +25,90 @@ ROUNDING = 1e-4
 # DiscoPOP's temperature, as found by its search.
 _DISCOPOP_TAU = 0.05
 
-Kind = Literal[
-  "sigmoid",
-  "robust",
-  "ipo",
-  "hinge",
-  "exo_pair",
-  "nca_pair",
-  "sppo_hard",
-  "apo_zero",
-  "apo_down",
-  "discopop",
+# Largest exponent of an f-divergence's score, as in TRL.
+_LARGEST_EXPONENT = 80.0
+
+Divergence = Literal[
+  "reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"
 ]
-# Kinds that read label_smoothing.
-_SMOOTHED = ("sigmoid", "robust", "exo_pair")
 
 
 @dataclasses.dataclass(frozen=True)
 class LossSettings:
   """The preference loss; see configs/common.py."""
 
-  kind: Kind
+  kind: str
   beta: float
   label_smoothing: float
   per_token: bool
+  gamma: float
+  divergence: Divergence
+  divergence_alpha: float
+  ld_alpha: float
+  wpo: bool
 
   def __post_init__(self):
     settings_lib.check(self, "loss.")
-    if self.label_smoothing and self.kind not in _SMOOTHED:
-      raise ValueError(
-        f"loss.label_smoothing={self.label_smoothing} is defined for kinds"
-        f" {', '.join(_SMOOTHED)}, not {self.kind!r}; set it to 0"
-      )
-    if self.kind == "exo_pair" and not self.label_smoothing:
+    for field, off in _OFF.items():
+      value = getattr(self, field)
+      for kind, loss in self.losses:
+        if value != off and field not in loss.takes:
+          fit = [name for name, loss in LOSSES.items() if field in loss.takes]
+          raise ValueError(
+            f"loss.{field}={value!r} with loss.kind={self.kind!r}: it is not"
+            f" defined for {kind!r} but for {', '.join(fit)}; set it to {off!r}"
+          )
+    if "exo_pair" in self.weights and not self.label_smoothing:
       raise ValueError(
         "loss.label_smoothing=0 with loss.kind='exo_pair', which takes its"
         " logarithm; set it to 1e-3, as TRL does"
       )
+
+  @functools.cached_property
+  def weights(self) -> dict[str, float]:
+    """The weight of each kind of the sum that `kind` names.
+
+    Raises:
+      ValueError: it is no sum of different kinds with positive weights.
+    """
+    found = {}
+    for term in self.kind.split("+"):
+      weight, _, name = term.rpartition("*")
+      name = name.strip()
+      if name not in LOSSES:
+        raise ValueError(
+          f"loss.kind={self.kind!r} is no sum such as 'sigmoid+0.2*sft' of"
+          f" {', '.join(LOSSES)}"
+        )
+      try:
+        value = float(weight or 1)
+      except ValueError:
+        value = math.nan
+      if name in found or not 0 < value < math.inf:
+        raise ValueError(
+          f"loss.kind={self.kind!r}: give {name!r} once, with a positive weight"
+        )
+      found[name] = value
+    return found
+
+  @property
+  def losses(self) -> list[tuple[str, "Loss"]]:
+    """The kinds of the sum, with their entries in the table."""
+    return [(kind, LOSSES[kind]) for kind in self.weights]
+
+  @property
+  def reference_free(self) -> bool:
+    """Whether no reference is computed."""
+    return all(loss.reference_free for _, loss in self.losses)
+
+  @property
+  def whole_batch(self) -> bool:
+    """Whether the loss of a pair depends on the other pairs of its batch."""
+    return any(loss.whole_batch for _, loss in self.losses)
+
+  def metric(self, kind: str) -> str:
+    """Name of the metric that holds the loss of this kind, without weight."""
+    return f"loss/{kind}" if len(self.weights) > 1 else "loss"
 
 
 class Responses(NamedTuple):
@@ -79,16 +127,20 @@ class Pair(NamedTuple):
 
   Attributes:
     policy: log-probs under the policy.
-    reference: those under the frozen reference.
+    reference: those under the frozen reference; None if no loss reads it.
     ratios: policy less reference, subtracted token by token: the difference of
-      two sums of a thousand nats has no more digits than those sums.
-    lengths: tokens of each response.
+      two sums of a thousand nats has no more digits than those sums. Tokens are
+      weighted by `token_weights`. Without a reference, the policy's log-probs.
+    lengths: tokens of each response; 0 in a pair that fills up a batch.
+    on_policy: mean over tokens of log pi(token) - log sum over the vocabulary
+      of pi^2, for WPO; None without it.
   """
 
   policy: Responses
-  reference: Responses
+  reference: Responses | None
   ratios: Responses
   lengths: Responses
+  on_policy: Responses | None = None
 
 
 def dpo_loss(policy_margin, reference_margin, *, beta, label_smoothing=0.0):
@@ -232,73 +284,305 @@ def discopop(pair: Pair, settings: LossSettings) -> jax.Array:
   return -jax.nn.log_sigmoid(logit) * (1 - share) + exponential * share
 
 
-LOSSES: dict[str, Callable[[Pair, LossSettings], jax.Array]] = {
-  loss.__name__: loss
-  for loss in (
-    sigmoid,
-    robust,
-    ipo,
-    hinge,
-    exo_pair,
-    nca_pair,
-    sppo_hard,
-    apo_zero,
-    apo_down,
-    discopop,
+def bco_pair(pair: Pair, settings: LossSettings) -> jax.Array:
+  """BCO of pairs, without its shift of rewards. TRL's "bco_pair".
+
+  -log sigmoid(beta a) - log sigmoid(-beta b).
+
+  References:
+    Jung et al., Binary Classifier Optimization for LLM Alignment, 2024
+    (arXiv 2404.04656).
+  """
+  chosen, rejected = (settings.beta * ratio for ratio in pair.ratios)
+  return -jax.nn.log_sigmoid(chosen) - jax.nn.log_sigmoid(-rejected)
+
+
+def aot(pair: Pair, settings: LossSettings) -> jax.Array:
+  """AOT: DPO of the batch's sorted margins. TRL's "aot".
+
+  The i-th smallest margin of the policy is compared with the i-th smallest of
+  the reference.
+
+  References:
+    Melnyk et al., Distributional Preference Alignment of LLMs via Optimal
+    Transport, 2024 (arXiv 2406.05882).
+  """
+  return _sorted_loss(pair.policy.margin, pair.reference.margin, pair, settings)
+
+
+def aot_unpaired(pair: Pair, settings: LossSettings) -> jax.Array:
+  """AOT of sorted log-ratios, chosen against rejected. TRL's "aot_unpaired"."""
+  return _sorted_loss(*pair.ratios, pair, settings)
+
+
+def _sorted_loss(high, low, pair, settings):
+  """DPO of the differences by rank, each where `high` has that rank."""
+  filled = pair.lengths.chosen > 0
+  high, low = (
+    jnp.where(filled, x, jnp.finfo(x.dtype).max) for x in (high, low)
   )
+  order = jnp.argsort(high)
+  by_rank = dpo_loss(
+    high[order],
+    jnp.sort(low),
+    beta=settings.beta,
+    label_smoothing=settings.label_smoothing,
+  )
+  return jnp.zeros_like(high).at[order].set(by_rank)
+
+
+def cpo(pair: Pair, settings: LossSettings) -> jax.Array:
+  """CPO's preference term: DPO with a uniform reference.
+
+  CPO is "cpo+sft". CPOTrainer's "sigmoid" in TRL.
+
+  References:
+    Xu et al., Contrastive Preference Optimization, 2024 (arXiv 2401.08417),
+    Eq. 3.
+  """
+  return dpo_loss(
+    pair.policy.margin,
+    0.0,
+    beta=settings.beta,
+    label_smoothing=settings.label_smoothing,
+  )
+
+
+def simpo(pair: Pair, settings: LossSettings) -> jax.Array:
+  """SimPO: -log sigmoid(beta (mean log pi_w - mean log pi_l) - gamma).
+
+  CPOTrainer's "simpo" in TRL.
+
+  References:
+    Meng et al., SimPO, 2024 (arXiv 2405.14734), Eq. 6.
+  """
+  return dpo_loss(
+    per_token(pair.policy, pair.lengths).margin,
+    settings.gamma / settings.beta,
+    beta=settings.beta,
+    label_smoothing=settings.label_smoothing,
+  )
+
+
+def orpo(pair: Pair, settings: LossSettings) -> jax.Array:
+  """ORPO's odds-ratio term, -beta log sigmoid(log odds_w - log odds_l).
+
+  odds = p / (1 - p) of the mean log-prob of a response's tokens, log p. ORPO is
+  "sft+orpo", beta its lambda. ORPOTrainer in TRL, whose SFT term counts the
+  prompt's tokens too.
+
+  References:
+    Hong et al., ORPO, 2024 (arXiv 2403.07691), Eq. 7.
+  """
+  # Below a probability of one, whose odds are infinite.
+  means = per_token(pair.policy, pair.lengths)
+  logps = (jnp.minimum(x, -1e-7) for x in means)
+  chosen, rejected = (x - jnp.log(-jnp.expm1(x)) for x in logps)
+  return -settings.beta * jax.nn.log_sigmoid(chosen - rejected)
+
+
+def sft(pair: Pair, settings: LossSettings) -> jax.Array:
+  """Negative log-prob of chosen, a mean over chosen tokens. TRL's "sft".
+
+  Alone it is the DPO paper's Preferred-FT; "sigmoid+0.2*sft" is RPO's sum.
+
+  References:
+    Pang et al., Iterative Reasoning Preference Optimization, 2024
+    (arXiv 2404.19733), Eq. 2.
+  """
+  del settings
+  return -pair.policy.chosen
+
+
+def unlikelihood(pair: Pair, settings: LossSettings) -> jax.Array:
+  """The log-prob of rejected, to be minimized.
+
+  "sft+0.1*unlikelihood" is the baseline of the DPO paper, Section 6, which
+  drives both responses' log-probs down without end.
+  """
+  del settings
+  return pair.policy.rejected
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+  """An entry of `LOSSES`.
+
+  Attributes:
+    pair: the loss of every pair, float32 [B].
+    takes: settings that it may be combined with.
+    reference_free: whether it reads the policy's log-probs and lengths alone.
+    of_means: whether it always reads means over a response's tokens.
+    whole_batch: whether it compares pairs with each other.
+    per_chosen_token: whether it is a mean over the update's chosen tokens, not
+      over its pairs.
+  """
+
+  pair: Callable[[Pair, LossSettings], jax.Array]
+  takes: tuple[str, ...]
+  reference_free: bool = False
+  of_means: bool = False
+  whole_batch: bool = False
+  per_chosen_token: bool = False
+
+
+# Settings that not every loss takes, and their value that turns them off.
+_OFF = {
+  "label_smoothing": 0.0,
+  "gamma": 0.0,
+  "divergence": "reverse_kl",
+  "ld_alpha": 1.0,
+  "wpo": False,
+}
+_TOKENS = ("ld_alpha", "wpo")
+_MARGIN = ("divergence", *_TOKENS)
+_SMOOTHED = ("label_smoothing", *_MARGIN)
+
+LOSSES = {
+  "sigmoid": Loss(sigmoid, _SMOOTHED),
+  "robust": Loss(robust, _SMOOTHED),
+  "ipo": Loss(ipo, _MARGIN),
+  "hinge": Loss(hinge, _MARGIN),
+  "exo_pair": Loss(exo_pair, _SMOOTHED),
+  "discopop": Loss(discopop, _MARGIN),
+  "nca_pair": Loss(nca_pair, _TOKENS),
+  "bco_pair": Loss(bco_pair, _TOKENS),
+  "sppo_hard": Loss(sppo_hard, _TOKENS),
+  "apo_zero": Loss(apo_zero, _TOKENS),
+  "apo_down": Loss(apo_down, _TOKENS),
+  "aot": Loss(aot, ("label_smoothing",), whole_batch=True),
+  "aot_unpaired": Loss(
+    aot_unpaired, ("label_smoothing", "ld_alpha"), whole_batch=True
+  ),
+  "cpo": Loss(cpo, ("label_smoothing", "wpo"), reference_free=True),
+  "simpo": Loss(
+    simpo,
+    ("label_smoothing", "gamma", "wpo"),
+    reference_free=True,
+    of_means=True,
+  ),
+  "orpo": Loss(orpo, ("wpo",), reference_free=True, of_means=True),
+  "unlikelihood": Loss(unlikelihood, ("wpo",), reference_free=True),
+  "sft": Loss(sft, (*_OFF,), reference_free=True, per_chosen_token=True),
 }
 
 
-def preference_loss(settings: LossSettings, pair: Pair) -> jax.Array:
-  """The preference loss of every pair, float32 [B].
+def per_token(values: Responses, lengths: Responses) -> Responses:
+  """Means over each response's tokens of values that are their sums."""
+  return Responses(*(x / jnp.maximum(n, 1) for x, n in zip(values, lengths)))
 
-  With per_token log-ratios are their means over a response's tokens.
+
+def token_weights(
+  settings: LossSettings, index: jax.Array, shorter: jax.Array
+) -> jax.Array:
+  """LD-DPO: ld_alpha past the length of the pair's shorter response, else 1.
+
+  Args:
+    settings: the loss.
+    index: of a token in its response, from 0.
+    shorter: tokens of the shorter response of its pair.
+
+  References:
+    Liu et al., Length Desensitization in Direct Preference Optimization, 2024
+    (arXiv 2409.06411), Eq. 9.
   """
-  if settings.per_token:
-    ratios = jax.tree.map(
-      lambda ratio, length: ratio / jnp.maximum(length, 1),
-      pair.ratios,
-      pair.lengths,
+  return jnp.where(index < shorter, 1.0, settings.ld_alpha)
+
+
+def scores(settings: LossSettings, ratios: Responses) -> Responses:
+  """f'(pi / pi_ref) of both responses; of the reverse KL the log-ratios.
+
+  References:
+    Wang et al., Beyond Reverse KL, 2023 (arXiv 2309.16240), Table 1.
+  """
+  if settings.divergence == "forward_kl":
+    power = -1.0
+  elif settings.divergence == "alpha_divergence":
+    power = settings.divergence_alpha - 1
+  elif settings.divergence == "js_divergence":
+    return Responses(*(math.log(2) + jax.nn.log_sigmoid(x) for x in ratios))
+  else:
+    return ratios
+  if not power:
+    return ratios
+  return Responses(
+    *(
+      jnp.expm1(jnp.minimum(power * x, _LARGEST_EXPONENT)) / power
+      for x in ratios
     )
-    pair = pair._replace(ratios=ratios)
-  return LOSSES[settings.kind](pair, settings)
+  )
 
 
-def at_start(settings: LossSettings) -> tuple[float, float] | None:
-  """Loss and largest slope while policy and reference are equal.
+def preference_losses(
+  settings: LossSettings, pair: Pair
+) -> dict[str, jax.Array]:
+  """The loss of every pair by kind, without the kind's weight, float32 [B]."""
+  used = pair._replace(ratios=scores(settings, pair.ratios))
+  if settings.per_token:
+    sums = (used.policy, used.reference, used.ratios)
+    means = (x and per_token(x, used.lengths) for x in sums)
+    used = Pair(*means, used.lengths)
+  found = {}
+  for kind, loss in settings.losses:
+    if loss.per_chosen_token:
+      found[kind] = loss.pair(pair, settings)
+      continue
+    found[kind] = loss.pair(used, settings)
+    if pair.on_policy is not None:
+      # Zhou et al., WPO, 2024 (arXiv 2406.11827), Eq. 2.
+      weight = jnp.exp(pair.on_policy.chosen + pair.on_policy.rejected)
+      found[kind] *= jax.lax.stop_gradient(weight)
+  return found
 
-  The slope is that in a response's log-ratio. None if the loss depends on the
-  data there.
+
+def at_start(settings: LossSettings) -> dict[str, tuple[float, float]]:
+  """Losses and largest slopes while policy and reference are equal.
+
+  By the name of their metric. The slope is that in a response's log-ratio.
+  Losses that depend on the data there are left out.
   """
   logps = Responses(np.float32([-5, -90]), np.float32([-7, -60]))
   zeros = jax.tree.map(np.zeros_like, logps)
   # A token each has the largest slope under per_token.
-  pair = Pair(logps, logps, zeros, jax.tree.map(np.ones_like, logps))
+  ones = jax.tree.map(np.ones_like, logps)
+  pair = Pair(logps, logps, zeros, ones, logps if settings.wpo else None)
 
   def total(ratios):
-    values = preference_loss(settings, pair._replace(ratios=ratios))
-    return jnp.sum(values), values
+    moved = jax.tree.map(jnp.add, pair.policy, ratios)
+    values = preference_losses(
+      settings, pair._replace(policy=moved, ratios=ratios)
+    )
+    return {kind: jnp.sum(x) for kind, x in values.items()}, values
 
-  slopes, values = jax.jit(jax.grad(total, has_aux=True))(zeros)
-  if values[0] != values[1]:
-    return None
-  return float(values[0]), float(np.max(np.abs(jax.tree.leaves(slopes))))
+  slopes, values = jax.jit(jax.jacrev(total, has_aux=True))(zeros)
+  return {
+    settings.metric(kind): (
+      float(first),
+      float(np.max(np.abs(jax.tree.leaves(slopes[kind])))),
+    )
+    for kind, (first, second) in values.items()
+    if first == second
+  }
 
 
-def reward_metrics(pair: Pair, *, beta: float) -> dict[str, jax.Array]:
+def reward_metrics(pair: Pair, settings: LossSettings) -> dict[str, jax.Array]:
   """Implicit rewards and log-probs of each pair, under TRL's names; all [B].
 
-  The implicit reward is beta * (log pi(y|x) - log pi_ref(y|x)); an accuracy is
-  1 where the chosen one's is greater, a half where they are equal but for
-  rounding.
+  The implicit reward is beta * (log pi(y|x) - log pi_ref(y|x)), without a
+  reference beta * log pi(y|x), whose mean over tokens it is for losses of
+  means; an accuracy is 1 where the chosen one's is greater, a half where they
+  are equal but for rounding.
 
   References:
     Rafailov et al., 2023, Eq. 5 without the partition function, which cancels
     in a pair.
   """
-  margin = pair.ratios.margin
-  ahead = jnp.where(jnp.abs(margin) > ROUNDING, jnp.sign(margin), 0)
-  chosen, rejected = (beta * ratio for ratio in pair.ratios)
+  policy_means = per_token(pair.policy, pair.lengths)
+  of_means = any(loss.of_means for _, loss in settings.losses)
+  ratios = policy_means if of_means and pair.reference is None else pair.ratios
+  ahead = jnp.sign(ratios.margin)
+  ahead = jnp.where(jnp.abs(ratios.margin) > ROUNDING, ahead, 0)
+  chosen, rejected = (settings.beta * ratio for ratio in ratios)
   return {
     "rewards/chosen": chosen,
     "rewards/rejected": rejected,
@@ -306,4 +590,6 @@ def reward_metrics(pair: Pair, *, beta: float) -> dict[str, jax.Array]:
     "rewards/accuracies": (1 + ahead) / 2,
     "logps/chosen": pair.policy.chosen,
     "logps/rejected": pair.policy.rejected,
+    "logps/chosen_per_token": policy_means.chosen,
+    "logps/rejected_per_token": policy_means.rejected,
   }

@@ -214,11 +214,11 @@ def step_log(
     writer = metrics.Writer(None, start)
     console.mute()
   is_dpo = config.objective == "dpo"
-  at_start = losses.at_start(config.loss) if is_dpo else None
-  live = is_dpo and not config.precompute_reference
+  objective = config.step_objective()
+  live = objective.has_reference and not config.precompute_reference
   check_first = functools.partial(
     guards.check_first_loss,
-    start=at_start,
+    start=losses.at_start(config.loss) if objective.has_reference else {},
     dtype=config.model.dtype,
     precomputed=config.precompute_reference,
   )
@@ -229,7 +229,7 @@ def step_log(
     f"{config.objective} {workdir.name}",
     "pairs" if is_dpo else "examples",
     config.guards,
-    check_first if at_start else None,
+    check_first,
     functools.partial(flops.step, model, reference=live),
     mesh.devices,
   )

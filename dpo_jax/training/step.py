@@ -48,7 +48,7 @@ class Objective:
 
   Attributes:
     kind: "sft", the mean negative log-prob of a batch's completion tokens, or
-      "dpo", the mean preference loss of its pairs.
+      "dpo", the preference loss of its pairs.
     loss: the preference loss; unused by "sft".
     items: pairs or examples in one micro-batch.
   """
@@ -56,6 +56,38 @@ class Objective:
   kind: Literal["sft", "dpo"]
   loss: losses.LossSettings | None
   items: int
+
+  @property
+  def has_reference(self) -> bool:
+    return self.kind == "dpo" and not self.loss.reference_free
+
+  def weight_of(self, metric: str) -> str:
+    """Name of the number by which a metric's sum is divided."""
+    weights = {"entropy": "tokens", "mean_token_accuracy": "chosen_tokens"}
+    for kind, loss in self.loss.losses if self.loss else ():
+      if loss.per_chosen_token:
+        weights[self.loss.metric(kind)] = "chosen_tokens"
+    return weights.get(metric, "weight")
+
+  def with_loss(self, means: Metrics) -> Metrics:
+    """The metrics and their loss: the weighted sum of its kinds' losses."""
+    if "loss" in means:
+      return means
+    parts = [
+      weight * means[self.loss.metric(kind)]
+      for kind, weight in self.loss.weights.items()
+    ]
+    return {"loss": sum(parts)} | means
+
+  def means(self, sums: dict[str, float]) -> dict[str, float]:
+    """Metrics of an evaluation, from sums over its batches."""
+    return self.with_loss(
+      {
+        key: value / sums[self.weight_of(key)]
+        for key, value in sums.items()
+        if key not in ("weight", "tokens", "chosen_tokens")
+      }
+    )
 
 
 def trainable(config: gpt_neox.ModelConfig) -> str:
@@ -167,7 +199,12 @@ def make_train_step(
   def train_step(state, reference, batch):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     frozen = state.params["base"]
-    scale = _loss_scale(objective, batch)
+    scales = _scales(objective, batch)
+
+    def means(sums):
+      return objective.with_loss(
+        {key: x * scales[objective.weight_of(key)] for key, x in sums.items()}
+      )
 
     def loss(params, micro):
       base, lora = (frozen, params) if with_lora else (params, None)
@@ -175,8 +212,8 @@ def make_train_step(
       policy, other = _policy_and_reference(
         config, objective, base, lora, reference, micro, dropout_key
       )
-      sums, _ = _objective_sums(objective, micro, policy.logps, other)
-      return sums["loss"] * scale, sums
+      sums, _ = _objective_sums(objective, micro, policy, other)
+      return means(sums)["loss"], sums
 
     def accumulate(grads, micro):
       # Around the backward pass, whose own rules are traced outside of `loss`.
@@ -188,7 +225,7 @@ def make_train_step(
       lambda x: jnp.zeros(x.shape, jnp.float32), state.params[name]
     )
     grads, sums = jax.lax.scan(accumulate, zeros, batch)
-    metrics = {key: jnp.sum(value) * scale for key, value in sums.items()}
+    metrics = means({key: jnp.sum(value) for key, value in sums.items()})
     metrics["grad_norm"] = optax.tree.norm(grads)
     apply = guards.finite(metrics["loss"], metrics["grad_norm"])
     updates, opt_state = tx.update(
@@ -219,9 +256,9 @@ def make_eval_step(
   "weight" is the number of pairs, or for SFT of completion tokens. "entropy" is
   in nats over all completion tokens; "mean_token_accuracy" counts those, of
   chosen responses alone as in TRL, that are the argmax; "tokens" and
-  "chosen_tokens" are their weights. `means` divides sums of many batches by
-  those of their weights. A batch may hold fewer items than the objective:
-  sequences without tokens do not count.
+  "chosen_tokens" are their weights. `Objective.means` divides sums of many
+  batches by those of their weights. A batch may hold fewer items than the
+  objective: sequences without tokens do not count.
   """
   with_lora = config.lora is not None
 
@@ -231,29 +268,15 @@ def make_eval_step(
     policy, other = _policy_and_reference(
       config, objective, params["base"], lora, reference, micro
     )
-    sums, weight = _objective_sums(objective, micro, policy.logps, other)
+    sums, weight = _objective_sums(objective, micro, policy, other)
     return sums | {"weight": weight} | _token_sums(objective, micro, policy)
 
   return eval_step
 
 
-def means(sums: dict[str, float]) -> dict[str, float]:
-  """Metrics of an evaluation, from sums over its batches."""
-  weights = {"entropy": "tokens", "mean_token_accuracy": "chosen_tokens"}
-  return {
-    key: value / sums[weights.get(key, "weight")]
-    for key, value in sums.items()
-    if key not in {"weight", *weights.values()}
-  }
-
-
 def _token_sums(objective, batch, stats) -> Metrics:
   """Sums over completion tokens of entropy and accuracy, and their counts."""
-  real = batch.sequence_ids >= 0
-  # Chosen responses are the even sequences of pairs; examples are all chosen.
-  chosen = (
-    real & (batch.sequence_ids % 2 == 0) if objective.kind == "dpo" else real
-  )
+  real, chosen = batch.sequence_ids >= 0, _chosen(objective, batch)
   right = chosen & (stats.top == batch.target)
   return {
     "entropy": jnp.sum(jnp.where(real, stats.entropy, 0)),
@@ -261,6 +284,15 @@ def _token_sums(objective, batch, stats) -> Metrics:
     "mean_token_accuracy": jnp.sum(right.astype(jnp.float32)),
     "chosen_tokens": jnp.sum(chosen.astype(jnp.float32)),
   }
+
+
+def _chosen(objective, batch):
+  """Which completion tokens are chosen responses': all of examples, [S, C]."""
+  real = batch.sequence_ids >= 0
+  # The even sequences of pairs.
+  return (
+    real & (batch.sequence_ids % 2 == 0) if objective.kind == "dpo" else (real)
+  )
 
 
 def _policy_and_reference(
@@ -271,11 +303,12 @@ def _policy_and_reference(
   The latter are the batch's own; or of the base, in one pass with the policy;
   or of the tree `reference`.
   """
-  if objective.kind == "dpo" and batch.reference is None and lora is not None:
+  wanted = objective.has_reference
+  if wanted and batch.reference is None and lora is not None:
     policy, other = both_token_stats(config, base, lora, batch, dropout_key)
     return policy, other.logps
   policy = token_stats(config, base, lora, batch, dropout_key)
-  if objective.kind == "sft":
+  if not wanted:
     return policy, None
   if batch.reference is not None:
     return policy, batch.reference
@@ -310,40 +343,71 @@ def _stats(config, kernel, hidden, batch) -> logprobs.TokenStats:
   )
 
 
-def _loss_scale(objective: Objective, batch: batch_lib.Batch) -> jax.Array:
-  """One over the pairs (SFT: completion tokens) of all micro-batches."""
-  if objective.kind == "dpo":
-    return jnp.float32(1 / (objective.items * batch.tokens.shape[0]))
-  return 1 / jnp.sum(batch.sequence_ids >= 0).astype(jnp.float32)
+def _scales(objective: Objective, batch: batch_lib.Batch) -> Metrics:
+  """One over each of the weights of all micro-batches together."""
+  tokens = 1 / jnp.sum(_chosen(objective, batch)).astype(jnp.float32)
+  if objective.kind == "sft":
+    return {"weight": tokens}
+  pairs = jnp.float32(1 / (objective.items * batch.tokens.shape[0]))
+  return {"weight": pairs, "chosen_tokens": tokens}
 
 
 def _objective_sums(objective, batch, policy, reference):
   """Sums over a micro-batch of the loss and metrics, and their weight.
 
-  `policy` and, for DPO, `reference` are log-probs of tokens, [S, C].
+  `policy` are statistics, and `reference`, if there is one, log-probs of
+  tokens, [S, C].
   """
   if objective.kind == "sft":
     sums, lengths = logprobs.sequence_sums(
-      policy, batch.sequence_ids, objective.items
+      policy.logps, batch.sequence_ids, objective.items
     )
     return {"loss": -jnp.sum(sums)}, jnp.sum(lengths)
-
-  def responses(per_token):
-    """Sums and lengths; sequences 2i and 2i + 1 are a pair's responses."""
-    return (
-      losses.Responses(*x.reshape(-1, 2).T)
-      for x in logprobs.sequence_sums(
-        per_token, batch.sequence_ids, 2 * objective.items
-      )
-    )
-
-  ratios, lengths = responses(policy - reference)
-  policy_sums, _ = responses(policy)
-  reference_sums, _ = responses(reference)
-  pair = losses.Pair(policy_sums, reference_sums, ratios, lengths)
-  real = (lengths.chosen > 0).astype(jnp.float32)
-  values = losses.reward_metrics(pair, beta=objective.loss.beta) | {
-    "loss": losses.preference_loss(objective.loss, pair)
-  }
+  pair = _pair(objective, batch, policy, reference)
+  values = losses.reward_metrics(pair, objective.loss)
+  for kind, loss in losses.preference_losses(objective.loss, pair).items():
+    values[objective.loss.metric(kind)] = loss
+  real = (pair.lengths.chosen > 0).astype(jnp.float32)
   sums = {key: jnp.sum(value * real) for key, value in values.items()}
   return sums, jnp.sum(real)
+
+
+def _pair(objective, batch, policy, reference) -> losses.Pair:
+  """The pairs of a micro-batch: sequences 2i, chosen, and 2i + 1, rejected."""
+
+  def responses(per_token):
+    sums, lengths = logprobs.sequence_sums(
+      per_token, batch.sequence_ids, 2 * objective.items
+    )
+    return (losses.Responses(*x.reshape(-1, 2).T) for x in (sums, lengths))
+
+  ratios = policy.logps if reference is None else policy.logps - reference
+  sums, lengths = responses(policy.logps)
+  if objective.loss.ld_alpha != 1:
+    ratios *= losses.token_weights(
+      objective.loss, *_index_and_shorter(batch, lengths)
+    )
+  pair = losses.Pair(
+    policy=sums,
+    reference=None if reference is None else next(responses(reference)),
+    ratios=next(responses(ratios)),
+    lengths=lengths,
+  )
+  if objective.loss.wpo:
+    aligned = next(responses(policy.logps - policy.log_square_sum))
+    pair = pair._replace(on_policy=losses.per_token(aligned, lengths))
+  return pair
+
+
+def _index_and_shorter(batch, lengths):
+  """A token's index in its response, and the pair's lesser length, [S, C]."""
+  sequences = 2 * len(lengths.chosen)
+  # One extra segment takes the padding.
+  ids = jnp.where(batch.sequence_ids < 0, sequences, batch.sequence_ids)
+  column = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+  # A response is in one shard, its tokens adjacent and in order.
+  first = jax.ops.segment_min(
+    column.reshape(-1), ids.reshape(-1), sequences + 1
+  )
+  shorter = jnp.append(jnp.minimum(*lengths), 0)
+  return column - first[ids], shorter[ids // 2]

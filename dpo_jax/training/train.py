@@ -13,13 +13,7 @@ from typing import Any
 
 import jax
 
-from dpo_jax.core import (
-  console,
-  distributed,
-  preemption,
-  settings,
-  sharding,
-)
+from dpo_jax.core import console, distributed, preemption, settings, sharding
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.hub import push as push_lib
 from dpo_jax.io import atomic, locks, rundir, upload
@@ -162,9 +156,10 @@ def _train(
     model, base, tx, config.seed, mesh, donate=reference is None
   )
   del base
+  objective = config.step_objective()
   train_step, eval_step = setup.jit_steps(
     model,
-    config.step_objective(),
+    objective,
     config.eval_batch_size,
     tx,
     config.seed,
@@ -224,6 +219,7 @@ def _train(
         state,
         lambda state, batch: train_step(state, reference, batch),
         lambda params, batch: eval_step(params, reference, batch),
+        objective,
         pipeline,
         log,
         sampler,
