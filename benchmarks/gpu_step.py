@@ -44,7 +44,7 @@ def measure(flags: argparse.Namespace) -> dict:
   ready = packed(flags, run, shape, table, base)
   tx = optimizer.make(run.optimizer, flags.steps, step.trainable(shape))
   start = jax.jit(setup.initial_state(shape, tx), donate_argnums=0)
-  state = start(base, jax.random.key(1))
+  state = start(base, None, jax.random.key(1))
   update, _ = setup.jit_steps(
     shape, run.step_objective(), run.eval_batch_size, tx, run.seed, state, mesh
   )

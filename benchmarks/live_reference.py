@@ -104,7 +104,7 @@ def timed(flags: argparse.Namespace) -> None:
   )
   mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
   tx = optimizer.make(run.optimizer, 9, "lora")
-  state = setup.initial_state(shape, tx)(base, jax.random.key(0))
+  state = setup.initial_state(shape, tx)(base, None, jax.random.key(0))
   pairs = items.train.table.take(range(run.batch_size))
   how = packing.Packing(
     layout=run.data.layout,

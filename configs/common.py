@@ -161,8 +161,12 @@ def lora() -> config_dict.ConfigDict:
   c = config_dict.ConfigDict()
   # 0 trains all weights instead of adapters.
   c.rank = 0
-  # Adapters are scaled by alpha / rank.
+  # PEFT adapter of the model, a directory or hub id, from which training begins
+  # and which the reference has; "": from zero, and the reference has none.
+  c.path = ""
+  # Adapters are scaled by alpha / rank, or with "rslora" by alpha / sqrt(rank).
   c.alpha = 32.0
+  c.scaling = "lora"
   # Dropout rate of the adapters' inputs in training.
   c.dropout = 0.1
   # Projections with adapters.
@@ -243,17 +247,21 @@ def loss() -> config_dict.ConfigDict:
 def optimizer() -> config_dict.ConfigDict:
   """Optimizer and learning-rate schedule."""
   c = config_dict.ConfigDict()
-  # "adamw" or "rmsprop", both with torch's rules.
+  # "adamw" or "rmsprop", both with torch's rules; "lion"; or "muon", in which
+  # AdamW updates embeddings and vectors.
   c.name = "rmsprop"
   # Peak, after warm-up.
   c.learning_rate = 5e-7
-  # After warm-up: "constant", or "cosine" to zero one update after the last.
+  # After warm-up: "constant", or "linear" or "cosine" to zero one update after
+  # the last.
   c.schedule = "constant"
   # Updates of linear warm-up; the first has learning_rate / warmup_steps.
   c.warmup_steps = 150
-  # AdamW only; not of biases and layer norms.
+  # The same as a share of all updates, rounded up; warmup_steps is then 0.
+  c.warmup_ratio = 0.0
+  # Not of biases and layer norms; rmsprop has none.
   c.weight_decay = 0.0
-  # AdamW's decay rate of the first moment.
+  # Decay rate of the first moment, the momentum; rmsprop has none.
   c.b1 = 0.9
   # Decay rate of the second moment; for rmsprop, torch's alpha.
   c.b2 = 0.99

@@ -60,7 +60,7 @@ def test_a_step_gives_the_same_with_them(base, pairs, logps, with_lora):
   objective = step_lib.Objective("dpo", tiny.loss(beta=0.5), 4)
   tx = optimizer.make(
     optimizer.OptimizerSettings(
-      "adamw", 0.01, "constant", 0, 0.0, 0.9, 0.99, 1e-8, 1.0
+      "adamw", 0.01, "constant", 0, 0.0, 0.0, 0.9, 0.99, 1e-8, 1.0
     ),
     9,
     step_lib.trainable(config),

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 import tempfile
 
 import jax
@@ -105,10 +106,11 @@ def test_the_table_names_every_weight():
     assert leaf.is_fully_replicated
 
 
+@pytest.mark.parametrize("rule", ["adamw", "muon"])
 @pytest.mark.parametrize("trainable", ["base", "lora"])
-def test_moments_are_sharded_as_their_weights(trainable):
+def test_moments_are_sharded_as_their_weights(trainable, rule):
   settings = optimizer.OptimizerSettings(
-    "adamw", 1.0, "cosine", 2, 0.1, 0.9, 0.99, 1e-8, 1.0
+    rule, 1.0, "cosine", 2, 0.0, 0.1, 0.9, 0.99, 1e-8, 1.0
   )
   tx = optimizer.make(settings, 4, trainable)
   state = jax.eval_shape(tx.init, shapes())
@@ -122,9 +124,13 @@ def test_moments_are_sharded_as_their_weights(trainable):
       moments.append(weight)
       assert found[name] == weights[weight]
     else:
-      assert leaf.shape == ()
+      # Counters, and Muon's three coefficients.
+      assert leaf.size <= 3
       assert found[name].is_fully_replicated
-  assert sorted(moments) == sorted([*weights] * 2)
+  # Muon has one for each layer's matrices.
+  matrices = [w for w in weights if re.search("blocks/.*(kernel|lora_.)$", w)]
+  one = matrices if rule == "muon" else []
+  assert sorted([*moments, *one]) == sorted([*weights] * 2)
 
 
 def test_an_axis_that_does_not_divide_is_refused():

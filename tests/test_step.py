@@ -23,7 +23,7 @@ LORA = dataclasses.replace(
 )
 LOSS = tiny.loss(beta=0.5)
 OPTIMIZER = optimizer.OptimizerSettings(
-  "adamw", 0.01, "constant", 0, 0.1, 0.9, 0.99, 1e-8, 1.0
+  "adamw", 0.01, "constant", 0, 0.0, 0.1, 0.9, 0.99, 1e-8, 1.0
 )
 PAIRS = 8
 

@@ -195,6 +195,32 @@ def test_a_precomputed_reference_gives_the_same_run_and_is_never_stale(
     train_lib.run(other, tmp_path / "run-of-other")
 
 
+def test_a_run_begins_from_an_adapter_and_has_it_as_its_reference(
+  config, whole, tmp_path
+):
+  path = whole / "adapters" / f"step-{running.STEPS:06d}"
+  changes = {"lora.path": str(path), "precompute_reference": True}
+  train_lib.run(config(**changes, max_steps=2), tmp_path / "run")
+  (found, *_), (*_, wanted) = (
+    [row for row in running.read(run) if "eval_loss" in row]
+    for run in (tmp_path / "run", whole)
+  )
+  # The policy is what the other run left, and so is the reference.
+  for key in ("eval_logps/chosen", "eval_logps/rejected"):
+    assert found[key] == pytest.approx(wanted[key], rel=1e-5)
+  assert found["eval_loss"] == pytest.approx(np.log(2), abs=1e-5)
+  # Not merged: its adapters are of the same base, and have moved.
+  base = hf.load(config().model.path, param_dtype="float32", **READ)
+  (_, before), (_, after) = (
+    hf.load_adapter(directory, *base)
+    for directory in (path, tmp_path / "run" / "adapters" / "step-000002")
+  )
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, after)
+  assert 0 < max(jax.tree.leaves(moved)) < 0.05
+  with pytest.raises(ValueError, match=r"lora.path=.*rank=2.*not .*rank=1"):
+    train_lib.run(config(**changes, **{"lora.rank": 1}), tmp_path / "other")
+
+
 def test_a_policy_that_is_not_its_reference_is_not_trained(
   config, tmp_path, monkeypatch
 ):
@@ -382,6 +408,16 @@ def test_wrong_input_is_refused_before_the_model_is_read(
     ({"batch_size": 5}, "batch_size=5 must be a multiple of microbatches=2"),
     ({"lora.rank": 0}, "export_adapters=True needs adapters"),
     ({"lora.targets": ["qkv"]}, "lora.targets"),
+    ({"lora.path": "x"}, "lora.path='x'.* set precompute_reference to True"),
+    (
+      {"lora.path": "x", "lora.rank": 0, "export_adapters": False},
+      "set lora.rank to the adapter's",
+    ),
+    (
+      {"loss.kind": "simpo", "precompute_reference": True},
+      "loss.kind='simpo', which has no reference",
+    ),
+    ({"loss.kind": "aot"}, "microbatches=2 .*set microbatches to 1"),
     (
       {
         "lora.rank": 0,

@@ -39,7 +39,11 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     """,
   ),
   ("be finite and at least 1", lambda x: 1 <= x < math.inf, "min_score_ratio"),
-  ("be in [0, 1)", lambda x: 0 <= x < 1, "LoraConfig.dropout b1 b2"),
+  (
+    "be in [0, 1)",
+    lambda x: 0 <= x < 1,
+    "LoraConfig.dropout b1 b2 warmup_ratio",
+  ),
   ("be in [0, 1]", lambda x: 0 <= x <= 1, "aa_alpha gold_floor ld_alpha"),
   ("be in (0, 1]", lambda x: 0 < x <= 1, "top_p"),
   ("be in [0, 0.5)", lambda x: 0 <= x < 0.5, "label_smoothing"),

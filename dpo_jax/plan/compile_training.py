@@ -158,7 +158,7 @@ def compile_steps(
   key = jax.eval_shape(lambda: jax.random.key(0))
   kept = config.model.param_dtype
   base = jax.eval_shape(lambda key: random_base(shape, key, kept), key)
-  state = jax.eval_shape(setup.initial_state(shape, tx), base, key)
+  state = jax.eval_shape(setup.initial_state(shape, tx), base, None, key)
   state = sharded(state, mesh)
   reference = sharded(base, mesh) if config.keeps_reference else None
   train, evaluate = setup.jit_steps(

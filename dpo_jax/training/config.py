@@ -1,6 +1,7 @@
 """Settings of a training run, checked before anything is read."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from dpo_jax.core import settings, sharding
@@ -47,18 +48,27 @@ class LoraSettings:
   """Adapters; `rank` 0 trains all weights instead."""
 
   rank: int
+  path: str
   alpha: float
+  scaling: Literal["lora", "rslora"]
   dropout: float
   targets: tuple[str, ...]
 
   def __post_init__(self):
     settings.check(self, "lora.")
+    if self.path and not self.rank:
+      raise ValueError(
+        f"lora.path={self.path!r} with lora.rank=0, which trains all weights:"
+        " set lora.rank to the adapter's"
+      )
 
   def config(self) -> gpt_neox.LoraConfig | None:
     if not self.rank:
       return None
+    # Kalajdzievski, rsLoRA, 2023 (arXiv 2312.03732): alpha / sqrt(rank).
+    root = math.sqrt(self.rank) if self.scaling == "rslora" else 1
     return gpt_neox.LoraConfig(
-      self.rank, self.alpha, self.dropout, self.targets
+      self.rank, self.alpha * root, self.dropout, self.targets
     )
 
 
@@ -141,6 +151,12 @@ class TrainSettings:
         f"precompute_reference=True with objective={self.objective!r} and"
         f" loss.kind={self.loss.kind!r}, which has no reference; set it to"
         " False"
+      )
+    live = objective.has_reference and not self.precompute_reference
+    if self.lora.path and live:
+      raise ValueError(
+        f"lora.path={self.lora.path!r}: the reference is the model with this"
+        " adapter, as it begins: set precompute_reference to True"
       )
     is_split = self.objective == "dpo" and self.microbatches > 1
     if is_split and self.loss.whole_batch:

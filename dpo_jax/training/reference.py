@@ -28,8 +28,8 @@ def precompute(
   pipeline: input_pipeline.InputPipeline,
   directory: pathlib.Path,
   model: gpt_neox.ModelConfig,
-  base: Any,
-  base_hash: str,
+  weights: tuple[Any, Any],
+  weights_hash: str,
   param_dtype: str,
 ) -> input_pipeline.InputPipeline:
   """The pipeline with the reference's log-probs, read or computed.
@@ -38,8 +38,8 @@ def precompute(
     pipeline: of the run.
     directory: of the files train.safetensors and held_out.safetensors.
     model: the reference's config.
-    base: its weights, on the mesh.
-    base_hash: their hash before quantization.
+    weights: the base and its adapters or None, on the mesh.
+    weights_hash: of both, before quantization.
     param_dtype: what they are stored in.
 
   Raises:
@@ -51,7 +51,7 @@ def precompute(
     path = directory.expanduser() / f"{side}.safetensors"
     fingerprints = {
       "data": items.report["tokens"],
-      "model": base_hash,
+      "model": weights_hash,
       "shape": repr(model.shape()),
       "dtype": f"{model.dtype} of {param_dtype}",
     }
@@ -61,8 +61,7 @@ def precompute(
     else:
       logps = token_logps(
         model,
-        base,
-        None,
+        *weights,
         items.table,
         pipeline.held_out,
         pipeline.eval_batch_size,

@@ -110,6 +110,35 @@ def _load_base(
   return base
 
 
+def load_adapters(
+  settings: config_lib.LoraSettings,
+  model: gpt_neox.ModelConfig,
+  base: Tree,
+  mesh: jax.sharding.Mesh,
+) -> Tree | None:
+  """The adapters that training begins from; None if from zero.
+
+  Raises:
+    ValueError: they are not readable, of another base, or not as in `settings`.
+  """
+  if not settings.path:
+    return None
+  found, lora = hf.load_adapter(settings.path, model, base)
+  # Dropout is the run's own.
+  wanted = dataclasses.replace(settings.config(), dropout=found.dropout)
+  if found != wanted:
+    raise ValueError(
+      f"lora.path={settings.path!r} has {found}, not {wanted}: set lora.rank,"
+      " lora.alpha and lora.targets to its own"
+    )
+  return jax.device_put(lora, sharding.shardings(lora, mesh))
+
+
+def weights_hash(base_hash: str, lora: Tree | None) -> str:
+  """Hash of the base and of the adapters that training begins from, if any."""
+  return base_hash if lora is None else f"{base_hash}+{hf.content_hash(lora)}"
+
+
 def reload_base(
   settings: config_lib.ModelSettings,
   mesh: jax.sharding.Mesh | None,
@@ -139,11 +168,12 @@ def quantize(base: Tree, mesh: jax.sharding.Mesh) -> Tree:
 
 def initial_state(
   model: gpt_neox.ModelConfig, tx: optax.GradientTransformation
-) -> Callable[[Tree, jax.Array], step_lib.TrainState]:
-  """(base, key) -> the state of step 0, with fresh adapters."""
+) -> Callable[[Tree, Tree | None, jax.Array], step_lib.TrainState]:
+  """(base, adapters or None for fresh ones, key) -> the state of step 0."""
 
-  def make(base, key):
-    lora = gpt_neox.init_lora(model, key) if model.lora else {}
+  def make(base, lora, key):
+    if lora is None:
+      lora = gpt_neox.init_lora(model, key) if model.lora else {}
     return step_lib.init_state(base, lora, tx)
 
   return make
@@ -152,21 +182,25 @@ def initial_state(
 def make_state(
   model: gpt_neox.ModelConfig,
   base: Tree,
+  lora: Tree | None,
   tx: optax.GradientTransformation,
   seed: int,
   mesh: jax.sharding.Mesh,
   *,
   donate: bool,
 ) -> step_lib.TrainState:
-  """The state of step 0, sharded over the mesh; `donate` gives `base` up."""
+  """The state of step 0, sharded over the mesh; `donate` gives `base` up.
+
+  `lora` None is fresh adapters.
+  """
   make = initial_state(model, tx)
   # Another stream than dropout's, which folds steps into the seed.
   key = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)
-  sharded = sharding.shardings(jax.eval_shape(make, base, key), mesh)
+  sharded = sharding.shardings(jax.eval_shape(make, base, lora, key), mesh)
   jitted = jax.jit(
     make, out_shardings=sharded, donate_argnums=(0,) if donate else ()
   )
-  return jitted(base, key)
+  return jitted(base, lora, key)
 
 
 def jit_steps(
@@ -216,9 +250,12 @@ def step_log(
   is_dpo = config.objective == "dpo"
   objective = config.step_objective()
   live = objective.has_reference and not config.precompute_reference
+  # Fresh adapters are zero; others differ from the reference by their dropout.
+  same = not (config.lora.path and config.lora.dropout)
+  starts_equal = objective.has_reference and same
   check_first = functools.partial(
     guards.check_first_loss,
-    start=losses.at_start(config.loss) if objective.has_reference else {},
+    start=losses.at_start(config.loss) if starts_equal else {},
     dtype=config.model.dtype,
     precomputed=config.precompute_reference,
   )

@@ -137,23 +137,26 @@ def _train(
 
   with distributed.raise_on_all("reading the model"):
     model, base = setup.load_model(config, tokenizer, mesh)
+    adapters = setup.load_adapters(config.lora, model, base, mesh)
   base_hash, fingerprint = hf.content_hash(base), hf.fingerprint(base)
-  if config.model.param_dtype == "int8":
+  weights_hash = setup.weights_hash(base_hash, adapters)
+  param_dtype = config.model.param_dtype
+  if param_dtype == "int8":
     base = setup.quantize(base, mesh)
 
-  # With adapters the reference is the base without them; in full fine-tuning
-  # it is a second tree. Either may be replaced by precomputed log-probs.
+  # With fresh adapters the reference is the base without them; in full
+  # fine-tuning it is a second tree. Precomputed log-probs may replace either.
   reference = base if config.keeps_reference else None
   if config.precompute_reference:
     directory = pathlib.Path(config.reference_cache or workdir / "reference")
     pipeline = reference_lib.precompute(
-      pipeline, directory, model, base, base_hash, config.model.param_dtype
+      pipeline, directory, model, (base, adapters), weights_hash, param_dtype
     )
 
   trainable = step.trainable(model)
   tx = optimizer.make(config.optimizer, pipeline.steps, trainable)
   state = setup.make_state(
-    model, base, tx, config.seed, mesh, donate=reference is None
+    model, base, adapters, tx, config.seed, mesh, donate=reference is None
   )
   del base
   objective = config.step_objective()
@@ -168,7 +171,7 @@ def _train(
   )
 
   inputs = functools.partial(
-    checkpoints_lib.inputs, pipeline, tokenizer, base_hash, config.seed
+    checkpoints_lib.inputs, pipeline, tokenizer, weights_hash, config.seed
   )
   start = 0
   if found is not None:
@@ -183,7 +186,7 @@ def _train(
   rates = optimizer.rates(config.optimizer, pipeline.steps)
   if distributed.is_main():
     manifest.write(
-      workdir, config, state, reference, pipeline, base_hash, changed
+      workdir, config, state, reference, pipeline, weights_hash, changed
     )
     # Not before: settings that were refused must not bind the directory.
     rundir.claim(workdir, values, config.changeable)
@@ -235,7 +238,7 @@ def _train(
     raise
 
   base = state.params["base"]
-  if config.model.param_dtype == "int8":
+  if param_dtype == "int8":
     # Adapters are merged into the weights before quantization.
     base = setup.reload_base(config.model, mesh, base_hash)
   if model.lora is not None:
