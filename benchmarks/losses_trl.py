@@ -3,11 +3,11 @@
   pip install "trl>=1.16"
   python -m benchmarks.losses_trl
 
-calls the loss of DPOTrainer, CPOTrainer and ORPOTrainer on random log-probs of
-tokens, whose responses have random lengths, and ours on the same numbers, in
-float64 (TRL's alpha-divergence is of float32). Gradients are those by each
-token's log-prob. Prints a line a loss, and exits with 1 if a value or gradient
-differs by more than 1e-6 (float32: 1e-5), relative to the largest.
+calls the loss of DPOTrainer, KTOTrainer, CPOTrainer and ORPOTrainer on random
+log-probs of tokens, whose responses have random lengths, and ours on the same
+numbers, in float64 (TRL's alpha-divergence is of float32). Gradients are those
+by each token's log-prob. Prints a line a loss, and exits with 1 if a value or
+gradient differs by more than 1e-6 (float32: 1e-5), relative to the largest.
 """
 
 import collections
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from trl import DPOTrainer
+from trl import DPOTrainer, KTOTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
@@ -85,6 +85,11 @@ CPO_CASES = [
 ]
 
 
+KTO = {"kind": "kto", "undesirable_weight": 1.5}
+# Labels of KTO's responses, for which the rejected ones are of other prompts.
+DESIRABLE = np.arange(PAIRS) % 3 > 0
+
+
 class Case:
   """Log-probs of policy and reference by token, chosen above rejected."""
 
@@ -122,7 +127,8 @@ def ours(values, case):
       None if reference is None else both(reference),
       both(ratios * weights),
       lengths,
-      losses.per_token(both(policy - case.squares), lengths)
+      desirable=jnp.asarray(DESIRABLE),
+      on_policy=losses.per_token(both(policy - case.squares), lengths)
       if used.wpo
       else None,
     )
@@ -137,24 +143,20 @@ def ours(values, case):
   return jax.value_and_grad(total)(jnp.asarray(case.policy))
 
 
-def of_dpo_trainer(loss_type, options, case):
-  """DPOTrainer's loss, called without a model or an accelerator."""
-  tokens = torch.tensor(case.policy, requires_grad=True)
-  mask = torch.tensor(np.pad(case.mask, ((0, 0), (1, 0))).astype(np.int64))
-  # The first column has no prediction, and the mask none there.
-  mask[:, 0] = 0
-  kinds = loss_type.split()
+def outputs_of(log_probs, squares=None):
+  """What TRL's model returns, of tokens."""
+  zeros = torch.zeros_like(log_probs)
+  return types.SimpleNamespace(
+    log_probs=log_probs,
+    log_sum_sq_probs=squares,
+    entropy=zeros,
+    mean_logits=zeros,
+    is_top1=zeros.bool(),
+  )
 
-  def outputs(log_probs):
-    zeros = torch.zeros_like(log_probs)
-    return types.SimpleNamespace(
-      log_probs=log_probs,
-      log_sum_sq_probs=torch.tensor(case.squares),
-      entropy=zeros,
-      mean_logits=zeros,
-      is_top1=zeros.bool(),
-    )
 
+def fakes(policy, reference, mask):
+  """A trainer's attributes and inputs, without a model or an accelerator."""
   model = torch.nn.Module()
   model.is_gradient_checkpointing = False
   trainer = types.SimpleNamespace(
@@ -170,9 +172,7 @@ def of_dpo_trainer(loss_type, options, case):
       gradient_checkpointing_kwargs=None,
       discopop_tau=0.05,
     ),
-    ref_model=lambda **_: outputs(torch.tensor(case.reference)),
-    loss_types=kinds,
-    loss_weights=[1.0] * len(kinds),
+    ref_model=lambda **_: outputs_of(reference),
     beta=BETA,
     label_smoothing=0.0,
     ld_alpha=None,
@@ -185,18 +185,55 @@ def of_dpo_trainer(loss_type, options, case):
     _total_train_tokens=0,
     _tp_size=1,
   )
-  vars(trainer).update(options)
+  # The first token of a text has no prediction.
+  completions = torch.nn.functional.pad(mask, (1, 0)).long()
   inputs = {
-    "input_ids": torch.zeros_like(mask),
-    "attention_mask": torch.ones_like(mask),
-    "completion_mask": mask,
+    "input_ids": torch.zeros_like(completions),
+    "attention_mask": torch.ones_like(completions),
+    "completion_mask": completions,
   }
-  loss = DPOTrainer._compute_loss(
-    trainer,
-    lambda **_: outputs(tokens * torch.tensor(case.mask)),
-    inputs,
-    False,
+  return trainer, inputs
+
+
+def of_dpo_trainer(loss_type, options, case):
+  """DPOTrainer's loss and its gradient by the policy's token log-probs."""
+  tokens = torch.tensor(case.policy, requires_grad=True)
+  mask = torch.tensor(case.mask)
+  trainer, inputs = fakes(tokens, torch.tensor(case.reference), mask)
+  kinds = loss_type.split()
+  defaults = {"loss_types": kinds, "loss_weights": [1.0] * len(kinds)}
+  vars(trainer).update(defaults | options)
+  squares = torch.tensor(case.squares)
+
+  def model(**_):
+    return outputs_of(tokens * mask, squares)
+
+  loss = DPOTrainer._compute_loss(trainer, model, inputs, False)
+  loss.backward()
+  return loss.item(), tokens.grad.numpy()
+
+
+def of_kto_trainer(case):
+  """KTOTrainer's loss, likewise."""
+  tokens = torch.tensor(case.policy, requires_grad=True)
+  responses, others = (tokens * torch.tensor(case.mask)).chunk(2)
+  reference, of_others = torch.tensor(case.reference).chunk(2)
+  trainer, inputs = fakes(responses, reference, torch.tensor(case.mask[:PAIRS]))
+  vars(trainer).update(
+    loss_type="kto",
+    calculate_KL=True,
+    desirable_weight=1.0,
+    undesirable_weight=KTO["undesirable_weight"],
+    _compute_kl_logps=lambda model, _: (
+      of_others if model is trainer.ref_model else others.detach()
+    ).sum(1),
   )
+  inputs["label"] = torch.tensor(DESIRABLE)
+
+  def model(**_):
+    return outputs_of(responses)
+
+  loss = KTOTrainer._compute_loss(trainer, model, inputs, False)
   loss.backward()
   return loss.item(), tokens.grad.numpy()
 
@@ -261,6 +298,7 @@ def main() -> int:
         lambda case, o=options: of_policy_trainer(CPOTrainer, o, case),
       )
     )
+  good.append(compared(KTO, of_kto_trainer))
   # Its odds are of float32.
   good.append(
     compared(

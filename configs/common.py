@@ -241,6 +241,8 @@ def loss() -> config_dict.ConfigDict:
   c.ld_alpha = 1.0
   # WPO: weigh each pair by how likely the policy is to write its responses.
   c.wpo = False
+  # KTO: weight of undesirable responses; desirable ones have 1.
+  c.undesirable_weight = 1.0
   return c
 
 

@@ -11,9 +11,9 @@ def source() -> config_dict.ConfigDict:
   """All fields of a source, for a file of pairs with its own held-out file."""
   c = config_dict.ConfigDict()
   # Row form. "pairs": prompt, chosen, rejected, or HH's two transcripts, or
-  # TRL's lists of messages. "hh", "shp", "se", "tldr": the datasets of the
-  # functions below. "tfds": HH as written by
-  # `python -m dpo_jax.data.sources.hh_tfds`.
+  # TRL's lists of messages. "unpaired": prompt, completion, label, for KTO.
+  # "hh", "shp", "se", "tldr": the datasets of the functions below. "tfds": HH
+  # written by `python -m dpo_jax.data.sources.hh_tfds`.
   c.kind = "pairs"
   # A .jsonl(.gz) file; a directory of <subset>/<split>.jsonl(.gz), of
   # <split>.jsonl(.gz), or of parquet files; a hub id, user/name or

@@ -117,6 +117,63 @@ def test_dropped_rows_are_counted_and_limits_are_of_kept_ones(
   assert (len(prepared.train.table), len(prepared.held_out.table)) == (2, 2)
 
 
+def test_labeled_responses_meet_those_of_other_prompts(
+  words, settings, tmp_path
+):
+  rows = [
+    {"prompt": PROMPT.format(f"question {i}"), "completion": x, "label": good}
+    for i, x, good in (
+      (0, " yes", True),
+      (0, " no", False),
+      (1, " no", True),
+      (2, " yes", False),
+    )
+  ]
+  train = write(tmp_path / "labels.jsonl", rows)
+  unpaired = files(train, tmp_path / "test.jsonl", kind="unpaired")
+  test = [
+    row | {"prompt": PROMPT.format(f"q {i}")} for i, row in enumerate(rows)
+  ]
+  write(tmp_path / "test.jsonl", test)
+  used = settings(sources={"files": unpaired})
+  prepared = dataset.prepare(used, "dpo", words, labeled=True)
+
+  def texts(table):
+    return [
+      tuple(words.decode(x) for x in (one.prompt, one.chosen, one.rejected))
+      for one in table
+    ]
+
+  end = "<|endoftext|>"
+  questions = [row["prompt"] for row in rows]
+  # The next response to another prompt that is another text.
+  assert texts(prepared.train.table) == [
+    (questions[0], f" yes{end}", f" no{end}"),
+    (questions[1], f" no{end}", f" yes{end}"),
+    (questions[2], f" no{end}", f" yes{end}"),
+    (questions[3], f" yes{end}", f" no{end}"),
+  ]
+  labels = prepared.train.table.desirable
+  assert labels.tolist() == [True, False, True, False]
+  assert prepared.train.table.take([3, 0]).desirable.tolist() == [False, True]
+  for objective in ("sft", "dpo"):
+    with pytest.raises(ValueError, match="only objective='dpo' with"):
+      dataset.prepare(used, objective, words)
+
+
+def test_pairs_are_two_labeled_responses(words, settings):
+  pairs = dataset.prepare(settings(), "dpo", words).train.table
+  table = dataset.prepare(settings(), "dpo", words, labeled=True).train.table
+  assert table.desirable.tolist() == [True, False] * 6
+  assert len({*table.ids}) == 12
+  for i, pair in enumerate(pairs):
+    good, bad = table[2 * i], table[2 * i + 1]
+    assert good.prompt == bad.prompt == pair.prompt
+    assert (good.chosen, bad.chosen) == (pair.chosen, pair.rejected)
+    # Of another question.
+    assert (good.rejected, bad.rejected) == (pair.rejected, pair.chosen)
+
+
 def test_leakage_is_refused_unless_allowed(words, settings, tmp_path):
   # The same prompt with other responses is leakage too.
   write(tmp_path / "test.jsonl", [row(10), row(3, " maybe"), row(4)])

@@ -190,6 +190,26 @@ def test_losses_of_the_policy_alone(kind, wanted):
   assert list(loss(kind=kind)) == close(wanted)
 
 
+def test_kto_by_hand():
+  # Log-ratios 1 and -2, of responses to other prompts -0.5 and 2.5: z is 1.
+  pair = pair_of(((-4, -9), (-6, -5.5)), ((-5, -7), (-5.5, -8)))
+  pair = pair._replace(desirable=jnp.array([True, False]))
+  found = loss(pair, kind="kto", undesirable_weight=3.0)
+  assert list(found) == close([1 - 0.5, 3 * (1 - sigmoid(BETA * 3))])
+  # A negative mean is no divergence.
+  found = loss(PAIR._replace(desirable=pair.desirable), kind="kto")
+  assert list(found) == close([1 - sigmoid(BETA), 1 - sigmoid(BETA * 2)])
+  assert losses.at_start(settings(kind="kto")) == {
+    "loss": close((0.5, BETA / 4))
+  }
+  # Metrics are of the labels; the others' are 0.
+  found = losses.metrics(pair, settings(kind="kto"))
+  assert list(found["rewards/chosen"]) == [0.5, 0.0]
+  assert list(found["rewards/rejected"]) == [0.0, -1.0]
+  assert list(found["logps/rejected"]) == [0.0, -9.0]
+  assert list(found["kl"]) == [1.0, 1.0]
+
+
 def test_simpo_of_other_lengths_and_margins():
   pair = PAIR._replace(lengths=losses.Responses(*jnp.float32([[8, 3], [2, 2]])))
   # Means -0.5 and -3, -3 and -4: margins 2.5 and 1, times 2 less 0.6.
@@ -342,6 +362,7 @@ def test_gradient_is_the_papers():
 def test_no_margin_gives_nan(values, per_token):
   huge = jnp.float32([[3e4, -3e4, 1e4], [-3e4, 3e4, 1e4]])
   pair = pair_of(huge, np.zeros((2, 3)), [[1, 1, 0]] * 2)
+  pair = pair._replace(desirable=jnp.array([True, False, False]))
 
   def total(ratios):
     used = pair._replace(policy=ratios, ratios=ratios)
@@ -363,11 +384,13 @@ def test_slopes_are_those_of_the_values(kind):
     @jax.jit
     def value(policy):
       ratios = jax.tree.map(jnp.subtract, policy, zeros)
-      pair = losses.Pair(policy, zeros, ratios, lengths)
+      desirable = jnp.array([True, False, True])
+      pair = losses.Pair(policy, zeros, ratios, lengths, desirable)
       return jnp.sum(loss(pair, kind=kind))
 
     slopes = jax.grad(value)(policy)
-    for side in range(2):
+    # The responses to other prompts, of which KTO's point is a constant.
+    for side in range(1 if kind == "kto" else 2):
       for i in range(3):
         step = np.zeros((2, 3))
         step[side, i] = 1e-5
@@ -421,6 +444,7 @@ def test_reward_metrics():
     ({"kind": "dpo"}, "'dpo' is no sum such as 'sigmoid.0.2.sft' of sigmoid"),
     ({"kind": "ipo+-1*sft"}, "give 'sft' once, with a positive weight"),
     ({"kind": "ipo+ipo"}, "give 'ipo' once"),
+    ({"kind": "kto+sft"}, "'kto' is of labels, the others of pairs"),
     ({"kind": "x*ipo"}, "give 'ipo' once, with a positive weight"),
   ],
 )

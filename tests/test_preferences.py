@@ -29,6 +29,28 @@ def texts(row):
 # --- forms
 
 
+def test_rows_with_a_label():
+  row = {"prompt": "\n\nHuman: a\n\nAssistant:", "completion": " b"}
+  found = preferences.labeled(row | {"label": True})
+  assert (found.prompt, found.responses) == (row["prompt"], (" b",))
+  assert found.label is True
+  messages = {
+    "prompt": [{"role": "user", "content": "a"}],
+    "completion": [{"role": "assistant", "content": "b"}],
+    "label": True,
+  }
+  assert preferences.labeled(messages) == found
+  assert preferences.labeled(row | {"label": False}).id != found.id
+  for broken, words in (
+    ({"label": 1}, "'label' is not true or false"),
+    ({"completion": 3, "label": True}, "'completion' is not a string"),
+  ):
+    with pytest.raises(preferences.Malformed, match=words):
+      preferences.labeled(row | broken)
+  with pytest.raises(preferences.Quarantined, match="empty completion"):
+    preferences.labeled(row | {"completion": " ", "label": True})
+
+
 def test_all_forms_give_the_same_pair():
   wanted = preferences.Comparison(
     preferences.content_id(PROMPT, " A tool.", " No."),

@@ -320,7 +320,7 @@ def pair_by_numpy(settings, policy, reference):
     both([x.sum() for x, _ in reference]),
     both(ratios),
     both(lengths),
-    both([(x - squares).mean() for x, squares in policy])
+    on_policy=both([(x - squares).mean() for x, squares in policy])
     if settings.wpo
     else None,
   )
@@ -394,6 +394,56 @@ def test_losses_do_not_depend_on_how_they_are_computed(name, config, other):
   # See `assert_trained_alike`.
   for leaf in after.keys() - {"blocks/query_key_value/bias"}:
     np.testing.assert_allclose(after[leaf], before[leaf], 0, 1e-4, err_msg=leaf)
+
+
+def labeled(count):
+  """A table of labeled responses, and of the next one's to its prompt."""
+  table = token_table.from_items(tiny.pairs(count, 4))
+  return dataclasses.replace(table, desirable=np.arange(count) % 3 != 1)
+
+
+def test_kto_by_plain_log_probs(weights):
+  base, adapters = weights
+  settings = tiny.loss(kind="kto", beta=0.5, undesirable_weight=2.0)
+  table = labeled(PAIRS - 3)
+  policy, reference = (
+    np.array([x.sum() for x, _ in responses_by_numpy(LORA, base, lora, table)])
+    for lora in (adapters, None)
+  )
+  ratios = (policy - reference).reshape(-1, 2)
+  point = max(ratios[:, 1].mean(), 0.0)
+  rewards, good = 0.5 * ratios[:, 0], table.desirable
+  ahead = np.where(good, 1, -1) * (rewards - 0.5 * point)
+  wanted = {
+    "loss": (np.where(good, 1, 2) / (1 + np.exp(ahead))).mean(),
+    "kl": point,
+    "rewards/chosen": rewards[good].mean(),
+    "rewards/rejected": rewards[~good].mean(),
+    "rewards/margins": rewards[good].mean() - rewards[~good].mean(),
+    "logps/chosen": policy[::2][good].mean(),
+    "logps/rejected": policy[::2][~good].mean(),
+  }
+  share = step_lib.Objective("dpo", settings, PAIRS)
+  evaluate = jax.jit(step_lib.make_eval_step(LORA, share))
+  params = {"base": base, "lora": adapters}
+  batch = pack(table, 1, rows=6)
+  sums = evaluate(params, None, batch)
+  found = share.means({key: float(value) for key, value in sums.items()})
+  # Accuracy and entropy are of the items' own responses.
+  tokens = table.lengths[:, 1].sum()
+  assert float(sums["tokens"]) == float(sums["chosen_tokens"]) == tokens
+  for key, value in wanted.items():
+    assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+  assert "rewards/accuracies" not in found
+  assert point > 0
+
+  # An update has the same numbers, and its gradient leaves the point alone.
+  share = dataclasses.replace(share, items=len(table))
+  tx = optimizer.make(OPTIMIZER, 9, "lora")
+  step = jax.jit(step_lib.make_train_step(LORA, share, tx, 0))
+  _, metrics = step(step_lib.init_state(base, adapters, tx), None, batch)
+  for key, value in wanted.items():
+    assert float(metrics[key]) == pytest.approx(value, rel=1e-4, abs=1e-5), key
 
 
 def test_a_loss_of_the_policy_alone_computes_no_reference():
@@ -593,10 +643,10 @@ def test_sums_of_a_pair_by_hand():
   policy = jnp.where(is_chosen, -1000.0, -2000.0)
   other = policy - jnp.where(is_chosen, 2.0**-10, 0.0)
   stats = logprobs.TokenStats(policy, *[jnp.zeros_like(policy)] * 3)
-  sums, weight = step_lib._objective_sums(
+  sums, weights = step_lib._objective_sums(
     objective(items=1), micro, stats, other
   )
-  assert float(weight) == 1
+  assert float(weights["weight"]) == 1
   # Beta is a half, and a thousand and twenty-four 2^-10 are one nat.
   assert float(sums["rewards/chosen"]) == 0.5
   assert float(sums["rewards/rejected"]) == 0

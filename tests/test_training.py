@@ -195,6 +195,32 @@ def test_a_precomputed_reference_gives_the_same_run_and_is_never_stale(
     train_lib.run(other, tmp_path / "run-of-other")
 
 
+def test_a_run_learns_from_labels(config, run_files, tmp_path):
+  for side in ("train", "test"):
+    rows = [
+      {
+        "prompt": [{"role": "user", "content": f"{side} {i}"}],
+        "completion": [{"role": "assistant", "content": word}],
+        "label": i % 3 > 0,
+      }
+      for i, word in enumerate(running.WORDS)
+    ]
+    running.write(tmp_path / f"{side}.jsonl", rows)
+  changes = {
+    f"data.sources.files.{side}_path": str(tmp_path / f"{name}.jsonl")
+    for side, name in (("train", "train"), ("eval", "test"))
+  }
+  changes |= {"data.sources.files.kind": "unpaired", "loss.kind": "kto"}
+  made = config(**changes, microbatches=1, max_steps=2)
+  train_lib.run(made, tmp_path / "run")
+  first, *_ = (row for row in running.read(tmp_path / "run") if "loss" in row)
+  assert first["loss"] == pytest.approx(0.5, abs=1e-6)
+  assert first["kl"] == pytest.approx(0, abs=1e-6)
+  assert "examples_per_second" in json.loads(
+    (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1]
+  )
+
+
 def test_a_run_begins_from_an_adapter_and_has_it_as_its_reference(
   config, whole, tmp_path
 ):

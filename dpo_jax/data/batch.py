@@ -51,6 +51,8 @@ class Batch:
     block_pairs: where segments span rows, the pairs (query row, key row) that
       attend, counted from the shard's first row, (-1, -1) for none,
       [M, S, P, 2]; else None.
+    desirable: of labeled responses, whether the target is of a desirable item,
+      [M, S, C]; else None.
   """
 
   tokens: np.ndarray | jax.Array
@@ -63,6 +65,7 @@ class Batch:
   sequence_ids: np.ndarray | jax.Array
   reference: np.ndarray | jax.Array | None
   block_pairs: np.ndarray | jax.Array | None = None
+  desirable: np.ndarray | jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +113,8 @@ def pack(
   table, dropout_ids = table.take(order), dropout_ids[order]
   plans = packing_lib.plans(table, packing)
   shape = packing_lib.shape_of(plans, packing)
-  batch = _empty(packing, shape, reference is not None)
+  labeled = table.desirable is not None
+  batch = _empty(packing, shape, reference is not None, labeled)
   size = len(table) // packing.microbatches
   for m, plan in enumerate(plans):
     items_of = table.take(np.arange(m * size, (m + 1) * size))
@@ -128,6 +132,7 @@ def pack(
 def shapes(
   packing: packing_lib.Packing,
   with_reference: bool,
+  labeled: bool,
   sharding: jax.sharding.Sharding,
 ) -> list[Batch]:
   """A batch of `jax.ShapeDtypeStruct`s for each of the packing's shapes.
@@ -135,12 +140,13 @@ def shapes(
   Args:
     packing: the layout, with its shapes.
     with_reference: whether batches carry the reference's log-probs.
+    labeled: whether they carry labels.
     sharding: of the axis after the micro-batches.
   """
   return [
     jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-      _empty(packing, shape, with_reference),
+      _empty(packing, shape, with_reference, labeled),
     )
     for shape in packing.shapes
   ]
@@ -150,6 +156,7 @@ def _empty(
   packing: packing_lib.Packing,
   shape: packing_lib.Shape,
   with_reference: bool,
+  labeled: bool,
 ) -> Batch:
   """A batch of padding alone."""
   rows = (packing.microbatches, shape.rows, packing.row_length)
@@ -168,6 +175,7 @@ def _empty(
     block_pairs=np.full(block_pairs, -1, np.int32)
     if packing.spans_rows
     else None,
+    desirable=np.zeros(completions, np.int32) if labeled else None,
   )
 
 
@@ -241,6 +249,8 @@ def _fill(
   batch.sequence_ids[at] = sequence_ids[predicted]
   if reference is not None:
     batch.reference[at] = reference[taken[predicted]]
+  if table.desirable is not None:
+    batch.desirable[at] = spread(table.desirable[item])[predicted]
 
 
 def _count_from_one(groups: np.ndarray) -> np.ndarray:

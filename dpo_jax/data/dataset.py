@@ -8,6 +8,8 @@ import collections
 import dataclasses
 from typing import Any, Literal
 
+import numpy as np
+
 from dpo_jax.core import settings as settings_lib
 from dpo_jax.data import (
   loader,
@@ -17,6 +19,7 @@ from dpo_jax.data import (
   token_cache,
   token_table,
   tokenization,
+  unpaired,
 )
 from dpo_jax.data import tokenizer as tokenizer_lib
 from dpo_jax.io import remote
@@ -89,6 +92,10 @@ class Prepared:
   weights: tuple[float, ...]
 
   @property
+  def labeled(self) -> bool:
+    return self.train.table.desirable is not None
+
+  @property
   def report(self) -> dict[str, Any]:
     return {"train": self.train.report, "held_out": self.held_out.report}
 
@@ -105,13 +112,23 @@ def prepare(
   settings: DataSettings,
   objective: Literal["sft", "dpo"],
   tokenizer: tokenizer_lib.Tokenizer,
+  labeled: bool = False,
 ) -> Prepared:
   """Reads, checks and tokenizes the training and the held-out rows.
 
+  With `labeled` items are those of `unpaired.items`, of any source.
+
   Raises:
     ValueError: a file is missing or malformed, no pair is left, a held-out
-      prompt is trained on, or a segment is longer than a row.
+      prompt is trained on, or a segment is longer than a row; or a source has
+      labels, which the objective does not take.
   """
+  kinds = [settings.sources[name].kind for name in settings.use]
+  if "unpaired" in kinds and not labeled:
+    raise ValueError(
+      f"data.use={settings.use} has a source of kind 'unpaired', whose labels"
+      " only objective='dpo' with loss.kind='kto' takes"
+    )
   if objective == "sft" and settings.layout == "shared":
     raise ValueError(
       "data.layout='shared' is for pairs; SFT takes 'packed' or 'padded'"
@@ -145,7 +162,7 @@ def prepare(
     )
   sides = {}
   for side, parts in loaded.items():
-    sides[side] = _side(settings, side, objective, tokenizer, parts)
+    sides[side] = _side(settings, side, objective, tokenizer, labeled, parts)
     sides[side].report["held-out prompts also trained on"] = leaks
   return Prepared(
     sides["train"],
@@ -169,14 +186,18 @@ def _side(
   side: sources.Side,
   objective: Literal["sft", "dpo"],
   tokenizer: tokenizer_lib.Tokenizer,
+  labeled: bool,
   loaded: dict[str, preferences.Loaded],
 ) -> Side:
   parts, by_source = [], {}
   for name, source in loaded.items():
+    rows, labels = source.rows, {}
+    if labeled:
+      rows, labels = unpaired.items(rows)
     tokenized = token_cache.tokenize(
       settings.token_cache,
       tokenizer,
-      source.rows,
+      rows,
       rules=settings.tokenization,
       max_length=settings.max_length,
       max_prompt_length=settings.max_prompt_length,
@@ -188,11 +209,13 @@ def _side(
       raise ValueError(
         f"{side} of {name}: no pair is left after tokenization: {counts}"
       )
-    parts.append(
-      tokenized.table.examples(settings.responses)
-      if objective == "sft"
-      else tokenized.table
-    )
+    table = tokenized.table
+    if objective == "sft":
+      table = table.examples(settings.responses)
+    elif labeled:
+      desirable = np.array([labels[x] for x in table.ids])
+      table = dataclasses.replace(table, desirable=desirable)
+    parts.append(table)
   table = token_table.join(parts)
   longest = packing.longest_segment(table, settings.layout)
   if longest > settings.row_length:

@@ -31,6 +31,8 @@ class Quarantined(ValueError):
 class Comparison:
   """A prompt and two responses, of which people preferred `chosen`.
 
+  Or one response, `chosen`, with a label, whose `rejected` is "".
+
   Attributes:
     id: hash of the three texts: the same row has it in any file.
     prompt: in HH's form it ends with "\\n\\nAssistant:".
@@ -38,6 +40,7 @@ class Comparison:
     rejected: see `chosen`.
     subset: part of the dataset, such as "harmless-base", or the row's own
       domain; "" for none.
+    label: whether a single response is desirable; None of pairs.
   """
 
   id: str
@@ -45,6 +48,13 @@ class Comparison:
   chosen: str
   rejected: str
   subset: str = dataclasses.field(default="", compare=False)
+  label: bool | None = None
+
+  @property
+  def responses(self) -> tuple[str, ...]:
+    if self.label is None:
+      return self.chosen, self.rejected
+    return (self.chosen,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +96,31 @@ def pair(
   return Comparison(
     content_id(prompt, chosen, rejected), prompt, chosen, rejected, subset
   )
+
+
+def labeled(row: Any, subset: str = "") -> Comparison:
+  """The response of a row {"prompt", "completion", "label"}.
+
+  Prompt and completion are texts or lists of messages.
+
+  Raises:
+    Malformed: a field is missing or of another type.
+    Quarantined: a text is empty, or messages are no dialogue.
+  """
+  row = mapping(row)
+  if not isinstance(label := row.get("label"), bool):
+    raise Malformed("field 'label' is not true or false")
+  if isinstance(row.get("completion"), list):
+    both = {"chosen": row["completion"], "rejected": row["completion"]}
+    prompt, response, _ = _from_messages(row | both)
+  else:
+    prompt, response = text(row, "prompt"), text(row, "completion")
+  if _is_blank(prompt):
+    raise Quarantined("empty prompt")
+  if _is_blank(response):
+    raise Quarantined("empty completion")
+  name = content_id(prompt, response, str(label))
+  return Comparison(name, prompt, response, "", subset, label)
 
 
 def _is_blank(text: str) -> bool:

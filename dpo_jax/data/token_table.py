@@ -47,12 +47,14 @@ class Table(collections.abc.Sequence):
     tokens: the token ids of all parts, int32, in any order.
     starts: first token of each part, int64 [N, P].
     lengths: tokens of each part, int64 [N, P].
+    desirable: of labeled responses, bool [N]; None of other items.
   """
 
   ids: tuple[str, ...]
   tokens: np.ndarray
   starts: np.ndarray
   lengths: np.ndarray
+  desirable: np.ndarray | None = None
 
   @property
   def parts(self) -> int:
@@ -77,6 +79,7 @@ class Table(collections.abc.Sequence):
       self.tokens,
       self.starts[indices],
       self.lengths[indices],
+      None if self.desirable is None else self.desirable[indices],
     )
 
   def examples(self, responses: Literal["chosen", "both"]) -> "Table":
@@ -99,6 +102,8 @@ class Table(collections.abc.Sequence):
         part = self.tokens[self._where(i, p)]
         digest.update(b"%d:" % len(part))
         digest.update(np.ascontiguousarray(part, "<i4"))
+    if self.desirable is not None:
+      digest.update(self.desirable.tobytes())
     return digest.hexdigest()[:16]
 
   def _where(self, index: int, part: int) -> slice:
@@ -158,4 +163,7 @@ def join(tables: Iterable[Table]) -> Table:
       [table.starts + offset for table, offset in zip(tables, offsets)]
     ),
     np.concatenate([table.lengths for table in tables]),
+    None
+    if tables[0].desirable is None
+    else np.concatenate([table.desirable for table in tables]),
   )

@@ -172,6 +172,11 @@ def prompts(
 ) -> list[Prompt]:
   """Prompts in file order, each id once; long ones keep their end."""
   source = settings.data.source
+  if source.kind == "unpaired":
+    raise ValueError(
+      "data.source.kind='unpaired' has no chosen responses to compare with:"
+      " name a source of pairs"
+    )
   loaded = sources.load(
     source, "eval", settings.data.filters, settings.data.limit
   )

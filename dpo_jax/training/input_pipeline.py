@@ -94,7 +94,9 @@ class InputPipeline:
     """The shapes of training batches, and of evaluation batches."""
     sharded = sharding.batch_sharding(self.mesh, leading=1)
     train, held_out = (
-      batch_lib.shapes(packed, reference is not None, sharded)
+      batch_lib.shapes(
+        packed, reference is not None, self.items.labeled, sharded
+      )
       for packed, reference in (
         (self.train, self.train_reference),
         (self.held_out, self.held_out_reference),
@@ -129,7 +131,8 @@ def make(
   Raises:
     ValueError: see `dataset.prepare`; or an epoch has fewer items than a batch.
   """
-  items = dataset.prepare(config.data, config.objective, tokenizer)
+  labeled = config.objective == "dpo" and config.loss.labeled
+  items = dataset.prepare(config.data, config.objective, tokenizer, labeled)
   schedule = items.schedule(
     batch_size=config.batch_size, seed=config.seed, epochs=config.epochs
   )

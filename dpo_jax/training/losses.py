@@ -46,6 +46,7 @@ class LossSettings:
   divergence_alpha: float
   ld_alpha: float
   wpo: bool
+  undesirable_weight: float
 
   def __post_init__(self):
     settings_lib.check(self, "loss.")
@@ -62,6 +63,11 @@ class LossSettings:
       raise ValueError(
         "loss.label_smoothing=0 with loss.kind='exo_pair', which takes its"
         " logarithm; set it to 1e-3, as TRL does"
+      )
+
+    if self.labeled and len(self.weights) > 1:
+      raise ValueError(
+        f"loss.kind={self.kind!r}: 'kto' is of labels, the others of pairs"
       )
 
   @functools.cached_property
@@ -106,6 +112,11 @@ class LossSettings:
     """Whether the loss of a pair depends on the other pairs of its batch."""
     return any(loss.whole_batch for _, loss in self.losses)
 
+  @property
+  def labeled(self) -> bool:
+    """Whether items are labeled responses instead of pairs."""
+    return any(loss.labeled for _, loss in self.losses)
+
   def metric(self, kind: str) -> str:
     """Name of the metric that holds the loss of this kind, without weight."""
     return f"loss/{kind}" if len(self.weights) > 1 else "loss"
@@ -132,6 +143,8 @@ class Pair(NamedTuple):
       two sums of a thousand nats has no more digits than those sums. Tokens are
       weighted by `token_weights`. Without a reference, the policy's log-probs.
     lengths: tokens of each response; 0 in a pair that fills up a batch.
+    desirable: of labeled responses, which are `chosen`, bool; then `rejected`
+      are responses to other prompts.
     on_policy: mean over tokens of log pi(token) - log sum over the vocabulary
       of pi^2, for WPO; None without it.
   """
@@ -140,6 +153,7 @@ class Pair(NamedTuple):
   reference: Responses | None
   ratios: Responses
   lengths: Responses
+  desirable: jax.Array | None = None
   on_policy: Responses | None = None
 
 
@@ -381,6 +395,31 @@ def orpo(pair: Pair, settings: LossSettings) -> jax.Array:
   return -settings.beta * jax.nn.log_sigmoid(chosen - rejected)
 
 
+def kto(pair: Pair, settings: LossSettings) -> jax.Array:
+  """KTO: 1 - sigmoid(beta (a - z)) of desirable, of others beta (z - a).
+
+  z, the reference point, is the batch's mean log-ratio of responses to other
+  prompts, at least 0, without a gradient; undesirable responses weigh
+  undesirable_weight. KTOTrainer's "kto" in TRL.
+
+  References:
+    Ethayarajh et al., KTO, 2024 (arXiv 2402.01306), Eq. 8.
+  """
+  point = reference_point(pair)
+  sign = jnp.where(pair.desirable, 1, -1)
+  weight = jnp.where(pair.desirable, 1, settings.undesirable_weight)
+  ahead = settings.beta * sign * (pair.ratios.chosen - point)
+  return weight * jax.nn.sigmoid(-ahead)
+
+
+def reference_point(pair: Pair) -> jax.Array:
+  """KTO's z: an estimate of the divergence of policy and reference, []."""
+  filled = pair.lengths.chosen > 0
+  total = jnp.sum(jnp.where(filled, pair.ratios.rejected, 0))
+  mean = total / jnp.maximum(jnp.sum(filled), 1)
+  return jax.lax.stop_gradient(jnp.maximum(mean, 0))
+
+
 def sft(pair: Pair, settings: LossSettings) -> jax.Array:
   """Negative log-prob of chosen, a mean over chosen tokens. TRL's "sft".
 
@@ -414,6 +453,7 @@ class Loss:
     reference_free: whether it reads the policy's log-probs and lengths alone.
     of_means: whether it always reads means over a response's tokens.
     whole_batch: whether it compares pairs with each other.
+    labeled: whether its items are labeled responses.
     per_chosen_token: whether it is a mean over the update's chosen tokens, not
       over its pairs.
   """
@@ -423,6 +463,7 @@ class Loss:
   reference_free: bool = False
   of_means: bool = False
   whole_batch: bool = False
+  labeled: bool = False
   per_chosen_token: bool = False
 
 
@@ -433,6 +474,7 @@ _OFF = {
   "divergence": "reverse_kl",
   "ld_alpha": 1.0,
   "wpo": False,
+  "undesirable_weight": 1.0,
 }
 _TOKENS = ("ld_alpha", "wpo")
 _MARGIN = ("divergence", *_TOKENS)
@@ -454,6 +496,7 @@ LOSSES = {
   "aot_unpaired": Loss(
     aot_unpaired, ("label_smoothing", "ld_alpha"), whole_batch=True
   ),
+  "kto": Loss(kto, ("undesirable_weight",), whole_batch=True, labeled=True),
   "cpo": Loss(cpo, ("label_smoothing", "wpo"), reference_free=True),
   "simpo": Loss(
     simpo,
@@ -519,9 +562,12 @@ def preference_losses(
   """The loss of every pair by kind, without the kind's weight, float32 [B]."""
   used = pair._replace(ratios=scores(settings, pair.ratios))
   if settings.per_token:
-    sums = (used.policy, used.reference, used.ratios)
-    means = (x and per_token(x, used.lengths) for x in sums)
-    used = Pair(*means, used.lengths)
+    reference = used.reference
+    used = used._replace(
+      policy=per_token(used.policy, used.lengths),
+      reference=reference and per_token(reference, used.lengths),
+      ratios=per_token(used.ratios, used.lengths),
+    )
   found = {}
   for kind, loss in settings.losses:
     if loss.per_chosen_token:
@@ -545,7 +591,8 @@ def at_start(settings: LossSettings) -> dict[str, tuple[float, float]]:
   zeros = jax.tree.map(np.zeros_like, logps)
   # A token each has the largest slope under per_token.
   ones = jax.tree.map(np.ones_like, logps)
-  pair = Pair(logps, logps, zeros, ones, logps if settings.wpo else None)
+  half = np.array([True, False])
+  pair = Pair(logps, logps, zeros, ones, half, logps if settings.wpo else None)
 
   def total(ratios):
     moved = jax.tree.map(jnp.add, pair.policy, ratios)
@@ -563,6 +610,25 @@ def at_start(settings: LossSettings) -> dict[str, tuple[float, float]]:
     for kind, (first, second) in values.items()
     if first == second
   }
+
+
+def metrics(pair: Pair, settings: LossSettings) -> dict[str, jax.Array]:
+  """Metrics of every item under TRL's names, all [B]: a value to be averaged.
+
+  Those of "chosen" and "rejected" are of pairs; of labeled responses, of the
+  desirable and the undesirable ones, and 0 for the others. "kl" is their
+  reference point.
+  """
+  found = reward_metrics(pair, settings)
+  if not settings.labeled:
+    return found
+  point = jnp.broadcast_to(reference_point(pair), pair.lengths.chosen.shape)
+  by_label = {"kl": point}
+  for name in ("rewards/{}", "logps/{}", "logps/{}_per_token"):
+    value = found[name.format("chosen")]
+    by_label[name.format("chosen")] = jnp.where(pair.desirable, value, 0)
+    by_label[name.format("rejected")] = jnp.where(pair.desirable, 0, value)
+  return by_label
 
 
 def reward_metrics(pair: Pair, settings: LossSettings) -> dict[str, jax.Array]:

@@ -264,7 +264,7 @@ def step_log(
     rates,
     start,
     f"{config.objective} {workdir.name}",
-    "pairs" if is_dpo else "examples",
+    "pairs" if is_dpo and not config.loss.labeled else "examples",
     config.guards,
     check_first,
     functools.partial(flops.step, model, reference=live),

@@ -42,6 +42,10 @@ class TrainState:
   skipped: jax.Array
 
 
+# Sums by which those of metrics are divided.
+_WEIGHTS = ("weight", "tokens", "chosen_tokens", "desirable", "undesirable")
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
   """What a step minimizes.
@@ -64,6 +68,8 @@ class Objective:
   def weight_of(self, metric: str) -> str:
     """Name of the number by which a metric's sum is divided."""
     weights = {"entropy": "tokens", "mean_token_accuracy": "chosen_tokens"}
+    if self.loss and self.loss.labeled and "/" in metric:
+      return "desirable" if "/chosen" in metric else "undesirable"
     for kind, loss in self.loss.losses if self.loss else ():
       if loss.per_chosen_token:
         weights[self.loss.metric(kind)] = "chosen_tokens"
@@ -71,6 +77,9 @@ class Objective:
 
   def with_loss(self, means: Metrics) -> Metrics:
     """The metrics and their loss: the weighted sum of its kinds' losses."""
+    if self.loss and self.loss.labeled:
+      margin = means["rewards/chosen"] - means["rewards/rejected"]
+      means = means | {"rewards/margins": margin}
     if "loss" in means:
       return means
     parts = [
@@ -83,9 +92,9 @@ class Objective:
     """Metrics of an evaluation, from sums over its batches."""
     return self.with_loss(
       {
-        key: value / sums[self.weight_of(key)]
+        key: value / max(sums[self.weight_of(key)], 1)
         for key, value in sums.items()
-        if key not in ("weight", "tokens", "chosen_tokens")
+        if key not in _WEIGHTS
       }
     )
 
@@ -256,9 +265,10 @@ def make_eval_step(
   "weight" is the number of pairs, or for SFT of completion tokens. "entropy" is
   in nats over all completion tokens; "mean_token_accuracy" counts those, of
   chosen responses alone as in TRL, that are the argmax; "tokens" and
-  "chosen_tokens" are their weights. `Objective.means` divides sums of many
-  batches by those of their weights. A batch may hold fewer items than the
-  objective: sequences without tokens do not count.
+  "chosen_tokens" are their weights, and "desirable" and "undesirable" those of
+  labeled responses. `Objective.means` divides sums of many batches by those of
+  their weights. A batch may hold fewer items than the objective: sequences
+  without tokens do not count.
   """
   with_lora = config.lora is not None
 
@@ -268,8 +278,8 @@ def make_eval_step(
     policy, other = _policy_and_reference(
       config, objective, params["base"], lora, reference, micro
     )
-    sums, weight = _objective_sums(objective, micro, policy, other)
-    return sums | {"weight": weight} | _token_sums(objective, micro, policy)
+    sums, weights = _objective_sums(objective, micro, policy, other)
+    return sums | weights | _token_sums(objective, micro, policy)
 
   return eval_step
 
@@ -277,6 +287,9 @@ def make_eval_step(
 def _token_sums(objective, batch, stats) -> Metrics:
   """Sums over completion tokens of entropy and accuracy, and their counts."""
   real, chosen = batch.sequence_ids >= 0, _chosen(objective, batch)
+  if batch.desirable is not None:
+    # Responses to other prompts only give the reference point.
+    real = chosen
   right = chosen & (stats.top == batch.target)
   return {
     "entropy": jnp.sum(jnp.where(real, stats.entropy, 0)),
@@ -349,11 +362,32 @@ def _scales(objective: Objective, batch: batch_lib.Batch) -> Metrics:
   if objective.kind == "sft":
     return {"weight": tokens}
   pairs = jnp.float32(1 / (objective.items * batch.tokens.shape[0]))
-  return {"weight": pairs, "chosen_tokens": tokens}
+  scales = {"weight": pairs, "chosen_tokens": tokens}
+  if batch.desirable is not None:
+    # Of the only micro-batch.
+    micro = jax.tree.map(lambda x: x[0], batch)
+    for name, labels in _labels(objective, micro).items():
+      scales[name] = 1 / jnp.maximum(jnp.sum(labels), 1)
+  return scales
+
+
+def _labels(objective, batch) -> Metrics:
+  """Which items are desirable, and which are not, float32 [items]."""
+  desirable, lengths = (
+    x[::2]
+    for x in logprobs.sequence_sums(
+      batch.desirable, batch.sequence_ids, 2 * objective.items
+    )
+  )
+  filled, desirable = lengths > 0, desirable > 0
+  return {
+    "desirable": (filled & desirable).astype(jnp.float32),
+    "undesirable": (filled & ~desirable).astype(jnp.float32),
+  }
 
 
 def _objective_sums(objective, batch, policy, reference):
-  """Sums over a micro-batch of the loss and metrics, and their weight.
+  """Sums over a micro-batch of the loss and metrics, and their weights.
 
   `policy` are statistics, and `reference`, if there is one, log-probs of
   tokens, [S, C].
@@ -362,14 +396,18 @@ def _objective_sums(objective, batch, policy, reference):
     sums, lengths = logprobs.sequence_sums(
       policy.logps, batch.sequence_ids, objective.items
     )
-    return {"loss": -jnp.sum(sums)}, jnp.sum(lengths)
+    return {"loss": -jnp.sum(sums)}, {"weight": jnp.sum(lengths)}
   pair = _pair(objective, batch, policy, reference)
-  values = losses.reward_metrics(pair, objective.loss)
+  values = losses.metrics(pair, objective.loss)
   for kind, loss in losses.preference_losses(objective.loss, pair).items():
     values[objective.loss.metric(kind)] = loss
   real = (pair.lengths.chosen > 0).astype(jnp.float32)
   sums = {key: jnp.sum(value * real) for key, value in values.items()}
-  return sums, jnp.sum(real)
+  weights = {"weight": jnp.sum(real)}
+  if batch.desirable is not None:
+    labels = _labels(objective, batch)
+    weights |= {name: jnp.sum(x) for name, x in labels.items()}
+  return sums, weights
 
 
 def _pair(objective, batch, policy, reference) -> losses.Pair:
@@ -393,6 +431,9 @@ def _pair(objective, batch, policy, reference) -> losses.Pair:
     ratios=next(responses(ratios)),
     lengths=lengths,
   )
+  if batch.desirable is not None:
+    labels = _labels(objective, batch)
+    pair = pair._replace(desirable=labels["desirable"] > 0)
   if objective.loss.wpo:
     aligned = next(responses(policy.logps - policy.log_square_sum))
     pair = pair._replace(on_policy=losses.per_token(aligned, lengths))

@@ -23,7 +23,7 @@ from dpo_jax.core import settings
 from dpo_jax.data import preferences
 from dpo_jax.data.sources import files, shp, stack_exchange, tldr
 
-Kind = Literal["pairs", "hh", "shp", "se", "tldr", "tfds"]
+Kind = Literal["pairs", "unpaired", "hh", "shp", "se", "tldr", "tfds"]
 Side = Literal["train", "eval"]
 
 
@@ -208,17 +208,18 @@ def _rows(source: SourceSettings, side: Side, counts) -> Iterator:
     path,
     split,
     source.subsets,
-    subset_is="name" if source.kind in ("pairs", "tldr") else "data_dir",
+    subset_is="data_dir" if source.kind in ("hh", "shp", "se") else "name",
     subsets_required=source.kind == "hh",
     streaming=source.streaming,
     counts=counts,
   )
 
 
-def _texts(
-  source: SourceSettings, row: Any
-) -> tuple[list[tuple[str, str, str] | str], str]:
-  """A row's pairs, texts or a filter's reason, and the row's domain."""
+def _texts(source: SourceSettings, row: Any) -> tuple[list[Any], str]:
+  """A row's pairs, or labeled response, and the row's domain.
+
+  A pair is a tuple of texts, or a filter's reason.
+  """
   if isinstance(row, preferences.Malformed):
     raise row
   match source.kind:
@@ -228,6 +229,8 @@ def _texts(
       return stack_exchange.texts(row), stack_exchange.site(row)
     case "tldr":
       return [tldr.texts(row)], tldr.subreddit(row)
+    case "unpaired":
+      return [preferences.labeled(row)], ""
     case _:
       return [preferences.texts(row)], ""
 
@@ -258,7 +261,10 @@ def _parsed(source, side, filters, counts) -> Iterator[preferences.Comparison]:
         counts[f"filtered: {texts}"] += 1
         continue
       try:
-        pair = preferences.pair(*texts, subset or domain)
+        if isinstance(texts, preferences.Comparison):
+          pair = dataclasses.replace(texts, subset=subset)
+        else:
+          pair = preferences.pair(*texts, subset or domain)
       except preferences.Quarantined as error:
         counts[f"quarantined: {error}"] += 1
         continue
@@ -304,7 +310,7 @@ def _reason(pair: preferences.Comparison, filters: FilterSettings) -> str:
     return f"more than {filters.max_turns} turns"
   if 0 < filters.max_prompt_chars < len(pair.prompt.strip()):
     return f"prompt longer than {filters.max_prompt_chars} characters"
-  lengths = [len(text.strip()) for text in (pair.chosen, pair.rejected)]
+  lengths = [len(text.strip()) for text in pair.responses]
   if min(lengths) < filters.min_response_chars:
     return f"response shorter than {filters.min_response_chars} characters"
   if 0 < filters.max_response_chars < max(lengths):
@@ -325,9 +331,8 @@ def _refuse_misread(
   """
   repeating = stored = 0
   for pair in kept:
-    responses = pair.chosen, pair.rejected
-    repeating += all(x.startswith(pair.prompt) for x in responses)
-    stored += all(map(_MESSAGES_AS_TEXT.match, responses))
+    repeating += all(x.startswith(pair.prompt) for x in pair.responses)
+    stored += all(map(_MESSAGES_AS_TEXT.match, pair.responses))
   if 2 * repeating > len(kept):
     raise ValueError(
       f"{path}: in {repeating} of {len(kept)} pairs both responses begin with"
