@@ -249,8 +249,8 @@ def loss() -> config_dict.ConfigDict:
 def optimizer() -> config_dict.ConfigDict:
   """Optimizer and learning-rate schedule."""
   c = config_dict.ConfigDict()
-  # "adamw" or "rmsprop", both with torch's rules; "lion"; or "muon", in which
-  # AdamW updates embeddings and vectors.
+  # "adamw" and "rmsprop" have torch's rules; or "lion", "adafactor", or "muon",
+  # which has AdamW for embeddings and vectors.
   c.name = "rmsprop"
   # Peak, after warm-up.
   c.learning_rate = 5e-7
@@ -261,11 +261,13 @@ def optimizer() -> config_dict.ConfigDict:
   c.warmup_steps = 150
   # The same as a share of all updates, rounded up; warmup_steps is then 0.
   c.warmup_ratio = 0.0
-  # Not of biases and layer norms; rmsprop has none.
+  # Not of biases and layer norms; rmsprop and adafactor have none.
   c.weight_decay = 0.0
-  # Decay rate of the first moment, the momentum; rmsprop has none.
+  # Decay rate of the first moment, the momentum; rmsprop and adafactor have
+  # none.
   c.b1 = 0.9
-  # Decay rate of the second moment; for rmsprop, torch's alpha.
+  # Decay rate of the second moment; for rmsprop, torch's alpha. Adafactor's
+  # rises with the steps.
   c.b2 = 0.99
   # Added to the root of the second moment.
   c.eps = 1e-8

@@ -402,6 +402,40 @@ def test_slopes_are_those_of_the_values(kind):
         )
 
 
+@pytest.mark.parametrize(
+  "kind",
+  ["sigmoid", "robust", "ipo", "hinge", "exo_pair", "discopop", "aot", "cpo"],
+)
+def test_losses_of_margins_ignore_what_both_responses_share(kind):
+  # Of the policy's log-probs; exact in binary.
+  moved = pair_of(
+    [[x + 0.25 for x in row] for row in PAIR.policy], PAIR.reference
+  )
+  found = [loss(pair, kind=kind) for pair in (PAIR, moved)]
+  np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize(
+  ("values", "best"),
+  [
+    ({"kind": "ipo"}, (1.0, 0.0)),
+    ({"kind": "sppo_hard"}, (1.0, -1.0)),
+    # The odds of the labels, 9 to 1.
+    ({"kind": "exo_pair", "label_smoothing": 0.1}, (2 * math.log(9), 0.0)),
+  ],
+)
+def test_losses_are_least_where_their_papers_say(values, best):
+  def total(ratios):
+    return jnp.sum(loss(SAME._replace(ratios=ratios), **values))
+
+  at = losses.Responses(*(jnp.full(2, x) for x in best))
+  for slopes in jax.grad(total)(at):
+    np.testing.assert_allclose(slopes, 0, atol=1e-6)
+  for change in (0.5, -0.5):
+    near = at._replace(chosen=at.chosen + change)
+    assert total(near) > total(at)
+
+
 def test_reward_metrics():
   found = losses.reward_metrics(PAIR, settings())
   assert {key: list(value) for key, value in found.items()} == {

@@ -153,6 +153,41 @@ def test_lion_is_its_papers():
   )
 
 
+def test_adafactor_is_torchs_on_a_layer():
+  settings = dataclasses.replace(
+    ADAMW, name="adafactor", weight_decay=0.0, clip_norm=1e9
+  )
+  rng = np.random.default_rng(0)
+  # The least size whose moments are factored.
+  shape = (1, 128, 130)
+  start, *slopes = rng.normal(size=(4, *shape)).astype(np.float32)
+
+  def tree(kernel):
+    return {"blocks": {"dense_h_to_4h": {"kernel": kernel}}}
+
+  found = updated(settings, tree(start), [tree(x) for x in slopes])
+  weight = torch.nn.Parameter(torch.tensor(start[0]))
+  theirs = torch.optim.Adafactor([weight], lr=0.02)
+  for i, slope in enumerate(slopes):
+    theirs.param_groups[0]["lr"] = 0.02 * (i + 1) / 3
+    weight.grad = torch.tensor(slope[0])
+    theirs.step()
+  step, wanted = (
+    x - start[0]
+    for x in (
+      found["blocks"]["dense_h_to_4h"]["kernel"][0],
+      weight.detach().numpy(),
+    )
+  )
+  np.testing.assert_allclose(step, wanted, rtol=1e-4, atol=1e-6)
+  # A second layer has moments of its own.
+  state = optimizer_lib.make(settings, STEPS, "base").init(
+    {"base": tree(np.zeros((2, *shape[1:]), np.float32)), "lora": {}}
+  )
+  sizes = [leaf.shape for leaf in jax.tree.leaves(state)]
+  assert {(2, 128), (2, 130)} < {*sizes}
+
+
 # Matrices of each layer: input and output sizes of kernels and adapters.
 MATRICES = {
   "query_key_value": (6, (2, 3, 4)),
@@ -284,6 +319,7 @@ def test_schedules_after_warm_up_are_those_of_transformers(schedule):
   [
     ({"clip_norm": 0.0}, "optimizer.clip_norm=0.0 must be positive"),
     ({"name": "rmsprop"}, "optimizer.weight_decay=0.3"),
+    ({"name": "adafactor"}, "weight_decay=0.3 with adafactor"),
     ({"warmup_ratio": 0.1}, "warmup_steps=3 and warmup_ratio=0.1"),
   ],
 )

@@ -133,6 +133,27 @@ def test_moments_are_sharded_as_their_weights(trainable, rule):
   assert sorted([*moments, *one]) == sorted([*weights] * 2)
 
 
+def test_factored_moments_are_replicated():
+  wide = dataclasses.replace(tiny.CONFIG, width=256, mlp_width=512, layers=4)
+  base = jax.eval_shape(lambda: gpt_neox.init(wide, jax.random.key(0)))
+  settings = optimizer.OptimizerSettings(
+    "adafactor", 1.0, "constant", 0, 0.0, 0.0, 0.9, 0.99, 1e-8, 1.0
+  )
+  tx = optimizer.make(settings, 4, "base")
+  state = jax.eval_shape(tx.init, {"base": base, "lora": {}})
+  found = by_path(sharding.shardings(state, sharding.make_mesh(2, 2, 2)))
+  rows = [x for name, x in found.items() if "/v_row/" in name]
+  assert rows
+  assert all(x.is_fully_replicated for x in rows)
+  # Those of a vector are sharded as it is.
+  (bias,) = (
+    x
+    for name, x in found.items()
+    if name.endswith("/v/base/blocks/dense_h_to_4h/bias")
+  )
+  assert bias.spec == P(None, "tensor")
+
+
 def test_an_axis_that_does_not_divide_is_refused():
   base = shapes()["base"]
   sharding.shardings(base, sharding.make_mesh(1, 8, 1))

@@ -32,6 +32,8 @@ RULES = {
 # (regex of a path's end, logical axes of the trailing dimensions). The leading
 # layer axis of stacked blocks is not split: lax.scan iterates over it.
 PATHS = (
+  # Adafactor's means over rows and columns, which are small.
+  (r"v_(row|col)/.*$", ()),
   (r"embed/kernel$", ("vocab", "width")),
   (r"unembed/kernel$", ("width", "vocab")),
   (r"query_key_value/kernel(/values)?$", ("width", "heads", None, None)),
@@ -123,6 +125,9 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     name, shape = path_name(path), tuple(leaf.shape)
     matches = (axes for end, axes in PATHS if re.search(f"(^|/){end}", name))
     logical = next(matches, ())
+    if shape == (1,):
+      # Optax's placeholder for a moment that is factored.
+      logical = ()
     spec = _spec(*(None,) * (len(shape) - len(logical)), *logical)
     for size, axis in zip(shape, spec, strict=True):
       if axis is not None and size % mesh.shape[axis]:

@@ -23,7 +23,7 @@ from dpo_jax.core import sharding
 class OptimizerSettings:
   """See configs/common.py for what each field means."""
 
-  name: Literal["adamw", "rmsprop", "lion", "muon"]
+  name: Literal["adamw", "rmsprop", "lion", "adafactor", "muon"]
   learning_rate: float
   schedule: Literal["constant", "linear", "cosine"]
   warmup_steps: int
@@ -36,10 +36,10 @@ class OptimizerSettings:
 
   def __post_init__(self):
     settings_lib.check(self, "optimizer.")
-    if self.name == "rmsprop" and self.weight_decay:
+    if self.name in ("rmsprop", "adafactor") and self.weight_decay:
       raise ValueError(
-        f"optimizer.weight_decay={self.weight_decay} with rmsprop, which takes"
-        " none: set it to 0"
+        f"optimizer.weight_decay={self.weight_decay} with {self.name}, which"
+        " takes none: set it to 0"
       )
     if self.warmup_steps and self.warmup_ratio:
       raise ValueError(
@@ -93,12 +93,16 @@ def make(
 def _rule(
   settings: OptimizerSettings, rate: optax.Schedule
 ) -> optax.GradientTransformation:
-  """The optimizer of clipped gradients: adamw and rmsprop are torch's."""
+  """The optimizer of clipped gradients; all but lion are torch's too."""
   if settings.name == "rmsprop":
     # torch.optim.RMSprop adds eps outside the root.
     return optax.rmsprop(
       rate, decay=settings.b2, eps=settings.eps, eps_in_sqrt=False
     )
+  if settings.name == "adafactor":
+    # In a stack of layers moments are each kernel's own; the scale and the clip
+    # of an update are the stack's.
+    return optax.adafactor(rate)
   decay = settings.weight_decay
   if settings.name == "lion":
     return optax.lion(
