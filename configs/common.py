@@ -161,16 +161,17 @@ def lora() -> config_dict.ConfigDict:
   c = config_dict.ConfigDict()
   # 0 trains all weights instead of adapters.
   c.rank = 0
-  # PEFT adapter of the model, a directory or hub id, from which training begins
-  # and which the reference has; "": from zero, and the reference has none.
-  c.path = ""
-  # Adapters are scaled by alpha / rank, or with "rslora" by alpha / sqrt(rank).
+  # Adapters are scaled by alpha / rank.
   c.alpha = 32.0
-  c.scaling = "lora"
   # Dropout rate of the adapters' inputs in training.
   c.dropout = 0.1
   # Projections with adapters.
   c.targets = PROJECTIONS
+  # "rslora" scales adapters by alpha / sqrt(rank).
+  c.scaling = "lora"
+  # PEFT adapter of the model, a directory or hub id, from which training begins
+  # and which the reference has; "": from zero, and the reference has none.
+  c.path = ""
   return c
 
 

@@ -351,7 +351,7 @@ def test_we_load_pefts_adapter(small_dir, loaded, tmp_path, rslora):
   assert found.targets == ("query_key_value", "dense")
   # As a run with these settings trains it.
   scaling = "rslora" if rslora else "lora"
-  trained = config_lib.LoraSettings(3, "", 5.0, scaling, 0.1, found.targets)
+  trained = config_lib.LoraSettings(3, 5.0, 0.1, found.targets, scaling, "")
   assert trained.config() == found
   config = dataclasses.replace(config, lora=found)
   tokens = tokens_for(config)

@@ -174,7 +174,7 @@ def test_a_shape_that_was_not_planned_is_compiled_when_it_comes():
   batches = [
     jax.tree.map(
       lambda x: np.ones(x.shape, x.dtype),
-      batch_lib._empty(how, packing.Shape(rows, 128), False),
+      batch_lib._empty(how, packing.Shape(rows, 128), False, False),
     )
     for rows in (2, 3)
   ]

@@ -48,11 +48,11 @@ class LoraSettings:
   """Adapters; `rank` 0 trains all weights instead."""
 
   rank: int
-  path: str
   alpha: float
-  scaling: Literal["lora", "rslora"]
   dropout: float
   targets: tuple[str, ...]
+  scaling: Literal["lora", "rslora"]
+  path: str
 
   def __post_init__(self):
     settings.check(self, "lora.")

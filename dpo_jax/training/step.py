@@ -364,26 +364,20 @@ def _scales(objective: Objective, batch: batch_lib.Batch) -> Metrics:
   pairs = jnp.float32(1 / (objective.items * batch.tokens.shape[0]))
   scales = {"weight": pairs, "chosen_tokens": tokens}
   if batch.desirable is not None:
-    # Of the only micro-batch.
+    # Of the only micro-batch, which is full.
     micro = jax.tree.map(lambda x: x[0], batch)
-    for name, labels in _labels(objective, micro).items():
-      scales[name] = 1 / jnp.maximum(jnp.sum(labels), 1)
+    count = jnp.sum(_desirable(objective, micro))
+    scales["desirable"] = 1 / jnp.maximum(count, 1)
+    scales["undesirable"] = 1 / jnp.maximum(objective.items - count, 1)
   return scales
 
 
-def _labels(objective, batch) -> Metrics:
-  """Which items are desirable, and which are not, float32 [items]."""
-  desirable, lengths = (
-    x[::2]
-    for x in logprobs.sequence_sums(
-      batch.desirable, batch.sequence_ids, 2 * objective.items
-    )
+def _desirable(objective, batch) -> jax.Array:
+  """Which items are desirable, bool [items]."""
+  sums, _ = logprobs.sequence_sums(
+    batch.desirable, batch.sequence_ids, 2 * objective.items
   )
-  filled, desirable = lengths > 0, desirable > 0
-  return {
-    "desirable": (filled & desirable).astype(jnp.float32),
-    "undesirable": (filled & ~desirable).astype(jnp.float32),
-  }
+  return sums[::2] > 0
 
 
 def _objective_sums(objective, batch, policy, reference):
@@ -404,9 +398,9 @@ def _objective_sums(objective, batch, policy, reference):
   real = (pair.lengths.chosen > 0).astype(jnp.float32)
   sums = {key: jnp.sum(value * real) for key, value in values.items()}
   weights = {"weight": jnp.sum(real)}
-  if batch.desirable is not None:
-    labels = _labels(objective, batch)
-    weights |= {name: jnp.sum(x) for name, x in labels.items()}
+  if pair.desirable is not None:
+    weights["desirable"] = jnp.sum(real * pair.desirable)
+    weights["undesirable"] = jnp.sum(real * ~pair.desirable)
   return sums, weights
 
 
@@ -414,30 +408,27 @@ def _pair(objective, batch, policy, reference) -> losses.Pair:
   """The pairs of a micro-batch: sequences 2i, chosen, and 2i + 1, rejected."""
 
   def responses(per_token):
-    sums, lengths = logprobs.sequence_sums(
+    found = logprobs.sequence_sums(
       per_token, batch.sequence_ids, 2 * objective.items
     )
-    return (losses.Responses(*x.reshape(-1, 2).T) for x in (sums, lengths))
+    return [losses.Responses(*x.reshape(-1, 2).T) for x in found]
 
-  ratios = policy.logps if reference is None else policy.logps - reference
   sums, lengths = responses(policy.logps)
+  ratios = policy.logps if reference is None else policy.logps - reference
   if objective.loss.ld_alpha != 1:
-    ratios *= losses.token_weights(
-      objective.loss, *_index_and_shorter(batch, lengths)
-    )
-  pair = losses.Pair(
-    policy=sums,
-    reference=None if reference is None else next(responses(reference)),
-    ratios=next(responses(ratios)),
-    lengths=lengths,
-  )
-  if batch.desirable is not None:
-    labels = _labels(objective, batch)
-    pair = pair._replace(desirable=labels["desirable"] > 0)
+    where = _index_and_shorter(batch, lengths)
+    ratios *= losses.token_weights(objective.loss, *where)
+  aligned = None
   if objective.loss.wpo:
-    aligned = next(responses(policy.logps - policy.log_square_sum))
-    pair = pair._replace(on_policy=losses.per_token(aligned, lengths))
-  return pair
+    aligned, _ = responses(policy.logps - policy.log_square_sum)
+  return losses.Pair(
+    policy=sums,
+    reference=None if reference is None else responses(reference)[0],
+    ratios=responses(ratios)[0],
+    lengths=lengths,
+    desirable=None if batch.desirable is None else _desirable(objective, batch),
+    on_policy=aligned and losses.per_token(aligned, lengths),
+  )
 
 
 def _index_and_shorter(batch, lengths):
