@@ -35,6 +35,8 @@ def get_config(variant: str = "pythia-2.8b"):
   c.loss.beta = 0.1
   if lora:
     sft.lora_recipe(c)
+    # TRL's DPOTrainer turns every dropout off, PEFT's too.
+    c.lora.dropout = 0.0
     c.loss.beta = 0.2
     c.optimizer.learning_rate = 1e-5
     c.batch_size = 16

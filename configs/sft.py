@@ -27,6 +27,7 @@ def get_config(variant: str = "pythia-2.8b"):
   c.tokenizer = c.model.path = f"EleutherAI/pythia-{size}"
   if lora:
     lora_recipe(c)
+    c.lora.dropout = 0.1
     c.optimizer.learning_rate = 2e-5
     c.batch_size = 64
     c.microbatches = 8
@@ -44,7 +45,6 @@ def lora_recipe(c) -> None:
   """The fields that SFT and DPO of the dpo-replication system share."""
   c.lora.rank = 16
   c.lora.alpha = 32.0
-  c.lora.dropout = 0.1
   c.optimizer.name = "adamw"
   c.optimizer.schedule = "cosine"
   c.optimizer.warmup_steps = 100

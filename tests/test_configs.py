@@ -127,7 +127,6 @@ PAPER = {
 DPO_REPLICATION = {
   "lora.rank": 16,
   "lora.alpha": 32.0,
-  "lora.dropout": 0.1,
   "lora.targets": gpt_neox.TARGETS,
   "optimizer.name": "adamw",
   "optimizer.schedule": "cosine",
@@ -163,14 +162,15 @@ DPO_REPLICATION = {
       "sft",
       "pythia-2.8b-lora",
       DPO_REPLICATION
-      | {"optimizer.learning_rate": 2e-5, "batch_size": 64, "microbatches": 8},
+      | {"optimizer.learning_rate": 2e-5, "batch_size": 64, "microbatches": 8}
+      | {"lora.dropout": 0.1},
     ),
     (
       "dpo",
       "pythia-2.8b-lora",
       DPO_REPLICATION
       | {"optimizer.learning_rate": 1e-5, "batch_size": 16, "microbatches": 4}
-      | {"loss.beta": 0.2},
+      | {"loss.beta": 0.2, "lora.dropout": 0.0},
     ),
     (
       "sample",
