@@ -15,9 +15,10 @@ from dpo_jax.training import config as config_lib
 from dpo_jax.training import inspect_data
 
 
-def inspect(shared, rows, **data):
+def inspect(shared, rows, kind="sigmoid", **data):
   """The report on the real rows; token ids are not cached."""
   c = dpo.get_config("pythia-14m")
+  c.loss.kind = kind
   c.tokenizer = str(shared / "tokenizer" / "pythia")
   c.data.sources.hh = data_config.hh(str(shared / "data" / "hh-rlhf"))
   c.data.sources.hh.subsets = ("harmless-base",)
@@ -48,6 +49,16 @@ def test_rows_are_counted_by_reason(real):
     "dpo on hh, tokenization 'paper': 24 steps of 64 in an epoch, 15 items"
     " left out"
   )
+
+
+def test_labels_are_shown_with_their_responses(shared):
+  found = inspect(shared, 2, "kto", max_train=40, max_eval=4)
+  assert re.search(r"^hh \w{16}, desirable$", found, re.MULTILINE)
+  # Two labeled responses of each pair.
+  assert found.count("undesirable") == 1
+  assert "1 steps of 64 in an epoch, 16 items left out" in found
+  # Their lengths, of either side.
+  assert len(re.findall(r"^\s+mismatched\s", found, re.MULTILINE)) == 2
 
 
 def test_lengths_and_cuts_are_those_of_the_tokens(real, shared):

@@ -102,10 +102,7 @@ def _lengths(prepared: dataset.Prepared) -> str:
   ]
   for side in (prepared.train, prepared.held_out):
     table = side.table
-    names = ("prompt", "chosen", "rejected")
-    if table.parts == 2:
-      names = ("prompt", "response")
-    columns = dict(zip(names, table.lengths.T)) | {
+    columns = dict(zip(_names(table), table.lengths.T)) | {
       "all parts": table.lengths.sum(1)
     }
     lines.append(("train" if side is prepared.train else "held out",))
@@ -114,11 +111,18 @@ def _lengths(prepared: dataset.Prepared) -> str:
       numbers = [*(int(mark) for mark in marks), f"{values.mean():.1f}"]
       lines.append((f"  {name}", *numbers))
     counts = side.report["counts"]
-    kept = counts["kept"]
+    kept = counts["kept"] if table.desirable is None else len(table)
     for reason in ("prompt cut", "response cut"):
       share = counts.get(reason, 0) / kept
       lines.append((f"  {reason}", f"{share:.1%}"))
   return "Tokens\n" + _columns(lines)
+
+
+def _names(table: token_table.Table) -> tuple[str, ...]:
+  """What the parts of an item are; KTO's last is of another prompt."""
+  if table.desirable is not None:
+    return ("prompt", "response", "mismatched")
+  return ("prompt", "response" if table.parts == 2 else "chosen", "rejected")
 
 
 def _items(
@@ -134,9 +138,12 @@ def _items(
   source = config.data.use[0] if len(config.data.use) == 1 else "item"
   indices = np.linspace(0, len(table) - 1, min(rows, len(table)))
   for index in indices.astype(int):
-    parts = dataclasses.asdict(table[int(index)])
-    lines = [f"{source} {parts.pop('id')}"]
-    for part, ids in parts.items():
+    (name, *parts) = dataclasses.astuple(table[int(index)])
+    label = ""
+    if table.desirable is not None:
+      label = ", desirable" if table.desirable[int(index)] else ", undesirable"
+    lines = [f"{source} {name}{label}"]
+    for part, ids in zip(_names(table), parts):
       tag = "chosen" if part == "response" else part
       if part == "prompt" and config.data.loss_on_prompt:
         tag = "chosen"
