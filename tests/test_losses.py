@@ -196,6 +196,12 @@ def test_kto_by_hand():
   pair = pair._replace(desirable=jnp.array([True, False]))
   found = loss(pair, kind="kto", undesirable_weight=3.0)
   assert list(found) == close([1 - 0.5, 3 * (1 - sigmoid(BETA * 3))])
+  # The point is a constant: responses to other prompts are not trained on.
+  slopes = jax.grad(
+    lambda x: jnp.sum(loss(pair._replace(ratios=x), kind="kto"))
+  )
+  assert not np.any(slopes(pair.ratios).rejected)
+  assert np.all(slopes(pair.ratios).chosen)
   # A negative mean is no divergence.
   found = loss(PAIR._replace(desirable=pair.desirable), kind="kto")
   assert list(found) == close([1 - sigmoid(BETA), 1 - sigmoid(BETA * 2)])

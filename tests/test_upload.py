@@ -15,8 +15,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
+from concurrent import futures
 
 import bucket_server
 import pytest
@@ -432,6 +434,31 @@ def damage(bucket, manifest, name):
   data = bytearray(path.read_bytes())
   data[len(data) // 2] ^= 1
   path.write_bytes(data)
+
+
+def test_folders_that_are_being_written_are_passed_over(tmp_path):
+  """They get their name while the others are listed."""
+  whole = tmp_path / "adapters" / "step-1"
+  whole.mkdir(parents=True)
+  (whole / "adapter_config.json").write_text("{}")
+  done = threading.Event()
+
+  def write():
+    partial = tmp_path / "adapters" / ".step-2.partial"
+    while not done.is_set():
+      (partial / "a").mkdir(parents=True)
+      partial.rename(partial.with_name(".step-3.partial"))
+      shutil.rmtree(partial.with_name(".step-3.partial"))
+
+  with futures.ThreadPoolExecutor(1) as pool:
+    writing = pool.submit(write)
+    try:
+      for _ in range(300):
+        found = upload._files(tmp_path, ("adapters",))
+        assert found == ["adapters/step-1/adapter_config.json"]
+    finally:
+      done.set()
+    writing.result()
 
 
 def test_a_damaged_step_is_passed_over(kept, whole, caplog):

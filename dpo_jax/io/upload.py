@@ -12,6 +12,7 @@ the last one at the end.
 import concurrent.futures
 import hashlib
 import logging
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -250,13 +251,20 @@ def _files(workdir: pathlib.Path, names: Iterable[str]) -> list[str]:
   """Names of whole files of a run, of the given files and folders.
 
   A file or folder that is still being written has a name that begins with a
-  point.
+  point; the folder may be renamed at any moment.
   """
   found = []
   for top in map(workdir.joinpath, names):
-    for path in (top, *sorted(top.rglob("*"))):
-      name = path.relative_to(workdir)
-      hidden = any(part.startswith(".") for part in name.parts)
-      if path.is_file() and not path.is_symlink() and not hidden:
-        found.append(name.as_posix())
+    paths = [top]
+    # Unlike `rglob`, it passes over a folder that is gone when it is read.
+    for folder, inside, files in os.walk(top):
+      inside[:] = [name for name in inside if not name.startswith(".")]
+      paths += [
+        pathlib.Path(folder, name) for name in files if not name.startswith(".")
+      ]
+    found += [
+      path.relative_to(workdir).as_posix()
+      for path in sorted(paths)
+      if path.is_file() and not path.is_symlink()
+    ]
   return found
