@@ -98,6 +98,9 @@ def test_log_ratios_per_token():
   assert list(loss(kind="ipo", per_token=True)) == close(wanted)
   wanted = [logistic(0.5 * 0.5), logistic(0.5 * -2 / 3)]
   assert list(loss(per_token=True)) == close(wanted)
+  assert list(loss(kind="unlikelihood", per_token=True)) == [-3, -2]
+  # The SFT term is a mean over all chosen tokens as it is.
+  assert list(loss(kind="sft", per_token=True)) == [4, 9]
 
 
 def test_hinge():
