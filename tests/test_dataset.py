@@ -125,7 +125,7 @@ def test_labeled_responses_meet_those_of_other_prompts(
     for i, x, good in (
       (0, " yes", True),
       (0, " no", False),
-      (1, " no", True),
+      (1, " maybe", True),
       (2, " yes", False),
     )
   ]
@@ -148,9 +148,9 @@ def test_labeled_responses_meet_those_of_other_prompts(
   questions = [row["prompt"] for row in rows]
   # The next response to another prompt that is another text.
   assert texts(prepared.train.table) == [
-    (questions[0], f" yes{end}", f" no{end}"),
-    (questions[1], f" no{end}", f" yes{end}"),
-    (questions[2], f" no{end}", f" yes{end}"),
+    (questions[0], f" yes{end}", f" maybe{end}"),
+    (questions[1], f" no{end}", f" maybe{end}"),
+    (questions[2], f" maybe{end}", f" yes{end}"),
     (questions[3], f" yes{end}", f" no{end}"),
   ]
   labels = prepared.train.table.desirable

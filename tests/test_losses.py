@@ -484,6 +484,7 @@ def test_reward_metrics():
     ({"kind": "bco_pair", "divergence": "forward_kl"}, "set it to 'reverse_kl"),
     ({"kind": "simpo+ipo", "ld_alpha": 0.5}, "not defined for 'simpo'"),
     ({"kind": "aot", "wpo": True}, "loss.wpo=True.*set it to False"),
+    ({"ld_alpha": 1.5}, r"loss.ld_alpha=1.5 must be in \[0, 1\]"),
     ({"kind": "dpo"}, "'dpo' is no sum such as 'sigmoid.0.2.sft' of sigmoid"),
     ({"kind": "ipo+-1*sft"}, "give 'sft' once, with a positive weight"),
     ({"kind": "ipo+ipo"}, "give 'ipo' once"),

@@ -278,6 +278,7 @@ SUMS = {
       if kind != "exo_pair" and not loss.whole_batch
     )
   },
+  "alone": {"kind": "cpo+0.2*sft+0.1*unlikelihood"},
   "sorted": {"kind": "aot+0.5*aot_unpaired+0.2*sft"},
   "tokens": {
     "kind": "sigmoid+exo_pair+0.3*sft",
@@ -345,6 +346,10 @@ def test_losses_of_a_step_are_those_of_plain_log_probs(weights, name):
   found = share.means({key: float(value) for key, value in sums.items()})
   for kind, value in wanted.items():
     assert found[f"loss/{kind}"] == pytest.approx(value, rel=1e-4), kind
+  rewards = pair.policy if name == "alone" else pair.ratios
+  assert found["rewards/chosen"] == pytest.approx(
+    0.5 * float(jnp.mean(rewards.chosen)), rel=1e-4
+  )
   total = sum(w * wanted[kind] for kind, w in settings.weights.items())
   assert found["loss"] == pytest.approx(total, rel=1e-4)
 
