@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from dpo_jax.training import losses
+from dpo_jax.training import losses, pair_metrics
 
 BETA = 0.5
 
@@ -212,7 +212,7 @@ def test_kto_by_hand():
     "loss": close((0.5, BETA / 4))
   }
   # Metrics are of the labels; the others' are 0.
-  found = losses.metrics(pair, settings(kind="kto"))
+  found = pair_metrics.metrics(pair, settings(kind="kto"))
   assert list(found["rewards/chosen"]) == [0.5, 0.0]
   assert list(found["rewards/rejected"]) == [0.0, -1.0]
   assert list(found["logps/rejected"]) == [0.0, -9.0]
@@ -446,7 +446,7 @@ def test_losses_are_least_where_their_papers_say(values, best):
 
 
 def test_reward_metrics():
-  found = losses.reward_metrics(PAIR, settings())
+  found = pair_metrics.metrics(PAIR, settings())
   assert {key: list(value) for key, value in found.items()} == {
     "rewards/chosen": [0.5, -1.0],
     "rewards/rejected": [-0.25, 0.0],
@@ -460,14 +460,14 @@ def test_reward_metrics():
   # Without a reference, of log-probs; SimPO's of their means.
   alone = PAIR._replace(reference=None, ratios=PAIR.policy)
   for kind, wanted in (("cpo", [-2.0, -4.5]), ("simpo+sft", [-0.5, -1.5])):
-    found = losses.reward_metrics(alone, settings(kind=kind))
+    found = pair_metrics.metrics(alone, settings(kind=kind))
     assert list(found["rewards/chosen"]) == wanted
   # Before training nothing is told apart: chance, not zero.
-  same = losses.reward_metrics(SAME, settings())
+  same = pair_metrics.metrics(SAME, settings())
   assert list(same["rewards/accuracies"]) == [0.5, 0.5]
   # Nor is a margin smaller than what rounding makes of equal log-probs.
   near = pair_of(((5e-5, 2e-4), (0, 0)), ((0, 0), (0, 0)))
-  found = losses.reward_metrics(near, settings(beta=10.0))
+  found = pair_metrics.metrics(near, settings(beta=10.0))
   assert list(found["rewards/accuracies"]) == [0.5, 1.0]
 
 

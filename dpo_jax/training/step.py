@@ -17,7 +17,7 @@ import optax
 from dpo_jax.core import precision, sharding
 from dpo_jax.data import batch as batch_lib
 from dpo_jax.model import attention, gpt_neox, logprobs
-from dpo_jax.training import guards, losses
+from dpo_jax.training import guards, losses, pair_metrics
 
 Tree = dict[str, Any]
 Metrics = dict[str, jax.Array]
@@ -392,7 +392,7 @@ def _objective_sums(objective, batch, policy, reference):
     )
     return {"loss": -jnp.sum(sums)}, {"weight": jnp.sum(lengths)}
   pair = _pair(objective, batch, policy, reference)
-  values = losses.metrics(pair, objective.loss)
+  values = pair_metrics.metrics(pair, objective.loss)
   for kind, loss in losses.preference_losses(objective.loss, pair).items():
     values[objective.loss.metric(kind)] = loss
   real = (pair.lengths.chosen > 0).astype(jnp.float32)
